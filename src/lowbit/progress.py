@@ -1,0 +1,61 @@
+"""Progress of long work: a bar with an estimate of the time left, plain lines when nobody watches a terminal."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_SECONDS = 30.0  # how often a stage reports itself where there is no terminal
+
+
+class Stage:
+    """One stretch of work with a known total."""
+
+    def __init__(self, name: str, total: float, bar: RichProgress | None, task: TaskID | None, console: Console | None) -> None:
+        self.name, self.total, self.done = name, total, 0.0
+        self._bar, self._task, self._console = bar, task, console
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Count ``amount`` more units of the total as done; ``note`` is shown behind the bar."""
+        self.done += amount
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+        elif self._console is not None and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self._start
+            left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
+            self._console.print(f"{self.name}: {self.done:.0f}/{self.total:.0f}, {elapsed:.0f} s, about {left:.0f} s left {note}", highlight=False)
+
+
+class Progress:
+    """Shows stages of work; ``Progress.silent()`` shows nothing."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+
+    @staticmethod
+    def silent() -> Progress:
+        """Progress that shows nothing."""
+        return Progress(quiet=True)
+
+    def say(self, message: str) -> None:
+        """Print one line, unless quiet."""
+        if not self.quiet:
+            self.console.print(message, highlight=False, markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Stage]:
+        """``with progress.stage("calibrate", total=len(batches)) as stage: ... stage.advance()``."""
+        if self.quiet:
+            yield Stage(name, total, None, None, None)
+        elif not self.console.is_terminal:
+            yield Stage(name, total, None, None, self.console)
+        else:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            with RichProgress(*columns, console=self.console, transient=True) as bar:
+                yield Stage(name, total, bar, bar.add_task(name, total=total, note=""), None)

@@ -1,0 +1,256 @@
+"""What is asked for: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+
+Position = Literal["first", "last", "inner"]
+
+
+def check_bit_width(bit_width: int, where: str) -> int:
+    """``bit_width`` if it is a whole number from 1 to 8, else SpecError naming ``where``."""
+    if isinstance(bit_width, bool) or not isinstance(bit_width, int) or not 1 <= bit_width <= 8:
+        raise SpecError(f"{where}: bit_width must be a whole number from 1 to 8, got {bit_width!r}. Use 32 or 'float' to leave it in float.")
+    return bit_width
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements of a tensor share a scale: all of them, one channel, or groups along a channel.
+
+    ``broadcast(x)`` is a view of ``x`` on which a scale of shape ``scale_shape(x)`` broadcasts, so that per tensor, per
+    channel and per group are one code path.
+    """
+
+    kind: Literal["per_tensor", "per_channel", "per_group"] = "per_tensor"
+    axis: int = 0
+    group_size: int = 0
+
+    @staticmethod
+    def tensor() -> Granularity:
+        """One scale for the whole tensor, shape ``()``."""
+        return Granularity("per_tensor")
+
+    @staticmethod
+    def channel(axis: int = 0) -> Granularity:
+        """One scale for each index of ``axis``."""
+        return Granularity("per_channel", axis)
+
+    @staticmethod
+    def group(size: int, axis: int = 0) -> Granularity:
+        """One scale for each run of ``size`` elements within an index of ``axis`` (shape ``[channels, groups, 1]``)."""
+        if size < 1:
+            raise SpecError(f"group size must be at least 1, got {size}")
+        return Granularity("per_group", axis, size)
+
+    @staticmethod
+    def parse(text: str, axis: int = 0) -> Granularity:
+        """``per_tensor``, ``per_channel`` or ``group:64``."""
+        if text == "per_tensor":
+            return Granularity.tensor()
+        if text == "per_channel":
+            return Granularity.channel(axis)
+        prefix, _, size = text.partition(":")
+        if prefix in ("group", "per_group") and size.isdigit():
+            return Granularity.group(int(size), axis)
+        raise SpecError(f"unknown granularity {text!r}. Allowed: per_tensor, per_channel, group:SIZE (for example group:64).")
+
+    def __str__(self) -> str:
+        return f"group:{self.group_size}" if self.kind == "per_group" else self.kind
+
+    def scale_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of a scale that broadcasts with ``broadcast(x)``."""
+        if self.kind == "per_tensor":
+            return ()
+        if self.kind == "per_channel":
+            return tuple(size if dim == self.axis % x.dim() else 1 for dim, size in enumerate(x.shape))
+        channels = x.shape[self.axis]
+        return (channels, self._groups(x), 1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """``x`` itself, or for groups its view ``[channels, groups, group_size]``."""
+        if self.kind != "per_group":
+            return x
+        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], self._groups(x), self.group_size)
+
+    def restore(self, view: Tensor, shape: Iterable[int]) -> Tensor:
+        """Undo ``broadcast`` for a tensor whose shape was ``shape``."""
+        if self.kind != "per_group":
+            return view
+        moved = list(shape)
+        moved.insert(0, moved.pop(self.axis))
+        return view.reshape(moved).movedim(0, self.axis)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """``[scales, elements]``: one row for each scale, in the order of the flattened scale."""
+        if self.kind == "per_tensor":
+            return x.reshape(1, -1)
+        if self.kind == "per_channel":
+            return x.movedim(self.axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+        return self.broadcast(x).flatten(0, 1)
+
+    def _groups(self, x: Tensor) -> int:
+        elements = x[(slice(None),) * (self.axis % x.dim()) + (0,)].numel()
+        if elements % self.group_size:
+            raise SpecError(
+                f"group size {self.group_size} does not divide the {elements} weights of one output channel (weight shape {tuple(x.shape)}). "
+                "Choose a divisor, or leave this layer per_channel."
+            )
+        return elements // self.group_size
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bit-widths of one layer: its weight and its input activation. ``None`` means float."""
+
+    weight: int | None
+    activation: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "activation"):
+            value = getattr(self, name)
+            if value is not None:
+                check_bit_width(value, f"{name} bits")
+
+
+def parse_bits(value: object, where: str) -> int | None:
+    """A bit-width from user input: 1 to 8, or 32 / ``float`` / ``None`` for float."""
+    if value in (32, "32", "float", None):
+        return None
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    return check_bit_width(cast(int, value), where)
+
+
+_FLOAT = "float"
+Bits = int | Literal["float"] | None  # None in a rule: leave as it was
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Bits for the layers whose name matches ``match`` (shell pattern) or whose class is called ``type``.
+
+    A field that is ``None`` leaves what earlier rules said; ``"float"`` switches quantization off.
+    """
+
+    match: str | None = None
+    type: str | None = None
+    weight: Bits = None
+    activation: Bits = None
+
+    def applies(self, name: str, module: nn.Module) -> bool:
+        if self.match is not None and not fnmatch.fnmatchcase(name, self.match):
+            return False
+        return self.type is None or any(base.__name__ == self.type for base in type(module).__mro__)
+
+    def __str__(self) -> str:
+        return f"match {self.match!r}" if self.match is not None else f"type {self.type!r}"
+
+
+@dataclass(frozen=True)
+class BitPolicy:
+    """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win)."""
+
+    default: LayerBits = field(default_factory=lambda: LayerBits(8, 8))
+    first_last: LayerBits | None = None
+    rules: tuple[Rule, ...] = ()
+
+    @staticmethod
+    def uniform(weight_bits: int | None, activation_bits: int | None, *, first_last: int | None = 8) -> BitPolicy:
+        """The same bits everywhere, but at least ``first_last`` in the first and last layer (``None``: no exception)."""
+        default = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
+        if first_last is None:
+            return BitPolicy(default)
+        floor = check_bit_width(first_last, "first_last")
+        ends = LayerBits(*(None if bits is None else max(bits, floor) for bits in (default.weight, default.activation)))
+        return BitPolicy(default, ends)
+
+    def with_rule(self, *, match: str | None = None, type: str | None = None, weight: Bits = None, activation: Bits = None) -> BitPolicy:
+        """This policy with one more rule, which wins over the earlier ones."""
+        if (match is None) == (type is None):
+            raise SpecError(f"a rule takes either a name pattern (match) or a layer type (type), got match={match!r}, type={type!r}")
+        for name, value in (("weight", weight), ("activation", activation)):
+            if value is not None and value != _FLOAT:
+                check_bit_width(cast(int, value), f"rule for {match or type}: {name}")
+        return replace(self, rules=(*self.rules, Rule(match, type, weight, activation)))
+
+    def keep_float(self, pattern: str) -> BitPolicy:
+        """This policy with the layers matching ``pattern`` left in float."""
+        return self.with_rule(match=pattern, weight=_FLOAT, activation=_FLOAT)
+
+    def bits_for(self, name: str, module: nn.Module, *, position: Position = "inner") -> LayerBits:
+        """Bits of the layer ``name``; ``position`` says whether it is the first or last one to run."""
+        bits = self.first_last if self.first_last is not None and position != "inner" else self.default
+        weight, activation = bits.weight, bits.activation
+        for rule in self.rules:
+            if rule.applies(name, module):
+                weight = weight if rule.weight is None else None if rule.weight == _FLOAT else cast(int, rule.weight)
+                activation = activation if rule.activation is None else None if rule.activation == _FLOAT else cast(int, rule.activation)
+        return LayerBits(weight, activation)
+
+    def check(self, layers: Mapping[str, nn.Module]) -> None:
+        """SpecError when a rule applies to none of ``layers``."""
+        for rule in self.rules:
+            if not any(rule.applies(name, module) for name, module in layers.items()):
+                raise SpecError(f"policy: the rule with {rule} matches no layer. The model has: {', '.join(layers) or 'none'}.")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as in the YAML file."""
+
+        def pair(bits: LayerBits) -> dict[str, object]:
+            return {"weight": _FLOAT if bits.weight is None else bits.weight, "activation": _FLOAT if bits.activation is None else bits.activation}
+
+        rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
+        return {"default": pair(self.default), "first_last": None if self.first_last is None else pair(self.first_last), "rules": rules}
+
+    @staticmethod
+    def from_dict(data: object, where: str = "policy") -> BitPolicy:
+        """The inverse of ``to_dict``; SpecError on anything unknown."""
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules"}:
+            raise SpecError(f"{where}: expected the keys default, first_last and rules, got {data if not isinstance(data, dict) else sorted(data)!r}")
+
+        def pair(value: object, name: str) -> LayerBits:
+            if not isinstance(value, dict) or not set(value) <= {"weight", "activation"}:
+                raise SpecError(f"{where}: {name} must be a mapping with weight and activation, got {value!r}")
+            return LayerBits(parse_bits(value.get("weight", 8), f"{where}: {name}.weight"), parse_bits(value.get("activation", 8), f"{where}: {name}.activation"))
+
+        policy = BitPolicy(
+            pair(data.get("default", {}), "default"), None if data.get("first_last") is None else pair(data["first_last"], "first_last")
+        )
+        for rule in data.get("rules") or []:
+            if not isinstance(rule, dict) or not set(rule) <= {"match", "type", "weight", "activation"}:
+                raise SpecError(f"{where}: a rule has the keys match or type, weight, activation; got {rule!r}")
+            policy = policy.with_rule(**rule)
+        return policy
+
+    def to_yaml(self, path: Path | str) -> None:
+        """Write the policy as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @staticmethod
+    def from_yaml(path: Path | str) -> BitPolicy:
+        """Read a policy; SpecError naming the file when it cannot be read or understood."""
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SpecError(f"policy file {path}: {error}") from error
+        return BitPolicy.from_dict(data, where=f"policy file {path}")
+
+    def __str__(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a bit search may spend: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits)."""
+
+    size_mb: float | None = None
+    bops: float | None = None
