@@ -97,6 +97,14 @@ class Granularity:
             return x.movedim(self.axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
         return self.broadcast(x).flatten(0, 1)
 
+    def unflatten(self, rows: Tensor, shape: Iterable[int]) -> Tensor:
+        """Undo ``flatten`` for a tensor whose shape was ``shape``."""
+        shape = list(shape)
+        if self.kind == "per_tensor" or len(shape) < 2:
+            return rows.reshape(shape)
+        shape.insert(0, shape.pop(self.axis))
+        return rows.reshape(shape).movedim(0, self.axis)
+
     def _groups(self, x: Tensor) -> int:
         elements = x[(slice(None),) * (self.axis % x.dim()) + (0,)].numel()
         if elements % self.group_size:

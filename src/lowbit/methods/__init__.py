@@ -1,0 +1,1 @@
+"""One file per method, one folder per section of the reading list."""

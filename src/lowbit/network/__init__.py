@@ -1,0 +1,1 @@
+"""Quantizers in a network: insert, traverse, fold, equalize, dataflow."""

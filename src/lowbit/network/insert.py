@@ -1,0 +1,192 @@
+"""Quantizers in a network, without tracing it.
+
+A weight quantizer is a parametrization of the layer's ``weight``, so every use of that weight, functional ones too, sees
+quantized values. An activation quantizer is a submodule called ``input_quantizer`` or ``output_quantizer`` that a forward
+hook applies. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
+autocast and ``torch.compile`` behave as before. Quantizers belong to modules, not to calls: a layer used twice shares them.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.errors import LayerError
+from lowbit.network.layers import quantizable_layers
+from lowbit.quantizers import QTensor, Quantizer
+
+INPUT, OUTPUT = "input_quantizer", "output_quantizer"
+
+
+class WeightParametrization(nn.Module):
+    """Passes a weight through its quantizer; ``is_enabled`` switches that off."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.is_enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.quantizer(weight) if self.is_enabled else weight
+
+
+def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
+    """Quantize ``layer.weight`` from now on, wherever it is used; replaces a quantizer that is already there."""
+    parametrization = _weight_parametrization(layer)
+    if parametrization is not None:
+        parametrization.quantizer = quantizer
+        return
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise LayerError(f"{type(layer).__name__} has no weight tensor to quantize")
+    parametrize.register_parametrization(layer, "weight", WeightParametrization(quantizer), unsafe=True)
+    # parametrize refuses to pickle its generated class; rebuilding the parametrization on load is all that is needed
+    type(layer).__reduce_ex__ = _reduce_quantized_layer  # type: ignore[method-assign, assignment]
+
+
+def weight_quantizer(layer: nn.Module) -> Quantizer | None:
+    """The quantizer of the layer's weight, if it has one."""
+    parametrization = _weight_parametrization(layer)
+    return None if parametrization is None else parametrization.quantizer
+
+
+def float_weight(layer: nn.Module) -> nn.Parameter:
+    """The float weight behind the quantizer (the parameter that training and rounding change)."""
+    if _weight_parametrization(layer) is None:
+        return layer.weight  # type: ignore[return-value]
+    return layer.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+
+
+def remove_weight_quantizer(layer: nn.Module) -> None:
+    """Make the weight an ordinary parameter again, holding its quantized values."""
+    if _weight_parametrization(layer) is not None:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def set_input_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
+    """Quantize the module's first floating-point positional input."""
+    if not hasattr(module, INPUT):
+        module.register_forward_pre_hook(_quantize_input)
+    setattr(module, INPUT, quantizer)
+
+
+def set_output_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
+    """Quantize the module's output, which must be one tensor."""
+    if not hasattr(module, OUTPUT):
+        module.register_forward_hook(_quantize_output)
+    setattr(module, OUTPUT, quantizer)
+
+
+def input_quantizer(module: nn.Module) -> Quantizer | None:
+    """The quantizer of the module's input, if it has one."""
+    return getattr(module, INPUT, None)
+
+
+def output_quantizer(module: nn.Module) -> Quantizer | None:
+    """The quantizer of the module's output, if it has one."""
+    return getattr(module, OUTPUT, None)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose weight is quantized, by name."""
+    return {name: layer for name, layer in quantizable_layers(model).items() if weight_quantizer(layer) is not None}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Activation quantizers by site, ``layer1.0.conv1.input`` or ``layer1.0.output``; one shared by several sites appears once."""
+    found: dict[str, Quantizer] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for attribute, side in ((INPUT, "input"), (OUTPUT, "output")):
+            quantizer = getattr(module, attribute, None)
+            if isinstance(quantizer, Quantizer) and id(quantizer) not in seen:
+                seen.add(id(quantizer))
+                found[f"{name}.{side}" if name else side] = quantizer
+    return found
+
+
+@contextmanager
+def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> Iterator[None]:
+    """Within the context, weight and activation quantizers are applied or passed by as asked."""
+    saved: list[tuple[nn.Module, bool]] = []
+    for module in model.modules():
+        if isinstance(module, WeightParametrization):
+            saved.append((module, module.is_enabled))
+            module.is_enabled = weights
+    bypassed = [module for module in model.modules() if hasattr(module, INPUT) or hasattr(module, OUTPUT)]
+    before = [getattr(module, _BYPASS, False) for module in bypassed]
+    for module in bypassed:
+        setattr(module, _BYPASS, not activations)
+    try:
+        yield
+    finally:
+        for module, flag in saved:
+            module.is_enabled = flag  # type: ignore[assignment]
+        for module, flag in zip(bypassed, before, strict=True):
+            setattr(module, _BYPASS, flag)
+
+
+def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
+    """A copy of ``model`` with ordinary weights that hold the decoded values, and the codes of each by parameter name.
+
+    Activation quantizers stay.
+    """
+    baked = copy.deepcopy(model)
+    codes: dict[str, QTensor] = {}
+    for name, layer in quantized_layers(baked).items():
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        codes[f"{name}.weight" if name else "weight"] = quantizer.encode(float_weight(layer).detach())
+        remove_weight_quantizer(layer)
+    return baked, codes
+
+
+_BYPASS = "bypass_activation_quantizers"
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if getattr(module, _BYPASS, False):
+        return None
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:index], getattr(module, INPUT)(value), *args[index + 1 :])
+    return None
+
+
+def _quantize_output(module: nn.Module, _args: tuple[Any, ...], output: object) -> object:
+    if getattr(module, _BYPASS, False) or not isinstance(output, Tensor):
+        return output
+    return getattr(module, OUTPUT)(output)
+
+
+def _weight_parametrization(layer: nn.Module) -> WeightParametrization | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    found = [p for p in layer.parametrizations.weight if isinstance(p, WeightParametrization)]  # type: ignore[union-attr]
+    return found[-1] if found else None
+
+
+def _reduce_quantized_layer(layer: nn.Module, _protocol: int) -> tuple[Any, ...]:
+    state = {key: value for key, value in vars(layer).items() if key != "_modules"}
+    modules = {key: value for key, value in layer._modules.items() if key != "parametrizations"}
+    quantizer, enabled = weight_quantizer(layer), _weight_parametrization(layer).is_enabled  # type: ignore[union-attr]
+    return _rebuild_quantized_layer, (type(layer).__mro__[1], state, modules, float_weight(layer), quantizer, enabled)
+
+
+def _rebuild_quantized_layer(
+    cls: type[nn.Module], state: dict[str, Any], modules: dict[str, nn.Module], weight: nn.Parameter, quantizer: Quantizer, enabled: bool
+) -> nn.Module:
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    vars(layer).update(state)
+    layer._modules.update(modules)
+    layer._parameters["weight"] = weight
+    set_weight_quantizer(layer, quantizer)
+    parametrization = _weight_parametrization(layer)
+    assert parametrization is not None
+    parametrization.is_enabled = enabled
+    return layer

@@ -1,0 +1,67 @@
+"""What was done to each layer, and why not where nothing was done."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rich.table import Table as RichTable
+
+Status = Literal["done", "skipped"]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer: its bits (``None`` = float), whether it was quantized, and the reason where it was not (or not fully)."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    status: Status
+    reason: str = ""
+
+
+class LayerTable:
+    """Layer records by name, in execution order."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, LayerRecord] = {}
+        self.notes: list[str] = []
+
+    def add(self, record: LayerRecord) -> None:
+        """Add or replace the record of ``record.name``."""
+        self._records[record.name] = record
+
+    def remark(self, name: str, reason: str) -> None:
+        """Append a reason to a layer's record."""
+        record = self._records[name]
+        self._records[name] = replace(record, reason=f"{record.reason}; {reason}" if record.reason else reason)
+
+    def note(self, text: str) -> None:
+        """A remark about the whole network, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def __iter__(self) -> Iterator[LayerRecord]:
+        return iter(self._records.values())
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        return self._records[name]
+
+    @property
+    def done(self) -> list[LayerRecord]:
+        """Layers that were quantized."""
+        return [record for record in self if record.status == "done"]
+
+    def __rich__(self) -> RichTable:
+        table = RichTable(title="layers")
+        for column in ("layer", "kind", "weight bits", "activation bits", "status", "reason"):
+            table.add_column(column)
+        for record in self:
+            bits = ("float" if value is None else str(value) for value in (record.weight_bits, record.activation_bits))
+            table.add_row(record.name, record.kind, *bits, record.status, record.reason)
+        return table
