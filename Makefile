@@ -1,0 +1,36 @@
+# make demo: quantize the embedded network and show the report.   make test: run the tests.   make lint: check the code.
+PYTHON3 ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= lowbit-out
+WORKERS ?= 2
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/lowbit quantize --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations 15 $(TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+# A stamp per set of extras, so that a second call installs nothing while these files stay as they are.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[onnx,data]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[dev]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON3) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "lowbit needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON3=/path/to/python3.11"; exit 1; }
+	@$(PYTHON3) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

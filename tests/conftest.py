@@ -1,0 +1,28 @@
+"""Fixtures for all tests."""
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Workers run side by side: one thread each, so that they do not fight over the cores.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def available_devices() -> list[str]:
+    """Names of the devices this machine can run tests on."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+@pytest.fixture(params=available_devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
