@@ -1,0 +1,137 @@
+"""``lowbit.quantize``: a trained network in, a quantized copy out."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import typing
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowbit.calibration import Calibration, Inputs
+from lowbit.errors import CalibrationError, SpecError, unknown_name
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob, check_method_bits
+from lowbit.network.record import QuantizationRecord, attach_record
+from lowbit.progress import Progress
+from lowbit.registry import MethodInfo, get_method, list_methods
+from lowbit.spec import BitPolicy
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    method: str = "white_paper",
+    weight_bits: int | None = 8,
+    activation_bits: int | None = 8,
+    calibration: object = None,
+    policy: BitPolicy | None = None,
+    sample: object = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    work_dir: Path | str | None = None,
+    **options: object,
+) -> nn.Module:
+    """Quantize a trained network without training it again.
+
+    Args:
+        model: Any network; it is not changed. Layers in training mode are put in evaluation mode in the copy.
+        method: Name of a post-training method (``lowbit.list_methods(kind="post_training")``).
+        weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+            in the first and last layer.
+        sample: Inputs of one call, where no calibration data is given.
+        seed: Makes the result reproducible.
+        progress: Where to show progress; silent when left out.
+        work_dir: Folder for caches and for resuming after a kill.
+        **options: The method's hyper-parameters.
+
+    Returns:
+        A quantized copy in evaluation mode. ``lowbit.summary`` shows what was done to each layer.
+
+    Raises:
+        UnknownNameError: No such method or option.
+        SpecError: Bits, policy or an option out of range.
+        CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
+        LayerError: Nothing to quantize, or a layer that cannot be.
+    """
+    info = get_method(method)
+    if info.kind != "post_training":
+        raise SpecError(f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}.")
+    chosen = build_method(info, options)
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    data = None if calibration is None else Calibration.of(calibration)
+    if data is None and "calibration" in info.needs:
+        raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
+    if data is None and sample is None:
+        raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
+    first = Inputs.of(sample) if sample is not None else data.sample  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        job = PtqJob(
+            model=copy.deepcopy(model).eval(),
+            policy=policy,
+            sample=first,
+            calibration=data,
+            seed=seed,
+            progress=progress or Progress.silent(),
+            work_dir=None if work_dir is None else Path(work_dir),
+        )
+        check_method_bits(info, policy, job)
+        chosen.quantize(job)
+        table = job.finish()
+    used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    return job.model
+
+
+def build_method(info: MethodInfo, options: dict[str, object]) -> PostTrainingMethod:
+    """The method with ``options`` set, each checked and converted to its field's type."""
+    assert info.method is not None and issubclass(info.method, PostTrainingMethod)
+    fields = {f.name for f in dataclasses.fields(info.method)}
+    hints = typing.get_type_hints(info.method)
+    for name in options:
+        if name not in fields:
+            others = [other.name for other in list_methods(kind="post_training") if other.method and name in {f.name for f in dataclasses.fields(other.method)}]
+            hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
+            raise unknown_name(f"option of {info.name}", name, fields, hint)
+    return info.method(**{name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()})
+
+
+def convert_option(method: str, name: str, value: object, hint: object) -> object:
+    """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
+    allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if type(None) in allowed:
+            return None
+        raise SpecError(f"{method}: option {name} must not be None")
+    for kind in allowed:
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        if choices is not None:
+            if value in choices:
+                return value
+            raise SpecError(f"{method}: option {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+                return value.lower() in ("true", "yes", "on", "1")
+        elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if kind is float or number.is_integer():
+                return kind(number)
+        elif typing.get_origin(kind) is tuple:
+            parts = value.replace("(", "").replace(")", "").split(",") if isinstance(value, str) else value
+            inner = typing.get_args(kind)[0]
+            if isinstance(parts, (list, tuple)):
+                return tuple(convert_option(method, name, part, inner) for part in parts if part != "")
+        elif isinstance(kind, type) and isinstance(value, kind):
+            return value
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")

@@ -1,0 +1,33 @@
+"""What was done to a network, carried by the network itself."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowbit.network.table import LayerTable
+from lowbit.spec import BitPolicy
+
+_ATTRIBUTE = "lowbit_record"
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """Method, options, policy, seed and the table of layers of one quantization."""
+
+    method: str
+    options: Mapping[str, object]
+    policy: BitPolicy
+    seed: int
+    table: LayerTable
+
+
+def attach_record(model: nn.Module, record: QuantizationRecord) -> None:
+    """Let ``model`` carry ``record`` (copies and pickles keep it)."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def record_of(model: nn.Module) -> QuantizationRecord | None:
+    """The record that ``model`` carries, or ``None``."""
+    return getattr(model, _ATTRIBUTE, None)
