@@ -63,8 +63,17 @@ def float_weight(layer: nn.Module) -> nn.Parameter:
 
 def remove_weight_quantizer(layer: nn.Module) -> None:
     """Make the weight an ordinary parameter again, holding its quantized values."""
-    if _weight_parametrization(layer) is not None:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    if _weight_parametrization(layer) is None:
+        return
+    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=float_weight(layer).requires_grad)  # type: ignore[operator, union-attr]
+    # parametrize.remove_parametrizations edits the generated class, which copies of this layer share
+    layer.__class__ = _plain_class(layer)
+    del layer._modules["parametrizations"]
+    layer._parameters["weight"] = weight
+
+
+def _plain_class(layer: nn.Module) -> type[nn.Module]:
+    return type(layer).__mro__[1]
 
 
 def set_input_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
@@ -174,7 +183,7 @@ def _reduce_quantized_layer(layer: nn.Module, _protocol: int) -> tuple[Any, ...]
     state = {key: value for key, value in vars(layer).items() if key != "_modules"}
     modules = {key: value for key, value in layer._modules.items() if key != "parametrizations"}
     quantizer, enabled = weight_quantizer(layer), _weight_parametrization(layer).is_enabled  # type: ignore[union-attr]
-    return _rebuild_quantized_layer, (type(layer).__mro__[1], state, modules, float_weight(layer), quantizer, enabled)
+    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), quantizer, enabled)
 
 
 def _rebuild_quantized_layer(
