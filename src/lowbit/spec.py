@@ -233,7 +233,10 @@ class BitPolicy:
         policy = BitPolicy(
             pair(data.get("default", {}), "default"), None if data.get("first_last") is None else pair(data["first_last"], "first_last")
         )
-        for rule in data.get("rules") or []:
+        rules = data.get("rules") or []
+        if not isinstance(rules, list):
+            raise SpecError(f"{where}: rules must be a list, got {rules!r}")
+        for rule in rules:
             if not isinstance(rule, dict) or not set(rule) <= {"match", "type", "weight", "activation"}:
                 raise SpecError(f"{where}: a rule has the keys match or type, weight, activation; got {rule!r}")
             policy = policy.with_rule(**rule)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.errors import LayerError
+from lowbit.network import insert
+from lowbit.quantizers import UniformQuantizer
+from lowbit.spec import Granularity
+
+
+def weight_quantizer(weight: Tensor, bit_width: int = 3) -> UniformQuantizer:
+    quantizer = UniformQuantizer(bit_width, signed=True, symmetric=True, granularity=Granularity.channel(0))
+    quantizer.initialize(weight)
+    return quantizer
+
+
+def activation_quantizer() -> UniformQuantizer:
+    quantizer = UniformQuantizer(4, signed=False, symmetric=False)
+    quantizer.initialize(torch.linspace(-1, 2, 10))
+    return quantizer
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False))
+    for layer in (net[0], net[2]):
+        insert.set_weight_quantizer(layer, weight_quantizer(layer.weight.detach()))
+    insert.set_input_quantizer(net[2], activation_quantizer())
+    return net.eval()
+
+
+X = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_layer_computes_with_quantized_weights(model: nn.Sequential) -> None:
+    first = model[0]
+    expected = F.conv2d(X, insert.weight_quantizer(first)(insert.float_weight(first)), first.bias)  # type: ignore[misc]
+    assert torch.equal(first(X), expected)
+    assert first.weight[0].unique().numel() <= 8
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_computes_the_same_and_shares_nothing(model: nn.Sequential, clone: object) -> None:
+    twin = clone(model)  # type: ignore[operator]
+    assert torch.equal(twin(X), model(X))
+    before = model(X)
+    with torch.no_grad():
+        insert.float_weight(twin[0]).mul_(-1)
+        twin[2].input_quantizer.scale.mul_(3)
+    assert torch.equal(model(X), before) and not torch.equal(twin(X), before)
+
+
+def test_state_dict_round_trip(model: nn.Sequential) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+
+
+def test_baking_changes_nothing_and_leaves_the_original_alone(model: nn.Sequential) -> None:
+    expected = model(X)
+    baked, codes = insert.bake_weights(model)
+    assert torch.equal(baked(X), expected) and torch.equal(model(X), expected)
+    assert type(baked[0]) is nn.Conv2d and set(codes) == {"0.weight", "2.weight"}
+    assert torch.equal(codes["2.weight"].decode(), baked[2].weight)
+
+
+def test_switching_quantizers_off_gives_the_float_network(model: nn.Sequential) -> None:
+    with insert.quantization_enabled(model, weights=False, activations=False):
+        hidden = F.relu(F.conv2d(X, insert.float_weight(model[0]), model[0].bias))
+        assert torch.equal(model(X), F.conv2d(hidden, insert.float_weight(model[2])))
+    assert set(insert.activation_quantizers(model)) == {"2.input"}
+
+
+def test_functional_use_of_a_weight_sees_the_quantized_values() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.encode(x), self.encode.weight.t())
+
+    net = Tied()
+    insert.set_weight_quantizer(net.encode, weight_quantizer(net.encode.weight.detach(), 2))
+    x = torch.randn(1, 6)
+    quantized = net.encode.weight.detach()
+    assert quantized.unique().numel() <= 4 * 3
+    torch.testing.assert_close(net(x), F.linear(F.linear(x, quantized, net.encode.bias), quantized.t()))
+
+
+def test_one_quantizer_at_two_sites_is_listed_once() -> None:
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    shared = activation_quantizer()
+    insert.set_input_quantizer(net[0], shared)
+    insert.set_input_quantizer(net[1], shared)
+    assert list(insert.activation_quantizers(net)) == ["0.input"]
+
+
+def test_replacing_a_quantizer_does_not_stack(model: nn.Sequential) -> None:
+    insert.set_weight_quantizer(model[0], weight_quantizer(insert.float_weight(model[0]).detach(), 8))
+    assert insert.weight_quantizer(model[0]).bit_width == 8  # type: ignore[union-attr]
+    assert model[0].weight.unique().numel() > 8 * 4
+
+
+def test_gradients_reach_the_float_weight(model: nn.Sequential) -> None:
+    model.train()
+    model(X).square().mean().backward()
+    gradient = insert.float_weight(model[0]).grad
+    assert gradient is not None and gradient.abs().sum() > 0
+
+
+def test_a_module_without_weight_is_refused() -> None:
+    with pytest.raises(LayerError, match="ReLU has no weight"):
+        insert.set_weight_quantizer(nn.ReLU(), weight_quantizer(torch.ones(2, 2)))

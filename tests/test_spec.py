@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.errors import SpecError
+from lowbit.spec import BitPolicy, Granularity, LayerBits, parse_bits
+
+
+@pytest.mark.parametrize("granularity", [Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(6), Granularity.group(4, axis=1)], ids=str)
+def test_broadcast_and_flatten_are_undone_by_their_inverses(granularity: Granularity) -> None:
+    x = torch.arange(8 * 4 * 3 * 3, dtype=torch.float32).reshape(8, 4, 3, 3)
+    assert torch.equal(granularity.restore(granularity.broadcast(x), x.shape), x)
+    assert torch.equal(granularity.unflatten(granularity.flatten(x), x.shape), x)
+
+
+def test_rows_of_flatten_follow_the_scale_in_order() -> None:
+    x = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 4)
+    granularity = Granularity.channel(1)
+    means = granularity.flatten(x).mean(1)
+    assert means.reshape(granularity.scale_shape(x)).shape == (1, 3, 1)
+    assert means[1].item() == x[:, 1].mean().item()
+
+
+def test_a_group_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(SpecError, match="does not divide the 36 weights"):
+        Granularity.group(5).broadcast(torch.zeros(8, 4, 3, 3))
+
+
+def test_first_and_last_layer_keep_eight_bits_and_later_rules_win() -> None:
+    layer = nn.Linear(2, 2)
+    policy = BitPolicy.uniform(2, 4).with_rule(match="layer1.*", weight=3).with_rule(type="Linear", activation="float").with_rule(match="layer1.0", weight=5)
+    assert policy.bits_for("stem", nn.Conv2d(1, 1, 1), position="first") == LayerBits(8, 8)
+    assert policy.bits_for("stem", nn.Conv2d(1, 1, 1)) == LayerBits(2, 4)
+    assert policy.bits_for("layer1.1", layer) == LayerBits(3, None)
+    assert policy.bits_for("layer1.0", layer) == LayerBits(5, None)
+
+
+def test_a_policy_survives_its_yaml_file(tmp_path: Path) -> None:
+    policy = BitPolicy.uniform(4, None).with_rule(match="a.*", weight=8).keep_float("head")
+    policy.to_yaml(tmp_path / "policy.yaml")
+    assert BitPolicy.from_yaml(tmp_path / "policy.yaml") == policy
+
+
+@pytest.mark.parametrize("text", ["rules: 3", "default: {weight: 9}", "rules: [{match: a, type: b}]", "surprise: 1", "a: [", "rules: [{match: a, bits: 3}]"])
+def test_a_broken_policy_file_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError):
+        BitPolicy.from_yaml(path)
+
+
+def test_a_rule_that_matches_nothing_lists_the_layers() -> None:
+    with pytest.raises(SpecError, match="matches no layer. The model has: stem, head"):
+        BitPolicy().with_rule(match="conv*", weight=2).check({"stem": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.5, "two", True])
+def test_bits_out_of_range_are_refused(bits: object) -> None:
+    with pytest.raises(SpecError, match="1 to 8"):
+        parse_bits(bits, "weight_bits")
+
+
+def test_thirty_two_bits_mean_float() -> None:
+    assert parse_bits("32", "w") is None and parse_bits("float", "w") is None and parse_bits("4", "w") == 4
