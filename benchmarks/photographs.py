@@ -1,0 +1,109 @@
+"""Real photographs from Debian packages and scikit-image, some with known ImageNet classes, as 224x224 inputs.
+
+    apt-get install --no-install-recommends gcompris-qt-data palapeli-data mate-backgrounds plasma-workspace-wallpapers
+    pip install scikit-image
+    python benchmarks/photographs.py --out data/photographs.npz
+
+The pictures stay where the packages put them; the file written here is a working copy, never to be committed.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+LIST = Path(__file__).with_name("photographs.txt")
+RESOURCES = Path("/usr/share/gcompris-qt/rcc")
+
+
+def read_resource(path: Path) -> dict[str, bytes]:
+    """Files of an uncompressed Qt resource file by path: a tree of 22-byte nodes, UTF-16 names, length-prefixed data."""
+    raw = path.read_bytes()
+    _, version, tree, data, names, _ = struct.unpack_from(">4s5I", raw)
+    if version != 3:
+        raise ValueError(f"{path}: Qt resource version {version}, expected 3")
+    files: dict[str, bytes] = {}
+
+    def name_of(offset: int) -> str:
+        (length,) = struct.unpack_from(">H", raw, names + offset)
+        return raw[names + offset + 6 : names + offset + 6 + 2 * length].decode("utf-16-be")
+
+    def walk(node: int, prefix: str) -> None:
+        offset, flags = struct.unpack_from(">IH", raw, tree + 22 * node)
+        path = f"{prefix}/{name_of(offset)}" if node else ""
+        if flags & 2:
+            count, first = struct.unpack_from(">II", raw, tree + 22 * node + 6)
+            for child in range(first, first + count):
+                walk(child, path)
+        elif not flags & 5:
+            (start,) = struct.unpack_from(">I", raw, tree + 22 * node + 10)
+            (size,) = struct.unpack_from(">I", raw, data + start)
+            files[path] = raw[data + start + 4 : data + start + 4 + size]
+
+    walk(0, "")
+    return files
+
+
+def open_picture(source: str, cache: dict[str, dict[str, bytes]]) -> Image.Image | None:
+    """The picture a line of the list names, or None when its package is not installed."""
+    if " : " in source:
+        container, inner = source.split(" : ")
+        if not (RESOURCES / container).exists():
+            return None
+        if container not in cache:
+            cache[container] = read_resource(RESOURCES / container)
+        matches = [data for path, data in cache[container].items() if path.endswith("/resource/" + inner)]
+        return Image.open(io.BytesIO(matches[0])).convert("RGB") if matches else None
+    if source.startswith("scikit-image "):
+        try:
+            import skimage
+        except ImportError:
+            return None
+        return Image.open(Path(skimage.__file__).parent / "data" / source.split()[1]).convert("RGB")
+    return Image.open(source).convert("RGB") if Path(source).exists() else None
+
+
+def crops(picture: Image.Image, size: int = 224, crop: float = 0.875) -> list[np.ndarray]:
+    """The centre crop (as in the network's evaluation) and four corner crops, uint8 ``[size, size, 3]``."""
+    shorter = int(size / crop)
+    scale = shorter / min(picture.size)
+    picture = picture.resize((max(shorter, round(picture.width * scale)), max(shorter, round(picture.height * scale))), Image.Resampling.BICUBIC)
+    right, bottom = picture.width - size, picture.height - size
+    corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
+    return [np.asarray(picture.crop((x, y, x + size, y + size))) for x, y in corners]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/photographs.npz"))
+    args = parser.parse_args()
+    cache: dict[str, dict[str, bytes]] = {}
+    labelled, classes, calibration, missing = [], [], [], []
+    for line in LIST.read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        source, _, accepted = (part.strip() for part in line.partition(" |"))
+        picture = open_picture(source, cache)
+        if picture is None:
+            missing.append(source)
+        elif accepted:
+            labelled.append(crops(picture)[0])
+            classes.append(accepted)
+        else:
+            calibration.extend(crops(picture)[:3])
+    if not labelled:
+        sys.exit("no photograph found; install the packages named in this file's first lines")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args.out, labelled=np.stack(labelled), classes=np.array(classes), calibration=np.stack(calibration))
+    print(f"{len(labelled)} labelled photographs, {len(calibration)} calibration crops, {len(missing)} missing -> {args.out}")
+    for source in missing:
+        print("  missing:", source)
+
+
+if __name__ == "__main__":
+    main()
