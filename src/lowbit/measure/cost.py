@@ -1,0 +1,187 @@
+"""What a network costs by arithmetic: bits to store, multiplications to compute, bit operations.
+
+Three numbers that are never mixed up: *stored* bits (codes x bits and tables), *computed* bits (the operand widths of the
+multiplications) and measured time (``latency``).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lowbit.calibration import Inputs
+from lowbit.measure.outputs import device_of
+from lowbit.network.insert import activation_quantizers, float_weight, input_quantizer, quantized_layers, weight_quantizer
+from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, layer_kind, quantizable_layers
+from lowbit.network.record import record_of
+from lowbit.quantizers import QTensor, Quantizer
+from lowbit.quantizers.base import TableQuantizer
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Stored bytes of one layer: dense codes (or float weights), the tables that decode them, and the bias."""
+
+    weight_bytes: int
+    table_bytes: int
+    bias_bytes: int
+    float_bytes: int  # the same layer in float32
+
+    @property
+    def total_bytes(self) -> int:
+        """Codes, tables and bias."""
+        return self.weight_bytes + self.table_bytes + self.bias_bytes
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Stored bytes of a network by layer; ``other_bytes`` are parameters and buffers outside the layers (norms, embeddings)."""
+
+    layers: dict[str, LayerSize]
+    other_bytes: int
+    float_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that has to be stored."""
+        return sum(layer.total_bytes for layer in self.layers.values()) + self.other_bytes
+
+
+@dataclass(frozen=True)
+class LayerCompute:
+    """Multiply-accumulates of one layer for one sample and the widths of their operands."""
+
+    macs: float
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def bops(self) -> float:
+        """Bit operations: ``macs x weight bits x activation bits``, float counting as 32 bits."""
+        return self.macs * self.weight_bits * self.activation_bits
+
+
+def qtensor_bytes(codes: QTensor) -> tuple[int, int]:
+    """Bytes of the densely packed codes and of the tables that decode them.
+
+    Codes of all parts of a sum count. Tables are float32; integer zero points take one byte each, none where all are zero.
+    """
+    tables = 0
+    for name, table in codes.decoder.tensors().items():
+        if name.rpartition(".")[2] == "zero_point":
+            tables += table.numel() if bool(table.any()) else 0
+        else:
+            tables += table.numel() * 4
+    return math.ceil(codes.code_bits / 8), tables
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Stored bytes by arithmetic: codes x bits + tables + biases for quantized layers, the tensors' own bytes for all else.
+
+    A tensor that several modules share counts once, for the first of them. The tables of weight quantizers count with their
+    layer, those of activation quantizers (a scale and a zero point each) under ``other_bytes``.
+    """
+    layers: dict[str, LayerSize] = {}
+    counted: set[int] = set()
+    for name, layer in quantizable_layers(model).items():
+        weight, bias = float_weight(layer), layer.bias
+        quantizer = weight_quantizer(layer)
+        first = id(weight) not in counted
+        weight_bytes, table_bytes = 0, 0
+        if first and quantizer is not None:
+            weight_bytes, table_bytes = qtensor_bytes(quantizer.encode(weight.detach()))
+        elif first:
+            weight_bytes = _bytes(weight)
+        bias_bytes = _bytes(bias) if isinstance(bias, Tensor) and id(bias) not in counted else 0
+        float_bytes = (weight.numel() * 4 if first else 0) + bias_bytes
+        layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes)
+        counted |= {id(weight), id(bias)}
+    counted |= {id(t) for module in model.modules() if isinstance(module, Quantizer) for t in _tensors(module)}
+    rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
+    grids = sum(_grid_bytes(q) for q in activation_quantizers(model).values())
+    return ModelSize(layers, rest + grids, sum(layer.float_bytes for layer in layers.values()) + rest)
+
+
+def _grid_bytes(quantizer: Quantizer) -> int:
+    return sum(_bytes(quantizer.get_buffer(name)) for name in quantizer.tables) if isinstance(quantizer, TableQuantizer) else 0
+
+
+def _tensors(module: nn.Module | None) -> list[Tensor]:
+    """Parameters and buffers that ``state_dict`` would save, each once."""
+    if module is None:
+        return []
+    return list({id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def count_macs(model: nn.Module, sample: object) -> dict[str, float]:
+    """Multiply-accumulates of each convolution and linear layer for one sample, from the shapes of a real call.
+
+    Convolution: output elements x (input channels / groups) x kernel elements. Transposed: input elements x (output
+    channels / groups) x kernel elements. Linear: output elements x input features, so every token counts. Calls add up;
+    the batch is divided out. Layers that are not called as modules (only their weight is used) count zero.
+    """
+    inputs = Inputs.of(sample).to(device_of(model))
+    layers = quantizable_layers(model)
+    macs = dict.fromkeys(layers, 0)
+    handles = [layer.register_forward_hook(_counter(name, layer, macs), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            model(*inputs.args, **inputs.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: count / inputs.batch_size for name, count in macs.items()}
+
+
+def _counter(name: str, layer: nn.Module, macs: dict[str, int]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+    def count(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        if isinstance(layer, TRANSPOSED):
+            given = args[0] if args else kwargs["input"]
+            macs[name] += given.numel() * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
+        elif isinstance(layer, CONVOLUTIONS):
+            macs[name] += output.numel() * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
+        elif isinstance(layer, nn.Linear):
+            macs[name] += output.numel() * layer.in_features
+
+    return count
+
+
+def compute_cost(model: nn.Module, sample: object) -> dict[str, LayerCompute]:
+    """Multiply-accumulates and operand widths of each layer for one sample; a float operand counts 32 bits."""
+    bits = layer_bits(model)
+    return {
+        name: LayerCompute(macs, *(FLOAT_BITS if width is None else width for width in bits[name]))
+        for name, macs in count_macs(model, sample).items()
+    }
+
+
+def layer_bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
+    """Weight bits and input activation bits of each layer; ``None`` means float.
+
+    Activation bits are those of the record of the quantization (a quantizer may sit at the output of an earlier module); without
+    a record, those of the quantizer at the layer's own input.
+    """
+    record = record_of(model)
+    quantized = quantized_layers(model)
+    fed = {} if record is None else {row.name: row.activation_bits for row in record.table}
+    bits: dict[str, tuple[int | None, int | None]] = {}
+    for name, layer in quantizable_layers(model).items():
+        weight, own = weight_quantizer(layer), input_quantizer(layer)
+        bits[name] = (
+            weight.bit_width if weight is not None and name in quantized else None,
+            fed[name] if name in fed else None if own is None else own.bit_width,
+        )
+    return bits
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a float network, shared ones once."""
+    return sum(_bytes(t) for t in _tensors(model))

@@ -1,0 +1,149 @@
+"""Noise layer by layer: what each weight lost, what each layer's output lost."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lowbit.calibration import Calibration
+from lowbit.errors import LayerError
+from lowbit.measure.noise import Noise, sqnr_db
+from lowbit.measure.outputs import batch_count, device_of, pieces
+from lowbit.network.insert import float_weight, quantization_enabled, quantized_layers, weight_quantizer
+from lowbit.network.layers import evaluating, quantizable_layers
+from lowbit.progress import Progress
+from lowbit.quantizers import Quantizer
+
+CHUNK = 8  # samples whose layer outputs are held at once
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """Noise of one layer in dB (``10 log10(var / mse)``); ``None`` where it was not measured.
+
+    Attributes:
+        weight_sqnr_db: The quantized weight against the float weight; ``None`` for a float weight.
+        output_sqnr_db: The layer's output in the quantized network against that in the float one, so noise of all layers
+            before it included; ``None`` for a layer that was never called or called differently.
+        output_mse: Mean squared error of that output.
+    """
+
+    weight_sqnr_db: float | None
+    output_sqnr_db: float | None
+    output_mse: float | None
+
+
+def weight_noise(model: nn.Module, reference: nn.Module | None = None) -> dict[str, float]:
+    """SQNR in dB of each quantized weight against the float weight of the same layer of ``reference``.
+
+    Without a ``reference`` the float weight behind the quantizer counts (which rounding methods replace by what they learned).
+
+    Raises:
+        LayerError: ``reference`` lacks a layer, or its weight has another shape.
+    """
+    originals = {} if reference is None else quantizable_layers(reference)
+    found: dict[str, float] = {}
+    for name, layer in quantized_layers(model).items():
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        weight = float_weight(layer).detach()
+        original = weight if reference is None else _counterpart(originals, name, weight)
+        found[name] = sqnr_db(original, quantizer.encode(weight).decode())
+    return found
+
+
+def _counterpart(originals: Mapping[str, nn.Module], name: str, weight: Tensor) -> Tensor:
+    if name not in originals:
+        raise LayerError(f"layer {name!r} has no counterpart in the float network; it has {', '.join(originals) or 'no layer'}")
+    original = float_weight(originals[name]).detach()
+    if original.shape != weight.shape:
+        raise LayerError(f"layer {name!r}: weight shape {tuple(weight.shape)}, but {tuple(original.shape)} in the float network")
+    return original.to(weight.device)
+
+
+def output_noise(
+    model: nn.Module, data: object, *, reference: nn.Module | None = None, layers: Iterable[str] | None = None, progress: Progress | None = None
+) -> dict[str, Noise]:
+    """Error of each layer's output in the quantized network against the float one on the same inputs.
+
+    A layer that is called several times counts all its calls together. A layer whose calls differ in number or shape between
+    the networks (a data-dependent branch took another way) cannot be compared and is left out.
+
+    Args:
+        model: The quantized network.
+        data: Batches as for calibration.
+        reference: The float network, its batch norms folded as in ``model``; left out, ``model`` with its quantizers off.
+        layers: Names of modules to look at; every convolution and linear layer when left out.
+        progress: Where to show progress; silent when left out.
+    """
+    names = list(layers) if layers is not None else list(quantizable_layers(model))
+    calibration, device = Calibration.of(data), device_of(model)
+    noise = {name: Noise() for name in names}
+    failed: set[str] = set()
+    with evaluating(reference or model), evaluating(model), (progress or Progress.silent()).stage("layer outputs", total=batch_count(data, calibration)) as stage:
+        for batch in calibration:
+            for inputs in pieces(batch.to(device), CHUNK):
+                off = quantization_enabled(model, weights=False, activations=False) if reference is None else nullcontext()
+                with off, recorded_outputs(reference or model, names) as wanted:
+                    (reference or model)(*inputs.args, **inputs.kwargs)
+                with recorded_outputs(model, names) as got:
+                    model(*inputs.args, **inputs.kwargs)
+                for name in names:
+                    if [t.shape for t in wanted[name]] != [t.shape for t in got[name]]:
+                        failed.add(name)
+                    else:
+                        for before, after in zip(wanted[name], got[name], strict=True):
+                            noise[name].add(before, after)
+            stage.advance()
+    return {name: value for name, value in noise.items() if name not in failed and value.count}
+
+
+def layer_noise(
+    model: nn.Module, data: object, *, reference: nn.Module | None = None, progress: Progress | None = None
+) -> dict[str, LayerNoise]:
+    """Weight and output noise of every convolution and linear layer; see ``weight_noise`` and ``output_noise``."""
+    weights = weight_noise(model, reference)
+    outputs = output_noise(model, data, reference=reference, progress=progress)
+    return {
+        name: LayerNoise(weights.get(name), outputs[name].sqnr_db if name in outputs else None, outputs[name].mse if name in outputs else None)
+        for name in quantizable_layers(model)
+    }
+
+
+@contextmanager
+def recorded_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the context, the tensor outputs of the modules ``names``, one entry for each call."""
+    calls: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [model.get_submodule(name).register_forward_hook(_recorder(calls[name])) for name in calls]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(into: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+    def record(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            into.append(output.detach().clone())  # an in-place activation function may overwrite it
+
+    return record
+
+
+@contextmanager
+def switched_off(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Within the context these quantizers return their input unchanged, wherever they sit."""
+    changed = list({id(q): q for q in quantizers}.values())
+    for quantizer in changed:
+        quantizer.forward = _unchanged  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for quantizer in changed:
+            del quantizer.forward
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,1 @@
+"""Reports: the summary table, ``report.json`` and the self-contained HTML page."""

@@ -1,0 +1,157 @@
+"""The figures of one quantization, and ``report.json``.
+
+Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``float.accuracy``, ``quantized.accuracy``,
+``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``, ``parity.onnx|packed.max_abs_error|top1_agreement|passed``,
+``latency_ms.float_onnx|quantized_onnx``, ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``. What was not
+measured is ``null``; nothing is ever left out or NaN.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lowbit.files import write_text
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer: what was done to it, what it lost, what it costs.
+
+    Attributes:
+        sqnr_db: Layer output in the quantized network against the float one, noise of earlier layers included.
+        weight_sqnr_db: Quantized weight against float weight.
+        stored_bytes, float_bytes: Packed codes with tables and bias; the same layer in float32.
+        macs, bops: For one sample; ``bops = macs x weight bits x activation bits``, float counting 32 bits.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    activation_bits: int | None
+    sqnr_db: float | None = None
+    status: str = "done"
+    reason: str = ""
+    weight_sqnr_db: float | None = None
+    shape: tuple[int, ...] = ()
+    quantizer: str = ""
+    granularity: str = ""
+    stored_bytes: int | None = None
+    float_bytes: int | None = None
+    macs: float | None = None
+    bops: float | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported file's outputs compare with the quantized network's."""
+
+    max_abs_error: float | None = None
+    top1_agreement: float | None = None
+    passed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything ``report.json`` holds. Accuracies and agreement are fractions from 0 to 1; ``None`` was not measured.
+
+    Attributes:
+        model: Name of the network.
+        method, weight_bits, activation_bits, seed, options: What was asked for; bits of ``None`` are float.
+        float_accuracy, quantized_accuracy: Top-1 on ``samples`` labelled samples.
+        agreement, sqnr_db, kl, max_abs_error: The quantized network against the float one; see ``measure.Agreement``.
+        size_float, size_packed, size_onnx: Bytes of the float parameters and of the files.
+        parity_packed, parity_onnx: Checks of the exported files.
+        latency_float_onnx, latency_quantized_onnx: Median milliseconds per call in the runtime that ``latency_setting`` names.
+        layers: In execution order.
+        notes: What was skipped and why, for the whole network.
+        extra: More entries for the file, under names of their own.
+    """
+
+    method: str
+    weight_bits: int | None
+    activation_bits: int | None
+    seed: int
+    model: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    float_accuracy: float | None = None
+    quantized_accuracy: float | None = None
+    samples: int | None = None
+    agreement: float | None = None
+    sqnr_db: float | None = None
+    kl: float | None = None
+    max_abs_error: float | None = None
+    size_float: int | None = None
+    size_packed: int | None = None
+    size_onnx: int | None = None
+    parity_packed: Parity = Parity()
+    parity_onnx: Parity = Parity()
+    latency_float_onnx: float | None = None
+    latency_quantized_onnx: float | None = None
+    latency_setting: str = ""
+    layers: Sequence[LayerResult] = ()
+    notes: Sequence[str] = ()
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """The content of ``report.json``."""
+        data: dict[str, object] = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "method": self.method,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "seed": self.seed,
+            "options": dict(self.options),
+            "samples": self.samples,
+            "float": {"accuracy": self.float_accuracy},
+            "quantized": {
+                "accuracy": self.quantized_accuracy,
+                "agreement": self.agreement,
+                "sqnr_db": self.sqnr_db,
+                "kl": self.kl,
+                "max_abs_error": self.max_abs_error,
+                "identical": self.max_abs_error == 0,
+            },
+            "size_bytes": {"float": self.size_float, "packed": self.size_packed, "onnx": self.size_onnx},
+            "parity": {"onnx": asdict(self.parity_onnx), "packed": asdict(self.parity_packed)},
+            "latency_ms": {
+                "float_onnx": self.latency_float_onnx,
+                "quantized_onnx": self.latency_quantized_onnx,
+                "setting": self.latency_setting or None,
+            },
+            "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+        }
+        taken = sorted(set(data) & set(self.extra))
+        if taken:
+            raise ValueError(f"extra entries of a report must not be called {', '.join(taken)}")
+        return data | dict(self.extra)
+
+
+def write_json(report: Report, path: Path | str) -> None:
+    """Write ``report.json``, completely or not at all.
+
+    Raises:
+        OutputError: The file cannot be written; one that was there is unchanged.
+    """
+    write_text(path, to_json(report.to_dict()) + "\n")
+
+
+def to_json(data: object) -> str:
+    """Strict JSON: NaN and infinities become ``null``; objects that JSON does not know become their text."""
+    return json.dumps(_plain(data), allow_nan=False, ensure_ascii=False, indent=2)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
