@@ -3,7 +3,17 @@ from __future__ import annotations
 
 from lowbit.measure.accuracy import Accuracy, measure_accuracy
 from lowbit.measure.agreement import Agreement, AgreementMeter, measure_agreement, run_output
-from lowbit.measure.cost import LayerCompute, LayerSize, ModelSize, compute_cost, count_macs, layer_bits, model_size, qtensor_bytes, tensor_bytes
+from lowbit.measure.cost import (
+    LayerCompute,
+    LayerSize,
+    ModelSize,
+    compute_cost,
+    count_macs,
+    layer_bits,
+    model_size,
+    qtensor_bytes,
+    tensor_bytes,
+)
 from lowbit.measure.latency import Latency, measure_latency
 from lowbit.measure.noise import Noise, noise_between, sqnr_db
 from lowbit.measure.outputs import output_tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowbit.calibration import Inputs
 from lowbit.measure.outputs import device_of
 from lowbit.network.insert import activation_quantizers, float_weight, input_quantizer, quantized_layers, weight_quantizer
-from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, layer_kind, quantizable_layers
+from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import TableQuantizer

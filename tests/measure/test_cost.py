@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.networks import FunctionalNet, LoopNet, SharedWeightNet
+from torch import nn
+
+from lowbit.measure import compute_cost, count_macs, model_size, qtensor_bytes
+from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
+from lowbit.quantizers import SumQuantizer, UniformQuantizer
+from lowbit.spec import Granularity
+
+CHANNEL = Granularity.channel(0)
+
+
+def uniform(bit_width: int, granularity: Granularity = CHANNEL, *, symmetric: bool = True) -> UniformQuantizer:
+    return UniformQuantizer(bit_width, signed=symmetric, symmetric=symmetric, granularity=granularity)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 3), (4, 10), 6 * 8 * 4 * 3),
+        (nn.Conv2d(4, 8, 3, groups=2, padding=1, stride=2), (4, 7, 9), 8 * 4 * 5 * 2 * 9),
+        (nn.Conv2d(4, 4, (1, 3), groups=4, dilation=2), (4, 5, 9), 4 * 5 * 5 * 1 * 3),
+        (nn.Conv3d(2, 3, 2), (2, 4, 4, 4), 3 * 27 * 2 * 8),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2), (4, 5), 4 * 5 * 6 * 3),
+        (nn.ConvTranspose2d(4, 6, 2, groups=2), (4, 3, 3), 4 * 9 * 3 * 4),
+        (nn.Linear(5, 7), (5,), 35),
+        (nn.Linear(5, 7), (11, 5), 11 * 35),
+    ],
+    ids=["conv1d", "grouped", "depthwise", "conv3d", "transposed1d", "transposed grouped", "linear", "tokens"],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_macs_are_those_counted_by_hand(layer: nn.Module, shape: tuple[int, ...], macs: int, batch: int) -> None:
+    assert count_macs(nn.Sequential(layer), torch.zeros(batch, *shape)) == {"0": macs}
+
+
+def test_every_call_of_a_layer_counts_and_uncalled_layers_cost_nothing() -> None:
+    assert count_macs(LoopNet(repeats=3), torch.zeros(2, 6)) == {"layers.0": 36, "layers.1": 36, "layers.2": 4 * 36}
+    assert count_macs(FunctionalNet(), torch.zeros(1, 3, 8, 8))["conv"] == 0
+
+
+def test_bit_operations_take_float_operands_as_32_bits() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    set_weight_quantizer(model[0], uniform(4))
+    model[0].parametrizations.weight[0].quantizer.initialize(model[0].parametrizations.weight.original)
+    activation = uniform(6, Granularity.tensor(), symmetric=False)
+    activation.set_parameters(torch.tensor(0.1), torch.tensor(3.0))
+    set_input_quantizer(model[0], activation)
+    cost = compute_cost(model, torch.zeros(1, 5))
+    assert cost["0"].bops == 35 * 4 * 6
+    assert cost["2"].bops == 14 * 32 * 32
+
+
+def test_stored_bytes_are_codes_times_bits_and_tables() -> None:
+    weight = torch.randn(6, 35)  # 210 codes
+    for bit_width, code_bytes in ((1, 27), (3, 79), (5, 132), (8, 210)):
+        quantizer = uniform(bit_width, symmetric=False)
+        quantizer.initialize(weight)
+        assert qtensor_bytes(quantizer.encode(weight)) == (code_bytes, 6 * 4 + 6)  # zero points take a byte each
+    symmetric = uniform(3)
+    symmetric.initialize(weight)
+    assert qtensor_bytes(symmetric.encode(weight)) == (79, 24)  # zero points that are all zero take nothing
+
+
+def test_all_parts_of_a_sum_are_stored() -> None:
+    weight = torch.randn(6, 35)
+    quantizer = SumQuantizer([uniform(3), uniform(3)])
+    quantizer.initialize(weight)
+    assert qtensor_bytes(quantizer.encode(weight)) == (158, 48)  # 2 x 210 x 3 bits, densely packed
+
+
+def test_a_network_adds_up_its_layers_and_the_rest() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))
+    floats = model_size(model)
+    assert floats.float_bytes == floats.total_bytes == sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+    quantizer = uniform(4)
+    quantizer.initialize(model[0].weight.detach())
+    set_weight_quantizer(model[0], quantizer)
+    activation = uniform(8, Granularity.tensor(), symmetric=False)
+    activation.set_parameters(torch.tensor(0.1), torch.tensor(3.0))
+    set_input_quantizer(model[0], activation)
+    size = model_size(model)
+    conv = size.layers["0"]
+    assert (conv.weight_bytes, conv.table_bytes, conv.bias_bytes, conv.float_bytes) == (108, 32, 32, 216 * 4 + 32)
+    assert size.layers["4"].total_bytes == size.layers["4"].float_bytes == 45 * 4
+    assert size.float_bytes == floats.float_bytes
+    assert size.other_bytes == 4 * 8 * 4 + 8 + 8  # the norm with its int64 counter; scale and zero point of the activation
+    assert size.total_bytes == 172 + 180 + 144
+
+
+def test_a_shared_weight_is_stored_once() -> None:
+    model = SharedWeightNet()
+    assert model_size(model).total_bytes == (36 + 6 + 6) * 4
