@@ -98,7 +98,7 @@ def _source(dataflow: Dataflow, name: str) -> Node:
 
 def _result(dataflow: Dataflow, node: Node) -> Node:
     """What becomes of a merge: the output of the activation function behind it if that is its only reader."""
-    readers = [dataflow[name] for name in node.consumers]
+    readers = dataflow.consumers(node)
     return readers[0] if len(readers) == 1 and readers[0].op in FUSED else node
 
 
@@ -108,12 +108,12 @@ def _is_activation(node: Node) -> bool:
 
 def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int]) -> tuple[Site, ...]:
     """Hooks after which every module that reads the tensor sees it quantized; empty when a layer would be missed."""
-    for module in dataflow.modules_returning(node):  # innermost first, so that the quantizer belongs to the block that made it
+    for module in node.returned_by:  # innermost first, so that the quantizer belongs to the block that made it
         if dataflow.calls(module) == 1:
             return (Site(module, "output"),)
     sites: list[Site] = []
-    waiting = [dataflow[name] for name in node.consumers]
-    for module in reversed(dataflow.modules_receiving(node)):  # outermost first: one hook covers all readers inside
+    waiting = dataflow.consumers(node)
+    for module in reversed(node.received_by):  # outermost first: one hook covers all readers inside
         inside = [reader for reader in waiting if reader.owner == module or reader.owner.startswith(f"{module}.")]
         if inside and dataflow.calls(module) == 1:
             sites.append(Site(module, "input"))
