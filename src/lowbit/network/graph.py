@@ -71,10 +71,10 @@ class Node:
 class Dataflow:
     """The nodes of a network in execution order."""
 
-    def __init__(self, nodes: list[Node], outputs: set[str], calls: dict[str, int]) -> None:
+    def __init__(self, nodes: list[Node], outputs: set[str], calls: dict[str, int], containers: set[str]) -> None:
         self.nodes = nodes
         self._by_name = {node.name: node for node in nodes}
-        self._outputs, self._calls = outputs, calls
+        self._outputs, self._calls, self._containers = outputs, calls, containers
 
     def __getitem__(self, name: str) -> Node:
         return self._by_name[name]
@@ -82,6 +82,10 @@ class Dataflow:
     def calls(self, module: str) -> int:
         """How often the module runs in one pass."""
         return self._calls.get(module, 0)
+
+    def can_hold_quantizer(self, module: str) -> bool:
+        """Whether a submodule may be added: the module runs once, and is no container whose forward runs all its children."""
+        return self.calls(module) == 1 and module not in self._containers
 
     def is_output(self, node: Node) -> bool:
         """Whether the network returns this tensor."""
@@ -234,7 +238,8 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
             nodes[name].consumers.append(node.name)
     for node in nodes.values():
         node.received_by.sort(key=lambda module: -module.count("."))
-    return Dataflow(list(nodes.values()), outputs, calls)
+    containers = {name for name, module in model.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))}
+    return Dataflow(list(nodes.values()), outputs, calls, containers)
 
 
 def _owner(model: nn.Module, node: fx.Node, names: dict[int, str]) -> str:

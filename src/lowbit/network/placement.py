@@ -109,13 +109,13 @@ def _is_activation(node: Node) -> bool:
 def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int]) -> tuple[Site, ...]:
     """Hooks after which every module that reads the tensor sees it quantized; empty when a layer would be missed."""
     for module in node.returned_by:  # innermost first, so that the quantizer belongs to the block that made it
-        if dataflow.calls(module) == 1:
+        if dataflow.can_hold_quantizer(module):
             return (Site(module, "output"),)
     sites: list[Site] = []
     waiting = dataflow.consumers(node)
     for module in reversed(node.received_by):  # outermost first: one hook covers all readers inside
         inside = [reader for reader in waiting if reader.owner == module or reader.owner.startswith(f"{module}.")]
-        if inside and dataflow.calls(module) == 1:
+        if inside and dataflow.can_hold_quantizer(module):
             sites.append(Site(module, "input"))
             waiting = [reader for reader in waiting if reader not in inside]
     covered = all(any(name == site.module or name.startswith(f"{site.module}.") for site in sites) for name in layers)

@@ -105,7 +105,7 @@ class PtqJob:
         self.policy.check(everything)
         self._called = _run_sample(self.model, self.sample)
         self._bits = self._assign_bits(everything)
-        self.layers = {name: everything[name] for name in [*self._called, *everything] if self._bits[name].weight is not None}
+        self.layers = {name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None}
         if not self.layers:
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
         for name, layer in self.layers.items():
@@ -148,8 +148,6 @@ class PtqJob:
     def update_reference(self) -> None:
         """Make the present float network the one to follow (after a step that keeps its function)."""
         self.reference = copy.deepcopy(self.model)
-        if self.statistics and self.graph is not None:
-            self.graph, self.graph_error = self._capture()
 
     def insert_weights(self, factory: WeightFactory) -> None:
         """Give every layer of ``layers`` the weight quantizer of ``factory(name, layer, bit_width)``, initialized from its weight."""
