@@ -28,7 +28,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
         raise
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise OutputError(f"cannot write {path}: {reason}. A file that was there before is unchanged. Name another folder or make room.") from error
+        raise OutputError(
+            f"cannot write {path}: {reason}. A file that was there before is unchanged. Name another folder or make room."
+        ) from error
     finally:
         _remove(temporary)
 

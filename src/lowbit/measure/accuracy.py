@@ -53,9 +53,11 @@ def measure_accuracy(
                 labels = labels.squeeze(dim)
             predicted = logits.argmax(dim)
             if predicted.shape != labels.shape:
-                raise DataError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; expected {tuple(predicted.shape)}")
+                wrong, right = tuple(labels.shape), tuple(predicted.shape)
+                raise DataError(f"labels of shape {wrong} do not fit logits of shape {tuple(logits.shape)}; expected {right}")
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise DataError(f"labels run from {int(labels.min())} to {int(labels.max())}, but the network has {classes} classes (0 to {classes - 1})")
+                span = f"from {int(labels.min())} to {int(labels.max())}"
+                raise DataError(f"labels run {span}, but the network has {classes} classes (0 to {classes - 1})")
             top1 += int((predicted == labels).sum())
             top5 += int((logits.topk(min(5, classes), dim).indices == labels.unsqueeze(dim)).sum())
             count += labels.numel()

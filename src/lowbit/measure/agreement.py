@@ -86,7 +86,11 @@ def measure_agreement(
     """
     calibration = Calibration.of(data)
     meter = AgreementMeter()
-    with evaluating(reference), evaluating(model), (progress or Progress.silent()).stage("agreement", total=batch_count(data, calibration)) as stage:
+    with (
+        evaluating(reference),
+        evaluating(model),
+        (progress or Progress.silent()).stage("agreement", total=batch_count(data, calibration)) as stage,
+    ):
         for inputs in calibration:
             wanted = run_output(reference, inputs, output)
             meter.add(wanted, run_output(model, inputs, output).to(wanted.device), inputs.batch_size)

@@ -141,7 +141,9 @@ def count_macs(model: nn.Module, sample: object) -> dict[str, float]:
     return {name: count / inputs.batch_size for name, count in macs.items()}
 
 
-def _counter(name: str, layer: nn.Module, macs: dict[str, int]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+def _counter(
+    name: str, layer: nn.Module, macs: dict[str, int]
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
     def count(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if isinstance(layer, TRANSPOSED):
             given = args[0] if args else kwargs["input"]
@@ -177,7 +179,7 @@ def layer_bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
         weight, own = weight_quantizer(layer), input_quantizer(layer)
         bits[name] = (
             weight.bit_width if weight is not None and name in quantized else None,
-            fed[name] if name in fed else None if own is None else own.bit_width,
+            fed.get(name, None if own is None else own.bit_width),
         )
     return bits
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
@@ -73,8 +72,3 @@ def noise_between(reference: Tensor, quantized: Tensor) -> Noise:
 def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
     """``10 log10(var(reference) / mean((quantized - reference)**2))`` over all elements."""
     return noise_between(reference, quantized).sqnr_db
-
-
-def channel_ranges(weight: Tensor, axis: int) -> Tensor:
-    """Largest magnitude in each channel of ``axis``, shape ``[channels]``."""
-    return torch.amax(weight.detach().movedim(axis, 0).flatten(1).abs(), dim=1)

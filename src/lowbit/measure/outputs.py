@@ -37,7 +37,8 @@ def output_tensor(output: object, key: str | int | None = None) -> Tensor:
             raise DataError(f"the network's output has no entry {key!r}; it is {held}") from error
     found = next(_floating_tensors(output), None)
     if found is None:
-        raise DataError(f"the network's output ({type(output).__name__}) holds no floating-point tensor to measure. Name the entry that holds the logits.")
+        kind = type(output).__name__
+        raise DataError(f"the network's output ({kind}) holds no floating-point tensor to measure. Name the entry that holds the logits.")
     return found
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -64,7 +64,12 @@ def _counterpart(originals: Mapping[str, nn.Module], name: str, weight: Tensor) 
 
 
 def output_noise(
-    model: nn.Module, data: object, *, reference: nn.Module | None = None, layers: Iterable[str] | None = None, progress: Progress | None = None
+    model: nn.Module,
+    data: object,
+    *,
+    reference: nn.Module | None = None,
+    layers: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Noise]:
     """Error of each layer's output in the quantized network against the float one on the same inputs.
 
@@ -82,7 +87,11 @@ def output_noise(
     calibration, device = Calibration.of(data), device_of(model)
     noise = {name: Noise() for name in names}
     failed: set[str] = set()
-    with evaluating(reference or model), evaluating(model), (progress or Progress.silent()).stage("layer outputs", total=batch_count(data, calibration)) as stage:
+    with (
+        evaluating(reference or model),
+        evaluating(model),
+        (progress or Progress.silent()).stage("layer outputs", total=batch_count(data, calibration)) as stage,
+    ):
         for batch in calibration:
             for inputs in pieces(batch.to(device), CHUNK):
                 off = quantization_enabled(model, weights=False, activations=False) if reference is None else nullcontext()
@@ -107,7 +116,9 @@ def layer_noise(
     weights = weight_noise(model, reference)
     outputs = output_noise(model, data, reference=reference, progress=progress)
     return {
-        name: LayerNoise(weights.get(name), outputs[name].sqnr_db if name in outputs else None, outputs[name].mse if name in outputs else None)
+        name: LayerNoise(
+            weights.get(name), outputs[name].sqnr_db if name in outputs else None, outputs[name].mse if name in outputs else None
+        )
         for name in quantizable_layers(model)
     }
 
@@ -133,16 +144,20 @@ def _recorder(into: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], ob
 
 
 @contextmanager
-def switched_off(quantizers: Iterable[Quantizer]) -> Iterator[None]:
-    """Within the context these quantizers return their input unchanged, wherever they sit."""
-    changed = list({id(q): q for q in quantizers}.values())
-    for quantizer in changed:
-        quantizer.forward = _unchanged  # type: ignore[method-assign, assignment]
+def standing_in(replacements: Mapping[Quantizer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within the context each quantizer, wherever it sits, does what its replacement does."""
     try:
+        for quantizer, replacement in replacements.items():
+            quantizer.forward = replacement  # type: ignore[method-assign, assignment]
         yield
     finally:
-        for quantizer in changed:
+        for quantizer in replacements:
             del quantizer.forward
+
+
+def switched_off(quantizers: Iterable[Quantizer]) -> AbstractContextManager[None]:
+    """Within the context these quantizers return their input unchanged."""
+    return standing_in(dict.fromkeys(quantizers, _unchanged))
 
 
 def _unchanged(x: Tensor) -> Tensor:

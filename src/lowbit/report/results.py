@@ -1,9 +1,10 @@
 """The figures of one quantization, and ``report.json``.
 
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``float.accuracy``, ``quantized.accuracy``,
-``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``, ``parity.onnx|packed.max_abs_error|top1_agreement|passed``,
-``latency_ms.float_onnx|quantized_onnx``, ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``. What was not
-measured is ``null``; nothing is ever left out or NaN.
+``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
+``parity.onnx|packed.max_abs_error|top1_agreement|passed``, ``latency_ms.float_onnx|quantized_onnx``,
+``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``. What was not measured is ``null``; nothing is ever left
+out or NaN.
 """
 from __future__ import annotations
 

@@ -1,0 +1,241 @@
+"""Which layers of a quantized network hurt, and what to try: the debugging chart of the white paper.
+
+Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.7 (debugging): quantizers off must give the
+float network; weights only and activations only; one tensor at a time; then look at its values.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lowbit.calibration import Calibration
+from lowbit.errors import LayerError
+from lowbit.measure.advice import candidates, findings
+from lowbit.measure.agreement import AgreementMeter, run_output
+from lowbit.measure.diagnosis import Diagnosis, Remedy, Setting, Suspect
+from lowbit.measure.noise import Noise
+from lowbit.measure.outputs import device_of, pieces
+from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
+from lowbit.measure.sensitivity import CHUNK, output_noise, standing_in, switched_off
+from lowbit.network.insert import activation_quantizers, float_weight, quantization_enabled, quantized_layers, weight_quantizer
+from lowbit.network.layers import evaluating, output_channel_axis, quantizable_layers
+from lowbit.progress import Progress, Stage
+from lowbit.quantizers import Quantizer, UniformQuantizer
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def diagnose(
+    model: nn.Module,
+    *,
+    calibration: object,
+    reference: nn.Module | None = None,
+    evaluate: Evaluate | None = None,
+    alternatives: Mapping[str, Callable[[], nn.Module]] | None = None,
+    samples: int = 32,
+    remedies: int = 3,
+    output: str | int | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Walk the white paper's debugging chart over a quantized network.
+
+    1. Quantizers off: must give the float network. 2. Weights only, activations only, everything. 3. Each quantizer alone, and
+    everything but it. 4. Ranges, outliers and uneven channels of what each sees, noise of each layer's output. 5. For the worst
+    quantizers, what to try; what can be tried by exchanging one quantizer is tried and its gain on the whole network measured.
+    It takes about ``2 x quantizers + 8`` passes over ``samples`` samples.
+
+    Args:
+        model: A quantized network; it is not changed.
+        calibration: Batches as for calibration; the first ``samples`` samples are used.
+        reference: The float network that ``model`` was made from; left out, ``model`` with its quantizers off.
+        evaluate: Scores a network (accuracy, say; more is better); called once for each setting of steps 1 and 2.
+        alternatives: Other quantizations of the same network to try as a whole (by name, made when called), such as
+            equalization or learned rounding; the SQNR of each is measured.
+        samples: Samples to use.
+        remedies: For how many of the worst quantizers to look for remedies.
+        output: Which entry of the network's output to look at; the first floating-point tensor when left out.
+        progress: Where to show progress; silent when left out.
+
+    Raises:
+        LayerError: ``model`` has no quantizer.
+        CalibrationError: No data, or values that are not finite.
+    """
+    walk = _Walk(model, Calibration.of(calibration, limit=samples), reference, evaluate, output)
+    alternatives = alternatives or {}
+    progress = progress or Progress.silent()
+    with evaluating(model), evaluating(reference or model), ExitStack() as stack:
+        total = 2 * len(walk.quantizers) + 5 + 4 * remedies + len(alternatives)
+        walk.stage = stack.enter_context(progress.stage("diagnose", total=total))
+        settings = walk.settings()
+        suspects = walk.suspects()
+        tried = walk.remedies(suspects[:remedies])
+        for name, build in alternatives.items():
+            found = walk.against_float(build(), (), name)
+            tried.append(Remedy("whole network", f"quantize the network with {name}", found.sqnr_db - settings[-1].sqnr_db))
+            walk.stage.advance(note=name)
+        outputs = output_noise(model, walk.batches)
+    diagnosis = Diagnosis(
+        sum(inputs.batch_size for inputs in walk.batches),
+        tuple(settings),
+        tuple(suspects),
+        {name: noise.sqnr_db for name, noise in outputs.items()},
+        {name: noise.mse for name, noise in outputs.items()},
+        tuple(tried),
+    )
+    return replace(diagnosis, findings=tuple(findings(diagnosis, has_reference=reference is not None)))
+
+
+class _Walk:
+    """The passes over the network; targets are computed once."""
+
+    def __init__(
+        self, model: nn.Module, calibration: Calibration, reference: nn.Module | None, evaluate: Evaluate | None, output: str | int | None
+    ) -> None:
+        self.model, self.evaluate, self.output = model, evaluate, output
+        self.stage: Stage
+        device = device_of(model)
+        self.batches = [piece for inputs in calibration for piece in pieces(inputs.to(device), CHUNK)]
+        self.weights = {name: _present(weight_quantizer(layer)) for name, layer in quantized_layers(model).items()}
+        self.activations = activation_quantizers(model)
+        self.quantizers = [*self.weights.values(), *self.activations.values()]
+        if not self.quantizers:
+            raise LayerError(f"{type(model).__name__} has no quantizer to diagnose. Quantize it first: lowbit.quantize(model, ...).")
+        with evaluating(model), quantization_enabled(model, weights=False, activations=False):
+            self.off = [run_output(model, inputs, output) for inputs in self.batches]
+        self.targets = self.off
+        if reference is not None:
+            with evaluating(reference):
+                self.targets = [run_output(reference, inputs, output).to(device) for inputs in self.batches]
+
+    def settings(self) -> list[Setting]:
+        """Steps 1 and 2 of the chart, against the float network."""
+        off = (("off", self.quantizers), ("weights", self.activations.values()), ("activations", self.weights.values()), ("all", ()))
+        found = []
+        for name, silent in off:
+            found.append(self.against_float(self.model, silent, name))
+            self.stage.advance(note=name)
+        return found
+
+    def against_float(self, model: nn.Module, silent: Iterable[Quantizer], name: str) -> Setting:
+        """``model`` with the quantizers ``silent`` switched off."""
+        meter = AgreementMeter()
+        with evaluating(model), switched_off(silent):
+            for inputs, target in zip(self.batches, self.targets, strict=True):
+                meter.add(target, run_output(model, inputs, self.output), inputs.batch_size)
+            score = self.evaluate(model) if self.evaluate is not None else None
+        result = meter.result()
+        return Setting(name, result.sqnr_db, result.top1, score)
+
+    def suspects(self) -> list[Suspect]:
+        """Steps 3 and 4 of the chart, worst first; noise is measured against the network with its quantizers off."""
+        ranges, readers = self._look()
+        named = [(name, "weight", q) for name, q in self.weights.items()]
+        named += [(name, "activation", q) for name, q in self.activations.items()]
+        found: list[tuple[float, Suspect]] = []
+        everything = self.noise(switched_off(())).sqnr_db
+        for name, kind, quantizer in named:
+            alone = self.noise(switched_off(q for q in self.quantizers if q is not quantizer))
+            self.stage.advance(note=f"only {name}")
+            without = self.noise(switched_off([quantizer]))
+            self.stage.advance(note=f"all but {name}")
+            layers = (name,) if kind == "weight" else tuple(readers[quantizer])
+            suspect = Suspect(
+                name,
+                kind,
+                layers,
+                quantizer.bit_width,
+                str(quantizer.granularity),
+                only_on_db=alone.sqnr_db,
+                only_off_db=without.sqnr_db,
+                gain_db=without.sqnr_db - everything if math.isfinite(everything) else 0.0,
+                share=0.0,
+                range=ranges[quantizer],
+            )
+            found.append((alone.mse, suspect))
+        total = sum(mse for mse, _ in found) or 1.0
+        found.sort(key=lambda pair: -pair[0])
+        return [replace(suspect, share=mse / total) for mse, suspect in found]
+
+    def noise(self, context: AbstractContextManager[None]) -> Noise:
+        """Error of the output within ``context``."""
+        noise = Noise()
+        with context:
+            for inputs, target in zip(self.batches, self.off, strict=True):
+                noise.add(target, run_output(self.model, inputs, self.output))
+        return noise
+
+    def _look(self) -> tuple[dict[Quantizer, Range | None], dict[Quantizer, list[str]]]:
+        """Ranges of what each quantizer sees in the float network, and which layers read each activation."""
+        ranges: dict[Quantizer, Range | None] = {}
+        for name, quantizer in self.weights.items():
+            layer = self.model.get_submodule(name)
+            ranges[quantizer] = range_of_weight(float_weight(layer), quantizer, output_channel_axis(layer))
+        meters = {quantizer: RangeMeter(quantizer) for quantizer in self.activations.values()}
+        readers: dict[Quantizer, list[str]] = {quantizer: [] for quantizer in meters}
+        makers: dict[int, tuple[Tensor, Quantizer]] = {}
+
+        def seeing(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
+            def see(x: Tensor) -> Tensor:
+                meters[quantizer].add(x)
+                seen = x.clone()  # a tensor of its own, so that its readers can be told from those of the unquantized one
+                makers[seen.untyped_storage().data_ptr()] = (seen, quantizer)
+                return seen
+
+            return see
+
+        def reading(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+            def read(_module: nn.Module, args: tuple[object, ...]) -> None:
+                for x in args:
+                    made = makers.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
+                    if made is not None and name not in readers[made[1]]:
+                        readers[made[1]].append(name)
+
+            return read
+
+        handles = [layer.register_forward_pre_hook(reading(name)) for name, layer in quantizable_layers(self.model).items()]
+        try:
+            with switched_off(self.weights.values()), standing_in({q: seeing(q) for q in meters}):
+                for inputs in self.batches:
+                    run_output(self.model, inputs, self.output)
+                    makers.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.stage.advance(note="ranges")
+        return ranges | {quantizer: meter.result() for quantizer, meter in meters.items()}, readers
+
+    def remedies(self, suspects: list[Suspect]) -> list[Remedy]:
+        """Step 5: what can be tried is tried."""
+        found: list[Remedy] = []
+        now = self.noise(switched_off(())).sqnr_db
+        for suspect in suspects:
+            quantizer = (self.weights if suspect.kind == "weight" else self.activations)[suspect.name]
+            for action, candidate, rule in candidates(suspect, quantizer, self._axis(suspect)):
+                self._fit(suspect, quantizer, candidate)
+                gain = self.noise(standing_in({quantizer: candidate.forward})).sqnr_db - now
+                found.append(Remedy(suspect.name, action, gain, rule))
+                self.stage.advance(note=f"{suspect.name}: {action}")
+        return found
+
+    def _axis(self, suspect: Suspect) -> int:
+        return output_channel_axis(self.model.get_submodule(suspect.name)) if suspect.kind == "weight" else 0
+
+    def _fit(self, suspect: Suspect, quantizer: Quantizer, candidate: UniformQuantizer) -> None:
+        if suspect.kind == "weight":
+            candidate.initialize(float_weight(self.model.get_submodule(suspect.name)))
+            return
+        candidate.to(self.batches[0].tensors[0].device)
+        candidate.start_calibration()
+        with switched_off(q for q in self.quantizers if q is not quantizer), standing_in({quantizer: candidate.forward}):
+            for inputs in self.batches:
+                run_output(self.model, inputs, self.output)
+        candidate.finish_calibration()
+
+
+def _present(quantizer: Quantizer | None) -> Quantizer:
+    assert quantizer is not None
+    return quantizer
