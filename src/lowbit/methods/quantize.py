@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -58,11 +59,33 @@ def quantize(
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
     """
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    return run_job(
+        model, method, options, policy=policy, calibration=calibration, sample=sample, seed=seed, progress=progress, work_dir=work_dir
+    ).model
+
+
+def run_job(
+    model: nn.Module,
+    method: str,
+    options: Mapping[str, object],
+    *,
+    policy: BitPolicy,
+    calibration: object = None,
+    sample: object = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    work_dir: Path | str | None = None,
+) -> PtqJob:
+    """What ``quantize`` does, with everything known afterwards.
+
+    Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
+    equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.
+    """
     info = get_method(method)
     if info.kind != "post_training":
         raise SpecError(f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}.")
-    chosen = build_method(info, options)
-    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    chosen = build_method(info, dict(options))
     data = None if calibration is None else Calibration.of(calibration)
     if data is None and "calibration" in info.needs:
         raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
@@ -85,7 +108,7 @@ def quantize(
         table = job.finish()
     used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
-    return job.model
+    return job
 
 
 def build_method(info: MethodInfo, options: dict[str, object]) -> PostTrainingMethod:
