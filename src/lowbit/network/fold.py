@@ -1,6 +1,7 @@
 """Batch norms folded into the layers before them, which changes no output of the network in evaluation mode."""
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,9 @@ def output_channels(layer: nn.Module, weight: Tensor) -> Tensor:
 def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
     """Fold, in place, every batch norm that is the only reader of a layer's output; both must run once and share no weight.
 
-    ``nn.BatchNorm`` becomes ``nn.Identity``. A subclass may do more than normalize (timm's also applies the activation), so it
-    is kept and made an exact identity: weight 1, bias 0, mean 0, variance 1, eps 0. The dataflow is updated alike.
+    ``nn.BatchNorm`` becomes ``nn.Identity``. A subclass may do more than normalize: where that is running its children in order
+    (timm's norms apply the activation so) it becomes a ``Sequential`` of them, else it is kept and made an exact identity:
+    weight 1, bias 0, mean 0, variance 1, eps 0. The dataflow is updated alike.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -90,9 +92,9 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
         )  # fmt: skip
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        _neutralize(model, norm_name, norm)
+        _neutralize(model, dataflow, norm_name, norm)
+        dataflow.forget(norm_name)
         folded.append(FoldedNorm(layer_name, norm_name, out_mean, out_std))
-    dataflow.forget({norm.norm for norm in folded})
     return folded
 
 
@@ -111,10 +113,11 @@ def _foldable(model: nn.Module, dataflow: Dataflow, node: Node) -> tuple[str, st
     return node.layer, readers[0].owner
 
 
-def _neutralize(model: nn.Module, name: str, norm: nn.Module) -> None:
-    if type(norm) in EXACT_NORMS:
+def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: nn.Module) -> None:
+    children = OrderedDict(norm.named_children())
+    if type(norm) in EXACT_NORMS or (children and _runs_children(dataflow, name)):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        setattr(model.get_submodule(parent), child, nn.Identity() if type(norm) in EXACT_NORMS else nn.Sequential(children))
         return
     with torch.no_grad():
         if norm.weight is not None:
@@ -123,3 +126,12 @@ def _neutralize(model: nn.Module, name: str, norm: nn.Module) -> None:
         norm.running_mean.zero_()
         norm.running_var.fill_(1)
     norm.eps = 0.0
+
+
+def _runs_children(dataflow: Dataflow, name: str) -> bool:
+    """Whether all that the norm does after normalizing is done by its children, one after the other."""
+    own = [node for node in dataflow.nodes if node.owner == name and node.is_activation]
+    inside = [node for node in dataflow.nodes if node.owner.startswith(f"{name}.") and node.is_activation]
+    chain = [node.name for node in (*own, *inside)]
+    is_chain = all(node.inputs[0] == before for node, before in zip(inside, chain, strict=False))
+    return len(own) == 1 and is_chain and name in dataflow[chain[-1]].returned_by

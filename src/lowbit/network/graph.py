@@ -107,11 +107,12 @@ class Dataflow:
         """Layer names in execution order, each once."""
         return list(dict.fromkeys(node.layer for node in self.nodes if node.layer is not None))
 
-    def forget(self, modules: set[str]) -> None:
-        """Turn the computation of ``modules`` into the identity (batch norms that have been folded away)."""
+    def forget(self, norm: str) -> None:
+        """Turn the batch norm of module ``norm`` into the identity (it has been folded away)."""
         for node in self.nodes:
-            if node.op == "batch_norm" and node.owner in modules:
+            if node.op == "batch_norm" and node.owner == norm:
                 node.op = "identity"
+        self._containers.add(norm)
 
 
 def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:

@@ -54,7 +54,7 @@ class Observer(nn.Module, ABC):
             return
         x = x.detach()
         rows = _in_memory_order(x).unsqueeze(0) if self.granularity.kind == "per_tensor" else self.granularity.flatten(x)
-        lo, hi = torch.aminmax(rows, dim=1)
+        lo, hi = rows.amin(1), rows.amax(1)  # aminmax along a dimension is not vectorised: 20 times slower
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
             raise CalibrationError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values are NaN or infinite")
         self._see(rows, lo.float(), hi.float())
@@ -221,6 +221,7 @@ class EntropyObserver(HistogramObserver):
             largest = float(max(-self.lo[row], self.hi[row]))
             index = (centers.abs() / max(largest, 1e-30) * BINS).long().clamp(0, BINS - 1)
             magnitudes = torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, counts)
+            magnitudes[0] = 0  # zero is always a level, and after a ReLU its bin would outweigh all others
             is_two_sided = bool(self.lo[row] < 0)
             levels = (qmax - qmin + 1) // 2 if is_two_sided else qmax - qmin + 1
             limits.append(largest * entropy_threshold(magnitudes, max(levels, 1)) / BINS)

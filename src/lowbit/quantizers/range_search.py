@@ -44,7 +44,7 @@ def shrink_search(
     """
     scales, zero_points = [], []
     for chunk in rows.split(max(1, CHUNK // max(1, rows.shape[1]))):
-        lo, hi = torch.aminmax(chunk, dim=1, keepdim=True)
+        lo, hi = chunk.amin(1, keepdim=True), chunk.amax(1, keepdim=True)
         if contain_zero:
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         best = torch.full_like(lo, float("inf"))
