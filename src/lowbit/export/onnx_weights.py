@@ -1,0 +1,79 @@
+"""Codes of a quantized weight as the integers that ONNX's DequantizeLinear decodes."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.quantizers import QTensor
+from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, PowerOfTwoDecoder
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """``(codes - zero_point) * scale``, scale and zero point along ``axis``, or for the whole tensor where that is ``None``.
+
+    Attributes:
+        codes: int8, the shape of the weight.
+        scale: float32, ``[channels]`` or ``[]``.
+        zero_point: int8, shaped like ``scale``.
+        axis: The axis that counts channels.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+
+    def decode(self) -> Tensor:
+        """The float weight."""
+        shape = [-1 if dim == self.axis else 1 for dim in range(self.codes.dim())] if self.axis is not None else []
+        return (self.codes.float() - self.zero_point.float().reshape(shape)) * self.scale.reshape(shape)
+
+    def permute(self, order: tuple[int, ...]) -> IntegerGrid:
+        """The grid of the transposed weight."""
+        axis = None if self.axis is None else order.index(self.axis)
+        return IntegerGrid(self.codes.permute(order).contiguous(), self.scale, self.zero_point, axis)
+
+    @property
+    def fits_int4(self) -> bool:
+        """Whether codes and zero points are -8 to 7."""
+        return all(int(t.min()) >= -8 and int(t.max()) <= 7 for t in (self.codes, self.zero_point))
+
+
+def integer_grid(weight: QTensor) -> IntegerGrid | None:
+    """``weight`` on an integer grid that decodes to the same floats bit for bit; ``None`` if there is none.
+
+    Evenly spaced levels have one, two levels too, and powers of two where the largest is at most 64 times the smallest. Groups
+    within a channel have none that a convolution kernel takes.
+    """
+    decoder = weight.decoder
+    axis = decoder.granularity.axis % weight.codes.dim() if decoder.granularity.kind == "per_channel" else None
+    if decoder.granularity.kind == "per_group":
+        return None
+    codes = weight.codes.to(torch.int16)
+    if isinstance(decoder, AffineDecoder):
+        scale, zero_point = decoder.scale, decoder.zero_point
+        if not bool((zero_point == zero_point.round()).all()):
+            return None
+        if weight.codes.dtype == torch.uint8:  # the lowest code of the container, whatever the bit-width
+            shift = 2 ** (weight.bit_width - 1)
+            codes, zero_point = codes - shift, zero_point - shift
+    elif isinstance(decoder, BinaryDecoder):
+        scale, codes = decoder.scale, 2 * codes - 1
+        zero_point = torch.zeros_like(scale)
+    elif isinstance(decoder, PowerOfTwoDecoder):
+        smallest = max(int(codes.abs().max()), 1)
+        if smallest > 7:
+            return None
+        codes = torch.sign(codes) * 2 ** (smallest - codes.abs()) * (codes != 0)
+        scale = decoder.scale * 2.0 ** (1 - smallest)
+        zero_point = torch.zeros_like(scale)
+    else:
+        return None
+    if any(int(t.min()) < -128 or int(t.max()) > 127 for t in (codes, zero_point)):
+        return None
+    flat = (scale.numel(),) if axis is not None else ()
+    grid = IntegerGrid(codes.to(torch.int8), scale.detach().float().reshape(flat), zero_point.detach().reshape(flat).to(torch.int8), axis)
+    return grid if torch.equal(grid.decode(), weight.decode()) else None
