@@ -14,8 +14,9 @@ from typing import Literal
 
 from lowbit.network.graph import Dataflow, Node
 
-MERGE_BIT_WIDTH = 8  # tensors that only feed adds and concatenations
+MERGE_BIT_WIDTH = 8  # tensors that only feed adds, concatenations and average pooling
 MERGES = frozenset({"add", "cat"})
+POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 FUSED = frozenset({"relu", "hardtanh", "relu6", "clamp", "clamp_min", "leaky_relu", "prelu", "silu", "hardswish", "gelu", "elu", "sigmoid", "hardsigmoid", "tanh"})
 # quantizing before or after these is the same: they only move values, pick among them, or add zeros
 TRANSPARENT = frozenset({
@@ -56,7 +57,9 @@ def place_at_layers(bits: Mapping[str, int]) -> list[Placement]:
 
 
 def place_at_tensors(dataflow: Dataflow, bits: Mapping[str, int], *, merges: bool = True) -> list[Placement]:
-    """One quantizer for each tensor that a layer of ``bits`` reads, and (``merges``) for the operands and results of adds and concatenations."""
+    """One quantizer for each tensor that a layer of ``bits`` reads, and (``merges``) for the operands and
+    results of adds and concatenations and the operands of average pooling.
+    """
     readers: dict[str, dict[str, int]] = {}
     unplaced = dict(bits)
     for node in dataflow.nodes:
@@ -70,6 +73,9 @@ def place_at_tensors(dataflow: Dataflow, bits: Mapping[str, int], *, merges: boo
             if node.op in MERGES and sum(_is_activation(operand) for operand in operands) >= 2:
                 merged.update((_source(dataflow, operand.name).name, None) for operand in operands if _is_activation(operand))
                 merged[_result(dataflow, node).name] = None
+            elif node.op in POOLS and _is_activation(operands[0]) and node.shape[:2] == operands[0].shape[:2]:
+                # the layer before it can end in integers; a mean over channels is no pooling
+                merged[_source(dataflow, operands[0].name).name] = None
 
     placements: list[Placement] = []
     for tensor in dict.fromkeys([*(node.name for node in dataflow.nodes if node.name in readers or node.name in merged)]):
