@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.quantizers.range_search import entropy_threshold, shrink_search
+from lowbit.quantizers.scale_search import mmse_scale
 from lowbit.spec import Granularity
 
 BINS = 2048
@@ -210,6 +211,33 @@ class MseObserver(HistogramObserver):
         return (qmin - zero_point) * scale, (qmax - zero_point) * scale
 
 
+class MseAffineGrid90Observer(MseObserver):
+    """``MseObserver`` with 90 steps: the coarse search that Lin et al. 2022 (FQ-ViT) and its followers run under the name OMSE."""
+
+    steps = 90
+
+
+class OmseObserver(HistogramObserver):
+    """The scale of least squared error on a grid without a free zero point (see ``mmse_scale``).
+
+    On an affine grid the zero point is fixed: the lowest code for values that are never negative, else the middle of the codes.
+
+    Source: Choukroun et al. 2019, section 3.
+    """
+
+    def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.lo is None:
+            raise CalibrationError("no value was seen; the calibration data never reaches this place")
+        rows, weights = self.data()
+        middle = 0 if symmetric else qmin + (qmax - qmin + 1) // 2 if bool((self.lo < 0).any()) else qmin
+        scale, _ = mmse_scale(rows, qmin - middle, qmax - middle, weights=weights)
+        return scale.to(self.lo.device), torch.full_like(self.lo, middle)
+
+    def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.parameters(qmin, qmax, symmetric=False)
+        return (qmin - zero_point) * scale, (qmax - zero_point) * scale
+
+
 class EntropyObserver(HistogramObserver):
     """The range whose codes keep most of the information in the histogram (see ``entropy_threshold``)."""
 
@@ -234,6 +262,8 @@ OBSERVERS: dict[str, Callable[[Granularity], Observer]] = {
     "moving_average": MovingAverageObserver,
     "percentile": PercentileObserver,
     "mse": MseObserver,
+    "mse_affine_grid_90": MseAffineGrid90Observer,
+    "omse": OmseObserver,
     "entropy": EntropyObserver,
 }
 
