@@ -1,4 +1,5 @@
 """Small networks that are awkward to quantize, each in one way, and one that is awkward in every way that can be exported."""
+
 from __future__ import annotations
 
 import torch

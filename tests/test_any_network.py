@@ -1,4 +1,5 @@
 """Quantize, export packed and to ONNX, and check parity on networks that nobody prepared for it."""
+
 from __future__ import annotations
 
 import inspect
@@ -13,7 +14,16 @@ import lowbit
 from lowbit.errors import GraphError
 from lowbit.network.insert import quantized_layers
 from tests.networks import (
-    BranchNet, DictOutputNet, FunctionalNet, LoopNet, ReusedNet, SharedWeightNet, TinyNet, Torture, TwoInputNet, settled,
+    BranchNet,
+    DictOutputNet,
+    FunctionalNet,
+    LoopNet,
+    ReusedNet,
+    SharedWeightNet,
+    TinyNet,
+    Torture,
+    TwoInputNet,
+    settled,
 )  # fmt: skip
 
 
@@ -53,7 +63,13 @@ def quantize_and_export(model: nn.Module, inputs: tuple[Tensor, ...], folder: Pa
     with torch.no_grad():
         expected = model(*inputs)
     quantized = lowbit.quantize(
-        model, method="round_to_nearest", weight_bits=weight_bits, activation_bits=8, calibration=[inputs], weight_observer="min_max", activation_observer="min_max"
+        model,
+        method="round_to_nearest",
+        weight_bits=weight_bits,
+        activation_bits=8,
+        calibration=[inputs],
+        weight_observer="min_max",
+        activation_observer="min_max",
     )
     with torch.no_grad():
         got = quantized(*inputs)
@@ -90,7 +106,9 @@ def test_a_branch_on_data_is_quantized_and_both_branches_work() -> None:
 
 @pytest.mark.parametrize("suffix", [".lowbit", ".onnx"])
 def test_what_cannot_be_exported_says_which_line_blocks(suffix: str, tmp_path: Path) -> None:
-    quantized = lowbit.quantize(BranchNet().eval(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=[image() + 1, image() - 1])
+    quantized = lowbit.quantize(
+        BranchNet().eval(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=[image() + 1, image() - 1]
+    )
     lines, first = inspect.getsourcelines(BranchNet)
     blocking = first + next(i for i, line in enumerate(lines) if "if x.mean() > 0" in line)
     with pytest.raises(GraphError, match=rf"networks\.py.*\b{blocking}\b"):

@@ -1,4 +1,5 @@
 """Laws that every registered post-training method keeps, on one tiny network."""
+
 from __future__ import annotations
 
 import copy
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.laws import tiny
+from tests.networks import settled
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
 from lowbit.quantizers import Quantizer
 from lowbit.registry import get_method
-from tests.laws import tiny
-from tests.networks import settled
 
 every_method = pytest.mark.parametrize("name", tiny.POST_TRAINING)
 
@@ -264,7 +265,9 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_global_randomness_alone(na
 
 @every_method
 def test_odd_networks_with_batch_norm_settle(name: str) -> None:
-    model = settled(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)), torch.randn(32, 3, 6, 6))
+    model = settled(
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)), torch.randn(32, 3, 6, 6)
+    )
     data = torch.randn(32, 3, 6, 6)
     result = tiny.quantize(name, model, data, weight_bits=8, iterations=5)
     assert tiny.sqnr_db(tiny.outputs(model, data), tiny.outputs(result, data)) > 25

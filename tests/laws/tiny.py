@@ -1,4 +1,5 @@
 """The tiny task that the laws are held on: sixteen patterns in noise, and a small network trained on them."""
+
 from __future__ import annotations
 
 import copy
@@ -6,12 +7,12 @@ import dataclasses
 import functools
 
 import torch
+from tests.networks import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit
 from lowbit.registry import MethodInfo, get_method, list_methods
-from tests.networks import TinyNet
 
 CLASSES, SIZE = 16, 8
 POST_TRAINING = [info.name for info in list_methods(kind="post_training")]
@@ -70,10 +71,14 @@ def budget(info: MethodInfo, iterations: int) -> dict[str, object]:
     return {"iterations": iterations} if has_field(info, "iterations") else {}
 
 
-def quantize(name: str, model: nn.Module, data: Tensor, *, weight_bits: int, activation_bits: int | None = 8, iterations: int = 20) -> nn.Module:
+def quantize(
+    name: str, model: nn.Module, data: Tensor, *, weight_bits: int, activation_bits: int | None = 8, iterations: int = 20
+) -> nn.Module:
     """The method at its defaults but for a short reconstruction."""
     options = budget(get_method(name), iterations)
-    return lowbit.quantize(model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, calibration=data, seed=3, **options)
+    return lowbit.quantize(
+        model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, calibration=data, seed=3, **options
+    )
 
 
 @functools.cache

@@ -1,0 +1,32 @@
+"""What commands print with: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+results = Console()
+errors = Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print one line of results, as it is."""
+    results.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+    """Print a table; ``None`` prints as a dash. Columns whose cells are all numbers are aligned to the right."""
+    cells = [["-" if value is None else str(value) for value in row] for row in rows]
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    results.print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").lstrip("+-").replace(".", "", 1).split(" ")[0].rstrip("x%").isdigit()

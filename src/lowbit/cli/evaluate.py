@@ -1,0 +1,131 @@
+"""``lowbit evaluate``: how right and how fast a network or an exported file is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.calibration import Inputs
+from lowbit.cli import options as shared
+from lowbit.cli.console import say, show_table
+from lowbit.cli.output import prepare_folder
+from lowbit.cli.source import open_source
+from lowbit.errors import FileFormatError
+from lowbit.export.onnx_runtime import load_onnx
+from lowbit.files import write_text
+from lowbit.measure import measure_accuracy, measure_agreement, measure_latency
+from lowbit.progress import Progress
+from lowbit.report.results import to_json
+from lowbit.report.words import bytes_word, db_word, percent_word
+
+FILES = ("model.lowbit", "model.onnx")  # what is looked for in a folder
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file as a module: tensors in, a dictionary of tensors out."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__()
+        self._network = load_onnx(path, threads=threads)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        return self._network(Inputs(args, kwargs))
+
+
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote. Default: the float network alone.", show_default=False
+        ),
+    ] = None,
+    model: shared.Model = None,
+    model_option: shared.ModelOption = None,
+    weights: shared.Weights = None,
+    data: shared.Data = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to compare on where there are no labels, at most.")] = 256,
+    seed: shared.Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for evaluation.json. Default: only print.", show_default=False)] = None,
+    batch_size: shared.BatchSize = 32,
+    device: shared.Device = "cpu",
+    threads: shared.Threads = None,
+    quiet: shared.Quiet = False,
+) -> None:
+    """Measure accuracy, size and time of the float network and of exported files, and how closely these follow it."""
+    shared.set_threads(threads)
+    files = [] if target is None else exported_files(target)
+    source = open_source(model, weights, data, None, samples, model_options=model_option, batch_size=batch_size, device=device, seed=seed)
+    if out is not None:
+        prepare_folder(out, needed_bytes=1_000_000)
+    progress = Progress(quiet=quiet)
+    compared = source.calibration if source.test is None else source.test
+    one = source.calibration.sample.take(0, 1)
+    found: dict[str, dict[str, object]] = {
+        "float": {**_accuracy(source.model, source.test, progress), "latency_ms": measure_latency(source.model, one).median_ms}
+    }
+    for path in files:
+        network = lowbit.load(path) if path.suffix == ".lowbit" else OnnxModule(path, threads or 1)
+        agreement = measure_agreement(source.model, network, compared, progress=progress)
+        found[path.name] = {
+            **_accuracy(network, source.test, progress),
+            "agreement": agreement.top1,
+            "sqnr_db": agreement.sqnr_db,
+            "size_bytes": path.stat().st_size,
+            "latency_ms": measure_latency(network, one).median_ms,
+        }
+    if not quiet:
+        say(f"{source.name} on {source.test_name or 'unlabelled samples'}")
+        show_table(
+            ("", "accuracy", "same answer", "output SQNR", "size", "time, 1 sample"),
+            [(name, *_words(entry)) for name, entry in found.items()],
+        )
+    if out is not None:
+        path = out / "evaluation.json"
+        write_text(path, to_json(found) + "\n")
+        say(f"evaluation: {path}")
+
+
+def exported_files(target: Path) -> list[Path]:
+    """The files that ``target`` names: itself, or those that ``lowbit quantize`` wrote into it.
+
+    Raises:
+        FileFormatError: There is no such file, or it is neither .lowbit nor .onnx.
+    """
+    if target.is_dir():
+        files = [target / name for name in FILES if (target / name).is_file()]
+        if not files:
+            raise FileFormatError(
+                f"{target}: there is neither {' nor '.join(FILES)} in this folder. Name a folder that 'lowbit quantize' wrote."
+            )
+        return files
+    if not target.is_file():
+        raise FileFormatError(f"{target}: there is no such file or folder")
+    if target.suffix not in (".lowbit", ".onnx"):
+        raise FileFormatError(f"{target}: expected a .lowbit or .onnx file, got {target.suffix or 'no suffix'}")
+    return [target]
+
+
+def _accuracy(network: nn.Module, test: Iterable[object] | None, progress: Progress) -> dict[str, object]:
+    if test is None:
+        return {"accuracy": None}
+    accuracy = measure_accuracy(network, test, progress=progress)
+    return {"accuracy": accuracy.top1, "top5": accuracy.top5, "samples": accuracy.samples}
+
+
+def _words(entry: dict[str, object]) -> tuple[str | None, ...]:
+    def number(name: str) -> float | None:
+        value = entry.get(name)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    return (
+        percent_word(number("accuracy")),
+        percent_word(number("agreement")),
+        db_word(number("sqnr_db")),
+        bytes_word(number("size_bytes")),
+        f"{number('latency_ms'):.2f} ms",
+    )

@@ -1,0 +1,62 @@
+"""``lowbit export``: a packed file or a network in another format, checked and timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import lowbit
+from lowbit.cli import options as shared
+from lowbit.cli.console import say
+from lowbit.cli.source import open_source
+from lowbit.errors import FileFormatError
+
+
+def export(
+    to: Annotated[
+        Path, typer.Option("--to", help="The file to write; its suffix chooses the format: .onnx or .lowbit.", rich_help_panel=shared.OUTPUT)
+    ],
+    packed: Annotated[
+        Path | None,
+        typer.Argument(help="A .lowbit file, or a folder that 'lowbit quantize' wrote. Default: the float network.", show_default=False),
+    ] = None,
+    model: shared.Model = None,
+    model_option: shared.ModelOption = None,
+    weights: shared.Weights = None,
+    data: shared.Data = None,
+    calibration: shared.Calibration = None,
+    weight_container: Annotated[
+        Literal["int8", "int4"],
+        typer.Option(
+            "--weight-container",
+            help="What an ONNX file keeps weight codes in: int8 is fast; int4 takes half a byte for codes of up to 4 bits, "
+            "but runtimes compute with them in float.",
+            rich_help_panel=shared.OUTPUT,
+        ),
+    ] = "int8",
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Time an ONNX file against the float network.", rich_help_panel=shared.OUTPUT)
+    ] = True,
+    seed: shared.Seed = 0,
+    batch_size: shared.BatchSize = 32,
+    threads: shared.Threads = None,
+) -> None:
+    """Write a network to a file, check the file against the network, and time it.
+
+    The data only gives the inputs that the check runs on: name some that fit the network.
+    """
+    shared.set_threads(threads)
+    source = open_source(model, weights, data, calibration, batch_size, model_options=model_option, batch_size=batch_size, seed=seed)
+    network = source.model if packed is None else lowbit.load(packed_file(packed))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    say(str(lowbit.export(network, to, sample=source.calibration.sample, weight_container=weight_container, measure_speed=speed)))
+
+
+def packed_file(path: Path) -> Path:
+    """``path`` itself, or the packed file in that folder; FileFormatError when there is none."""
+    found = path / "model.lowbit" if path.is_dir() else path
+    if not found.is_file():
+        raise FileFormatError(f"{found}: there is no such file. Name a .lowbit file or a folder that 'lowbit quantize' wrote.")
+    return found

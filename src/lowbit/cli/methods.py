@@ -1,0 +1,78 @@
+"""``lowbit methods``: which methods there are, and what each one does and takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Annotated, Literal
+
+import typer
+
+from lowbit import registry
+from lowbit.cli.console import results, say, show_table
+
+app = typer.Typer(help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_methods(
+    pattern: Annotated[str, typer.Argument(help="Only methods whose name matches this shell pattern, for example 'ada*'.")] = "*",
+    kind: Annotated[
+        Literal["post_training", "training", "search", "synthesis"] | None, typer.Option(help="Only methods of this kind. Default: all.")
+    ] = None,
+) -> None:
+    """List the methods with their bit-widths and needs."""
+    infos = registry.list_methods(pattern, kind=kind)
+    show_table(
+        ("method", "kind", "weight bits", "activation bits", "needs", "what it does"),
+        ((i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos),
+    )
+    if not infos:
+        say(f"no method matches {pattern!r}")
+
+
+@app.command("show")
+def show_method(name: Annotated[str, typer.Argument(help="Name of the method, as 'lowbit methods list' prints it.")]) -> None:
+    """Show the paper, the axes and the hyper-parameters of one method."""
+    info = registry.get_method(name)
+    results.print(f"[bold]{info.name}[/]: {info.summary}\n")
+    facts = {
+        "title": info.title,
+        "paper": info.paper,
+        "section": info.section,
+        "axes": ", ".join(info.axes),
+        "kind": info.kind,
+        "weight bits": span(info.weight_bits),
+        "activation bits": span(info.activation_bits),
+        "needs": ", ".join(info.needs) or "nothing but the network",
+        "fidelity": info.fidelity,
+    }
+    show_table(("fact", ""), facts.items())
+    results.print()
+    show_table(("option", "type", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE")
+
+
+def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each hyper-parameter of a method."""
+    assert info.method is not None
+    meanings = field_meanings(info.method)
+    defaults = info.method()
+    return [(f.name, str(f.type), str(getattr(defaults, f.name)), meanings.get(f.name, "")) for f in dataclasses.fields(info.method)]
+
+
+def field_meanings(cls: type) -> dict[str, str]:
+    """What each field means, read from the ``Attributes`` sections of the class's and its bases' docstrings."""
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:\n")
+        for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE):
+            meanings |= {name.strip(): " ".join(text.replace("`", "").split()) for name in names.split(",")}
+    return meanings
+
+
+def span(bits: range | None) -> str:
+    """``2-8``, or ``float`` where the method leaves them alone."""
+    if bits is None:
+        return "float"
+    return f"{bits.start}-{bits.stop - 1}" if len(bits) > 1 else str(bits.start)

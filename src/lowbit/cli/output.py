@@ -1,0 +1,32 @@
+"""The output folder, checked before the long work starts."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from lowbit.errors import OutputError
+
+
+def prepare_folder(path: Path, needed_bytes: int) -> Path:
+    """Make ``path`` if it is not there, and check that it is a writable folder with ``needed_bytes`` free.
+
+    Raises:
+        OutputError: It is a file, cannot be written to, or its disk is too full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-"):
+            pass
+    except FileExistsError as error:
+        raise OutputError(f"--out {path}: there is a file of this name. Name a folder.") from error
+    except OSError as error:
+        raise OutputError(f"--out {path}: cannot write there ({error.strerror}). Name another folder with --out.") from error
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"--out {path}: {free / 1e6:.1f} MB are free, about {needed_bytes / 1e6:.1f} MB are needed. "
+            "Make room or name a folder on another disk."
+        )
+    return path

@@ -1,0 +1,198 @@
+"""``lowbit quantize``: a trained network in; quantized files, checked and timed, and a report out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import options as shared
+from lowbit.cli.console import errors, say, show_table
+from lowbit.cli.output import prepare_folder
+from lowbit.cli.request import make_policy, make_settings
+from lowbit.cli.source import Source, open_source
+from lowbit.cli.workflow import Plan, run_plan, show_outcome
+from lowbit.cli.workfolder import open_work_folder
+from lowbit.measure import tensor_bytes
+from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
+from lowbit.progress import Progress
+from lowbit.spec import Position
+
+
+def quantize(
+    model: shared.Model = None,
+    model_option: shared.ModelOption = None,
+    weights: shared.Weights = None,
+    data: shared.Data = None,
+    calibration: shared.Calibration = None,
+    calibration_samples: shared.CalibrationSamples = 256,
+    method: shared.Method = "white_paper",
+    weight_bits: shared.WeightBits = None,
+    activation_bits: shared.ActivationBits = None,
+    first_last_bits: shared.FirstLastBits = None,
+    policy: shared.Policy = None,
+    keep: shared.Keep = None,
+    only: shared.Only = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            "--granularity",
+            rich_help_panel=shared.METHOD,
+            help="Which weights share a scale: per_tensor, per_channel, or group:SIZE. Default: the method's.",
+            show_default=False,
+        ),
+    ] = None,
+    weight_observer: Annotated[
+        str | None,
+        typer.Option(
+            "--weight-observer",
+            rich_help_panel=shared.METHOD,
+            help="How weight ranges are chosen, for example min_max or mse. Default: the method's.",
+            show_default=False,
+        ),
+    ] = None,
+    activation_observer: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-observer",
+            rich_help_panel=shared.METHOD,
+            help="How activation ranges are chosen, for example min_max, percentile or mse. Default: the method's.",
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            rich_help_panel=shared.METHOD,
+            help="Patterns of the modules to reconstruct as a whole, separated by commas: 'layer*.*'. Default: found in the network.",
+            show_default=False,
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            rich_help_panel=shared.METHOD,
+            help="Where reconstruction keeps layer inputs: ram, or disk (less memory). Default: the method's.",
+            show_default=False,
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            "--iterations",
+            rich_help_panel=shared.METHOD,
+            min=1,
+            help="Steps of reconstruction for each layer or block; more is better and slower. Default: the paper's.",
+            show_default=False,
+        ),
+    ] = None,
+    option: shared.MethodOption = None,
+    seed: shared.Seed = 0,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", rich_help_panel=shared.OUTPUT, help="Folder for report.html, report.json, policy.yaml, model.lowbit and model.onnx."
+        ),
+    ] = Path("lowbit-out"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--fresh", rich_help_panel=shared.OUTPUT, help="Go on where a stopped run with the same settings was, or start over."
+        ),
+    ] = True,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed/--no-packed",
+            rich_help_panel=shared.OUTPUT,
+            help="Write model.lowbit: exactly the bits asked for, loads without the model's code.",
+        ),
+    ] = True,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx/--no-onnx", rich_help_panel=shared.OUTPUT, help="Write model.onnx: integer kernels in ONNX Runtime and OpenVINO."
+        ),
+    ] = True,
+    batch_size: shared.BatchSize = 32,
+    device: shared.Device = "cpu",
+    threads: shared.Threads = None,
+    quiet: shared.Quiet = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", rich_help_panel=shared.OUTPUT, help="Check everything, print what each layer would get, and write nothing."
+        ),
+    ] = False,
+) -> None:
+    """Quantize a trained network, check the result, and write files and a report.
+
+    lowbit quantize
+
+    lowbit quantize --method brecq -w 4 -a 8
+
+    lowbit quantize --model net.py:build --weights net.safetensors --calibration photos/ -w 4
+    """
+    shared.set_threads(threads)
+    shortcuts = {
+        "weight_granularity": granularity, "weight_observer": weight_observer, "activation_observer": activation_observer,
+        "blocks": blocks, "cache": cache, "iterations": iterations,
+    }  # fmt: skip
+    settings = make_settings(method, shortcuts, option)
+    bits = make_policy(policy, weight_bits, activation_bits, first_last=first_last_bits, keep=keep, only=only)
+    source = open_source(
+        model, weights, data, calibration, calibration_samples, model_options=model_option, batch_size=batch_size, device=device, seed=seed
+    )
+    plan = Plan(method, bits, settings, seed, out, packed=packed, onnx=onnx)
+    if dry_run:
+        show_plan(plan, source)
+        return
+
+    prepare_folder(out, needed_bytes=3 * tensor_bytes(source.model))
+    work = open_work_folder(out / ".work", plan.fingerprint(source), resume=resume)
+    if work.is_resumed and not quiet:
+        errors.print("going on with the run that was stopped")
+    try:
+        outcome = run_plan(plan, source, work, Progress(quiet=quiet))
+    except KeyboardInterrupt as error:
+        arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
+        errors.print("[bold red]stopped[/]; what was finished is kept. Go on with:")
+        errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from error
+    work.remove()
+    if not quiet:
+        show_outcome(outcome)
+    for problem in outcome.problems:
+        errors.print("[bold red]not written:[/]", problem, soft_wrap=True)
+    say(f"report: {out / 'report.html'}")
+    if outcome.problems:
+        raise typer.Exit(1)
+
+
+def show_plan(plan: Plan, source: Source) -> None:
+    """Print what would be done, layer by layer."""
+    layers = quantizable_layers(source.model)
+    plan.policy.check(layers)
+    order = execution_order(source.model, source.calibration.sample)
+    ends: dict[str, Position] = {order[0]: "first", order[-1]: "last"} if order else {}
+    rows = []
+    for name in [*order, *(name for name in layers if name not in order)]:
+        bits = plan.policy.bits_for(name, layers[name], position=ends.get(name, "inner"))
+        rows.append((name, layer_kind(layers[name]), *("float" if value is None else value for value in (bits.weight, bits.activation))))
+    show_table(("layer", "kind", "weight bits", "activation bits"), rows, title=f"{source.name} with {plan.method}")
+    files = [
+        "report.html",
+        "report.json",
+        "policy.yaml",
+        *(["model.lowbit"] if plan.packed else []),
+        *(["model.onnx"] if plan.onnx else []),
+    ]
+    say(f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in plan.settings.items()) or 'the defaults of the method'}")
+    say(f"calibration: {source.calibration.samples} samples of {source.calibration_name}")
+    say(f"accuracy: {'not measured, there are no labels' if source.test is None else source.test_name}")
+    say(f"would write {', '.join(files)} to {plan.out}")

@@ -1,0 +1,178 @@
+"""The work behind ``lowbit quantize``: quantize, measure, export, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lowbit
+from lowbit.calibration import Calibration
+from lowbit.cli.console import results, show_table
+from lowbit.cli.source import Source
+from lowbit.cli.workfolder import WorkFolder, tensors_digest, weights_digest
+from lowbit.errors import GraphError, MissingExtraError, ParityError
+from lowbit.export import ExportReport
+from lowbit.files import write_text
+from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
+from lowbit.methods.post_training.pipeline import PtqJob
+from lowbit.methods.quantize import run_job
+from lowbit.network.record import record_of
+from lowbit.progress import Progress
+from lowbit.report.histograms import weight_histograms
+from lowbit.report.html import write_html
+from lowbit.report.results import Parity, Report, write_json
+from lowbit.report.summary import layer_results
+from lowbit.report.words import bits_word, bytes_word, db_word, percent_word, ratio_word
+from lowbit.spec import BitPolicy
+
+LAYER_SAMPLES = 64  # samples for the noise of each layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for; ``settings`` are hyper-parameters of the method."""
+
+    method: str
+    policy: BitPolicy
+    settings: Mapping[str, object]
+    seed: int
+    out: Path
+    packed: bool = True
+    onnx: bool = True
+
+    def fingerprint(self, source: Source) -> dict[str, object]:
+        """Everything that the resulting bits depend on."""
+        return {
+            "version": lowbit.__version__,
+            "method": self.method,
+            "policy": self.policy.to_dict(),
+            "settings": dict(self.settings),
+            "seed": self.seed,
+            "weights": weights_digest(source.model),
+            "calibration": tensors_digest(tensor for inputs in source.calibration for tensor in inputs.tensors),
+            "device": str(source.device),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The report, and the files that were asked for and could not be written, each with its reason."""
+
+    report: Report
+    out: Path
+    problems: list[str] = field(default_factory=list)
+
+
+def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -> Outcome:
+    """Quantize and measure, then write every file into ``plan.out``.
+
+    A file that cannot be exported, or that does not compute what the network computes, is among the problems; everything else is
+    written all the same.
+    """
+    job = run_job(
+        source.model,
+        plan.method,
+        plan.settings,
+        policy=plan.policy,
+        calibration=source.calibration,
+        seed=plan.seed,
+        progress=progress,
+        work_dir=work.path,
+    )
+    report = _measured(plan, source, job, progress)
+    problems: list[str] = []
+    for name, wanted in (("model.lowbit", plan.packed), ("model.onnx", plan.onnx)):
+        if not wanted:
+            continue
+        progress.say(f"writing {name}, comparing it with the network and timing it")
+        try:
+            written = lowbit.export(job.model, plan.out / name, sample=job.sample)
+        except (GraphError, ParityError, MissingExtraError) as error:
+            problems.append(f"{name}: {error}")
+        else:
+            report = _with_export(report, name, written)
+    report = dataclasses.replace(report, notes=[*report.notes, *(f"not written: {problem}" for problem in problems)])
+    write_text(plan.out / "policy.yaml", str(plan.policy))
+    write_html(report, plan.out / "report.html", histograms=weight_histograms(job.model, job.reference))
+    write_json(report, plan.out / "report.json")
+    return Outcome(report, plan.out, problems)
+
+
+def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Report:
+    accuracy = after = None
+    if source.test is not None:
+        accuracy = measure_accuracy(source.model, source.test, progress=progress)
+        after = measure_accuracy(job.model, source.test, progress=progress)
+    agreement = measure_agreement(
+        source.model, job.model, source.test if source.test is not None else source.calibration, progress=progress
+    )
+    noise = layer_noise(job.model, Calibration.of(source.calibration, limit=LAYER_SAMPLES), reference=job.reference, progress=progress)
+    record = record_of(job.model)
+    assert record is not None
+    return Report(
+        plan.method,
+        plan.policy.default.weight,
+        plan.policy.default.activation,
+        plan.seed,
+        model=source.name,
+        options=record.options,
+        float_accuracy=None if accuracy is None else accuracy.top1,
+        quantized_accuracy=None if after is None else after.top1,
+        samples=None if after is None else after.samples,
+        agreement=agreement.top1,
+        sqnr_db=agreement.sqnr_db,
+        kl=agreement.kl,
+        max_abs_error=agreement.max_abs_error,
+        size_float=tensor_bytes(source.model),
+        layers=layer_results(job.model, sample=job.sample, noise=noise),
+        notes=list(record.table.notes),
+    )
+
+
+def _with_export(report: Report, name: str, written: ExportReport) -> Report:
+    parity = Parity(written.parity.max_abs_error, written.parity.top1_agreement, written.parity.passed)
+    report = dataclasses.replace(report, notes=[*report.notes, *(note for note in written.notes if note not in report.notes)])
+    if name == "model.lowbit":
+        return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity)
+    report = dataclasses.replace(report, size_onnx=written.size_bytes, parity_onnx=parity)
+    if written.speed is None:
+        return report
+    return dataclasses.replace(
+        report,
+        latency_float_onnx=written.speed.float_ms,
+        latency_quantized_onnx=written.speed.quantized_ms,
+        latency_setting=written.speed.setting,
+    )
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """Print what was gained and what it cost."""
+    report = outcome.report
+    done = sum(layer.status == "done" for layer in report.layers)
+    results.print(
+        f"[bold]{report.model}[/] with [bold]{report.method}[/]: {bits_word(report.weight_bits)}-bit weights, "
+        f"{bits_word(report.activation_bits)}-bit activations, {done} of {len(report.layers)} layers",
+        highlight=False,
+    )
+    rows: list[tuple[str, object, object, object]] = []
+    if report.float_accuracy is not None and report.quantized_accuracy is not None:
+        change = f"{100 * (report.quantized_accuracy - report.float_accuracy):+.2f} points"
+        rows.append(("accuracy", percent_word(report.float_accuracy), percent_word(report.quantized_accuracy), change))
+    rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
+    for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
+        if size is not None:
+            rows.append((label, bytes_word(report.size_float), bytes_word(size), f"{ratio_word(report.size_float, size)} smaller"))
+    if report.latency_float_onnx is not None and report.latency_quantized_onnx is not None:
+        before, after = report.latency_float_onnx, report.latency_quantized_onnx
+        rows.append(("time per call, ONNX", f"{before:.3g} ms", f"{after:.3g} ms", f"{before / after:.2f}x as fast"))
+    show_table(("", "float", "quantized", ""), rows)
+    for label, parity in (("model.lowbit", report.parity_packed), ("model.onnx", report.parity_onnx)):
+        if parity.passed is not None:
+            agreement = "" if parity.top1_agreement is None else f", same answer {percent_word(parity.top1_agreement)}"
+            results.print(
+                f"{label} computes what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}", highlight=False
+            )
+    for note in report.notes:
+        results.print(f"note: {note}", markup=False, highlight=False)

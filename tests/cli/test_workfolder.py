@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowbit.cli.workfolder import open_work_folder, weights_digest
+
+
+def test_state_of_the_same_run_is_kept_and_of_another_run_deleted(tmp_path: Path) -> None:
+    path = tmp_path / ".work"
+    first = open_work_folder(path, {"method": "brecq", "seed": 0}, resume=True)
+    assert not first.is_resumed
+    (path / "state").write_text("half done")
+
+    again = open_work_folder(path, {"seed": 0, "method": "brecq"}, resume=True)
+    assert again.is_resumed
+    assert (path / "state").read_text() == "half done"
+
+    other = open_work_folder(path, {"method": "brecq", "seed": 1}, resume=True)
+    assert not other.is_resumed
+    assert not (path / "state").exists()
+
+
+def test_a_fresh_start_deletes_the_state_of_the_same_run(tmp_path: Path) -> None:
+    path = tmp_path / ".work"
+    open_work_folder(path, {"seed": 0}, resume=True)
+    (path / "state").write_text("half done")
+    assert not open_work_folder(path, {"seed": 0}, resume=False).is_resumed
+    assert not (path / "state").exists()
+
+
+def test_a_damaged_record_starts_over(tmp_path: Path) -> None:
+    path = tmp_path / ".work"
+    open_work_folder(path, {"seed": 0}, resume=True)
+    (path / "run.json").write_bytes(b"\xff\xfe broken")
+    assert not open_work_folder(path, {"seed": 0}, resume=True).is_resumed
+
+
+def test_removing_leaves_nothing(tmp_path: Path) -> None:
+    open_work_folder(tmp_path / ".work", {}, resume=True).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_tells_weights_apart_and_is_the_same_for_copies() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    digest = weights_digest(model)
+    other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    other.load_state_dict(model.state_dict())
+    assert weights_digest(other) == digest
+    with torch.no_grad():
+        other[0].bias[1] += 1e-7
+    assert weights_digest(other) != digest
