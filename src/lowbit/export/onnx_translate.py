@@ -3,6 +3,7 @@
 Torch's exporter and ONNX's optimizer work on this graph: nodes of a domain they do not know keep them from folding a
 quantizer or a weight's codes away. ``onnx_rewrite`` then turns the nodes into ONNX's own operators.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,6 +21,8 @@ from lowbit.export.program import Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+WeightContainer = Literal["int8", "int4"]
 
 DOMAIN = "lowbit"
 QUANTIZE = "FakeQuantize"  # (x, scale, zero_point) {qmin, qmax}
@@ -48,9 +51,11 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
     _register_schemas()
     with _quiet():
         try:
-            converted = torch.onnx.export(program.exported, dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=_translations())
+            converted = torch.onnx.export(
+                program.exported, dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=_translations()
+            )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export to .lowbit, which takes every network, or rewrite that operation.") from error
+            raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export it to .lowbit, or rewrite that operation.") from error
         assert converted is not None
         _name_batch(converted)
         for name in program.weights:
@@ -59,12 +64,12 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
     return converted.model
 
 
-def _translations() -> dict[object, object]:
-    from onnxscript import opset18 as op, values
+def _translations() -> dict[Any, Any]:
+    from onnxscript import opset18, values
 
-    ours = values.Opset(DOMAIN, 1)
+    ours, op = values.Opset(DOMAIN, 1), opset18  # type: Any, Any
 
-    # onnxscript reads the annotations to tell attributes from inputs; types imported for checking only would not resolve
+    # torch reads the annotations to tell attributes from inputs
     def affine(x, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
         return ours.FakeQuantize(x, scale, zero_point, qmin=qmin, qmax=qmax)
 
@@ -80,15 +85,16 @@ def _register_schemas() -> None:
 
     floats = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "any float")]
 
-    def register(name: str, inputs: tuple[str, ...], attributes: tuple[OpSchema.Attribute, ...]) -> None:
+    kinds = OpSchema.AttrType
+    quantize = [OpSchema.Attribute(name, kinds.INT, required=True) for name in ("qmin", "qmax")]
+    weight = [OpSchema.Attribute("name", kinds.STRING, required=True)]
+    for name, inputs, attributes in ((QUANTIZE, ("x", "scale", "zero_point"), quantize), (WEIGHT, ("decoded",), weight)):
         if not has(name, DOMAIN):
             parameters = [OpSchema.FormalParameter(parameter, "T") for parameter in inputs]
-            output = OpSchema.FormalParameter("y", "T")
-            register_schema(OpSchema(name, DOMAIN, 1, "", inputs=parameters, outputs=[output], type_constraints=floats, attributes=list(attributes)))
-
-    kinds = OpSchema.AttrType
-    register(QUANTIZE, ("x", "scale", "zero_point"), tuple(OpSchema.Attribute(name, kinds.INT, required=True) for name in ("qmin", "qmax")))
-    register(WEIGHT, ("decoded",), (OpSchema.Attribute("name", kinds.STRING, required=True),))
+            outputs = [OpSchema.FormalParameter("y", "T")]
+            register_schema(
+                OpSchema(name, DOMAIN, 1, "", inputs=parameters, outputs=outputs, type_constraints=floats, attributes=attributes)
+            )
 
 
 def _mark_weight(graph: ir.Graph, name: str) -> None:
@@ -110,7 +116,9 @@ def _name_batch(converted: torch.onnx.ONNXProgram) -> None:
     """Call the open size ``batch`` and not ``s77``."""
     import onnx_ir as ir
 
-    sizes = {dim.value for value in converted.model.graph.inputs for dim in (value.shape or ())[:1] if isinstance(dim, ir.SymbolicDim)}
+    sizes: set[str | ir.SymbolicDim] = set()
+    for value in converted.model.graph.inputs:
+        sizes.update(dim.value for dim in (value.shape or ())[:1] if isinstance(dim, ir.SymbolicDim) and dim.value)
     if len(sizes) == 1:
         converted.rename_axes({sizes.pop(): "batch"})
 

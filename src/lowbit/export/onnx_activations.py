@@ -1,0 +1,189 @@
+"""Activation quantizers of a translated graph as QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lowbit.export.onnx_surgery import FLOAT, Array, add_initializer, constant_of, graph_of, input_of, take_place_of
+from lowbit.export.onnx_translate import DOMAIN, QUANTIZE
+
+_FAR = 2**31  # further from zero than any code
+# operators whose output holds values of their first input, or zeros
+MOVES = frozenset({
+    "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather",
+    "DepthToSpace", "SpaceToDepth", "Tile",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes of an activation in a uint8 container: ``lo`` to ``hi``, zero at ``zero_point``."""
+
+    scale: np.float32
+    zero_point: int
+    lo: int
+    hi: int
+
+    def code(self, value: float) -> int:
+        """Where ``value`` is rounded to, before clipping."""
+        return int(np.clip(np.rint(np.float32(value) / self.scale), -_FAR, _FAR)) + self.zero_point
+
+
+def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], notes: list[str]) -> None:
+    """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, taking in a ReLU or clip before it."""
+    x = input_of(node, 0)
+    qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
+    grid = _uint8_grid(constant_of(node.inputs[1]), constant_of(node.inputs[2]), qmin, qmax) if x.dtype in (None, FLOAT) else None
+    if grid is None:
+        notes.append(f"{node.outputs[0].name}: this activation quantizer is computed in float; uint8 codes cannot hold its grid")
+        _quantize_in_float(node, qmin, qmax)
+        return
+    x, grid = _absorb_clips(x, grid)
+    quantized = _insert_pair(node, x, grid, node.outputs[0].name, after=False)
+    grids[quantized] = grid
+    take_place_of(node, quantized)
+
+
+def _uint8_grid(scale: Array | None, zero_point: Array | None, qmin: int, qmax: int) -> Grid | None:
+    if scale is None or zero_point is None or scale.size != 1 or zero_point.size != 1 or qmax - qmin > 255:
+        return None
+    zero = zero_point.item()
+    if zero != round(zero) or not qmin <= zero <= qmax:
+        return None
+    return Grid(np.float32(scale.item()), int(zero) - qmin, 0, qmax - qmin)
+
+
+def _absorb_clips(x: ir.Value, grid: Grid) -> tuple[ir.Value, Grid]:
+    """The input of a ReLU or clip that only quantizers read, and the codes that are left of ``grid``."""
+    while (bounds := _clip_bounds(x)) is not None and not x.is_graph_output() and all(use.node.op_type == QUANTIZE for use in x.uses()):
+        lo, hi = (min(max(grid.code(bound), grid.lo), grid.hi) for bound in bounds)
+        grid = Grid(grid.scale, grid.zero_point, lo, hi)
+        producer = x.producer()
+        assert producer is not None
+        x = input_of(producer, 0)
+    return x, grid
+
+
+def _clip_bounds(x: ir.Value) -> tuple[float, float] | None:
+    """The range of ``x`` if it comes from a ReLU or a clip between constants."""
+    node = x.producer()
+    if node is None or node.domain != "" or node.op_type not in ("Relu", "Clip"):
+        return None
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    ends = [-math.inf, math.inf]
+    for index, value in enumerate(node.inputs[1:]):
+        if value is not None:
+            constant = constant_of(value)
+            if constant is None:
+                return None
+            ends[index] = float(constant)
+    return ends[0], ends[1]
+
+
+def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, after: bool) -> ir.Value:
+    """QuantizeLinear, a clip of the codes where they do not fill the container, and DequantizeLinear, beside ``anchor``."""
+    graph = graph_of(anchor)
+    scale = add_initializer(graph, f"{name}.scale", np.asarray(grid.scale, np.float32))
+    zero_point = add_initializer(graph, f"{name}.zero_point", np.asarray(grid.zero_point, np.uint8))
+    nodes = [ir.node("QuantizeLinear", [x, scale, zero_point])]
+    if (grid.lo, grid.hi) != (0, 255):
+        ends = [
+            add_initializer(graph, f"{name}.{end}", np.asarray(code, np.uint8)) for end, code in (("lowest", grid.lo), ("highest", grid.hi))
+        ]
+        nodes.append(ir.node("Clip", [nodes[0].outputs[0], *ends]))
+    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero_point]))
+    for step in nodes[:-1]:
+        step.outputs[0].name = f"{name}.{step.op_type}"
+        step.outputs[0].shape, step.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
+    quantized = nodes[-1].outputs[0]
+    quantized.name, quantized.shape, quantized.type = f"{name}.quantized", x.shape, x.type
+    (graph.insert_after if after else graph.insert_before)(anchor, nodes)
+    return quantized
+
+
+def _quantize_in_float(node: ir.Node, qmin: int, qmax: int) -> None:
+    x, scale, zero_point = (input_of(node, index) for index in range(3))
+    graph = graph_of(node)
+    dtype = np.float32 if x.dtype is None else x.dtype.numpy()
+    ends = [
+        add_initializer(graph, f"{node.outputs[0].name}.{end}", np.asarray(code, dtype))
+        for end, code in (("lowest", qmin), ("highest", qmax))
+    ]
+    value = x
+    for op, operands in (("Div", [scale]), ("Round", []), ("Add", [zero_point]), ("Clip", ends), ("Sub", [zero_point]), ("Mul", [scale])):
+        step = ir.node(op, [value, *operands])
+        graph.insert_before(node, step)
+        value = step.outputs[0]
+        value.shape, value.type = x.shape, x.type
+    take_place_of(node, value)
+
+
+def only_moves(node: ir.Node) -> bool:
+    """Whether every value of the output is one of the first input, or zero."""
+    if node.domain != "":
+        return False
+    if node.op_type == "Pad":
+        fill = node.inputs[2] if len(node.inputs) > 2 else None
+        mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+        constant = None if fill is None else constant_of(fill)
+        return mode in ("reflect", "edge", "wrap") or fill is None or (constant is not None and float(constant) == 0)
+    return node.op_type in MOVES
+
+
+def repeat_quantizer(node: ir.Node, grids: dict[ir.Value, Grid]) -> None:
+    """Quantize what ``node`` has moved on the grid that it is on already."""
+    known = grids[input_of(node, 0)]
+    grid = Grid(known.scale, known.zero_point, 0, 255)  # its codes are in the narrower range already
+    for output in node.outputs if node.op_type == "Split" else node.outputs[:1]:
+        uses = list(output.uses())
+        if output.is_graph_output() or all(use.node.op_type == QUANTIZE for use in uses):
+            continue
+        repeated = _insert_pair(node, output, grid, output.name, after=True)
+        grids[repeated] = grid
+        for use in uses:
+            use.node.replace_input_with(use.idx, repeated)
+
+
+def share_quantizers(graph: ir.Graph) -> None:
+    """Quantizers that do the same to one tensor (a shared quantizer hooked at each of its readers) become one."""
+    known: dict[tuple[object, ...], ir.Node] = {}
+    for node in list(graph):
+        if node.op_type != QUANTIZE or node.domain != DOMAIN:
+            continue
+        constants = [constant_of(value) for value in node.inputs[1:]]
+        if any(constant is None for constant in constants):
+            continue
+        key = (
+            node.inputs[0],
+            *(constant.tobytes() for constant in constants if constant is not None),
+            *(attribute.value for attribute in node.attributes.values()),
+        )
+        first = known.setdefault(key, node)
+        if first is not node and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], first.outputs[0])
+            graph.remove(node, safe=True)
+
+
+def pool_globally(graph: ir.Graph) -> None:
+    """A mean over height and width is a global average pooling, which has an integer kernel."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or node.domain != "" or len(node.inputs) < 2:
+            continue
+        x, axes = input_of(node, 0), constant_of(node.inputs[1])
+        if axes is None or x.shape is None or len(x.shape) != 4 or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        pooled = ir.node("GlobalAveragePool", [x])
+        last = pooled
+        if "keepdims" in node.attributes and node.attributes["keepdims"].as_int() == 0:
+            last = ir.node(
+                "Squeeze", [pooled.outputs[0], add_initializer(graph, f"{node.outputs[0].name}.axes", np.asarray([2, 3], np.int64))]
+            )
+            pooled.outputs[0].type = x.type
+        graph.insert_before(node, [pooled] if last is pooled else [pooled, last])
+        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        take_place_of(node, last.outputs[0])
