@@ -23,7 +23,9 @@ BINS = 2048
 SAMPLES_PER_BATCH = 1 << 15  # elements of each batch that enter a histogram
 
 
-def range_from_statistics(mean: Tensor, std: Tensor, *, n_sigma: float = 6.0, after_relu: bool = False, upper: float | None = None) -> tuple[Tensor, Tensor]:
+def range_from_statistics(
+    mean: Tensor, std: Tensor, *, n_sigma: float = 6.0, after_relu: bool = False, upper: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Range of a tensor whose channels are normal with ``mean`` and ``std``, without data.
 
     ``lo = min_i(mean_i - n std_i)``, at least 0 after a ReLU; ``hi = max_i(mean_i + n std_i)``, at most ``upper`` (6 after a ReLU6).
@@ -158,7 +160,7 @@ class HistogramObserver(Observer):
         return lo + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((hi - lo) / BINS), torch.histc(values, BINS, lo, hi).double()
 
     def data(self) -> tuple[Tensor, Tensor | None]:
-        """``[scales, elements]`` and how often each element counts: the tensor itself, or the centres of the filled bins with their counts."""
+        """``[scales, elements]`` and how often each counts: the tensor itself, or the centres of the filled bins with their counts."""
         if self.rows is not None:
             return self.rows.float(), None
         assert self.lo is not None and self.hi is not None

@@ -43,7 +43,7 @@ def shrink_search(
     Source: Nagel et al. 2021, section 3.1 (MSE range); Li et al. 2021 (BRECQ), 80 steps of 1 % with power 2.4.
     """
     scales, zero_points = [], []
-    for chunk in rows.split(max(1, CHUNK // max(1, rows.shape[1]))):
+    for chunk in torch.split(rows, max(1, CHUNK // max(1, rows.shape[1]))):
         lo, hi = chunk.amin(1, keepdim=True), chunk.amax(1, keepdim=True)
         if contain_zero:
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -54,7 +54,9 @@ def shrink_search(
             scale, zero_point = _grid(lo * (1 - step * index), hi * (1 - step * index), qmin, qmax, symmetric, contain_zero)
             torch.div(chunk, scale, out=buffer)
             buffer.round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale).sub_(chunk)
-            error = (buffer.square_() if power == 2 else buffer.abs_().pow_(power)) if weights is None else buffer.abs_().pow_(power).mul_(weights)
+            error = buffer.square_() if power == 2 else buffer.abs_().pow_(power)
+            if weights is not None:
+                error.mul_(weights)
             total = error.sum(1, keepdim=True)
             better = total < best
             best = torch.where(better, total, best)

@@ -9,6 +9,8 @@ costs a few binary searches however long the row is.
 """
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ class SortedRows:
 
     def products(self, scale: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         """``<T, q>`` and ``<q, q>`` for the codes that each candidate of ``scale`` (``[rows, candidates]``) gives, shaped like it."""
-        rises = torch.arange(qmin + 1, qmax + 1, dtype=torch.float64, device=scale.device)  # the code steps from k - 1 to k at (k - 1/2) alpha
+        # the code steps from k - 1 to k at (k - 1/2) alpha
+        rises = torch.arange(qmin + 1, qmax + 1, dtype=torch.float64, device=scale.device)
         places = (scale.unsqueeze(2) * (rises - 0.5)).flatten(1)
         index = torch.searchsorted(self.values, places)
         shape = (*scale.shape, len(rises))
@@ -67,7 +70,8 @@ def mmse_scale(rows: Tensor, qmin: int, qmax: int, *, weights: Tensor | None = N
     is_short = rows.shape[1] * steps <= candidates and weights is None
     candidates = min(candidates, FEWER) if steps > 15 else candidates
     lookups = steps * (rows.shape[1] * steps + 1 if is_short else candidates)
-    found = [_search(chunk, qmin, qmax, weights, candidates, is_short) for chunk in rows.split(max(1, LOOKUPS // max(lookups, rows.shape[1])))]
+    chunks = torch.split(rows, max(1, LOOKUPS // max(lookups, rows.shape[1])))
+    found = [_search(chunk, qmin, qmax, weights, candidates, is_short) for chunk in chunks]
     return torch.cat([scale for scale, _ in found]), torch.cat([error for _, error in found])
 
 
@@ -78,7 +82,8 @@ def _search(rows: Tensor, qmin: int, qmax: int, weights: Tensor | None, candidat
     if is_short:
         scale = _one_per_interval(table.values, largest, qmin, qmax)
     else:
-        scale = 1.05 * largest / qmax * torch.logspace(0, torch.tensor(SPAN).log10().item(), candidates, dtype=torch.float64, device=rows.device)
+        shrink = torch.logspace(0, math.log10(SPAN), candidates, dtype=torch.float64, device=rows.device)
+        scale = 1.05 * largest / qmax * shrink
     scale, error = _improve(table, scale, qmin, qmax)
     if not is_short:
         best = scale.gather(1, error.argmin(1, keepdim=True))
