@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
-from lowbit.quantizers import Quantizer
+from lowbit.quantizers import QTensor, Quantizer
+from lowbit.quantizers.qtensor import SumDecoder
 from lowbit.registry import get_method
 
 every_method = pytest.mark.parametrize("name", tiny.POST_TRAINING)
@@ -31,6 +32,14 @@ def grids(model: nn.Module) -> list[tuple[str, Quantizer, Tensor]]:
         found.append((f"{name}.weight", quantizer, float_weight(layer).detach()))
     values = torch.cat([torch.zeros(4), torch.linspace(-40, 40, 2001), torch.randn(2003)]).reshape(4, 1, -1)
     return found + [(name, quantizer, values) for name, quantizer in activation_quantizers(model).items()]
+
+
+def single_grids(encoded: QTensor) -> list[QTensor]:
+    """The tensor itself, or where it is a sum of several low-bit tensors, each of them."""
+    if not isinstance(encoded.decoder, SumDecoder):
+        return [encoded]
+    parts = zip(encoded.codes, encoded.decoder.parts, strict=True)
+    return [QTensor(codes, decoder, encoded.bit_width) for codes, decoder in parts]
 
 
 # 1. Codes say everything
@@ -54,13 +63,13 @@ def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name:
             forward, encoded = quantizer(values), quantizer.encode(values)
         assert torch.equal(encoded.decode(), forward), where
         assert not encoded.codes.is_floating_point(), where
-        rows = quantizer.granularity.flatten(forward)
-        levels = max(row.unique().numel() for row in rows)
-        assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
-        codes = encoded.codes.unique().numel()
-        assert codes <= 2**quantizer.bit_width, f"{where}: {codes} codes"
-        if quantizer.bit_width == 1 and where.endswith("weight"):
-            assert levels == 2, where
+        for part in single_grids(encoded):
+            levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
+            assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
+            codes = part.codes.unique().numel()
+            assert codes <= 2**quantizer.bit_width, f"{where}: {codes} codes"
+            if quantizer.bit_width == 1 and where.endswith("weight"):
+                assert levels == 2, where
 
 
 @every_method

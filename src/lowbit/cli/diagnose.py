@@ -13,7 +13,8 @@ from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import open_source
 from lowbit.files import write_text
-from lowbit.measure import diagnose as walk_chart, measure_accuracy
+from lowbit.measure import measure_accuracy
+from lowbit.measure.diagnose import diagnose as walk_chart
 from lowbit.methods.quantize import run_job
 from lowbit.progress import Progress
 from lowbit.report.results import to_json

@@ -16,7 +16,7 @@ from lowbit.errors import FileFormatError
 
 def export(
     to: Annotated[
-        Path, typer.Option("--to", help="The file to write; its suffix chooses the format: .onnx or .lowbit.", rich_help_panel=shared.OUTPUT)
+        Path, typer.Option("--to", help="The file to write; its suffix, .onnx or .lowbit, is the format.", rich_help_panel=shared.OUTPUT)
     ],
     packed: Annotated[
         Path | None,
