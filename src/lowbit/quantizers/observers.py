@@ -1,8 +1,8 @@
 """Observers see values, keep statistics, and choose scale and zero point.
 
-Per tensor, per channel and per group are one code path: ``Granularity.flatten`` gives one row for each scale. A single tensor
-(a weight) is kept as it is and searched exactly; a stream of activations goes into a histogram of constant size, filled from
-an even sample of each batch, while minimum and maximum stay exact.
+Per tensor, per channel and per group are one code path: ``Granularity.flatten`` gives one row for each scale. A tensor that is all
+there is (a weight) is kept as it is and searched exactly; a stream of activations goes into a histogram of constant size, filled
+from an even sample of each batch, while minimum and maximum stay exact.
 
 Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.1 (range setting).
 """
@@ -20,7 +20,9 @@ from lowbit.quantizers.scale_search import mmse_scale
 from lowbit.spec import Granularity
 
 BINS = 2048
-SAMPLES_PER_BATCH = 1 << 15  # elements of each batch that enter a histogram
+DENSE, SPARSE = 1 << 15, 1 << 13  # elements of each sample of a batch that enter a histogram, at first and later
+ENOUGH = 1 << 19  # elements after which a sparse sample does: rarer values than 1 in 500 000 are not missed often
+HEADROOM = 0.125  # a histogram that must grow grows by this share more, so that it seldom must
 
 
 def range_from_statistics(
@@ -51,8 +53,11 @@ class Observer(nn.Module, ABC):
         self.lo: Tensor | None = None
         self.hi: Tensor | None = None
 
-    def observe(self, x: Tensor) -> None:
-        """Take in the values of ``x``; CalibrationError when one is NaN or infinite."""
+    def observe(self, x: Tensor, *, is_all: bool = False) -> None:
+        """Take in the values of ``x``; CalibrationError when one is NaN or infinite.
+
+        ``is_all`` says that nothing else will follow: the range is then found from every value, not from a histogram.
+        """
         if x.numel() == 0:
             return
         x = x.detach()
@@ -60,33 +65,40 @@ class Observer(nn.Module, ABC):
         lo, hi = rows.amin(1), rows.amax(1)  # aminmax along a dimension is not vectorised: 20 times slower
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
             raise CalibrationError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values are NaN or infinite")
-        self._see(rows, lo.float(), hi.float())
+        self._see_range(lo.float(), hi.float())
+        self._see_values(rows, len(x) if x.dim() else 1, is_all)
 
-    def _see(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        """Take in ``[scales, elements]`` whose rows span ``lo`` to ``hi``."""
+    def _see_range(self, lo: Tensor, hi: Tensor) -> None:
+        """Take in the smallest and largest value of each row."""
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+
+    def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
+        """Take in ``[scales, elements]``; nothing to do where the range is enough."""
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``(scale, zero_point)``, each ``[scales]``; CalibrationError when nothing was seen."""
         from lowbit.quantizers.uniform import affine_parameters
 
-        if self.lo is None or self.hi is None:
-            raise CalibrationError("no value was seen; the calibration data never reaches this place")
         lo, hi = self.range(qmin, qmax)
         return affine_parameters(lo, hi, qmin, qmax, symmetric=symmetric)
 
     @abstractmethod
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        """``(lo, hi)``, each ``[scales]``, for that many codes."""
+        """``(lo, hi)``, each ``[scales]``, for that many codes; CalibrationError when nothing was seen."""
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The smallest and largest value of each row; CalibrationError when nothing was seen."""
+        if self.lo is None or self.hi is None:
+            raise CalibrationError("no value was seen; the calibration data never reaches this place")
+        return self.lo, self.hi
 
 
 class MinMaxObserver(Observer):
     """The smallest and largest value seen: clips nothing, and is stretched by outliers."""
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        assert self.lo is not None and self.hi is not None
-        return self.lo, self.hi
+        return self.extremes()
 
 
 class MovingAverageObserver(MinMaxObserver):
@@ -97,84 +109,77 @@ class MovingAverageObserver(MinMaxObserver):
 
     momentum = 0.9
 
-    def _see(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
+    def _see_range(self, lo: Tensor, hi: Tensor) -> None:
         keep = self.momentum
         self.lo = lo if self.lo is None else keep * self.lo + (1 - keep) * lo
         self.hi = hi if self.hi is None else keep * self.hi + (1 - keep) * hi
 
 
 class HistogramObserver(Observer):
-    """Keeps one tensor as it is, several as a histogram of ``BINS`` bins (per tensor) or side by side (per channel)."""
+    """Keeps a tensor that is all there is as it is, a stream as a histogram of ``BINS`` bins (per tensor) or side by side (per channel)."""
 
     def reset(self) -> None:
         super().reset()
         self.rows: Tensor | None = None
         self.counts: Tensor | None = None
         self.span = (0.0, 0.0)
+        self.sampled = 0
 
-    def _see(self, rows: Tensor, lo: Tensor, hi: Tensor) -> None:
-        is_first = self.lo is None
-        super()._see(rows, lo, hi)
-        if is_first:
+    def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
+        if is_all:
             self.rows = rows
-            return
-        if self.granularity.kind != "per_tensor":
-            assert self.rows is not None
-            self.rows = torch.cat([self.rows, rows], dim=1)
-            return
-        if self.rows is not None:
-            self._count(self.rows)
-            self.rows = None
-        self._count(rows)
+        elif self.granularity.kind != "per_tensor":
+            self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=1)
+        else:
+            self._count(rows[0], batch_size)
 
-    def _count(self, rows: Tensor) -> None:
-        """Add an even sample of ``rows`` to the histogram, which first grows to the range seen so far."""
-        assert self.lo is not None and self.hi is not None
-        lo, hi = self.lo.item(), self.hi.item()
-        if hi <= lo:
-            hi = lo + 1.0
+    def _count(self, values: Tensor, batch_size: int) -> None:
+        """Add an even sample of ``values`` to the histogram, which first grows to the range seen so far."""
+        lo, hi = (ends.item() for ends in self.extremes())
         if self.counts is None:
-            self.counts = torch.zeros(BINS, dtype=torch.float64)
-        elif (lo, hi) != self.span:
-            centers, counts = self._bins()
-            index = ((centers - lo) / (hi - lo) * BINS).long().clamp(0, BINS - 1)
-            self.counts = torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, counts)
-        self.span = (lo, hi)
-        stride = max(1, rows.numel() // SAMPLES_PER_BATCH) | 1  # odd, so that it meets every channel
-        sample = rows.flatten()[::stride].float().cpu()
-        self.counts += torch.histc(sample, BINS, lo, hi).double() * (rows.numel() / sample.numel())
+            self.counts, self.span = torch.zeros(BINS, dtype=torch.float64), (lo, hi if hi > lo else lo + max(1.0, abs(lo)))
+        elif lo < self.span[0] or hi > self.span[1]:
+            self._grow(lo, hi)
+        quota = batch_size * (DENSE if self.sampled < ENOUGH else SPARSE)
+        stride = max(1, len(values) // quota) | 1  # odd, so that it meets every channel
+        sample = values[::stride].float()
+        self.sampled += len(sample)
+        start, end = self.span
+        bins = ((sample - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS).cpu() * (len(values) / len(sample))
 
-    def _bins(self) -> tuple[Tensor, Tensor]:
-        """Centres and counts of the histogram."""
-        assert self.counts is not None
-        lo, hi = self.span
-        return lo + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((hi - lo) / BINS), self.counts
+    def _grow(self, lo: float, hi: float) -> None:
+        """Widen the bins so that they hold ``lo`` to ``hi`` and some more; each old bin goes whole into the new one of its centre."""
+        centers, counts = self.histogram()
+        start, end = self.span
+        room = HEADROOM * (max(hi, end) - min(lo, start))
+        start, end = (lo - room if lo < start else start), (hi + room if hi > end else end)
+        bins = ((centers - start) * (BINS / (end - start))).long().clamp(0, BINS - 1)
+        self.counts, self.span = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, counts), (start, end)
 
     def histogram(self, row: int = 0) -> tuple[Tensor, Tensor]:
-        """Centres and counts of one row, whichever way it is kept."""
+        """Centres and counts of one row, whichever way it is kept; CalibrationError when nothing was seen."""
+        lo, hi = self.extremes()
         if self.rows is None:
-            return self._bins()
-        values = self.rows[row].float().cpu()
-        lo, hi = values.min().item(), values.max().item()
-        hi = hi if hi > lo else lo + 1.0
-        return lo + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((hi - lo) / BINS), torch.histc(values, BINS, lo, hi).double()
+            assert self.counts is not None
+            start, end = self.span
+            return start + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((end - start) / BINS), self.counts
+        start, end = lo[row].item(), hi[row].item()
+        end = end if end > start else start + max(1.0, abs(start))
+        bins = ((self.rows[row].double() - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
+        counts = torch.bincount(bins, minlength=BINS).cpu().double()
+        return start + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((end - start) / BINS), counts
 
     def data(self) -> tuple[Tensor, Tensor | None]:
         """``[scales, elements]`` and how often each counts: the tensor itself, or the centres of the filled bins with their counts."""
+        lo, hi = self.extremes()
         if self.rows is not None:
             return self.rows.float(), None
-        assert self.lo is not None and self.hi is not None
-        centers, counts = self._bins()
+        centers, counts = self.histogram()
         filled = counts > 0
-        ends = torch.stack([self.lo[0].cpu(), self.hi[0].cpu()]).double()  # the exact ends of the range, with no weight
-        values = torch.cat([centers[filled], ends]).float()
+        ends = torch.stack([lo[0].cpu(), hi[0].cpu()]).double()  # the exact ends of the range, with no weight
+        values = torch.cat([centers[filled].clamp(ends[0], ends[1]), ends]).float()
         return values[None], torch.cat([counts[filled], torch.zeros(2)]).float()
-
-    @property
-    def scales(self) -> int:
-        """Number of rows."""
-        assert self.lo is not None
-        return len(self.lo)
 
 
 class PercentileObserver(HistogramObserver):
@@ -183,16 +188,16 @@ class PercentileObserver(HistogramObserver):
     percentile = 99.99
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        assert self.lo is not None and self.hi is not None
+        lo, hi = self.extremes()
         tail = (1 - self.percentile / 100) / 2
-        lo, hi = [], []
-        for row in range(self.scales):
+        found = []
+        for row in range(len(lo)):
             centers, counts = self.histogram(row)
-            share = counts.cumsum(0) / counts.sum()
-            lo.append(float(centers[min(int(torch.searchsorted(share, tail)), BINS - 1)]))
-            hi.append(float(centers[min(int(torch.searchsorted(share, 1 - tail)), BINS - 1)]))
-        found_lo, found_hi = (torch.tensor(ends, device=self.lo.device, dtype=self.lo.dtype) for ends in (lo, hi))
-        return torch.maximum(found_lo, self.lo), torch.minimum(found_hi, self.hi)
+            share = (counts.cumsum(0) / counts.sum()).contiguous()
+            places = torch.searchsorted(share, torch.tensor([tail, 1 - tail], dtype=torch.float64)).clamp(max=BINS - 1)
+            found.append(centers[places])
+        ends = torch.stack(found).to(lo)
+        return torch.maximum(ends[:, 0], lo), torch.minimum(ends[:, 1], hi)
 
 
 class MseObserver(HistogramObserver):
@@ -202,11 +207,10 @@ class MseObserver(HistogramObserver):
     steps = 80
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if self.lo is None:
-            raise CalibrationError("no value was seen; the calibration data never reaches this place")
+        lo, _ = self.extremes()
         rows, weights = self.data()
         scale, zero_point = shrink_search(rows, qmin, qmax, symmetric=symmetric, power=self.power, steps=self.steps, weights=weights)
-        return scale.to(self.lo.device), zero_point.to(self.lo.device)
+        return scale.to(lo.device), zero_point.to(lo.device)
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.parameters(qmin, qmax, symmetric=False)
@@ -228,12 +232,11 @@ class OmseObserver(HistogramObserver):
     """
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if self.lo is None:
-            raise CalibrationError("no value was seen; the calibration data never reaches this place")
+        lo, _ = self.extremes()
         rows, weights = self.data()
-        middle = 0 if symmetric else qmin + (qmax - qmin + 1) // 2 if bool((self.lo < 0).any()) else qmin
+        middle = 0 if symmetric else qmin + (qmax - qmin + 1) // 2 if bool((lo < 0).any()) else qmin
         scale, _ = mmse_scale(rows, qmin - middle, qmax - middle, weights=weights)
-        return scale.to(self.lo.device), torch.full_like(self.lo, middle)
+        return scale.to(lo.device), torch.full_like(lo, middle)
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.parameters(qmin, qmax, symmetric=False)
@@ -244,19 +247,18 @@ class EntropyObserver(HistogramObserver):
     """The range whose codes keep most of the information in the histogram (see ``entropy_threshold``)."""
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        assert self.lo is not None and self.hi is not None
+        lo, hi = self.extremes()
         limits = []
-        for row in range(self.scales):
+        for row in range(len(lo)):
             centers, counts = self.histogram(row)
-            largest = float(max(-self.lo[row], self.hi[row]))
-            index = (centers.abs() / max(largest, 1e-30) * BINS).long().clamp(0, BINS - 1)
-            magnitudes = torch.zeros(BINS, dtype=torch.float64).index_add_(0, index, counts)
+            largest = max(-lo[row].item(), hi[row].item(), 1e-30)
+            bins = (centers.abs() * (BINS / largest)).long().clamp(0, BINS - 1)
+            magnitudes = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, counts)
             magnitudes[0] = 0  # zero is always a level, and after a ReLU its bin would outweigh all others
-            is_two_sided = bool(self.lo[row] < 0)
-            levels = (qmax - qmin + 1) // 2 if is_two_sided else qmax - qmin + 1
+            levels = (qmax - qmin + 1) // 2 if lo[row] < 0 else qmax - qmin + 1
             limits.append(largest * entropy_threshold(magnitudes, max(levels, 1)) / BINS)
-        limit = torch.tensor(limits, device=self.lo.device, dtype=self.lo.dtype)
-        return torch.maximum(self.lo, -limit), torch.minimum(self.hi, limit)
+        limit = torch.tensor(limits).to(lo)
+        return torch.maximum(lo, -limit), torch.minimum(hi, limit)
 
 
 OBSERVERS: dict[str, Callable[[Granularity], Observer]] = {

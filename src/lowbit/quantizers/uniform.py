@@ -139,7 +139,7 @@ class UniformQuantizer(TableQuantizer):
     def initialize(self, x: Tensor) -> None:
         """Let the observer choose scale and zero point for ``x`` alone."""
         self.observer.reset()
-        self.observer.observe(x.detach())
+        self.observer.observe(x.detach(), is_all=True)
         self._take_observed(self.granularity.scale_shape(x))
 
     def start_calibration(self) -> None:
