@@ -64,7 +64,7 @@ def evaluate(
         prepare_folder(out, needed_bytes=1_000_000)
     progress = Progress(quiet=quiet)
     compared = source.calibration if source.test is None else source.test
-    one = source.calibration.sample.take(0, 1)
+    one = source.sample.take(0, 1)
     found: dict[str, dict[str, object]] = {
         "float": {**_accuracy(source.model, source.test, progress), "latency_ms": measure_latency(source.model, one).median_ms}
     }

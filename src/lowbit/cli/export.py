@@ -27,6 +27,7 @@ def export(
     weights: shared.Weights = None,
     data: shared.Data = None,
     calibration: shared.Calibration = None,
+    input_shape: shared.InputShape = None,
     weight_container: Annotated[
         Literal["int8", "int4"],
         typer.Option(
@@ -48,10 +49,12 @@ def export(
     The data only gives the inputs that the check runs on: name some that fit the network.
     """
     shared.set_threads(threads)
-    source = open_source(model, weights, data, calibration, batch_size, model_options=model_option, batch_size=batch_size, seed=seed)
+    source = open_source(
+        model, weights, data, calibration, batch_size, model_options=model_option, input_shape=input_shape, batch_size=batch_size, seed=seed
+    )
     network = source.model if packed is None else lowbit.load(packed_file(packed))
     to.parent.mkdir(parents=True, exist_ok=True)
-    say(str(lowbit.export(network, to, sample=source.calibration.sample, weight_container=weight_container, measure_speed=speed)))
+    say(str(lowbit.export(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed)))
 
 
 def packed_file(path: Path) -> Path:

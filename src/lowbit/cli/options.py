@@ -61,6 +61,15 @@ Calibration = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shape",
+        help="Shape of one sample, for example 3x224x224, where there is no data and the method needs none. Default: that of the data.",
+        show_default=False,
+        rich_help_panel=NETWORK,
+    ),
+]
 CalibrationSamples = Annotated[
     int, typer.Option("--calibration-samples", min=1, help="How many samples the method looks at, at most.", rich_help_panel=NETWORK)
 ]

@@ -28,6 +28,7 @@ def quantize(
     weights: shared.Weights = None,
     data: shared.Data = None,
     calibration: shared.Calibration = None,
+    input_shape: shared.InputShape = None,
     calibration_samples: shared.CalibrationSamples = 256,
     method: shared.Method = "white_paper",
     weight_bits: shared.WeightBits = None,
@@ -146,7 +147,16 @@ def quantize(
     settings = make_settings(method, shortcuts, option)
     bits = make_policy(policy, weight_bits, activation_bits, first_last=first_last_bits, keep=keep, only=only)
     source = open_source(
-        model, weights, data, calibration, calibration_samples, model_options=model_option, batch_size=batch_size, device=device, seed=seed
+        model,
+        weights,
+        data,
+        calibration,
+        calibration_samples,
+        model_options=model_option,
+        input_shape=input_shape,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
     )
     plan = Plan(method, bits, settings, seed, out, packed=packed, onnx=onnx)
     if dry_run:
@@ -178,7 +188,7 @@ def show_plan(plan: Plan, source: Source) -> None:
     """Print what would be done, layer by layer."""
     layers = quantizable_layers(source.model)
     plan.policy.check(layers)
-    order = execution_order(source.model, source.calibration.sample)
+    order = execution_order(source.model, source.sample)
     ends: dict[str, Position] = {order[0]: "first", order[-1]: "last"} if order else {}
     rows = []
     for name in [*order, *(name for name in layers if name not in order)]:
@@ -193,6 +203,6 @@ def show_plan(plan: Plan, source: Source) -> None:
         *(["model.onnx"] if plan.onnx else []),
     ]
     say(f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in plan.settings.items()) or 'the defaults of the method'}")
-    say(f"calibration: {source.calibration.samples} samples of {source.calibration_name}")
+    say(f"calibration: {'none' if source.calibration is None else f'{source.calibration.samples} samples of {source.calibration_name}'}")
     say(f"accuracy: {'not measured, there are no labels' if source.test is None else source.test_name}")
     say(f"would write {', '.join(files)} to {plan.out}")

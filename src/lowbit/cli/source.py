@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lowbit.calibration import Calibration
+from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.options import key_values
 from lowbit.data import load_data
 from lowbit.errors import CalibrationError, SpecError
@@ -21,17 +22,19 @@ DEFAULT = "digits"  # the embedded network and its data go by one name
 
 @dataclass(frozen=True)
 class Source:
-    """A network in evaluation mode, its calibration data, and labelled data where there is any.
+    """A network in evaluation mode, and what data there is for it.
 
     Attributes:
         name: What the user calls the network.
+        sample: Inputs of one call: the first calibration samples, or noise of the input shape where there is no data.
         calibration_name, test_name: Where the samples come from.
     """
 
     name: str
     model: nn.Module
     device: torch.device
-    calibration: Calibration
+    sample: Inputs
+    calibration: Calibration | None
     calibration_name: str
     test: Iterable[object] | None
     test_name: str
@@ -67,6 +70,7 @@ def open_source(
     calibration_samples: int,
     *,
     model_options: list[str] | None = None,
+    input_shape: str | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     seed: int = 0,
@@ -82,33 +86,38 @@ def open_source(
     name, network = open_network(model, weights, model_options, device)
     if data is None and name == DEFAULT:
         data = DEFAULT
-    if calibration is None and data is None:
-        raise CalibrationError(
-            f"there is no data for the network {name}: name some with --calibration (a folder of images, or see 'lowbit data list')."
-        )
     place = open_device(device)
     looked_at = calibration or data
-    assert looked_at is not None
-    return Source(
-        name,
-        network,
-        place,
-        Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, seed), limit=calibration_samples),
-        looked_at,
-        None if data is None else labelled_batches(data, batch_size),
-        data or "",
-    )
+    if looked_at is None:
+        sample = Inputs((noise(name, input_shape, seed).to(place),))
+        return Source(name, network, place, sample, None, "no data", None, "")
+    batches = Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, seed))
+    test = None if data is None else labelled_batches(data, batch_size)
+    return Source(name, network, place, batches.sample, batches, looked_at, test, "" if test is None else str(data))
 
 
-def labelled_batches(data: str, batch_size: int) -> Iterable[object]:
-    """The test samples of a data suite or folder, with their labels."""
-    return load_data(data, split="test", batch_size=batch_size)
+def noise(network: str, shape: str | None, seed: int) -> Tensor:
+    """Two samples of standard normal noise of the input shape that the user gave, for methods that look at no data."""
+    if shape is None:
+        raise CalibrationError(
+            f"there is no data for the network {network}: name some with --calibration (a folder of images, or see 'lowbit data list'), "
+            "or for a method that needs none give the shape of one sample: --input-shape 3x224x224"
+        )
+    sizes = shape.lower().split("x")
+    if not all(size.isdigit() and int(size) for size in sizes):
+        raise SpecError(f"--input-shape {shape}: expected whole numbers joined by x, for example 3x224x224")
+    return torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))
+
+
+def labelled_batches(data: str, batch_size: int) -> Iterable[object] | None:
+    """The test samples of a data suite or folder with their labels; ``None`` when it has no labels."""
+    found = load_data(data, split="test")
+    return None if found.num_classes is None else DataLoader(found.dataset, batch_size=batch_size)
 
 
 def samples_of(data: str, count: int, batch_size: int, device: torch.device, seed: int) -> list[Tensor]:
-    """At most ``count`` training samples of a data suite or folder, drawn at random, in batches on ``device``."""
-    dataset = load_data(data, split="train", batch_size=batch_size).dataset
-    assert isinstance(dataset, Sized)
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    images = [item[0] if isinstance(item, tuple) else item for item in (dataset[index] for index in drawn)]
+    """At most ``count`` samples for calibration of a data suite or folder, drawn at random, in batches on ``device``."""
+    found = load_data(data, split="calibration")
+    drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    images = [item[0] if isinstance(item, tuple) else item for item in (found.dataset[index] for index in drawn)]
     return [torch.stack(images[start : start + batch_size]).to(device) for start in range(0, len(images), batch_size)]

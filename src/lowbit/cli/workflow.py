@@ -51,7 +51,7 @@ class Plan:
             "settings": dict(self.settings),
             "seed": self.seed,
             "weights": weights_digest(source.model),
-            "calibration": tensors_digest(tensor for inputs in source.calibration for tensor in inputs.tensors),
+            "calibration": tensors_digest(tensor for inputs in source.calibration or [source.sample] for tensor in inputs.tensors),
             "device": str(source.device),
         }
 
@@ -77,6 +77,7 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
         plan.settings,
         policy=plan.policy,
         calibration=source.calibration,
+        sample=source.sample,
         seed=plan.seed,
         progress=progress,
         work_dir=work.path,
@@ -101,34 +102,35 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
 
 
 def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Report:
-    accuracy = after = None
-    if source.test is not None:
-        accuracy = measure_accuracy(source.model, source.test, progress=progress)
-        after = measure_accuracy(job.model, source.test, progress=progress)
-    agreement = measure_agreement(
-        source.model, job.model, source.test if source.test is not None else source.calibration, progress=progress
-    )
-    noise = layer_noise(job.model, Calibration.of(source.calibration, limit=LAYER_SAMPLES), reference=job.reference, progress=progress)
     record = record_of(job.model)
     assert record is not None
-    return Report(
+    report = Report(
         plan.method,
         plan.policy.default.weight,
         plan.policy.default.activation,
         plan.seed,
         model=source.name,
         options=record.options,
-        float_accuracy=None if accuracy is None else accuracy.top1,
-        quantized_accuracy=None if after is None else after.top1,
-        samples=None if after is None else after.samples,
+        size_float=tensor_bytes(source.model),
+        layers=layer_results(job.model, sample=job.sample),
+        notes=list(record.table.notes),
+    )
+    if source.calibration is None:
+        return dataclasses.replace(report, notes=[*report.notes, "there was no data, so what it cost was not measured"])
+    noise = layer_noise(job.model, Calibration.of(source.calibration, limit=LAYER_SAMPLES), reference=job.reference, progress=progress)
+    agreement = measure_agreement(source.model, job.model, source.calibration if source.test is None else source.test, progress=progress)
+    report = dataclasses.replace(
+        report,
         agreement=agreement.top1,
         sqnr_db=agreement.sqnr_db,
         kl=agreement.kl,
         max_abs_error=agreement.max_abs_error,
-        size_float=tensor_bytes(source.model),
         layers=layer_results(job.model, sample=job.sample, noise=noise),
-        notes=list(record.table.notes),
     )
+    if source.test is None:
+        return report
+    before, after = (measure_accuracy(network, source.test, progress=progress) for network in (source.model, job.model))
+    return dataclasses.replace(report, float_accuracy=before.top1, quantized_accuracy=after.top1, samples=after.samples)
 
 
 def _with_export(report: Report, name: str, written: ExportReport) -> Report:
