@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lowbit.export.onnx_surgery import FLOAT, Array, add_initializer, constant_of, graph_of, input_of, take_place_of
+from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.export.onnx_translate import DOMAIN, QUANTIZE
 
 _FAR = 2**31  # further from zero than any code
@@ -33,13 +33,13 @@ class Grid:
         return int(np.clip(np.rint(np.float32(value) / self.scale), -_FAR, _FAR)) + self.zero_point
 
 
-def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], notes: list[str]) -> None:
+def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Reasons) -> None:
     """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, taking in a ReLU or clip before it."""
     x = input_of(node, 0)
     qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
     grid = _uint8_grid(constant_of(node.inputs[1]), constant_of(node.inputs[2]), qmin, qmax) if x.dtype in (None, FLOAT) else None
     if grid is None:
-        notes.append(f"{node.outputs[0].name}: this activation quantizer is computed in float; uint8 codes cannot hold its grid")
+        reasons.setdefault("uint8 codes cannot hold the grid of the activation quantizer", []).append(str(node.outputs[0].name))
         _quantize_in_float(node, qmin, qmax)
         return
     x, grid = _absorb_clips(x, grid)

@@ -11,12 +11,11 @@ import torch
 
 from lowbit.export.integer_grid import IntegerGrid, integer_grid
 from lowbit.export.onnx_activations import Grid
-from lowbit.export.onnx_surgery import FLOAT, Array, add_initializer, constant_of, graph_of, pass_through, take_place_of
+from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.export.onnx_translate import WeightContainer
 from lowbit.quantizers import QTensor
 
 LARGEST_INT32 = 2**31 - 1
-_LISTED = 6  # names of layers in a note
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class DecodedWeight:
 
 
 def decode_weight(
-    node: ir.Node, name: str, weight: QTensor, container: WeightContainer, decoded: dict[ir.Value, DecodedWeight], notes: list[str]
+    node: ir.Node, name: str, weight: QTensor, container: WeightContainer, decoded: dict[ir.Value, DecodedWeight], reasons: Reasons
 ) -> None:
     """Replace a weight node by DequantizeLinear of its codes, or by its float values where no integer grid holds them."""
     grid = integer_grid(weight)
@@ -38,8 +37,9 @@ def decode_weight(
             if weight.decoder.granularity.kind == "per_group"
             else f"the levels of a {weight.decoder.kind} quantizer"
         )
-        notes.append(f"{name}: stored and computed in float, because integer kernels cannot hold {levels}")
-        pass_through(node)
+        reasons.setdefault(f"integer kernels cannot hold {levels}", []).append(name.rpartition(".")[0])
+        ir.convenience.replace_all_uses_with(node.outputs[0], input_of(node, 0))
+        graph_of(node).remove(node, safe=True)
         return
     for use in list(node.outputs[0].uses()):
         reader = use.node
@@ -62,7 +62,7 @@ def _insert(
     return value
 
 
-def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight], notes: list[str]) -> None:
+def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight], reasons: Reasons) -> None:
     """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias."""
     if len(node.inputs) < 3 or why_in_float(node, grids, decoded) is not None:
         return
@@ -74,10 +74,36 @@ def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mappin
     scale = (torch.tensor(grids[x].scale) * decoded[weight].grid.scale).expand(bias.shape[0]).contiguous().numpy()
     codes = np.rint(bias.astype(np.float64) / scale)
     if not bool((np.abs(codes) <= LARGEST_INT32).all()):
-        notes.append(f"{decoded[weight].name}: computed in float, because the bias is too large for 32 bits at the scale of its products")
+        why = "the bias is too large for 32 bits at the scale of its products"
+        reasons.setdefault(why, []).append(decoded[weight].name.rpartition(".")[0])
+        del decoded[weight]
         return
     contents = {"codes": (codes.astype(np.int32), None), "scale": (scale, None)}
     node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", contents, 0))
+
+
+def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
+    """Keep a layer in float that has no integer weight although its input is quantized.
+
+    ONNX Runtime would quantize its weight to 8 bits by itself. A clip to the range that the input is in anyway hides the codes.
+    """
+    if node.domain != "" or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.inputs[1] in decoded:
+        return
+    x = node.inputs[0]
+    if x is None or x not in grids or (constant_of(node.inputs[1]) is None and not _is_decoded(node.inputs[1])):
+        return
+    grid, name = grids[x], f"{node.outputs[0].name}.input"
+    lowest, highest = ((np.float32(code) - np.float32(grid.zero_point)) * grid.scale for code in (0, 255))
+    ends = [add_initializer(graph_of(node), f"{name}.{end}", np.asarray(v)) for end, v in (("lowest", lowest), ("highest", highest))]
+    clip = ir.node("Clip", [x, *ends])
+    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = name, x.shape, x.type
+    graph_of(node).insert_before(node, clip)
+    node.replace_input_with(0, clip.outputs[0])
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear" and constant_of(producer.inputs[0]) is not None
 
 
 def _insert_decoder(anchor: ir.Node, name: str, contents: Mapping[str, tuple[Array, ir.DataType | None]], axis: int | None) -> ir.Value:
@@ -110,17 +136,12 @@ def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping
     return None
 
 
-def layers_in_float(graph: ir.Graph, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> list[str]:
-    """One note for each reason that keeps layers with integer weights in float."""
-    reasons: dict[str, list[str]] = {}
+def note_layers_in_float(
+    graph: ir.Graph, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight], reasons: Reasons
+) -> None:
+    """Add the layers with integer weights that are computed in float."""
     for node in graph:
         why = why_in_float(node, grids, decoded)
         weight = node.inputs[1] if why is not None else None
         if why is not None and weight is not None:
             reasons.setdefault(why, []).append(decoded[weight].name.rpartition(".")[0])
-    return [f"computed in float, because {why}: {_listed(names)}" for why, names in reasons.items()]
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

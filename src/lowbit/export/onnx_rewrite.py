@@ -7,6 +7,7 @@ What ONNX Runtime and OpenVINO need to see, and what is done for it:
   exact because rounding is monotone, and disappears where the codes' range implies it;
 - integer weights with one scale for each output channel, the transpose of a linear layer applied to the codes;
 - integer biases of scale ``x_scale * w_scale``;
+- layers with float weights are kept from being quantized by the runtime on its own, which ONNX Runtime does where their input is;
 - codes on both sides of operators that only move values: the quantizer is repeated behind them, which changes nothing.
 """
 
@@ -19,10 +20,12 @@ import onnx_ir as ir
 
 from lowbit.errors import SpecError
 from lowbit.export.onnx_activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
-from lowbit.export.onnx_layers import DecodedWeight, decode_weight, layers_in_float, quantize_bias
+from lowbit.export.onnx_layers import DecodedWeight, decode_weight, keep_float, note_layers_in_float, quantize_bias
 from lowbit.export.onnx_surgery import pass_through, remove_unused, tidy
 from lowbit.export.onnx_translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
 from lowbit.quantizers import QTensor
+
+_LISTED = 6  # names of layers in a note
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     if weight_container == "int4" and marked.opset_imports[""] < INT4_OPSET:
         raise SpecError(f"4-bit codes need opset {INT4_OPSET}, the graph has {marked.opset_imports['']}")
-    model, notes = marked.clone(), []  # type: ir.Model, list[str]
+    model, reasons = marked.clone(), {}  # type: ir.Model, Reasons
     pool_globally(model.graph)
     share_quantizers(model.graph)
     grids: dict[ir.Value, Grid] = {}
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == QUANTIZE:
-            quantize_activation(node, grids, notes)
+            quantize_activation(node, grids, reasons)
         elif only_moves(node) and node.inputs[0] in grids:
             repeat_quantizer(node, grids)
     remove_unused(model)  # ReLUs and clips that quantizers took in
@@ -72,8 +75,15 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == WEIGHT:
             name = node.attributes["name"].as_string()
-            decode_weight(node, name, weights[name], weight_container, decoded, notes)
+            decode_weight(node, name, weights[name], weight_container, decoded, reasons)
     for node in list(model.graph):
-        quantize_bias(node, grids, decoded, notes)
-    notes += layers_in_float(model.graph, grids, decoded)
-    return Rewritten(tidy(model), tuple(notes))
+        quantize_bias(node, grids, decoded, reasons)
+        keep_float(node, grids, decoded)
+    note_layers_in_float(model.graph, grids, decoded, reasons)
+    return Rewritten(tidy(model), tuple(f"computed in float, because {why}: {_listed(names)}" for why, names in reasons.items()))
+
+
+def _listed(names: list[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - _LISTED
+    return ", ".join(distinct[:_LISTED]) + (f" and {more} more" if more > 0 else "")

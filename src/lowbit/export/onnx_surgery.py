@@ -7,6 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+Reasons = dict[str, list[str]]  # why something stays in float, and the names of what does
 Array = npt.NDArray[np.generic]
 
 FLOAT = ir.DataType.FLOAT
