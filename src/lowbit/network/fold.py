@@ -117,7 +117,8 @@ def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: nn.Module
     children = OrderedDict(norm.named_children())
     if type(norm) in EXACT_NORMS or (children and _runs_children(dataflow, name)):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity() if type(norm) in EXACT_NORMS else nn.Sequential(children))
+        rest = nn.Identity() if type(norm) in EXACT_NORMS else nn.Sequential(children)
+        setattr(model.get_submodule(parent), child, rest.train(norm.training))
         return
     with torch.no_grad():
         if norm.weight is not None:

@@ -37,6 +37,7 @@ class WeightParametrization(nn.Module):
 
 def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
     """Quantize ``layer.weight`` from now on, wherever it is used; replaces a quantizer that is already there."""
+    quantizer.train(layer.training)
     parametrization = _weight_parametrization(layer)
     if parametrization is not None:
         parametrization.quantizer = quantizer
@@ -44,6 +45,7 @@ def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise LayerError(f"{type(layer).__name__} has no weight tensor to quantize")
     parametrize.register_parametrization(layer, "weight", WeightParametrization(quantizer), unsafe=True)
+    layer.train(layer.training)
     # parametrize refuses to pickle its generated class; rebuilding the parametrization on load is all that is needed
     type(layer).__reduce_ex__ = _reduce_quantized_layer  # type: ignore[method-assign, assignment]
 
@@ -80,14 +82,14 @@ def set_input_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
     """Quantize the module's first floating-point positional input."""
     if not hasattr(module, INPUT):
         module.register_forward_pre_hook(_quantize_input)
-    setattr(module, INPUT, quantizer)
+    setattr(module, INPUT, quantizer.train(module.training))
 
 
 def set_output_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
     """Quantize the module's output, which must be one tensor."""
     if not hasattr(module, OUTPUT):
         module.register_forward_hook(_quantize_output)
-    setattr(module, OUTPUT, quantizer)
+    setattr(module, OUTPUT, quantizer.train(module.training))
 
 
 def input_quantizer(module: nn.Module) -> Quantizer | None:

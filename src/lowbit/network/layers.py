@@ -59,14 +59,15 @@ def execution_order(model: nn.Module, sample: Inputs) -> list[str]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's training flag is restored afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # eval() visits every module, which takes longer than a small network's forward pass
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module in training:
+            module.training = True
 
 
 def _noting(name: str, order: dict[str, None]) -> Callable[[nn.Module, tuple[object, ...]], None]:

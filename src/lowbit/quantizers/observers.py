@@ -63,15 +63,18 @@ class Observer(nn.Module, ABC):
         x = x.detach()
         rows = _in_memory_order(x).unsqueeze(0) if self.granularity.kind == "per_tensor" else self.granularity.flatten(x)
         lo, hi = rows.amin(1), rows.amax(1)  # aminmax along a dimension is not vectorised: 20 times slower
-        if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+        if not bool(torch.isfinite(torch.stack([lo, hi])).all()):
             raise CalibrationError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values are NaN or infinite")
         self._see_range(lo.float(), hi.float())
         self._see_values(rows, len(x) if x.dim() else 1, is_all)
 
     def _see_range(self, lo: Tensor, hi: Tensor) -> None:
         """Take in the smallest and largest value of each row."""
-        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
-        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+        if self.lo is None or self.hi is None:
+            self.lo, self.hi = lo.clone(), hi.clone()
+        else:
+            self.lo.clamp_(max=lo)
+            self.hi.clamp_(min=hi)
 
     def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
         """Take in ``[scales, elements]``; nothing to do where the range is enough."""
