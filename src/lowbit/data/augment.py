@@ -1,0 +1,26 @@
+"""Augmentation of batches in plain tensor code: the same seed gives the same pictures on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+
+def pad_crop(images: Tensor, padding: int, generator: Generator, *, fill: float = 0.0) -> Tensor:
+    """Shift each image of ``[N, C, H, W]`` by up to ``padding`` pixels each way; what comes in from outside is ``fill``.
+
+    ``fill`` is in the units of ``images``: black is ``-mean / std`` where they are normalised.
+    """
+    count, _, height, width = images.shape
+    padded = functional.pad(images, [padding] * 4, value=fill)
+    top, left = (torch.randint(2 * padding + 1, (count, 1), generator=generator).to(images.device) for _ in range(2))
+    rows, columns = top + torch.arange(height, device=images.device), left + torch.arange(width, device=images.device)
+    sample = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return padded[sample, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
+
+
+def flip(images: Tensor, generator: Generator) -> Tensor:
+    """Mirror each image of ``[N, C, H, W]`` left to right with probability one half."""
+    chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(3), images)

@@ -1,0 +1,68 @@
+"""What every data suite gives: a data set and the facts about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Split = Literal["train", "test", "calibration"]
+Sample = Tensor | tuple[Tensor, int]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set of normalised images with what a program needs to know about it.
+
+    Attributes:
+        name: What the user calls it.
+        dataset: Samples ``(image, label)``, or ``image`` alone where there are no labels; images are float32.
+        num_classes: None without labels.
+        input_shape: ``(channels, height, width)`` of a sample.
+        mean, std: Per channel, of pixels in 0..1; the samples are ``(pixel - mean) / std``.
+        class_names: By label; empty where unknown.
+        ignored: How many files of the folder were no images.
+        skipped: Images that could not be decoded and were left out.
+    """
+
+    name: str
+    dataset: Dataset[Sample]
+    num_classes: int | None
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    class_names: tuple[str, ...] = ()
+    ignored: int = 0
+    skipped: tuple[Path, ...] = ()
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+
+class TensorImages(Dataset[Sample]):
+    """Images held in memory as bytes, normalised when they are asked for.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``, 0 to ``white``.
+        labels: int64 ``[N]`` or None.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float], *, white: int = 255) -> None:
+        self.images, self.labels, self._white = images, labels, white
+        self._mean, self._std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = self.normalized(self.images[index])
+        return image if self.labels is None else (image, int(self.labels[index]))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """``(pixel / white - mean) / std`` in float32 for one image or a batch, on the device of ``images``."""
+        return (images.float() / self._white - self._mean.to(images.device)) / self._std.to(images.device)

@@ -1,0 +1,114 @@
+"""Pictures decoded safely and brought to the shape a network wants."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lowbit.errors import DataError, SpecError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow sees a file
+MAX_PIXELS = 100_000_000  # a small file can unpack to any size
+MAX_BYTES = 200_000_000
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture of any size to a normalised tensor.
+
+    The shorter side is resized to ``floor(size / crop_fraction)``, the centre ``size`` x ``size`` is cut out, pixels in 0..1 become
+    ``(pixel - mean) / std``. The defaults are those of most ImageNet networks.
+
+    Attributes:
+        size: Height and width of the result, in pixels.
+        crop_fraction: Part of the shorter side that is kept, above 0 to 1.
+        mean, std: Per channel.
+        grey: One channel instead of three.
+    """
+
+    size: int = 224
+    crop_fraction: float = 0.875
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    grey: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 < self.crop_fraction <= 1:
+            raise SpecError(
+                f"preprocessing: size {self.size}, crop_fraction {self.crop_fraction}; size is 1 or more, crop_fraction above 0 to 1"
+            )
+        if self.interpolation not in _FILTERS:
+            raise SpecError(f"preprocessing: interpolation {self.interpolation!r}, expected one of {', '.join(_FILTERS)}")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise SpecError(f"preprocessing: mean {self.mean}, std {self.std}; give {self.channels} number(s), one for each channel")
+        if min(self.std) <= 0:
+            raise SpecError(f"preprocessing: std {self.std}; every value must be positive")
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, else 3."""
+        return 1 if self.grey else 3
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """float32 ``[channels, size, size]``."""
+        shorter = int(self.size / self.crop_fraction)
+        scale = shorter / min(picture.size)
+        width, height = (max(shorter, round(side * scale)) for side in picture.size)
+        picture = picture.convert("L" if self.grey else "RGB").resize((width, height), _FILTERS[self.interpolation])
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        pixels = torch.from_numpy(np.array(picture.crop((left, top, left + self.size, top + self.size)), dtype=np.float32))
+        planes = pixels.reshape(self.size, self.size, self.channels).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
+        return ((planes - mean) / std).contiguous()
+
+
+def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """The decoded picture in ``path``, upright as its EXIF orientation says.
+
+    Raises:
+        DataError: It is too large, truncated, corrupt, or no picture.
+    """
+    with _opened(path, max_pixels, max_bytes) as picture:
+        picture.load()
+        return ImageOps.exif_transpose(_eight_bits(picture))
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey: Pillow's own conversion would cut off everything above 255."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
+    return picture
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int, max_bytes: int) -> Iterator[Image.Image]:
+    """The picture with its header read, so that sizes are checked before a pixel is decoded; errors name the file."""
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise DataError(f"{path}: {size:,} bytes, at most {max_bytes:,} are read")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            with Image.open(path, formats=FORMATS) as picture:
+                if picture.width * picture.height > max_pixels:
+                    raise DataError(f"{path}: {picture.width} x {picture.height} pixels, at most {max_pixels:,} are decoded")
+                yield picture
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error
