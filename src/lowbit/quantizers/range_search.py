@@ -68,6 +68,7 @@ def _search(
         error.round_().clamp_(qmin - z, qmax - z).mul_(s).sub_(rows)
         error = error.square_() if power == 2 else error.abs_().pow_(power)
         total[start : start + together] = (error if weights is None else error.mul_(weights)).sum(2)
+    total.nan_to_num_(nan=float("inf"))  # an error that overflows in a bin without weight
     best = total.argmin(0, keepdim=True)  # the first, so the widest, among equals
     return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 

@@ -99,7 +99,8 @@ def _search(rows: Tensor, qmin: int, qmax: int, weights: Tensor | None, candidat
         scale, error = torch.where(new_error < error, new_scale, scale), torch.minimum(new_error, error)
     best = error.argmin(1, keepdim=True)
     scale = scale.gather(1, best).squeeze(1).float()
-    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale), error.gather(1, best).squeeze(1)
+    is_dead = (table.energy[:, 0] == 0) | (scale < SMALLEST_SCALE)
+    return torch.where(is_dead, torch.ones_like(scale), scale), error.gather(1, best).squeeze(1)
 
 
 def _improve(table: SortedRows, scale: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:

@@ -230,7 +230,7 @@ class ScaleRefinement:
         needs=("calibration",),
         fidelity="paper, details open (no official code); scale search within the bounds of two independent programs",
         summary="scales of least squared error, two tensors for key layers, scales tuned on the logits",
-        margin_db=1.0,
+        margin_db=6.0,
     )
 )
 @dataclass
@@ -253,7 +253,7 @@ class Lbq(PostTrainingMethod):
     tau: float = 0.01
     key_share: float = 0.1
     epochs: int = 10
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     batch_size: int = 32
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lowbit.calibration import Calibration, Inputs
 from lowbit.errors import CalibrationError, GraphError, LayerError, LowbitError, SpecError
@@ -188,9 +189,9 @@ class PtqJob:
         calibration = self.need_calibration("setting activation ranges")
         for quantizer in quantizers.values():
             quantizer.start_calibration()
-        with self.progress.stage("activation ranges", total=calibration.samples) as stage:
+        with self.progress.stage("activation ranges", total=calibration.samples) as stage, parametrize.cached(), evaluating(self.model):
             for inputs in calibration:
-                run(self.model, inputs)
+                self.model(*inputs.args, **inputs.kwargs)
                 stage.advance(inputs.batch_size)
         for name, quantizer in quantizers.items():
             try:
