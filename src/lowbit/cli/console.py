@@ -33,4 +33,5 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, titl
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "-" or cell.replace(",", "").lstrip("+-").replace(".", "", 1).split(" ")[0].rstrip("x%").isdigit()
+    number, _, unit = cell.partition(" ")
+    return cell == "-" or (" " not in unit and number.replace(",", "").lstrip("+-").replace(".", "", 1).rstrip("x%").isdigit())

@@ -25,6 +25,7 @@ def diagnose(
     model_option: shared.ModelOption = None,
     weights: shared.Weights = None,
     data: shared.Data = None,
+    preprocess: shared.Preprocess = None,
     calibration: shared.Calibration = None,
     calibration_samples: shared.CalibrationSamples = 256,
     method: shared.Method = "round_to_nearest",
@@ -52,7 +53,16 @@ def diagnose(
     settings = make_settings(method, {}, option)
     bits = make_policy(policy, weight_bits, activation_bits, first_last=first_last_bits, keep=keep, only=only)
     source = open_source(
-        model, weights, data, calibration, calibration_samples, model_options=model_option, batch_size=batch_size, device=device, seed=seed
+        model,
+        weights,
+        data,
+        calibration,
+        calibration_samples,
+        model_options=model_option,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
     )
     if out is not None:
         prepare_folder(out, needed_bytes=1_000_000)

@@ -48,6 +48,7 @@ def evaluate(
     model_option: shared.ModelOption = None,
     weights: shared.Weights = None,
     data: shared.Data = None,
+    preprocess: shared.Preprocess = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to compare on where there are no labels, at most.")] = 256,
     seed: shared.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for evaluation.json. Default: only print.", show_default=False)] = None,
@@ -59,7 +60,18 @@ def evaluate(
     """Measure accuracy, size and time of the float network and of exported files, and how closely these follow it."""
     shared.set_threads(threads)
     files = [] if target is None else exported_files(target)
-    source = open_source(model, weights, data, None, samples, model_options=model_option, batch_size=batch_size, device=device, seed=seed)
+    source = open_source(
+        model,
+        weights,
+        data,
+        None,
+        samples,
+        model_options=model_option,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+    )
     if out is not None:
         prepare_folder(out, needed_bytes=1_000_000)
     progress = Progress(quiet=quiet)

@@ -26,6 +26,7 @@ def export(
     model_option: shared.ModelOption = None,
     weights: shared.Weights = None,
     data: shared.Data = None,
+    preprocess: shared.Preprocess = None,
     calibration: shared.Calibration = None,
     input_shape: shared.InputShape = None,
     weight_container: Annotated[
@@ -50,7 +51,16 @@ def export(
     """
     shared.set_threads(threads)
     source = open_source(
-        model, weights, data, calibration, batch_size, model_options=model_option, input_shape=input_shape, batch_size=batch_size, seed=seed
+        model,
+        weights,
+        data,
+        calibration,
+        batch_size,
+        model_options=model_option,
+        preprocess=preprocess,
+        input_shape=input_shape,
+        batch_size=batch_size,
+        seed=seed,
     )
     network = source.model if packed is None else lowbit.load(packed_file(packed))
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,16 @@ Calibration = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+Preprocess = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preprocess",
+        help="How pictures of a folder become inputs, as NAME=VALUE: size=224, crop_fraction=0.875, mean=0.485,0.456,0.406, "
+        "std=0.229,0.224,0.225, interpolation=bicubic, grey=false (these are the defaults). Repeatable.",
+        show_default=False,
+        rich_help_panel=NETWORK,
+    ),
+]
 InputShape = Annotated[
     str | None,
     typer.Option(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.options import key_values
-from lowbit.data import load_data
-from lowbit.errors import CalibrationError, SpecError
+from lowbit.data import Preprocessing, load_data, loader
+from lowbit.errors import CalibrationError, SpecError, unknown_name
+from lowbit.methods.quantize import convert_option
 from lowbit.models import default_weights, load_default, load_model
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
@@ -71,14 +73,15 @@ def open_source(
     *,
     model_options: list[str] | None = None,
     input_shape: str | None = None,
+    preprocess: list[str] | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     seed: int = 0,
 ) -> Source:
     """The network and its data.
 
-    Calibration samples are drawn at random from the training samples of ``calibration``, or of ``data`` where that is not named;
-    the same seed draws the same ones.
+    Calibration samples come from the training samples of ``calibration``, or of ``data`` where that is not named, in a fixed random
+    order.
 
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
@@ -86,13 +89,13 @@ def open_source(
     name, network = open_network(model, weights, model_options, device)
     if data is None and name == DEFAULT:
         data = DEFAULT
-    place = open_device(device)
+    place, preprocessing = open_device(device), preprocessing_of(preprocess)
     looked_at = calibration or data
     if looked_at is None:
         sample = Inputs((noise(name, input_shape, seed).to(place),))
         return Source(name, network, place, sample, None, "no data", None, "")
-    batches = Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, seed))
-    test = None if data is None else labelled_batches(data, batch_size)
+    batches = Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, preprocessing))
+    test = None if data is None else labelled_batches(data, batch_size, preprocessing)
     return Source(name, network, place, batches.sample, batches, looked_at, test, "" if test is None else str(data))
 
 
@@ -109,15 +112,33 @@ def noise(network: str, shape: str | None, seed: int) -> Tensor:
     return torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))
 
 
-def labelled_batches(data: str, batch_size: int) -> Iterable[object] | None:
+def preprocessing_of(pairs: list[str] | None) -> Preprocessing | None:
+    """How pictures become inputs; ``None`` when the user did not say.
+
+    Raises:
+        UnknownNameError: There is no such setting.
+        SpecError: A value that is not allowed.
+    """
+    if not pairs:
+        return None
+    hints = typing.get_type_hints(Preprocessing)
+    values: dict[str, Any] = {}
+    for name, value in key_values(pairs, "--preprocess").items():
+        if name not in hints:
+            raise unknown_name("setting of --preprocess", name, hints)
+        values[name] = convert_option("--preprocess", name, value, hints[name])
+    return Preprocessing(**values)
+
+
+def labelled_batches(data: str, batch_size: int, preprocessing: Preprocessing | None) -> Iterable[object] | None:
     """The test samples of a data suite or folder with their labels; ``None`` when it has no labels."""
-    found = load_data(data, split="test")
-    return None if found.num_classes is None else DataLoader(found.dataset, batch_size=batch_size)
+    found = load_data(data, split="test", preprocessing=preprocessing)
+    return None if found.num_classes is None else loader(found, batch_size)
 
 
-def samples_of(data: str, count: int, batch_size: int, device: torch.device, seed: int) -> list[Tensor]:
-    """At most ``count`` samples for calibration of a data suite or folder, drawn at random, in batches on ``device``."""
-    found = load_data(data, split="calibration")
-    drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    images = [item[0] if isinstance(item, tuple) else item for item in (found.dataset[index] for index in drawn)]
+def samples_of(data: str, count: int, batch_size: int, device: torch.device, preprocessing: Preprocessing | None) -> list[Tensor]:
+    """The first ``count`` samples for calibration of a data suite or folder, in batches on ``device``."""
+    dataset = load_data(data, split="calibration", preprocessing=preprocessing)
+    items = (dataset.dataset[index] for index in range(min(count, len(dataset))))
+    images = [item[0] if isinstance(item, tuple) else item for item in items]
     return [torch.stack(images[start : start + batch_size]).to(device) for start in range(0, len(images), batch_size)]
