@@ -21,7 +21,7 @@ import onnx_ir as ir
 from lowbit.errors import SpecError
 from lowbit.export.onnx_activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
 from lowbit.export.onnx_layers import DecodedWeight, decode_weight, keep_float, note_layers_in_float, quantize_bias
-from lowbit.export.onnx_surgery import pass_through, remove_unused, tidy
+from lowbit.export.onnx_surgery import Reasons, pass_through, remove_unused, tidy
 from lowbit.export.onnx_translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
 from lowbit.quantizers import QTensor
 
@@ -61,7 +61,8 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     if weight_container == "int4" and marked.opset_imports[""] < INT4_OPSET:
         raise SpecError(f"4-bit codes need opset {INT4_OPSET}, the graph has {marked.opset_imports['']}")
-    model, reasons = marked.clone(), {}  # type: ir.Model, Reasons
+    model = marked.clone()
+    reasons: Reasons = {}
     pool_globally(model.graph)
     share_quantizers(model.graph)
     grids: dict[ir.Value, Grid] = {}

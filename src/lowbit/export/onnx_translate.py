@@ -58,7 +58,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
             raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export it to .lowbit, or rewrite that operation.") from error
         assert converted is not None
         _name_batch(converted)
-        for name in program.weights:
+        for name in reversed(list(program.weights)):  # each goes to the front
             _mark_weight(converted.model.graph, name)
         converted.optimize()
     return converted.model
