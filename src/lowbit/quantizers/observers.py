@@ -247,7 +247,10 @@ class OmseObserver(HistogramObserver):
 
 
 class EntropyObserver(HistogramObserver):
-    """The range whose codes keep most of the information in the histogram (see ``entropy_threshold``)."""
+    """The range whose codes keep most of the information in the histogram (see ``entropy_threshold``).
+
+    Rows of fewer values than the histogram has bins keep their whole range: so few say nothing of a distribution.
+    """
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         lo, hi = self.extremes()
@@ -259,7 +262,8 @@ class EntropyObserver(HistogramObserver):
             magnitudes = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, counts)
             magnitudes[0] = 0  # zero is always a level, and after a ReLU its bin would outweigh all others
             levels = (qmax - qmin + 1) // 2 if lo[row] < 0 else qmax - qmin + 1
-            limits.append(largest * entropy_threshold(magnitudes, max(levels, 1)) / BINS)
+            kept = entropy_threshold(magnitudes, max(levels, 1)) if counts.sum() >= BINS else BINS
+            limits.append(largest * kept / BINS)
         limit = torch.tensor(limits).to(lo)
         return torch.maximum(lo, -limit), torch.minimum(hi, limit)
 
