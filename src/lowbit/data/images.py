@@ -110,5 +110,7 @@ def _opened(path: Path, max_pixels: int, max_bytes: int) -> Iterator[Image.Image
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: too many pixels, at most {max_pixels:,} are decoded ({error})") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"{path}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error

@@ -1,0 +1,84 @@
+"""State dicts read without running code, and put into a network only when they fit it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lowbit.errors import FileFormatError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema")  # keys that checkpoints keep the weights under
+PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and compile put before each name
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the state dict in ``path`` into ``model``; FileFormatError when it cannot be read safely or does not fit."""
+    state = _without_prefix(read_state_dict(path))
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name}: file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or unexpected or misshapen:
+        lists = (("missing", missing), ("unexpected", unexpected), ("other shape", misshapen))
+        parts = [f"{label} ({len(names)}): {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for label, names in lists if names]
+        raise FileFormatError(
+            f"weights {path} do not fit {type(model).__name__}: {'; '.join(parts)}. "
+            "Pass the weights of this very network (same classes, channels, width)."
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from ``.safetensors``, or from ``.pt`` / ``.pth`` as torch.save writes them; nothing in the file is run.
+
+    Raises:
+        FileFormatError: There is no such file, it is damaged, or it holds anything but tensors.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"weights {path}: there is no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+    except Exception as error:  # a damaged or hostile file can make a reader stumble in any way
+        if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
+            raise FileFormatError(
+                f"weights {path}: the file holds Python objects besides tensors, and making them would run code from the file. "
+                "Save the state dict alone, torch.save(model.state_dict(), path), or write .safetensors."
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) and not isinstance(error, UnpicklingError) else type(error).__name__
+        raise FileFormatError(
+            f"weights {path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict of torch.save'}; "
+            f"it is truncated, corrupt or of another format ({reason})"
+        ) from error
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        what = (
+            f"{type(content).__name__} with {', '.join(map(str, list(content)[:5]))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise FileFormatError(f"weights {path}: expected a state dict (names to tensors), found {what}")
+    return dict(content)
+
+
+def _load_tensors(path: Path) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error anyway
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.errors import MissingExtraError, SpecError, UnknownNameError
+from lowbit.models import load_model
+
+FILE = """
+import torch
+from beside_it import WIDTH
+
+class Net(torch.nn.Linear):
+    def __init__(self, out=WIDTH):
+        super().__init__(3, out)
+
+def broken():
+    raise RuntimeError("no disk")
+
+def text():
+    return "a network"
+
+ready = Net(2)
+number = 5
+"""
+
+
+@pytest.fixture
+def network_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text("WIDTH = 4")
+    (tmp_path / "some_network.py").write_text(FILE)
+    yield tmp_path / "some_network.py"
+    for name in ("some_network", "beside_it"):
+        sys.modules.pop(name, None)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown model 'resnet200'. Did you mean 'resnet20'\?"):
+        load_model("resnet200")
+
+
+def test_a_factory_in_a_file_gets_the_options(network_file: Path) -> None:
+    assert load_model(f"{network_file}:Net").weight.shape == (4, 3)
+    assert load_model(f"{network_file}:Net", out=6).weight.shape == (6, 3)
+
+
+def test_a_factory_in_a_module_of_the_current_folder(network_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(network_file.parent)
+    assert load_model("some_network:Net", out=2).weight.shape == (2, 3)
+
+
+def test_a_factory_in_an_installed_module() -> None:
+    model = load_model("torch.nn:Linear", in_features=3, out_features=2)
+    assert isinstance(model, nn.Linear)
+    assert not model.training
+
+
+def test_a_ready_network_can_be_named_but_takes_no_options(network_file: Path) -> None:
+    assert load_model(f"{network_file}:ready").weight.shape == (2, 3)
+    with pytest.raises(SpecError, match="takes no options, got out"):
+        load_model(f"{network_file}:ready", out=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("no_such_package.net:make", "importing no_such_package.net failed with ModuleNotFoundError"),
+        ("/no/such/file.py:make", "failed with FileNotFoundError"),
+        ("{file}:broken", "failed with RuntimeError: no disk"),
+        ("{file}:text", "returned str, expected a torch.nn.Module"),
+    ],
+)
+def test_what_goes_wrong_is_said(network_file: Path, spec: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        load_model(spec.format(file=network_file))
+
+
+def test_a_wrong_option_shows_what_the_factory_takes() -> None:
+    with pytest.raises(SpecError, match=r"unexpected keyword argument 'classes'.*It takes \(num_classes: 'int' = 10, in_channels"):
+        load_model("resnet8", classes=3)
+
+
+@pytest.mark.parametrize("name", ["Nett", "number"])
+def test_a_factory_that_is_not_there_is_named(network_file: Path, name: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown factory in .*{name}"):
+        load_model(f"{network_file}:{name}")
+
+
+@pytest.mark.parametrize("package", ["timm", "torchvision"])
+def test_a_missing_package_is_said_with_the_install_line(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
+    with pytest.raises(MissingExtraError, match=rf'needs {package}, .*pip install "lowbit\[models\]"'):
+        load_model(f"{package}:resnet18")
+
+
+@pytest.mark.parametrize(("spec", "count"), [("timm:resnet18", 11_689_512), ("torchvision:resnet18", 11_689_512)])
+def test_networks_of_timm_and_torchvision(spec: str, count: int) -> None:
+    package = spec.partition(":")[0]
+    try:
+        model = load_model(spec)
+    except MissingExtraError:
+        pytest.skip(f"{package} is not installed")
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert load_model(spec, num_classes=3)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(UnknownNameError, match=f"unknown {package} model 'resnet18x'"):
+        load_model(f"{package}:resnet18x")
+    with pytest.raises(SpecError, match="nonsense"):
+        load_model(spec, nonsense=1)
