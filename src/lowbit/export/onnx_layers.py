@@ -101,6 +101,36 @@ def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[i
     node.replace_input_with(0, clip.outputs[0])
 
 
+def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
+    """Let a layer that is computed in float have its weight as a cast and a product, which runtimes compute once, when loading.
+
+    They leave DequantizeLinear to be computed in every call. Not done where ONNX Runtime would then quantize the weight again: in
+    front of a quantizer, or of an activation function that it merges with one.
+    """
+    if why_in_float(node, grids, decoded) is None:
+        return
+    after = {use.node.op_type for use in node.outputs[0].uses()}
+    if node.inputs[0] in grids and after & {"QuantizeLinear", "Relu", "Clip"}:
+        return
+    weight = input_of(node, 1)
+    source = weight.producer()
+    assert source is not None
+    codes = input_of(source, 0)
+    graph, name, grid = graph_of(node), f"{node.outputs[0].name}.weight", decoded[weight].grid
+    shape = [-1 if axis == grid.axis else 1 for axis in range(grid.codes.dim())]
+    steps = [ir.node("Cast", [codes], {"to": FLOAT})]
+    if bool(grid.zero_point.any()):
+        zeros = add_initializer(graph, f"{name}.zeros", grid.zero_point.float().reshape(shape).numpy())
+        steps.append(ir.node("Sub", [steps[0].outputs[0], zeros]))
+    factors = add_initializer(graph, f"{name}.factors", grid.scale.reshape(shape).numpy())
+    steps.append(ir.node("Mul", [steps[-1].outputs[0], factors]))
+    for step in steps:
+        step.outputs[0].name = f"{name}.{step.op_type}"
+        step.outputs[0].shape, step.outputs[0].type = ir.Shape(grid.codes.shape), ir.TensorType(FLOAT)
+    graph.insert_before(node, steps)
+    node.replace_input_with(1, steps[-1].outputs[0])
+
+
 def _is_decoded(value: ir.Value | None) -> bool:
     producer = None if value is None else value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear" and constant_of(producer.inputs[0]) is not None

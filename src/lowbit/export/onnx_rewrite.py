@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from lowbit.errors import SpecError
 from lowbit.export.onnx_activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
-from lowbit.export.onnx_layers import DecodedWeight, decode_weight, keep_float, note_layers_in_float, quantize_bias
+from lowbit.export.onnx_layers import DecodedWeight, decode_weight, decode_while_loading, keep_float, note_layers_in_float, quantize_bias
 from lowbit.export.onnx_surgery import Reasons, pass_through, remove_unused, tidy
 from lowbit.export.onnx_translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
 from lowbit.quantizers import QTensor
@@ -81,6 +81,8 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
         quantize_bias(node, grids, decoded, reasons)
         keep_float(node, grids, decoded)
     note_layers_in_float(model.graph, grids, decoded, reasons)
+    for node in list(model.graph):
+        decode_while_loading(node, grids, decoded)
     return Rewritten(tidy(model), tuple(f"computed in float, because {why}: {_listed(names)}" for why, names in reasons.items()))
 
 
