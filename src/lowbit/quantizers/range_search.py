@@ -64,9 +64,12 @@ def _search(
     buffer = rows.new_empty(together, *rows.shape)
     for start in range(0, len(shrink), together):
         s, z = scale[start : start + together, :, None], zero_point[start : start + together, :, None]
-        error = torch.div(rows, s, out=buffer[: len(s)])
-        error.round_().clamp_(qmin - z, qmax - z).mul_(s).sub_(rows)
-        error = error.square_() if power == 2 else error.abs_().pow_(power)
+        error = torch.div(rows, s, out=buffer[: len(s)]).round_()
+        torch.maximum(error, qmin - z, out=error)  # clamp with tensors takes twice as long as both of these
+        torch.minimum(error, qmax - z, out=error)
+        error.mul_(s).sub_(rows)
+        # pow takes twice as long as a logarithm and an exponential
+        error = error.square_() if power == 2 else error.abs_().log2_().mul_(power).exp2_()
         total[start : start + together] = (error if weights is None else error.mul_(weights)).sum(2)
     total.nan_to_num_(nan=float("inf"))  # an error that overflows in a bin without weight
     best = total.argmin(0, keepdim=True)  # the first, so the widest, among equals
