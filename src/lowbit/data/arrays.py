@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,8 @@ def load_arrays(path: Path, preprocessing: Preprocessing | None = None) -> Image
         return ImageData(path.name, TensorImages(images, classes, mean, std), num_classes, tuple(images.shape[1:]), mean, std)
     if samples.dtype.kind != "f":
         raise DataError(f"{path}: samples are {samples.dtype}, expected uint8 pixels or floating-point samples")
-    tensor = torch.from_numpy(samples.astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+        tensor = torch.from_numpy(samples.astype(np.float32))
     if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise DataError(f"{path}: {bad:,} of {tensor.numel():,} values are NaN or infinite. Remove these samples.")
@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             return np.atleast_1d(arrays[keys[0]]), None if keys[1] is None else arrays[keys[1]]
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file can make the reader stumble in any way
         raise DataError(f"{path}: cannot be read as a NumPy file of plain numbers ({error})") from error
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,36 +78,29 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
     Raises:
         DataError: It is too large, truncated, corrupt, or no picture.
     """
-    with _opened(path, max_pixels, max_bytes) as picture:
-        picture.load()
-        return ImageOps.exif_transpose(_eight_bits(picture))
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: Pillow's own conversion would cut off everything above 255."""
-    if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
-    return picture
-
-
-@contextmanager
-def _opened(path: Path, max_pixels: int, max_bytes: int) -> Iterator[Image.Image]:
-    """The picture with its header read, so that sizes are checked before a pixel is decoded; errors name the file."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
             raise DataError(f"{path}: {size:,} bytes, at most {max_bytes:,} are read")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            warnings.simplefilter("ignore")  # about damaged metadata, and about size, which max_pixels decides
             with Image.open(path, formats=FORMATS) as picture:
                 if picture.width * picture.height > max_pixels:
                     raise DataError(f"{path}: {picture.width} x {picture.height} pixels, at most {max_pixels:,} are decoded")
-                yield picture
+                return ImageOps.exif_transpose(_eight_bits(picture))
     except DataError:
         raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: too many pixels, at most {max_pixels:,} are decoded ({error})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
+    except Exception as error:  # a damaged file can make a decoder stumble in any way
         raise DataError(f"{path}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """The decoded picture, 16-bit grey as 8-bit grey: Pillow's own conversion would cut off everything above 255."""
+    picture.load()
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
+    return picture
