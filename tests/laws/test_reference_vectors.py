@@ -56,8 +56,9 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 # fmt: off
 FORMULA_CALLS = frozenset({
-    "abs", "add", "amax", "amin", "ceil", "clamp", "clip", "div", "exp", "exp2", "floor", "log", "log2", "matmul", "maximum", "mean", "minimum",
-    "mul", "norm", "pow", "relu", "rsqrt", "round", "sigmoid", "sign", "softmax", "sqrt", "square", "std", "sub", "tanh", "var", "where",
+    "abs", "add", "amax", "amin", "ceil", "clamp", "clip", "div", "exp", "exp2", "floor", "log",
+    "log2", "matmul", "maximum", "mean", "minimum", "mul", "norm", "pow", "relu", "rsqrt", "round", "sigmoid",
+    "sign", "softmax", "sqrt", "square", "std", "sub", "tanh", "var", "where",
 })
 # fmt: on
 

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
-import lowbit
 from lowbit.calibration import Inputs
 from lowbit.cli import options as shared
 from lowbit.cli.console import say, show_table
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import open_source
 from lowbit.errors import FileFormatError
+from lowbit.export.load import load
 from lowbit.export.onnx_runtime import load_onnx
 from lowbit.files import write_text
 from lowbit.measure import measure_accuracy, measure_agreement, measure_latency
@@ -81,7 +81,7 @@ def evaluate(
         "float": {**_accuracy(source.model, source.test, progress), "latency_ms": measure_latency(source.model, one).median_ms}
     }
     for path in files:
-        network = lowbit.load(path) if path.suffix == ".lowbit" else OnnxModule(path, threads or 1)
+        network = load(path) if path.suffix == ".lowbit" else OnnxModule(path, threads or 1)
         agreement = measure_agreement(source.model, network, compared, progress=progress)
         found[path.name] = {
             **_accuracy(network, source.test, progress),

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-import lowbit
 from lowbit.cli import options as shared
 from lowbit.cli.console import say
 from lowbit.cli.source import open_source
 from lowbit.errors import FileFormatError
+from lowbit.export.export import export as export_file
+from lowbit.export.load import load
 
 
 def export(
@@ -62,9 +63,9 @@ def export(
         batch_size=batch_size,
         seed=seed,
     )
-    network = source.model if packed is None else lowbit.load(packed_file(packed))
+    network = source.model if packed is None else load(packed_file(packed))
     to.parent.mkdir(parents=True, exist_ok=True)
-    say(str(lowbit.export(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed)))
+    say(str(export_file(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed)))
 
 
 def packed_file(path: Path) -> Path:

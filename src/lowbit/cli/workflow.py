@@ -13,7 +13,7 @@ from lowbit.cli.console import results, show_table
 from lowbit.cli.source import Source
 from lowbit.cli.workfolder import WorkFolder, tensors_digest, weights_digest
 from lowbit.errors import GraphError, MissingExtraError, ParityError
-from lowbit.export import ExportReport
+from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text
 from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
 from lowbit.methods.post_training.pipeline import PtqJob
@@ -89,7 +89,7 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
             continue
         progress.say(f"writing {name}, comparing it with the network and timing it")
         try:
-            written = lowbit.export(job.model, plan.out / name, sample=job.sample)
+            written = export(job.model, plan.out / name, sample=job.sample)
         except (GraphError, ParityError, MissingExtraError) as error:
             problems.append(f"{name}: {error}")
         else:
