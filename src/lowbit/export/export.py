@@ -80,6 +80,8 @@ def export(
     path = Path(path)
     if path.suffix not in FORMATS:
         raise SpecError(f"cannot tell the format from {path.name!r}. Allowed suffixes: {', '.join(FORMATS)}.")
+    if weight_container not in ("int8", "int4"):
+        raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     inputs = Inputs.of(sample).to("cpu")
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()

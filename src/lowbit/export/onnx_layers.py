@@ -10,20 +10,22 @@ import onnx_ir as ir
 import torch
 
 from lowbit.export.integer_grid import IntegerGrid, integer_grid
-from lowbit.export.onnx_activations import Grid
+from lowbit.export.onnx_activations import MOVES, Grid
 from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.export.onnx_translate import WeightContainer
 from lowbit.quantizers import QTensor
 
 LARGEST_INT32 = 2**31 - 1
+_LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
 
 
 @dataclass(frozen=True)
 class DecodedWeight:
-    """Where a weight's codes come from: the parameter's name and the grid in the file."""
+    """A weight as it is in the file: the parameter's name, the grid, and whether two codes share a byte."""
 
     name: str
     grid: IntegerGrid
+    is_int4: bool = False
 
 
 def decode_weight(
@@ -58,7 +60,7 @@ def _insert(
     # ONNX Runtime fuses a linear layer only where the zero point is written out, zeros too
     contents = (("codes", grid.codes, dtype), ("scale", grid.scale, None), ("zero_point", grid.zero_point, dtype))
     value = _insert_decoder(anchor, name, {part: (content.numpy(), kind) for part, content, kind in contents}, grid.axis)
-    decoded[value] = DecodedWeight(weight.name, grid)
+    decoded[value] = DecodedWeight(weight.name, grid, is_int4)
     return value
 
 
@@ -104,13 +106,9 @@ def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[i
 def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
     """Let a layer that is computed in float have its weight as a cast and a product, which runtimes compute once, when loading.
 
-    They leave DequantizeLinear to be computed in every call. Not done where ONNX Runtime would then quantize the weight again: in
-    front of a quantizer, or of an activation function that it merges with one.
+    They leave DequantizeLinear to be computed in every call. Not done where ONNX Runtime would then quantize the weight again.
     """
-    if why_in_float(node, grids, decoded) is None:
-        return
-    after = {use.node.op_type for use in node.outputs[0].uses()}
-    if node.inputs[0] in grids and after & {"QuantizeLinear", "Relu", "Clip"}:
+    if why_in_float(node, grids, decoded) is None or (node.inputs[0] in grids and _may_end_in_quantizer(node.outputs[0])):
         return
     weight = input_of(node, 1)
     source = weight.producer()
@@ -131,6 +129,15 @@ def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded:
     node.replace_input_with(1, steps[-1].outputs[0])
 
 
+def _may_end_in_quantizer(value: ir.Value) -> bool:
+    """Whether a runtime that merges neighbouring operators into a layer or swaps them may see a quantizer right behind it."""
+    uses = list(value.uses())
+    merged = {"Relu", "Clip", *MOVES} | (_LINEAR if len(uses) == 1 else set())
+    return any(
+        use.node.op_type == "QuantizeLinear" or (use.node.op_type in merged and _may_end_in_quantizer(use.node.outputs[0])) for use in uses
+    )
+
+
 def _is_decoded(value: ir.Value | None) -> bool:
     producer = None if value is None else value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear" and constant_of(producer.inputs[0]) is not None
@@ -149,8 +156,10 @@ def _insert_decoder(anchor: ir.Node, name: str, contents: Mapping[str, tuple[Arr
 
 def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> str | None:
     """Why runtimes cannot compute a layer in integers although its weight is; ``None`` if they can, or if it is no such layer."""
-    if node.domain != "" or len(node.inputs) < 2 or node.inputs[1] not in decoded:
+    if node.domain != "" or len(node.inputs) < 2 or (weight := node.inputs[1]) is None or weight not in decoded:
         return None
+    if decoded[weight].is_int4:
+        return "runtimes decode 4-bit codes"
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return f"{node.op_type} has no integer kernel"
     if node.inputs[0] not in grids:

@@ -55,10 +55,8 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
             runtimes decode and compute in float.
 
     Raises:
-        SpecError: An unknown container, or 4-bit codes in a graph of an opset without them.
+        SpecError: 4-bit codes in a graph of an opset without them.
     """
-    if weight_container not in ("int8", "int4"):
-        raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     if weight_container == "int4" and marked.opset_imports[""] < INT4_OPSET:
         raise SpecError(f"4-bit codes need opset {INT4_OPSET}, the graph has {marked.opset_imports['']}")
     model = marked.clone()

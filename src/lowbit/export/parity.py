@@ -40,6 +40,11 @@ from lowbit.network.layers import evaluating
 EXCESS_LIMIT = 0.1  # of a quantization step
 OUTPUT_LIMIT = 1e-3  # of the largest output value
 PACKED_LIMIT_DB = 60.0
+_NOT_ENLARGING = frozenset({
+    "relu", "hardtanh", "clamp", "clamp_min", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh",
+    "max_pool1d", "max_pool2d", "max_pool3d", "mean", "avg_pool2d", "adaptive_avg_pool2d", "add", "sub", "cat",
+    "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "slice", "select", "expand", "clone", "pad",
+})  # fmt: skip
 FOLLOWED_SAMPLES = 4  # the check of each quantizer keeps all of their activations in memory
 
 
@@ -232,11 +237,14 @@ def describe(program: Program, node: fx.Node) -> str:
 
 
 def accumulator_unit(program: Program, node: fx.Node) -> float:
-    """What one unit of the integer accumulators is worth, summed over the layers between ``node`` and the quantizers before it."""
+    """What one unit of the integer accumulators is worth at ``node``, summed over the layers since the quantizers before it.
+
+    Only through operators that do not enlarge differences; behind others, layers are computed in float with exact biases.
+    """
     exported = program.exported
     parameters, buffers = exported.graph_signature.inputs_to_parameters, exported.graph_signature.inputs_to_buffers
     total = 0.0
-    for step in _since_quantizers(node):
+    for step in _since_quantizers(node, through=_NOT_ENLARGING):
         weights = [program.weights[name] for s in step.all_input_nodes if (name := parameters.get(s.name)) in program.weights and name]
         for grid in (grid for weight in weights if (grid := integer_grid(weight)) is not None):
             scales = [
@@ -248,13 +256,23 @@ def accumulator_unit(program: Program, node: fx.Node) -> float:
     return total
 
 
-def _since_quantizers(node: fx.Node) -> list[fx.Node]:
-    """``node`` (or what it quantizes) and everything it is computed from, back to the quantizers before it; nearest first."""
+def _since_quantizers(node: fx.Node, through: frozenset[str] | None = None) -> list[fx.Node]:
+    """``node`` (or what it quantizes) and everything it is computed from, back to the quantizers before it; nearest first.
+
+    With ``through`` only these operators are looked behind.
+    """
     found = [arg for arg in node.args if isinstance(arg, fx.Node)][:1] if is_quantizer(node) else [node]
     found = [node for node in found if not is_quantizer(node)]
     for reader in found:
+        if through is not None and _operator(reader) not in through:
+            continue
         found += [s for s in reader.all_input_nodes if s.op == "call_function" and not is_quantizer(s) and s not in found]
     return found
+
+
+def _operator(node: fx.Node) -> str:
+    """``relu`` for ``aten.relu.default``."""
+    return str(node.target).split(".")[1] if str(node.target).count(".") == 2 else ""
 
 
 def _quantizers_before(node: fx.Node) -> list[fx.Node]:
