@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lowbit.export.export import export
 from lowbit.export.parity import Parity
 from lowbit.export.program import Program
 
+MODULE = importlib.import_module("lowbit.export.export")  # the name lowbit.export is the function
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -53,8 +55,8 @@ def test_a_file_that_fails_its_check_is_not_left_behind(tmp_path: Path, monkeypa
     def failing(*_: object) -> Parity:
         return Parity(2, 1.0, 0.5, 3.0, passed=False, diverging="layer 'conv1'")
 
-    monkeypatch.setattr("lowbit.export.export.check_onnx_parity", failing)
-    monkeypatch.setattr("lowbit.export.export.check_packed_parity", failing)
+    monkeypatch.setattr(MODULE, "check_onnx_parity", failing)
+    monkeypatch.setattr(MODULE, "check_packed_parity", failing)
     path = tmp_path / f"m.{suffix}"
     path.write_text("the file before")
     with pytest.raises(ParityError, match="first diverges at layer 'conv1'"):
@@ -90,6 +92,6 @@ def test_the_check_runs_on_the_given_sample(tmp_path: Path, monkeypatch: pytest.
         seen.append(program.sample.args[0])
         return Parity(2, 0.0, 1.0, 90.0, passed=True)
 
-    monkeypatch.setattr("lowbit.export.export.check_onnx_parity", check)
+    monkeypatch.setattr(MODULE, "check_onnx_parity", check)
     export(quantized(TinyNet(), IMAGE), tmp_path / "m.onnx", sample=IMAGE, measure_speed=False)
     assert torch.equal(seen[0], IMAGE)

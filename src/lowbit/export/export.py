@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
+from lowbit.export.load import load
 from lowbit.export.onnx_runtime import IntegerCount, count_integer_kernels
 from lowbit.export.onnx_translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
 from lowbit.export.packed_file import package, read_package, write_package
@@ -92,8 +93,6 @@ def export(
 
 
 def _export_packed(model: nn.Module, program: Program, path: Path) -> ExportReport:
-    from lowbit.export.load import load
-
     with replacing(path) as temporary:
         size = write_package(package(program, record_of(model)), temporary)
         stored = read_package(temporary).tensors

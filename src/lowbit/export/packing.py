@@ -36,7 +36,7 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
     if codes.is_floating_point() or codes.is_complex():
         raise SpecError(f"pack: codes must be integers, got {codes.dtype}")
     flat = codes.reshape(-1)
-    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < 2**bit_width):
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bit_width):
         raise SpecError(f"pack: {bit_width}-bit codes must lie in 0..{2**bit_width - 1}, got {int(flat.min())}..{int(flat.max())}")
     groups = flat.new_zeros((flat.numel() + 7) // 8 * 8, dtype=torch.uint8)
     groups[: flat.numel()] = flat

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -141,13 +141,21 @@ def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) 
             setattr(module, _BYPASS, flag)
 
 
+@runtime_checkable
+class Coded(Protocol):
+    """A network whose parameters hold decoded weights already and that knows their codes: one that was loaded from a file."""
+
+    def weight_codes(self) -> dict[str, QTensor]:
+        """The codes of each quantized weight by parameter name."""
+
+
 def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
     """A copy of ``model`` with ordinary weights that hold the decoded values, and the codes of each by parameter name.
 
     Activation quantizers stay.
     """
     baked = copy.deepcopy(model)
-    codes: dict[str, QTensor] = {}
+    codes = model.weight_codes() if isinstance(model, Coded) else {}
     for name, layer in quantized_layers(baked).items():
         quantizer = weight_quantizer(layer)
         assert quantizer is not None

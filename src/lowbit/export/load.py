@@ -1,0 +1,137 @@
+"""``lowbit.load``: a packed file as a network that runs without the code of the original one."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration import Inputs
+from lowbit.errors import FileFormatError, LowbitError, SpecError
+from lowbit.export.graph import Graph, GraphInput, InputDevice, Node, Result, Stored, references
+from lowbit.export.onnx_runtime import name_inputs
+from lowbit.export.operators import find_operator
+from lowbit.export.packed_file import Package, read_package
+from lowbit.export.packed_tensor import PackedTensor
+from lowbit.export.structure import Json, restore
+from lowbit.quantizers import QTensor
+
+
+def load(path: Path | str) -> nn.Module:
+    """The network in a ``.lowbit`` file, in evaluation mode.
+
+    Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
+    unpickled, and the file can call no other operators than those of ``lowbit.export.operators``.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+    """
+    try:
+        return PackedNetwork(read_package(path)).eval()
+    except KeyError as error:  # torch refuses a name
+        raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
+
+
+class PackedNetwork(nn.Module):
+    """Runs the operator calls of a packed file on its decoded tensors.
+
+    Takes and returns what the original network did. ``info`` says how it was quantized: method, options, seed and bit policy.
+    """
+
+    def __init__(self, package: Package) -> None:
+        super().__init__()
+        self.graph = package.graph
+        self.info: Mapping[str, Json] = package.info
+        self._codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
+        for name, tensor in package.tensors.items():
+            values = tensor.decode() if isinstance(tensor, PackedTensor) else tensor
+            self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
+        self._last_reads = _last_reads(package.graph)
+
+    def weight_codes(self) -> dict[str, QTensor]:
+        """The codes of each quantized weight by parameter name."""
+        return dict(self._codes)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+        inputs = self._checked(Inputs(args, kwargs))
+        device = next(iter(inputs.values())).device
+        stored = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        values: dict[str, object] = dict(inputs)
+
+        def value_of(argument: object) -> object:
+            if isinstance(argument, Result):
+                return values[argument.name]
+            if isinstance(argument, Stored):
+                return stored[argument.name]
+            if isinstance(argument, InputDevice):
+                return device
+            if isinstance(argument, (list, tuple)):
+                return [value_of(item) for item in argument]
+            return argument
+
+        for node, finished in zip(self.graph.nodes, self._last_reads, strict=True):
+            values[node.name] = _call(node, [value_of(arg) for arg in node.args], {key: value_of(arg) for key, arg in node.kwargs.items()})
+            for name in finished:
+                del values[name]
+        return restore(self.graph.structure, [value_of(output) for output in self.graph.outputs])
+
+    def _add(self, name: str, values: Tensor) -> None:
+        """Register a tensor under its full name, in modules made for the parts of that name."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            inner = module._modules[part]
+            assert inner is not None
+            module = inner
+        if values.is_floating_point() and values.dim():
+            module.register_parameter(last, nn.Parameter(values, requires_grad=False))
+        else:
+            module.register_buffer(last, values)
+
+    def _checked(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs by name, each of the dtype and shape that the file expects."""
+        expected = {item.name: item for item in self.graph.inputs}
+        wanted = ", ".join(f"{name}: {item}" for name, item in expected.items())
+        if len(inputs.tensors) != len(expected) or not set(inputs.kwargs) <= set(expected):
+            given = [*("a tensor" for _ in inputs.args), *inputs.kwargs]
+            raise SpecError(f"the network takes {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
+        named = name_inputs(list(expected), inputs)
+        lowest, highest = self.graph.batch_range
+        for name, tensor in named.items():
+            if tensor.dtype != expected[name].dtype or not _fits(expected[name], tensor):
+                raise SpecError(f"input {name!r} must be {expected[name]}, got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+            sizes = [size for size, fixed in zip(tensor.shape, expected[name].shape, strict=True) if fixed is None]
+            if any(size < lowest or (highest is not None and size > highest) for size in sizes):
+                raise SpecError(f"input {name!r}: the batch size must be {lowest} to {highest or 'any'}, got {sizes[0]}")
+        return named
+
+
+def _fits(expected: GraphInput, tensor: Tensor) -> bool:
+    sizes = zip(expected.shape, tensor.shape, strict=False)
+    return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
+
+
+def _call(node: Node, args: list[object], kwargs: dict[str, object]) -> object:
+    try:
+        return find_operator(node.operator)(*args, **kwargs)
+    except LowbitError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            raise
+        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {str(error).splitlines()[0]}") from error
+
+
+def _last_reads(graph: Graph) -> list[tuple[str, ...]]:
+    """For each node, the results that nothing reads after it."""
+    waiting = {reference.name for output in graph.outputs for reference in references(output) if isinstance(reference, Result)}
+    finished: list[tuple[str, ...]] = []
+    for node in reversed(graph.nodes):
+        read = {r.name for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)} | {node.name}
+        finished.append(tuple(sorted(read - waiting)))
+        waiting |= read
+    return finished[::-1]
