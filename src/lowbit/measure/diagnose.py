@@ -132,7 +132,7 @@ class _Walk:
 
     def suspects(self) -> list[Suspect]:
         """Steps 3 and 4 of the chart, worst first; noise is measured against the network with its quantizers off."""
-        ranges, readers = self._look()
+        ranges, readers, order = self._look()
         named = [(name, "weight", q) for name, q in self.weights.items()]
         named += [(name, "activation", q) for name, q in self.activations.items()]
         found: list[tuple[float, Suspect]] = []
@@ -149,6 +149,7 @@ class _Walk:
                 layers,
                 quantizer.bit_width,
                 str(quantizer.granularity),
+                order[quantizer],
                 only_on_db=alone.sqnr_db,
                 only_off_db=without.sqnr_db,
                 gain_db=without.sqnr_db - everything if math.isfinite(everything) else 0.0,
@@ -168,8 +169,9 @@ class _Walk:
                 noise.add(target, run_output(self.model, inputs, self.output))
         return noise
 
-    def _look(self) -> tuple[dict[Quantizer, Range | None], dict[Quantizer, list[str]]]:
-        """Ranges of what each quantizer sees in the float network, and which layers read each activation."""
+    def _look(self) -> tuple[dict[Quantizer, Range | None], dict[Quantizer, list[str]], dict[Quantizer, int]]:
+        """Ranges of what each quantizer sees in the float network, which layers read each activation, execution order."""
+        order: dict[Quantizer, None] = {}
         ranges: dict[Quantizer, Range | None] = {}
         for name, quantizer in self.weights.items():
             layer = self.model.get_submodule(name)
@@ -180,6 +182,7 @@ class _Walk:
 
         def seeing(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
             def see(x: Tensor) -> Tensor:
+                order.setdefault(quantizer)
                 meters[quantizer].add(x)
                 seen = x.clone()  # a tensor of its own, so that its readers can be told from those of the unquantized one
                 makers[seen.untyped_storage().data_ptr()] = (seen, quantizer)
@@ -189,6 +192,8 @@ class _Walk:
 
         def reading(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
             def read(_module: nn.Module, args: tuple[object, ...]) -> None:
+                if name in self.weights:
+                    order.setdefault(self.weights[name])
                 for x in args:
                     made = makers.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
                     if made is not None and name not in readers[made[1]]:
@@ -206,7 +211,9 @@ class _Walk:
             for handle in handles:
                 handle.remove()
         self.stage.advance(note="ranges")
-        return ranges | {quantizer: meter.result() for quantizer, meter in meters.items()}, readers
+        order |= dict.fromkeys(self.quantizers)  # those that the data never reaches come last
+        ranges |= {quantizer: meter.result() for quantizer, meter in meters.items()}
+        return ranges, readers, {quantizer: place for place, quantizer in enumerate(order)}
 
     def remedies(self, suspects: list[Suspect]) -> list[Remedy]:
         """Step 5: what can be tried is tried."""

@@ -31,6 +31,7 @@ class Suspect:
         layers: Layers that read it, by direct observation.
         bit_width: Its bits.
         granularity: Which elements share a scale.
+        place: Its position in execution order.
         only_on_db: SQNR of the output with this quantizer alone.
         only_off_db: SQNR of the output with all quantizers but this one.
         gain_db: How much that is more than with all quantizers.
@@ -43,6 +44,7 @@ class Suspect:
     layers: tuple[str, ...]
     bit_width: int
     granularity: str
+    place: int
     only_on_db: float
     only_off_db: float
     gain_db: float

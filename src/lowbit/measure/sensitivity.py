@@ -36,31 +36,39 @@ class LayerNoise:
 
 
 def weight_noise(model: nn.Module, reference: nn.Module | None = None) -> dict[str, float]:
-    """SQNR in dB of each quantized weight against the float weight of the same layer of ``reference``.
+    """SQNR in dB of each quantized weight against its float weight; see ``original_weights`` for the arguments."""
+    found: dict[str, float] = {}
+    for name, original in original_weights(model, reference).items():
+        layer = model.get_submodule(name)
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        found[name] = sqnr_db(original, quantizer.encode(float_weight(layer)).decode())
+    return found
 
-    Without a ``reference`` the float weight behind the quantizer counts (which rounding methods replace by what they learned).
+
+def original_weights(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Tensor]:
+    """The float weight of each layer of ``model`` whose weight is quantized.
+
+    Args:
+        model: The quantized network.
+        reference: The float network, its batch norms folded as in ``model``; left out, the weights behind the quantizers
+            count, which rounding methods replace by what they learned.
 
     Raises:
         LayerError: ``reference`` lacks a layer, or its weight has another shape.
     """
-    originals = {} if reference is None else quantizable_layers(reference)
-    found: dict[str, float] = {}
-    for name, layer in quantized_layers(model).items():
-        quantizer = weight_quantizer(layer)
-        assert quantizer is not None
-        weight = float_weight(layer).detach()
-        original = weight if reference is None else _counterpart(originals, name, weight)
-        found[name] = sqnr_db(original, quantizer.encode(weight).decode())
-    return found
-
-
-def _counterpart(originals: Mapping[str, nn.Module], name: str, weight: Tensor) -> Tensor:
-    if name not in originals:
-        raise LayerError(f"layer {name!r} has no counterpart in the float network; it has {', '.join(originals) or 'no layer'}")
-    original = float_weight(originals[name]).detach()
-    if original.shape != weight.shape:
-        raise LayerError(f"layer {name!r}: weight shape {tuple(weight.shape)}, but {tuple(original.shape)} in the float network")
-    return original.to(weight.device)
+    weights = {name: float_weight(layer).detach() for name, layer in quantized_layers(model).items()}
+    if reference is None:
+        return weights
+    originals = quantizable_layers(reference)
+    for name, weight in weights.items():
+        if name not in originals:
+            raise LayerError(f"layer {name!r} has no counterpart in the float network; it has {', '.join(originals) or 'no layer'}")
+        original = float_weight(originals[name]).detach()
+        if original.shape != weight.shape:
+            raise LayerError(f"layer {name!r}: weight shape {tuple(weight.shape)}, but {tuple(original.shape)} in the float network")
+        weights[name] = original.to(weight.device)
+    return weights
 
 
 def output_noise(

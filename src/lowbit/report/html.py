@@ -1,0 +1,229 @@
+"""``report.html``: one page that needs nothing else, no network, no fonts, no scripts from elsewhere."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lowbit.files import write_text
+from lowbit.measure.diagnosis import Diagnosis
+from lowbit.report import svg
+from lowbit.report.histograms import WeightHistogram
+from lowbit.report.results import LayerResult, Parity, Report
+from lowbit.report.words import NOTHING, bits_word, bytes_word, count_word, db_word, percent_word, ratio_word
+
+POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
+NUMBERED = 5  # suspects numbered in the sensitivity plot
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure of the summary."""
+
+    title: str
+    value: str
+    detail: str
+    meaning: str
+    state: str = ""  # "good", "bad" or nothing
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a bar chart, made of segments ``(class, percent of the full width, what it is)``."""
+
+    name: str
+    value: str
+    segments: tuple[tuple[str, float, str], ...]
+
+
+def write_html(report: Report, path: Path | str, *, histograms: Sequence[WeightHistogram] = (), diagnosis: Diagnosis | None = None) -> None:
+    """Write ``report.html``, completely or not at all.
+
+    Raises:
+        OutputError: The file cannot be written; one that was there is unchanged.
+    """
+    write_text(path, render_html(report, histograms=histograms, diagnosis=diagnosis))
+
+
+def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), diagnosis: Diagnosis | None = None) -> str:
+    """The page as text. Everything that comes from a model or a user is escaped.
+
+    Args:
+        report: The figures.
+        histograms: Weights to draw with their levels.
+        diagnosis: What ``diagnose`` found, for a section of its own.
+    """
+    environment = Environment(
+        loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"db": db_word, "bytes": bytes_word, "count": count_word, "percent": percent_word, "bits": bits_word}
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        title=f"{report.model or 'network'}: {report.method}",
+        cards=cards(report),
+        sizes=size_bars(report),
+        storage=storage_bars(report.layers),
+        noise=noise_bars(report.layers),
+        computed=computed_words(report.layers),
+        skipped=[layer for layer in report.layers if layer.status != "done"],
+        remarks=[layer for layer in report.layers if layer.status == "done" and layer.reason],
+        histograms=[(h, svg.histogram(h.counts, h.low, h.high, h.levels, h.name, h.unit)) for h in histograms],
+        diagnosis=diagnosis,
+        sensitivity=Markup("") if diagnosis is None else sensitivity_plot(diagnosis),
+        poor_db=POOR_DB,
+        sort_key=_sort_key,
+    )
+
+
+def cards(report: Report) -> list[Card]:
+    """The figures at the top of the page."""
+    found = []
+    if report.quantized_accuracy is not None:
+        lost = "" if report.float_accuracy is None else f"float {percent_word(report.float_accuracy)}"
+        if report.float_accuracy is not None:
+            lost += f", {100 * (report.quantized_accuracy - report.float_accuracy):+.2f} points"
+        counted = f" Counted on {report.samples} labelled samples." if report.samples else ""
+        found.append(Card("Accuracy", percent_word(report.quantized_accuracy), lost, f"How often the first prediction is right.{counted}"))
+    else:
+        found.append(Card("Accuracy", NOTHING, "not measured", "There were no labels; pass labelled data to measure it."))
+    found += [
+        Card(
+            "Agreement",
+            percent_word(report.agreement),
+            "same first prediction as float",
+            "How often both networks predict the same; needs no labels.",
+        ),
+        Card(
+            "Output SQNR",
+            db_word(report.sqnr_db),
+            f"largest difference {report.max_abs_error:.3g}" if report.max_abs_error is not None else "",
+            "Signal to quantization noise of the logits: 10 dB more is a tenth of the noise. From about 20 dB predictions rarely change.",
+        ),
+        Card(
+            "Stored",
+            bytes_word(report.size_packed),
+            f"float {bytes_word(report.size_float)}{_times_smaller(report.size_float, report.size_packed)}",
+            "Bytes of the packed file on disk.",
+        ),
+        Card(
+            "Measured time",
+            NOTHING if report.latency_quantized_onnx is None else f"{report.latency_quantized_onnx:.2f} ms",
+            _speed(report),
+            f"Median time of one call of the ONNX file. {report.latency_setting}".strip(),
+        ),
+        _parity_card(report),
+    ]
+    return found
+
+
+def _times_smaller(before: float | None, after: float | None) -> str:
+    ratio = ratio_word(before, after)
+    return f", {ratio} smaller" if ratio else ""
+
+
+def _speed(report: Report) -> str:
+    before, after = report.latency_float_onnx, report.latency_quantized_onnx
+    if before is None or not after:
+        return "not measured"
+    return f"float {before:.2f} ms, {ratio_word(before, after)} " + ("faster" if after < before else "as fast: not a gain")
+
+
+def _parity_card(report: Report) -> Card:
+    checks = {"packed": report.parity_packed, "ONNX": report.parity_onnx}
+    done = {name: parity for name, parity in checks.items() if parity.passed is not None}
+    if not done:
+        return Card("File check", NOTHING, "no file was checked", "Whether the files compute what the quantized network computes.")
+    good = all(parity.passed for parity in done.values())
+    return Card(
+        "File check",
+        "passed" if good else "failed",
+        ", ".join(f"{name} {_parity_word(parity)}" for name, parity in done.items()),
+        "Largest difference between a file's outputs and the quantized network's, on the same inputs.",
+        "good" if good else "bad",
+    )
+
+
+def _parity_word(parity: Parity) -> str:
+    return "exact" if parity.max_abs_error == 0 else NOTHING if parity.max_abs_error is None else f"{parity.max_abs_error:.1e}"
+
+
+def size_bars(report: Report) -> list[Bar]:
+    """Bytes on disk, to scale."""
+    sizes = {"float parameters": report.size_float, "packed file": report.size_packed, "ONNX file": report.size_onnx}
+    known = {name: size for name, size in sizes.items() if size}
+    most = max(known.values(), default=1)
+    bars = []
+    for name, size in known.items():
+        is_float = size == report.size_float
+        saving = "" if is_float or size > (report.size_float or 0) else _times_smaller(report.size_float, size)
+        bars.append(Bar(name, f"{bytes_word(size)}{saving}", (("muted" if is_float else "main", 100 * size / most, bytes_word(size)),)))
+    return bars
+
+
+def storage_bars(layers: Sequence[LayerResult]) -> list[Bar]:
+    """Stored bytes of each layer beside what it takes in float32, both to the scale of the largest layer."""
+    known = [layer for layer in layers if layer.stored_bytes is not None and layer.float_bytes]
+    most = max((layer.float_bytes or 0 for layer in known), default=1)
+    return [
+        Bar(
+            layer.name,
+            f"{bytes_word(layer.stored_bytes)} of {bytes_word(layer.float_bytes)}",
+            (
+                ("main", 100 * (layer.stored_bytes or 0) / most, "stored"),
+                ("saved", 100 * max(0, (layer.float_bytes or 0) - (layer.stored_bytes or 0)) / most, "saved"),
+            ),
+        )
+        for layer in known
+    ]
+
+
+def noise_bars(layers: Sequence[LayerResult]) -> list[Bar]:
+    """SQNR of each layer's output; exact layers fill the width."""
+    known = [(layer, layer.sqnr_db) for layer in layers if layer.sqnr_db is not None and not math.isnan(layer.sqnr_db)]
+    most = max((db for _, db in known if math.isfinite(db)), default=1.0)
+    return [
+        Bar(
+            layer.name,
+            db_word(db),
+            (("poor" if db < POOR_DB else "main", 100 * min(1.0, max(0.0, db / most)) if math.isfinite(db) else 100.0, db_word(db)),),
+        )
+        for layer, db in known
+    ]
+
+
+def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
+    """Multiply-accumulates and bit operations of the network against float, or ``None`` where they were not counted."""
+    macs = sum(layer.macs or 0 for layer in layers)
+    bops = sum(layer.bops or 0 for layer in layers)
+    if not macs or not bops:
+        return None
+    return {
+        "macs": count_word(macs),
+        "bops": count_word(bops),
+        "float_bops": count_word(macs * 32 * 32),
+        "ratio": ratio_word(macs * 32 * 32, bops),
+    }
+
+
+def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
+    """Output SQNR with one quantizer on, and with all but one, in execution order."""
+    everything = diagnosis.setting("all").sqnr_db
+    order = sorted(diagnosis.suspects, key=lambda suspect: suspect.place)
+    return svg.curves(
+        [
+            svg.Series("only this one on", "main", [s.only_on_db for s in order]),
+            svg.Series("all but this one on", "second", [s.only_off_db for s in order]),
+        ],
+        [f"{s.name} ({s.kind})" for s in order],
+        everything if math.isfinite(everything) else None,
+        [order.index(s) for s in diagnosis.suspects[:NUMBERED]],
+    )
+
+
+def _sort_key(value: object) -> str:
+    """What the table sorts a cell by: a number, or nothing for what was not measured."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)

@@ -1,0 +1,136 @@
+"""``lowbit.summary``: what a network's layers are, what was done to each, and what they take."""
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from torch import nn
+
+from lowbit.measure.cost import compute_cost, layer_bits, model_size
+from lowbit.measure.sensitivity import LayerNoise
+from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.layers import layer_kind, quantizable_layers
+from lowbit.network.record import record_of
+from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.report.results import LayerResult
+from lowbit.report.words import bits_word, bytes_word, db_word
+
+WIDTH = 160  # characters of a printed table where there is no terminal
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network layer by layer; printable as it is, and by rich as a table.
+
+    Attributes:
+        model: Class of the network.
+        method: How it was quantized; empty for a float network.
+        layers: In execution order where a quantization recorded it, else in definition order.
+        stored_bytes, float_bytes: By arithmetic: packed codes, tables, biases and all else; the same network in float32.
+        other_bytes: The part of ``stored_bytes`` outside the layers (norms, embeddings, activation grids).
+        notes: Remarks about the whole network.
+    """
+
+    model: str
+    method: str
+    layers: tuple[LayerResult, ...]
+    stored_bytes: int
+    float_bytes: int
+    other_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def __rich__(self) -> RichTable:
+        title = f"{self.model}, {self.method}" if self.method else self.model
+        ratio = f" ({self.float_bytes / self.stored_bytes:.1f}x smaller)" if 0 < self.stored_bytes < self.float_bytes else ""
+        caption = f"stored {bytes_word(self.stored_bytes)}, in float32 {bytes_word(self.float_bytes)}{ratio}"
+        lines = [caption, f"outside the layers {bytes_word(self.other_bytes)}", *self.notes]
+        table = RichTable(title=Text(title), title_justify="left", caption=Text("\n".join(lines)), caption_justify="left")
+        has_noise = any(layer.sqnr_db is not None for layer in self.layers)
+        for column in ("layer", "kind", "weight", "W bits", "A bits", "quantizer", "size", *(["SQNR"] if has_noise else []), "status"):
+            table.add_column(column, justify="right" if column in ("W bits", "A bits", "size", "SQNR") else "left", overflow="fold")
+        for layer in self.layers:
+            cells = [
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.shape)),
+                bits_word(layer.weight_bits),
+                bits_word(layer.activation_bits),
+            ]
+            cells += [", ".join(filter(None, (layer.quantizer, layer.granularity.replace("_", " ")))), bytes_word(layer.stored_bytes)]
+            cells += [db_word(layer.sqnr_db)] if has_noise else []
+            cells.append(f"{layer.status}: {layer.reason}" if layer.reason else layer.status)
+            table.add_row(*map(Text, cells))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH)
+        console.print(self)
+        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> Summary:
+    """Describe any network: float, quantized, or loaded from a ``.lowbit`` file.
+
+    Args:
+        model: The network; it is not changed.
+        sample: Inputs of one call; with them each layer's multiply-accumulates and bit operations are counted.
+        noise: What each layer lost, as ``measure.layer_noise`` returns it.
+    """
+    record = record_of(model)
+    size = model_size(model)
+    return Summary(
+        type(model).__name__,
+        "" if record is None else record.method,
+        tuple(layer_results(model, sample=sample, noise=noise)),
+        size.total_bytes,
+        size.float_bytes,
+        size.other_bytes,
+        () if record is None else tuple(record.table.notes),
+    )
+
+
+def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> list[LayerResult]:
+    """One ``LayerResult`` for each convolution and linear layer; see ``summary`` for the arguments."""
+    record, layers = record_of(model), quantizable_layers(model)
+    recorded = {} if record is None else {row.name: row for row in record.table if row.name in layers}
+    bits, size = layer_bits(model), model_size(model)
+    cost = {} if sample is None else compute_cost(model, sample)
+    results = []
+    for name in [*recorded, *(name for name in layers if name not in recorded)]:
+        quantizer = weight_quantizer(layers[name])
+        weight_bits, activation_bits = bits[name]
+        lost = (noise or {}).get(name)
+        row = recorded.get(name)
+        results.append(
+            LayerResult(
+                name,
+                layer_kind(layers[name]),
+                weight_bits,
+                activation_bits,
+                sqnr_db=None if lost is None else lost.output_sqnr_db,
+                status="skipped" if quantizer is None else "done",
+                reason=row.reason if row is not None else "not quantized" if quantizer is None else "",
+                weight_sqnr_db=None if lost is None else lost.weight_sqnr_db,
+                shape=tuple(float_weight(layers[name]).shape),
+                quantizer="" if quantizer is None else quantizer_word(quantizer),
+                granularity="" if quantizer is None else str(quantizer.granularity),
+                stored_bytes=size.layers[name].total_bytes,
+                float_bytes=size.layers[name].float_bytes,
+                macs=cost[name].macs if name in cost else None,
+                bops=cost[name].bops if name in cost else None,
+            )
+        )
+    return results
+
+
+def quantizer_word(quantizer: Quantizer) -> str:
+    """``uniform symmetric``, ``uniform affine``, ``codebook``, ``binary``, ..."""
+    word = type(quantizer).__name__.removesuffix("Quantizer")
+    spaced = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in word).strip()
+    if isinstance(quantizer, UniformQuantizer):
+        return f"{spaced} {'symmetric' if quantizer.symmetric else 'affine'}"
+    return spaced

@@ -1,0 +1,125 @@
+"""Plots as inline SVG: text and colours come from the page's style sheet, so they follow light and dark."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+
+def element(name: str, *children: str, **attributes: object) -> Markup:
+    """``<name a="b">children</name>``; text children and attribute values are escaped, Markup is not. ``class_`` gives ``class``."""
+    parts = [f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items()]
+    return Markup("<{}{}>{}</{}>").format(name, Markup("".join(parts)), Markup("").join(children), name)
+
+
+def drawing(width: float, height: float, label: str, *children: str, class_: str = "plot") -> Markup:
+    """An SVG of ``width x height`` units that scales with the page; ``label`` is what screen readers say."""
+    return element("svg", *children, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, class_=class_)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values ``low .. high`` onto ``start .. stop`` units."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        span = self.high - self.low or 1.0
+        return self.start + (value - self.low) / span * (self.stop - self.start)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within ``low .. high``, at most about ``most``: multiples of 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(first * step + index * step, 10) for index in range(int((high - first * step) / step + 1e-9) + 1)]
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """A straight line."""
+    return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_)
+
+
+def label(x: float, y: float, text: str, anchor: str = "middle", class_: str = "tick") -> Markup:
+    """Text at a point."""
+    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
+
+
+def histogram(counts: Sequence[int], low: float, high: float, levels: Sequence[float], name: str, unit: str) -> Markup:
+    """Values in bins as an area, quantization levels as lines below the axis (across the area where there are few)."""
+    width, height, base = 260.0, 120.0, 88.0
+    x = Axis(low, high, 4, width - 4)
+    top = max([*counts, 1])
+    edges = [x(low + (high - low) * index / len(counts)) for index in range(len(counts) + 1)]
+    points = [f"{edges[0]:.1f},{base:g}"]
+    for index, count in enumerate(counts):
+        y = base - (base - 6) * count / top
+        points += [f"{edges[index]:.1f},{y:.1f}", f"{edges[index + 1]:.1f},{y:.1f}"]
+    points.append(f"{edges[-1]:.1f},{base:g}")
+    start = 6.0 if len(levels) <= 32 else base
+    path = "".join(f"M{x(level):.1f} {start:g}V{base + 7:g}" for level in levels)
+    marks = [label(x(value), height - 10, f"{value:g}") for value in ticks(low, high, 4) if 16 < x(value) < width - 16]
+    return drawing(
+        width,
+        height,
+        f"Histogram of the weights of {name} with {len(levels)} levels, in units of {unit}",
+        element("polygon", points=" ".join(points), class_="area"),
+        element("path", d=path, class_="level"),
+        line(0, base, width, base, "axis"),
+        *marks,
+        class_="plot small",
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: a name, a style class, and values of which ``None`` and infinities are gaps."""
+
+    name: str
+    class_: str
+    values: Sequence[float | None]
+
+
+def curves(series: Sequence[Series], names: Sequence[str], baseline: float | None, marked: Sequence[int] = ()) -> Markup:
+    """Values in dB over ``names`` as lines with dots that tell their value when pointed at.
+
+    Args:
+        series: Lines, each as long as ``names``.
+        names: What the horizontal axis counts.
+        baseline: A value to draw across, or ``None``.
+        marked: Positions to number on the plot.
+    """
+    width, height, left, bottom = 900.0, 300.0, 44.0, 24.0
+    shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
+    if not shown:
+        return Markup("")
+    low, high = min(0.0, *shown), max(shown) * 1.05 + 1
+    x, y = Axis(0, max(len(names) - 1, 1), left + 10, width - 10), Axis(low, high, height - bottom, 10)
+    parts: list[Markup] = []
+    for value in ticks(low, high):
+        parts += [line(left, y(value), width, y(value), "grid"), label(left - 6, y(value) + 4, f"{value:g}", "end")]
+    parts.append(label(12, 12, "dB", "start"))
+    if baseline is not None:
+        parts.append(line(left, y(baseline), width, y(baseline), "baseline"))
+    for one in series:
+        points = [(index, v) for index, v in enumerate(one.values) if v is not None and math.isfinite(v)]
+        path = "".join(f"{'M' if index == 0 else 'L'}{x(p):.1f} {y(v):.1f}" for index, (p, v) in enumerate(points))
+        parts.append(element("path", d=path, class_=f"curve {one.class_}"))
+        for p, v in points:
+            told = element("title", f"{names[p]}, {one.name}: {v:.1f} dB")
+            parts.append(element("circle", told, cx=f"{x(p):.1f}", cy=f"{y(v):.1f}", r="3", class_=one.class_))
+    for number, position in enumerate(marked, 1):
+        parts += [
+            line(x(position), 10, x(position), height - bottom, "mark"),
+            label(x(position), height - 6, str(number), class_="tick strong"),
+        ]
+    return drawing(width, height, "SQNR of the network's output with single quantizers on and off", *parts)

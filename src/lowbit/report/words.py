@@ -1,0 +1,52 @@
+"""Numbers as people read them."""
+from __future__ import annotations
+
+import math
+
+NOTHING = "\N{EN DASH}"
+
+
+def bits_word(bits: int | None) -> str:
+    """``4`` or ``float``."""
+    return "float" if bits is None else str(bits)
+
+
+def bytes_word(count: float | None) -> str:
+    """``512 B``, ``4.1 kB``, ``12.3 MB`` (powers of 1000)."""
+    if count is None:
+        return NOTHING
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def count_word(count: float | None) -> str:
+    """``1.2 M``, ``3.4 G``: a large number with a unit prefix."""
+    if count is None:
+        return NOTHING
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {prefix}".strip()
+        count /= 1000
+    return f"{count:.3g} P"
+
+
+def db_word(value: float | None) -> str:
+    """``21.3 dB``, ``exact`` for infinity."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if math.isinf(value):
+        return "exact" if value > 0 else "no signal"
+    return f"{value:.1f} dB"
+
+
+def percent_word(fraction: float | None, digits: int = 2) -> str:
+    """``97.25 %``."""
+    return NOTHING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f} %"
+
+
+def ratio_word(before: float | None, after: float | None) -> str:
+    """``3.4x``; empty where one of the two is missing or zero."""
+    return f"{before / after:.2g}x" if before and after and before / after < 10 else f"{before / after:.0f}x" if before and after else ""
