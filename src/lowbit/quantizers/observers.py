@@ -204,15 +204,21 @@ class PercentileObserver(HistogramObserver):
 
 
 class MseObserver(HistogramObserver):
-    """The range whose quantization error, ``|x - q(x)|**power``, is smallest (see ``shrink_search``)."""
+    """The range whose quantization error, ``|x - q(x)|**power``, is smallest (see ``shrink_search``).
+
+    With ``contain_zero`` off an affine range need not contain 0, and the zero point may lie outside the codes.
+    """
 
     power = 2.0
     steps = 80
+    contain_zero = True
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         lo, _ = self.extremes()
         rows, weights = self.data()
-        scale, zero_point = shrink_search(rows, qmin, qmax, symmetric=symmetric, power=self.power, steps=self.steps, weights=weights)
+        scale, zero_point = shrink_search(
+            rows, qmin, qmax, symmetric=symmetric, power=self.power, steps=self.steps, contain_zero=self.contain_zero, weights=weights
+        )
         return scale.to(lo.device), zero_point.to(lo.device)
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -280,7 +286,7 @@ OBSERVERS: dict[str, Callable[[Granularity], Observer]] = {
 
 
 def make_observer(name: str, granularity: Granularity | None = None, **options: float) -> Observer:
-    """The observer called ``name``, with its settings (``percentile``, ``power``, ``steps``, ``momentum``) changed by ``options``.
+    """The observer called ``name``, with its settings (``percentile``, ``power``, ``steps``, ``contain_zero``, ``momentum``) changed by ``options``.
 
     Raises UnknownNameError with the nearest name, SpecError on a setting that this observer does not have.
     """

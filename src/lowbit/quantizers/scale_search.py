@@ -19,7 +19,7 @@ FEWER = 96  # of them for grids of more than 16 levels, whose error is smoother 
 SPAN = 1e-3  # the smallest candidate relative to the largest
 STARTS = 8  # candidates from which codes and scale are improved in turn
 ALTERNATIONS = 20
-LOOKUPS = 1 << 20  # binary searches done together; bounds the memory
+LOOKUPS = 1 << 18  # binary searches done together; bounds the memory
 SMALLEST_SCALE = 1e-20
 
 

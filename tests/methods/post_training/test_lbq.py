@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,8 +175,8 @@ def test_with_one_linear_layer_refinement_is_least_squares() -> None:
     refinement = ScaleRefinement(model, {"": model}, 1e-2)
     for _ in range(800):
         refinement.step(Inputs((x,)), target)
-    for frozen in refinement.frozen.values():
-        frozen.store()
+    refinement.keep_if_better([(Inputs((x,)), target)])
+    refinement.store()
     reached = x @ codes.float().T
     best = (reached * (target - reference.bias)).sum(0) / reached.square().sum(0)
     assert isinstance(quantizer, UniformQuantizer)
@@ -219,6 +220,37 @@ def test_a_useless_learning_rate_keeps_the_scales_at_the_start() -> None:
     before, after = (quantize(model, method="lbq", epochs=e, learning_rate=50.0, **options) for e in (0, 2))
     with torch.no_grad():
         torch.testing.assert_close(after(data), before(data), rtol=1e-5, atol=1e-5)
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of the work."""
+
+
+def test_a_killed_refinement_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.randn(64, 3, 8, 8)
+    model = settled(TinyNet(), data)
+
+    def run(work_dir: Path | None, seed: int = 0) -> dict[str, Tensor]:
+        return quantize(model, method="lbq", weight_bits=3, calibration=data, epochs=4, seed=seed, work_dir=work_dir).state_dict()
+
+    expected = run(None)
+    steps, step = [], ScaleRefinement.step
+
+    def counted(self: ScaleRefinement, inputs: Inputs, target: Tensor) -> None:
+        steps.append(1)
+        if len(steps) == 6:  # in the third of four epochs of two steps
+            raise Killed
+        step(self, inputs, target)
+
+    monkeypatch.setattr(ScaleRefinement, "step", counted)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    resumed = run(tmp_path)
+    assert len(steps) == 6 + 4
+    assert all(torch.equal(resumed[key], value) for key, value in expected.items())
+    steps[:] = [1] * 10
+    run(tmp_path, seed=1)
+    assert len(steps) == 10 + 8  # another run does not use this state
 
 
 def test_layers_that_share_a_weight_keep_one_scale() -> None:

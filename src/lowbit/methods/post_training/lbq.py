@@ -21,6 +21,7 @@ from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
 from lowbit.measure.outputs import output_tensor, pieces
 from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob, run
+from lowbit.methods.post_training.resume import RunState, fingerprint
 from lowbit.network.insert import float_weight, quantization_enabled, set_weight_quantizer, weight_quantizer
 from lowbit.network.layers import output_channel_axis
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
@@ -194,7 +195,8 @@ class ScaleRefinement:
         self.frozen = {name: FrozenCodes(layer) for name, layer in layers.items() if sum(w is float_weight(layer) for w in users) == 1}
         self.model = model
         self.shifts = [shift for frozen in self.frozen.values() for shift in frozen.shifts]
-        self.optimizer = torch.optim.Adam(self.shifts, lr=learning_rate) if self.shifts else None
+        self.optimizer = torch.optim.Adam(self.shifts or [torch.zeros(())], lr=learning_rate)
+        self.best, self.kept = float("inf"), [shift.detach().clone() for shift in self.shifts]
 
     def loss(self, inputs: Inputs, target: Tensor) -> Tensor:
         """``|f(x) - f_alpha(x)|**2`` summed over the outputs, averaged over the samples."""
@@ -205,16 +207,50 @@ class ScaleRefinement:
 
     def step(self, inputs: Inputs, target: Tensor) -> None:
         """One Adam step."""
-        assert self.optimizer is not None
         gradients = torch.autograd.grad(self.loss(inputs, target), self.shifts, allow_unused=True)
         for shift, gradient in zip(self.shifts, gradients, strict=True):
             shift.grad = gradient
         self.optimizer.step()
 
     @torch.no_grad()
-    def total(self, batches: list[tuple[Inputs, Tensor]]) -> float:
-        """The loss over all samples."""
-        return sum(float(self.loss(inputs, target)) * len(target) for inputs, target in batches)
+    def keep_if_better(self, batches: list[tuple[Inputs, Tensor]]) -> None:
+        """Remember the present scales if no others had a smaller loss over all samples."""
+        total = sum(float(self.loss(inputs, target)) * len(target) for inputs, target in batches)
+        if total < self.best:
+            self.best, self.kept = total, [shift.detach().clone() for shift in self.shifts]
+
+    def store(self) -> None:
+        """Give all layers the scales that were kept."""
+        with torch.no_grad():
+            for shift, kept in zip(self.shifts, self.kept, strict=True):
+                shift.copy_(kept)
+        for frozen in self.frozen.values():
+            frozen.store()
+
+    def save(self, state: RunState, epoch: int) -> None:
+        """Keep everything that the epochs after ``epoch`` depend on."""
+        tensors: dict[str, Tensor] = {}
+        for index, (shift, kept) in enumerate(zip(self.shifts, self.kept, strict=True)):
+            tensors |= {f"{index}.shift": shift, f"{index}.kept": kept}
+            tensors |= {f"{index}.adam.{name}": value for name, value in self.optimizer.state[shift].items()}
+        state.save("scales", tensors, {"epoch": epoch, "best": self.best})
+
+    def restore(self, state: RunState) -> int:
+        """Continue from what ``save`` kept; the number of epochs already done."""
+        found = state.load("scales")
+        if found is None:
+            return 0
+        tensors, facts = found
+        with torch.no_grad():
+            for index, shift in enumerate(self.shifts):
+                shift.copy_(tensors[f"{index}.shift"])
+                self.kept[index].copy_(tensors[f"{index}.kept"])
+                prefix = f"{index}.adam."
+                of_adam = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                # the step count stays on the processor, where Adam keeps it
+                self.optimizer.state[shift] = {name: value if name == "step" else value.to(shift.device) for name, value in of_adam.items()}
+        self.best = float(facts["best"])
+        return int(facts["epoch"])
 
 
 @register(
@@ -294,18 +330,19 @@ class Lbq(PostTrainingMethod):
         if not refinement.shifts:
             return
         batches = [(piece, output_tensor(run(job.reference, piece))) for inputs in calibration for piece in pieces(inputs, self.batch_size)]
-        best, kept = refinement.total(batches), [shift.detach().clone() for shift in refinement.shifts]
-        generator = job.generator()
+        facts = {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "seed": job.seed}
+        named = [*job.model.state_dict().items(), *((f"target {index}", target) for index, (_, target) in enumerate(batches))]
+        state = RunState(None if job.work_dir is None else job.work_dir / "scales", fingerprint(named, facts))
+        done = refinement.restore(state)
+        if not done:
+            refinement.keep_if_better(batches)
         with job.progress.stage("tuning scales", total=self.epochs * len(batches)) as stage:
-            for _ in range(self.epochs):
-                for index in torch.randperm(len(batches), generator=generator).tolist():
+            stage.advance(done * len(batches))
+            for epoch in range(done, self.epochs):
+                order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(job.seed + epoch))
+                for index in order.tolist():
                     refinement.step(*batches[index])
-                    stage.advance()
-                loss = refinement.total(batches)
-                if loss < best:
-                    best, kept = loss, [shift.detach().clone() for shift in refinement.shifts]
-        with torch.no_grad():
-            for shift, value in zip(refinement.shifts, kept, strict=True):
-                shift.copy_(value)
-        for frozen in refinement.frozen.values():
-            frozen.store()
+                    stage.advance(note=f"distance {refinement.best:.3g}")
+                refinement.keep_if_better(batches)
+                refinement.save(state, epoch + 1)
+        refinement.store()

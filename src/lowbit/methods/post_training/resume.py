@@ -1,0 +1,93 @@
+"""State of a long reconstruction on disk, so that a rerun after a kill goes on and ends with the same bits.
+
+Every file is complete or absent (written beside and renamed), safetensors with JSON in its header; nothing is unpickled. A
+fingerprint of everything the result depends on guards it: state of another run is not used.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit.errors import OutputError
+from lowbit.files import replacing, write_text
+
+Facts = dict[str, float | int | str | bool]
+_VERSION = 1
+
+
+def fingerprint(named: Iterable[tuple[str, Tensor]], facts: object) -> str:
+    """A hash of named tensors (bits, shapes and types) and of ``facts``, anything that JSON can say."""
+    digest = hashlib.blake2b(json.dumps([_VERSION, facts], sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class RunState:
+    """Named pieces of state in ``folder``; with no folder nothing is kept.
+
+    Attributes:
+        is_resumed: The folder holds state of this very run.
+        is_stale: The folder held state of a different run, which has been removed.
+    """
+
+    def __init__(self, folder: Path | None, run: str) -> None:
+        self.folder = folder
+        self.is_resumed = self.is_stale = False
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {folder} for resuming: {error.strerror}. Name another work_dir.") from error
+        marker = folder / "run.json"
+        if marker.exists() and _read_marker(marker) == run:
+            self.is_resumed = True
+            return
+        for old in folder.glob("*.safetensors"):
+            self.is_stale = True
+            old.unlink()
+        write_text(marker, json.dumps({"run": run}))
+
+    def save(self, name: str, tensors: dict[str, Tensor], facts: Facts) -> None:
+        """Keep ``tensors`` and ``facts`` under ``name``, replacing what was there."""
+        if self.folder is None:
+            return
+        with replacing(self.folder / f"{name}.safetensors") as path:
+            try:
+                save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, path, metadata={"facts": json.dumps(facts)})
+            except SafetensorError as error:
+                raise OutputError(f"cannot write {path}: {error}. Name another folder or make room.") from error
+
+    def has(self, name: str) -> bool:
+        """Whether something is kept under ``name``."""
+        return self.folder is not None and (self.folder / f"{name}.safetensors").exists()
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], Facts] | None:
+        """What was kept under ``name``, or ``None``."""
+        if self.folder is None or not self.has(name):
+            return None
+        with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
+            facts = cast(Facts, json.loads(file.metadata()["facts"]))
+            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
+
+    def drop(self, name: str) -> None:
+        """Forget ``name``."""
+        if self.folder is not None:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _read_marker(path: Path) -> object:
+    try:
+        return json.loads(path.read_text()).get("run")
+    except (ValueError, OSError, AttributeError):
+        return None
