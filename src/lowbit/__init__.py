@@ -1,7 +1,21 @@
 """lowbit: quantize any PyTorch network to 1-8 bits with the methods of the classic reading list."""
 from importlib.metadata import PackageNotFoundError, version
 
+from lowbit import errors
+from lowbit.export.export import ExportReport, export
+from lowbit.export.load import load
+from lowbit.measure.diagnose import diagnose
+from lowbit.methods.quantize import quantize
+from lowbit.registry import MethodInfo, get_method, list_methods
+from lowbit.report.summary import summary
+from lowbit.spec import BitPolicy, Budget, Granularity
+
 try:
     __version__ = version("lowbit")
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
+
+__all__ = [
+    "quantize", "export", "load", "summary", "diagnose", "list_methods", "get_method",
+    "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
+]  # fmt: skip

@@ -1,0 +1,109 @@
+"""AdaRound: whether each weight is rounded up or down is learned, layer by layer, from the error at the layer's output.
+
+Paper: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML.
+    Section 3.2 (relaxation, regularizer), section 3.3 (asymmetric reconstruction, activation function), section 4 (experiments).
+Symbols: V -> logits, h(V) -> share, s -> scale, lambda -> regularization, beta -> beta.
+Deviations: scales are per output channel by default (the paper's are per tensor: ``weight_granularity=per_tensor``); a layer whose
+    learned rounding is worse than rounding to nearest on the calibration data keeps the latter.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from lowbit.methods.post_training.objective import Objective
+from lowbit.methods.post_training.phases import Phase, RoundWeights
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.methods.post_training.reconstruction import Reconstruction
+from lowbit.methods.post_training.rounding import BetaSchedule
+from lowbit.methods.post_training.unit_data import CacheKind
+from lowbit.methods.post_training.units import PlannedUnit, layer_units, plan_units
+from lowbit.registry import MethodInfo, register
+
+
+@register(
+    MethodInfo(
+        name="adaround",
+        title="Up or Down? Adaptive Rounding for Post-Training Quantization",
+        paper="Nagel, Amjad, van Baalen, Louizos, Blankevoort, ICML 2020",
+        section="post_training",
+        axes=("reconstruction",),
+        kind="post_training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=("calibration",),
+        fidelity="exact; held against the authors' company's toolkit (AIMET)",
+        summary="learns to round each weight up or down, layer by layer, so that the layer's output stays",
+        margin_db=3.0,
+    )
+)
+@dataclass
+class Adaround(PostTrainingMethod):
+    """Learned rounding, layer by layer.
+
+    Attributes:
+        iterations: Steps of Adam for each layer.
+        batch_size: Calibration samples of one step, drawn at random.
+        learning_rate: Of Adam, on the logits of the rounding.
+        regularization: Weight of the regularizer (lambda); it belongs to a loss that is summed over channels.
+        warm_start: Share of the iterations without the regularizer.
+        beta_start: The regularizer's exponent after the warm start.
+        beta_end: The regularizer's exponent at the end.
+        schedule: How the exponent falls: ``cosine`` or ``linear``.
+        asymmetric: Learn on the inputs that the already quantized layers give, not on those of the float network.
+        use_activation: Take the activation function that directly follows a layer into its loss.
+        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor has it, a little less exact.
+        cache: Where inputs and targets of a layer are kept: ``ram``, or ``disk`` for memory-mapped files.
+        save_every: Iterations after which a layer's state is saved, so that a killed run goes on from there.
+    """
+
+    iterations: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    regularization: float = 0.01
+    warm_start: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    schedule: Literal["cosine", "linear"] = "cosine"
+    asymmetric: bool = True
+    use_activation: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache: CacheKind = "ram"
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        self.objective()  # refuses bad values before any work
+
+    def quantize(self, job: PtqJob) -> None:
+        job.fold()
+        job.insert_weights(self.weight_quantizer)
+        self.round_weights(job)
+        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.calibrate_activations()
+
+    def round_weights(self, job: PtqJob) -> None:
+        """Learn the rounding of every layer of a job whose weights are quantized and whose activations are not yet."""
+        units = plan_units(job, layer_units(job), use_activations=self.use_activation)
+        phase = RoundWeights(job, self.objective(), is_symmetric=not self.asymmetric)
+        reconstruct(job, units, phase, {"method": type(self).__name__, **asdict(self)}, cache=self.cache, save_every=self.save_every)
+
+    def objective(self) -> Objective:
+        """What each layer is asked to minimise."""
+        beta = BetaSchedule(self.schedule, self.iterations, self.warm_start, self.beta_start, self.beta_end)
+        return Objective(
+            self.iterations, self.learning_rate, self.batch_size, schedule=beta, regularization=self.regularization, precision=self.precision
+        )
+
+
+def reconstruct(
+    job: PtqJob, units: Sequence[PlannedUnit], phase: Phase, facts: dict[str, object], *, cache: CacheKind, save_every: int
+) -> None:
+    """Run one phase over ``units`` and say in the table which units stayed as they were."""
+    engine = Reconstruction(job, units, facts, cache=cache, save_every=save_every)
+    try:
+        kept = [report.unit for report in engine.run(phase) if report.is_kept]
+    finally:
+        engine.close()
+    if kept:
+        job.table.note(f"{phase.name}: nothing better was learned for {', '.join(kept)}, which stayed as they were")

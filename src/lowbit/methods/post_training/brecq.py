@@ -1,0 +1,168 @@
+"""BRECQ: the rounding of all weights of a block is learned together, from the error at the block's output.
+
+Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
+    Reconstruction", ICLR. Section 3.2 (blocks), section 3.3 (Fisher weights, activation scales), section 4 (settings).
+Symbols: Delta -> scale, V -> logits, lambda -> regularization, beta -> beta.
+Deviations: activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an add reads, the network's
+    input too, and their ranges are initialized on all calibration samples and contain 0, as padding needs; layers of 8 weight bits
+    get a symmetric grid by default; a unit for which nothing better was learned on the calibration data
+    stays as it was.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from torch import nn
+
+from lowbit.methods.post_training.adaround import reconstruct
+from lowbit.methods.post_training.objective import FisherKind, Objective
+from lowbit.methods.post_training.phases import LearnScales, RoundWeights
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.methods.post_training.rounding import BetaSchedule, LossKind
+from lowbit.methods.post_training.unit_data import CacheKind
+from lowbit.methods.post_training.units import PlannedUnit, block_units, plan_units
+from lowbit.network.layers import output_channel_axis
+from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers.observers import make_observer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+
+POWER = 2.4  # of the range search and of the activation phase
+WIDE = 8  # bits of the first and the last layer
+
+
+@dataclass(frozen=True)
+class ReleasedLayer:
+    """What the released program does with one layer: bits of its weight and of its output, and whether it is reconstructed."""
+
+    weight_bits: int
+    output_bits: int
+    is_reconstructed: bool
+
+
+def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[ReleasedLayer]:
+    """The settings of ``count`` layers in definition order as the released program chooses them, its quirk included.
+
+    Weights of the first and the last layer, the output of the first and that of the last but one in definition order get 8 bits; the
+    first layer is not reconstructed. In a network whose last but one layer is a shortcut, the classifier's input so keeps
+    ``activation_bits``; lowbit gives it 8 bits, as was meant.
+
+    Source: the released program, ``set_first_last_layer_to_8bit``.
+    """
+    ends, wide_outputs = {0, count - 1}, {0, count - 2}
+    return [
+        ReleasedLayer(WIDE if index in ends else weight_bits, WIDE if index in wide_outputs else activation_bits, index != 0)
+        for index in range(count)
+    ]
+
+
+@register(
+    MethodInfo(
+        name="brecq",
+        title="BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
+        paper="Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu, ICLR 2021",
+        section="post_training",
+        axes=("weight_quantizer", "activation_quantizer", "reconstruction"),
+        kind="post_training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=("calibration",),
+        fidelity="exact but for the places of activation quantizers; held against the authors' code; its bit search is not part of it",
+        summary="learns the rounding of a whole block at once, then the activation scales, from the error at the block's output",
+        margin_db=3.0,
+    )
+)
+@dataclass
+class Brecq(PostTrainingMethod):
+    """Block reconstruction.
+
+    Attributes:
+        weight_grid: ``affine`` as in the paper, its range found by the least error to the power 2.4; ``symmetric``; or ``mixed``:
+            symmetric for layers of 8 weight bits, with which runtimes then compute in integers, affine for all others.
+        blocks: Patterns of the modules to reconstruct as a whole, for example ``layer*.*``; found in the network when left out.
+        reconstruct_first: Also reconstruct a first layer of 8 weight bits, which is hardly ever worth it.
+        iterations: Steps of Adam for each block.
+        batch_size: Calibration samples of one step, drawn at random.
+        learning_rate: Of Adam, on the logits of the rounding.
+        loss: Error at a block's output: ``mse`` (the released default), ``fisher_diag`` (the paper's) or ``fisher_full``.
+        fisher: Weights of the Fisher losses: the gradients scaled to mean square 1 (``paper``), or ``|g| + 1`` (``released``).
+        regularization: Weight of the regularizer (lambda); the authors use 0.1 for MobileNetV2 at 2 bits.
+        warm_start: Share of the iterations without the regularizer.
+        beta_start: The regularizer's exponent after the warm start.
+        beta_end: The regularizer's exponent at the end; it falls linearly.
+        asymmetric: Learn roundings on the inputs that the already quantized blocks give.
+        activation_iterations: Steps of Adam for each block's activation scales; 0 keeps the scales of the range search.
+        activation_learning_rate: Of that phase; falls to 0 along a cosine.
+        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor has it, a little less exact.
+        cache: Where inputs and targets of a block are kept: ``ram``, or ``disk`` for memory-mapped files.
+        save_every: Iterations after which a block's state is saved, so that a killed run goes on from there.
+    """
+
+    weight_grid: Literal["affine", "symmetric", "mixed"] = "mixed"
+    blocks: tuple[str, ...] = ()
+    reconstruct_first: bool = False
+    iterations: int = 20_000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    loss: LossKind = "mse"
+    fisher: FisherKind = "paper"
+    regularization: float = 0.01
+    warm_start: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    asymmetric: bool = True
+    activation_iterations: int = 5000
+    activation_learning_rate: float = 4e-4
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache: CacheKind = "ram"
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        self.rounding_objective(), self.scale_objective()  # refuses bad values before any work
+
+    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
+        is_symmetric = self.weight_grid == "symmetric" or (self.weight_grid == "mixed" and bit_width == WIDE)
+        if is_symmetric or self.weight_observer != "mse":
+            return super().weight_quantizer(name, layer, bit_width)
+        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
+        observer = make_observer("mse", granularity, power=POWER, contain_zero=False)
+        return UniformQuantizer(bit_width, signed=False, symmetric=False, granularity=granularity, observer=observer)
+
+    def activation_quantizer(self, name: str, bit_width: int) -> Quantizer:
+        if self.activation_observer != "mse":
+            return super().activation_quantizer(name, bit_width)
+        return UniformQuantizer(bit_width, signed=False, symmetric=False, observer=make_observer("mse", power=POWER))
+
+    def quantize(self, job: PtqJob) -> None:
+        job.fold()
+        job.insert_weights(self.weight_quantizer)
+        units = plan_units(job, block_units(job, self.blocks))
+        facts: dict[str, object] = {"method": "brecq", **asdict(self)}
+        weights = RoundWeights(job, self.rounding_objective(), is_symmetric=not self.asymmetric)
+        reconstruct(job, self._without_stem(job, units), weights, facts, cache=self.cache, save_every=self.save_every)
+        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.calibrate_activations()
+        if self.activation_iterations:
+            scales = LearnScales(job, self.scale_objective(), units)
+            reconstruct(job, units, scales, facts, cache=self.cache, save_every=self.save_every)
+
+    def rounding_objective(self) -> Objective:
+        """What the roundings of a block are asked to minimise."""
+        beta = BetaSchedule("linear", self.iterations, self.warm_start, self.beta_start, self.beta_end)
+        return Objective(
+            self.iterations, self.learning_rate, self.batch_size, loss=self.loss, fisher=self.fisher, schedule=beta,
+            regularization=self.regularization, precision=self.precision,
+        )  # fmt: skip
+
+    def scale_objective(self) -> Objective:
+        """What the activation scales of a block are asked to minimise."""
+        return Objective(
+            self.activation_iterations, self.activation_learning_rate, self.batch_size, power=POWER, is_annealed=True, precision=self.precision
+        )
+
+    def _without_stem(self, job: PtqJob, units: Sequence[PlannedUnit]) -> list[PlannedUnit]:
+        first = next(iter(job.layers))
+        is_skipped = not self.reconstruct_first and job.bits(first).weight == WIDE and len(units) > 1
+        return [unit for unit in units if not (is_skipped and unit.layers == (first,))]
