@@ -84,16 +84,14 @@ def per_tensor(model: nn.Module, photographs: Photographs, _args: argparse.Names
 
 def w4a8(model: nn.Module, photographs: Photographs, args: argparse.Namespace) -> dict[str, object]:
     data = {"calibration": photographs.calibration}
-    learned = {**data, "iterations": args.iterations}
+    learned = {**data, "iterations": args.iterations, "batch_size": args.batch_size, "precision": args.precision}
     runs = {
         "round_to_nearest": {"method": "round_to_nearest", **data},
         "lbq": {"method": "lbq", **data},
         "adaround": {"method": "adaround", **learned},
         "brecq": {"method": "brecq", **learned},
     }
-    result = measure(model, photographs, {name: run for name, run in runs.items() if not args.only or name in args.only}, weight_bits=4)
-    result["iterations"] = args.iterations
-    return result
+    return measure(model, photographs, {name: run for name, run in runs.items() if not args.only or name in args.only}, weight_bits=4)
 
 
 def measure(model: nn.Module, photographs: Photographs, runs: dict[str, dict[str, object]], *, weight_bits: int) -> dict[str, object]:
@@ -107,7 +105,8 @@ def measure(model: nn.Module, photographs: Photographs, runs: dict[str, dict[str
         policy = lowbit.BitPolicy.uniform(weight_bits, 8)
         quantized = lowbit.quantize(model, policy=policy, seed=0, progress=Progress(), **options)
         seconds = time.perf_counter() - start
-        rows[name] = {**photographs.compare(quantized, reference), "seconds": round(seconds, 1)}
+        settings = {key: value for key, value in options.items() if key in ("iterations", "batch_size", "precision")}
+        rows[name] = {**photographs.compare(quantized, reference), "seconds": round(seconds, 1), **settings}
         print(name, rows[name], flush=True)
     return {"weight_bits": weight_bits, "activation_bits": 8, "evaluation_images": len(photographs.evaluation), "calibration_images": CALIBRATION_CROPS, "rows": rows}
 
@@ -134,7 +133,9 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, default=PHOTOGRAPHS)
     parser.add_argument("--weights", type=Path, help="state dict; default: the installed package's")
     parser.add_argument("--iterations", type=int, default=2000, help="of each unit in adaround and brecq")
-    parser.add_argument("--only", nargs="*", help="methods of w4a8 to run")
+    parser.add_argument("--batch-size", type=int, default=32, help="calibration samples of one step in adaround and brecq")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16, in adaround and brecq")
+    parser.add_argument("--only", nargs="*", help="methods of w4a8 to run; the others keep their rows")
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/lite0_PART.json")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -143,6 +144,8 @@ def main() -> None:
     result["command"] = f"python benchmarks/lite0.py {args.part} --device {args.device}"
     result["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores"
     out = args.out or RESULTS / f"lite0_{args.part}.json"
+    if args.only and out.exists():
+        result["rows"] = json.loads(out.read_text())["rows"] | result["rows"]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
 
