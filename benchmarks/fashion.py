@@ -47,13 +47,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST files")
     parser.add_argument("--iterations", type=int, default=1000, help="of each unit in adaround and brecq")
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="the others keep their rows")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fashion.json")
     args = parser.parse_args()
     model = load_model("resnet20", HERE / "weights" / "resnet20_fashion.safetensors", in_channels=1).to(args.device).eval()
     images, labels = (t.to(args.device) for t in tensors("test", args.data))
     calibration = list(tensors("train", args.data, limit=1024)[0].to(args.device).split(64))
-    rows: list[dict[str, object]] = []
+    rows = [row for row in json.loads(args.out.read_text())["rows"] if row["method"] not in args.methods] if args.out.exists() else []
     baseline = accuracy(model, images, labels)
     print(f"float: {baseline} %")
     for weight_bits, activation_bits in SETTINGS:
@@ -61,6 +61,7 @@ def main() -> None:
             if weight_bits not in lowbit.get_method(name).weight_bits:
                 continue
             options = {"iterations": args.iterations} if name in LEARNED else {}
+            options |= {"activation_iterations": args.iterations} if name == "brecq" else {}
             start = time.perf_counter()
             quantized = lowbit.quantize(
                 model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, calibration=calibration, progress=Progress(), **options
@@ -68,6 +69,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             row = {"weight_bits": weight_bits, "activation_bits": activation_bits, "method": name, "accuracy": accuracy(quantized, images, labels), "seconds": round(seconds, 1)}
             rows.append(row)
+            rows.sort(key=lambda row: (SETTINGS.index((row["weight_bits"], row["activation_bits"])), METHODS.index(row["method"])))
             print(row, flush=True)
             result = {
                 "float_accuracy": baseline,
@@ -76,6 +78,7 @@ def main() -> None:
                 "machine": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
                 "rows": rows,
             }
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -39,11 +39,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Placement:
-    """One quantizer: the sites it is hooked at, its bit-width, and the layers whose input it quantizes."""
+    """One quantizer: the sites it is hooked at, its bit-width, the layers whose input it quantizes, and its tensor's name in the dataflow.
+
+    Without a name it quantizes whatever its layers get.
+    """
 
     sites: tuple[Site, ...]
     bit_width: int
     layers: tuple[str, ...]
+    tensor: str = ""
 
     @property
     def name(self) -> str:
@@ -87,7 +91,7 @@ def place_at_tensors(dataflow: Dataflow, bits: Mapping[str, int], *, merges: boo
         fewer = {name: b for name, b in layers.items() if b < width}
         sites = _sites(dataflow, node, layers)
         if sites:
-            placements.append(Placement(sites, width, tuple(name for name in layers if name not in fewer)))
+            placements.append(Placement(sites, width, tuple(name for name in layers if name not in fewer), tensor))
             placements += place_at_layers(fewer)
         else:
             placements += place_at_layers(layers)

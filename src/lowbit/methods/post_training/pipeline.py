@@ -28,6 +28,7 @@ from lowbit.network.table import LayerRecord, LayerTable
 from lowbit.progress import Progress
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
 from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.uniform import affine_parameters
 from lowbit.registry import MethodInfo
 from lowbit.spec import BitPolicy, Granularity, LayerBits, Position
 
@@ -180,6 +181,16 @@ class PtqJob:
             for site in placement.sites:
                 module = self.model.get_submodule(site.module)
                 (insert.set_input_quantizer if site.side == "input" else insert.set_output_quantizer)(module, quantizer)
+
+    def set_activation_ranges(self, ranges: Callable[[Placement], tuple[Tensor, Tensor]]) -> None:
+        """Give every activation quantizer the range, lower and upper end, that ``ranges`` finds for its placement without data."""
+        for placement in self._placements:
+            site = placement.sites[0]
+            module = self.model.get_submodule(site.module)
+            quantizer = insert.input_quantizer(module) if site.side == "input" else insert.output_quantizer(module)
+            if isinstance(quantizer, UniformQuantizer):
+                scale, zero_point = affine_parameters(*ranges(placement), quantizer.qmin, quantizer.qmax, symmetric=quantizer.symmetric)
+                quantizer.set_parameters(scale.to(quantizer.scale.device), zero_point.to(quantizer.scale.device))
 
     def calibrate_activations(self) -> None:
         """Run the calibration data through the network and let every activation quantizer set its range from what it saw."""

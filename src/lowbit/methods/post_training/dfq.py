@@ -1,0 +1,323 @@
+"""DFQ: ranges of weights equalized across layers, high biases absorbed, biases corrected, ranges from batch norms. No data, no training.
+
+Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV.
+    Section 4.1 (equalization, absorption: ``lowbit.network.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
+Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
+Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
+    ReLU6 becomes ReLU only where it stands between two layers that are equalized; where no batch norm tells the distribution of a
+    tensor it is propagated through the layers (``lowbit.network.moments``); with calibration data ranges come from that.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration import Calibration
+from lowbit.errors import CalibrationError, SpecError
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.methods.post_training.unit_data import call_of
+from lowbit.network.channels import by_output_channel, groups_of, response
+from lowbit.network.equalize import RangeKind, absorb_bias, equalize, find_links, open_clips, read_states, set_bias, sets_of, write_states
+from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.layers import TRANSPOSED, evaluating, output_channel_axis
+from lowbit.network.moments import Moments, MomentsWalk
+from lowbit.network.placement import Placement
+from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers.observers import make_observer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+
+Absorb = Literal["all", "unpadded", "none"]
+Cover = Literal["pairs", "sets"]
+
+
+def corrected_bias(bias: Tensor, weight: Tensor, quantized: Tensor, input_mean: Tensor, *, groups: int = 1) -> Tensor:
+    """``b - (W~ - W) E[x]``: the bias with which the layer's expected output is that of the float weight again.
+
+    The same moves a stored mean of the output along with the correction.
+
+    Args:
+        bias: ``[out]``.
+        weight, quantized: ``[out, in / groups, ...]``.
+        input_mean: ``[in]``.
+        groups: Groups of the layer.
+
+    Source: section 4.2, Eq. 17.
+    """
+    return bias - response(quantized - weight, input_mean, groups)
+
+
+def empirically_corrected_bias(bias: Tensor, float_mean: Tensor, quantized_mean: Tensor) -> Tensor:
+    """``b - (E[y~] - E[y])`` for channel means, ``[out]``, of a layer's outputs before the activation.
+
+    Source: appendix D.
+    """
+    return bias - (quantized_mean - float_mean)
+
+
+def channel_mean(x: Tensor, axis: int = 1) -> Tensor:
+    """Mean over everything but the channels along ``axis``, float64."""
+    return x.detach().double().movedim(axis, 0).flatten(1).mean(1)
+
+
+# Steps on a network, which other methods take too
+
+
+def equalize_layers(job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", replace_relu6: bool = True, absorb: Absorb = "all") -> None:
+    """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; it is the reference from then on.
+
+    ReLU6 between layers becomes ReLU (``replace_relu6``) or ends the chain; notes in the table say what was done.
+    """
+    graph = job.need_graph("equalization")
+    links = find_links(job.model, graph)
+    if replace_relu6:
+        links, replaced, blocked = open_clips(job.model, graph, links)
+        if replaced:
+            job.table.note(f"ReLU6 became ReLU in {len(replaced)} places, so that channels can be rescaled across it")
+        if blocked:
+            places = ", ".join(sorted({repr(node.owner) if node.owner else "the network" for node in blocked}))
+            job.table.note(f"layers around a clipped activation that the code of {places} computes were not equalized: make it an nn.ReLU6 module")
+    else:
+        links = [link for link in links if not link.clips]
+    if not links:
+        job.table.note("nothing was equalized: no two layers follow one another with only ReLU, padding or pooling between")
+    states = read_states(job.model, links, job.statistics)
+    sweeps = equalize(states, sets_of(job.model, links, cover), kind=kind)
+    moved = 0
+    for link in links:
+        first, second = states[link.first], states[link.second]
+        if absorb == "none" or first.mean is None or not link.can_absorb or (absorb == "unpadded" and link.is_padded):
+            continue
+        moved += int((absorb_bias(first, second, activation=link.activation) != 0).sum())
+    write_states(job.model, states, job.statistics)
+    if links:
+        job.table.note(f"equalized {len(links)} pairs of layers in {sweeps} sweeps, absorbed the bias of {moved} channels")
+    job.update_reference()
+
+
+def input_moments(job: PtqJob, input_range: tuple[float, ...] | None) -> Moments:
+    """What is known of the network's inputs: the range that the user names, else calibration data, else the sample."""
+    if input_range is not None:
+        return Moments.uniform(*input_range)
+    if job.calibration is None:
+        job.table.note("the range of the network's input was taken from the sample: name it with input_range, or give calibration data")
+    source = job.calibration or Calibration([job.sample])
+    parts = [torch.cat([t.detach().flatten().double().cpu() for t in inputs.tensors if t.is_floating_point()] or [torch.zeros(1)]) for inputs in source]
+    count = sum(len(part) for part in parts)
+    mean = sum(float(part.sum()) for part in parts) / count
+    variance = sum(float((part - mean).square().sum()) for part in parts) / count
+    ends = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+    return Moments(*(torch.tensor([value], dtype=torch.float64) for value in (mean, variance**0.5, *ends)))
+
+
+def correct_biases(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0, shift_statistics: bool = False) -> None:
+    """Take the expected effect of weight rounding out of every layer's bias (``corrected_bias``), in execution order.
+
+    Layers that read the network's input, or channels that no statistics describe, keep their bias.
+    """
+    graph = job.need_graph("bias correction")
+    corrected: list[str] = []
+
+    def correct(name: str, x: Moments) -> None:
+        layer = job.layers.get(name)
+        if layer is None or x.channels is None or graph.calls(name) != 1:
+            return
+        old, new = (by_output_channel(layer, w.detach()).cpu().double() for w in (float_weight(layer), layer.weight))  # type: ignore[operator, union-attr]
+        groups, shared = groups_of(layer), torch.tensor(layer.stride).prod() if isinstance(layer, TRANSPOSED) else 1
+        bias = old.new_zeros(len(old)) if layer.bias is None else layer.bias.detach().cpu().double()  # type: ignore[operator]
+        with torch.no_grad():
+            set_bias(layer, corrected_bias(bias, old, new, x.mean / shared, groups=groups))
+        if shift_statistics and name in job.statistics:
+            mean, std = job.statistics[name]
+            moved = corrected_bias(mean.cpu().double(), old, new, x.mean / shared, groups=groups)
+            job.statistics[name] = moved.to(mean), std
+        corrected.append(name)
+
+    MomentsWalk(job.model, graph, job.statistics, inputs, n_sigma=n_sigma, at_layer=correct)
+    job.table.note(f"biases of {len(corrected)} of {len(job.layers)} layers were corrected analytically")
+
+
+def correct_biases_empirically(job: PtqJob) -> None:
+    """Make the mean output of every layer, before its activation, that of the float network on the calibration data.
+
+    In execution order, so that all layers before are quantized and corrected; weights and inputs are quantized, the layer's own
+    output is not.
+    """
+    calibration = job.need_calibration("empirical bias correction")
+    names = [name for name in job.layers if job.graph is None or job.graph.calls(name) == 1]
+    if job.graph is not None and len(names) < len(job.layers):
+        job.table.note(f"biases of {', '.join(n for n in job.layers if n not in names)} were not corrected: these layers do not run exactly once")
+    expected = _float_means(job, calibration, names)
+    with job.progress.stage("bias correction", total=len(names)) as stage, torch.no_grad():
+        for name in names:
+            layer, axis = job.layers[name], _channel_axis(job.layers[name])
+            total, count = torch.zeros_like(expected[name]), 0
+            for inputs in calibration:
+                args, kwargs = call_of(job.model, name, inputs)
+                total += channel_mean(layer.forward(*args, **kwargs), axis) * inputs.batch_size  # without the quantizer of its output
+                count += inputs.batch_size
+            bias = torch.zeros_like(total) if layer.bias is None else layer.bias.double()  # type: ignore[operator]
+            set_bias(layer, empirically_corrected_bias(bias, expected[name], total / count))
+            stage.advance(note=name)
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def _float_means(job: PtqJob, calibration: Calibration, names: list[str]) -> dict[str, Tensor]:
+    """Channel means of the float network's layer outputs over all samples."""
+    totals: dict[str, Tensor] = {}
+    samples = 0
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        layer = job.reference.get_submodule(name)
+
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
+            totals[name] = totals.get(name, 0) + channel_mean(output, _channel_axis(layer)) * inputs.batch_size
+
+        return layer.register_forward_hook(hook)
+
+    handles = [watch(name) for name in names]
+    try:
+        with evaluating(job.reference):
+            for inputs in calibration:
+                job.reference(*inputs.args, **inputs.kwargs)
+                samples += inputs.batch_size
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / samples for name, total in totals.items()}
+
+
+def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0) -> None:
+    """Set the range of every activation quantizer without data: ``n_sigma`` deviations around the mean of each channel.
+
+    Raises:
+        CalibrationError: Nothing is known of a tensor; names the operation that blocks.
+    """
+    graph = job.need_graph("activation ranges without data")
+    walk = MomentsWalk(job.model, graph, job.statistics, inputs, n_sigma=n_sigma)
+
+    def tensors(placement: Placement) -> Iterator[str]:
+        if placement.tensor:
+            yield placement.tensor
+        else:
+            yield from (before.name for name in placement.layers for node in graph.of_layer(name) for before in graph.producers(node)[:1])
+
+    def found(placement: Placement) -> tuple[Tensor, Tensor]:
+        names = list(tensors(placement))
+        unknown = [walk.blocking(name) for name in names if name not in walk.known]
+        if unknown or not names:
+            place = f"operation {unknown[0].op!r} in {unknown[0].owner or 'the network itself'!r}" if unknown else "a layer that the dataflow does not show"
+            raise CalibrationError(
+                f"activation {placement.name!r}: no statistics tell its range, because of {place}. Pass calibration= (a loader or tensor of unlabelled "
+                "samples, --calibration on the command line), or leave activations in float with activation_bits=None."
+            )
+        ends = [walk.known[name].range() for name in names]
+        return torch.stack([lo for lo, _ in ends]).min(), torch.stack([hi for _, hi in ends]).max()
+
+    job.set_activation_ranges(found)
+    job.table.note(f"activation ranges reach {n_sigma:g} deviations around the means that batch norms and weights tell; no data was looked at")
+
+
+@register(
+    MethodInfo(
+        name="dfq",
+        title="Data-Free Quantization Through Weight Equalization and Bias Correction",
+        paper="Nagel, van Baalen, Blankevoort, Welling, ICCV 2019",
+        section="post_training",
+        axes=("reconstruction",),
+        kind="post_training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=("graph",),
+        fidelity="exact; held against the authors' company's toolkit (AIMET) and an independent program",
+        summary="no data: equalizes channels across layers, corrects biases, takes ranges from batch norms",
+        margin_db=0.0,
+    )
+)
+@dataclass
+class Dfq(PostTrainingMethod):
+    """Cross-layer equalization, bias absorption, bias correction, ranges from statistics.
+
+    Attributes:
+        symmetric_weights: Weight grid with zero point 0; the paper's is affine.
+        equalize: ``pairs``: all neighbouring layers, again and again until nothing moves; ``sets``: AIMET's pairs and depthwise
+            triples; ``none``.
+        equalize_range: What counts as a channel's range: ``max_abs``, or ``max_minus_min``.
+        replace_relu6: Make ReLU6 between equalized layers a ReLU; otherwise it ends the chain.
+        absorb_bias: Move high biases into the next layer: ``all``, ``unpadded`` (only where that is exact up to rare values: no zeros are
+            added between), ``none``.
+        bias_correction: ``analytic`` from statistics, ``empirical`` on calibration data, ``none``.
+        shift_statistics: Let the analytic correction move the stored mean of the layer's output, as an independent program does.
+        weight_clip: Clip weights at plus and minus this value before their range is chosen (15 in the paper's comparison).
+        activation_ranges: ``statistics``, ``data``, or ``auto``: data where there is any.
+        n_sigma: Activation ranges from statistics reach that many deviations.
+        input_range: Lower and upper end of the network's input, where there is no data.
+    """
+
+    weight_granularity: str = "per_tensor"
+    weight_observer: str = "min_max"
+    symmetric_weights: bool = True
+    equalize: Literal["pairs", "sets", "none"] = "pairs"
+    equalize_range: Literal["max_abs", "max_minus_min"] = "max_abs"
+    replace_relu6: bool = True
+    absorb_bias: Literal["all", "unpadded", "none"] = "all"
+    bias_correction: Literal["analytic", "empirical", "none"] = "analytic"
+    shift_statistics: bool = False
+    weight_clip: float | None = None
+    activation_ranges: Literal["auto", "statistics", "data"] = "auto"
+    n_sigma: float = 6.0
+    input_range: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges("dfq", self.n_sigma, self.input_range)
+        if self.weight_clip is not None and self.weight_clip <= 0:
+            raise SpecError(f"dfq: weight_clip must be above 0, got {self.weight_clip}; leave it out to clip nothing")
+
+    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
+        """Symmetric or affine codes, signed."""
+        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
+        observer = make_observer(self.weight_observer, granularity)
+        return UniformQuantizer(bit_width, signed=True, symmetric=self.symmetric_weights, granularity=granularity, observer=observer)
+
+    def quantize(self, job: PtqJob) -> None:
+        job.need_graph("dfq")
+        if self.bias_correction == "empirical":
+            job.need_calibration("empirical bias correction")
+        job.fold()
+        if self.equalize != "none":
+            equalize_layers(job, cover=self.equalize, kind=self.equalize_range, replace_relu6=self.replace_relu6, absorb=self.absorb_bias)
+        job.insert_weights(self.weight_quantizer)
+        self._clip_weights(job)
+        uses_data = self.activation_ranges == "data" or (self.activation_ranges == "auto" and job.calibration is not None)
+        inputs = input_moments(job, self.input_range) if self.bias_correction == "analytic" or not uses_data else None
+        if inputs is not None and self.bias_correction == "analytic":
+            correct_biases(job, inputs, n_sigma=self.n_sigma, shift_statistics=self.shift_statistics)
+        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        if uses_data or inputs is None:
+            job.calibrate_activations()
+        else:
+            ranges_from_statistics(job, inputs, n_sigma=self.n_sigma)
+        if self.bias_correction == "empirical":
+            correct_biases_empirically(job)
+
+    def _clip_weights(self, job: PtqJob) -> None:
+        """Choose each weight's range from its clipped values; what lies outside is rounded to the ends of the grid."""
+        for layer in job.layers.values() if self.weight_clip is not None else ():
+            quantizer = weight_quantizer(layer)
+            assert quantizer is not None and self.weight_clip is not None
+            quantizer.initialize(float_weight(layer).detach().clamp(-self.weight_clip, self.weight_clip))
+
+
+def check_ranges(method: str, n_sigma: float, input_range: tuple[float, ...] | None) -> None:
+    """SpecError when ranges without data cannot be meant."""
+    if n_sigma <= 0:
+        raise SpecError(f"{method}: n_sigma must be above 0, got {n_sigma}")
+    if input_range is not None and (len(input_range) != 2 or not input_range[0] < input_range[1]):
+        raise SpecError(f"{method}: input_range must be two ascending numbers, for example -1,1; got {input_range}")
