@@ -127,7 +127,8 @@ def build_method(info: MethodInfo, options: dict[str, object]) -> PostTrainingMe
 def convert_option(method: str, name: str, value: object, hint: object) -> object:
     """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
+    is_choice = any("none" in typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is typing.Literal)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and not is_choice):
         if type(None) in allowed:
             return None
         raise SpecError(f"{method}: option {name} must not be None")

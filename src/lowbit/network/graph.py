@@ -5,7 +5,10 @@ identity operator that carries the module's name, so that graph nodes map to mod
 """
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 import traceback
 from collections import Counter
@@ -126,13 +129,26 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
     names = {id(module): name for name, module in model.named_modules()}
     calls: Counter[str] = Counter()
     try:
-        with evaluating(model), _marking(model, calls):
+        with evaluating(model), _marking(model, calls), quiet_export():
             exported = torch.export.export(model, sample.args, dict(sample.kwargs))
             if _mutates(exported.graph):
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise GraphError(_explain(model, error)) from error
     return _build(model, exported, names, dict(calls))
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without the graph listings that torch prints before it raises; the error says what is needed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -220,7 +236,8 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
         inputs = [alias[arg.name] for arg in fx_node.all_input_nodes if arg.name in alias]
         op = op.rstrip("_") if not op.startswith("__") else op.strip("_")
         op = _RENAMED.get(op, op)
-        is_float = isinstance(value, Tensor) and value.is_floating_point() or op in ("batch_norm", "split", "chunk", "unbind", "split_with_sizes")
+        made = value if isinstance(value, (tuple, list)) else (value,)
+        is_float = any(isinstance(part, Tensor) and part.is_floating_point() for part in made)
         is_input = fx_node.name in user_inputs
         owner = _owner(model, fx_node, names)
         node = Node(

@@ -88,7 +88,8 @@ def clipped_normal_moments(mean: Tensor, std: Tensor, low: float = 0.0, high: fl
     is_fixed = sg == 0
     safe = torch.where(is_fixed, 1.0, sg)
     al, be = (low - mu) / safe, (high - mu) / safe
-    below, above, inside = torch.special.ndtr(al), torch.special.ndtr(-be), torch.special.ndtr(be) - torch.special.ndtr(al)
+    below, above = torch.special.ndtr(al), torch.special.ndtr(-be)
+    inside = torch.where(al > 0, torch.special.ndtr(-al) - above, torch.special.ndtr(be) - below)  # in the tail that is the smaller
     at_low, at_high = _density(al), _density(be)
     a, b = (end if math.isfinite(end) else 0.0 for end in (low, high))
     m = safe * (at_low - at_high) + mu * inside + a * below + b * above

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from lowbit.methods.post_training.objective import Objective
+from lowbit.methods.post_training.objective import Objective, rounding_learning_rate
 from lowbit.methods.post_training.phases import Phase, RoundWeights
 from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.methods.post_training.reconstruction import Reconstruction
@@ -20,6 +20,8 @@ from lowbit.methods.post_training.rounding import BetaSchedule
 from lowbit.methods.post_training.unit_data import CacheKind
 from lowbit.methods.post_training.units import PlannedUnit, layer_units, plan_units
 from lowbit.registry import MethodInfo, register
+
+PAPER_ITERATIONS = 10_000
 
 
 @register(
@@ -45,7 +47,8 @@ class Adaround(PostTrainingMethod):
     Attributes:
         iterations: Steps of Adam for each layer.
         batch_size: Calibration samples of one step, drawn at random.
-        learning_rate: Of Adam, on the logits of the rounding.
+        learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 10000 as much
+            more, at most 0.01.
         regularization: Weight of the regularizer (lambda); it belongs to a loss that is summed over channels.
         warm_start: Share of the iterations without the regularizer.
         beta_start: The regularizer's exponent after the warm start.
@@ -58,9 +61,9 @@ class Adaround(PostTrainingMethod):
         save_every: Iterations after which a layer's state is saved, so that a killed run goes on from there.
     """
 
-    iterations: int = 10_000
+    iterations: int = PAPER_ITERATIONS
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     regularization: float = 0.01
     warm_start: float = 0.2
     beta_start: float = 20.0
@@ -90,9 +93,10 @@ class Adaround(PostTrainingMethod):
 
     def objective(self) -> Objective:
         """What each layer is asked to minimise."""
+        rate = rounding_learning_rate(self.learning_rate, self.iterations, PAPER_ITERATIONS)
         beta = BetaSchedule(self.schedule, self.iterations, self.warm_start, self.beta_start, self.beta_end)
         return Objective(
-            self.iterations, self.learning_rate, self.batch_size, schedule=beta, regularization=self.regularization, precision=self.precision
+            self.iterations, rate, self.batch_size, schedule=beta, regularization=self.regularization, precision=self.precision
         )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import nn
 
 from lowbit.methods.post_training.adaround import reconstruct
-from lowbit.methods.post_training.objective import FisherKind, Objective
+from lowbit.methods.post_training.objective import FisherKind, Objective, rounding_learning_rate
 from lowbit.methods.post_training.phases import LearnScales, RoundWeights
 from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.methods.post_training.rounding import BetaSchedule, LossKind
@@ -30,6 +30,7 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 
 POWER = 2.4  # of the range search and of the activation phase
+PAPER_ITERATIONS = 20_000
 WIDE = 8  # bits of the first and the last layer
 
 
@@ -85,7 +86,8 @@ class Brecq(PostTrainingMethod):
         reconstruct_first: Also reconstruct a first layer of 8 weight bits, which is hardly ever worth it.
         iterations: Steps of Adam for each block.
         batch_size: Calibration samples of one step, drawn at random.
-        learning_rate: Of Adam, on the logits of the rounding.
+        learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 20000 as much
+            more, at most 0.01.
         loss: Error at a block's output: ``mse`` (the released default), ``fisher_diag`` (the paper's) or ``fisher_full``.
         fisher: Weights of the Fisher losses: the gradients scaled to mean square 1 (``paper``), or ``|g| + 1`` (``released``).
         regularization: Weight of the regularizer (lambda); the authors use 0.1 for MobileNetV2 at 2 bits.
@@ -103,9 +105,9 @@ class Brecq(PostTrainingMethod):
     weight_grid: Literal["affine", "symmetric", "mixed"] = "mixed"
     blocks: tuple[str, ...] = ()
     reconstruct_first: bool = False
-    iterations: int = 20_000
+    iterations: int = PAPER_ITERATIONS
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     loss: LossKind = "mse"
     fisher: FisherKind = "paper"
     regularization: float = 0.01
@@ -150,9 +152,10 @@ class Brecq(PostTrainingMethod):
 
     def rounding_objective(self) -> Objective:
         """What the roundings of a block are asked to minimise."""
+        rate = rounding_learning_rate(self.learning_rate, self.iterations, PAPER_ITERATIONS)
         beta = BetaSchedule("linear", self.iterations, self.warm_start, self.beta_start, self.beta_end)
         return Objective(
-            self.iterations, self.learning_rate, self.batch_size, loss=self.loss, fisher=self.fisher, schedule=beta,
+            self.iterations, rate, self.batch_size, loss=self.loss, fisher=self.fisher, schedule=beta,
             regularization=self.regularization, precision=self.precision,
         )  # fmt: skip
 

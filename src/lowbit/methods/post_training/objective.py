@@ -1,6 +1,7 @@
 """What a unit of a network is asked to minimise: the error at its output, weighted or not, and the regularizer of its roundings."""
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lowbit.calibration import Inputs
-from lowbit.errors import SpecError
+from lowbit.errors import CalibrationError, SpecError
 from lowbit.measure.outputs import output_tensor
 from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule, LossKind, reconstruction_loss
 from lowbit.methods.post_training.unit_data import UnitData, batches
@@ -21,6 +22,8 @@ from lowbit.network.insert import quantization_enabled
 from lowbit.network.layers import evaluating
 
 FisherKind = Literal["released", "paper"]
+
+PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class Objective:
                 "reconstruction: iterations must be at least 0, learning_rate above 0, batch_size at least 1, regularization at least 0 and power at "
                 f"least 1; got {self.iterations}, {self.learning_rate}, {self.batch_size}, {self.regularization}, {self.power}"
             )
+
+
+def rounding_learning_rate(given: float | None, iterations: int, paper_iterations: int) -> float:
+    """The rate that was given, or else the papers' 0.001, raised where there are fewer iterations than in the paper.
+
+    ``min(0.001 paper_iterations / iterations, 0.01)``: so the logits, which Adam moves by about the rate in each step, still travel
+    far enough to change their minds.
+    """
+    if given is not None:
+        return given
+    return PAPER_LEARNING_RATE if iterations >= paper_iterations else min(PAPER_LEARNING_RATE * paper_iterations / max(iterations, 1), LARGEST_LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,16 @@ def unit_loss(unit: PlannedUnit, module: nn.Module, data: UnitData, index: Tenso
 
 @torch.no_grad()
 def mean_loss(unit: PlannedUnit, module: nn.Module, data: UnitData, objective: Objective) -> float:
-    """The reconstruction loss over all samples."""
+    """The reconstruction loss over all samples; CalibrationError when it is not finite."""
     samples = data.target.samples
     parts = [float(unit_loss(unit, module, data, index, objective)) * len(index) for index in batches(samples, objective.batch_size)]
-    return sum(parts) / samples
+    loss = sum(parts) / samples
+    if not math.isfinite(loss):
+        raise CalibrationError(
+            f"unit {unit.name!r}: its error on the calibration data is {loss}: the network overflows on these samples. "
+            "Check their preprocessing, or keep the layers of this unit in float."
+        )
+    return loss
 
 
 def rounding_loss(

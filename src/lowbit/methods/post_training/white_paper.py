@@ -1,0 +1,104 @@
+"""The white paper's recipe: equalization, ranges, then learned rounding or bias correction, chosen by what data there is.
+
+Paper: Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort 2021, "A White Paper on Neural Network Quantization",
+    section 3.4 (post-training pipeline).
+Deviations: no range is chosen by cross entropy, because the network's outputs are not quantized; layers of 8 weight bits are rounded to
+    nearest, learned rounding begins below, where the paper finds it indispensable.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowbit.methods.post_training.adaround import PAPER_ITERATIONS, Adaround
+from lowbit.methods.post_training.dfq import check_ranges, correct_biases, equalize_layers, input_moments, ranges_from_statistics
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.methods.post_training.unit_data import CacheKind
+from lowbit.registry import MethodInfo, register
+
+WIDE = 8  # weight bits at which rounding to nearest is enough
+
+
+@register(
+    MethodInfo(
+        name="white_paper",
+        title="A White Paper on Neural Network Quantization: post-training pipeline",
+        paper="Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort, 2021",
+        section="post_training",
+        axes=("reconstruction",),
+        kind="post_training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=(),
+        fidelity="the recipe, of parts that are held against their authors' code",
+        summary="the default: equalization, ranges of least error, and learned rounding (with data) or bias correction (without)",
+        margin_db=0.0,
+    )
+)
+@dataclass
+class WhitePaper(PostTrainingMethod):
+    """Each step where it helps: what is done, and what could not be, is noted in the report.
+
+    Attributes:
+        equalize: Equalize ranges across layers first: ``auto`` (where weights have one scale per tensor, which needs it), ``always``
+            or ``never``. It makes ReLU6 a ReLU.
+        rounding: ``auto`` learns rounding (AdaRound) where there is calibration data and a layer below 8 weight bits, else rounds to
+            nearest; ``adaround`` or ``nearest``.
+        bias_correction: Correct biases from the statistics of batch norms where there is no calibration data.
+        n_sigma: Without calibration data activation ranges reach that many deviations around the means of batch norms.
+        input_range: Lower and upper end of the network's input, where there is no data.
+        iterations: Steps of learned rounding for each layer.
+        batch_size: Calibration samples of one step of it.
+        learning_rate: Of learned rounding; left out, as in ``adaround``.
+        precision: Of learned rounding: ``fp32``, or ``bf16`` for autocast.
+        cache: Where learned rounding keeps inputs and targets of a layer: ``ram`` or ``disk``.
+    """
+
+    equalize: Literal["auto", "always", "never"] = "auto"
+    rounding: Literal["auto", "adaround", "nearest"] = "auto"
+    bias_correction: bool = True
+    n_sigma: float = 6.0
+    input_range: tuple[float, ...] | None = None
+    iterations: int = PAPER_ITERATIONS
+    batch_size: int = 32
+    learning_rate: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache: CacheKind = "ram"
+
+    def __post_init__(self) -> None:
+        check_ranges("white_paper", self.n_sigma, self.input_range)
+        self._adaround()  # refuses bad values before any work
+
+    def quantize(self, job: PtqJob) -> None:
+        has_data = job.calibration is not None
+        if self.rounding == "adaround":
+            job.need_calibration("learned rounding")
+        job.fold()
+        if self.equalize == "always" or (self.equalize == "auto" and self.weight_granularity == "per_tensor"):
+            self._equalize(job)
+        job.insert_weights(self.weight_quantizer)
+        if self._learns_rounding(job):
+            self._adaround().round_weights(job)
+        inputs = None if has_data or job.graph is None else input_moments(job, self.input_range)
+        if inputs is not None and self.bias_correction:
+            correct_biases(job, inputs, n_sigma=self.n_sigma)
+        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        if inputs is None:
+            job.calibrate_activations()
+        else:
+            ranges_from_statistics(job, inputs, n_sigma=self.n_sigma)
+
+    def _equalize(self, job: PtqJob) -> None:
+        if job.graph is None and self.equalize == "auto":
+            job.table.note(f"layers were not equalized: {job.graph_error}")
+        else:
+            equalize_layers(job)
+
+    def _learns_rounding(self, job: PtqJob) -> bool:
+        is_narrow = any((job.bits(name).weight or WIDE) < WIDE for name in job.layers)
+        return self.rounding == "adaround" or (self.rounding == "auto" and job.calibration is not None and is_narrow)
+
+    def _adaround(self) -> Adaround:
+        return Adaround(
+            iterations=self.iterations, batch_size=self.batch_size, learning_rate=self.learning_rate, precision=self.precision, cache=self.cache
+        )

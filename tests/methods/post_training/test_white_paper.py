@@ -1,0 +1,114 @@
+"""The white paper's recipe: which steps are taken, and that each does something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.laws import tiny
+from tests.networks import BranchNet, TinyNet, settled
+from torch import nn
+
+import lowbit
+from lowbit.errors import CalibrationError, GraphError, SpecError
+from lowbit.network.insert import activation_quantizers, weight_quantizer
+from lowbit.quantizers import UniformQuantizer
+
+X = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def white_paper(model: nn.Module, **options: object) -> nn.Module:
+    if "calibration" not in options:
+        options = {"sample": X[:2], "input_range": (-4.0, 4.0), **options}
+    return lowbit.quantize(model, **options)  # type: ignore[arg-type]
+
+
+def notes(model: nn.Module) -> str:
+    return " ".join(lowbit.summary(model).notes)
+
+
+def codes(model: nn.Module, layer: str = "conv1") -> torch.Tensor:
+    module = model.get_submodule(layer)
+    quantizer = weight_quantizer(module)
+    assert quantizer is not None
+    return quantizer.encode(module.parametrizations.weight.original).codes  # type: ignore[union-attr]
+
+
+def test_it_is_the_default_and_needs_no_data() -> None:
+    model = settled(TinyNet(), X)
+    result = white_paper(model)
+    assert lowbit.summary(result).method == "white_paper"
+    assert tiny.sqnr_db(tiny.outputs(model, X), tiny.outputs(result, X)) > 20
+    assert "no data was looked at" in notes(result)
+    assert "were corrected analytically" in notes(result)
+    assert "equalized" not in notes(result)  # weights have a scale for each channel
+
+
+def test_with_data_eight_bits_are_rounded_to_nearest_and_ranges_have_the_least_error() -> None:
+    model = settled(TinyNet(), X)
+    result = white_paper(model, calibration=X)
+    plain = lowbit.quantize(model, method="round_to_nearest", calibration=X)
+    assert torch.equal(tiny.outputs(result, X), tiny.outputs(plain, X))
+    assert "corrected" not in notes(result)
+
+
+def test_with_data_fewer_bits_learn_their_rounding_and_biases_stay() -> None:
+    model = tiny.trained()
+    result = white_paper(model, weight_bits=3, calibration=tiny.calibration(), iterations=200)
+    nearest = white_paper(model, weight_bits=3, calibration=tiny.calibration(), rounding="nearest")
+    assert not torch.equal(codes(result), codes(nearest))
+    assert int((codes(result).int() - codes(nearest).int()).abs().max()) == 1
+    images, expected = tiny.held_out(), tiny.outputs(model, tiny.held_out())
+    assert tiny.sqnr_db(expected, tiny.outputs(result, images)) > tiny.sqnr_db(expected, tiny.outputs(nearest, images))
+    assert "corrected" not in notes(result)
+
+
+def test_learned_rounding_keeps_the_scales_of_the_range_search() -> None:
+    learned, nearest = (white_paper(tiny.trained(), weight_bits=3, calibration=tiny.calibration(), iterations=20, rounding=kind) for kind in ("adaround", "nearest"))
+    for name in ("conv1", "conv2"):
+        scales = [weight_quantizer(m.get_submodule(name)).scale for m in (learned, nearest)]  # type: ignore[union-attr]
+        assert torch.equal(*scales)
+
+
+def test_one_scale_per_tensor_is_equalized_first() -> None:
+    images, expected = tiny.held_out(), tiny.outputs(tiny.trained(), tiny.held_out())
+    gains = {
+        kind: tiny.sqnr_db(expected, tiny.outputs(white_paper(tiny.trained(), weight_bits=6, weight_granularity="per_tensor", calibration=tiny.calibration(), rounding="nearest", equalize=kind), images))
+        for kind in ("auto", "never", "always")
+    }
+    assert gains["auto"] == gains["always"] > gains["never"] + 3
+
+
+def test_each_step_can_be_switched_off() -> None:
+    model = settled(TinyNet(), X)
+    assert "corrected" not in notes(white_paper(model, bias_correction=False))
+    assert "equalized 1 pairs" in notes(white_paper(model, equalize="always"))
+    plain = white_paper(model, weight_bits=3, calibration=X, rounding="nearest")
+    assert torch.equal(codes(plain), codes(lowbit.quantize(model, method="round_to_nearest", weight_bits=3, calibration=X)))
+
+
+def test_wide_ranges_reach_as_many_deviations_as_asked() -> None:
+    model = settled(TinyNet(), X)
+    widths = []
+    for n_sigma in (3.0, 6.0):
+        quantizer = list(activation_quantizers(white_paper(model, n_sigma=n_sigma)).values())[1]
+        assert isinstance(quantizer, UniformQuantizer)
+        widths.append(float(quantizer.scale))
+    assert 1.3 < widths[1] / widths[0] < 2.2
+
+
+def test_without_dataflow_it_needs_data_and_says_so() -> None:
+    result = white_paper(BranchNet().eval(), calibration=X)
+    assert lowbit.summary(result).notes
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        white_paper(BranchNet().eval())
+    with pytest.raises(GraphError, match="equalization needs the network's dataflow"):
+        white_paper(BranchNet().eval(), calibration=X, equalize="always")
+
+
+def test_impossible_requests_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="learned rounding needs calibration data"):
+        white_paper(TinyNet().eval(), rounding="adaround")
+    with pytest.raises(SpecError, match="iterations must be at least 0"):
+        white_paper(TinyNet().eval(), calibration=X, iterations=-1)
+    with pytest.raises(SpecError, match="two ascending numbers"):
+        white_paper(TinyNet().eval(), input_range=(3.0, 3.0))
