@@ -52,3 +52,21 @@ def test_the_digest_tells_weights_apart_and_is_the_same_for_copies() -> None:
     with torch.no_grad():
         other[0].bias[1] += 1e-7
     assert weights_digest(other) != digest
+
+
+def test_state_of_another_run_that_is_deleted_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / ".work"
+    open_work_folder(path, {"seed": 0}, resume=True)
+    assert not open_work_folder(path, {"seed": 1}, resume=True).is_replaced
+    (path / "unit.safetensors").write_text("half done")
+    assert open_work_folder(path, {"seed": 2}, resume=True).is_replaced
+
+
+def test_only_state_to_go_on_from_survives_an_error(tmp_path: Path) -> None:
+    path = tmp_path / ".work"
+    open_work_folder(path, {}, resume=True).remove_if_useless()
+    assert not path.exists()
+    work = open_work_folder(path, {}, resume=True)
+    (path / "unit.safetensors").write_text("half done")
+    work.remove_if_useless()
+    assert (path / "unit.safetensors").exists()

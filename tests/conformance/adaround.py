@@ -54,7 +54,7 @@ def round_loss_cosine(params: dict, inputs: dict[str, Tensor]) -> dict[str, obje
         set_beta(objective, [rounding], iteration)
         rounding(alpha)
         losses.append(weighted_penalty(objective, [rounding]))
-        gradients += torch.autograd.grad(losses[-1], rounding.logits)
+        gradients.append(torch.autograd.grad(losses[-1], rounding.logits)[0])
         betas.append(rounding.beta or 0.0)
     return {"loss": torch.stack(losses), "grad_alpha": torch.stack(gradients), "beta": betas}
 

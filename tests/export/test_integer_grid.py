@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
-from tests.export.networks import WEIGHT_QUANTIZERS
+from tests.export.networks import WEIGHT_QUANTIZERS, quantized
+from torch import nn
 
+from lowbit.export.export import export
 from lowbit.export.integer_grid import IntegerGrid, integer_grid
+from lowbit.network.insert import bake_weights
 from lowbit.quantizers import PowerOfTwoQuantizer, QTensor, UniformQuantizer
+from lowbit.quantizers.qtensor import AffineDecoder
 from lowbit.spec import Granularity
 
 WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -66,6 +73,66 @@ def test_widening_multiplies_codes_up_to_64_and_keeps_the_values(bit_width: int,
     widened = grid.widened()
     assert int(widened.codes.min()) == -(2 ** (bit_width - 1)) * factor
     assert torch.equal(widened.decode(), grid.decode())
+
+
+def affine_grid(bit_width: int, zero_points: list[int], codes: list[list[int]]) -> IntegerGrid:
+    """Unsigned codes, one row for each channel, each channel with its own zero point."""
+    decoder = AffineDecoder(torch.tensor([[0.5], [0.25]]), torch.tensor(zero_points).float().reshape(2, 1), Granularity.channel(0))
+    grid = integer_grid(QTensor(torch.tensor(codes, dtype=torch.uint8), decoder, bit_width))
+    assert grid is not None
+    return grid
+
+
+def test_centring_moves_the_zero_point_into_the_codes() -> None:
+    grid = affine_grid(4, [3, 15], [[0, 3, 15], [0, 1, 15]])
+    assert grid.zero_point.tolist() == [-5, 7]
+    centred = grid.centred()
+    assert centred.codes.tolist() == [[-3, 0, 12], [-15, -14, 0]]
+    assert centred.codes.dtype == torch.int8
+    assert centred.zero_point.tolist() == [0, 0]
+    assert torch.equal(centred.decode(), grid.decode())
+
+
+@pytest.mark.parametrize("bit_width", range(1, 8))
+def test_up_to_seven_bits_are_always_centred(bit_width: int) -> None:
+    top = 2**bit_width - 1
+    centred = affine_grid(bit_width, [0, top], [[0, top], [0, top]]).centred()
+    assert centred.codes.tolist() == [[0, top], [-top, 0]]
+    assert centred.zero_point.dtype == torch.int8
+    assert not centred.zero_point.any()
+
+
+def test_eight_bits_are_centred_where_the_codes_allow_it() -> None:
+    assert affine_grid(8, [128, 127], [[0, 255], [0, 254]]).centred().codes.tolist() == [[-128, 127], [-127, 127]]
+    wide = affine_grid(8, [127, 127], [[0, 255], [0, 255]])
+    assert wide.centred() is wide
+
+
+def test_a_symmetric_grid_is_its_own_centre() -> None:
+    grid = integer_grid(codes_of("uniform", Granularity.channel(0)))
+    assert grid is not None
+    assert torch.equal(grid.centred().codes, grid.codes)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_affine_weights_run_in_integers_with_a_zero_point_of_zero(tmp_path: Path, granularity: str) -> None:
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 8, 8)
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(180, 4))
+    for layer in (*layers[:3], layers[4]):
+        layer.weight.data += 0.1  # away from a zero point in the middle
+    model = quantized(nn.Sequential(*layers), image, weights="affine", granularity=granularity)
+    grids = [integer_grid(codes) for codes in bake_weights(model)[1].values()]
+    assert all(grid is not None and bool(grid.zero_point.any()) for grid in grids)
+    for container, in_integers, decoded_in_float in (("int8", 3, 0), ("int4", 0, 1)):  # a linear layer that is decoded while loading
+        report = export(model, tmp_path / "m.onnx", sample=image, weight_container=container, measure_speed=False)
+        assert report.parity.passed
+        assert report.integer is not None
+        assert report.integer.operators.get("QLinearConv", 0) == report.integer.conv_integer == in_integers
+        held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+        zero_points = [value for name, value in held.items() if "weight" in name and name.endswith("zero_point")]
+        assert len(zero_points) == 4 - decoded_in_float
+        assert any(value.astype(int).any() for value in zero_points) == (container == "int4")
 
 
 def test_a_weight_of_zeros_is_widened_to_itself() -> None:

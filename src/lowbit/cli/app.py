@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from lowbit.cli import data, diagnose, evaluate, export, methods, models, quantize
@@ -27,15 +28,11 @@ class LowbitGroup(TyperGroup):
         except LowbitError as error:
             if os.environ.get("LOWBIT_DEBUG"):
                 raise
-            errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as error:
             errors.print("[bold red]stopped[/]")
             raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-def _escaped(error: LowbitError) -> str:
-    return str(error).replace("[", "\\[")
 
 
 def _show_version(asked: bool) -> None:

@@ -63,6 +63,7 @@ def diagnose(
         batch_size=batch_size,
         device=device,
         seed=seed,
+        missing="name some with --calibration: a folder of images, or a name from 'lowbit data list'",
     )
     if out is not None:
         prepare_folder(out, needed_bytes=1_000_000)

@@ -14,6 +14,7 @@ from lowbit.cli import options as shared
 from lowbit.cli.console import say, show_table
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import open_source
+from lowbit.cli.workflow import FILES
 from lowbit.errors import FileFormatError
 from lowbit.export.load import load
 from lowbit.export.onnx_runtime import load_onnx
@@ -22,8 +23,6 @@ from lowbit.measure import measure_accuracy, measure_agreement, measure_latency
 from lowbit.progress import Progress
 from lowbit.report.results import to_json
 from lowbit.report.words import bytes_word, db_word, percent_word
-
-FILES = ("model.lowbit", "model.onnx")  # what is looked for in a folder
 
 
 class OnnxModule(nn.Module):
@@ -71,6 +70,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         seed=seed,
+        missing="name some with --data: a labelled folder, or a name from 'lowbit data list'",
     )
     if out is not None:
         prepare_folder(out, needed_bytes=1_000_000)
@@ -78,7 +78,11 @@ def evaluate(
     compared = source.calibration if source.test is None else source.test
     one = source.sample.take(0, 1)
     found: dict[str, dict[str, object]] = {
-        "float": {**_accuracy(source.model, source.test, progress), "latency_ms": measure_latency(source.model, one).median_ms}
+        "float": {
+            **_accuracy(source.model, source.test, progress),
+            "latency_ms": measure_latency(source.model, one).median_ms,
+            "runtime": "torch",
+        }
     }
     for path in files:
         network = load(path) if path.suffix == ".lowbit" else OnnxModule(path, threads or 1)
@@ -89,11 +93,12 @@ def evaluate(
             "sqnr_db": agreement.sqnr_db,
             "size_bytes": path.stat().st_size,
             "latency_ms": measure_latency(network, one).median_ms,
+            "runtime": "torch, codes decoded to float" if path.suffix == ".lowbit" else "ONNX Runtime",
         }
     if not quiet:
         say(f"{source.name} on {source.test_name or 'unlabelled samples'}")
         show_table(
-            ("", "accuracy", "same answer", "output SQNR", "size", "time, 1 sample"),
+            ("", "accuracy", "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
             [(name, *_words(entry)) for name, entry in found.items()],
         )
     if out is not None:
@@ -129,7 +134,7 @@ def _accuracy(network: nn.Module, test: Iterable[object] | None, progress: Progr
     return {"accuracy": accuracy.top1, "top5": accuracy.top5, "samples": accuracy.samples}
 
 
-def _words(entry: dict[str, object]) -> tuple[str | None, ...]:
+def _words(entry: dict[str, object]) -> tuple[str, ...]:
     def number(name: str) -> float | None:
         value = entry.get(name)
         return float(value) if isinstance(value, (int, float)) else None
@@ -140,4 +145,5 @@ def _words(entry: dict[str, object]) -> tuple[str | None, ...]:
         db_word(number("sqnr_db")),
         bytes_word(number("size_bytes")),
         f"{number('latency_ms'):.2f} ms",
+        str(entry["runtime"]),
     )

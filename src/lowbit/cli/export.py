@@ -9,9 +9,10 @@ import typer
 
 from lowbit.cli import options as shared
 from lowbit.cli.console import say
+from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import open_source
-from lowbit.errors import FileFormatError
-from lowbit.export.export import export as export_file
+from lowbit.errors import FileFormatError, SpecError
+from lowbit.export.export import FORMATS, export as export_file
 from lowbit.export.load import load
 
 
@@ -40,7 +41,10 @@ def export(
         ),
     ] = "int8",
     speed: Annotated[
-        bool, typer.Option("--speed/--no-speed", help="Time an ONNX file against the float network.", rich_help_panel=shared.OUTPUT)
+        bool,
+        typer.Option(
+            "--speed/--no-speed", help="Time the ONNX file of a quantized network against the float one.", rich_help_panel=shared.OUTPUT
+        ),
     ] = True,
     seed: shared.Seed = 0,
     batch_size: shared.BatchSize = 32,
@@ -51,6 +55,9 @@ def export(
     The data only gives the inputs that the check runs on: name some that fit the network.
     """
     shared.set_threads(threads)
+    if to.suffix not in FORMATS:
+        raise SpecError(f"--to {to}: cannot tell the format. Allowed suffixes: {', '.join(FORMATS)}.")
+    prepare_folder(to.parent, needed_bytes=0, option="--to")
     source = open_source(
         model,
         weights,
@@ -64,8 +71,8 @@ def export(
         seed=seed,
     )
     network = source.model if packed is None else load(packed_file(packed))
-    to.parent.mkdir(parents=True, exist_ok=True)
-    say(str(export_file(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed)))
+    is_quantized = packed is not None  # the float network would be timed against itself
+    say(str(export_file(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed and is_quantized)))
 
 
 def packed_file(path: Path) -> Path:
@@ -73,4 +80,6 @@ def packed_file(path: Path) -> Path:
     found = path / "model.lowbit" if path.is_dir() else path
     if not found.is_file():
         raise FileFormatError(f"{found}: there is no such file. Name a .lowbit file or a folder that 'lowbit quantize' wrote.")
+    if found.suffix != ".lowbit":
+        raise FileFormatError(f"{found}: expected a .lowbit file, got {found.suffix or 'no suffix'}")
     return found

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
+import typing
 from typing import Annotated, Literal
 
 import typer
 
 from lowbit import registry
-from lowbit.cli.console import results, say, show_table
+from lowbit.cli.console import results, show_table
+from lowbit.errors import unknown_name
 
 app = typer.Typer(help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
@@ -24,12 +27,12 @@ def list_methods(
 ) -> None:
     """List the methods with their bit-widths and needs."""
     infos = registry.list_methods(pattern, kind=kind)
+    if not infos:
+        raise unknown_name("method", pattern, (info.name for info in registry.list_methods(kind=kind)))
     show_table(
         ("method", "kind", "weight bits", "activation bits", "needs", "what it does"),
         ((i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos),
     )
-    if not infos:
-        say(f"no method matches {pattern!r}")
 
 
 @app.command("show")
@@ -57,8 +60,31 @@ def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each hyper-parameter of a method."""
     assert info.method is not None
     meanings = field_meanings(info.method)
+    hints = typing.get_type_hints(info.method)
     defaults = info.method()
-    return [(f.name, str(f.type), str(getattr(defaults, f.name)), meanings.get(f.name, "")) for f in dataclasses.fields(info.method)]
+    return [
+        (f.name, type_word(hints[f.name]), value_word(getattr(defaults, f.name)), meanings.get(f.name, ""))
+        for f in dataclasses.fields(info.method)
+    ]
+
+
+def type_word(hint: object) -> str:
+    """What a value may be: ``int``, ``mse | fisher_diag``, ``float | none``, ``text, text, ...``."""
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_word, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = type_word(typing.get_args(hint)[0])
+        return f"{inner}, {inner}, ..."
+    return {str: "text", bool: "true | false", type(None): "none"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
+
+
+def value_word(value: object) -> str:
+    """A default as users would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(value_word, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def field_meanings(cls: type) -> dict[str, str]:

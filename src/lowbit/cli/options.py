@@ -45,7 +45,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Labelled data to measure accuracy on: a name from 'lowbit data list', or a folder. "
+        help="Labelled data to measure accuracy on: a name from 'lowbit data list', or a folder with one sub-folder per class. "
         "Default: the embedded digits with the embedded network; none with any other network.",
         show_default=False,
         rich_help_panel=NETWORK,
@@ -55,7 +55,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Samples that the method looks at, no labels needed: a name from 'lowbit data list', or a folder of images. "
+        help="Samples that the method looks at, no labels needed: a name from 'lowbit data list', a folder of images, or a .npy/.npz file. "
         "Default: training samples of --data.",
         show_default=False,
         rich_help_panel=NETWORK,

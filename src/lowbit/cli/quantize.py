@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lowbit.cli import options as shared
 from lowbit.cli.console import errors, say, show_table
@@ -16,9 +17,11 @@ from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import Source, open_source
 from lowbit.cli.workflow import Plan, run_plan, show_outcome
 from lowbit.cli.workfolder import open_work_folder
+from lowbit.errors import CalibrationError, LowbitError
 from lowbit.measure import tensor_bytes
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.progress import Progress
+from lowbit.registry import get_method
 from lowbit.spec import Position
 
 
@@ -134,11 +137,11 @@ def quantize(
 ) -> None:
     """Quantize a trained network, check the result, and write files and a report.
 
-    lowbit quantize
+    The embedded example: lowbit quantize
 
-    lowbit quantize --method brecq -w 4 -a 8
+    Few bits: lowbit quantize --method brecq -w 4 -a 8
 
-    lowbit quantize --model net.py:build --weights net.safetensors --calibration photos/ -w 4
+    Your network: lowbit quantize --model net.py:build --weights net.safetensors --calibration photos/ --data labelled/
     """
     shared.set_threads(threads)
     shortcuts = {
@@ -160,6 +163,11 @@ def quantize(
         device=device,
         seed=seed,
     )
+    if source.calibration is None and "calibration" in get_method(method).needs:
+        raise CalibrationError(
+            f"--method {method} needs samples to look at: name some with --calibration (a folder of images, or see 'lowbit data list'). "
+            "'lowbit methods list' says which methods need none."
+        )
     plan = Plan(method, bits, settings, seed, out, packed=packed, onnx=onnx)
     if dry_run:
         show_plan(plan, source)
@@ -167,6 +175,8 @@ def quantize(
 
     prepare_folder(out, needed_bytes=3 * tensor_bytes(source.model))
     work = open_work_folder(out / ".work", plan.fingerprint(source), resume=resume)
+    if work.is_replaced:
+        errors.print(f"{out} held a stopped run with other settings; its state is deleted", markup=False, highlight=False, soft_wrap=True)
     if work.is_resumed and not quiet:
         errors.print("going on with the run that was stopped")
     try:
@@ -176,11 +186,14 @@ def quantize(
         errors.print("[bold red]stopped[/]; what was finished is kept. Go on with:")
         errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from error
+    except LowbitError:
+        work.remove_if_useless()
+        raise
     work.remove()
     if not quiet:
         show_outcome(outcome)
     for problem in outcome.problems:
-        errors.print("[bold red]not written:[/]", problem, soft_wrap=True)
+        errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     say(f"report: {out / 'report.html'}")
     if outcome.problems:
         raise typer.Exit(1)

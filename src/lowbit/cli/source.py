@@ -20,6 +20,10 @@ from lowbit.methods.quantize import convert_option
 from lowbit.models import default_weights, load_default, load_model
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
+NO_DATA = (
+    "name some with --calibration (a folder of images, or see 'lowbit data list'), "
+    "or for a method that needs none give the shape of one sample: --input-shape 3x224x224"
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,12 @@ def open_source(
     batch_size: int = 32,
     device: str = "cpu",
     seed: int = 0,
+    missing: str = NO_DATA,
 ) -> Source:
     """The network and its data.
 
     Calibration samples come from the training samples of ``calibration``, or of ``data`` where that is not named, in a fixed random
-    order.
+    order. ``missing`` tells users what to do where there is neither data nor ``input_shape``.
 
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
@@ -92,20 +97,17 @@ def open_source(
     place, preprocessing = open_device(device), preprocessing_of(preprocess)
     looked_at = calibration or data
     if looked_at is None:
-        sample = Inputs((noise(name, input_shape, seed).to(place),))
+        if input_shape is None:
+            raise CalibrationError(f"there is no data for the network {name}: {missing}")
+        sample = Inputs((noise(input_shape, seed).to(place),))
         return Source(name, network, place, sample, None, "no data", None, "")
     batches = Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, preprocessing))
     test = None if data is None else labelled_batches(data, batch_size, preprocessing)
     return Source(name, network, place, batches.sample, batches, looked_at, test, "" if test is None else str(data))
 
 
-def noise(network: str, shape: str | None, seed: int) -> Tensor:
+def noise(shape: str, seed: int) -> Tensor:
     """Two samples of standard normal noise of the input shape that the user gave, for methods that look at no data."""
-    if shape is None:
-        raise CalibrationError(
-            f"there is no data for the network {network}: name some with --calibration (a folder of images, or see 'lowbit data list'), "
-            "or for a method that needs none give the shape of one sample: --input-shape 3x224x224"
-        )
     sizes = shape.lower().split("x")
     if not all(size.isdigit() and int(size) for size in sizes):
         raise SpecError(f"--input-shape {shape}: expected whole numbers joined by x, for example 3x224x224")

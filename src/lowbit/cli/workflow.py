@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rich.markup import escape
 
 import lowbit
 from lowbit.calibration import Calibration
@@ -24,9 +26,10 @@ from lowbit.report.histograms import weight_histograms
 from lowbit.report.html import write_html
 from lowbit.report.results import Parity, Report, write_json
 from lowbit.report.summary import layer_results
-from lowbit.report.words import bits_word, bytes_word, db_word, percent_word, ratio_word
+from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
 from lowbit.spec import BitPolicy
 
+FILES = ("model.lowbit", "model.onnx")
 LAYER_SAMPLES = 64  # samples for the noise of each layer
 
 
@@ -84,17 +87,27 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
     )
     report = _measured(plan, source, job, progress)
     problems: list[str] = []
-    for name, wanted in (("model.lowbit", plan.packed), ("model.onnx", plan.onnx)):
+    done: set[str] = set()
+    for name, wanted in zip(FILES, (plan.packed, plan.onnx), strict=True):
         if not wanted:
             continue
-        progress.say(f"writing {name}, comparing it with the network and timing it")
+        progress.say(f"writing {name} and comparing it with the network")
         try:
             written = export(job.model, plan.out / name, sample=job.sample)
         except (GraphError, ParityError, MissingExtraError) as error:
             problems.append(f"{name}: {error}")
         else:
             report = _with_export(report, name, written)
-    report = dataclasses.replace(report, notes=[*report.notes, *(f"not written: {problem}" for problem in problems)])
+            done.add(name)
+    stale = [name for name in FILES if name not in done and (plan.out / name).exists()]
+    report = dataclasses.replace(
+        report,
+        notes=[
+            *report.notes,
+            *(f"{name} in {plan.out} is not of this run: an earlier one left it" for name in stale),
+            *(f"not written: {problem}" for problem in problems),
+        ],
+    )
     write_text(plan.out / "policy.yaml", str(plan.policy))
     write_html(report, plan.out / "report.html", histograms=weight_histograms(job.model, job.reference))
     write_json(report, plan.out / "report.json")
@@ -104,15 +117,16 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
 def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Report:
     record = record_of(job.model)
     assert record is not None
+    layers = layer_results(job.model, sample=job.sample)
     report = Report(
         plan.method,
-        plan.policy.default.weight,
-        plan.policy.default.activation,
+        common_bits(plan.policy.default.weight, (layer.weight_bits for layer in layers)),
+        common_bits(plan.policy.default.activation, (layer.activation_bits for layer in layers)),
         plan.seed,
         model=source.name,
         options=record.options,
         size_float=tensor_bytes(source.model),
-        layers=layer_results(job.model, sample=job.sample),
+        layers=layers,
         notes=list(record.table.notes),
     )
     if source.calibration is None:
@@ -131,6 +145,12 @@ def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Re
         return report
     before, after = (measure_accuracy(network, source.test, progress=progress) for network in (source.model, job.model))
     return dataclasses.replace(report, float_accuracy=before.top1, quantized_accuracy=after.top1, samples=after.samples)
+
+
+def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:
+    """The default of a policy; where that is float, the bits that all quantized layers share, if they do."""
+    found = {bits for bits in layers if bits is not None}
+    return found.pop() if default is None and len(found) == 1 else default
 
 
 def _with_export(report: Report, name: str, written: ExportReport) -> Report:
@@ -154,14 +174,16 @@ def show_outcome(outcome: Outcome) -> None:
     report = outcome.report
     done = sum(layer.status == "done" for layer in report.layers)
     results.print(
-        f"[bold]{report.model}[/] with [bold]{report.method}[/]: {bits_word(report.weight_bits)}-bit weights, "
-        f"{bits_word(report.activation_bits)}-bit activations, {done} of {len(report.layers)} layers",
+        f"[bold]{escape(report.model)}[/] with [bold]{report.method}[/]: {operand_word(report.weight_bits, 'weights')}, "
+        f"{operand_word(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
         highlight=False,
     )
     rows: list[tuple[str, object, object, object]] = []
     if report.float_accuracy is not None and report.quantized_accuracy is not None:
         change = f"{100 * (report.quantized_accuracy - report.float_accuracy):+.2f} points"
         rows.append(("accuracy", percent_word(report.float_accuracy), percent_word(report.quantized_accuracy), change))
+    else:
+        rows.append(("accuracy", None, None, "not measured: name labelled data with --data"))
     rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
     for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
         if size is not None:
@@ -176,5 +198,8 @@ def show_outcome(outcome: Outcome) -> None:
             results.print(
                 f"{label} computes what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}", highlight=False
             )
+    problems = {f"not written: {problem}" for problem in outcome.problems}
     for note in report.notes:
+        if note in problems:
+            continue  # those go to standard error
         results.print(f"note: {note}", markup=False, highlight=False)

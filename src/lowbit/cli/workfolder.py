@@ -17,14 +17,24 @@ _SETTINGS = "run.json"
 
 
 class WorkFolder:
-    """State of a run at ``path``; ``is_resumed`` says whether an earlier run left some."""
+    """State of a run at ``path``.
 
-    def __init__(self, path: Path, *, is_resumed: bool) -> None:
-        self.path, self.is_resumed = path, is_resumed
+    Attributes:
+        is_resumed: An earlier run with the same settings left state to go on from.
+        is_replaced: State of a run with other settings was here and has been deleted.
+    """
+
+    def __init__(self, path: Path, *, is_resumed: bool, is_replaced: bool = False) -> None:
+        self.path, self.is_resumed, self.is_replaced = path, is_resumed, is_replaced
 
     def remove(self) -> None:
         """Delete the state; the run is done."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove_if_useless(self) -> None:
+        """Delete the state where there is nothing in it to go on from."""
+        if not any(self.path.rglob("*.safetensors")):
+            self.remove()
 
 
 def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool) -> WorkFolder:
@@ -37,10 +47,11 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
     record = path / _SETTINGS
     if resume and record.is_file() and record.read_text(encoding="utf-8", errors="replace") == text:
         return WorkFolder(path, is_resumed=True)
+    is_replaced = resume and any(path.rglob("*.safetensors"))
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
     write_text(record, text)
-    return WorkFolder(path, is_resumed=False)
+    return WorkFolder(path, is_resumed=False, is_replaced=is_replaced)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lowbit.errors import FileFormatError, GraphError
-from lowbit.export.operators import find_operator, operator_name
+from lowbit.export.operators import check_arguments, find_operator, operator_name
 from lowbit.export.structure import Json, check_structure
 
 _DTYPES = {
@@ -31,6 +31,7 @@ _MEMORY_FORMATS = {
     str(layout).removeprefix("torch."): layout
     for layout in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
+LARGEST_RANK = 16  # dimensions of a stored tensor
 _DEEPEST = 6  # nesting of lists in an argument; torch's operators need 2
 
 
@@ -245,12 +246,14 @@ def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> N
     where = f"graph node {item[0][:80]!r}"
     find_operator(item[1])
     args = tuple(_from_json(value, known, tensors, where) for value in _typed(item[2], list, where))
-    options = _typed(item[3], dict, where)
-    return Node(item[0], item[1], args, {key: _from_json(value, known, tensors, where) for key, value in options.items()})
+    options = {key: _from_json(value, known, tensors, where) for key, value in _typed(item[3], dict, where).items()}
+    check_arguments(item[1], args, options)
+    return Node(item[0], item[1], args, options)
 
 
 def _input_from_json(item: object) -> GraphInput:
-    if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and isinstance(item[1], list) and item[2] in _DTYPES):
+    kinds = [str, list, str]
+    if not (isinstance(item, list) and [type(part) for part in item] == kinds and item[2] in _DTYPES):
         raise FileFormatError(f"graph inputs: an input must be [name, shape, dtype], got {str(item)[:80]}")
     if not all(size is None or is_size(size) for size in item[1]):
         raise FileFormatError(f"graph input {item[0][:80]!r}: its shape must be sizes or null, got {str(item[1])[:80]}")
@@ -292,6 +295,11 @@ def _from_json(value: object, known: set[str], tensors: frozenset[str], where: s
 def is_size(value: object) -> bool:
     """Whether a value from a file can be the size of a dimension."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def is_shape(value: object) -> bool:
+    """Whether a value from a file can be the shape of a tensor."""
+    return isinstance(value, list) and len(value) <= LARGEST_RANK and all(is_size(size) for size in value)
 
 
 T = TypeVar("T")

@@ -30,13 +30,23 @@ class IntegerGrid:
 
     def decode(self) -> Tensor:
         """The float weight."""
-        shape = [-1 if dim == self.axis else 1 for dim in range(self.codes.dim())] if self.axis is not None else []
+        shape = self._shape()
         return (self.codes.float() - self.zero_point.float().reshape(shape)) * self.scale.reshape(shape)
 
     def permute(self, order: tuple[int, ...]) -> IntegerGrid:
         """The grid of the transposed weight."""
         axis = None if self.axis is None else order.index(self.axis)
         return IntegerGrid(self.codes.permute(order).contiguous(), self.scale, self.zero_point, axis)
+
+    def centred(self) -> IntegerGrid:
+        """The same values with the zero point 0, where the shifted codes fit int8: always with 7 bits or fewer.
+
+        Kernels need no correction for the weight's zero point then, and those that allow none can be used.
+        """
+        codes = self.codes.short() - self.zero_point.short().reshape(self._shape())
+        if codes.numel() and (int(codes.min()) < -128 or int(codes.max()) > 127):
+            return self
+        return IntegerGrid(codes.to(torch.int8), self.scale, torch.zeros_like(self.zero_point), self.axis)
 
     def widened(self) -> IntegerGrid:
         """The same values on a finer grid: codes times a power of two, as far as they stay within -64 to 64.
@@ -52,6 +62,10 @@ class IntegerGrid:
     def fits_int4(self) -> bool:
         """Whether codes and zero points are -8 to 7."""
         return all(int(t.min()) >= -8 and int(t.max()) <= 7 for t in (self.codes, self.zero_point))
+
+    def _shape(self) -> list[int]:
+        """Shape in which scale and zero point broadcast with the codes."""
+        return [] if self.axis is None else [-1 if dim == self.axis else 1 for dim in range(self.codes.dim())]
 
 
 def integer_grid(weight: QTensor) -> IntegerGrid | None:

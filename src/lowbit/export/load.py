@@ -14,7 +14,8 @@ from lowbit.export.onnx_runtime import name_inputs
 from lowbit.export.operators import find_operator
 from lowbit.export.packed_file import Package, read_package
 from lowbit.export.packed_tensor import PackedTensor
-from lowbit.export.structure import Json, restore
+from lowbit.export.structure import restore
+from lowbit.network.record import attach_record
 from lowbit.quantizers import QTensor
 
 
@@ -28,36 +29,40 @@ def load(path: Path | str) -> nn.Module:
         DataError: There is no such file, or it cannot be read.
         FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
     """
+    content = read_package(path)
     try:
-        return PackedNetwork(read_package(path)).eval()
+        network = PackedNetwork(content)
     except KeyError as error:  # torch refuses a name
         raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
+    if content.record is not None:
+        attach_record(network, content.record)
+    return network.eval()
 
 
 class PackedNetwork(nn.Module):
     """Runs the operator calls of a packed file on its decoded tensors.
 
-    Takes and returns what the original network did. ``info`` says how it was quantized: method, options, seed and bit policy.
+    Takes and returns what the original network did, and carries the record of its quantization.
     """
 
     def __init__(self, package: Package) -> None:
         super().__init__()
-        self.graph = package.graph
-        self.info: Mapping[str, Json] = package.info
-        self._codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
+        # long names: what the file calls its modules becomes attributes beside these
+        self.packed_graph = package.graph
+        self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
+        self.packed_last_reads = _last_reads(package.graph)
         for name, tensor in package.tensors.items():
-            values = tensor.decode() if isinstance(tensor, PackedTensor) else tensor
+            values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
-        self._last_reads = _last_reads(package.graph)
 
     def weight_codes(self) -> dict[str, QTensor]:
         """The codes of each quantized weight by parameter name."""
-        return dict(self._codes)
+        return dict(self.packed_codes)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
-        inputs = self._checked(Inputs(args, kwargs))
+        graph, stored = self.packed_graph, {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        inputs = _checked(graph, Inputs(args, kwargs), stored)
         device = next(iter(inputs.values())).device
-        stored = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         values: dict[str, object] = dict(inputs)
 
         def value_of(argument: object) -> object:
@@ -71,11 +76,16 @@ class PackedNetwork(nn.Module):
                 return [value_of(item) for item in argument]
             return argument
 
-        for node, finished in zip(self.graph.nodes, self._last_reads, strict=True):
-            values[node.name] = _call(node, [value_of(arg) for arg in node.args], {key: value_of(arg) for key, arg in node.kwargs.items()})
+        for node, finished in zip(graph.nodes, self.packed_last_reads, strict=True):
+            options = {key: value_of(arg) for key, arg in node.kwargs.items()}
+            try:
+                values[node.name] = _call(node, [value_of(arg) for arg in node.args], options)
+            except FileFormatError as error:
+                _check_equal_batches(graph, inputs, error)
+                raise
             for name in finished:
                 del values[name]
-        return restore(self.graph.structure, [value_of(output) for output in self.graph.outputs])
+        return restore(graph.structure, [value_of(output) for output in graph.outputs])
 
     def _add(self, name: str, values: Tensor) -> None:
         """Register a tensor under its full name, in modules made for the parts of that name."""
@@ -92,22 +102,41 @@ class PackedNetwork(nn.Module):
         else:
             module.register_buffer(last, values)
 
-    def _checked(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Inputs by name, each of the dtype and shape that the file expects."""
-        expected = {item.name: item for item in self.graph.inputs}
+
+def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by name, each of the dtype and shape that the file expects, on the network's device."""
+    expected = {item.name: item for item in graph.inputs}
+    if len(inputs.tensors) != len(expected) or not set(inputs.kwargs) <= set(expected):
         wanted = ", ".join(f"{name}: {item}" for name, item in expected.items())
-        if len(inputs.tensors) != len(expected) or not set(inputs.kwargs) <= set(expected):
-            given = [*("a tensor" for _ in inputs.args), *inputs.kwargs]
-            raise SpecError(f"the network takes {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
-        named = name_inputs(list(expected), inputs)
-        lowest, highest = self.graph.batch_range
-        for name, tensor in named.items():
-            if tensor.dtype != expected[name].dtype or not _fits(expected[name], tensor):
-                raise SpecError(f"input {name!r} must be {expected[name]}, got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
-            sizes = [size for size, fixed in zip(tensor.shape, expected[name].shape, strict=True) if fixed is None]
-            if any(size < lowest or (highest is not None and size > highest) for size in sizes):
-                raise SpecError(f"input {name!r}: the batch size must be {lowest} to {highest or 'any'}, got {sizes[0]}")
-        return named
+        given = [*("a tensor" for _ in inputs.args), *inputs.kwargs]
+        raise SpecError(f"the network takes {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
+    named = name_inputs(list(expected), inputs)
+    lowest, highest = graph.batch_range
+    devices = {tensor.device for tensor in stored.values()}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"input {name!r} must be a tensor: {expected[name]}; got {type(tensor).__name__}")
+        if tensor.dtype != expected[name].dtype or not _fits(expected[name], tensor):
+            raise SpecError(f"input {name!r} must be {expected[name]}, got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+        sizes = _open_sizes(expected[name], tensor)
+        if any(size < lowest or (highest is not None and size > highest) for size in sizes):
+            raise SpecError(f"input {name!r}: the batch size must be {lowest} to {highest or 'any'}, got {sizes[0]}")
+        if devices and tensor.device not in devices:
+            where = ", ".join(map(str, devices))
+            raise SpecError(f"input {name!r} is on {tensor.device}, the network on {where}. Move one of them with .to().")
+    return named
+
+
+def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: FileFormatError) -> None:
+    """SpecError where inputs of different batch sizes may be why a node cannot be computed."""
+    sizes = {item.name: _open_sizes(item, inputs[item.name]) for item in graph.inputs}
+    if len({size for found in sizes.values() for size in found}) > 1:
+        batches = ", ".join(f"{name} {size}" for name, found in sizes.items() for size in found)
+        raise SpecError(f"the inputs differ in their batch size: {batches}. {error}") from error
+
+
+def _open_sizes(expected: GraphInput, tensor: Tensor) -> list[int]:
+    return [size for size, fixed in zip(tensor.shape, expected.shape, strict=True) if fixed is None]
 
 
 def _fits(expected: GraphInput, tensor: Tensor) -> bool:
@@ -120,10 +149,11 @@ def _call(node: Node, args: list[object], kwargs: dict[str, object]) -> object:
         return find_operator(node.operator)(*args, **kwargs)
     except LowbitError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+    except Exception as error:  # whatever torch raises
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             raise
-        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {str(error).splitlines()[0]}") from error
+        reason, _, _ = str(error).partition("\n")
+        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {reason}") from error
 
 
 def _last_reads(graph: Graph) -> list[tuple[str, ...]]:

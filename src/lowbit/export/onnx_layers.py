@@ -56,7 +56,7 @@ def _insert(
     anchor: ir.Node, name: str, weight: DecodedWeight, container: WeightContainer, decoded: dict[ir.Value, DecodedWeight]
 ) -> ir.Value:
     is_int4 = container == "int4" and weight.grid.fits_int4
-    dtype, grid = (ir.DataType.INT4, weight.grid) if is_int4 else (ir.DataType.INT8, weight.grid.widened())
+    dtype, grid = (ir.DataType.INT4, weight.grid) if is_int4 else (ir.DataType.INT8, weight.grid.centred().widened())
     # ONNX Runtime fuses a linear layer only where the zero point is written out, zeros too
     contents = (("codes", grid.codes, dtype), ("scale", grid.scale, None), ("zero_point", grid.zero_point, dtype))
     value = _insert_decoder(anchor, name, {part: (content.numpy(), kind) for part, content, kind in contents}, grid.axis)

@@ -2,15 +2,19 @@
 
 Torch's functional operators that deterministic inference needs, lowbit's own, and whole-number arithmetic on sizes. What is not listed
 here is neither written nor run, so a file can compute with its tensors and do nothing else: no files, no random numbers, no
-changing of tensors in place, no views that reach outside a tensor.
+changing of tensors in place, no views that reach outside a tensor. Where torch trusts the sizes that it is given, they are checked here.
+Time and memory have no bound: a file can ask for as much as any network.
 """
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import FileFormatError
 from lowbit.quantizers import ops as ops  # registers lowbit's own operators
@@ -47,6 +51,7 @@ _ATEN_NAMES = """
     scaled_dot_product_attention lstm gru rnn_tanh rnn_relu sym_size sym_numel
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
+_NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # only their overload for plain batches, not that for packed sequences
 _LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_codebook"})
 
 _LARGEST = 2**62  # sizes beyond it cannot be sizes; repeated products of hostile files would fill the memory
@@ -86,6 +91,90 @@ _ON_SIZES: dict[str, tuple[Function, Function]] = {  # name: (what export finds 
     "sym_int": (torch.sym_int, _on_numbers(int)),
     "sym_float": (torch.sym_float, _on_numbers(float)),
 }
+
+
+def _batch_norm(function: Function) -> Function:
+    """``function`` where each table has one element for each channel: torch would read past the end of a shorter one."""
+
+    def checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: object) -> object:
+        tables = [table for table in (weight, bias, *args) if isinstance(table, Tensor)]
+        if x.dim() < 2 or any(table.shape != x.shape[1:2] for table in tables):
+            raise ValueError(f"an input of shape {tuple(x.shape)} needs tables of one element for each channel")
+        if not (args and (isinstance(args[0], Tensor) or args[0] is True)):
+            raise ValueError("it needs statistics, or to take them from its input")
+        return function(x, weight, bias, *args)
+
+    return checked
+
+
+def _lstm(function: Function) -> Function:
+    """``function`` where states and parameters have the shapes that its input asks for: torch would read and write past their ends."""
+
+    def checked(
+        x: Tensor, states: list[Tensor], parameters: list[Tensor], has_biases: bool, layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool,
+    ) -> object:  # fmt: skip
+        (result, cell), directions = (state.shape[-1] for state in states), 2 if bidirectional else 1
+        projections = [(result, cell)] if result != cell else []
+        biases = [(4 * cell,)] * 2 if has_biases else []
+        expected: list[tuple[int, ...]] = []
+        if len(parameters) == layers * directions * (2 + len(biases) + len(projections)):
+            for layer in range(layers):
+                inputs = x.shape[2] if layer == 0 else result * directions
+                expected += [(4 * cell, inputs), (4 * cell, result), *biases, *projections] * directions
+        batch = x.shape[0 if batch_first else 1]
+        if [tuple(p.shape) for p in parameters] != expected or any(s.shape[:2] != (layers * directions, batch) for s in states):
+            raise ValueError(f"its states or parameters do not fit an input of shape {tuple(x.shape)}")
+        if x.dim() != 3 or any(t.dtype != x.dtype or t.dim() > 3 for t in (*states, *parameters)):
+            raise ValueError("its input must be a batch of sequences, and all its tensors of one dtype")
+        return function(x, states, parameters, has_biases, layers, dropout, train, bidirectional, batch_first)
+
+    return checked
+
+
+def _resize(function: Function) -> Function:
+    """``function`` with scales that fit the sizes: torch makes its filter as wide as the scale says."""
+
+    def checked(x: Tensor, sizes: list[int], align_corners: bool, *scales: float | None) -> object:
+        for before, after, scale in zip(x.shape[-2:], sizes, scales, strict=False):
+            if scale is not None and not abs(before * scale - after) <= 1:  # NaN too
+                raise ValueError(f"a scale of {scale} does not resize {before} to {after}")
+        return function(x, sizes, align_corners, *scales)
+
+    return checked
+
+
+def _group_norm(function: Function) -> Function:
+    """``function`` where the sizes that it is told are those of its input: torch divides by them and counts with them."""
+
+    def checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, batch: int, channels: int, rest: int, *args: object) -> object:
+        if x.dim() < 2 or x.shape[:2] != (batch, channels) or math.prod(x.shape[2:]) != rest:
+            raise ValueError(f"an input of shape {tuple(x.shape)} is not {batch} x {channels} x {rest}")
+        return function(x, weight, bias, batch, channels, rest, *args)
+
+    return checked
+
+
+def _attention(function: Function) -> Function:
+    """``function`` with at least one head of keys and values where heads are shared: torch divides by their number."""
+
+    def checked(query: Tensor, key: Tensor, value: Tensor, *args: object, enable_gqa: bool = False, **options: object) -> object:
+        if enable_gqa and any(t.dim() < 3 or t.shape[-3] == 0 for t in (query, key, value)):
+            raise ValueError("shared heads need keys and values of at least one head")
+        return function(query, key, value, *args, enable_gqa=enable_gqa, **options)
+
+    return checked
+
+
+_GUARDS: dict[str, Callable[[Function], Function]] = {
+    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
+    "aten._native_batch_norm_legit.no_stats": _batch_norm,
+    "aten.native_group_norm.default": _group_norm,
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.lstm.input": _lstm,
+    "aten._upsample_bilinear2d_aa.default": _resize,
+    "aten._upsample_bicubic2d_aa.default": _resize,
+}
 _NAMES_ON_SIZES = {found: name for name, (found, _) in _ON_SIZES.items()}
 
 
@@ -94,7 +183,7 @@ def operator_name(target: object) -> str | None:
     name = _NAMES_ON_SIZES.get(target) if callable(target) else None
     if name is not None:
         return str(name)
-    return str(target) if isinstance(target, _OpOverload) and _is_allowed(str(target)) else None
+    return str(target) if isinstance(target, _OpOverload) and _is_listed(str(target)) and _is_function(target) else None
 
 
 @functools.cache
@@ -102,18 +191,45 @@ def find_operator(name: str) -> Function:
     """The function behind a name in a file; FileFormatError when it is not allowed or this torch does not have it."""
     if name in _ON_SIZES:
         return _ON_SIZES[name][1]
-    if not _is_allowed(name):
+    if not _is_listed(name):
         raise FileFormatError(f"operator {name[:80]!r} is not one that a packed file may use")
-    namespace, packet, overload = name.split(".")
-    try:
-        function: Function = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    except AttributeError as error:
-        raise FileFormatError(f"operator {name!r} is unknown to torch {torch.__version__}; the file needs another version") from error
-    return function
+    overload = _overload(name)
+    if not _is_function(overload):
+        raise FileFormatError(f"operator {name!r} is not one that a packed file may use: it writes into its arguments or makes no tensor")
+    return _GUARDS[name](overload) if name in _GUARDS else overload
 
 
-def _is_allowed(name: str) -> bool:
+def check_arguments(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """FileFormatError where a number stands for a dtype or memory format: torch looks it up in a table without checking it."""
+    if name in _ON_SIZES:
+        return
+    expected = _overload(name)._schema.arguments
+    given = [*zip(expected, args, strict=False), *((argument, kwargs[argument.name]) for argument in expected if argument.name in kwargs)]
+    for argument, value in given:
+        is_listed = any(kind in str(argument.real_type) for kind in ("ScalarType", "MemoryFormat", "Layout"))
+        if is_listed and not (value is None or isinstance(value, (torch.dtype, torch.memory_format))):
+            raise FileFormatError(f"operator {name!r}: {argument.name} must be a dtype or memory format, got {str(value)[:80]}")
+
+
+def _is_listed(name: str) -> bool:
     namespace, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     known = _ATEN if namespace == "aten" else _LOWBIT if namespace == "lowbit" else frozenset()
-    return packet in known and overload.isidentifier() and "out" not in overload  # "out" overloads write into an argument
+    if packet in _NOT_PACKED and overload != "input":
+        return False
+    return packet in known and overload.isidentifier() and not overload.startswith("prim")  # of TorchScript, without checks
+
+
+def _is_function(overload: Any) -> bool:
+    """Whether it writes into none of its arguments and makes tensors, or reads a size: what a functional graph of tensors calls."""
+    schema = overload._schema
+    makes_tensors = any("Tensor" in str(result.type) for result in schema.returns)
+    return not schema.is_mutable and (makes_tensors or str(overload) in ("aten.sym_size.int", "aten.sym_numel.default"))
+
+
+def _overload(name: str) -> Any:
+    namespace, packet, overload = name.split(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    if not isinstance(found, _OpOverload):  # packets have other attributes too
+        raise FileFormatError(f"operator {name!r} is unknown to torch {torch.__version__}; the file needs another version")
+    return found

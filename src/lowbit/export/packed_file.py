@@ -1,24 +1,29 @@
 """The ``.lowbit`` file: a quantized network in one safetensors file, with codes packed to exactly their bits.
 
-The tensors of the file are the packed codes (``conv1.weight``), the tables that decode them (``conv1.weight.scale``) and everything that
-stayed float. The header's metadata holds ``format``, ``version``, and a ``manifest``: JSON, deflated and written in base 85, with
+It holds the packed codes (``conv1.weight``), the tables that decode them (``conv1.weight.scale``) and everything that stayed float, one
+behind the other in the order of their names: one vector for each dtype, because an entry in safetensors' header takes as much as a
+small table. The header's metadata has one entry, ``lowbit``: a JSON object with ``version``, ``manifest`` and the manifest's ``checksum``.
+The ``manifest`` is JSON too, deflated and written in base 85, with
 
 - ``graph``: the operator calls (``lowbit.export.graph``); reading it evaluates nothing and names no class;
+- ``tensors``: dtype, shape and BLAKE2b of every tensor;
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
-- ``checksums``: BLAKE2b of every tensor of the file; the manifest's own stands beside it in the header;
-- ``lowbit``: the version that wrote the file; ``info``: method, options, seed and bit policy.
+- ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
+
+All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
+Checksums find damage; they are no signature.
 """
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
@@ -29,15 +34,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import DataError, FileFormatError, GraphError
-from lowbit.export.graph import Graph, graph_from_exported, graph_from_json, graph_to_json
+from lowbit.export.graph import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
 from lowbit.export.packed_tensor import PackedTensor, packed_tensor_from
 from lowbit.export.program import Program
 from lowbit.export.structure import Json
 from lowbit.files import replacing
 from lowbit.network.record import QuantizationRecord
+from lowbit.network.table import LayerRecord, LayerTable
+from lowbit.spec import BitPolicy, parse_bits
 
 VERSION = "1"
 LARGEST_MANIFEST = 2**24  # bytes of JSON; the largest networks of timm need less than a tenth of it
+DEEPEST_NAME = 64  # modules within modules; beyond it torch's recursion over modules ends in an error of Python's
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 
 
@@ -49,13 +57,13 @@ class Package:
         graph: The operator calls.
         tensors: Every tensor that the graph reads, packed where it is quantized.
         layouts: Memory format of the tensors that are not row-major.
-        info: Method, options, seed and bit policy; empty for a network that lowbit did not quantize.
+        record: How the network was quantized; ``None`` where it does not say.
     """
 
     graph: Graph
     tensors: Mapping[str, Tensor | PackedTensor]
     layouts: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Json] = field(default_factory=dict)
+    record: QuantizationRecord | None = None
 
     def layout_of(self, name: str) -> torch.memory_format:
         """Memory format in which the tensor computed when it was exported."""
@@ -81,7 +89,7 @@ def package(program: Program, record: QuantizationRecord | None = None) -> Packa
         if names[name] == name:
             tensors[name] = tensor
     layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
-    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, _info(record))
+    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, record)
 
 
 def write_package(content: Package, path: Path | str) -> int:
@@ -99,18 +107,18 @@ def write_package(content: Package, path: Path | str) -> int:
             arrays |= _arrays(name, tensor)
     manifest: dict[str, Json] = {
         "lowbit": _lowbit_version(),
-        "info": dict(content.info),
+        "info": _info(content.record),
         "graph": graph_to_json(content.graph),
         "packed": {name: dict(tensor.describe()) for name, tensor in content.tensors.items() if isinstance(tensor, PackedTensor)},
         "layouts": dict(content.layouts),
         "numbers": numbers,
-        "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        "tensors": {name: [_dtype_name(array), list(array.shape), _checksum(array)] for name, array in arrays.items()},
     }
-    text = json.dumps(manifest, separators=(",", ":"), allow_nan=False).encode()
+    text = _json(manifest).encode()
     if len(text) > LARGEST_MANIFEST:
         raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
-    header = {"format": "lowbit", "version": VERSION, "manifest": base64.b85encode(zlib.compress(text, 9)).decode(), "checksum": _digest(text)}
-    data = safetensors.torch.save(arrays, header)
+    header: Json = {"version": VERSION, "manifest": base64.b85encode(zlib.compress(text, 9)).decode(), "checksum": _digest(text)}
+    data = safetensors.torch.save(_joined(arrays), {"lowbit": _json(header)})
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -129,73 +137,87 @@ def read_package(path: Path | str) -> Package:
         with open(path, "rb"):
             pass  # a missing file is not a broken one
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            manifest = _manifest(header)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _package_from(manifest, arrays)
+            manifest = _manifest(file.metadata() or {})
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _package_from(manifest, vectors)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise FileFormatError(f"{path}: not a safetensors file, or a truncated one ({error}). Copy or export it again.") from error
-    except FileFormatError as error:
+    except RecursionError as error:
+        raise FileFormatError(f"{path}: its manifest is nested too deeply") from error
+    except ValueError as error:  # FileFormatError, and what refuses bits and policies
         raise FileFormatError(f"{path}: {error}") from error
 
 
-def _manifest(header: Mapping[str, str]) -> Mapping[str, object]:
-    if header.get("format") != "lowbit":
+def _manifest(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    if "lowbit" not in metadata:
         raise FileFormatError("a safetensors file, but not one that lowbit wrote")
+    header = _parsed(metadata["lowbit"], "header")
     if header.get("version") != VERSION:
-        raise FileFormatError(f"format version {header.get('version')!r:.20}, this lowbit reads version {VERSION!r}. Install a matching lowbit.")
+        written = f"{header.get('version')!r:.20}"
+        raise FileFormatError(f"format version {written}, this lowbit reads version {VERSION!r}. Install a matching lowbit.")
     try:
         inflate = zlib.decompressobj()
-        text = inflate.decompress(base64.b85decode(header.get("manifest", "")), LARGEST_MANIFEST)
-    except (ValueError, binascii.Error, zlib.error) as error:
+        text = inflate.decompress(base64.b85decode(str(header.get("manifest", ""))), LARGEST_MANIFEST)
+    except (ValueError, zlib.error) as error:
         raise FileFormatError(f"its manifest cannot be decoded ({error})") from error
     if not inflate.eof:
         raise FileFormatError(f"its manifest is truncated or larger than {LARGEST_MANIFEST} bytes")
     if header.get("checksum") != _digest(text):
         raise FileFormatError("the checksum of its manifest does not match: the file is damaged")
-    try:
-        manifest = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"its manifest is not valid JSON ({error})") from error
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in _SECTIONS):
+    manifest = _parsed(text, "manifest")
+    if not all(isinstance(manifest.get(key), dict) for key in _SECTIONS):
         raise FileFormatError(f"its manifest must hold the sections {', '.join(_SECTIONS)}")
     return manifest
 
 
-_SECTIONS = ("info", "graph", "packed", "layouts", "numbers", "checksums")
+_SECTIONS = ("info", "graph", "tensors", "packed", "layouts", "numbers")
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, sort_keys=True)
+
+
+def _parsed(text: str | bytes, what: str) -> dict[str, object]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"its {what} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"its {what} must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
-def _package_from(manifest: Mapping[str, object], arrays: dict[str, Tensor]) -> Package:
-    packed, layouts, numbers, checksums, info = (cast(dict[str, object], manifest[key]) for key in ("packed", "layouts", "numbers", "checksums", "info"))
-    if set(checksums) != set(arrays):
-        odd = sorted(set(checksums) ^ set(arrays))[0]
-        raise FileFormatError(f"tensor {odd!r} is {'missing' if odd in checksums else 'not in the manifest'}")
-    for name, array in arrays.items():
-        if checksums[name] != _checksum(array):
-            raise FileFormatError(f"tensor {name!r}: its checksum does not match, the file is damaged")
+def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor]) -> Package:
+    described, packed, layouts, numbers, info = (
+        cast(dict[str, object], manifest[key]) for key in ("tensors", "packed", "layouts", "numbers", "info")
+    )
+    arrays = _separated(described, vectors)
     tensors: dict[str, Tensor | PackedTensor] = {name: _number(name, value) for name, value in numbers.items()}
     for name, description in packed.items():
-        if name not in arrays:
-            raise FileFormatError(f"tensor {name!r}: its codes are missing")
-        tables = {key: arrays.pop(key) for key in [key for key in arrays if key.startswith(f"{name}.")]}
-        tensors[name] = packed_tensor_from(name, description, arrays.pop(name), {key[len(name) + 1 :]: table for key, table in tables.items()})
+        if name not in arrays or name in numbers:
+            raise FileFormatError(f"tensor {name[:80]!r}: {'it appears twice' if name in arrays else 'its codes are missing'}")
+        tables = {key.removeprefix(f"{name}."): arrays.pop(key) for key in list(arrays) if key.startswith(f"{name}.")}
+        tensors[name] = packed_tensor_from(name, description, arrays.pop(name), tables)
     if both := sorted(set(arrays) & set(tensors)):
-        raise FileFormatError(f"tensor {both[0]!r} appears twice")
+        raise FileFormatError(f"tensor {both[0][:80]!r}: it appears twice")
     tensors |= arrays
+    for name in tensors:
+        if name.count(".") > DEEPEST_NAME:
+            raise FileFormatError(f"tensor {name[:80]!r}: its name has more than {DEEPEST_NAME} parts")
     for name, layout in layouts.items():
         _check_layout(name, layout, tensors)
     graph = graph_from_json(manifest["graph"], frozenset(tensors))
-    return Package(graph, tensors, cast(dict[str, str], layouts), cast(dict[str, Json], info))
+    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info))
 
 
 def _number(name: str, value: object) -> Tensor:
-    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], float) and isinstance(value[1], int) and 0 <= value[1] <= 8):
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], float) and is_size(value[1]) and value[1] <= LARGEST_RANK):
         raise FileFormatError(f"number {name!r}: expected [value, dimensions], got {str(value)[:80]}")
     return torch.tensor(value[0], dtype=torch.float32).reshape((1,) * value[1])
 
@@ -216,6 +238,40 @@ def _arrays(name: str, tensor: Tensor | PackedTensor) -> dict[str, Tensor]:
         tables = {f"{name}.{key}": table for key, table in tensor.stored_tables().items()}
         return {key: value.detach().cpu().contiguous() for key, value in {name: tensor.packed, **tables}.items()}
     return {name: tensor.cpu().contiguous()}
+
+
+def _joined(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One vector for each dtype."""
+    vectors: dict[str, list[Tensor]] = {}
+    for name in sorted(arrays):
+        vectors.setdefault(_dtype_name(arrays[name]), []).append(arrays[name].reshape(-1))
+    return {dtype: torch.cat(parts) for dtype, parts in vectors.items()}
+
+
+def _separated(described: Mapping[str, object], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``_joined``, with every checksum compared."""
+    arrays: dict[str, Tensor] = {}
+    read = dict.fromkeys(vectors, 0)
+    for name in sorted(described):
+        entry, where = described[name], f"tensor {name[:80]!r}"
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and is_shape(entry[1])):
+            raise FileFormatError(f"{where}: it must be described by [dtype, shape, checksum], got {str(entry)[:80]}")
+        dtype, shape, checksum = entry
+        vector, first, count = vectors.get(dtype, torch.empty(0)), read.get(dtype, 0), math.prod(shape)
+        if vector.dim() != 1 or first + count > vector.numel():
+            raise FileFormatError(f"{where}: the file holds fewer values than its shape {shape} needs")
+        arrays[name] = vector[first : first + count].reshape(shape).clone()
+        read[dtype] = first + count
+        if checksum != _checksum(arrays[name]):
+            raise FileFormatError(f"{where}: its checksum does not match, the file is damaged")
+    for dtype, vector in vectors.items():
+        if read[dtype] != vector.numel():
+            raise FileFormatError(f"{vector.numel() - read[dtype]} values of {dtype[:80]!r} belong to no tensor")
+    return arrays
+
+
+def _dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
 
 
 def _fingerprint(name: str, tensor: Tensor | PackedTensor) -> str:
@@ -245,8 +301,32 @@ def _digest(data: bytes) -> str:
 def _info(record: QuantizationRecord | None) -> dict[str, Json]:
     if record is None:
         return {}
-    facts = {"method": record.method, "options": dict(record.options), "seed": record.seed, "policy": record.policy.to_dict()}
+    facts = {
+        "method": record.method, "options": dict(record.options), "seed": record.seed, "policy": record.policy.to_dict(),
+        "layers": [list(astuple(row)) for row in record.table], "notes": record.table.notes,
+    }  # fmt: skip
     return cast(dict[str, Json], json.loads(json.dumps(facts, default=str)))
+
+
+def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
+    """The inverse of ``_info``; values of options that are not JSON's come back as text."""
+    if not info:
+        return None
+    method, options, seed, rows, notes = (info.get(key) for key in ("method", "options", "seed", "layers", "notes"))
+    if not (_are_texts([method]) and isinstance(options, dict) and isinstance(seed, int) and isinstance(rows, list) and _are_texts(notes)):
+        raise FileFormatError(f"cannot understand how the network was quantized: {str(info)[:80]}")
+    table = LayerTable()
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 6 and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
+            raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason], got {str(row)[:80]}")
+        weight_bits, activation_bits = (parse_bits(bits, f"layer {row[0][:80]!r}") for bits in row[2:4])
+        table.add(LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5]))
+    table.notes.extend(cast(list[str], notes))
+    return QuantizationRecord(cast(str, method), options, BitPolicy.from_dict(info.get("policy")), seed, table)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _lowbit_version() -> str:

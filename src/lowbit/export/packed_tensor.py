@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lowbit.errors import FileFormatError, SpecError
-from lowbit.export.graph import is_size
+from lowbit.errors import FileFormatError
+from lowbit.export.graph import LARGEST_RANK, is_shape
 from lowbit.export.packing import pack, packed_size, unpack
 from lowbit.export.structure import Json
-from lowbit.quantizers.qtensor import CodebookDecoder, Decoder, QTensor, SumDecoder, code_dtype, decoder_from
+from lowbit.quantizers.qtensor import BinaryDecoder, CodebookDecoder, Decoder, QTensor, SumDecoder, code_dtype, decoder_from
 from lowbit.spec import Granularity
 
 
@@ -94,35 +94,38 @@ def packed_tensor_from(name: str, description: object, packed: Tensor, tables: M
     Raises:
         FileFormatError: Something does not fit; says what.
     """
-    where = f"tensor {name!r}"
+    try:
+        return _packed_tensor(description, packed, tables)
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # also a granularity that does not fit
+        raise FileFormatError(f"tensor {name[:80]!r}: {error}") from error
+
+
+def _packed_tensor(description: object, packed: Tensor, tables: Mapping[str, Tensor]) -> PackedTensor:
     if not isinstance(description, dict):
-        raise FileFormatError(f"{where}: its description must be a dict, got {type(description).__name__}")
+        raise FileFormatError(f"its description must be a dict, got {type(description).__name__}")
     shape, bit_width, offset = (description.get(key) for key in ("shape", "bit_width", "offset"))
-    if not (isinstance(shape, list) and len(shape) <= 8 and all(is_size(size) for size in shape)):
-        raise FileFormatError(f"{where}: its shape must be a list of up to 8 sizes, got {str(shape)[:80]}")
-    if not (isinstance(bit_width, int) and 1 <= bit_width <= 8):
-        raise FileFormatError(f"{where}: its bit_width must be from 1 to 8, got {str(bit_width)[:80]}")
+    if not (isinstance(shape, list) and is_shape(shape)):
+        raise FileFormatError(f"its shape must be a list of up to {LARGEST_RANK} sizes, got {str(shape)[:80]}")
+    if isinstance(bit_width, bool) or not (isinstance(bit_width, int) and 1 <= bit_width <= 8):
+        raise FileFormatError(f"its bit_width must be from 1 to 8, got {str(bit_width)[:80]}")
     if offset not in (0, -(2 ** (bit_width - 1))):
-        raise FileFormatError(f"{where}: its offset must be 0 or {-(2 ** (bit_width - 1))}, got {str(offset)[:80]}")
+        raise FileFormatError(f"its offset must be 0 or {-(2 ** (bit_width - 1))}, got {str(offset)[:80]}")
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != packed_size(math.prod(shape), bit_width):
         raise FileFormatError(
-            f"{where}: {math.prod(shape)} codes of {bit_width} bits need {packed_size(math.prod(shape), bit_width)} bytes, "
+            f"{math.prod(shape)} codes of {bit_width} bits need {packed_size(math.prod(shape), bit_width)} bytes, "
             f"the file holds {packed.dtype} of shape {tuple(packed.shape)}"
         )
-    try:
-        tensor = PackedTensor(packed, tuple(shape), bit_width, cast(int, offset), _decoder(where, description, tables))
-        _check_tables(where, tensor)
-    except (SpecError, ArithmeticError, IndexError, RuntimeError, TypeError) as error:  # from a granularity that does not fit the shape
-        raise FileFormatError(f"{where}: {error}") from error
+    tensor = PackedTensor(packed, tuple(shape), bit_width, cast(int, offset), _decoder(description, tables))
+    _check_tables(tensor)
     return tensor
 
 
-def _decoder(where: str, description: Mapping[str, object], tables: Mapping[str, Tensor]) -> Decoder:
+def _decoder(description: Mapping[str, object], tables: Mapping[str, Tensor]) -> Decoder:
     kind, granularity, axis, parts = (description.get(key) for key in ("decoder", "granularity", "axis", "parts"))
     if not (isinstance(kind, str) and isinstance(granularity, str) and isinstance(axis, int) and isinstance(parts, list)):
-        raise FileFormatError(f"{where}: cannot understand its decoder {str(description)[:200]}")
+        raise FileFormatError(f"cannot understand its decoder {str(description)[:200]}")
     if len(parts) > 64 or not all(isinstance(part, str) for part in parts):
-        raise FileFormatError(f"{where}: the parts of its decoder must be up to 64 names, got {str(parts)[:80]}")
+        raise FileFormatError(f"the parts of its decoder must be up to 64 names, got {str(parts)[:80]}")
     kinds = {str(index): part for index, part in enumerate(parts)} if kind == "sum" else {"": kind}
     full = {}
     for prefix, part in kinds.items():
@@ -131,36 +134,43 @@ def _decoder(where: str, description: Mapping[str, object], tables: Mapping[str,
             full[names[1]] = torch.zeros_like(tables[names[0]])
     for table_name, table in tables.items():
         full[table_name] = table.float() if _is_zero_point(table_name) else table
-    return decoder_from(kind, full, Granularity.parse(granularity, axis), tuple(cast(list[str], parts)))
+    decoder = decoder_from(kind, full, Granularity.parse(granularity, axis), tuple(cast(list[str], parts)))
+    if unread := sorted(set(full) - set(decoder.tensors())):
+        raise FileFormatError(f"its decoder {kind!r} has no table {unread[0][:80]!r}")
+    return decoder
 
 
-def _check_tables(where: str, tensor: PackedTensor) -> None:
-    """Every table must broadcast with the codes, and codes must lie within their codebook."""
+def _check_tables(tensor: PackedTensor) -> None:
+    """Every table must be finite and broadcast with the codes, and codes must be those that the decoder has."""
     codes = tensor.unpack().codes
     pairs = [(tensor.decoder, codes)]
     if isinstance(tensor.decoder, SumDecoder):
         if not codes.dim() or codes.shape[0] != len(tensor.decoder.parts):
-            raise FileFormatError(f"{where}: {len(tensor.decoder.parts)} parts need codes with that first size, got shape {tensor.shape}")
+            raise FileFormatError(f"{len(tensor.decoder.parts)} parts need codes with that first size, got shape {tensor.shape}")
         pairs = list(zip(tensor.decoder.parts, codes, strict=True))
     for decoder, part in pairs:
         if decoder.granularity.kind != "per_tensor" and not 0 <= decoder.granularity.axis < part.dim():
-            raise FileFormatError(f"{where}: axis {decoder.granularity.axis} does not exist in shape {tuple(part.shape)}")
+            raise FileFormatError(f"axis {decoder.granularity.axis} does not exist in shape {tuple(part.shape)}")
+        if isinstance(decoder, BinaryDecoder) and (tensor.bit_width, tensor.offset) != (1, 0):
+            raise FileFormatError(f"a binary decoder has the codes 0 and 1, not {tensor.bit_width} bits from {tensor.offset}")
         scale_shape = decoder.granularity.scale_shape(part)
         for name, table in decoder.tensors().items():
             if not table.is_floating_point():
-                raise FileFormatError(f"{where}: table {name!r} must be floating point, got {table.dtype}")
+                raise FileFormatError(f"table {name!r} must be floating point, got {table.dtype}")
+            if not bool(torch.isfinite(table).all()):
+                raise FileFormatError(f"table {name!r} holds values that are not finite")
             if isinstance(decoder, CodebookDecoder):
-                _check_codebook(where, table, part, math.prod(scale_shape))
+                _check_codebook(table, part, math.prod(scale_shape))
             elif tuple(table.shape) not in ((), scale_shape):
-                raise FileFormatError(f"{where}: table {name!r} must have the shape {scale_shape}, got {tuple(table.shape)}")
+                raise FileFormatError(f"table {name!r} must have the shape {scale_shape}, got {tuple(table.shape)}")
 
 
-def _check_codebook(where: str, levels: Tensor, codes: Tensor, rows: int) -> None:
+def _check_codebook(levels: Tensor, codes: Tensor, rows: int) -> None:
     if levels.dim() != 2 or levels.shape[0] != rows:
-        raise FileFormatError(f"{where}: it needs a codebook of {rows} rows, got shape {tuple(levels.shape)}")
+        raise FileFormatError(f"it needs a codebook of {rows} rows, got shape {tuple(levels.shape)}")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= levels.shape[1]):
         span = f"{int(codes.min())}..{int(codes.max())}"
-        raise FileFormatError(f"{where}: codes {span} lie outside its codebook of {levels.shape[1]} levels")
+        raise FileFormatError(f"codes {span} lie outside its codebook of {levels.shape[1]} levels")
 
 
 def _is_zero_point(name: str) -> bool:

@@ -1,13 +1,9 @@
 """A quantized network as one functional graph: what both file formats are written from."""
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -20,6 +16,7 @@ from torch.export.graph_signature import OutputKind
 from lowbit.calibration import Inputs
 from lowbit.errors import GraphError
 from lowbit.export.structure import Json, flatten
+from lowbit.network.graph import quiet_export
 from lowbit.network.insert import bake_weights
 from lowbit.network.layers import evaluating
 from lowbit.quantizers import QTensor
@@ -108,23 +105,10 @@ def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[st
 
 def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) -> ExportedProgram:
     dynamic = None if shapes is None else shapes.dynamic_shapes(model, inputs.args, dict(inputs.kwargs))
-    with _quiet():
+    with quiet_export():
         exported: ExportedProgram = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
         # makes it functional; the empty table keeps convolution, linear and attention whole
         return cast(ExportedProgram, exported.run_decompositions({}))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the graph listings that torch prints before it raises; the error says what is needed."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _has_batch(tensor: Tensor, size: int) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lowbit.calibration import Inputs
 from lowbit.measure.outputs import device_of
-from lowbit.network.insert import activation_quantizers, float_weight, input_quantizer, quantized_layers, weight_quantizer
+from lowbit.network.insert import Coded, activation_quantizers, float_weight, input_quantizer, quantized_layers, weight_quantizer
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
 from lowbit.network.record import record_of
+from lowbit.network.table import LayerRecord
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import TableQuantizer
 
@@ -87,23 +88,48 @@ def model_size(model: nn.Module) -> ModelSize:
     """
     layers: dict[str, LayerSize] = {}
     counted: set[int] = set()
-    for name, layer in quantizable_layers(model).items():
-        weight, bias = float_weight(layer), layer.bias
-        quantizer = weight_quantizer(layer)
-        first = id(weight) not in counted
-        weight_bytes, table_bytes = 0, 0
-        if first and quantizer is not None:
-            weight_bytes, table_bytes = qtensor_bytes(quantizer.encode(weight.detach()))
-        elif first:
-            weight_bytes = _bytes(weight)
-        bias_bytes = _bytes(bias) if isinstance(bias, Tensor) and id(bias) not in counted else 0
-        float_bytes = (weight.numel() * 4 if first else 0) + bias_bytes
-        layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes)
+    for name, (weight, bias, codes) in _stored_layers(model).items():
+        weight_bytes, table_bytes, float_bytes = 0, 0, 0
+        if weight is not None and id(weight) not in counted:
+            weight_bytes, table_bytes = (_bytes(weight), 0) if codes is None else qtensor_bytes(codes)
+            float_bytes = weight.numel() * 4
+        bias_bytes = _bytes(bias) if bias is not None and id(bias) not in counted else 0
+        layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes + bias_bytes)
         counted |= {id(weight), id(bias)}
     counted |= {id(t) for module in model.modules() if isinstance(module, Quantizer) for t in _tensors(module)}
     rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
     grids = sum(_grid_bytes(q) for q in activation_quantizers(model).values())
     return ModelSize(layers, rest + grids, sum(layer.float_bytes for layer in layers.values()) + rest)
+
+
+_Layer = tuple[Tensor | None, Tensor | None, QTensor | None]
+
+
+def _stored_layers(model: nn.Module) -> dict[str, _Layer]:
+    """Weight, bias and codes of each layer; no weight where a loaded network keeps it under the name of an equal one."""
+    if isinstance(model, Coded):
+        return _coded_layers(model)
+    found: dict[str, _Layer] = {}
+    for name, layer in quantizable_layers(model).items():
+        weight, quantizer = float_weight(layer), weight_quantizer(layer)
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        found[name] = (weight, bias, None if quantizer is None else quantizer.encode(weight.detach()))
+    return found
+
+
+def _coded_layers(model: nn.Module) -> dict[str, _Layer]:
+    assert isinstance(model, Coded)
+    tensors, codes = dict(model.named_parameters()), model.weight_codes()
+    found: dict[str, _Layer] = {}
+    for name in dict.fromkeys([*_recorded(model), *(weight.rpartition(".")[0] for weight in codes)]):
+        weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
+        found[name] = (tensors.get(weight), tensors.get(bias), codes.get(weight))
+    return found
+
+
+def _recorded(model: nn.Module) -> dict[str, LayerRecord]:
+    record = record_of(model)
+    return {} if record is None else {row.name: row for row in record.table}
 
 
 def _grid_bytes(quantizer: Quantizer) -> int:
@@ -169,11 +195,14 @@ def layer_bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
     """Weight bits and input activation bits of each layer; ``None`` means float.
 
     Activation bits are those of the record of the quantization (a quantizer may sit at the output of an earlier module); without
-    a record, those of the quantizer at the layer's own input.
+    a record, those of the quantizer at the layer's own input (a loaded network has none then).
     """
-    record = record_of(model)
+    rows = _recorded(model)
+    if isinstance(model, Coded):
+        held = {name: None if codes is None else codes.bit_width for name, (_, _, codes) in _coded_layers(model).items()}
+        return {name: (rows[name].weight_bits, rows[name].activation_bits) if name in rows else (bits, None) for name, bits in held.items()}
     quantized = quantized_layers(model)
-    fed = {} if record is None else {row.name: row.activation_bits for row in record.table}
+    fed = {name: row.activation_bits for name, row in rows.items()}
     bits: dict[str, tuple[int | None, int | None]] = {}
     for name, layer in quantizable_layers(model).items():
         weight, own = weight_quantizer(layer), input_quantizer(layer)

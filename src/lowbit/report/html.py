@@ -14,7 +14,7 @@ from lowbit.measure.diagnosis import Diagnosis
 from lowbit.report import svg
 from lowbit.report.histograms import WeightHistogram
 from lowbit.report.results import LayerResult, Parity, Report
-from lowbit.report.words import NOTHING, bits_word, bytes_word, count_word, db_word, percent_word, ratio_word
+from lowbit.report.words import NOTHING, bits_word, bytes_word, count_word, db_word, number_word, percent_word, ratio_word
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
 NUMBERED = 5  # suspects numbered in the sensitivity plot
@@ -61,6 +61,7 @@ def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), d
         loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"db": db_word, "bytes": bytes_word, "count": count_word, "percent": percent_word, "bits": bits_word}
+    environment.filters["breakable"] = breakable
     return environment.get_template("report.html.jinja").render(
         report=report,
         title=f"{report.model or 'network'}: {report.method}",
@@ -100,7 +101,7 @@ def cards(report: Report) -> list[Card]:
         Card(
             "Output SQNR",
             db_word(report.sqnr_db),
-            f"largest difference {report.max_abs_error:.3g}" if report.max_abs_error is not None else "",
+            f"largest difference {number_word(report.max_abs_error)}",
             "Signal to quantization noise of the logits: 10 dB more is a tenth of the noise. From about 20 dB predictions rarely change.",
         ),
         Card(
@@ -148,7 +149,7 @@ def _parity_card(report: Report) -> Card:
 
 
 def _parity_word(parity: Parity) -> str:
-    return "exact" if parity.max_abs_error == 0 else NOTHING if parity.max_abs_error is None else f"{parity.max_abs_error:.1e}"
+    return "exact" if parity.max_abs_error == 0 else number_word(parity.max_abs_error)
 
 
 def size_bars(report: Report) -> list[Bar]:
@@ -158,9 +159,9 @@ def size_bars(report: Report) -> list[Bar]:
     most = max(known.values(), default=1)
     bars = []
     for name, size in known.items():
-        is_float = size == report.size_float
-        saving = "" if is_float or size > (report.size_float or 0) else _times_smaller(report.size_float, size)
-        bars.append(Bar(name, f"{bytes_word(size)}{saving}", (("muted" if is_float else "main", 100 * size / most, bytes_word(size)),)))
+        saving = _times_smaller(report.size_float, size) if size < (report.size_float or 0) else ""
+        colour = "muted" if name == "float parameters" else "main"
+        bars.append(Bar(name, f"{bytes_word(size)}{saving}", ((colour, 100 * size / most, bytes_word(size)),)))
     return bars
 
 
@@ -184,12 +185,12 @@ def storage_bars(layers: Sequence[LayerResult]) -> list[Bar]:
 def noise_bars(layers: Sequence[LayerResult]) -> list[Bar]:
     """SQNR of each layer's output; exact layers fill the width."""
     known = [(layer, layer.sqnr_db) for layer in layers if layer.sqnr_db is not None and not math.isnan(layer.sqnr_db)]
-    most = max((db for _, db in known if math.isfinite(db)), default=1.0)
+    most = max((db for _, db in known if 0 < db < math.inf), default=1.0)
     return [
         Bar(
             layer.name,
             db_word(db),
-            (("poor" if db < POOR_DB else "main", 100 * min(1.0, max(0.0, db / most)) if math.isfinite(db) else 100.0, db_word(db)),),
+            (("poor" if db < POOR_DB else "main", 100.0 if db == math.inf else 100 * min(1.0, max(0.0, db / most)), db_word(db)),),
         )
         for layer, db in known
     ]
@@ -222,6 +223,11 @@ def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
         everything if math.isfinite(everything) else None,
         [order.index(s) for s in diagnosis.suspects[:NUMBERED]],
     )
+
+
+def breakable(name: str) -> Markup:
+    """A layer's name that may break into lines behind its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _sort_key(value: object) -> str:

@@ -12,10 +12,11 @@ from torch import nn
 
 from lowbit.measure.cost import compute_cost, layer_bits, model_size
 from lowbit.measure.sensitivity import LayerNoise
-from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.insert import Coded, float_weight, weight_quantizer
 from lowbit.network.layers import layer_kind, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers.qtensor import AffineDecoder, Decoder
 from lowbit.report.results import LayerResult
 from lowbit.report.words import bits_word, bytes_word, db_word
 
@@ -95,6 +96,8 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
 
 def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> list[LayerResult]:
     """One ``LayerResult`` for each convolution and linear layer; see ``summary`` for the arguments."""
+    if isinstance(model, Coded):
+        return _coded_results(model)
     record, layers = record_of(model), quantizable_layers(model)
     recorded = {} if record is None else {row.name: row for row in record.table if row.name in layers}
     bits, size = layer_bits(model), model_size(model)
@@ -125,6 +128,40 @@ def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str
             )
         )
     return results
+
+
+def _coded_results(model: nn.Module) -> list[LayerResult]:
+    """The layers of a loaded network, as its file records them."""
+    assert isinstance(model, Coded)
+    record, bits, size = record_of(model), layer_bits(model), model_size(model)
+    rows = {} if record is None else {row.name: row for row in record.table}
+    codes = {name.rpartition(".")[0]: code for name, code in model.weight_codes().items()}
+    results = []
+    for name, (weight_bits, activation_bits) in bits.items():
+        row, code = rows.get(name), codes.get(name)
+        results.append(
+            LayerResult(
+                name,
+                "" if row is None else row.kind,
+                weight_bits,
+                activation_bits,
+                status="done" if row is None else row.status,
+                reason="the file does not record the activation bits" if row is None else row.reason,
+                shape=() if code is None else tuple(code.shape),
+                quantizer="" if code is None else decoder_word(code.decoder),
+                granularity="" if code is None else str(code.decoder.granularity),
+                stored_bytes=size.layers[name].total_bytes,
+                float_bytes=size.layers[name].float_bytes,
+            )
+        )
+    return results
+
+
+def decoder_word(decoder: Decoder) -> str:
+    """``quantizer_word`` for codes alone: evenly spaced levels are called symmetric where every zero point is 0."""
+    if isinstance(decoder, AffineDecoder):
+        return f"uniform {'affine' if bool(decoder.zero_point.any()) else 'symmetric'}"
+    return decoder.kind.replace("_", " ")
 
 
 def quantizer_word(quantizer: Quantizer) -> str:

@@ -67,7 +67,7 @@ def histogram(counts: Sequence[int], low: float, high: float, levels: Sequence[f
     points.append(f"{edges[-1]:.1f},{base:g}")
     start = 6.0 if len(levels) <= 32 else base
     path = "".join(f"M{x(level):.1f} {start:g}V{base + 7:g}" for level in levels)
-    marks = [label(x(value), height - 10, f"{value:g}") for value in ticks(low, high, 4) if 16 < x(value) < width - 16]
+    marks = [label(x(value), height - 10, f"{value:g}") for value in ticks(low, high) if 16 < x(value) < width - 16]
     return drawing(
         width,
         height,

@@ -11,6 +11,16 @@ def bits_word(bits: int | None) -> str:
     return "float" if bits is None else str(bits)
 
 
+def operand_word(bits: int | None, operand: str) -> str:
+    """``4-bit weights`` or ``float weights``."""
+    return f"float {operand}" if bits is None else f"{bits}-bit {operand}"
+
+
+def number_word(value: float | None) -> str:
+    """``0.0123``, three digits; a dash for what is missing or NaN."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3g}"
+
+
 def bytes_word(count: float | None) -> str:
     """``512 B``, ``4.1 kB``, ``12.3 MB`` (powers of 1000)."""
     if count is None:
@@ -48,5 +58,8 @@ def percent_word(fraction: float | None, digits: int = 2) -> str:
 
 
 def ratio_word(before: float | None, after: float | None) -> str:
-    """``3.4x``; empty where one of the two is missing or zero."""
-    return f"{before / after:.2g}x" if before and after and before / after < 10 else f"{before / after:.0f}x" if before and after else ""
+    """``3.4x``; empty where one of the two is missing, zero or NaN."""
+    if not before or not after or math.isnan(before) or math.isnan(after):
+        return ""
+    ratio = before / after
+    return f"{ratio:.2g}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"

@@ -22,7 +22,7 @@ from lowbit.methods.post_training.objective import UnitReport, fisher_gradient, 
 from lowbit.methods.post_training.phases import Loss, Phase
 from lowbit.methods.post_training.pipeline import PtqJob
 from lowbit.methods.post_training.resume import Facts, RunState, fingerprint
-from lowbit.methods.post_training.unit_data import CacheKind, CacheSpace, CallCache, TensorCache, UnitData, batches, call_of
+from lowbit.methods.post_training.unit_data import CacheKind, CacheSpace, CallCache, TensorCache, UnitData, batches, call_of, growing, resized
 from lowbit.methods.post_training.units import PlannedUnit
 from lowbit.network.layers import evaluating
 from lowbit.progress import Stage
@@ -49,14 +49,14 @@ class Reconstruction:
             raise SpecError(f"save_every must be at least 1, got {save_every}")
         self.job, self.units, self.save_every = job, list(units), save_every
         self.calibration = job.need_calibration("reconstruction")
-        folder = None if job.work_dir is None else job.work_dir / "reconstruction"
-        self.space = CacheSpace(cache, folder)
-        self.state = RunState(folder, "" if folder is None else self._fingerprint(facts))
-        if self.state.is_stale:
-            job.progress.say(f"{folder} holds the state of another run (network, calibration data, options or seed differ): starting anew")
+        self._facts = dict(facts)
+        self._folder = None if job.work_dir is None else job.work_dir / "reconstruction"
+        self.space = CacheSpace(cache, self._folder)
+        self.state = RunState(None, "")
 
     def run(self, phase: Phase) -> list[UnitReport]:
         """Learn every unit, or take it from an earlier run of the same job; reports in execution order."""
+        self.state = self._state(phase)
         units = [unit for unit in self.units if phase.has_work(unit)]
         keys = [f"{phase.name}-{index:03d}" for index in range(len(units))]
         is_carried = [unit.is_carried and 0 < index and self._follows(units[index - 1], unit) for index, unit in enumerate(units)]
@@ -86,10 +86,10 @@ class Reconstruction:
         return reports
 
     def close(self) -> None:
-        """Tell the table how much the caches took, and remove temporary files."""
+        """Tell how much the caches took, and remove temporary files."""
         if self.space.peak:
             where = "memory" if self.space.kind == "ram" else "files"
-            self.job.table.note(f"reconstruction cached at most {self.space.peak / 1e6:.1f} MB of activations in {where}")
+            self.job.progress.say(f"reconstruction cached at most {self.space.peak / 1e6:.1f} MB of activations in {where}")
         self.space.close()
 
     def _learn(self, phase: Phase, unit: PlannedUnit, key: str, data: UnitData, stage: Stage, cost: float) -> UnitReport:
@@ -130,7 +130,7 @@ class Reconstruction:
                 size = inputs.batch_size
                 float_call = call_of(reference, unit.name, inputs)
                 call = float_call if phase.is_symmetric else call_of(model, unit.name, inputs)
-                calls = calls or CallCache(call, size, samples, self.space)
+                calls = calls or CallCache(call, growing(call, call_of(reference, unit.name, resized(inputs))), size, samples, self.space)
                 calls.write(start, size, call)
                 with evaluating(reference):
                     output = unit.call(module, *float_call)
@@ -188,7 +188,16 @@ class Reconstruction:
         total = sum(unit.cost for unit in units) or 1.0
         return [max(iterations, 1) * len(units) * (unit.cost or 1.0) / total for unit in units]
 
-    def _fingerprint(self, facts: Mapping[str, object]) -> str:
+    def _state(self, phase: Phase) -> RunState:
+        """The phase's own state: the network that a later phase starts from is made by the earlier ones."""
+        if self._folder is None:
+            return RunState(None, "")
+        state = RunState(self._folder / phase.name, self._fingerprint())
+        if state.is_stale:
+            self.job.progress.say(f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting anew")
+        return state
+
+    def _fingerprint(self) -> str:
         job = self.job
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -198,7 +207,7 @@ class Reconstruction:
 
         bits = {name: str(job.bits(name)) for name in job.layers}
         units = [(unit.name, unit.layers, unit.is_carried) for unit in self.units]
-        return fingerprint(tensors(), {"facts": dict(facts), "seed": job.seed, "bits": bits, "units": units, "model": repr(job.model)})
+        return fingerprint(tensors(), {"facts": self._facts, "seed": job.seed, "bits": bits, "units": units, "model": repr(job.model)})
 
 
 def _write(cache: TensorCache | None, x: Tensor, start: int, size: int, samples: int, space: CacheSpace) -> TensorCache:

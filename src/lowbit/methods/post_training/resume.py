@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.errors import OutputError
+from lowbit.errors import FileFormatError, OutputError
 from lowbit.files import replacing, write_text
 
 Facts = dict[str, float | int | str | bool]
@@ -76,9 +76,13 @@ class RunState:
         """What was kept under ``name``, or ``None``."""
         if self.folder is None or not self.has(name):
             return None
-        with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
-            facts = cast(Facts, json.loads(file.metadata()["facts"]))
-            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = cast(Facts, json.loads(file.metadata()["facts"]))
+                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
 
     def drop(self, name: str) -> None:
         """Forget ``name``."""

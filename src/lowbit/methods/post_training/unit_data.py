@@ -5,8 +5,9 @@ as it has reached the unit.
 """
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class CacheSpace:
         self._count = 0
         self._temporary = tempfile.TemporaryDirectory(prefix="lowbit-") if kind == "disk" and folder is None else None
         self._folder = Path(self._temporary.name) if self._temporary is not None else folder
+        self._remove_files()  # a killed run leaves its own
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Path | None]:
         """An empty tensor and, where it is a mapped file, the file."""
@@ -47,7 +49,7 @@ class CacheSpace:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                file.truncate(size * dtype.itemsize)
+                _reserve(file.fileno(), size * dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape), path
         except (OSError, RuntimeError) as error:
             raise OutputError(f"cannot make a cache of {size * dtype.itemsize} bytes in {self._folder}: {error}. Make room or use cache='ram'.") from error
@@ -59,9 +61,23 @@ class CacheSpace:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the folder, if it was a temporary one."""
+        """Remove the files, and the folder if it was a temporary one."""
+        self._remove_files()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def _remove_files(self) -> None:
+        if self.kind == "disk" and self._folder is not None:
+            for path in self._folder.glob("cache-*.bin"):
+                path.unlink(missing_ok=True)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Make an open file ``size`` bytes long; where the system can, its room on the disk is taken, so that a full disk shows here."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 class TensorCache:
@@ -123,15 +139,17 @@ def _last(x: Tensor) -> Tensor:
 class CallCache:
     """All inputs of a module's call, nested tuples, lists and dicts included, for every sample.
 
-    Tensors that do not grow with the batch are kept once; they must be the same in every batch, like everything that is no tensor.
+    Tensors that do not grow with the batch (``grows``, see ``growing``) are kept once; they must be the same in every batch, like
+    everything that is no tensor.
     """
 
-    def __init__(self, call: Call, batch_size: int, samples: int, space: CacheSpace) -> None:
+    def __init__(self, call: Call, grows: Sequence[bool], batch_size: int, samples: int, space: CacheSpace) -> None:
         self._caches: list[TensorCache] = []
         self._constants: list[Tensor] = []
+        kinds = iter(grows)
 
         def keep(x: Tensor) -> _Slot:
-            if x.dim() and x.shape[0] and x.shape[0] % batch_size == 0:
+            if next(kinds):
                 self._caches.append(TensorCache(x, batch_size, samples, space))
                 return _Slot(len(self._caches) - 1, is_constant=False)
             self._constants.append(x.detach().clone())
@@ -158,8 +176,7 @@ class CallCache:
 
     def write(self, start: int, batch_size: int, call: Call) -> None:
         """Keep ``call`` as samples ``start`` to ``start + batch_size``."""
-        found: list[Tensor] = []
-        _map(call, Tensor, found.append)
+        found = _tensors(call)
         slots: list[_Slot] = []
         _map(self._template, _Slot, slots.append)
         if len(found) != len(slots):
@@ -198,6 +215,29 @@ def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {k: _map(v, kind, change) for k, v in value.items()}
     return value
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(call, Tensor, found.append)
+    return found
+
+
+def growing(call: Call, other: Call) -> list[bool]:
+    """Which tensors of ``call`` grow with the batch: their first dimension differs in ``other``, the call with another batch size."""
+    return [a.shape[:1] != b.shape[:1] for a, b in zip(_tensors(call), _tensors(other), strict=True)]
+
+
+def resized(inputs: Inputs) -> Inputs:
+    """``inputs`` with another batch size: the first sample alone, or a single sample twice."""
+    size = inputs.batch_size
+
+    def change(x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[0] != size:
+            return x
+        return x[:1] if size > 1 else torch.cat([x, x])
+
+    return Inputs(tuple(map(change, inputs.args)), {name: change(x) for name, x in inputs.kwargs.items()})
 
 
 @dataclass

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.errors import OutputError
+from lowbit.report.histograms import WeightHistogram
+from lowbit.report.html import breakable, cards, computed_words, noise_bars, render_html, size_bars, storage_bars, write_html
+from lowbit.report.results import LayerResult, Parity, Report
+
+HOSTILE = """</style><script>alert("x")</script><img src=x onerror='y'>&{{ 7 * 7 }}"""
+VOID = {"meta", "link", "img", "br", "wbr", "input", "hr"}
+REPORT = Report(
+    method="brecq",
+    weight_bits=4,
+    activation_bits=8,
+    seed=3,
+    model="net",
+    options={"iterations": 10},
+    float_accuracy=0.9,
+    quantized_accuracy=0.89,
+    samples=200,
+    agreement=0.97,
+    sqnr_db=21.5,
+    max_abs_error=0.25,
+    size_float=1000,
+    size_packed=125,
+    size_onnx=500,
+    parity_onnx=Parity(1e-4, 1.0, True),
+    parity_packed=Parity(0.0, 1.0, True),
+    latency_float_onnx=10.0,
+    latency_quantized_onnx=4.0,
+    latency_setting="onnxruntime, 1 thread",
+    layers=[
+        LayerResult("conv1", "conv2d", 8, 8, 40.0, stored_bytes=100, float_bytes=400, macs=1000.0, bops=64_000.0),
+        LayerResult("conv2", "conv2d", 4, 8, 5.0, stored_bytes=25, float_bytes=200, macs=3000.0, bops=96_000.0),
+        LayerResult("head", "linear", None, None, math.inf, status="skipped", reason="kept by the policy"),
+    ],
+    notes=["a note"],
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags with their attributes, and text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def card(report: Report, title: str) -> tuple[str, str, str]:
+    found = next(card for card in cards(report) if card.title == title)
+    return found.value, found.detail, found.state
+
+
+def test_the_cards_hold_the_figures_of_the_report() -> None:
+    assert card(REPORT, "Accuracy") == ("89.00 %", "float 90.00 %, -1.00 points", "")
+    assert card(REPORT, "Agreement")[0] == "97.00 %"
+    assert card(REPORT, "Output SQNR")[:2] == ("21.5 dB", "largest difference 0.25")
+    assert card(REPORT, "Stored")[:2] == ("125 B", "float 1 kB, 8.0x smaller")
+    assert card(REPORT, "Measured time")[:2] == ("4.00 ms", "float 10.00 ms, 2.5x faster")
+    assert card(REPORT, "File check") == ("passed", "packed exact, ONNX 0.0001", "good")
+
+
+def test_a_slower_file_and_a_failed_check_are_not_glossed_over() -> None:
+    slow = Report("a", 4, 8, 0, latency_float_onnx=1.0, latency_quantized_onnx=4.0, parity_onnx=Parity(0.5, 0.2, False))
+    assert card(slow, "Measured time")[1] == "float 1.00 ms, 0.25x as fast: not a gain"
+    assert card(slow, "File check") == ("failed", "ONNX 0.5", "bad")
+
+
+def test_what_was_not_measured_is_a_dash_and_never_nan() -> None:
+    nan = math.nan
+    empty = Report("dfq", None, 8, 0)
+    broken = Report("dfq", 4, 8, 0, agreement=nan, sqnr_db=nan, max_abs_error=nan, parity_packed=Parity(nan, None, False), layers=[
+        LayerResult("a", "linear", 4, 8, nan, weight_sqnr_db=nan), LayerResult("b", "linear", 4, 8, None),
+    ])  # fmt: skip
+    for report in (empty, broken):
+        assert [c.value for c in cards(report) if c.title != "File check"] == ["\N{EN DASH}"] * 5
+        assert not re.search(r"\b(nan|None|inf)\b", Page(render_html(report)).words)
+
+
+def test_bars_are_to_scale() -> None:
+    assert [(bar.name, bar.segments[0][:2]) for bar in size_bars(REPORT)] == [
+        ("float parameters", ("muted", 100.0)),
+        ("packed file", ("main", 12.5)),
+        ("ONNX file", ("main", 50.0)),
+    ]
+    assert [[segment[:2] for segment in bar.segments] for bar in storage_bars(REPORT.layers)] == [
+        [("main", 25.0), ("saved", 75.0)],
+        [("main", 6.25), ("saved", 43.75)],
+    ]
+    assert [bar.segments[0][:2] for bar in noise_bars(REPORT.layers)] == [("main", 100.0), ("poor", 12.5), ("main", 100.0)]
+
+
+def test_a_file_as_large_as_the_float_network_is_not_taken_for_it() -> None:
+    bars = size_bars(Report("a", 8, 8, 0, size_float=100, size_onnx=100))
+    assert [(bar.name, bar.segments[0][0], bar.value) for bar in bars] == [
+        ("float parameters", "muted", "100 B"),
+        ("ONNX file", "main", "100 B"),
+    ]
+
+
+def test_noise_without_a_number_has_no_bar_and_no_signal_has_an_empty_one() -> None:
+    layers = [
+        LayerResult(name, "linear", 4, 8, db) for name, db in (("a", math.nan), ("b", None), ("c", -math.inf), ("d", -3.0), ("e", 6.0))
+    ]
+    assert [(bar.name, bar.segments[0][1]) for bar in noise_bars(layers)] == [("c", 0.0), ("d", 0.0), ("e", 100.0)]
+    assert [bar.segments[0][1] for bar in noise_bars(layers[2:4])] == [0.0, 0.0]
+
+
+def test_bit_operations_are_compared_with_32_times_32() -> None:
+    assert computed_words(REPORT.layers) == {"macs": "4 k", "bops": "160 k", "float_bops": "4.1 M", "ratio": "26x"}
+    assert computed_words([LayerResult("a", "linear", 4, 8)]) is None
+
+
+def test_the_page_is_whole_and_loads_nothing() -> None:
+    histogram = WeightHistogram("conv1", 2, "scale", -1.0, 1.0, (1, 2, 3), (-1.0, 0.0, 1.0), (1, 2, 3))
+    text = render_html(REPORT, histograms=[histogram])
+    page = Page(text)
+    assert page.open == []
+    assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "srcset", "action", "data"} & set(attributes), tag
+    assert not re.search(r"url\(|@import|https?://|fetch\(|import\(", text)
+
+
+def test_the_page_has_a_row_for_each_layer_and_says_why_one_was_skipped() -> None:
+    words = Page(render_html(REPORT)).words
+    assert "weights 4 bits, activations 8 bits, seed 3" in words
+    assert "head stays in float: kept by the policy" in words
+    assert "a note" in words
+    assert "4.00 ms quantized, 10.00 ms float, median of one call: onnxruntime, 1 thread" in words
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>.*?</tr>', render_html(REPORT))
+    assert rows == ["conv1", "conv2", "head"]
+
+
+def test_hostile_names_are_text_wherever_they_appear() -> None:
+    layers = [
+        LayerResult(HOSTILE, HOSTILE, 4, 8, 3.0, "done", HOSTILE, 3.0, (2, 2), HOSTILE, HOSTILE, 1, 2, 3.0, 4.0),
+        LayerResult(HOSTILE, "linear", None, None, status="skipped", reason=HOSTILE),
+    ]
+    histogram = WeightHistogram(HOSTILE, 2, HOSTILE, -1.0, 1.0, (1, 2), (0.0,), (3,))
+    report = Report(
+        HOSTILE, 4, 8, 0, model=HOSTILE, options={HOSTILE: HOSTILE}, layers=layers, notes=[HOSTILE], size_packed=1, size_float=2,
+        latency_float_onnx=1.0, latency_quantized_onnx=1.0, latency_setting=HOSTILE,
+    )  # fmt: skip
+    page, plain = Page(render_html(report, histograms=[histogram])), Page(render_html(REPORT))
+    assert page.open == []
+    assert page.count("img") == 0
+    assert page.count("script") == plain.count("script") == 1
+    assert page.count("style") == plain.count("style") == 1
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert page.words.count("{{ 7 * 7 }}") >= 10
+
+
+def test_long_names_may_break_behind_their_dots() -> None:
+    assert breakable("a.b<c.d") == "a.<wbr>b&lt;c.<wbr>d"
+
+
+def test_a_thousand_layers_are_all_there_and_the_page_stays_small() -> None:
+    layers = [
+        LayerResult(f"blocks.{i}.fc", "linear", 4, 8, 20.0, stored_bytes=10, float_bytes=80, macs=1e6, bops=3.2e7) for i in range(1000)
+    ]
+    histograms = [WeightHistogram(f"blocks.{i}.fc", 4, "scale", -8, 7, (3,) * 96, (0.0,) * 16, (1,) * 16) for i in range(1000)]
+    text = render_html(Report("brecq", 4, 8, 0, layers=layers), histograms=histograms)
+    page = Page(text)
+    assert len(re.findall('<th scope="row">', text)) == 1000
+    assert page.count("figure") == 1000
+    assert "988 more layers" in page.words
+    assert sum(attributes.get("class") == "bars tall" for _, attributes in page.tags) == 2
+    assert len(text) < 6_000_000
+
+
+def test_a_diagnosis_gets_a_section_with_every_suspect() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = torch.randn(32, 4, generator=generator)
+    quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=3, calibration=data)
+    found = lowbit.diagnose(quantized, calibration=data, reference=model, remedies=0)
+    text = render_html(Report("round_to_nearest", 3, 8, 0), diagnosis=found)
+    page = Page(text)
+    assert page.open == []
+    assert sum(attributes.get("scope") == "row" for _, attributes in page.tags) == len(found.suspects) > 3
+    assert page.count("circle") == sum(
+        math.isfinite(db) for suspect in found.suspects for db in (suspect.only_on_db, suspect.only_off_db) if db is not None
+    )
+    assert all(" ".join(str(finding).split()) in page.words for finding in found.findings)
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    write_html(REPORT, path)
+    before = path.read_text()
+    assert before == render_html(REPORT)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_html(Report("other", 4, 8, 0), path)
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
