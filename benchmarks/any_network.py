@@ -7,6 +7,7 @@
 Each network is quantized at W8A8 and W4A8 by round_to_nearest, written as .lowbit and .onnx, and both files are held
 against the quantized network. Results: benchmarks/results/any_network.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,10 +47,21 @@ def check(name: str, weight_bits: int, folder: Path) -> dict[str, object]:
     model.eval()
     start = time.perf_counter()
     quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=weight_bits, calibration=calibration)
-    row: dict[str, object] = {"network": name, "weight_bits": weight_bits, "layers": len(record_of(quantized).table.done), "quantize_s": round(time.perf_counter() - start, 1)}
+    row: dict[str, object] = {
+        "network": name,
+        "weight_bits": weight_bits,
+        "layers": len(record_of(quantized).table.done),
+        "quantize_s": round(time.perf_counter() - start, 1),
+    }
     for suffix in ("lowbit", "onnx"):
         report = lowbit.export(quantized, folder / f"{name}.{suffix}", sample=calibration[0])
-        row[suffix] = {"bytes": report.size_bytes, "passed": report.parity.passed, "max_abs_error": report.parity.max_abs_error, "sqnr_db": report.parity.sqnr_db, "top1_agreement": report.parity.top1_agreement}
+        row[suffix] = {
+            "bytes": report.size_bytes,
+            "passed": report.parity.passed,
+            "max_abs_error": report.parity.max_abs_error,
+            "sqnr_db": report.parity.sqnr_db,
+            "top1_agreement": report.parity.top1_agreement,
+        }
         if report.integer is not None:
             row["integer"] = str(report.integer)
     return row
@@ -71,7 +83,11 @@ def main() -> None:
             command = [sys.executable, __file__, name, "--weight-bits", str(weight_bits), "--folder", str(args.folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = done.stdout.strip().splitlines()
-            row = json.loads(lines[-1]) if done.returncode == 0 else {"network": name, "weight_bits": weight_bits, "error": done.stderr.strip().splitlines()[-1]}
+            row = (
+                json.loads(lines[-1])
+                if done.returncode == 0
+                else {"network": name, "weight_bits": weight_bits, "error": done.stderr.strip().splitlines()[-1]}
+            )
             rows[name, weight_bits] = row
             print(json.dumps(row), flush=True)
             RESULT.write_text(json.dumps(list(rows.values()), indent=1) + "\n")

@@ -7,6 +7,7 @@ One pinned thread, random images and weights (speed does not depend on them), co
 what counts: absolute times depend on the machine and on what else runs there. Parts whose competitor is not installed say so. Results go
 to benchmarks/results/calibration.json, parts that are not run keep their rows.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -6,6 +6,7 @@
 Weights: benchmarks/weights/resnet20_fashion.safetensors (scripts/train_fashion.py made them). Accuracy is on the 10,000 test
 images; calibration sees 1,024 training images without their labels. First and last layer stay at 8 bits.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -64,10 +65,22 @@ def main() -> None:
             options |= {"activation_iterations": args.iterations} if name == "brecq" else {}
             start = time.perf_counter()
             quantized = lowbit.quantize(
-                model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, calibration=calibration, progress=Progress(), **options
+                model,
+                method=name,
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                calibration=calibration,
+                progress=Progress(),
+                **options,
             )
             seconds = time.perf_counter() - start
-            row = {"weight_bits": weight_bits, "activation_bits": activation_bits, "method": name, "accuracy": accuracy(quantized, images, labels), "seconds": round(seconds, 1)}
+            row = {
+                "weight_bits": weight_bits,
+                "activation_bits": activation_bits,
+                "method": name,
+                "accuracy": accuracy(quantized, images, labels),
+                "seconds": round(seconds, 1),
+            }
             rows.append(row)
             rows.sort(key=lambda row: (SETTINGS.index((row["weight_bits"], row["activation_bits"])), METHODS.index(row["method"])))
             print(row, flush=True)

@@ -9,6 +9,7 @@
 Agreement and logit SQNR compare with the float network on the labelled photographs and on held-out crops; top-1 is on the
 labelled ones. Results go to benchmarks/results/lite0_<part>.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -75,7 +76,13 @@ class Photographs:
 def per_tensor(model: nn.Module, photographs: Photographs, _args: argparse.Namespace) -> dict[str, object]:
     sample = photographs.labelled[:1]
     runs = {
-        "round_to_nearest per tensor, min-max": {"method": "round_to_nearest", "weight_granularity": "per_tensor", "weight_observer": "min_max", "activation_observer": "min_max", "calibration": photographs.calibration},
+        "round_to_nearest per tensor, min-max": {
+            "method": "round_to_nearest",
+            "weight_granularity": "per_tensor",
+            "weight_observer": "min_max",
+            "activation_observer": "min_max",
+            "calibration": photographs.calibration,
+        },
         "dfq, no data": {"method": "dfq", "sample": sample, "input_range": (-127 / 128, 1.0)},
         "dfq, activation ranges from data": {"method": "dfq", "calibration": photographs.calibration},
     }
@@ -108,7 +115,13 @@ def measure(model: nn.Module, photographs: Photographs, runs: dict[str, dict[str
         settings = {key: value for key, value in options.items() if key in ("iterations", "batch_size", "precision")}
         rows[name] = {**photographs.compare(quantized, reference), "seconds": round(seconds, 1), **settings}
         print(name, rows[name], flush=True)
-    return {"weight_bits": weight_bits, "activation_bits": 8, "evaluation_images": len(photographs.evaluation), "calibration_images": CALIBRATION_CROPS, "rows": rows}
+    return {
+        "weight_bits": weight_bits,
+        "activation_bits": 8,
+        "evaluation_images": len(photographs.evaluation),
+        "calibration_images": CALIBRATION_CROPS,
+        "rows": rows,
+    }
 
 
 def onnx(model: nn.Module, photographs: Photographs, _args: argparse.Namespace) -> dict[str, object]:

@@ -6,6 +6,7 @@
 
 The pictures stay where the packages put them; the file written here is a working copy, never to be committed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -72,7 +73,9 @@ def crops(picture: Image.Image, size: int = 224, crop: float = 0.875) -> list[np
     """The centre crop (as in the network's evaluation) and four corner crops, uint8 ``[size, size, 3]``."""
     shorter = int(size / crop)
     scale = shorter / min(picture.size)
-    picture = picture.resize((max(shorter, round(picture.width * scale)), max(shorter, round(picture.height * scale))), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (max(shorter, round(picture.width * scale)), max(shorter, round(picture.height * scale))), Image.Resampling.BICUBIC
+    )
     right, bottom = picture.width - size, picture.height - size
     corners = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
     return [np.asarray(picture.crop((x, y, x + size, y + size))) for x, y in corners]

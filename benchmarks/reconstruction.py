@@ -9,6 +9,7 @@ channels-last float32. One pinned thread; all variants in each round, one after 
 within a round, so that other work on the machine disturbs little. Memory is the peak of a fresh process above the loaded block.
 Results go to benchmarks/results/reconstruction.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -99,7 +100,9 @@ class Learning:
     def run(self) -> None:
         """One iteration."""
         arguments = self._unit, self._module, self._data
-        self._descent.step(lambda index: rounding_loss(*arguments, index, self._objective, self._roundings.values(), self._descent.iteration))
+        self._descent.step(
+            lambda index: rounding_loss(*arguments, index, self._objective, self._roundings.values(), self._descent.iteration)
+        )
 
 
 def folded(name: str) -> tuple[nn.Module, Tensor]:
@@ -141,7 +144,11 @@ def speed(name: str, seconds: float) -> Row:
         for key, values in times.items()
         if values is not floor
     }
-    return {"milliseconds": {key: round(statistics.median(values), 1) for key, values in times.items()}, "ratios": ratios, "rounds": len(floor)}
+    return {
+        "milliseconds": {key: round(statistics.median(values), 1) for key, values in times.items()},
+        "ratios": ratios,
+        "rounds": len(floor),
+    }
 
 
 def _peak_mib() -> float:
@@ -177,7 +184,13 @@ def machine() -> Row:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     has = [label for flag, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
     model = next((line.partition(":")[2].strip() for line in flags.splitlines() if line.startswith("model name")), platform.processor())
-    return {"processor": model, "bfloat16": has or "emulated", "torch": torch.__version__, "threads": 1, "load at the start": round(os.getloadavg()[0], 1)}
+    return {
+        "processor": model,
+        "bfloat16": has or "emulated",
+        "torch": torch.__version__,
+        "threads": 1,
+        "load at the start": round(os.getloadavg()[0], 1),
+    }
 
 
 def main() -> None:

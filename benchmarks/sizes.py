@@ -9,6 +9,7 @@ per channel) and 8-bit activations. ``arithmetic`` is codes x bits + scales + bi
 ``overhead`` is what the packed file takes beyond it. ONNX files hold one code to a byte (int8), or two where they have up to
 4 bits (int4). Results: benchmarks/results/sizes.json.
 """
+
 from __future__ import annotations
 
 import argparse

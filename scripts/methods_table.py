@@ -1,8 +1,9 @@
 """Write the table of methods in README.md from the registry.
 
-    python scripts/methods_table.py            # update README.md
-    python scripts/methods_table.py --check    # exit 1 when it is out of date
+python scripts/methods_table.py            # update README.md
+python scripts/methods_table.py --check    # exit 1 when it is out of date
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +21,8 @@ def methods_table() -> str:
     """One Markdown row for each registered method."""
     rows = ["| method | paper | weight bits | activation bits | needs | what it does |", "| --- | --- | --- | --- | --- | --- |"]
     rows += [
-        f"| `{i.name}` | {i.paper} | {span(i.weight_bits)} | {span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |" for i in list_methods()
+        f"| `{i.name}` | {i.paper} | {span(i.weight_bits)} | {span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |"
+        for i in list_methods()
     ]
     return "\n".join(rows)
 

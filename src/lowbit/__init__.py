@@ -1,4 +1,5 @@
 """lowbit: quantize any PyTorch network to 1-8 bits with the methods of the classic reading list."""
+
 from importlib.metadata import PackageNotFoundError, version
 
 from lowbit import errors

@@ -1,4 +1,5 @@
 """``python -m lowbit``."""
+
 from lowbit.cli import main
 
 if __name__ == "__main__":

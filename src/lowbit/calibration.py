@@ -1,4 +1,5 @@
 """Unlabelled batches that methods look at: validated, re-iterable, labels dropped."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -133,4 +134,6 @@ def _check_batch(inputs: Inputs, index: int) -> None:
             raise CalibrationError(f"{where}: holds no value")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise CalibrationError(f"{where}: {bad} of {tensor.numel()} values are NaN or infinite. Remove these samples or repair the preprocessing.")
+            raise CalibrationError(
+                f"{where}: {bad} of {tensor.numel()} values are NaN or infinite. Remove these samples or repair the preprocessing."
+            )

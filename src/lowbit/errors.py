@@ -3,6 +3,7 @@
 Each is a ``LowbitError`` and also the built-in error that fits, so callers can catch either. A message names the place
 (layer, file, option), the value that came, what is allowed, and what to do next.
 """
+
 from __future__ import annotations
 
 import difflib

@@ -1,4 +1,5 @@
 """Files that are replaced only by complete ones."""
+
 from __future__ import annotations
 
 import errno

@@ -1,4 +1,5 @@
 """Progress of long work: a bar with an estimate of the time left, plain lines when nobody watches a terminal."""
+
 from __future__ import annotations
 
 import time
@@ -6,7 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as RichProgress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_SECONDS = 30.0  # how often a stage reports itself where there is no terminal
 
@@ -28,7 +38,9 @@ class Stage:
             self._last_line = time.monotonic()
             elapsed = self._last_line - self._start
             left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
-            self._console.print(f"{self.name}: {self.done:.0f}/{self.total:.0f}, {elapsed:.0f} s, about {left:.0f} s left {note}", highlight=False)
+            self._console.print(
+                f"{self.name}: {self.done:.0f}/{self.total:.0f}, {elapsed:.0f} s, about {left:.0f} s left {note}", highlight=False
+            )
 
 
 class Progress:
@@ -56,6 +68,15 @@ class Progress:
         elif not self.console.is_terminal:
             yield Stage(name, total, None, None, self.console)
         else:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             with RichProgress(*columns, console=self.console, transient=True) as bar:
                 yield Stage(name, total, bar, bar.add_task(name, total=total, note=""), None)

@@ -1,4 +1,5 @@
 """Facts about every method. The command line, the documentation, the laws and the comparison read them from here."""
+
 from __future__ import annotations
 
 import fnmatch

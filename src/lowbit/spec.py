@@ -1,4 +1,5 @@
 """What is asked for: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -18,7 +19,9 @@ Position = Literal["first", "last", "inner"]
 def check_bit_width(bit_width: int, where: str) -> int:
     """``bit_width`` if it is a whole number from 1 to 8, else SpecError naming ``where``."""
     if isinstance(bit_width, bool) or not isinstance(bit_width, int) or not 1 <= bit_width <= 8:
-        raise SpecError(f"{where}: bit_width must be a whole number from 1 to 8, got {bit_width!r}. Use 32 or 'float' to leave it in float.")
+        raise SpecError(
+            f"{where}: bit_width must be a whole number from 1 to 8, got {bit_width!r}. Use 32 or 'float' to leave it in float."
+        )
     return bit_width
 
 
@@ -135,10 +138,10 @@ def parse_bits(value: object, where: str) -> int | None:
         return None
     if isinstance(value, str) and value.isdigit():
         value = int(value)
-    return check_bit_width(cast(int, value), where)
+    return check_bit_width(value, where)
 
 
-_FLOAT = "float"
+_FLOAT: Literal["float"] = "float"
 Bits = int | Literal["float"] | None  # None in a rule: leave as it was
 
 
@@ -187,7 +190,7 @@ class BitPolicy:
             raise SpecError(f"a rule takes either a name pattern (match) or a layer type (type), got match={match!r}, type={type!r}")
         for name, value in (("weight", weight), ("activation", activation)):
             if value is not None and value != _FLOAT:
-                check_bit_width(cast(int, value), f"rule for {match or type}: {name}")
+                check_bit_width(value, f"rule for {match or type}: {name}")
         return replace(self, rules=(*self.rules, Rule(match, type, weight, activation)))
 
     def keep_float(self, pattern: str) -> BitPolicy:
@@ -214,7 +217,10 @@ class BitPolicy:
         """Plain values, as in the YAML file."""
 
         def pair(bits: LayerBits) -> dict[str, object]:
-            return {"weight": _FLOAT if bits.weight is None else bits.weight, "activation": _FLOAT if bits.activation is None else bits.activation}
+            return {
+                "weight": _FLOAT if bits.weight is None else bits.weight,
+                "activation": _FLOAT if bits.activation is None else bits.activation,
+            }
 
         rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
         return {"default": pair(self.default), "first_last": None if self.first_last is None else pair(self.first_last), "rules": rules}
@@ -223,12 +229,17 @@ class BitPolicy:
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
         if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules"}:
-            raise SpecError(f"{where}: expected the keys default, first_last and rules, got {data if not isinstance(data, dict) else sorted(data)!r}")
+            raise SpecError(
+                f"{where}: expected the keys default, first_last and rules, got {data if not isinstance(data, dict) else sorted(data)!r}"
+            )
 
         def pair(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= {"weight", "activation"}:
                 raise SpecError(f"{where}: {name} must be a mapping with weight and activation, got {value!r}")
-            return LayerBits(parse_bits(value.get("weight", 8), f"{where}: {name}.weight"), parse_bits(value.get("activation", 8), f"{where}: {name}.activation"))
+            return LayerBits(
+                parse_bits(value.get("weight", 8), f"{where}: {name}.weight"),
+                parse_bits(value.get("activation", 8), f"{where}: {name}.activation"),
+            )
 
         policy = BitPolicy(
             pair(data.get("default", {}), "default"), None if data.get("first_last") is None else pair(data["first_last"], "first_last")

@@ -1,4 +1,5 @@
 """Learned rounding of lowbit for reference cases."""
+
 from __future__ import annotations
 
 import torch
@@ -85,7 +86,11 @@ def optimize_layer(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]
     unit = PlannedUnit("", ("",), activation, is_carried=False, channel_axis=1, cost=1.0)
     cached = UnitData(CallCache.of(TensorCache.of(data)), TensorCache.of(activation(target)))
     objective = Objective(
-        params["iterations"], params["lr"], len(data), schedule=schedule_of(params, params["beta_schedule"]), regularization=params["reg_param"]
+        params["iterations"],
+        params["lr"],
+        len(data),
+        schedule=schedule_of(params, params["beta_schedule"]),
+        regularization=params["reg_param"],
     )
     descent = Descent(
         {"": rounding.logits}, learning_rate=params["lr"], iterations=params["iterations"], samples=len(data), batch_size=len(data), seed=0

@@ -1,4 +1,5 @@
 """Block reconstruction of lowbit for reference cases."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import Inputs
+from lowbit.methods.post_training import objective as objectives, rounding as roundings_of
 from lowbit.methods.post_training.brecq import Brecq, released_layers
 from lowbit.methods.post_training.descent import Descent
-from lowbit.methods.post_training import objective as objectives, rounding as roundings_of
 from lowbit.methods.post_training.objective import Objective, released_weight, rounding_loss, unit_loss
 from lowbit.methods.post_training.pipeline import PtqJob
 from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule
@@ -189,9 +190,7 @@ def block_reconstruction_weights(params: dict, inputs: dict[str, Tensor]) -> dic
 def block_reconstruction_activations(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     block = block_of(inputs, params["stride"], weight="hard_weight")
     data, bits = inputs["fp_input"], params["act_bits"]
-    quantizers = {
-        name: fixed_grid(bits, inputs[f"{name}.act_delta_init"], inputs[f"{name}.act_zero_point"]) for name in ("block", "conv1")
-    }
+    quantizers = {name: fixed_grid(bits, inputs[f"{name}.act_delta_init"], inputs[f"{name}.act_zero_point"]) for name in ("block", "conv1")}
     set_output_quantizer(block, quantizers["block"])
     set_output_quantizer(block.relu1, quantizers["conv1"])
     for quantizer in quantizers.values():

@@ -1,5 +1,8 @@
 """Equalization, absorption and bias correction of lowbit for reference cases."""
+
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -109,7 +112,7 @@ def high_bias_absorption_chain(params: dict, inputs: dict[str, Tensor]) -> dict[
 def analytic_bias_correction_chain(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     chain = chain_of(inputs)
     names = list(chain)
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         expected, _ = moments.clipped_normal_moments(chain[before].mean, chain[before].std)
         state, quantized = chain[name], inputs[f"{name}.w_quantized"].double()
         weight = state.weight.double()

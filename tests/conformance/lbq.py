@@ -1,4 +1,5 @@
 """Scale searches of lowbit for reference cases."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Quantized networks for the export tests, made by hand so that they depend on no method."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

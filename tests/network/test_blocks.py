@@ -1,4 +1,5 @@
 """Blocks of networks: residual, repeated, or named by the user."""
+
 from __future__ import annotations
 
 import pytest

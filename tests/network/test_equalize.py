@@ -92,7 +92,11 @@ def test_a_triple_gets_three_equal_ranges_with_the_product_preserved() -> None:
 
 def test_repeated_pairs_reach_the_triple() -> None:
     torch.manual_seed(0)
-    layers = {"a": LayerState(torch.randn(6, 3, 1, 1)), "b": LayerState(torch.randn(6, 1, 3, 3), groups=6), "c": LayerState(torch.randn(4, 6, 1, 1))}
+    layers = {
+        "a": LayerState(torch.randn(6, 3, 1, 1)),
+        "b": LayerState(torch.randn(6, 1, 3, 3), groups=6),
+        "c": LayerState(torch.randn(4, 6, 1, 1)),
+    }
     together = copy.deepcopy(layers)
     equalize_set(list(together.values()))
     sweeps = equalize(layers, [("a", "b"), ("b", "c")])
@@ -134,7 +138,10 @@ def test_the_function_stays_and_ranges_become_equal(cover: str) -> None:
     model, x = unbalanced(Separable()).eval(), torch.randn(4, 3, 8, 8)
     result, sets = equalized(model, x, cover=cover)
     torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-5)
-    wanted = {"pairs": [("expand", "depthwise"), ("depthwise", "project"), ("project", "head")], "sets": [("expand", "depthwise", "project"), ("project", "head")]}
+    wanted = {
+        "pairs": [("expand", "depthwise"), ("depthwise", "project"), ("project", "head")],
+        "sets": [("expand", "depthwise", "project"), ("project", "head")],
+    }
     assert sets == wanted[cover]
     links = find_links(result, capture(result, Inputs.of(x)))
     states = read_states(result, links, {})
@@ -231,7 +238,9 @@ def test_shared_weights_and_layers_that_run_twice_are_left_alone() -> None:
 
 def test_transposed_convolutions_and_linear_layers_behind_a_flatten_are_equalized_too() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)).eval()
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 6, 2, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5)
+    ).eval()
     with torch.no_grad():
         model[0].weight *= spread(6)[:, None, None]
         model[2].weight *= spread(4)[:, None, None, None]

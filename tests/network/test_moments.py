@@ -70,7 +70,9 @@ def test_every_tensor_of_a_network_is_told_from_its_norms() -> None:
     x = torch.randn(256, 3, 16, 16)
     graph = capture(model, Inputs.of(x[:2]))
     statistics = {folded.layer: (folded.out_mean, folded.out_std) for folded in fold_batch_norms(model, graph)}
-    inputs = Moments(torch.tensor([0.0]).double(), torch.tensor([1.0]).double(), torch.tensor([-6.0]).double(), torch.tensor([6.0]).double())
+    inputs = Moments(
+        torch.tensor([0.0]).double(), torch.tensor([1.0]).double(), torch.tensor([-6.0]).double(), torch.tensor([6.0]).double()
+    )
     seen: list[str] = []
     walk = MomentsWalk(model, graph, statistics, inputs, at_layer=lambda name, _: seen.append(name))
     assert seen == ["stem", "conv1", "conv2", "head"]

@@ -1,4 +1,5 @@
 """Observers: their ranges in numbers, streams, odd data."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """The law of every quantizer, and the numbers of each."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from lowbit.errors import SpecError
 from lowbit.quantizers import (
-    BinaryQuantizer, CodebookQuantizer, PowerOfTwoQuantizer, Quantizer, SumQuantizer, UniformQuantizer, affine_parameters, decoder_from, fake_quantize, qrange,
+    BinaryQuantizer,
+    CodebookQuantizer,
+    PowerOfTwoQuantizer,
+    Quantizer,
+    SumQuantizer,
+    UniformQuantizer,
+    affine_parameters,
+    decoder_from,
+    fake_quantize,
+    qrange,
 )  # fmt: skip
 from lowbit.spec import Granularity
 

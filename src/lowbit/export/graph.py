@@ -4,6 +4,7 @@ Arguments are numbers, text, ``null`` and lists, or one of: ``{"node": name}`` t
 ``{"tensor": name}`` a stored tensor, ``{"dtype": name}``, ``{"memory_format": name}``, ``{"device": null}`` wherever the inputs are,
 ``{"float": "inf" | "-inf" | "nan"}``.
 """
+
 from __future__ import annotations
 
 import math

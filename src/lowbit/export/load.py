@@ -1,4 +1,5 @@
 """``lowbit.load``: a packed file as a network that runs without the code of the original one."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

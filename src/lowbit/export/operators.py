@@ -5,6 +5,7 @@ here is neither written nor run, so a file can compute with its tensors and do n
 changing of tensors in place, no views that reach outside a tensor. Where torch trusts the sizes that it is given, they are checked here.
 Time and memory have no bound: a file can ask for as much as any network.
 """
+
 from __future__ import annotations
 
 import functools

@@ -14,6 +14,7 @@ The ``manifest`` is JSON too, deflated and written in base 85, with
 All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
 Checksums find damage; they are no signature.
 """
+
 from __future__ import annotations
 
 import base64

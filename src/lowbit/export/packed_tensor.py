@@ -1,4 +1,5 @@
 """A quantized tensor in its packed form, and how a file describes it."""
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 Codes form one little-endian stream of bits: code ``i`` takes bits ``i * b`` to ``i * b + b - 1``, so 8 codes fill ``b`` bytes
 whatever ``b`` is, and the result does not depend on the machine's byte order.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """A quantized network as one functional graph: what both file formats are written from."""
+
 from __future__ import annotations
 
 import operator

@@ -4,6 +4,7 @@
 ``{"dict": [[key, ...], ...]}``. Other mappings and dataclasses are described as dictionaries and named tuples as tuples, because
 a file must not name classes to build.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Measuring networks: accuracy, agreement with the float network, noise by layer, size, bit operations, latency, diagnosis."""
+
 from __future__ import annotations
 
 from lowbit.measure.accuracy import Accuracy, measure_accuracy

@@ -1,4 +1,5 @@
 """Top-1 and top-5 accuracy of a classifier on labelled data."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized

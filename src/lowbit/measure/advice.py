@@ -1,4 +1,5 @@
 """What to try for a quantizer that hurts, and the findings of a diagnosis in plain words."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

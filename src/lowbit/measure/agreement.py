@@ -1,4 +1,5 @@
 """How closely a quantized network follows the float one on the same inputs; no labels needed."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

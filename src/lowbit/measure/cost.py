@@ -3,6 +3,7 @@
 Three numbers that are never mixed up: *stored* bits (codes x bits and tables), *computed* bits (the operand widths of the
 multiplications) and measured time (``latency``).
 """
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.7 (debugging): quantizers off must give the
 float network; weights only and activations only; one tensor at a time; then look at its values.
 """
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """The findings of ``diagnose`` as data and as a printable table."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """Measured time of a torch module on this machine."""
+
 from __future__ import annotations
 
 import time

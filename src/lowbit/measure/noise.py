@@ -1,4 +1,5 @@
 """How far one tensor is from another: signal-to-quantization-noise ratio, mean squared and largest error, streamed over batches."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Running networks for measurement: batches of any structure in, one tensor out."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """What quantizers see: ranges, outliers and uneven channels of weights and activations."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Noise layer by layer: what each weight lost, what each layer's output lost."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

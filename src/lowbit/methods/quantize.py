@@ -1,4 +1,5 @@
 """``lowbit.quantize``: a trained network in, a quantized copy out."""
+
 from __future__ import annotations
 
 import copy
@@ -7,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +86,9 @@ def run_job(
     """
     info = get_method(method)
     if info.kind != "post_training":
-        raise SpecError(f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}.")
+        raise SpecError(
+            f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}."
+        )
     chosen = build_method(info, dict(options))
     data = None if calibration is None else Calibration.of(calibration)
     if data is None and "calibration" in info.needs:
@@ -118,10 +122,15 @@ def build_method(info: MethodInfo, options: dict[str, object]) -> PostTrainingMe
     hints = typing.get_type_hints(info.method)
     for name in options:
         if name not in fields:
-            others = [other.name for other in list_methods(kind="post_training") if other.method and name in {f.name for f in dataclasses.fields(other.method)}]
+            others = [
+                other.name
+                for other in list_methods(kind="post_training")
+                if other.method and name in {f.name for f in dataclasses.fields(other.method)}
+            ]
             hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
             raise unknown_name(f"option of {info.name}", name, fields, hint)
-    return info.method(**{name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()})
+    converted: dict[str, Any] = {name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()}
+    return info.method(**converted)
 
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:

@@ -1,4 +1,5 @@
 """Which parts of a network belong together: residual blocks, repeated blocks, or what the user names."""
+
 from __future__ import annotations
 
 import fnmatch
@@ -50,7 +51,11 @@ def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[
         SpecError: A pattern matches no module that holds a layer.
     """
     layers = list(quantizable_layers(model))
-    held = {name: tuple(layer for layer in layers if _is_inside(layer, name)) for name, _ in model.named_modules() if name and name not in layers}
+    held = {
+        name: tuple(layer for layer in layers if _is_inside(layer, name))
+        for name, _ in model.named_modules()
+        if name and name not in layers
+    }
     held = {name: inside for name, inside in held.items() if inside}
     if patterns:
         chosen = _named(held, patterns)

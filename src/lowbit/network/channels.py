@@ -1,4 +1,5 @@
 """Where a tensor keeps its channels, from the layer that makes them to the layer that reads them."""
+
 from __future__ import annotations
 
 import math
@@ -110,7 +111,8 @@ def as_stored(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
     """``[groups * a, b, ...]`` as ``[groups * b, a, ...]``."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    split: Tensor = weight.unflatten(0, (groups, -1))
+    return split.transpose(1, 2).flatten(0, 1)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -130,7 +132,7 @@ def response(weight: Tensor, values: Tensor, groups: int = 1) -> Tensor:
         ``[out]``.
     """
     rows = weight.flatten(1) if weight.dim() == 2 else weight.flatten(2).sum(2)
-    return (rows.unflatten(0, (groups, -1)) @ values.reshape(groups, -1, 1)).flatten()
+    return (rows.reshape(groups, -1, rows.shape[1]) @ values.reshape(groups, -1, 1)).flatten()
 
 
 def clip_limits(node: Node) -> tuple[float, float] | None:
@@ -144,5 +146,5 @@ def clip_limits(node: Node) -> tuple[float, float] | None:
         return None
     given += [None, None][len(given) :]
     low, high = given
-    ends = (-math.inf if low is None else low, math.inf if high is None else high)
-    return (float(ends[0]), float(ends[1])) if all(isinstance(end, Real) for end in ends) else None
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return (float(low), float(high)) if isinstance(low, Real) and isinstance(high, Real) else None

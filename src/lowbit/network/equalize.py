@@ -6,6 +6,7 @@ Symbols: s -> scale, r -> range of a channel, beta -> mean, gamma -> std, c -> w
 
 The first half is maths on tensors, the second finds the layers in the dataflow and writes the result back.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.network.channels import Channels, as_stored, block_read, by_output_channel, channels_made, clip_limits, follow, groups_of, response
+from lowbit.network.channels import (
+    Channels,
+    as_stored,
+    block_read,
+    by_output_channel,
+    channels_made,
+    clip_limits,
+    follow,
+    groups_of,
+    response,
+)
 from lowbit.network.graph import Dataflow, Node
 from lowbit.network.layers import TRANSPOSED
 
@@ -229,7 +240,9 @@ def _is_own(dataflow: Dataflow, node: Node) -> bool:
     """Whether a parameter goes into nothing but its layer, at most transposed."""
     if len(node.consumers) != 1:
         return False
-    return node.op == "constant" or (node.op in ("t", "transpose", "permute") and all(_is_own(dataflow, dataflow[name]) for name in node.inputs))
+    return node.op == "constant" or (
+        node.op in ("t", "transpose", "permute") and all(_is_own(dataflow, dataflow[name]) for name in node.inputs)
+    )
 
 
 def _kind(layer: nn.Module) -> ChannelKind:
@@ -358,7 +371,7 @@ def read_states(model: nn.Module, links: Sequence[Link], statistics: Statistics)
     states: dict[str, LayerState] = {}
     for name in dict.fromkeys(name for link in links for name in (link.first, link.second)):
         layer = model.get_submodule(name)
-        weight, bias = (None if p is None else p.detach().cpu().double() for p in (layer.weight, layer.bias))
+        weight, bias = (None if p is None else p.detach().cpu().double() for p in (layer._parameters[key] for key in ("weight", "bias")))
         assert isinstance(weight, Tensor)
         weight = by_output_channel(layer, weight)
         if blocks.get(name, 1) > 1:
@@ -383,8 +396,9 @@ def write_states(model: nn.Module, states: Mapping[str, LayerState], statistics:
 
 def set_bias(layer: nn.Module, bias: Tensor) -> None:
     """Give ``layer`` the bias, a new parameter where it has none."""
-    if layer.bias is None:
-        weight = layer.weight
-        layer.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)  # type: ignore[arg-type, operator]
+    old, weight = layer._parameters["bias"], layer.weight
+    if old is None:
+        assert isinstance(weight, Tensor)
+        layer.bias = nn.Parameter(bias.to(weight), requires_grad=weight.requires_grad)
     else:
-        layer.bias.copy_(bias)  # type: ignore[operator]
+        old.copy_(bias)

@@ -1,4 +1,5 @@
 """Batch norms folded into the layers before them, which changes no output of the network in evaluation mode."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit.network.graph import Dataflow, Node
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED
@@ -24,7 +26,15 @@ class FoldedNorm:
 
 
 def fold_batch_norm(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float, *, channels: Tensor | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    *,
+    channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight and bias of a layer that computes ``batch_norm(layer(x))``.
 
@@ -85,13 +95,16 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
             continue
         layer_name, norm_name = pair
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
-        if owners[id(layer.weight)] > 1:
+        assert isinstance(norm, EXACT_NORMS)
+        old, mean, var = layer.weight, norm.running_mean, norm.running_var
+        assert isinstance(old, Tensor) and mean is not None and var is not None
+        if owners[id(old)] > 1:
             continue
         weight, bias, out_std, out_mean = fold_batch_norm(
-            layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, channels=output_channels(layer, layer.weight)
-        )  # fmt: skip
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+            old, layer._parameters["bias"], norm.weight, norm.bias, mean, var, norm.eps, channels=output_channels(layer, old)
+        )
+        layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
         _neutralize(model, dataflow, norm_name, norm)
         dataflow.forget(norm_name)
         folded.append(FoldedNorm(layer_name, norm_name, out_mean, out_std))
@@ -113,7 +126,7 @@ def _foldable(model: nn.Module, dataflow: Dataflow, node: Node) -> tuple[str, st
     return node.layer, readers[0].owner
 
 
-def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: nn.Module) -> None:
+def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: _BatchNorm) -> None:
     children = OrderedDict(norm.named_children())
     if type(norm) in EXACT_NORMS or (children and _runs_children(dataflow, name)):
         parent, _, child = name.rpartition(".")
@@ -124,6 +137,7 @@ def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: nn.Module
         if norm.weight is not None:
             norm.weight.fill_(1)
             norm.bias.zero_()
+        assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.zero_()
         norm.running_var.fill_(1)
     norm.eps = 0.0

@@ -3,6 +3,7 @@
 It comes from ``torch.export``. While exporting, hooks on every module send the tensors that enter and leave it through an
 identity operator that carries the module's name, so that graph nodes map to modules whatever the network's code looks like.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -26,7 +27,9 @@ from lowbit.calibration import Inputs
 from lowbit.errors import GraphError
 from lowbit.network.layers import QUANTIZABLE, evaluating
 
-LAYER_OPS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"})
+LAYER_OPS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
+)
 _RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
 
 
@@ -275,7 +278,9 @@ def _owner(model: nn.Module, node: fx.Node, names: dict[int, str]) -> str:
 def _explain(model: nn.Module, error: Exception) -> str:
     here = Path(inspect.getfile(nn.Module)).parents[2], Path(__file__).parents[1]
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not any(Path(frame.filename).is_relative_to(folder) for folder in here)
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in here)
     ]
     frames = [frame for frame in frames if not frame.filename.startswith("<")]
     place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"

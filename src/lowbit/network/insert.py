@@ -5,6 +5,7 @@ quantized values. An activation quantizer is a submodule called ``input_quantize
 hook applies. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
 autocast and ``torch.compile`` behave as before. Quantizers belong to modules, not to calls: a layer used twice shares them.
 """
+
 from __future__ import annotations
 
 import copy
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -67,7 +67,7 @@ def remove_weight_quantizer(layer: nn.Module) -> None:
     """Make the weight an ordinary parameter again, holding its quantized values."""
     if _weight_parametrization(layer) is None:
         return
-    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=float_weight(layer).requires_grad)  # type: ignore[operator, union-attr]
+    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=float_weight(layer).requires_grad)  # type: ignore[operator]
     # parametrize.remove_parametrizations edits the generated class, which copies of this layer share
     layer.__class__ = _plain_class(layer)
     del layer._modules["parametrizations"]

@@ -1,4 +1,5 @@
 """Which modules of a network hold a weight that can be quantized, and how that weight is laid out."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,9 @@ def layer_kind(layer: nn.Module) -> str:
             if layer.groups == 1:
                 return f"conv{dims}d"
             return f"{'depthwise' if layer.groups == layer.in_channels else 'grouped'}_conv{dims}d"
-    raise LayerError(f"{type(layer).__name__} is not a layer that lowbit quantizes. Allowed: {', '.join(cls.__name__ for cls in QUANTIZABLE)}.")
+    raise LayerError(
+        f"{type(layer).__name__} is not a layer that lowbit quantizes. Allowed: {', '.join(cls.__name__ for cls in QUANTIZABLE)}."
+    )
 
 
 def execution_order(model: nn.Module, sample: Inputs) -> list[str]:

@@ -6,6 +6,7 @@ Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Thr
 The output of a layer with a folded batch norm is normal with the norm's mean and deviation. Everything else follows by rules that
 take channels, and the operands of adds and products, as independent. All maths is in float64: float32 differences cancel.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,7 +28,9 @@ POINTWISE = frozenset({
     "tanh", "softplus", "mish", "neg", "abs", "add", "sub", "rsub", "mul", "div",
 })  # fmt: skip
 # channels are lost, values are not changed
-REGROUPING = MOVING | {"chunk", "split", "split_with_sizes", "unbind", "getitem", "slice", "select", "narrow", "expand", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"}  # fmt: skip
+REGROUPING = MOVING | {"chunk", "split", "split_with_sizes", "unbind", "getitem", "slice", "select", "narrow", "expand",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+}  # fmt: skip
 NODES, REACH = 401, 8.0  # points and reach, in deviations, of the quadrature over a normal distribution
 
 
@@ -196,7 +199,13 @@ class MomentsWalk:
         before = self.dataflow.producers(node)
         if any(other.name not in self.known for other in before):
             # a batch norm says what it makes, whatever it reads
-            return self._of_layer(node, None, None) if node.layer in self.statistics else self._of_norm(node) if node.op == "batch_norm" else None
+            return (
+                self._of_layer(node, None, None)
+                if node.layer in self.statistics
+                else self._of_norm(node)
+                if node.op == "batch_norm"
+                else None
+            )
         found = [self.known[other.name] for other in before]
         if node.layer is not None:
             return self._of_layer(node, before[0], found[0])
@@ -215,7 +224,7 @@ class MomentsWalk:
             x = self._as_read(layer, before, x)
             if self.at_layer is not None:
                 self.at_layer(str(node.layer), x)
-        if node.layer in self.statistics and made is not None:
+        if node.layer is not None and node.layer in self.statistics and made is not None:
             return Moments.normal(*self.statistics[node.layer], self.n_sigma, made)
         return None if x is None else layer_moments(layer, x, self.n_sigma, made)
 
@@ -251,7 +260,7 @@ class MomentsWalk:
         x, y = found
         if node.arguments[:2] != tuple(other.name for other in before):
             return None
-        if x.channels != y.channels and None not in (x.channels, y.channels) or len(before[0].shape) != len(before[1].shape):
+        if (x.channels != y.channels and None not in (x.channels, y.channels)) or len(before[0].shape) != len(before[1].shape):
             x, y = x.pooled(), y.pooled()
         if node.op == "mul":
             return multiplied(x, y)

@@ -6,6 +6,7 @@ tensor, else at the inputs of the modules that receive it. Without the dataflow 
 
 Tensors between a layer and the activation function fused with it stay float, and so does the network's output.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,7 +18,24 @@ from lowbit.network.graph import Dataflow, Node
 MERGE_BIT_WIDTH = 8  # tensors that only feed adds, concatenations and average pooling
 MERGES = frozenset({"add", "cat"})
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
-FUSED = frozenset({"relu", "hardtanh", "relu6", "clamp", "clamp_min", "leaky_relu", "prelu", "silu", "hardswish", "gelu", "elu", "sigmoid", "hardsigmoid", "tanh"})
+FUSED = frozenset(
+    {
+        "relu",
+        "hardtanh",
+        "relu6",
+        "clamp",
+        "clamp_min",
+        "leaky_relu",
+        "prelu",
+        "silu",
+        "hardswish",
+        "gelu",
+        "elu",
+        "sigmoid",
+        "hardsigmoid",
+        "tanh",
+    }
+)
 # quantizing before or after these is the same: they only move values, pick among them, or add zeros
 TRANSPARENT = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "view", "reshape", "flatten", "permute", "transpose",
@@ -67,7 +85,7 @@ def place_at_tensors(dataflow: Dataflow, bits: Mapping[str, int], *, merges: boo
     readers: dict[str, dict[str, int]] = {}
     unplaced = dict(bits)
     for node in dataflow.nodes:
-        if node.layer in bits and node.inputs and dataflow.calls(node.layer) == 1:
+        if node.layer is not None and node.layer in bits and node.inputs and dataflow.calls(node.layer) == 1:
             readers.setdefault(_source(dataflow, node.inputs[0]).name, {})[node.layer] = bits[node.layer]
             unplaced.pop(node.layer, None)
     merged: dict[str, None] = {}

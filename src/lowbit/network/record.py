@@ -1,4 +1,5 @@
 """What was done to a network, carried by the network itself."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

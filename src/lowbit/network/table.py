@@ -1,4 +1,5 @@
 """What was done to each layer, and why not where nothing was done."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

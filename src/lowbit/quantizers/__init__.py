@@ -1,9 +1,19 @@
 """Quantizers: tensors in, values on a grid out. They know nothing of layers or networks."""
+
 from lowbit.quantizers.base import Quantizer
 from lowbit.quantizers.binary import BinaryQuantizer
 from lowbit.quantizers.codebook import CodebookQuantizer
 from lowbit.quantizers.power_of_two import PowerOfTwoQuantizer
-from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, CodebookDecoder, Decoder, PowerOfTwoDecoder, QTensor, SumDecoder, decoder_from
+from lowbit.quantizers.qtensor import (
+    AffineDecoder,
+    BinaryDecoder,
+    CodebookDecoder,
+    Decoder,
+    PowerOfTwoDecoder,
+    QTensor,
+    SumDecoder,
+    decoder_from,
+)
 from lowbit.quantizers.sum import SumQuantizer
 from lowbit.quantizers.uniform import UniformQuantizer, affine_parameters, dequantize, fake_quantize, qrange, quantize
 

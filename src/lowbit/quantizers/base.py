@@ -1,4 +1,5 @@
 """The contract of every quantizer: it knows tensors, never layers."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

@@ -2,6 +2,7 @@
 
 Source: Rastegari et al. 2016, "XNOR-Net", section 3.1: ``scale = mean |x|`` minimises ``|| x - scale * sign(x) ||^2``.
 """
+
 from __future__ import annotations
 
 import torch

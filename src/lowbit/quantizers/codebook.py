@@ -1,4 +1,5 @@
 """Codebook quantization: any ascending levels; a value takes the nearest one."""
+
 from __future__ import annotations
 
 import torch
@@ -42,7 +43,9 @@ class CodebookQuantizer(TableQuantizer):
         """Fix the levels: ``[2**bit_width]`` or one row for each scale, ascending."""
         levels = levels if levels.dim() == 2 else levels.reshape(1, -1)
         if levels.shape[1] != 2**self.bit_width or bool((levels.diff(dim=1) < 0).any()) or not bool(torch.isfinite(levels).all()):
-            raise SpecError(f"a {self.bit_width}-bit codebook needs rows of {2**self.bit_width} finite ascending levels, got shape {tuple(levels.shape)}")
+            raise SpecError(
+                f"a {self.bit_width}-bit codebook needs rows of {2**self.bit_width} finite ascending levels, got shape {tuple(levels.shape)}"
+            )
         self._set_table("levels", levels)
 
     def initialize(self, x: Tensor) -> None:
@@ -56,7 +59,8 @@ class CodebookQuantizer(TableQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
             levels = self.levels[0]
-            return fake_quantize_codebook(x, (levels[1:] + levels[:-1]) / 2, levels)
+            marked: Tensor = fake_quantize_codebook(x, (levels[1:] + levels[:-1]) / 2, levels)
+            return marked
         return pass_gradient(x, self.encode(x).decode().to(x.dtype))
 
     def encode(self, x: Tensor) -> QTensor:

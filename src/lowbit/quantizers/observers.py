@@ -6,6 +6,7 @@ from an even sample of each batch, while minimum and maximum stay exact.
 
 Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.1 (range setting).
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

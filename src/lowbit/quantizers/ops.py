@@ -2,6 +2,7 @@
 
 ``torch.export`` sees these; eager code uses the quantizers, whose arithmetic is the same. Both quantize per tensor.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Power-of-two quantization: zero and ``+-scale * 2**-k``, so that a product is a shift."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Each decoder is the one place that turns codes into floats, and quantizers use it in their forward pass, so
 ``quantizer.encode(x).decode()`` equals ``quantizer(x)`` bit for bit.
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -162,8 +163,13 @@ def decoder_from(kind: str, tensors: Mapping[str, Tensor], granularity: Granular
         if kind == "power_of_two":
             return PowerOfTwoDecoder(tensors["scale"], granularity)
         if kind == "sum" and part_kinds and "sum" not in part_kinds:
-            by_part = [{name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{index}.")} for index in range(len(part_kinds))]
-            return SumDecoder(tuple(decoder_from(part, tables, granularity) for part, tables in zip(part_kinds, by_part, strict=True)), granularity)
+            by_part = [
+                {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{index}.")}
+                for index in range(len(part_kinds))
+            ]
+            return SumDecoder(
+                tuple(decoder_from(part, tables, granularity) for part, tables in zip(part_kinds, by_part, strict=True)), granularity
+            )
     except KeyError as error:
         raise FileFormatError(f"decoder {kind!r}: table {error} is missing; the file has {sorted(tensors)}") from error
     raise FileFormatError(f"unknown decoder {kind!r}. Known: affine, binary, codebook, power_of_two, sum.")

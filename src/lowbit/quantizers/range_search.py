@@ -2,6 +2,7 @@
 
 All rows (channels, groups) and a whole tensor are searched by the same vectorised code, in chunks that stay in the cache.
 """
+
 from __future__ import annotations
 
 import torch

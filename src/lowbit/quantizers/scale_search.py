@@ -7,6 +7,7 @@ For one ``alpha`` the best codes are ``clamp(round(T / alpha), qmin, qmax)``, fo
 With the row sorted once, both products follow from prefix sums at the ``qmax - qmin`` places where the code changes, so a candidate
 costs a few binary searches however long the row is.
 """
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """A tensor as the sum of several low-bit tensors, each with its own scale."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Source: Jacob et al. 2018 (affine grid), Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 2.
 Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does.
 """
+
 from __future__ import annotations
 
 import torch
@@ -85,9 +86,7 @@ def fake_quantize(
     return surrogate(x / scale, qmin - zero_point, qmax - zero_point) * scale
 
 
-def fake_quantize_offset(
-    x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, surrogate: Surrogate = straight_through
-) -> Tensor:
+def fake_quantize_offset(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, surrogate: Surrogate = straight_through) -> Tensor:
     """Quantize and dequantize on levels that start at a real number: 0 need not be one of them.
 
     Forward: ``clamp(round((x - offset) / scale), qmin, qmax) * scale + offset``.
@@ -181,7 +180,8 @@ class UniformQuantizer(TableQuantizer):
             self.observer.observe(x.detach())
             return x
         if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
-            return fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
+            marked: Tensor = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
+            return marked
         view = self.granularity.broadcast(x.float())  # a grid needs float32 even where the network computes in half
         y = fake_quantize(view, self.scale, self.zero_point, self.qmin, self.qmax, self.surrogate)
         return self.granularity.restore(y, x.shape).to(x.dtype)
@@ -193,4 +193,6 @@ class UniformQuantizer(TableQuantizer):
         return QTensor(codes.to(code_dtype(self.qmin)), AffineDecoder(scale, zero_point, self.granularity), self.bit_width)
 
     def extra_repr(self) -> str:
-        return f"bit_width={self.bit_width}, codes {self.qmin}..{self.qmax}, {'symmetric' if self.symmetric else 'affine'}, {self.granularity}"
+        return (
+            f"bit_width={self.bit_width}, codes {self.qmin}..{self.qmax}, {'symmetric' if self.symmetric else 'affine'}, {self.granularity}"
+        )

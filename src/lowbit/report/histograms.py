@@ -1,4 +1,5 @@
 """Weights and the levels they were rounded to, as numbers to draw."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

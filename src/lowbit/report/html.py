@@ -1,4 +1,5 @@
 """``report.html``: one page that needs nothing else, no network, no fonts, no scripts from elsewhere."""
+
 from __future__ import annotations
 
 import math

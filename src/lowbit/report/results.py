@@ -6,6 +6,7 @@ Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``
 ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``. What was not measured is ``null``; nothing is ever left
 out or NaN.
 """
+
 from __future__ import annotations
 
 import json

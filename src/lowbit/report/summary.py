@@ -1,4 +1,5 @@
 """``lowbit.summary``: what a network's layers are, what was done to each, and what they take."""
+
 from __future__ import annotations
 
 import io

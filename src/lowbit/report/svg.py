@@ -1,4 +1,5 @@
 """Plots as inline SVG: text and colours come from the page's style sheet, so they follow light and dark."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Gradient surrogates, one per file, usable with any quantizer."""
+
 from lowbit.surrogates.base import Surrogate, pass_gradient
 from lowbit.surrogates.straight_through import clipped_straight_through, round_straight_through, straight_through
 

@@ -3,6 +3,7 @@
 A quantizer computes, in units of its step, ``position`` (continuous) and ``code = clamp(round(position), low, high)``. The
 true derivative of ``code`` is zero almost everywhere; a surrogate returns ``code`` with a useful gradient to ``position``.
 """
+
 from __future__ import annotations
 
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ class _PassGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

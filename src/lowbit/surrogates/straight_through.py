@@ -2,6 +2,7 @@
 
 Source: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"; Hubara et al. 2016 for the clipped form.
 """
+
 from __future__ import annotations
 
 from torch import Tensor

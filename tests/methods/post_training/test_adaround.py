@@ -1,4 +1,5 @@
 """AdaRound: better than rounding to nearest on what it sees, every code up or down by one, any layer, any bits."""
+
 from __future__ import annotations
 
 import itertools
@@ -98,7 +99,12 @@ def residual(width: int = 8) -> tuple[nn.Module, Tensor]:
 
 def test_each_layer_gets_the_bits_of_its_policy() -> None:
     model, data = residual(4)
-    policy = BitPolicy.uniform(4, 8).with_rule(match="layer1.*", weight=2).with_rule(match="layer2.0.conv1", weight=6, activation=5).keep_float("layer3.*")
+    policy = (
+        BitPolicy.uniform(4, 8)
+        .with_rule(match="layer1.*", weight=2)
+        .with_rule(match="layer2.0.conv1", weight=6, activation=5)
+        .keep_float("layer3.*")
+    )
     result = quantize(model, method="adaround", policy=policy, calibration=data, **{**QUICK, "iterations": 20})
     bits = {name: weight_quantizer(layer).bit_width for name, layer in quantized_layers(result).items()}
     assert bits == {
@@ -131,7 +137,9 @@ def test_asymmetric_learning_makes_up_for_the_errors_of_earlier_layers() -> None
 def test_one_sample_is_enough_to_run_and_to_gain_on_it() -> None:
     model, data = residual(4)
     arguments = {"weight_bits": 3, "activation_bits": None, "calibration": data[:1]}
-    nearest, learned = (quantize(model, method=name, **options, **arguments) for name, options in (("round_to_nearest", {}), ("adaround", QUICK)))
+    nearest, learned = (
+        quantize(model, method=name, **options, **arguments) for name, options in (("round_to_nearest", {}), ("adaround", QUICK))
+    )
     assert error(learned, model, data[:1]) < 0.5 * error(nearest, model, data[:1])
 
 
@@ -167,7 +175,16 @@ def test_bits_without_a_uniform_grid_are_refused(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("iterations", -1), ("batch_size", 0), ("learning_rate", 0.0), ("regularization", -1.0), ("schedule", "steps"), ("cache", "tape"), ("save_every", 0)]
+    ("option", "value"),
+    [
+        ("iterations", -1),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("regularization", -1.0),
+        ("schedule", "steps"),
+        ("cache", "tape"),
+        ("save_every", 0),
+    ],
 )
 def test_options_out_of_range_are_refused(option: str, value: object) -> None:
     model, data = residual(4)
@@ -183,6 +200,8 @@ def test_awkward_networks_are_reconstructed_where_they_can_be() -> None:
     for model, data in ((TwoInputNet(), [(images, pair)]), (DictOutputNet(), images)):
         result = quantize(model.eval(), method="adaround", weight_bits=3, activation_bits=None, calibration=data, **QUICK)
         plain = quantize(model.eval(), method="round_to_nearest", weight_bits=3, activation_bits=None, calibration=data)
-        changed = [name for name, layer in quantized_layers(result).items() if not torch.equal(layer.weight, quantized_layers(plain)[name].weight)]
+        changed = [
+            name for name, layer in quantized_layers(result).items() if not torch.equal(layer.weight, quantized_layers(plain)[name].weight)
+        ]
         assert changed
         assert [note for note in record_of(result).table.notes if "nearest" in note] == []

@@ -1,4 +1,5 @@
 """BRECQ: blocks learned together, its grids, the released settings, Fisher weights and the activation phase."""
+
 from __future__ import annotations
 
 import pytest
@@ -41,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[UnitReport, Un
             continue
         learn = phase.learn
 
-        def watched(self, unit, data, run, seed, learn=learn):  # noqa: ANN001, ANN202
+        def watched(self, unit, data, run, seed, learn=learn):
             result, report = learn(self, unit, data, run, seed)
             found.setdefault(self.name, []).append((report, data))
             return result, report
@@ -178,7 +179,7 @@ def test_fisher_weights_have_the_shape_of_the_output_and_their_scale(loss: str, 
     checked = []
     learn = reconstruction.Phase.__subclasses__()[0].learn
 
-    def watched(self, unit, data, run, seed):  # noqa: ANN001, ANN202
+    def watched(self, unit, data, run, seed):
         everything = torch.arange(data.target.samples)
         gradient, target = data.gradient.read(everything), data.target.read(everything)
         assert gradient.shape == target.shape
@@ -192,7 +193,9 @@ def test_fisher_weights_have_the_shape_of_the_output_and_their_scale(loss: str, 
 
     monkeypatch.setattr(reconstruction.Phase.__subclasses__()[0], "learn", watched)
     model, data = residual()
-    quantize(model, method="brecq", weight_bits=3, activation_bits=None, calibration=data, loss=loss, fisher=fisher, **{**QUICK, "iterations": 5})
+    quantize(
+        model, method="brecq", weight_bits=3, activation_bits=None, calibration=data, loss=loss, fisher=fisher, **{**QUICK, "iterations": 5}
+    )
     assert checked == ["layer1.0", "layer2.0", "layer3.0", "fc"]
 
 
@@ -221,7 +224,6 @@ def test_blocks_and_layers_are_both_nearer_to_float_than_rounding_to_nearest() -
     for learned in (blocks, layers):
         assert error(learned, model, data[:32]) < 0.6 * error(nearest, model, data[:32])
         assert error(learned, model, data[32:]) < 0.9 * error(nearest, model, data[32:])
-    print([[round(error(m, model, d), 4) for d in (data[:32], data[32:])] for m in (nearest, blocks, layers)])
 
 
 def test_one_sample_is_enough_to_run_and_to_gain_on_it() -> None:

@@ -1,4 +1,5 @@
 """Adam on random mini-batches that stops anywhere and goes on to the same bits."""
+
 from __future__ import annotations
 
 import math
@@ -16,7 +17,11 @@ def weights() -> dict[str, nn.Parameter]:
     """One parameter in each layout."""
     generator = torch.Generator().manual_seed(7)
     image = torch.randn(5, 3, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
-    return {"conv": nn.Parameter(image), "linear": nn.Parameter(torch.randn(4, 6, generator=generator)), "idle": nn.Parameter(torch.ones(2))}
+    return {
+        "conv": nn.Parameter(image),
+        "linear": nn.Parameter(torch.randn(4, 6, generator=generator)),
+        "idle": nn.Parameter(torch.ones(2)),
+    }
 
 
 DATA = torch.randn(20, 5, 3, 3, 3, generator=torch.Generator().manual_seed(8))
@@ -29,7 +34,13 @@ class Task:
         self.parameters = weights()
         self.drawn: list[list[int]] = []
         self.descent = Descent(
-            self.parameters, learning_rate=0.05, iterations=iterations, samples=samples, batch_size=batch_size, seed=seed, is_annealed=is_annealed
+            self.parameters,
+            learning_rate=0.05,
+            iterations=iterations,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            is_annealed=is_annealed,
         )
 
     def loss(self, index: Tensor) -> Tensor:

@@ -66,7 +66,14 @@ def unbalanced_depthwise() -> nn.Module:
 
 def test_an_unbalanced_network_is_repaired_without_data() -> None:
     model = unbalanced_depthwise()
-    plain = lowbit.quantize(model, method="round_to_nearest", weight_granularity="per_tensor", weight_observer="min_max", activation_observer="min_max", calibration=X)
+    plain = lowbit.quantize(
+        model,
+        method="round_to_nearest",
+        weight_granularity="per_tensor",
+        weight_observer="min_max",
+        activation_observer="min_max",
+        calibration=X,
+    )
     repaired = dfq(model)
     assert sqnr(model, plain) < 15
     assert sqnr(model, repaired) > sqnr(model, plain) + 10
@@ -87,7 +94,9 @@ def test_weights_have_one_scale_and_ranges_come_from_statistics() -> None:
         assert isinstance(quantizer, UniformQuantizer)
         assert quantizer.scale.numel() == 1, name
         assert quantizer.symmetric
-    ranges = {name: float(q.scale) * (q.qmax - q.qmin) for name, q in activation_quantizers(model).items() if isinstance(q, UniformQuantizer)}
+    ranges = {
+        name: float(q.scale) * (q.qmax - q.qmin) for name, q in activation_quantizers(model).items() if isinstance(q, UniformQuantizer)
+    }
     assert len(ranges) >= 4
     assert ranges["stem.input"] == pytest.approx(8.0, rel=1e-3), ranges
     assert "no data was looked at" in notes(model)
@@ -126,7 +135,9 @@ def test_analytic_correction_helps_a_coarse_network() -> None:
     model = tiny.trained()
     images = tiny.held_out()
     off, on = (
-        lowbit.quantize(model, method="dfq", weight_bits=4, activation_bits=None, sample=images[:2], input_range=(-4, 4), bias_correction=kind)
+        lowbit.quantize(
+            model, method="dfq", weight_bits=4, activation_bits=None, sample=images[:2], input_range=(-4, 4), bias_correction=kind
+        )
         for kind in ("none", "analytic")
     )
     bias = {name: (tiny.outputs(m, images) - tiny.outputs(model, images)).mean(0).abs().mean() for name, m in (("off", off), ("on", on))}

@@ -1,4 +1,5 @@
 """LBQ: scales of least squared error against enumeration, dual tensors, refinement of the scales."""
+
 from __future__ import annotations
 
 import copy

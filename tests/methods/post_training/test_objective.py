@@ -1,4 +1,5 @@
 """What a unit is asked to minimise: normalisation of the losses, Fisher weights, the regularizer's share."""
+
 from __future__ import annotations
 
 import copy
@@ -11,7 +12,14 @@ from torch.nn import functional as F
 from lowbit.calibration import Inputs
 from lowbit.errors import CalibrationError, SpecError
 from lowbit.methods.post_training.objective import (
-    Objective, fisher_gradient, mean_loss, released_weight, rounding_loss, set_beta, unit_loss, weighted_penalty,
+    Objective,
+    fisher_gradient,
+    mean_loss,
+    released_weight,
+    rounding_loss,
+    set_beta,
+    unit_loss,
+    weighted_penalty,
 )  # fmt: skip
 from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
 from lowbit.methods.post_training.unit_data import CallCache, TensorCache, UnitData
@@ -51,7 +59,11 @@ def test_errors_are_summed_over_channels_and_averaged_over_the_rest(shape: tuple
 
 
 def test_losses_by_hand() -> None:
-    prediction, target, gradient = torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[2.0, 5.0], [-3.0, 1.0]])
+    prediction, target, gradient = (
+        torch.tensor([[3.0, 1.0], [0.0, 2.0]]),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        torch.tensor([[2.0, 5.0], [-3.0, 1.0]]),
+    )
     assert reconstruction_loss(prediction, target).item() == (4 + 0 + 1 + 4) / 2
     assert reconstruction_loss(prediction, target, power=3.0).item() == (8 + 0 + 1 + 8) / 2
     assert reconstruction_loss(prediction, target, kind="fisher_diag", gradient=gradient).item() == (16 + 0 + 9 + 4) / 2
@@ -68,7 +80,9 @@ def test_doubling_the_gradient_multiplies_fisher_losses_by_four() -> None:
             reconstruction_loss(prediction, target, kind=kind)
 
 
-@pytest.mark.parametrize("bad", [{"iterations": -1}, {"learning_rate": 0.0}, {"batch_size": 0}, {"regularization": -0.1}, {"power": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"iterations": -1}, {"learning_rate": 0.0}, {"batch_size": 0}, {"regularization": -0.1}, {"power": 0.5}], ids=str
+)
 def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(SpecError, match=str(next(iter(bad.values())))):
         Objective(**{"iterations": 10, "learning_rate": 1e-3, **bad})
@@ -97,7 +111,7 @@ def test_channels_of_linear_layers_are_last() -> None:
 
 def test_a_loss_that_is_not_finite_names_the_unit() -> None:
     layer, inputs = nn.Linear(2, 2), torch.full((3, 2), 3e38)
-    with pytest.raises(CalibrationError, match="unit 'unit'.*overflows"):
+    with pytest.raises(CalibrationError, match=r"unit 'unit'.*overflows"):
         mean_loss(unit(), layer, data_of(inputs, torch.zeros(3, 2)), Objective(1, 1e-3))
 
 

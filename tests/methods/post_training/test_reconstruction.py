@@ -1,4 +1,5 @@
 """The engine: units one after the other, carried samples, bounded caches, and the same bits after a kill."""
+
 from __future__ import annotations
 
 import functools
@@ -51,7 +52,9 @@ def network() -> nn.Module:
         return settled(resnet8(num_classes=4, width=4), images())
 
 
-def job_of(*, batch: int = 8, model: nn.Module | None = None, data: Tensor | None = None, bits: int = 3, work_dir: Path | None = None) -> PtqJob:
+def job_of(
+    *, batch: int = 8, model: nn.Module | None = None, data: Tensor | None = None, bits: int = 3, work_dir: Path | None = None
+) -> PtqJob:
     """A network whose weights are rounded to nearest."""
     data = images() if data is None else data
     calibration = Calibration.of(list(data.split(batch)))
@@ -65,7 +68,9 @@ def codes(job: PtqJob) -> dict[str, Tensor]:
     return {name: code.codes for name, code in bake_weights(job.model)[1].items()}
 
 
-def learned(job: PtqJob, units: list[PlannedUnit] | None = None, objective: Objective = OBJECTIVE, **options: object) -> tuple[dict[str, Tensor], Reconstruction]:
+def learned(
+    job: PtqJob, units: list[PlannedUnit] | None = None, objective: Objective = OBJECTIVE, **options: object
+) -> tuple[dict[str, Tensor], Reconstruction]:
     """Codes after the roundings of all units have been learned."""
     engine = Reconstruction(job, units or plan_units(job, layer_units(job)), {}, **options)
     engine.run(RoundWeights(job, objective, is_symmetric=False))
@@ -213,7 +218,14 @@ def killing(after: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 def run(method: str, work_dir: Path | None = None, **changes: object) -> nn.Module:
     return quantize(
-        network(), method=method, weight_bits=3, activation_bits=4, calibration=images(), seed=1, work_dir=work_dir, **{**METHODS[method], **changes}
+        network(),
+        method=method,
+        weight_bits=3,
+        activation_bits=4,
+        calibration=images(),
+        seed=1,
+        work_dir=work_dir,
+        **{**METHODS[method], **changes},
     )
 
 
@@ -232,8 +244,13 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-@pytest.mark.parametrize(("method", "after"), [("adaround", 0), ("adaround", 33), ("adaround", 60), ("adaround", 199), ("brecq", 47), ("brecq", 101), ("brecq", 150)])
-def test_a_killed_run_goes_on_to_the_same_bits(method: str, after: int, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [("adaround", 0), ("adaround", 33), ("adaround", 60), ("adaround", 199), ("brecq", 47), ("brecq", 101), ("brecq", 150)],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    method: str, after: int, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, total = finished(method)
     with monkeypatch.context() as patch:
         killing(after, patch)

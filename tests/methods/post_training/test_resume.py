@@ -1,4 +1,5 @@
 """State on disk: complete or absent, only of this very run, never unpickled."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The baseline: observers choose ranges, weights are rounded where they are."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """Learned rounding: where it starts, what it can reach, its gradients, schedules and codes."""
+
 from __future__ import annotations
 
 import math
@@ -74,7 +75,9 @@ def test_every_code_is_floor_or_ceiling_of_its_weight(granularity: Granularity, 
     codes = granularity.broadcast(rounding.encode(weight).codes.float())
     position = granularity.broadcast(weight) / quantizer.scale + quantizer.zero_point
     up = rounding.logits.detach() >= 0
-    expected = torch.where(up, position.sub(quantizer.zero_point).floor() + 1, position.sub(quantizer.zero_point).floor()) + quantizer.zero_point
+    expected = (
+        torch.where(up, position.sub(quantizer.zero_point).floor() + 1, position.sub(quantizer.zero_point).floor()) + quantizer.zero_point
+    )
     assert torch.equal(codes, expected.clamp(quantizer.qmin, quantizer.qmax))
     inside = (position > quantizer.qmin) & (position < quantizer.qmax)
     assert (codes - position)[inside].abs().max() <= 1

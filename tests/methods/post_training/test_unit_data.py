@@ -1,4 +1,5 @@
 """Caches of what goes into a unit and what should come out: in memory or on disk the same, and bounded."""
+
 from __future__ import annotations
 
 import subprocess
@@ -14,7 +15,17 @@ from torch import Tensor, nn
 from lowbit.calibration import Inputs
 from lowbit.errors import CalibrationError, LayerError, OutputError
 from lowbit.methods.post_training import unit_data
-from lowbit.methods.post_training.unit_data import CacheKind, CacheSpace, CallCache, TensorCache, UnitData, batches, call_of, growing, resized
+from lowbit.methods.post_training.unit_data import (
+    CacheKind,
+    CacheSpace,
+    CallCache,
+    TensorCache,
+    UnitData,
+    batches,
+    call_of,
+    growing,
+    resized,
+)
 
 KINDS: tuple[CacheKind, ...] = ("ram", "disk")
 
@@ -240,7 +251,9 @@ print("done")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_caches_on_disk_take_no_memory_of_the_process() -> None:
     """128 samples of 64 x 64 x 64 floats are 134 MB for each of inputs and targets; the process may take 64 MiB more than before."""
-    disk, ram = (subprocess.run([sys.executable, "-c", LIMITED, kind], capture_output=True, text=True, timeout=300) for kind in ("disk", "ram"))
+    disk, ram = (
+        subprocess.run([sys.executable, "-c", LIMITED, kind], capture_output=True, text=True, timeout=300) for kind in ("disk", "ram")
+    )
     assert disk.returncode == 0, disk.stderr
     assert "reconstruction cached at most" in disk.stdout and disk.stdout.endswith("done\n")
     cached = float(disk.stdout.split("at most ")[1].split()[0])

@@ -1,4 +1,5 @@
 """Which units are reconstructed, in which order, and what flows from one to the next."""
+
 from __future__ import annotations
 
 import pytest
@@ -81,7 +82,13 @@ def test_an_output_read_twice_or_returned_is_not_cut_off_by_its_activation() -> 
 def test_blocks_are_planned_between_stem_and_classifier() -> None:
     job = job_of(resnet8(), image())
     units = plan_units(job, block_units(job, ()))
-    assert summary(units) == [("conv", True, False), ("layer1.0", False, True), ("layer2.0", False, True), ("layer3.0", False, True), ("fc", False, False)]
+    assert summary(units) == [
+        ("conv", True, False),
+        ("layer1.0", False, True),
+        ("layer2.0", False, True),
+        ("layer3.0", False, True),
+        ("fc", False, False),
+    ]
     assert units[2].layers == ("layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0")
     assert units[2].cost == 16 * (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32)
     assert job.table.notes == []
@@ -157,7 +164,7 @@ def test_nothing_to_reconstruct_is_an_error() -> None:
             return self.only(self.only(x))
 
     job = job_of(Twice(), torch.randn(5, 3))
-    with pytest.raises(LayerError, match="no layer of Twice runs exactly once.*round_to_nearest"):
+    with pytest.raises(LayerError, match=r"no layer of Twice runs exactly once.*round_to_nearest"):
         plan_units(job, layer_units(job))
 
 
@@ -185,5 +192,7 @@ def test_what_stands_between_two_units_or_comes_in_beside_prevents_carrying() ->
             return self.block(self.b(self.a(x) * 2))
 
     job = job_of(Between(), image())
-    units = plan_units(job, [Unit("a", ("a",), "layer"), Unit("b", ("b",), "layer"), Unit("block", ("block.conv1", "block.conv2"), "block")])
+    units = plan_units(
+        job, [Unit("a", ("a",), "layer"), Unit("b", ("b",), "layer"), Unit("block", ("block.conv1", "block.conv2"), "block")]
+    )
     assert [unit.is_carried for unit in units] == [False, False, True]

@@ -63,7 +63,10 @@ def test_with_data_fewer_bits_learn_their_rounding_and_biases_stay() -> None:
 
 
 def test_learned_rounding_keeps_the_scales_of_the_range_search() -> None:
-    learned, nearest = (white_paper(tiny.trained(), weight_bits=3, calibration=tiny.calibration(), iterations=20, rounding=kind) for kind in ("adaround", "nearest"))
+    learned, nearest = (
+        white_paper(tiny.trained(), weight_bits=3, calibration=tiny.calibration(), iterations=20, rounding=kind)
+        for kind in ("adaround", "nearest")
+    )
     for name in ("conv1", "conv2"):
         scales = [weight_quantizer(m.get_submodule(name)).scale for m in (learned, nearest)]  # type: ignore[union-attr]
         assert torch.equal(*scales)
@@ -72,7 +75,20 @@ def test_learned_rounding_keeps_the_scales_of_the_range_search() -> None:
 def test_one_scale_per_tensor_is_equalized_first() -> None:
     images, expected = tiny.held_out(), tiny.outputs(tiny.trained(), tiny.held_out())
     gains = {
-        kind: tiny.sqnr_db(expected, tiny.outputs(white_paper(tiny.trained(), weight_bits=6, weight_granularity="per_tensor", calibration=tiny.calibration(), rounding="nearest", equalize=kind), images))
+        kind: tiny.sqnr_db(
+            expected,
+            tiny.outputs(
+                white_paper(
+                    tiny.trained(),
+                    weight_bits=6,
+                    weight_granularity="per_tensor",
+                    calibration=tiny.calibration(),
+                    rounding="nearest",
+                    equalize=kind,
+                ),
+                images,
+            ),
+        )
         for kind in ("auto", "never", "always")
     }
     assert gains["auto"] == gains["always"] > gains["never"] + 3

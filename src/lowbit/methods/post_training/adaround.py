@@ -6,6 +6,7 @@ Symbols: V -> logits, h(V) -> share, s -> scale, lambda -> regularization, beta 
 Deviations: scales are per output channel by default (the paper's are per tensor: ``weight_granularity=per_tensor``); a layer whose
     learned rounding is worse than rounding to nearest on the calibration data keeps the latter.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

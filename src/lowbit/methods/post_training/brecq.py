@@ -8,6 +8,7 @@ Deviations: activation quantizers sit where all methods of lowbit put them, on e
     get a symmetric grid by default; a unit for which nothing better was learned on the calibration data
     stays as it was.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -162,7 +163,12 @@ class Brecq(PostTrainingMethod):
     def scale_objective(self) -> Objective:
         """What the activation scales of a block are asked to minimise."""
         return Objective(
-            self.activation_iterations, self.activation_learning_rate, self.batch_size, power=POWER, is_annealed=True, precision=self.precision
+            self.activation_iterations,
+            self.activation_learning_rate,
+            self.batch_size,
+            power=POWER,
+            is_annealed=True,
+            precision=self.precision,
         )
 
     def _without_stem(self, job: PtqJob, units: Sequence[PlannedUnit]) -> list[PlannedUnit]:

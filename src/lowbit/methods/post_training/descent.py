@@ -1,4 +1,5 @@
 """Adam on mini-batches drawn at random from cached samples; can stop anywhere and go on to the same bits."""
+
 from __future__ import annotations
 
 import math
@@ -56,7 +57,9 @@ class Descent:
         tensors = {"rng": self._generator.get_state()}
         for name, parameter in self.parameters.items():
             tensors[f"value.{name}"] = parameter
-            tensors |= {f"{moment}.{name}": self._optimizer.state[parameter][moment] for moment in _MOMENTS if parameter in self._optimizer.state}
+            tensors |= {
+                f"{moment}.{name}": self._optimizer.state[parameter][moment] for moment in _MOMENTS if parameter in self._optimizer.state
+            }
         return tensors
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ Deviations: weights are symmetric by default, because runtimes compute those fas
     ReLU6 becomes ReLU only where it stands between two layers that are equalized; where no batch norm tells the distribution of a
     tensor it is propagated through the layers (``lowbit.network.moments``); with calibration data ranges come from that.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -67,7 +68,9 @@ def channel_mean(x: Tensor, axis: int = 1) -> Tensor:
 # Steps on a network, which other methods take too
 
 
-def equalize_layers(job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", replace_relu6: bool = True, absorb: Absorb = "all") -> None:
+def equalize_layers(
+    job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", replace_relu6: bool = True, absorb: Absorb = "all"
+) -> None:
     """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; it is the reference from then on.
 
     ReLU6 between layers becomes ReLU (``replace_relu6``) or ends the chain; notes in the table say what was done.
@@ -80,7 +83,9 @@ def equalize_layers(job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "m
             job.table.note(f"ReLU6 became ReLU in {len(replaced)} places, so that channels can be rescaled across it")
         if blocked:
             places = ", ".join(sorted({repr(node.owner) if node.owner else "the network" for node in blocked}))
-            job.table.note(f"layers around a clipped activation that the code of {places} computes were not equalized: make it an nn.ReLU6 module")
+            job.table.note(
+                f"layers around a clipped activation that the code of {places} computes were not equalized: make it an nn.ReLU6 module"
+            )
     else:
         links = [link for link in links if not link.clips]
     if not links:
@@ -106,12 +111,16 @@ def input_moments(job: PtqJob, input_range: tuple[float, ...] | None) -> Moments
     if job.calibration is None:
         job.table.note("the range of the network's input was taken from the sample: name it with input_range, or give calibration data")
     source = job.calibration or Calibration([job.sample])
-    parts = [torch.cat([t.detach().flatten().double().cpu() for t in inputs.tensors if t.is_floating_point()] or [torch.zeros(1)]) for inputs in source]
+    parts = [
+        torch.cat([t.detach().flatten().double().cpu() for t in inputs.tensors if t.is_floating_point()] or [torch.zeros(1)])
+        for inputs in source
+    ]
     count = sum(len(part) for part in parts)
     mean = sum(float(part.sum()) for part in parts) / count
     variance = sum(float((part - mean).square().sum()) for part in parts) / count
     ends = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
-    return Moments(*(torch.tensor([value], dtype=torch.float64) for value in (mean, variance**0.5, *ends)))
+    mean_, std, lo, hi = (torch.tensor([value], dtype=torch.float64) for value in (mean, variance**0.5, *ends))
+    return Moments(mean_, std, lo, hi)
 
 
 def correct_biases(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0, shift_statistics: bool = False) -> None:
@@ -126,7 +135,7 @@ def correct_biases(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0, shift_
         layer = job.layers.get(name)
         if layer is None or x.channels is None or graph.calls(name) != 1:
             return
-        old, new = (by_output_channel(layer, w.detach()).cpu().double() for w in (float_weight(layer), layer.weight))  # type: ignore[operator, union-attr]
+        old, new = (by_output_channel(layer, w.detach()).cpu().double() for w in (float_weight(layer), layer.weight))  # type: ignore[operator]
         groups, shared = groups_of(layer), torch.tensor(layer.stride).prod() if isinstance(layer, TRANSPOSED) else 1
         bias = old.new_zeros(len(old)) if layer.bias is None else layer.bias.detach().cpu().double()  # type: ignore[operator]
         with torch.no_grad():
@@ -150,7 +159,9 @@ def correct_biases_empirically(job: PtqJob) -> None:
     calibration = job.need_calibration("empirical bias correction")
     names = [name for name in job.layers if job.graph is None or job.graph.calls(name) == 1]
     if job.graph is not None and len(names) < len(job.layers):
-        job.table.note(f"biases of {', '.join(n for n in job.layers if n not in names)} were not corrected: these layers do not run exactly once")
+        job.table.note(
+            f"biases of {', '.join(n for n in job.layers if n not in names)} were not corrected: these layers do not run exactly once"
+        )
     expected = _float_means(job, calibration, names)
     with job.progress.stage("bias correction", total=len(names)) as stage, torch.no_grad():
         for name in names:
@@ -160,7 +171,8 @@ def correct_biases_empirically(job: PtqJob) -> None:
                 args, kwargs = call_of(job.model, name, inputs)
                 total += channel_mean(layer.forward(*args, **kwargs), axis) * inputs.batch_size  # without the quantizer of its output
                 count += inputs.batch_size
-            bias = torch.zeros_like(total) if layer.bias is None else layer.bias.double()  # type: ignore[operator]
+            old = layer._parameters["bias"]
+            bias = torch.zeros_like(total) if old is None else old.double()
             set_bias(layer, empirically_corrected_bias(bias, expected[name], total / count))
             stage.advance(note=name)
 
@@ -213,7 +225,11 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         names = list(tensors(placement))
         unknown = [walk.blocking(name) for name in names if name not in walk.known]
         if unknown or not names:
-            place = f"operation {unknown[0].op!r} in {unknown[0].owner or 'the network itself'!r}" if unknown else "a layer that the dataflow does not show"
+            place = (
+                f"operation {unknown[0].op!r} in {unknown[0].owner or 'the network itself'!r}"
+                if unknown
+                else "a layer that the dataflow does not show"
+            )
             raise CalibrationError(
                 f"activation {placement.name!r}: no statistics tell its range, because of {place}. Pass calibration= (a loader or tensor of unlabelled "
                 "samples, --calibration on the command line), or leave activations in float with activation_bits=None."
@@ -222,7 +238,9 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         return torch.stack([lo for lo, _ in ends]).min(), torch.stack([hi for _, hi in ends]).max()
 
     job.set_activation_ranges(found)
-    job.table.note(f"activation ranges reach {n_sigma:g} deviations around the means that batch norms and weights tell; no data was looked at")
+    job.table.note(
+        f"activation ranges reach {n_sigma:g} deviations around the means that batch norms and weights tell; no data was looked at"
+    )
 
 
 @register(

@@ -7,6 +7,7 @@ Deviations: the authors published no code. Our choices: tau is normalised and at
     (the paper's absolute tau is not known); the refinement moves the logarithm of each scale, which keeps it positive; activation
     statistics come from one pass with quantized weights, and activations stay single tensors.
 """
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """What a unit of a network is asked to minimise: the error at its output, weighted or not, and the regularizer of its roundings."""
+
 from __future__ import annotations
 
 import math
@@ -63,7 +64,11 @@ def rounding_learning_rate(given: float | None, iterations: int, paper_iteration
     """
     if given is not None:
         return given
-    return PAPER_LEARNING_RATE if iterations >= paper_iterations else min(PAPER_LEARNING_RATE * paper_iterations / max(iterations, 1), LARGEST_LEARNING_RATE)
+    return (
+        PAPER_LEARNING_RATE
+        if iterations >= paper_iterations
+        else min(PAPER_LEARNING_RATE * paper_iterations / max(iterations, 1), LARGEST_LEARNING_RATE)
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,12 @@ def unit_loss(unit: PlannedUnit, module: nn.Module, data: UnitData, index: Tenso
         output = unit.call(module, args, kwargs)
     gradient = None if data.gradient is None else data.gradient.read(index)
     return reconstruction_loss(
-        output.float(), data.target.read(index), kind=objective.loss, power=objective.power, gradient=gradient, channel_axis=unit.channel_axis
+        output.float(),
+        data.target.read(index),
+        kind=objective.loss,
+        power=objective.power,
+        gradient=gradient,
+        channel_axis=unit.channel_axis,
     )
 
 
@@ -110,7 +120,13 @@ def mean_loss(unit: PlannedUnit, module: nn.Module, data: UnitData, objective: O
 
 
 def rounding_loss(
-    unit: PlannedUnit, module: nn.Module, data: UnitData, index: Tensor, objective: Objective, roundings: Collection[AdaptiveRounding], iteration: int
+    unit: PlannedUnit,
+    module: nn.Module,
+    data: UnitData,
+    index: Tensor,
+    objective: Objective,
+    roundings: Collection[AdaptiveRounding],
+    iteration: int,
 ) -> Tensor:
     """Reconstruction loss plus the weighted regularizer of all the unit's roundings."""
     set_beta(objective, roundings, iteration)

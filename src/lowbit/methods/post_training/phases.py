@@ -1,4 +1,5 @@
 """What is learned in each unit of a network: the rounding of its weights, or the scales of its activation quantizers."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -93,7 +94,9 @@ class RoundWeights(Phase):
             grid, codes = self._grid(name), result[name]
             weight = AffineDecoder(grid.scale, grid.zero_point, grid.granularity).decode(codes.to(grid.scale.device))
             if not torch.equal(grid.encode(weight).codes.cpu(), codes.cpu()):
-                raise LayerError(f"layer {name!r}: its grid is too far from zero for float32 to tell neighbouring codes apart. Use a symmetric grid.")
+                raise LayerError(
+                    f"layer {name!r}: its grid is too far from zero for float32 to tell neighbouring codes apart. Use a symmetric grid."
+                )
             store_weight(self.job.layers[name], weight)
 
     def _grid(self, name: str) -> UniformQuantizer:

@@ -4,6 +4,7 @@ A method is the order in which it takes these steps, plus what it does between t
 
     job.fold(); job.insert_weights(...); <round the weights>; job.insert_activations(...); job.calibrate_activations()
 """
+
 from __future__ import annotations
 
 import copy
@@ -64,12 +65,16 @@ class PostTrainingMethod(ABC):
         granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
         if bit_width == 1:
             return BinaryQuantizer(granularity=granularity)
-        return UniformQuantizer(bit_width, signed=True, symmetric=True, granularity=granularity, observer=make_observer(self.weight_observer, granularity))
+        return UniformQuantizer(
+            bit_width, signed=True, symmetric=True, granularity=granularity, observer=make_observer(self.weight_observer, granularity)
+        )
 
     def activation_quantizer(self, name: str, bit_width: int) -> Quantizer:
         """The default activation quantizer: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
         granularity = Granularity.tensor()
-        return UniformQuantizer(bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity))
+        return UniformQuantizer(
+            bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
+        )
 
 
 @dataclass
@@ -107,12 +112,16 @@ class PtqJob:
         self.policy.check(everything)
         self._called = _run_sample(self.model, self.sample)
         self._bits = self._assign_bits(everything)
-        self.layers = {name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None}
+        self.layers = {
+            name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None
+        }
         if not self.layers:
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
         for name, layer in self.layers.items():
             if not bool(torch.isfinite(layer.weight).all()):  # type: ignore[arg-type]
-                raise LayerError(f"layer {name!r} ({type(layer).__name__}): its weight holds NaN or infinite values. Check the weights file.")
+                raise LayerError(
+                    f"layer {name!r} ({type(layer).__name__}): its weight holds NaN or infinite values. Check the weights file."
+                )
         self.graph, self.graph_error = self._capture()
         self.reference = copy.deepcopy(self.model)
         self._all_layers = everything
@@ -129,7 +138,9 @@ class PtqJob:
     def need_calibration(self, why: str) -> Calibration:
         """The calibration data, or CalibrationError saying what needs it."""
         if self.calibration is None:
-            raise CalibrationError(f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples), or --calibration on the command line.")
+            raise CalibrationError(
+                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples), or --calibration on the command line."
+            )
         return self.calibration
 
     def need_graph(self, why: str) -> Dataflow:
@@ -159,7 +170,7 @@ class PtqJob:
                 assert bit_width is not None
                 try:
                     quantizer = factory(name, layer, bit_width)
-                    quantizer.initialize(layer.weight.detach())  # type: ignore[operator, union-attr]
+                    quantizer.initialize(layer.weight.detach())  # type: ignore[operator]
                 except LowbitError as error:
                     raise LayerError(f"layer {name!r} ({type(layer).__name__}): {error}") from error
                 insert.set_weight_quantizer(layer, quantizer)
@@ -226,7 +237,11 @@ class PtqJob:
                 reasons.append("the sample never calls this layer: its input is not quantized")
             elif asked.activation is not None and name not in fed:
                 raise LayerError(f"layer {name!r}: asked for {asked.activation} activation bits, but its input could not be quantized")
-            self.table.add(LayerRecord(name, layer_kind(layer), weight_bits, fed.get(name), "skipped" if quantizer is None else "done", "; ".join(reasons)))
+            self.table.add(
+                LayerRecord(
+                    name, layer_kind(layer), weight_bits, fed.get(name), "skipped" if quantizer is None else "done", "; ".join(reasons)
+                )
+            )
         return self.table
 
     def _assign_bits(self, layers: dict[str, nn.Module]) -> dict[str, LayerBits]:
@@ -263,9 +278,13 @@ def check_method_bits(info: MethodInfo, policy: BitPolicy, job: PtqJob) -> None:
     for name in job.layers:
         bits = job.bits(name)
         if bits.weight is not None and bits.weight not in info.weight_bits:
-            raise SpecError(f"layer {name!r}: {info.name} supports {_span(info.weight_bits)} weight bits, got {bits.weight}. Choose other bits or another method.")
+            raise SpecError(
+                f"layer {name!r}: {info.name} supports {_span(info.weight_bits)} weight bits, got {bits.weight}. Choose other bits or another method."
+            )
         if bits.activation is not None and info.activation_bits is not None and bits.activation not in info.activation_bits:
-            raise SpecError(f"layer {name!r}: {info.name} supports {_span(info.activation_bits)} activation bits, got {bits.activation}. Choose other bits or another method.")
+            raise SpecError(
+                f"layer {name!r}: {info.name} supports {_span(info.activation_bits)} activation bits, got {bits.activation}. Choose other bits or another method."
+            )
 
 
 def _span(bits: range) -> str:

@@ -6,6 +6,7 @@ through that unit; elsewhere the network runs up to the unit.
 
 Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3; Li et al. 2021, "BRECQ", section 3.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -22,7 +23,17 @@ from lowbit.methods.post_training.objective import UnitReport, fisher_gradient, 
 from lowbit.methods.post_training.phases import Loss, Phase
 from lowbit.methods.post_training.pipeline import PtqJob
 from lowbit.methods.post_training.resume import Facts, RunState, fingerprint
-from lowbit.methods.post_training.unit_data import CacheKind, CacheSpace, CallCache, TensorCache, UnitData, batches, call_of, growing, resized
+from lowbit.methods.post_training.unit_data import (
+    CacheKind,
+    CacheSpace,
+    CallCache,
+    TensorCache,
+    UnitData,
+    batches,
+    call_of,
+    growing,
+    resized,
+)
 from lowbit.methods.post_training.units import PlannedUnit
 from lowbit.network.layers import evaluating
 from lowbit.progress import Stage
@@ -44,7 +55,9 @@ class Reconstruction:
         save_every: Iterations between two states saved within a unit, where the job has a ``work_dir``.
     """
 
-    def __init__(self, job: PtqJob, units: Sequence[PlannedUnit], facts: Mapping[str, object], *, cache: CacheKind = "ram", save_every: int = 500) -> None:
+    def __init__(
+        self, job: PtqJob, units: Sequence[PlannedUnit], facts: Mapping[str, object], *, cache: CacheKind = "ram", save_every: int = 500
+    ) -> None:
         if save_every < 1:
             raise SpecError(f"save_every must be at least 1, got {save_every}")
         self.job, self.units, self.save_every = job, list(units), save_every
@@ -59,7 +72,7 @@ class Reconstruction:
         self.state = self._state(phase)
         units = [unit for unit in self.units if phase.has_work(unit)]
         keys = [f"{phase.name}-{index:03d}" for index in range(len(units))]
-        is_carried = [unit.is_carried and 0 < index and self._follows(units[index - 1], unit) for index, unit in enumerate(units)]
+        is_carried = [unit.is_carried and index > 0 and self._follows(units[index - 1], unit) for index, unit in enumerate(units)]
         is_done = [self.state.has(key) for key in keys]
         unfinished = is_done.index(False) if False in is_done else len(units)
         chain_start = max((index for index in range(min(unfinished, len(units) - 1) + 1) if not is_carried[index]), default=0)
@@ -72,7 +85,11 @@ class Reconstruction:
             for index, (unit, key, cost) in enumerate(zip(units, keys, costs, strict=True)):
                 if chain_start <= index and unfinished < len(units):
                     stage.advance(0, note=f"{unit.name}: caching")
-                    data = self._carry(phase, units[index - 1], unit, data) if is_carried[index] and data is not None else self._collect(phase, unit, data)
+                    data = (
+                        self._carry(phase, units[index - 1], unit, data)
+                        if is_carried[index] and data is not None
+                        else self._collect(phase, unit, data)
+                    )
                 saved = self.state.load(key)
                 if saved is not None:
                     phase.restore(unit, saved[0])
@@ -194,7 +211,9 @@ class Reconstruction:
             return RunState(None, "")
         state = RunState(self._folder / phase.name, self._fingerprint())
         if state.is_stale:
-            self.job.progress.say(f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting anew")
+            self.job.progress.say(
+                f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting anew"
+            )
         return state
 
     def _fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 Every file is complete or absent (written beside and renamed), safetensors with JSON in its header; nothing is unpickled. A
 fingerprint of everything the result depends on guards it: state of another run is not used.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -64,7 +65,9 @@ class RunState:
             return
         with replacing(self.folder / f"{name}.safetensors") as path:
             try:
-                save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, path, metadata={"facts": json.dumps(facts)})
+                save_file(
+                    {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, path, metadata={"facts": json.dumps(facts)}
+                )
             except SafetensorError as error:
                 raise OutputError(f"cannot write {path}: {error}. Name another folder or make room.") from error
 

@@ -3,6 +3,7 @@
 Source: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", section 3; Nagel et al. 2021,
 "A White Paper on Neural Network Quantization", section 3.1 for the range setters.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Paper: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or Down? Adaptiv
     section 3.2 (rectified sigmoid, regularizer). The affine grid and the linear schedule follow Li et al. 2021 (BRECQ).
 Symbols: V -> logits, h(V) -> share, s -> scale, n, p -> qmin, qmax, beta -> beta.
 """
+
 from __future__ import annotations
 
 import math
@@ -39,7 +40,9 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
 
 class _SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None
+    ) -> tuple[Tensor, Tensor]:
         sigmoid = torch.sigmoid(logits)
         share = sigmoid * (ZETA - GAMMA) + GAMMA
         slope = (sigmoid - sigmoid.square()).mul_(ZETA - GAMMA).mul_((share >= 0) & (share <= 1))
@@ -59,13 +62,15 @@ class _SoftRound(torch.autograd.Function):
         return weight, penalty
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_weight: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         gain, pull = ctx.saved_tensors
         grad = grad_weight * gain
         return grad if pull is None else torch.addcmul(grad, pull, grad_penalty), None, None, None, None, None
 
 
-def soft_round(logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, beta: float | None = None) -> tuple[Tensor, Tensor]:
+def soft_round(
+    logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, *, beta: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Softly rounded weights and the regularizer of their logits, in one pass forward and one backward.
 
     ``weight = scale * clip(floor + h(V), low, high)``, ``penalty = sum 1 - |2 h(V) - 1|**beta``.
@@ -129,10 +134,11 @@ class _SquaredError(torch.autograd.Function):
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
         difference = prediction - target
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference).square()
+        norm: Tensor = torch.linalg.vector_norm(difference)
+        return norm.square()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         return difference.mul_(2 * gradient), None
 

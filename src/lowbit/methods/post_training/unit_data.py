@@ -3,6 +3,7 @@
 Inputs and targets stream into caches batch by batch, in memory or in memory-mapped files. A pass through the network ends as soon
 as it has reached the unit.
 """
+
 from __future__ import annotations
 
 import os
@@ -52,7 +53,9 @@ class CacheSpace:
                 _reserve(file.fileno(), size * dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape), path
         except (OSError, RuntimeError) as error:
-            raise OutputError(f"cannot make a cache of {size * dtype.itemsize} bytes in {self._folder}: {error}. Make room or use cache='ram'.") from error
+            raise OutputError(
+                f"cannot make a cache of {size * dtype.itemsize} bytes in {self._folder}: {error}. Make room or use cache='ram'."
+            ) from error
 
     def release(self, size: int, path: Path | None) -> None:
         """Give ``size`` bytes back."""
@@ -185,11 +188,15 @@ class CallCache:
             if not slot.is_constant:
                 self._caches[slot.index].write(start, batch_size, x)
             elif not torch.equal(self._constants[slot.index], x):
-                raise CalibrationError("reconstruction: a unit gets a tensor that changes from batch to batch without growing with the batch")
+                raise CalibrationError(
+                    "reconstruction: a unit gets a tensor that changes from batch to batch without growing with the batch"
+                )
 
     def read(self, index: Tensor) -> Call:
         """Arguments and keyword arguments for the samples ``index``."""
-        made: Call = _map(self._template, _Slot, lambda slot: self._constants[slot.index] if slot.is_constant else self._caches[slot.index].read(index))
+        made: Call = _map(
+            self._template, _Slot, lambda slot: self._constants[slot.index] if slot.is_constant else self._caches[slot.index].read(index)
+        )
         return made
 
     def release(self) -> None:

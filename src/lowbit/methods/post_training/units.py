@@ -1,8 +1,10 @@
 """Which parts of a network are reconstructed, in which order, and what flows from one to the next."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +69,9 @@ def block_units(job: PtqJob, patterns: Sequence[str]) -> list[Unit]:
     units = find_blocks(job.model, job.graph, patterns or None)
     if not any(unit.kind == "block" for unit in units):
         reason = "" if job.graph is not None else f" ({job.graph_error})"
-        job.table.note(f"no residual or repeated block was found, so layers were reconstructed one by one{reason}; name blocks with blocks='PATTERN'")
+        job.table.note(
+            f"no residual or repeated block was found, so layers were reconstructed one by one{reason}; name blocks with blocks='PATTERN'"
+        )
         return layer_units(job)
     return units
 
@@ -86,7 +90,9 @@ def plan_units(job: PtqJob, units: Sequence[Unit], *, use_activations: bool = Tr
         if not layers:
             continue
         if unit.kind == "block" and not (facts[unit.name].calls == 1 and facts[unit.name].returns_tensor):
-            job.table.note(f"block {unit.name!r} runs {facts[unit.name].calls} times or does not return one tensor: reconstructed layer by layer")
+            job.table.note(
+                f"block {unit.name!r} runs {facts[unit.name].calls} times or does not return one tensor: reconstructed layer by layer"
+            )
             chosen += [(name, (name,)) for name in layers]
         else:
             chosen.append((unit.name, layers))
@@ -94,17 +100,25 @@ def plan_units(job: PtqJob, units: Sequence[Unit], *, use_activations: bool = Tr
     last: Node | None = None
     for name, layers in sorted(chosen, key=lambda c: order.get(c[0], len(order))):
         if facts[name].calls != 1 or not facts[name].returns_tensor:
-            job.table.note(f"layer {name!r} is rounded to nearest: one pass calls it {facts[name].calls} times, reconstruction needs exactly one")
+            job.table.note(
+                f"layer {name!r} is rounded to nearest: one pass calls it {facts[name].calls} times, reconstruction needs exactly one"
+            )
             continue
         activation, made = None, _returned(job.graph, name)
         if use_activations and layers == (name,) and job.graph is not None:
             activation, made = following_activation(job.graph, name, made)
         is_carried = last is not None and facts[name].has_one_input and name in last.received_by
         module = job.model.get_submodule(layers[-1])
-        planned.append(PlannedUnit(name, layers, activation, is_carried, -1 if isinstance(module, nn.Linear) else 1, sum(facts[n].cost for n in layers)))
+        planned.append(
+            PlannedUnit(
+                name, layers, activation, is_carried, -1 if isinstance(module, nn.Linear) else 1, sum(facts[n].cost for n in layers)
+            )
+        )
         last = made
     if not planned:
-        raise LayerError(f"no layer of {type(job.model).__name__} runs exactly once in a pass, so none can be reconstructed. Use round_to_nearest.")
+        raise LayerError(
+            f"no layer of {type(job.model).__name__} runs exactly once in a pass, so none can be reconstructed. Use round_to_nearest."
+        )
     return planned
 
 
@@ -118,10 +132,14 @@ def following_activation(graph: Dataflow, layer: str, made: Node | None) -> tupl
         node = readers[0]
         if node.op in FOLLOWING:
             operator, options = getattr(torch.ops.aten, node.op), node.arguments[1:]
-            return (lambda x: operator(x, *options)), node
+            return partial(_applied, operator, options), node
         if node.op != "identity":
             break
     return None, made
+
+
+def _applied(operator: Callable[..., Tensor], options: tuple[object, ...], x: Tensor) -> Tensor:
+    return operator(x, *options)
 
 
 def _returned(graph: Dataflow | None, module: str) -> Node | None:

@@ -5,6 +5,7 @@ Paper: Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort 2021, "A W
 Deviations: no range is chosen by cross entropy, because the network's outputs are not quantized; layers of 8 weight bits are rounded to
     nearest, learned rounding begins below, where the paper finds it indispensable.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -100,5 +101,9 @@ class WhitePaper(PostTrainingMethod):
 
     def _adaround(self) -> Adaround:
         return Adaround(
-            iterations=self.iterations, batch_size=self.batch_size, learning_rate=self.learning_rate, precision=self.precision, cache=self.cache
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            precision=self.precision,
+            cache=self.cache,
         )
