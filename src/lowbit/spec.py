@@ -138,7 +138,7 @@ def parse_bits(value: object, where: str) -> int | None:
         return None
     if isinstance(value, str) and value.isdigit():
         value = int(value)
-    return check_bit_width(value, where)
+    return check_bit_width(cast(int, value), where)
 
 
 _FLOAT: Literal["float"] = "float"
@@ -203,8 +203,8 @@ class BitPolicy:
         weight, activation = bits.weight, bits.activation
         for rule in self.rules:
             if rule.applies(name, module):
-                weight = weight if rule.weight is None else None if rule.weight == _FLOAT else cast(int, rule.weight)
-                activation = activation if rule.activation is None else None if rule.activation == _FLOAT else cast(int, rule.activation)
+                weight = weight if rule.weight is None else None if rule.weight == _FLOAT else rule.weight
+                activation = activation if rule.activation is None else None if rule.activation == _FLOAT else rule.activation
         return LayerBits(weight, activation)
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:

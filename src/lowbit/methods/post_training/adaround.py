@@ -49,7 +49,7 @@ class Adaround(PostTrainingMethod):
         iterations: Steps of Adam for each layer.
         batch_size: Calibration samples of one step, drawn at random.
         learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 10000 as much
-            more, at most 0.01.
+            more, at most 0.03.
         regularization: Weight of the regularizer (lambda); it belongs to a loss that is summed over channels.
         warm_start: Share of the iterations without the regularizer.
         beta_start: The regularizer's exponent after the warm start.

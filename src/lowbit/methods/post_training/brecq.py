@@ -88,7 +88,7 @@ class Brecq(PostTrainingMethod):
         iterations: Steps of Adam for each block.
         batch_size: Calibration samples of one step, drawn at random.
         learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 20000 as much
-            more, at most 0.01.
+            more, at most 0.03.
         loss: Error at a block's output: ``mse`` (the released default), ``fisher_diag`` (the paper's) or ``fisher_full``.
         fisher: Weights of the Fisher losses: the gradients scaled to mean square 1 (``paper``), or ``|g| + 1`` (``released``).
         regularization: Weight of the regularizer (lambda); the authors use 0.1 for MobileNetV2 at 2 bits.

@@ -24,7 +24,7 @@ from lowbit.network.layers import evaluating
 
 FisherKind = Literal["released", "paper"]
 
-PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 1e-2
+PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 3e-2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Objective:
 def rounding_learning_rate(given: float | None, iterations: int, paper_iterations: int) -> float:
     """The rate that was given, or else the papers' 0.001, raised where there are fewer iterations than in the paper.
 
-    ``min(0.001 paper_iterations / iterations, 0.01)``: so the logits, which Adam moves by about the rate in each step, still travel
+    ``min(0.001 paper_iterations / iterations, 0.03)``: so the logits, which Adam moves by about the rate in each step, still travel
     far enough to change their minds.
     """
     if given is not None:
