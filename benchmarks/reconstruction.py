@@ -6,7 +6,9 @@ A ResNet-18 basic block (64 channels, 56x56), its last (512 channels, 7x7) and a
 (40 channels, 240 inside, 28x28), batch norms folded, 4 bits, mini-batch 32 out of 64 cached samples, regularizer on. The floor is what
 no loop can avoid: every convolution forward, its weight gradient, and its input gradient in all but the first, on the same shapes in
 channels-last float32. One pinned thread; all variants in each round, one after the other, and the median over rounds of their ratio
-within a round, so that other work on the machine disturbs little. Memory is the peak of a fresh process above the loaded block.
+within a round, so that other work on the machine disturbs little. Each block is timed twice: with glibc's allocator as it is, and told
+to keep freed memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ in the environment), without which every large activation is
+paged in anew. Memory is the peak of a fresh process above the loaded block.
 Results go to benchmarks/results/reconstruction.json.
 """
 
@@ -44,6 +46,8 @@ from lowbit.spec import BitPolicy
 
 RESULTS = Path(__file__).parent / "results" / "reconstruction.json"
 BATCH, CACHED = 32, 64
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+VARIANTS = ("bare convolutions", "lowbit fp32", "lowbit bf16")
 Row = dict[str, object]
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "ResNet-18 block, 64 channels, 56x56": (lambda: ResidualBlock(64, 64, 1), (64, 56)),
@@ -117,18 +121,15 @@ def folded(name: str) -> tuple[nn.Module, Tensor]:
     return block.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
 
 
-def variants(name: str) -> dict[str, Callable[[], None]]:
+def variant_of(name: str, block: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One iteration of a variant."""
+    return Bare(block, x[:BATCH]).run if name == "bare convolutions" else Learning(block, x, name.removeprefix("lowbit ")).run
+
+
+def _speed_of(pipe: multiprocessing.connection.Connection, name: str, seconds: float) -> None:
+    torch.set_num_threads(1)
     block, x = folded(name)
-    return {
-        "bare convolutions": Bare(copy.deepcopy(block), x[:BATCH]).run,
-        "lowbit fp32": Learning(copy.deepcopy(block), x, "fp32").run,
-        "lowbit bf16": Learning(copy.deepcopy(block), x, "bf16").run,
-    }
-
-
-def speed(name: str, seconds: float) -> Row:
-    """Medians of milliseconds and of ratios within a round, for about ``seconds``."""
-    runs = variants(name)
+    runs = {variant: variant_of(variant, copy.deepcopy(block), x) for variant in VARIANTS}
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {key: [] for key in runs}
@@ -156,27 +157,32 @@ def _peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _memory_of(name: str, variant: str, pipe: multiprocessing.connection.Connection) -> None:
+def _memory_of(pipe: multiprocessing.connection.Connection, name: str, variant: str) -> None:
     torch.set_num_threads(1)
     block, x = folded(name)
     before = _peak_mib()
-    run = Bare(block, x[:BATCH]).run if variant == "bare convolutions" else Learning(block, x, variant.removeprefix("lowbit ")).run
+    run = variant_of(variant, block, x)
     run()
     run()
     pipe.send(round(_peak_mib() - before))
 
 
-def memory(name: str) -> Row:
-    """Peak resident memory in MiB above that of the block and the samples: caches of inputs and targets are part of it."""
+def in_new_process(work: Callable[..., None], *arguments: object, environment: dict[str, str] | None = None) -> object:
+    """What ``work(pipe, *arguments)`` sends, from a process started with ``environment`` added to this one's."""
     context = multiprocessing.get_context("spawn")
-    peaks: Row = {}
-    for variant in ("bare convolutions", "lowbit fp32", "lowbit bf16"):
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_memory_of, args=(name, variant, send))
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(send, *arguments))
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
         process.start()
-        peaks[variant] = receive.recv()
-        process.join()
-    return peaks
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    send.close()  # so that a process that dies ends the wait
+    result = receive.recv()
+    process.join()
+    return result
 
 
 def machine() -> Row:
@@ -196,15 +202,18 @@ def machine() -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--core", type=int, default=0, help="the processor core to run on")
-    parser.add_argument("--seconds", type=float, default=45, help="for each block")
+    parser.add_argument("--seconds", type=float, default=25, help="for each block and allocator")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     results: Row = {"machine": machine(), "batch": BATCH, "cached samples": CACHED}
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {args.core})
-    torch.set_num_threads(1)
     for name in BLOCKS:
-        results[name] = {**speed(name, args.seconds), "peak memory (MiB)": memory(name)}
+        results[name] = {
+            "default allocator": in_new_process(_speed_of, name, args.seconds),
+            "memory kept": in_new_process(_speed_of, name, args.seconds, environment=KEEP_MEMORY),
+            "peak memory (MiB)": {variant: in_new_process(_memory_of, name, variant) for variant in VARIANTS},
+        }
         print(f"{name}: {json.dumps(results[name], indent=2)}", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n")

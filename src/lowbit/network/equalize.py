@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.network.channels import (
+    UNCHANGED,
     Channels,
     as_stored,
     block_read,
@@ -33,6 +34,7 @@ from lowbit.network.graph import Dataflow, Node
 from lowbit.network.layers import TRANSPOSED
 
 RangeKind = Literal["max_abs", "max_minus_min"]
+ClipKind = Literal["scale", "replace", "keep"]
 ChannelKind = Literal["plain", "depthwise", "grouped"]
 Activation = Literal["none", "relu"]
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -50,6 +52,7 @@ class LayerState:
         bias: ``[out]`` or ``None``.
         mean, std: Of each output channel before the activation, ``[out]``, or ``None`` where no batch norm told them.
         groups: 1, or the number of channels of a depthwise layer.
+        scale: What each output channel has been divided by so far, ``[out]``.
     """
 
     weight: Tensor
@@ -57,6 +60,7 @@ class LayerState:
     mean: Tensor | None = None
     std: Tensor | None = None
     groups: int = 1
+    scale: Tensor | float = 1.0
 
     def output_ranges(self, kind: RangeKind = "max_abs") -> Tensor:
         """Range of the weights of each output channel, ``[out]``."""
@@ -70,6 +74,7 @@ class LayerState:
         """Divide output channels, with bias and statistics, by ``scale``, ``[out]``."""
         self.weight = self.weight / _along(self.weight, 0, scale)
         self.bias, self.mean, self.std = (None if x is None else x / scale for x in (self.bias, self.mean, self.std))
+        self.scale = self.scale * scale
 
     def multiply_input(self, scale: Tensor) -> None:
         """Multiply input channels by ``scale``, ``[in]``."""
@@ -142,12 +147,14 @@ def equalize(
     return max_sweeps
 
 
-def absorb_bias(first: LayerState, second: LayerState, *, activation: Activation = "relu", n_sigma: float = 3.0) -> Tensor:
+def absorb_bias(
+    first: LayerState, second: LayerState, *, activation: Activation = "relu", n_sigma: float = 3.0, limit: Tensor | None = None
+) -> Tensor:
     """Move the part of the first layer's bias that always gets through the activation into the second layer's bias, in place.
 
     ``c = max(0, mean - n std)`` before a ReLU (``ReLU(x - c) = ReLU(x) - c`` for ``x > c``), ``c = mean`` where nothing is between;
     ``b1 - c``, ``b2 + W2 c``, and the stored mean of the first loses ``c``. Missing biases are made. Exact where the second layer
-    sees no padding.
+    sees no padding. Where the activation clips at ``limit``, ``[channels]``, ``c`` does not exceed it.
 
     Returns:
         ``c``, ``[channels]``.
@@ -156,6 +163,8 @@ def absorb_bias(first: LayerState, second: LayerState, *, activation: Activation
     """
     assert first.mean is not None and first.std is not None
     absorbed = first.mean if activation == "none" else (first.mean - n_sigma * first.std.abs()).clamp(min=0)
+    if limit is not None:
+        absorbed = torch.minimum(absorbed, limit)
     first.bias = (torch.zeros_like(absorbed) if first.bias is None else first.bias) - absorbed
     first.mean = first.mean - absorbed
     moved = response(second.weight, absorbed, second.groups)
@@ -205,6 +214,7 @@ class Link:
         is_padded: Whether zeros are added to what the second layer reads.
         can_absorb: Whether a constant added to the first layer's output is a constant at the second layer's output.
         clips: Operations between that would be homogeneous without their upper limit (ReLU6).
+        limit: That upper limit where it is rescaled with the channels.
     """
 
     first: str
@@ -214,6 +224,7 @@ class Link:
     is_padded: bool = False
     can_absorb: bool = True
     clips: tuple[Node, ...] = ()
+    limit: float | None = None
 
 
 def find_links(model: nn.Module, dataflow: Dataflow) -> list[Link]:
@@ -310,40 +321,88 @@ def _adds_zeros(node: Node) -> bool:
     return node.op in ("pad", "constant_pad_nd")
 
 
-def open_clips(model: nn.Module, dataflow: Dataflow, links: Sequence[Link]) -> tuple[list[Link], list[str], list[Node]]:
-    """Replace, in place, the ``nn.ReLU6`` modules (``nn.Hardtanh`` from 0) within ``links`` by ``nn.ReLU``; the dataflow is updated alike.
+class ChannelClip(nn.Module):
+    """A ReLU with an upper limit for each channel, ``min(max(x, 0), limit)``: what ReLU6 is between rescaled channels.
+
+    Args:
+        limit: ``[channels]``.
+        rank: Dimensions behind the channels in the tensors that it gets.
+
+    Source: Nagel et al. 2019, section 4.1 (``f(s x) = s f^(x)`` for a piecewise linear ``f``).
+    """
+
+    def __init__(self, limit: Tensor, rank: int) -> None:
+        super().__init__()
+        self.limit: Tensor
+        self.register_buffer("limit", limit.reshape(-1, *[1] * rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.relu(x), self.limit)
+
+
+def open_clips(
+    model: nn.Module, dataflow: Dataflow, links: Sequence[Link], kind: ClipKind = "scale"
+) -> tuple[list[Link], list[Node]]:
+    """What becomes of the ``nn.ReLU6`` modules (``nn.Hardtanh`` from 0) within ``links``.
+
+    ``scale`` leaves the clip and names its ``limit`` in the link: ``limit_channels`` puts it in place once the scales are known, so
+    that the function stays. ``replace`` makes it an ``nn.ReLU``, in place, and the dataflow alike. ``keep`` ends the chain.
 
     Returns:
-        The links that are homogeneous now, the modules that were replaced, and the operations that the network's own code computes,
-        which end their chains.
+        The links that channels can be rescaled across, and the operations that end their chains: what the network's own code computes,
+        and, when scaled, a clip that is not right behind its layer or whose module runs several times.
 
-    Source: section 5.1.1.
+    Source: section 5.1.1 (``replace``), section 4.1 (``scale``).
     """
     open_links: list[Link] = []
-    replaced: dict[str, None] = {}
     blocked: list[Node] = []
     for link in links:
-        inside = [node for node in link.clips if node.owner not in replaced]
+        inside = [node for node in link.clips if is_clip(node)]  # a module that is in several links was replaced with the first
+        if not inside:
+            open_links.append(replace(link, clips=()))
+            continue
+        if kind == "keep":
+            continue
         fixed = [node for node in inside if type(model.get_submodule(node.owner)) not in (nn.ReLU6, nn.Hardtanh)]
-        blocked += fixed
+        if kind == "scale":
+            fixed += [node for node in inside if not _is_right_behind(dataflow, node, link.first) or dataflow.calls(node.owner) != 1]
+        blocked += dict.fromkeys(fixed)
         if fixed:
             continue
+        if kind == "scale":
+            open_links.append(replace(link, limit=min(limits[1] for node in inside if (limits := clip_limits(node)) is not None)))
+            continue
         for node in inside:
-            _replace_clip(model, dataflow, node.owner)
-            replaced[node.owner] = None
+            _replace_module(model, dataflow, node.owner, nn.ReLU(inplace=bool(model.get_submodule(node.owner).inplace)), "relu")
         open_links.append(replace(link, clips=()))
-    return open_links, list(replaced), blocked
+    return open_links, blocked
 
 
-def _replace_clip(model: nn.Module, dataflow: Dataflow, name: str) -> None:
+def _is_right_behind(dataflow: Dataflow, node: Node, layer: str) -> bool:
+    (before,) = dataflow.producers(node)
+    while before.op in UNCHANGED:
+        (before,) = dataflow.producers(before)
+    return before.layer == layer
+
+
+def limit_channels(model: nn.Module, dataflow: Dataflow, link: Link, limit: Tensor) -> None:
+    """Clip each channel between the layers of ``link`` at ``limit``, ``[channels]``, instead of all at one value."""
+    (clip,) = {node.owner: node for node in link.clips}.values()
+    channels = channels_made(model.get_submodule(link.first), dataflow.of_layer(link.first)[0])
+    weight = model.get_submodule(link.first).weight
+    assert channels is not None and isinstance(weight, Tensor)
+    _replace_module(model, dataflow, clip.owner, ChannelClip(limit.to(weight), len(clip.shape) - channels.axis - 1), "channel_clip")
+
+
+def _replace_module(model: nn.Module, dataflow: Dataflow, name: str, new: nn.Module, op: str) -> None:
     clip = model.get_submodule(name)
-    relu = nn.ReLU(inplace=bool(clip.inplace)).train(clip.training)
+    new.train(clip.training)
     for place in [place for place, module in model.named_modules(remove_duplicate=False) if module is clip]:
         parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, relu)
+        setattr(model.get_submodule(parent), child, new)
     for node in dataflow.nodes:
         if node.owner == name and is_clip(node):
-            node.op, node.arguments = "relu", node.arguments[:1]
+            node.op, node.arguments = op, node.arguments[:1]
 
 
 def sets_of(model: nn.Module, links: Sequence[Link], cover: Literal["pairs", "sets"] = "pairs") -> list[tuple[str, ...]]:

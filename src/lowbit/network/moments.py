@@ -129,6 +129,13 @@ def clipped(x: Moments, low: float, high: float) -> Moments:
     return Moments(mean, variance.sqrt(), x.lo.clamp(low, high), x.hi.clamp(low, high), x.channels)
 
 
+def limited(x: Moments, limit: Tensor) -> Moments:
+    """Moments of ``min(max(x, 0), limit)`` for a limit of each channel; a channel whose limit is not above 0 is 0."""
+    limit = limit.clamp(min=1e-12)
+    unit = clipped(Moments(x.mean / limit, x.std / limit, x.lo / limit, x.hi / limit, x.channels), 0.0, 1.0)
+    return Moments(unit.mean * limit, unit.std * limit, unit.lo * limit, unit.hi * limit, x.channels)
+
+
 def added(x: Moments, y: Moments, n_sigma: float) -> Moments:
     """Moments of ``x + y`` for independent operands: means and variances add; the range is that of ``n_sigma`` deviations, within the sum of ranges."""
     mean, std = x.mean + y.mean, (x.std.square() + y.std.square()).sqrt()
@@ -272,6 +279,10 @@ class MomentsWalk:
         if node.op in REGROUPING:
             channels = None if x.channels is None or node.op not in MOVING else follow(node, before, x.channels)
             return x.pooled() if channels is None else replace(x, channels=channels)
+        if node.op == "channel_clip":
+            limit = self.model.get_submodule(node.owner).limit
+            assert isinstance(limit, Tensor)
+            return limited(x, limit.detach().cpu().double().flatten())
         if node.op == "prelu":
             slope = getattr(self.model.get_submodule(node.owner), "weight", None)
             if not isinstance(slope, Tensor) or slope.numel() not in (1, x.mean.numel()):

@@ -4,7 +4,8 @@ Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Thr
     Section 4.1 (equalization, absorption: ``lowbit.network.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
 Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
 Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
-    ReLU6 becomes ReLU only where it stands between two layers that are equalized; where no batch norm tells the distribution of a
+    ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose their accuracy
+    with the paper's ReLU (``relu6=replace``); where no batch norm tells the distribution of a
     tensor it is propagated through the layers (``lowbit.network.moments``); with calibration data ranges come from that.
 """
 
@@ -22,7 +23,19 @@ from lowbit.errors import CalibrationError, SpecError
 from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.methods.post_training.unit_data import call_of
 from lowbit.network.channels import by_output_channel, groups_of, response
-from lowbit.network.equalize import RangeKind, absorb_bias, equalize, find_links, open_clips, read_states, set_bias, sets_of, write_states
+from lowbit.network.equalize import (
+    ClipKind,
+    RangeKind,
+    absorb_bias,
+    equalize,
+    find_links,
+    limit_channels,
+    open_clips,
+    read_states,
+    set_bias,
+    sets_of,
+    write_states,
+)
 from lowbit.network.insert import float_weight, weight_quantizer
 from lowbit.network.layers import TRANSPOSED, evaluating, output_channel_axis
 from lowbit.network.moments import Moments, MomentsWalk
@@ -69,25 +82,26 @@ def channel_mean(x: Tensor, axis: int = 1) -> Tensor:
 
 
 def equalize_layers(
-    job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", replace_relu6: bool = True, absorb: Absorb = "all"
+    job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", relu6: ClipKind = "scale", absorb: Absorb = "all"
 ) -> None:
     """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; it is the reference from then on.
 
-    ReLU6 between layers becomes ReLU (``replace_relu6``) or ends the chain; notes in the table say what was done.
+    ``relu6`` says what becomes of ReLU6 between layers (``open_clips``); notes in the table say what was done.
     """
     graph = job.need_graph("equalization")
-    links = find_links(job.model, graph)
-    if replace_relu6:
-        links, replaced, blocked = open_clips(job.model, graph, links)
-        if replaced:
-            job.table.note(f"ReLU6 became ReLU in {len(replaced)} places, so that channels can be rescaled across it")
-        if blocked:
-            places = ", ".join(sorted({repr(node.owner) if node.owner else "the network" for node in blocked}))
-            job.table.note(
-                f"layers around a clipped activation that the code of {places} computes were not equalized: make it an nn.ReLU6 module"
-            )
-    else:
-        links = [link for link in links if not link.clips]
+    found = find_links(job.model, graph)
+    links, blocked = open_clips(job.model, graph, found, relu6)
+    scaled = [link for link in links if link.limit is not None]
+    replaced = {node.owner for link in found for node in link.clips if node.op == "relu"}
+    if replaced:
+        job.table.note(f"ReLU6 became ReLU in {len(replaced)} places, so that channels can be rescaled across it")
+    if scaled:
+        job.table.note(f"ReLU6 got a limit for each channel in {len(scaled)} places, so that channels can be rescaled across it")
+    if blocked:
+        places = ", ".join(sorted({repr(node.owner) if node.owner else "the network" for node in blocked}))
+        job.table.note(
+            f"layers around a clipped activation of {places} were not equalized: make it an nn.ReLU6 module that runs once, right behind its layer"
+        )
     if not links:
         job.table.note("nothing was equalized: no two layers follow one another with only ReLU, padding or pooling between")
     states = read_states(job.model, links, job.statistics)
@@ -95,9 +109,13 @@ def equalize_layers(
     moved = 0
     for link in links:
         first, second = states[link.first], states[link.second]
-        if absorb == "none" or first.mean is None or not link.can_absorb or (absorb == "unpadded" and link.is_padded):
-            continue
-        moved += int((absorb_bias(first, second, activation=link.activation) != 0).sum())
+        limit = None if link.limit is None else torch.as_tensor(link.limit / first.scale).expand(len(first.weight))
+        if absorb != "none" and first.mean is not None and link.can_absorb and not (absorb == "unpadded" and link.is_padded):
+            absorbed = absorb_bias(first, second, activation=link.activation, limit=limit)
+            limit = None if limit is None else limit - absorbed
+            moved += int((absorbed != 0).sum())
+        if limit is not None:
+            limit_channels(job.model, graph, link, limit)
     write_states(job.model, states, job.statistics)
     if links:
         job.table.note(f"equalized {len(links)} pairs of layers in {sweeps} sweeps, absorbed the bias of {moved} channels")
@@ -268,7 +286,8 @@ class Dfq(PostTrainingMethod):
         equalize: ``pairs``: all neighbouring layers, again and again until nothing moves; ``sets``: AIMET's pairs and depthwise
             triples; ``none``.
         equalize_range: What counts as a channel's range: ``max_abs``, or ``max_minus_min``.
-        replace_relu6: Make ReLU6 between equalized layers a ReLU; otherwise it ends the chain.
+        relu6: What becomes of ReLU6 between equalized layers: ``scale``, a limit for each channel, so that the network's function
+            stays; ``replace``, a ReLU as in the paper; ``keep``, it ends the chain.
         absorb_bias: Move high biases into the next layer: ``all``, ``unpadded`` (only where that is exact up to rare values: no zeros are
             added between), ``none``.
         bias_correction: ``analytic`` from statistics, ``empirical`` on calibration data, ``none``.
@@ -284,7 +303,7 @@ class Dfq(PostTrainingMethod):
     symmetric_weights: bool = True
     equalize: Literal["pairs", "sets", "none"] = "pairs"
     equalize_range: Literal["max_abs", "max_minus_min"] = "max_abs"
-    replace_relu6: bool = True
+    relu6: Literal["scale", "replace", "keep"] = "scale"
     absorb_bias: Literal["all", "unpadded", "none"] = "all"
     bias_correction: Literal["analytic", "empirical", "none"] = "analytic"
     shift_statistics: bool = False
@@ -310,7 +329,7 @@ class Dfq(PostTrainingMethod):
             job.need_calibration("empirical bias correction")
         job.fold()
         if self.equalize != "none":
-            equalize_layers(job, cover=self.equalize, kind=self.equalize_range, replace_relu6=self.replace_relu6, absorb=self.absorb_bias)
+            equalize_layers(job, cover=self.equalize, kind=self.equalize_range, relu6=self.relu6, absorb=self.absorb_bias)
         job.insert_weights(self.weight_quantizer)
         self._clip_weights(job)
         uses_data = self.activation_ranges == "data" or (self.activation_ranges == "auto" and job.calibration is not None)

@@ -19,6 +19,7 @@ from lowbit.quantizers import QTensor, Quantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, code_dtype
 
 ZETA, GAMMA = 1.1, -0.1  # how far the sigmoid is stretched beyond 1 and 0
+CACHED_ELEMENTS = 2**16  # of a tensor that stays in a processor's cache while a dozen passes run over it
 DECIDED = 0.01  # a share this close to 0 or 1 counts as decided
 
 LossKind = Literal["mse", "fisher_diag", "fisher_full"]
@@ -38,27 +39,36 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (position - position.floor() - GAMMA) - 1)
 
 
+def _parts(x: Tensor) -> list[slice]:
+    """Runs of the first dimension short enough for a processor's cache, where a dozen passes over them cost little; one run elsewhere."""
+    rows = x.shape[0] if x.device.type != "cpu" else max(1, CACHED_ELEMENTS * x.shape[0] // max(x.numel(), 1))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], max(rows, 1))]
+
+
 class _SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None
-    ) -> tuple[Tensor, Tensor]:
-        sigmoid = torch.sigmoid(logits)
-        share = sigmoid * (ZETA - GAMMA) + GAMMA
-        slope = (sigmoid - sigmoid.square()).mul_(ZETA - GAMMA).mul_((share >= 0) & (share <= 1))
-        share.clamp_(0, 1)
-        code = floor + share
-        inside = (code >= low) & (code <= high)
-        weight = torch.clamp(code, low, high).mul_(scale)
-        if beta is None:
-            penalty, pull = logits.new_zeros(()), None
-        else:
-            signed = share.mul_(2).sub_(1)
-            magnitude = signed.abs()
-            pull = magnitude.pow(beta - 1)
-            penalty = magnitude.numel() - (pull * magnitude).sum()
-            pull = pull.mul_(signed.sign_()).mul_(slope).mul_(-2 * beta)
-        ctx.save_for_backward(slope.mul_(inside).mul_(scale), pull)
+    def forward(ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+        weight, gain = torch.empty_like(logits), torch.empty_like(logits)
+        pull = None if beta is None else torch.empty_like(logits)
+        scale, low, high = (t.expand(logits.shape) for t in (scale, low, high))
+        penalty = logits.new_zeros(())
+        for part in _parts(logits):
+            sigmoid = torch.sigmoid(logits[part])
+            stretched = sigmoid * (ZETA - GAMMA) + GAMMA
+            share = stretched.clamp(0, 1)
+            slope = (sigmoid - sigmoid.square()).mul_(ZETA - GAMMA).mul_(share == stretched)
+            wanted = floor[part] + share
+            code = wanted.clamp(low[part], high[part])
+            inside = code == wanted
+            torch.mul(code, scale[part], out=weight[part])
+            if beta is not None and pull is not None:
+                signed = share.mul_(2).sub_(1)
+                magnitude = signed.abs()
+                power = magnitude.pow(beta - 1)
+                penalty += magnitude.numel() - magnitude.mul_(power).sum()
+                torch.mul(power.mul_(signed.sign_()).mul_(slope), -2 * beta, out=pull[part])
+            torch.mul(slope.mul_(inside), scale[part], out=gain[part])
+        ctx.save_for_backward(gain, pull)
         return weight, penalty
 
     @staticmethod
