@@ -17,7 +17,8 @@ EXACT_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """One folded batch norm, with what it says of the layer's output before the activation: mean (beta) and deviation (|gamma|)."""
+    """One folded batch norm, with what it says of the layer's output before the activation: mean (beta) and deviation,
+    ``|gamma| sqrt(var / (var + eps))``."""
 
     layer: str
     norm: str
@@ -105,9 +106,11 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
         )
         layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+        # a channel that hardly varies does so behind the norm too, whatever gamma says
+        share = (var / (var + norm.eps)).sqrt().to(out_std)
         _neutralize(model, dataflow, norm_name, norm)
         dataflow.forget(norm_name)
-        folded.append(FoldedNorm(layer_name, norm_name, out_mean, out_std))
+        folded.append(FoldedNorm(layer_name, norm_name, out_mean, out_std * share))
     return folded
 
 

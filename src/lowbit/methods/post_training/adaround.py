@@ -38,7 +38,7 @@ PAPER_ITERATIONS = 10_000
         needs=("calibration",),
         fidelity="exact; held against the authors' company's toolkit (AIMET)",
         summary="learns to round each weight up or down, layer by layer, so that the layer's output stays",
-        margin_db=3.0,
+        margin_db=0.5,
     )
 )
 @dataclass

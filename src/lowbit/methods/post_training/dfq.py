@@ -4,6 +4,7 @@ Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Thr
     Section 4.1 (equalization, absorption: ``lowbit.network.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
 Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
 Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
+    biases are absorbed only where the next layer adds no zeros, because it is wrong at borders (``absorb_bias=all``);
     ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose their accuracy
     with the paper's ReLU (``relu6=replace``); where no batch norm tells the distribution of a
     tensor it is propagated through the layers (``lowbit.network.moments``); with calibration data ranges come from that.
@@ -82,7 +83,7 @@ def channel_mean(x: Tensor, axis: int = 1) -> Tensor:
 
 
 def equalize_layers(
-    job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", relu6: ClipKind = "scale", absorb: Absorb = "all"
+    job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", relu6: ClipKind = "scale", absorb: Absorb = "unpadded"
 ) -> None:
     """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; it is the reference from then on.
 
@@ -274,7 +275,7 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         needs=("graph",),
         fidelity="exact; held against the authors' company's toolkit (AIMET) and an independent program",
         summary="no data: equalizes channels across layers, corrects biases, takes ranges from batch norms",
-        margin_db=0.0,
+        margin_db=10.0,
     )
 )
 @dataclass
@@ -304,7 +305,7 @@ class Dfq(PostTrainingMethod):
     equalize: Literal["pairs", "sets", "none"] = "pairs"
     equalize_range: Literal["max_abs", "max_minus_min"] = "max_abs"
     relu6: Literal["scale", "replace", "keep"] = "scale"
-    absorb_bias: Literal["all", "unpadded", "none"] = "all"
+    absorb_bias: Literal["all", "unpadded", "none"] = "unpadded"
     bias_correction: Literal["analytic", "empirical", "none"] = "analytic"
     shift_statistics: bool = False
     weight_clip: float | None = None

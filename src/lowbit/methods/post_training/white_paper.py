@@ -33,7 +33,7 @@ WIDE = 8  # weight bits at which rounding to nearest is enough
         needs=(),
         fidelity="the recipe, of parts that are held against their authors' code",
         summary="the default: equalization, ranges of least error, and learned rounding (with data) or bias correction (without)",
-        margin_db=0.0,
+        margin_db=0.5,
     )
 )
 @dataclass
