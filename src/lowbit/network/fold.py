@@ -18,7 +18,8 @@ EXACT_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @dataclass(frozen=True)
 class FoldedNorm:
     """One folded batch norm, with what it says of the layer's output before the activation: mean (beta) and deviation,
-    ``|gamma| sqrt(var / (var + eps))``."""
+    ``|gamma| sqrt(var / (var + eps))``.
+    """
 
     layer: str
     norm: str
