@@ -16,6 +16,7 @@ from lowbit.errors import GraphError, MissingExtraError, SpecError
 from lowbit.export.export import ExportReport, export
 from lowbit.export.onnx_runtime import load_onnx
 from lowbit.methods.quantize import quantize
+from lowbit.network.equalize import ChannelClip
 from lowbit.network.insert import set_input_quantizer, set_output_quantizer
 from lowbit.quantizers import CodebookQuantizer, UniformQuantizer
 from lowbit.spec import BitPolicy
@@ -143,6 +144,20 @@ def test_a_clip_narrower_than_the_grid_is_applied_to_the_codes(
     clips = [node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "Clip"]
     assert all(node.input[0].endswith(".QuantizeLinear") for node in clips)
     assert report.notes == ("computed in float, because the result is the network's output: second",)
+
+
+def test_a_limit_of_each_channel_is_applied_between_integer_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Everything().eval()
+    with torch.no_grad():
+        model.stem.weight *= torch.exp2(torch.linspace(-3, 3, 8))[:, None, None, None]
+    equalized = quantize(model, method="dfq", calibration=IMAGE)
+    assert isinstance(equalized.act, ChannelClip)
+    report = write(equalized, tmp_path / "m.onnx")
+    assert report.integer is not None
+    assert (report.integer.conv_integer, report.integer.linear_integer) == (6, 1)
+    assert report.integer.operators["Min"] == 2
+    assert report.parity.sqnr_db > 30
 
 
 def quantized_weights(model: nn.Module) -> nn.Module:

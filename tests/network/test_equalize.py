@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 from lowbit.calibration import Inputs
 from lowbit.network.equalize import (
+    ChannelClip,
     LayerState,
     absorb_bias,
     chain_sets,
     equalize,
     equalize_set,
     find_links,
+    limit_channels,
     open_clips,
     pair_scales,
     read_states,
@@ -166,27 +168,65 @@ def test_a_residual_add_ends_the_chain() -> None:
     assert [(link.first, link.second, link.activation, link.is_padded) for link in links] == [("conv1", "conv2", "relu", True)]
 
 
-def test_relu6_modules_are_opened_and_functions_end_the_chain() -> None:
+def test_relu6_gets_a_limit_for_each_channel_and_the_function_stays() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8) * 6
+    model = Separable(nn.ReLU6).eval()
+    with torch.no_grad():
+        model.expand.weight *= spread(8)[:, None, None, None]
+    result = copy.deepcopy(model)
+    graph = capture(result, Inputs.of(x))
+    links, blocked = open_clips(result, graph, find_links(result, graph), "scale")
+    assert not blocked
+    assert [link.limit for link in links] == [6.0, 6.0, None]
+    states = read_states(result, links, {})
+    equalize(states, sets_of(result, links))
+    for link in links[:2]:
+        limit_channels(result, graph, link, torch.as_tensor(6.0 / states[link.first].scale))
+    write_states(result, states, {})
+    assert isinstance(result.act1, ChannelClip)
+    clipped = (model.act1(model.expand(x)) == 6).float().mean()
+    assert 0.05 < clipped < 0.95
+    torch.testing.assert_close(result(x), model(x), rtol=1e-4, atol=1e-4)
+    assert result.act1.limit.max() > 4 * result.act1.limit.min()
+
+
+def test_relu6_becomes_relu_or_ends_the_chain() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = Separable(nn.ReLU6).eval()
     graph = capture(model, Inputs.of(x))
     links = find_links(model, graph)
     assert [len(link.clips) for link in links] == [1, 1, 0]
-    opened, replaced, blocked = open_clips(model, graph, links)
-    assert replaced == ["act1", "act2"]
+    kept, blocked = open_clips(model, graph, links, "keep")
+    assert [(link.first, link.second) for link in kept] == [("project", "head")]
     assert not blocked
-    assert all(not link.clips for link in opened)
+    opened, blocked = open_clips(model, graph, links, "replace")
+    assert not blocked
+    assert all(not link.clips and link.limit is None for link in opened)
     assert isinstance(model.act1, nn.ReLU)
+    assert isinstance(model.act2, nn.ReLU)
 
+
+@pytest.mark.parametrize("kind", ["replace", "scale"])
+def test_clips_that_cannot_be_replaced_end_the_chain(kind: str) -> None:
     class Clipped(Separable):
         def forward(self, x: Tensor) -> Tensor:
             return self.project(F.relu6(self.depthwise(F.relu6(self.expand(x)))))
 
+    x = torch.randn(2, 3, 8, 8)
     functional = Clipped().eval()
     graph = capture(functional, Inputs.of(x))
-    opened, replaced, blocked = open_clips(functional, graph, find_links(functional, graph))
+    opened, blocked = open_clips(functional, graph, find_links(functional, graph), kind)
     assert not opened
-    assert not replaced
+    assert len(blocked) == 2
+
+
+def test_a_clip_that_runs_twice_gets_no_limit() -> None:
+    model, x = Separable(nn.ReLU6).eval(), torch.randn(2, 3, 8, 8)
+    model.act2 = model.act1
+    graph = capture(model, Inputs.of(x))
+    opened, blocked = open_clips(model, graph, find_links(model, graph), "scale")
+    assert [(link.first, link.second) for link in opened] == [("project", "head")]
     assert len(blocked) == 2
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowbit.calibration import Inputs
 from lowbit.network.fold import fold_batch_norms
 from lowbit.network.graph import capture
-from lowbit.network.moments import Moments, MomentsWalk, added, clipped, clipped_normal_moments, mapped, multiplied
+from lowbit.network.moments import Moments, MomentsWalk, added, clipped, clipped_normal_moments, limited, mapped, multiplied
 
 MEAN, STD = torch.tensor([-1.0, 0.3, 2.0, 5.0]), torch.tensor([0.5, 1.0, 2.0, 0.1])
 SAMPLES = MEAN[:, None] + STD[:, None] * torch.randn(4, 400_000, generator=torch.Generator().manual_seed(0))
@@ -88,6 +88,12 @@ def test_every_tensor_of_a_network_is_told_from_its_norms() -> None:
         torch.testing.assert_close(walk.known[node.name].std.float(), rows.std(1), rtol=0.15, atol=0.1)
     (head,) = graph.of_layer("head")
     assert head.name in walk.known
+
+
+def test_a_limit_of_each_channel_clips_each_by_itself() -> None:
+    limit = torch.tensor([0.1, 0.5, 3.0, -1.0])
+    values = torch.minimum(SAMPLES.relu(), limit.clamp(min=0)[:, None])
+    assert_matches(limited(normal(), limit.double()), values)
 
 
 def test_the_operation_that_blocks_is_named() -> None:

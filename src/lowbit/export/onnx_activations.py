@@ -42,8 +42,13 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
         reasons.setdefault("uint8 codes cannot hold the grid of the activation quantizer", []).append(str(node.outputs[0].name))
         _quantize_in_float(node, qmin, qmax)
         return
-    x, grid = _absorb_clips(x, grid)
-    quantized = _insert_pair(node, x, grid, node.outputs[0].name, after=False)
+    name = node.outputs[0].name
+    limit = _channel_limit(x)
+    if limit is None:
+        x, grid = _absorb_clips(x, grid)
+        quantized = _insert_pair(node, x, grid, name, after=False)
+    else:
+        quantized = _quantize_limited(node, x, limit, grid)
     grids[quantized] = grid
     take_place_of(node, quantized)
 
@@ -57,9 +62,35 @@ def _uint8_grid(scale: Array | None, zero_point: Array | None, qmin: int, qmax: 
     return Grid(np.float32(scale.item()), int(zero) - qmin, 0, qmax - qmin)
 
 
-def _absorb_clips(x: ir.Value, grid: Grid) -> tuple[ir.Value, Grid]:
-    """The input of a ReLU or clip that only quantizers read, and the codes that are left of ``grid``."""
-    while (bounds := _clip_bounds(x)) is not None and not x.is_graph_output() and all(use.node.op_type == QUANTIZE for use in x.uses()):
+def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> ir.Value:
+    """Quantize before the limit and again behind it, so that the layer before ends in integers.
+
+    Rounding keeps order: ``Q(min(y, limit)) = min(Q(y), Q(limit))``.
+    """
+    name, producer = node.outputs[0].name, x.producer()
+    assert producer is not None
+    before, unlimited = _absorb_clips(input_of(producer, 0), grid, reader="Min")
+    quantized = _insert_pair(node, before, unlimited, f"{name}.unlimited", after=False)
+    codes = np.clip(np.rint(limit / grid.scale) + grid.zero_point, grid.lo, grid.hi) - grid.zero_point
+    on_grid = add_initializer(graph_of(node), f"{name}.limit", (codes * grid.scale).astype(np.float32))
+    limited = ir.node("Min", [quantized, on_grid])
+    limited.outputs[0].shape, limited.outputs[0].type = x.shape, x.type
+    graph_of(node).insert_before(node, limited)
+    return _insert_pair(node, limited.outputs[0], Grid(grid.scale, grid.zero_point, 0, 255), name, after=False)
+
+
+def _channel_limit(x: ir.Value) -> Array | None:
+    """The constant upper limits of ``x`` if it comes from a minimum that only quantizers read."""
+    node = x.producer()
+    if node is None or node.domain != "" or node.op_type != "Min" or len(node.inputs) != 2 or node.inputs[1] is None:
+        return None
+    is_free = not x.is_graph_output() and all(use.node.op_type == QUANTIZE for use in x.uses())
+    return constant_of(node.inputs[1]) if is_free else None
+
+
+def _absorb_clips(x: ir.Value, grid: Grid, *, reader: str = QUANTIZE) -> tuple[ir.Value, Grid]:
+    """The input of a ReLU or clip that only operators ``reader`` read, and the codes that are left of ``grid``."""
+    while (bounds := _clip_bounds(x)) is not None and not x.is_graph_output() and all(use.node.op_type == reader for use in x.uses()):
         lo, hi = (min(max(grid.code(bound), grid.lo), grid.hi) for bound in bounds)
         grid = Grid(grid.scale, grid.zero_point, lo, hi)
         producer = x.producer()

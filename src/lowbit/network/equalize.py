@@ -340,9 +340,7 @@ class ChannelClip(nn.Module):
         return torch.minimum(torch.relu(x), self.limit)
 
 
-def open_clips(
-    model: nn.Module, dataflow: Dataflow, links: Sequence[Link], kind: ClipKind = "scale"
-) -> tuple[list[Link], list[Node]]:
+def open_clips(model: nn.Module, dataflow: Dataflow, links: Sequence[Link], kind: ClipKind = "scale") -> tuple[list[Link], list[Node]]:
     """What becomes of the ``nn.ReLU6`` modules (``nn.Hardtanh`` from 0) within ``links``.
 
     ``scale`` leaves the clip and names its ``limit`` in the link: ``limit_channels`` puts it in place once the scales are known, so
@@ -363,10 +361,8 @@ def open_clips(
             continue
         if kind == "keep":
             continue
-        fixed = [node for node in inside if type(model.get_submodule(node.owner)) not in (nn.ReLU6, nn.Hardtanh)]
-        if kind == "scale":
-            fixed += [node for node in inside if not _is_right_behind(dataflow, node, link.first) or dataflow.calls(node.owner) != 1]
-        blocked += dict.fromkeys(fixed)
+        fixed = [node for node in inside if not _can_change(model, dataflow, link, node, kind)]
+        blocked += fixed
         if fixed:
             continue
         if kind == "scale":
@@ -378,11 +374,15 @@ def open_clips(
     return open_links, blocked
 
 
-def _is_right_behind(dataflow: Dataflow, node: Node, layer: str) -> bool:
-    (before,) = dataflow.producers(node)
+def _can_change(model: nn.Module, dataflow: Dataflow, link: Link, clip: Node, kind: ClipKind) -> bool:
+    if type(model.get_submodule(clip.owner)) not in (nn.ReLU6, nn.Hardtanh):
+        return False
+    if kind == "replace":
+        return True
+    (before,) = dataflow.producers(clip)
     while before.op in UNCHANGED:
         (before,) = dataflow.producers(before)
-    return before.layer == layer
+    return before.layer == link.first and dataflow.calls(clip.owner) == 1
 
 
 def limit_channels(model: nn.Module, dataflow: Dataflow, link: Link, limit: Tensor) -> None:

@@ -144,13 +144,23 @@ def test_analytic_correction_helps_a_coarse_network() -> None:
     assert bias["on"] < bias["off"]
 
 
-def test_relu6_becomes_relu_or_ends_the_chain() -> None:
+def test_relu6_is_scaled_replaced_or_ends_the_chain() -> None:
     model = settled(Depthwise(), X)
-    opened, kept = dfq(model), dfq(model, replace_relu6=False)
-    assert sum(isinstance(m, nn.ReLU6) for m in opened.modules()) == 0
-    assert sum(isinstance(m, nn.ReLU6) for m in kept.modules()) == 2
-    assert "ReLU6 became ReLU in 2 places" in notes(opened)
+    scaled, replaced, kept = (dfq(model, relu6=kind) for kind in ("scale", "replace", "keep"))
+    assert [sum(isinstance(m, nn.ReLU6) for m in result.modules()) for result in (scaled, replaced, kept)] == [0, 0, 2]
+    assert "a limit for each channel in 2 places" in notes(scaled)
+    assert "ReLU6 became ReLU in 2 places" in notes(replaced)
     assert sum(isinstance(m, nn.ReLU6) for m in model.modules()) == 2  # the caller's network is not changed
+
+
+def test_a_network_that_relies_on_its_clips_keeps_them() -> None:
+    model = settled(Depthwise(), X)
+    with torch.no_grad():
+        for norm in (model.block[1], model.block[4]):  # type: ignore[index]
+            norm.weight *= 6  # now a good part of the values is above 6
+    scaled, replaced = (dfq(model, relu6=kind, calibration=X) for kind in ("scale", "replace"))
+    assert sqnr(model, scaled) > 25
+    assert sqnr(model, replaced) < 10
 
 
 def test_clipped_weights_get_a_narrower_range() -> None:

@@ -47,7 +47,9 @@ def _parts(x: Tensor) -> list[slice]:
 
 class _SoftRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, floor: Tensor, scale: Tensor, low: Tensor, high: Tensor, beta: float | None
+    ) -> tuple[Tensor, Tensor]:
         weight, gain = torch.empty_like(logits), torch.empty_like(logits)
         pull = None if beta is None else torch.empty_like(logits)
         scale, low, high = (t.expand(logits.shape) for t in (scale, low, high))
