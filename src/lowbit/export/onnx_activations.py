@@ -71,7 +71,7 @@ def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> i
     assert producer is not None
     before, unlimited = _absorb_clips(input_of(producer, 0), grid, reader="Min")
     quantized = _insert_pair(node, before, unlimited, f"{name}.unlimited", after=False)
-    codes = np.clip(np.rint(limit / grid.scale) + grid.zero_point, grid.lo, grid.hi) - grid.zero_point
+    codes = np.clip(np.rint(limit.astype(np.float32) / grid.scale) + grid.zero_point, grid.lo, grid.hi) - grid.zero_point
     on_grid = add_initializer(graph_of(node), f"{name}.limit", (codes * grid.scale).astype(np.float32))
     limited = ir.node("Min", [quantized, on_grid])
     limited.outputs[0].shape, limited.outputs[0].type = x.shape, x.type
