@@ -68,7 +68,7 @@ def has_field(info: MethodInfo, name: str) -> bool:
 
 def budget(info: MethodInfo, iterations: int) -> dict[str, object]:
     """Options that keep a reconstruction short; empty for methods without iterations."""
-    return {"iterations": iterations} if has_field(info, "iterations") else {}
+    return {name: iterations for name in ("iterations", "activation_iterations") if has_field(info, name)}
 
 
 def quantize(
