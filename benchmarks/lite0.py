@@ -69,7 +69,7 @@ class Photographs:
         return {
             "top1_of_52": sum(answer in accepted for answer, accepted in zip(best, self.classes, strict=True)),
             "agreement": round((logits.argmax(1) == reference.argmax(1)).float().mean().item(), 4),
-            "sqnr_db": round(10 * torch.log10(reference.var() / noise).item(), 2),
+            "sqnr_db": round(10 * torch.log10(reference.var() / noise).item(), 2) if noise > 0 else None,
         }
 
 
@@ -96,7 +96,7 @@ def w4a8(model: nn.Module, photographs: Photographs, args: argparse.Namespace) -
         "round_to_nearest": {"method": "round_to_nearest", **data},
         "lbq": {"method": "lbq", **data},
         "adaround": {"method": "adaround", **learned},
-        "brecq": {"method": "brecq", **learned, "activation_iterations": args.iterations // 4},
+        "brecq": {"method": "brecq", **learned, "activation_iterations": args.iterations // 4, "activation_learning_rate": 4e-5},
     }
     return measure(model, photographs, {name: run for name, run in runs.items() if not args.only or name in args.only}, weight_bits=4)
 
@@ -112,7 +112,7 @@ def measure(model: nn.Module, photographs: Photographs, runs: dict[str, dict[str
         policy = lowbit.BitPolicy.uniform(weight_bits, 8)
         quantized = lowbit.quantize(model, policy=policy, seed=0, progress=Progress(), **options)
         seconds = time.perf_counter() - start
-        settings = {key: value for key, value in options.items() if key in ("iterations", "activation_iterations", "batch_size", "precision")}
+        settings = {key: value for key, value in options.items() if key in ("iterations", "activation_iterations", "activation_learning_rate", "batch_size", "precision")}
         rows[name] = {**photographs.compare(quantized, reference), "seconds": round(seconds, 1), **settings}
         print(name, rows[name], flush=True)
     return {

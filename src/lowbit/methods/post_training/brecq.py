@@ -6,7 +6,8 @@ Symbols: Delta -> scale, V -> logits, lambda -> regularization, beta -> beta.
 Deviations: activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an add reads, the network's
     input too, and their ranges are initialized on all calibration samples and contain 0, as padding needs; layers of 8 weight bits
     get a symmetric grid by default; a unit for which nothing better was learned on the calibration data
-    stays as it was.
+    stays as it was; activation scales learn on the inputs that the quantized blocks before give, not on the float network's,
+    because the roundings have learned to make up for those.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Brecq(PostTrainingMethod):
         beta_end: The regularizer's exponent at the end; it falls linearly.
         asymmetric: Learn roundings on the inputs that the already quantized blocks give.
         activation_iterations: Steps of Adam for each block's activation scales; 0 keeps the scales of the range search.
+        activation_inputs: What that phase learns on: the inputs that the ``quantized`` blocks before give, which the roundings were
+            learned on too, or those of the ``float`` network, as in the released program.
         activation_learning_rate: Of that phase; falls to 0 along a cosine.
         precision: ``fp32``, or ``bf16`` for autocast: faster where the processor has it, a little less exact.
         cache: Where inputs and targets of a block are kept: ``ram``, or ``disk`` for memory-mapped files.
@@ -117,6 +120,7 @@ class Brecq(PostTrainingMethod):
     beta_end: float = 2.0
     asymmetric: bool = True
     activation_iterations: int = 5000
+    activation_inputs: Literal["quantized", "float"] = "quantized"
     activation_learning_rate: float = 4e-4
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: CacheKind = "ram"
@@ -148,7 +152,7 @@ class Brecq(PostTrainingMethod):
         job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
         job.calibrate_activations()
         if self.activation_iterations:
-            scales = LearnScales(job, self.scale_objective(), units)
+            scales = LearnScales(job, self.scale_objective(), units, is_symmetric=self.activation_inputs == "float")
             reconstruct(job, units, scales, facts, cache=self.cache, save_every=self.save_every)
 
     def rounding_objective(self) -> Objective:

@@ -107,7 +107,7 @@ class RoundWeights(Phase):
 
 
 class LearnScales(Phase):
-    """The scales of a unit's activation quantizers; weights stay as they are, inputs and targets come from the float network.
+    """The scales of a unit's activation quantizers; weights stay as they are, targets come from the float network.
 
     ``y = (clamp(round(x / d) + z, 0, n - 1) - z) d`` gives ``d`` the gradient ``round(x / d) - x / d`` inside, ``-z`` below and
     ``n - 1 - z`` above, without a gradient scale; the zero point is constant. ``d`` stays positive.
@@ -117,8 +117,8 @@ class LearnScales(Phase):
 
     name = "activations"
 
-    def __init__(self, job: PtqJob, objective: Objective, units: Sequence[PlannedUnit]) -> None:
-        super().__init__(job, objective, is_symmetric=True)
+    def __init__(self, job: PtqJob, objective: Objective, units: Sequence[PlannedUnit], *, is_symmetric: bool = True) -> None:
+        super().__init__(job, objective, is_symmetric=is_symmetric)
         names = {id(quantizer): name for name, quantizer in activation_quantizers(job.model).items()}
         self._owned: dict[str, dict[str, UniformQuantizer]] = {}
         for unit in units:  # one that several units share is learned in the first
