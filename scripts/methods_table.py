@@ -37,6 +37,7 @@ def updated(text: str) -> str:
 
 
 def main() -> None:
+    """Write the table of methods between the markers of the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is out of date")
     text = README.read_text()

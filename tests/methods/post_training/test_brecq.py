@@ -11,6 +11,7 @@ from lowbit.errors import CalibrationError, SpecError
 from lowbit.methods.post_training import reconstruction
 from lowbit.methods.post_training.brecq import Brecq, ReleasedLayer, released_layers
 from lowbit.methods.post_training.objective import UnitReport
+from lowbit.methods.post_training.phases import LearnScales
 from lowbit.methods.post_training.unit_data import UnitData
 from lowbit.methods.quantize import quantize
 from lowbit.models.mobilenet import mobilenet_v2_small
@@ -251,7 +252,9 @@ def test_the_activation_phase_leaves_weights_and_zero_points_and_lowers_each_uni
     arguments = {"method": "brecq", "weight_bits": 4, "activation_bits": 3, "calibration": data}
     without = quantize(model, **QUICK, **arguments)
     assert "activations" not in seen
-    result = quantize(model, **{**QUICK, "activation_iterations": 150, "activation_learning_rate": 1e-2}, **arguments)
+    result = quantize(
+        model, **{**QUICK, "activation_iterations": 150, "activation_learning_rate": 1e-2, "activation_inputs": "float"}, **arguments
+    )
     first, second = bake_weights(without)[1], bake_weights(result)[1]
     assert all(torch.equal(first[name].decode(), second[name].decode()) for name in first)
     before, after = activation_quantizers(without), activation_quantizers(result)
@@ -262,6 +265,22 @@ def test_the_activation_phase_leaves_weights_and_zero_points_and_lowers_each_uni
     reports = [report for report, _ in seen["activations"]]
     assert all(report.after < report.before for report in reports if not report.is_kept)
     assert sum(report.after < 0.97 * report.before for report in reports) >= 2
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+def test_scales_learn_on_the_inputs_asked_for(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    learn = LearnScales.learn
+    monkeypatch.setattr(LearnScales, "learn", lambda self, *args: asked.append(self.is_symmetric) or learn(self, *args))
+    model, data = residual()
+    options = {**QUICK, "iterations": 1, "activation_iterations": 30, "activation_inputs": inputs, "activation_learning_rate": 1e-2}
+    arguments = {"method": "brecq", "weight_bits": 3, "activation_bits": 4, "calibration": data}
+    result = quantize(model, **options, **arguments)
+    assert asked
+    assert all(is_symmetric == (inputs == "float") for is_symmetric in asked)
+    other = quantize(model, **{**options, "activation_inputs": "float" if inputs == "quantized" else "quantized"}, **arguments)
+    scales, others = (torch.stack([q.scale.flatten()[0] for q in activation_quantizers(m).values()]) for m in (result, other))
+    assert not torch.equal(scales, others)
 
 
 def test_the_rounding_phase_runs_before_activations_are_quantized() -> None:
