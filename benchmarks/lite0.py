@@ -112,7 +112,11 @@ def measure(model: nn.Module, photographs: Photographs, runs: dict[str, dict[str
         policy = lowbit.BitPolicy.uniform(weight_bits, 8)
         quantized = lowbit.quantize(model, policy=policy, seed=0, progress=Progress(), **options)
         seconds = time.perf_counter() - start
-        settings = {key: value for key, value in options.items() if key in ("iterations", "activation_iterations", "activation_learning_rate", "batch_size", "precision")}
+        settings = {
+            key: value
+            for key, value in options.items()
+            if key in ("iterations", "activation_iterations", "activation_learning_rate", "batch_size", "precision")
+        }
         rows[name] = {**photographs.compare(quantized, reference), "seconds": round(seconds, 1), **settings}
         print(name, rows[name], flush=True)
     return {

@@ -145,11 +145,13 @@ def _speed_of(pipe: multiprocessing.connection.Connection, name: str, seconds: f
         for key, values in times.items()
         if values is not floor
     }
-    return {
-        "milliseconds": {key: round(statistics.median(values), 1) for key, values in times.items()},
-        "ratios": ratios,
-        "rounds": len(floor),
-    }
+    pipe.send(
+        {
+            "milliseconds": {key: round(statistics.median(values), 1) for key, values in times.items()},
+            "ratios": ratios,
+            "rounds": len(floor),
+        }
+    )
 
 
 def _peak_mib() -> float:

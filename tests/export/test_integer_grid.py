@@ -135,6 +135,15 @@ def test_affine_weights_run_in_integers_with_a_zero_point_of_zero(tmp_path: Path
         assert any(value.astype(int).any() for value in zero_points) == (container == "int4")
 
 
+def test_coarsening_rounds_to_the_least_scale_and_leaves_coarser_channels_alone() -> None:
+    codes = torch.tensor([[7, -3, 120], [10, 20, -30]], dtype=torch.int8)
+    grid = IntegerGrid(codes, torch.tensor([0.1, 2.0]), torch.tensor([1, 0], dtype=torch.int8), 0)
+    coarse = grid.coarsened(torch.tensor([1.0, 1.0]))
+    assert coarse.scale.tolist() == [1.0, 2.0]
+    assert coarse.codes.tolist() == [[2, 1, 13], [10, 20, -30]]
+    assert coarse.decode().tolist() == [[1.0, 0.0, 12.0], [20.0, 40.0, -60.0]]
+
+
 def test_a_weight_of_zeros_is_widened_to_itself() -> None:
     grid = IntegerGrid(torch.zeros(3, dtype=torch.int8), torch.ones(()), torch.zeros((), dtype=torch.int8), None)
     assert grid.widened().decode().tolist() == [0.0, 0.0, 0.0]

@@ -58,6 +58,15 @@ class IntegerGrid:
         factor = 2 ** max(int(math.log2(64 / max(largest, 1))), 0)
         return IntegerGrid(self.codes * factor, self.scale / factor, self.zero_point * factor, self.axis)
 
+    def coarsened(self, least_scale: Tensor) -> IntegerGrid:
+        """The nearest values on a grid whose scale is at least ``least_scale``, which broadcasts with ``scale``."""
+        scale = torch.maximum(self.scale, least_scale.float())
+        values = (self.codes.double() - self.zero_point.double().reshape(self._shape())) * (self.scale.double() / scale).reshape(
+            self._shape()
+        )
+        codes = (values.round() + self.zero_point.double().reshape(self._shape())).to(torch.int8)
+        return IntegerGrid(codes, scale, self.zero_point, self.axis)
+
     @property
     def fits_int4(self) -> bool:
         """Whether codes and zero points are -8 to 7."""

@@ -15,7 +15,7 @@ from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, c
 from lowbit.export.onnx_translate import WeightContainer
 from lowbit.quantizers import QTensor
 
-LARGEST_INT32 = 2**31 - 1
+LARGEST_BIAS = 2**30  # leaves the sum of products as much again
 _LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
 
 
@@ -64,8 +64,12 @@ def _insert(
     return value
 
 
-def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight], reasons: Reasons) -> None:
-    """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias."""
+def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight]) -> None:
+    """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias.
+
+    A channel with next to no weights (a dead one) can have a scale at which its bias exceeds 32 bits. Its weights go to the finest
+    grid at which the bias fits; that moves the result by less than the bias times ``inputs * 2**-23``.
+    """
     if len(node.inputs) < 3 or why_in_float(node, grids, decoded) is not None:
         return
     x, weight, bias_value = (node.inputs[index] for index in range(3))
@@ -73,15 +77,19 @@ def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[i
     if x not in grids or weight not in decoded or bias is None or bias.ndim != 1:
         return
     assert x is not None and weight is not None
-    scale = (torch.tensor(grids[x].scale) * decoded[weight].grid.scale).expand(bias.shape[0]).contiguous().numpy()
-    codes = np.rint(bias.astype(np.float64) / scale)
-    if not bool((np.abs(codes) <= LARGEST_INT32).all()):
-        why = "the bias is too large for 32 bits at the scale of its products"
-        reasons.setdefault(why, []).append(decoded[weight].name.rpartition(".")[0])
-        del decoded[weight]
-        return
-    contents = {"codes": (codes.astype(np.int32), None), "scale": (scale, None)}
-    node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", contents, 0))
+    x_scale, parameter = torch.tensor(grids[x].scale).double(), decoded[weight]
+    magnitudes = torch.from_numpy(np.abs(bias)).double()
+    least = (magnitudes if parameter.grid.axis is not None else magnitudes.max()) / (x_scale * LARGEST_BIAS)
+    if bool((parameter.grid.scale < least).any()):
+        parameter = DecodedWeight(parameter.name, parameter.grid.coarsened(least))
+        contents = {part: (getattr(parameter.grid, part).numpy(), None) for part in ("codes", "scale", "zero_point")}
+        weight = _insert_decoder(node, f"{node.outputs[0].name}.weight", contents, parameter.grid.axis)
+        decoded[weight] = parameter
+        node.replace_input_with(1, weight)
+    scale = (x_scale * parameter.grid.scale).float().expand(bias.shape[0]).contiguous().numpy()
+    codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+    bias_contents: dict[str, tuple[Array, ir.DataType | None]] = {"codes": (codes, None), "scale": (scale, None)}
+    node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", bias_contents, 0))
 
 
 def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:

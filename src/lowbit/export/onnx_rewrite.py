@@ -76,7 +76,7 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
             name = node.attributes["name"].as_string()
             decode_weight(node, name, weights[name], weight_container, decoded, reasons)
     for node in list(model.graph):
-        quantize_bias(node, grids, decoded, reasons)
+        quantize_bias(node, grids, decoded)
         keep_float(node, grids, decoded)
     note_layers_in_float(model.graph, grids, decoded, reasons)
     for node in list(model.graph):
