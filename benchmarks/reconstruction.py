@@ -83,7 +83,7 @@ class Learning:
     """lowbit's own loop on one block: draw samples, read the caches, soft weights, block, loss, gradients, Adam."""
 
     def __init__(self, block: nn.Module, x: Tensor, precision: str) -> None:
-        job = PtqJob(block, BitPolicy.uniform(4, None, first_last=None), Calibration.of(x[:1]).sample, None)
+        job = PtqJob(block, BitPolicy.uniform(4, None, first_last=None), Calibration.of(x[:1]).sample)
         job.insert_weights(Adaround().weight_quantizer)
         with torch.no_grad():
             target = job.reference(x)

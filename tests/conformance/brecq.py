@@ -81,7 +81,7 @@ def tiny_network(inputs: dict[str, Tensor], stride: int = 2) -> nn.Module:
 def quantized_job(params: dict, inputs: dict[str, Tensor]) -> PtqJob:
     """The tiny network with every weight rounded to nearest."""
     sample = Inputs.of(inputs["data"])
-    job = PtqJob(tiny_network(inputs, params.get("stride_of_layer2", 2)), BitPolicy.uniform(params["weight_bits"], None), sample, None)
+    job = PtqJob(tiny_network(inputs, params.get("stride_of_layer2", 2)), BitPolicy.uniform(params["weight_bits"], None), sample)
     job.insert_weights(Brecq(weight_grid="affine").weight_quantizer)
     return job
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowbit.cli.options import key_values
 from lowbit.errors import SpecError
-from lowbit.methods.quantize import build_method
+from lowbit.options import build_method
 from lowbit.registry import get_method
 from lowbit.spec import BitPolicy, parse_bits
 

@@ -16,8 +16,8 @@ from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.options import key_values
 from lowbit.data import Preprocessing, load_data, loader
 from lowbit.errors import CalibrationError, SpecError, unknown_name
-from lowbit.methods.quantize import convert_option
 from lowbit.models import default_weights, load_default, load_model
+from lowbit.options import convert_option
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
 NO_DATA = (

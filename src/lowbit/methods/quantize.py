@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.calibration import Calibration, Inputs
-from lowbit.errors import CalibrationError, SpecError, unknown_name
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob, check_method_bits
+from lowbit.errors import CalibrationError, SpecError
+from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record
+from lowbit.options import build_method
 from lowbit.progress import Progress
-from lowbit.registry import MethodInfo, get_method, list_methods
+from lowbit.registry import get_method, list_methods
 from lowbit.spec import BitPolicy
 
 
@@ -90,6 +89,7 @@ def run_job(
             f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}."
         )
     chosen = build_method(info, dict(options))
+    assert isinstance(chosen, PostTrainingMethod)
     data = None if calibration is None else Calibration.of(calibration)
     if data is None and "calibration" in info.needs:
         raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
@@ -113,58 +113,3 @@ def run_job(
     used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
     return job
-
-
-def build_method(info: MethodInfo, options: dict[str, object]) -> PostTrainingMethod:
-    """The method with ``options`` set, each checked and converted to its field's type."""
-    assert info.method is not None and issubclass(info.method, PostTrainingMethod)
-    fields = {f.name for f in dataclasses.fields(info.method)}
-    hints = typing.get_type_hints(info.method)
-    for name in options:
-        if name not in fields:
-            others = [
-                other.name
-                for other in list_methods(kind="post_training")
-                if other.method and name in {f.name for f in dataclasses.fields(other.method)}
-            ]
-            hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
-            raise unknown_name(f"option of {info.name}", name, fields, hint)
-    converted: dict[str, Any] = {name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()}
-    return info.method(**converted)
-
-
-def convert_option(method: str, name: str, value: object, hint: object) -> object:
-    """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
-    allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    is_choice = any("none" in typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is typing.Literal)
-    if value is None or (isinstance(value, str) and value.lower() == "none" and not is_choice):
-        if type(None) in allowed:
-            return None
-        raise SpecError(f"{method}: option {name} must not be None")
-    for kind in allowed:
-        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
-        if choices is not None:
-            if value in choices:
-                return value
-            raise SpecError(f"{method}: option {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-                return value.lower() in ("true", "yes", "on", "1")
-        elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if kind is float or number.is_integer():
-                return kind(number)
-        elif typing.get_origin(kind) is tuple:
-            parts = value.replace("(", "").replace(")", "").split(",") if isinstance(value, str) else value
-            inner = typing.get_args(kind)[0]
-            if isinstance(parts, (list, tuple)):
-                return tuple(convert_option(method, name, part, inner) for part in parts if part != "")
-        elif isinstance(kind, type) and isinstance(value, kind):
-            return value
-    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-    raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")

@@ -3,6 +3,8 @@
 from lowbit.quantizers.base import Quantizer
 from lowbit.quantizers.binary import BinaryQuantizer
 from lowbit.quantizers.codebook import CodebookQuantizer
+from lowbit.quantizers.grid import Grid, GridQuantizer, fake_quantize_grid
+from lowbit.quantizers.learned_scale import LearnedScaleQuantizer
 from lowbit.quantizers.power_of_two import PowerOfTwoQuantizer
 from lowbit.quantizers.qtensor import (
     AffineDecoder,
@@ -18,7 +20,7 @@ from lowbit.quantizers.sum import SumQuantizer
 from lowbit.quantizers.uniform import UniformQuantizer, affine_parameters, dequantize, fake_quantize, qrange, quantize
 
 __all__ = [
-    "AffineDecoder", "BinaryDecoder", "BinaryQuantizer", "CodebookDecoder", "CodebookQuantizer", "Decoder", "PowerOfTwoDecoder",
-    "PowerOfTwoQuantizer", "QTensor", "Quantizer", "SumDecoder", "SumQuantizer", "UniformQuantizer", "affine_parameters", "decoder_from",
-    "dequantize", "fake_quantize", "qrange", "quantize",
+    "AffineDecoder", "BinaryDecoder", "BinaryQuantizer", "CodebookDecoder", "CodebookQuantizer", "Decoder", "Grid", "GridQuantizer",
+    "LearnedScaleQuantizer", "PowerOfTwoDecoder", "PowerOfTwoQuantizer", "QTensor", "Quantizer", "SumDecoder", "SumQuantizer",
+    "UniformQuantizer", "affine_parameters", "decoder_from", "dequantize", "fake_quantize", "fake_quantize_grid", "qrange", "quantize",
 ]  # fmt: skip

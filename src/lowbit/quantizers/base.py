@@ -38,6 +38,9 @@ class Quantizer(nn.Module, ABC):
         """Regularization term to add to a training loss; zero unless a subclass has one."""
         return torch.zeros(())
 
+    def project(self) -> None:
+        """Bring the parameters back to where they are allowed, after an optimizer step; nothing unless a subclass needs it."""
+
 
 class TableQuantizer(Quantizer):
     """A quantizer whose grid is a set of buffers that get their shape from the first tensor seen.

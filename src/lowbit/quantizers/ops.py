@@ -21,6 +21,18 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Ten
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("lowbit::fake_quantize_grid", mutates_args=())
+def fake_quantize_grid(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """``(clamp(round((x - lower) / step), qmin, qmax) - zero_point) * scale``, rounding half to even."""
+    codes = ((x - lower) / step).round_().clamp_(qmin, qmax)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+@fake_quantize_grid.register_fake
+def _(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("lowbit::fake_quantize_codebook", mutates_args=())
 def fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     """``levels[number of boundaries below x]``; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""

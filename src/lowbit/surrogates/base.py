@@ -46,3 +46,19 @@ def pass_gradient(x: Tensor, value: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return value
     return _PassGradient.apply(x, value.detach())  # type: ignore[no-any-return]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself in the forward pass; its gradient is multiplied by ``factor``."""
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]

@@ -26,3 +26,8 @@ def clipped_straight_through(position: Tensor, low: Tensor | float, high: Tensor
     Bounds that need a gradient (a learned range) get it from the clamp: the sum over the clipped elements.
     """
     return clamp(round_straight_through(position), low, high)
+
+
+def bounded_straight_through(position: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Forward: ``clamp(round(position), low, high)``. Backward: 1 where ``low <= position <= high``, else 0."""
+    return round_straight_through(clamp(position, low, high))

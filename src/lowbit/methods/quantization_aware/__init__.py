@@ -1,0 +1,1 @@
+"""The first methods that train with quantized weights, activations and gradients."""

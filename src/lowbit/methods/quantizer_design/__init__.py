@@ -1,0 +1,1 @@
+"""Methods that design the quantizer: which levels, and where values go."""

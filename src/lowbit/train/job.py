@@ -1,0 +1,147 @@
+"""Putting trained quantizers into a network: one for each weight and one at each layer's input, initialized from one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LayerError, LowbitError
+from lowbit.network import insert
+from lowbit.network.job import NetworkJob
+from lowbit.network.layers import evaluating, output_channel_axis
+from lowbit.network.placement import place_at_layers
+from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
+from lowbit.spec import Granularity, Position
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a quantizer.
+
+    Attributes:
+        name: Of the layer.
+        layer: The layer itself.
+        bit_width: What the policy asks for.
+        is_signed: Whether the values can be negative (weights: always).
+        position: Whether the layer is the first or the last one to run.
+    """
+
+    name: str
+    layer: nn.Module
+    bit_width: int
+    is_signed: bool
+    position: Position
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the weight that counts output channels."""
+        return output_channel_axis(self.layer)
+
+
+QuantizerFactory = Callable[[Slot], Quantizer]
+
+
+@dataclass
+class QatJob(NetworkJob):
+    """A network that is made ready for training.
+
+    Layers to which the policy's exception for the first and last one applies get learned-scale quantizers, whatever the method.
+    """
+
+    def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
+        """Give every layer the quantizers of these factories; they are not initialized yet."""
+        signs = self._signs()
+        for name, layer in self.layers.items():
+            bit_width = self.bits(name).weight
+            assert bit_width is not None
+            slot = Slot(name, layer, bit_width, True, self.positions.get(name, "inner"))
+            insert.set_weight_quantizer(layer, self._made(slot, self._weight, weights))
+        for placement in place_at_layers(self.activation_bits):
+            name = placement.layers[0]
+            layer = self.model.get_submodule(name)
+            slot = Slot(name, layer, placement.bit_width, signs[name], self.positions.get(name, "inner"))
+            self.place(placement, self._made(slot, self._activation, activations))
+
+    def initialize(self, initialize_layer: Callable[[nn.Module, Tensor], None]) -> None:
+        """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
+
+        Layers are set up in execution order, so each sees what the quantized layers before it give. Running statistics are
+        restored afterwards; layers that never run are initialized from their weight alone.
+        """
+        pending = dict(self.layers)
+        for name in self.activation_bits:
+            pending.setdefault(name, self.model.get_submodule(name))
+        by_module = {id(layer): name for name, layer in pending.items()}
+
+        def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            name = by_module[id(layer)]
+            if pending.pop(name, None) is not None:
+                try:
+                    initialize_layer(layer, next(value for value in args if isinstance(value, Tensor)))
+                except LowbitError as error:
+                    raise LayerError(f"layer {name!r} ({type(layer).__name__}): {error}") from error
+
+        saved = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        was_training = {module: module.training for module in self.model.modules()}
+        handles = [layer.register_forward_pre_hook(before, prepend=True) for layer in pending.values()]
+        try:
+            self.model.train()
+            with torch.no_grad():
+                self.model(*self.sample.args, **self.sample.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, flag in was_training.items():
+                module.training = flag
+        norms = {name for name, module in self.model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+        for name, buffer in self.model.named_buffers():
+            if name.rpartition(".")[0] in norms:
+                buffer.copy_(saved[name])
+        for layer in pending.values():
+            quantizer = insert.weight_quantizer(layer)
+            if quantizer is not None:
+                quantizer.initialize(insert.float_weight(layer).detach())
+
+    def is_excepted(self, name: str) -> bool:
+        """Whether the policy's exception for the first and the last layer applies to it."""
+        return self.policy.first_last is not None and name in self.positions
+
+    def _weight(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
+        if not self.is_excepted(slot.name):
+            return factory(slot)
+        return LearnedScaleQuantizer(slot.bit_width, signed=True, granularity=Granularity.channel(slot.channel_axis))
+
+    def _activation(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
+        if not self.is_excepted(slot.name):
+            return factory(slot)
+        return LearnedScaleQuantizer(slot.bit_width, signed=False, learn_offset=slot.is_signed, is_batched=True)
+
+    @staticmethod
+    def _made(slot: Slot, make: Callable[[Slot, QuantizerFactory], Quantizer], factory: QuantizerFactory) -> Quantizer:
+        try:
+            return make(slot, factory)
+        except LowbitError as error:
+            raise LayerError(f"layer {slot.name!r} ({type(slot.layer).__name__}): {error}") from error
+
+    def _signs(self) -> dict[str, bool]:
+        """Whether each layer's input holds negative values for the sample."""
+        signs: dict[str, bool] = {}
+
+        def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def note(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+                signs[name] = signs.get(name, False) or any(bool((value < 0).any()) for value in args if isinstance(value, Tensor))
+
+            return note
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in self.activation_bits]
+        try:
+            with evaluating(self.model):
+                self.model(*self.sample.args, **self.sample.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return signs

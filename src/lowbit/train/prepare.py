@@ -1,0 +1,102 @@
+"""``lowbit.prepare``: a float network in, a copy with trainable quantizers out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from lowbit.calibration import Inputs
+from lowbit.errors import SpecError
+from lowbit.network.job import check_method_bits
+from lowbit.network.record import QuantizationRecord, attach_record, record_of
+from lowbit.options import build_method
+from lowbit.quantizers import Quantizer
+from lowbit.registry import get_method, list_methods
+from lowbit.spec import BitPolicy
+from lowbit.surrogates import make_surrogate
+from lowbit.train.job import QatJob
+from lowbit.train.method import TrainingMethod
+
+_ATTRIBUTE = "lowbit_method"
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    method: str = "lsq",
+    weight_bits: int | None = 4,
+    activation_bits: int | None = 4,
+    sample: object,
+    policy: BitPolicy | None = None,
+    surrogate: str | None = None,
+    seed: int = 0,
+    **options: object,
+) -> nn.Module:
+    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a loop of one's own.
+
+    Args:
+        model: Any network; it is not changed.
+        method: Name of a training method (``lowbit.list_methods(kind="training")``).
+        weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+            in the first and last layer.
+        surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
+        seed: Makes the result reproducible.
+        **options: The method's hyper-parameters.
+
+    Returns:
+        The network in the training mode of ``model``; ``lowbit.summary`` shows what was done to each layer.
+
+    Raises:
+        UnknownNameError: No such method, option or surrogate.
+        SpecError: Bits, policy or an option out of range, or a surrogate that the method cannot use.
+        CalibrationError: A sample that does not fit the network.
+        LayerError: Nothing to quantize, or a layer that cannot be.
+    """
+    info = get_method(method)
+    if info.kind != "training":
+        raise SpecError(
+            f"{method!r} is a {info.kind} method. To train use one of: {', '.join(i.name for i in list_methods(kind='training'))}."
+        )
+    chosen = build_method(info, dict(options))
+    assert isinstance(chosen, TrainingMethod)
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        job = QatJob(model=copy.deepcopy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        check_method_bits(info, policy, job)
+        chosen.attach(job)
+        if surrogate is not None:
+            set_surrogate(job.model, surrogate, method)
+        table = job.finish()
+    used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    if surrogate is not None:
+        used["surrogate"] = surrogate
+    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    setattr(job.model, _ATTRIBUTE, chosen)
+    return job.model
+
+
+def method_of(model: nn.Module) -> TrainingMethod:
+    """The method that ``model`` was prepared with; SpecError for any other network."""
+    method = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(method, TrainingMethod):
+        record = record_of(model)
+        came = "it is not quantized" if record is None else f"it was quantized by {record.method}"
+        raise SpecError(f"{type(model).__name__} was not made by lowbit.prepare: {came}. Prepare the float network first.")
+    return method
+
+
+def set_surrogate(model: nn.Module, name: str, method: str) -> None:
+    """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none has."""
+    found = [module for module in model.modules() if isinstance(module, Quantizer) and hasattr(module, "surrogate")]
+    if not found:
+        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave --surrogate out.")
+    for quantizer in found:
+        del quantizer.surrogate
+        quantizer.surrogate = make_surrogate(name)  # type: ignore[assignment]

@@ -1,0 +1,211 @@
+"""A training run as a method sees it, and the hooks that a loop calls: the trainer's, or a plain PyTorch one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.quantizers import Quantizer
+from lowbit.train.method import TrainingMethod
+from lowbit.train.recipe import OptimizerSpec, Phase, Recipe, Role
+from lowbit.train.task import Batch, Task
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A module that changes with training: temperatures, thresholds."""
+
+    def set_progress(self, progress: float) -> None:
+        """``progress`` is the fraction of all training that is done, 0 to 1."""
+
+
+@dataclass
+class TrainRun:
+    """One training run: where it stands, and what a method needs to know of it.
+
+    A loop calls ``start_phase``, ``start_epoch``, ``before_step``, ``loss``, ``after_backward`` and ``after_step`` in this order::
+
+        for run.phase_index in range(len(run.phases)):
+            run.start_phase()
+            for run.epoch in range(run.phase.epochs):
+                run.start_epoch()
+                for batch in loader:
+                    run.before_step()
+                    loss = run.loss(batch)
+                    loss.backward()
+                    run.after_backward()
+                    run.optimizer_step()
+                    run.after_step()
+
+    Attributes:
+        model: The prepared network.
+        method: Its method.
+        task: Loss and metric.
+        recipe: What the user decided.
+        steps_per_epoch: Optimizer steps of an epoch.
+        teacher: A network whose outputs are soft targets, in evaluation mode, or ``None``.
+        batches: Gives the first so many training batches, for methods that look at data between epochs.
+        reduce_mean: Averages a tensor over all processes in place; does nothing in a single one.
+        phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the optimizer steps so far over all phases.
+        optimizers: Those of the present phase, each with the roles and specifications of its parameter groups.
+        generator: For everything random in a method; its state is saved with the run.
+    """
+
+    model: nn.Module
+    method: TrainingMethod
+    task: Task
+    recipe: Recipe
+    steps_per_epoch: int
+    teacher: nn.Module | None = None
+    batches: Callable[[int], Iterable[Batch]] | None = None
+    reduce_mean: Callable[[Tensor], None] = lambda _: None
+    phase_index: int = 0
+    epoch: int = 0
+    step: int = 0
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.phases = self.method.phases(self.recipe)
+        self.generator = torch.Generator().manual_seed(self.recipe.seed)
+        self._scheduled = [module for module in self.model.modules() if isinstance(module, Scheduled)]
+
+    @property
+    def phase(self) -> Phase:
+        """The present phase."""
+        return self.phases[self.phase_index]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases."""
+        return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs before the present one, over all phases."""
+        return sum(phase.epochs for phase in self.phases[: self.phase_index]) + self.epoch
+
+    @property
+    def progress(self) -> float:
+        """The fraction of all steps that is done."""
+        return self.step / max(self.epochs * self.steps_per_epoch, 1)
+
+    @property
+    def phase_progress(self) -> float:
+        """The fraction of the present phase's steps that is done."""
+        before = sum(phase.epochs for phase in self.phases[: self.phase_index]) * self.steps_per_epoch
+        return (self.step - before) / max(self.phase.epochs * self.steps_per_epoch, 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the weights."""
+        spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()))
+        return spec.rate_at(self.phase_progress)
+
+    def quantizers(self) -> Iterator[Quantizer]:
+        """Every quantizer of the network, each once."""
+        return (module for module in self.model.modules() if isinstance(module, Quantizer))
+
+    def parameters_of(self, role: Role) -> list[nn.Parameter]:
+        """The network's parameters with this role, each once."""
+        return [parameter for found, parameter in self._roles() if found == role]
+
+    def start_phase(self) -> None:
+        """Enter the phase ``phase_index``: the method's hook, trainable parameters, optimizers."""
+        self.method.start_phase(self)
+        self._build_optimizers()
+
+    def start_epoch(self) -> None:
+        """Enter the epoch ``epoch``."""
+        if self.phase.renew_each_epoch and self.epoch > 0:
+            self._build_optimizers()
+        self.method.start_epoch(self)
+
+    def before_step(self) -> None:
+        """Schedules and the method's hook; also clears gradients."""
+        for module in self._scheduled:
+            module.set_progress(self.progress)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["spec"].rate_at(self.phase_progress)
+        self.method.before_step(self)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The method's loss of one batch."""
+        return self.method.loss(self, batch)
+
+    def task_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """The task's loss, mixed with the teacher's where there is one."""
+        output = self.task.predict(model or self.model, batch)
+        loss = self.task.loss(output, batch)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            target = self.task.predict(self.teacher, batch)
+        weight = self.recipe.distillation
+        return (1 - weight) * loss + weight * self.task.distillation_loss(output, target)
+
+    def penalty(self) -> Tensor:
+        """The sum of all quantizers' penalties."""
+        return penalty(self.model)
+
+    def after_backward(self) -> None:
+        """The method's hook, then clipping."""
+        self.method.after_backward(self)
+        if self.phase.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.phase.clip_norm)
+
+    def optimizer_step(self) -> None:
+        """Step every optimizer."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def after_step(self) -> None:
+        """The method's hook; quantizers bring their parameters back to where they are allowed."""
+        self.method.after_step(self)
+        for quantizer in self.quantizers():
+            quantizer.project()
+        self.step += 1
+
+    def _roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
+        owners = dict(self.model.named_modules())
+        for name, parameter in self.model.named_parameters():
+            yield self.method.role(name, parameter, owners[name.rpartition(".")[0]]), parameter
+
+    def _build_optimizers(self) -> None:
+        groups: dict[Role, list[nn.Parameter]] = {}
+        for role, parameter in self._roles():
+            parameter.requires_grad_(role in self.phase.optimizers)
+            groups.setdefault(role, []).append(parameter)
+        unknown = set(self.phase.optimizers) - set(groups) - {"weights", "quantizers", "others"}
+        if unknown:
+            raise SpecError(f"phase {self.phase.name!r}: no parameter has the role {', '.join(sorted(unknown))}")
+        by_kind: dict[str, list[dict[str, object]]] = {}
+        for role, spec in self.phase.optimizers.items():
+            if groups.get(role):
+                by_kind.setdefault(spec.kind, []).append({"params": groups[role], "role": role, **_options(spec)})
+        self.optimizers = [_KINDS[kind](found) for kind, found in by_kind.items()]
+
+
+_KINDS: Mapping[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.0),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0),
+}
+
+
+def _options(spec: OptimizerSpec) -> dict[str, object]:
+    common: dict[str, object] = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay, "spec": spec}
+    return {**common, "momentum": spec.momentum, "nesterov": spec.nesterov} if spec.kind == "sgd" else common
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of the penalties of every quantizer of ``model``, to add to a training loss; 0 where there is none."""
+    terms = [module.penalty() for module in model.modules() if isinstance(module, Quantizer)]
+    terms = [term for term in terms if term.requires_grad]
+    return torch.stack(terms).sum() if terms else torch.zeros((), device=next(model.parameters()).device)
