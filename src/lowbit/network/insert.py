@@ -2,7 +2,7 @@
 
 A weight quantizer is a parametrization of the layer's ``weight``, so every use of that weight, functional ones too, sees
 quantized values. An activation quantizer is a submodule called ``input_quantizer`` or ``output_quantizer`` that a forward
-hook applies. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
+hook applies; an ``output_transform`` changes a layer's output by what it knows of its input. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
 autocast and ``torch.compile`` behave as before. Quantizers belong to modules, not to calls: a layer used twice shares them.
 """
 
@@ -20,7 +20,7 @@ from lowbit.errors import LayerError
 from lowbit.network.layers import quantizable_layers
 from lowbit.quantizers import QTensor, Quantizer
 
-INPUT, OUTPUT = "input_quantizer", "output_quantizer"
+INPUT, OUTPUT, TRANSFORM = "input_quantizer", "output_quantizer", "output_transform"
 
 
 class WeightParametrization(nn.Module):
@@ -102,6 +102,22 @@ def output_quantizer(module: nn.Module) -> Quantizer | None:
     return getattr(module, OUTPUT, None)
 
 
+def set_output_transform(module: nn.Module, transform: nn.Module) -> None:
+    """Replace the module's output, one tensor, by ``transform(output, x)``; replaces a transform that is already there.
+
+    ``x`` is the module's first floating-point positional input as it came, before the input quantizer. An output quantizer sees
+    the transformed output. Where activation quantizers are bypassed the transform is too.
+    """
+    if not hasattr(module, TRANSFORM):
+        module.register_forward_hook(_transform_output, prepend=True)
+    setattr(module, TRANSFORM, transform.train(module.training))
+
+
+def output_transform(module: nn.Module) -> nn.Module | None:
+    """The transform of the module's output, if it has one."""
+    return getattr(module, TRANSFORM, None)
+
+
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose weight is quantized, by name."""
     return {name: layer for name, layer in quantizable_layers(model).items() if weight_quantizer(layer) is not None}
@@ -128,7 +144,7 @@ def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) 
         if isinstance(module, WeightParametrization):
             saved.append((module, module.is_enabled))
             module.is_enabled = weights
-    bypassed = [module for module in model.modules() if hasattr(module, INPUT) or hasattr(module, OUTPUT)]
+    bypassed = [module for module in model.modules() if any(hasattr(module, attribute) for attribute in (INPUT, OUTPUT, TRANSFORM))]
     before = [getattr(module, _BYPASS, False) for module in bypassed]
     for module in bypassed:
         setattr(module, _BYPASS, not activations)
@@ -167,13 +183,36 @@ def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
 _BYPASS = "bypass_activation_quantizers"
 
 
+class _QuantizedArguments(tuple[Any, ...]):
+    """A call's arguments with the first tensor quantized; ``raw`` is that tensor as it came, for the hook that sees the output.
+
+    Travelling with the arguments, it needs no state on the module, so copies, threads and reused layers cannot mix it up.
+    """
+
+    raw: Tensor
+
+
+def _first_tensor(args: tuple[Any, ...]) -> int | None:
+    return next((index for index, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    if getattr(module, _BYPASS, False):
+    index = _first_tensor(args)
+    if index is None or getattr(module, _BYPASS, False):
         return None
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return (*args[:index], getattr(module, INPUT)(value), *args[index + 1 :])
-    return None
+    quantized = (*args[:index], getattr(module, INPUT)(args[index]), *args[index + 1 :])
+    if not hasattr(module, TRANSFORM):
+        return quantized
+    arguments = _QuantizedArguments(quantized)
+    arguments.raw = args[index]
+    return arguments
+
+
+def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) -> object:
+    index = _first_tensor(args)
+    if index is None or getattr(module, _BYPASS, False) or not isinstance(output, Tensor):
+        return output
+    return getattr(module, TRANSFORM)(output, args.raw if isinstance(args, _QuantizedArguments) else args[index])
 
 
 def _quantize_output(module: nn.Module, _args: tuple[Any, ...], output: object) -> object:
