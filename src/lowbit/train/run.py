@@ -28,19 +28,16 @@ class Scheduled(Protocol):
 class TrainRun:
     """One training run: where it stands, and what a method needs to know of it.
 
-    A loop calls ``start_phase``, ``start_epoch``, ``before_step``, ``loss``, ``after_backward`` and ``after_step`` in this order::
+    A loop calls the hooks in this order::
 
-        for run.phase_index in range(len(run.phases)):
-            run.start_phase()
-            for run.epoch in range(run.phase.epochs):
-                run.start_epoch()
-                for batch in loader:
-                    run.before_step()
-                    loss = run.loss(batch)
-                    loss.backward()
-                    run.after_backward()
-                    run.optimizer_step()
-                    run.after_step()
+        for _ in run.each_epoch():
+            for batch in loader:
+                run.before_step()
+                loss = run.loss(batch)
+                loss.backward()
+                run.after_backward()
+                run.optimizer_step()
+                run.after_step()
 
     Attributes:
         model: The prepared network.
@@ -113,6 +110,14 @@ class TrainRun:
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
         """The network's parameters with this role, each once."""
         return [parameter for found, parameter in self._roles() if found == role]
+
+    def each_epoch(self) -> Iterator[int]:
+        """Enter every phase and every epoch in turn; gives the number of epochs before it, over all phases."""
+        for self.phase_index in range(len(self.phases)):  # noqa: B020 - where the run stands
+            self.start_phase()
+            for self.epoch in range(self.phase.epochs):  # noqa: B020
+                self.start_epoch()
+                yield self.epochs_done
 
     def start_phase(self) -> None:
         """Enter the phase ``phase_index``: the method's hook, trainable parameters, optimizers."""
