@@ -50,6 +50,7 @@ class TrainRun:
         reduce_mean: Averages a tensor over all processes in place; does nothing in a single one.
         phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the optimizer steps so far over all phases.
         optimizers: Those of the present phase, each with the roles and specifications of its parameter groups.
+        wrapped: ``model`` inside a wrapper that has to be called in its place (``DistributedDataParallel``, ``torch.compile``).
         generator: For everything random in a method; its state is saved with the run.
     """
 
@@ -65,6 +66,7 @@ class TrainRun:
     epoch: int = 0
     step: int = 0
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    wrapped: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.phases = self.method.phases(self.recipe)
@@ -88,8 +90,8 @@ class TrainRun:
 
     @property
     def progress(self) -> float:
-        """The fraction of all steps that is done."""
-        return self.step / max(self.epochs * self.steps_per_epoch, 1)
+        """The fraction of all steps that is done, at most 1."""
+        return min(self.step / max(self.epochs * self.steps_per_epoch, 1), 1.0)
 
     @property
     def phase_progress(self) -> float:
@@ -134,10 +136,7 @@ class TrainRun:
         """Schedules and the method's hook; also clears gradients."""
         for module in self._scheduled:
             module.set_progress(self.progress)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = group["spec"].rate_at(self.phase_progress)
+        self._ready_optimizers()
         self.method.before_step(self)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -146,7 +145,9 @@ class TrainRun:
 
     def task_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """The task's loss, mixed with the teacher's where there is one."""
-        output = self.task.predict(model or self.model, batch)
+        if self.wrapped is not None and (model is None or model is self.model):
+            model = self.wrapped
+        output = self.task.predict(self.model if model is None else model, batch)
         loss = self.task.loss(output, batch)
         if self.teacher is None:
             return loss
@@ -176,6 +177,12 @@ class TrainRun:
         for quantizer in self.quantizers():
             quantizer.project()
         self.step += 1
+
+    def _ready_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["spec"].rate_at(self.phase_progress)
 
     def _roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
         owners = dict(self.model.named_modules())
