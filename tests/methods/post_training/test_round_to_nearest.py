@@ -15,6 +15,7 @@ from lowbit.methods.quantize import quantize
 from lowbit.network.fold import fold_batch_norms
 from lowbit.network.graph import capture
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
+from lowbit.network.record import record_of
 from lowbit.quantizers import UniformQuantizer, fake_quantize
 from lowbit.quantizers.observers import OBSERVERS
 
@@ -110,3 +111,20 @@ def test_unknown_observers_and_group_sizes_that_do_not_fit_are_refused() -> None
         quantize(model, method="round_to_nearest", calibration=data, weight_observer="min_mx")
     with pytest.raises((SpecError, LayerError), match="does not divide"):
         quantize(model, method="round_to_nearest", calibration=data, weight_granularity="group:7")
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_a_network_that_cannot_be_traced_hears_of_batch_norms_only_if_it_has_some(has_norm: bool) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm: nn.Module = nn.BatchNorm2d(4) if has_norm else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x))
+            return x if x.sum() > 0 else -x
+
+    result = quantize(Branching().eval(), method="round_to_nearest", calibration=torch.randn(4, 3, 8, 8))
+    notes = " ".join(record_of(result).table.notes)  # type: ignore[union-attr]
+    assert ("batch norms were not folded" in notes) == has_norm

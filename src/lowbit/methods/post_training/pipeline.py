@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lowbit.calibration import Calibration, Inputs
 from lowbit.errors import CalibrationError, GraphError
 from lowbit.network import insert
-from lowbit.network.fold import fold_batch_norms
+from lowbit.network.fold import EXACT_NORMS, fold_batch_norms
 from lowbit.network.graph import Dataflow, capture
 from lowbit.network.job import NetworkJob
 from lowbit.network.layers import evaluating, output_channel_axis
@@ -111,7 +111,8 @@ class PtqJob(NetworkJob):
     def fold(self) -> None:
         """Fold batch norms into the layers before them; the float reference is the folded network."""
         if self.graph is None:
-            self.table.note(f"batch norms were not folded: {self.graph_error}")
+            if any(isinstance(module, EXACT_NORMS) for module in self.model.modules()):
+                self.table.note(f"batch norms were not folded: {self.graph_error}")
             return
         for folded in fold_batch_norms(self.model, self.graph):
             self.statistics[folded.layer] = (folded.out_mean, folded.out_std)
