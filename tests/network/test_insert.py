@@ -122,3 +122,93 @@ def test_gradients_reach_the_float_weight(model: nn.Sequential) -> None:
 def test_a_module_without_weight_is_refused() -> None:
     with pytest.raises(LayerError, match="ReLU has no weight"):
         insert.set_weight_quantizer(nn.ReLU(), weight_quantizer(torch.ones(2, 2)))
+
+
+class TimesMean(nn.Module):
+    """Multiplies the output by the mean of the raw input's magnitude."""
+
+    def __init__(self, *, before_bias: bool = False) -> None:
+        super().__init__()
+        self.before_bias = before_bias
+        self.register_buffer("factor", torch.tensor(2.0))
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        return output * x.abs().mean() * self.factor
+
+
+CLONES = {
+    "itself": lambda m: m,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "export": lambda m: torch.export.export(m, (X,)).module(),
+    "compile": lambda m: torch.compile(m, backend="eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_an_output_transform_sees_the_raw_input_and_the_quantized_layers_output(model: nn.Sequential, clone: str) -> None:
+    first, last = model[0], model[2]
+    hidden = F.relu(first(X))
+    expected = last(hidden) * hidden.abs().mean() * 2
+    insert.set_output_transform(last, TimesMean())
+    assert not torch.equal(insert.input_quantizer(last)(hidden).abs().mean(), hidden.abs().mean())  # type: ignore[misc]
+    torch.testing.assert_close(CLONES[clone](model)(X), expected)
+    assert insert.output_transform(last) is last.output_transform and insert.output_transform(first) is None
+
+
+def test_an_output_transform_works_without_input_quantizer_and_comes_before_the_output_quantizer(model: nn.Sequential) -> None:
+    first = model[0]
+    quantizer = activation_quantizer()
+    expected = quantizer(first(X) * X.abs().mean() * 2)
+    insert.set_output_quantizer(first, quantizer)
+    insert.set_output_transform(first, TimesMean())
+    torch.testing.assert_close(first(X), expected)
+
+
+def test_an_output_transform_before_the_bias_leaves_the_bias_alone(model: nn.Sequential) -> None:
+    first = model[0]
+    expected = F.conv2d(X, first.weight) * X.abs().mean() * 2 + first.bias[:, None, None]
+    insert.set_output_transform(first, TimesMean(before_bias=True))
+    torch.testing.assert_close(first(X), expected)
+    linear, x = nn.Linear(3, 4), torch.randn(2, 5, 3)
+    expected = F.linear(x, linear.weight) * x.abs().mean() * 2 + linear.bias
+    insert.set_output_transform(linear, TimesMean(before_bias=True))
+    torch.testing.assert_close(linear(x), expected)
+
+
+def test_an_output_transform_is_bypassed_with_the_activation_quantizers_and_can_be_replaced(model: nn.Sequential) -> None:
+    with insert.quantization_enabled(model, weights=True, activations=False):
+        expected = model(X)
+    for layer in (model[0], model[2]):
+        insert.set_output_transform(layer, TimesMean())
+    with insert.quantization_enabled(model, weights=True, activations=False):
+        assert torch.equal(model(X), expected)
+    once = model[0](X)
+    insert.set_output_transform(model[0], TimesMean())
+    assert torch.equal(model[0](X), once)
+
+
+def test_a_layer_used_twice_transforms_each_call_by_its_own_input() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    insert.set_input_quantizer(layer, activation_quantizer())
+    plain = [layer(x) * x.abs().mean() * 2 for x in (torch.ones(1, 2), torch.full((1, 2), 0.3))]
+    insert.set_output_transform(layer, TimesMean())
+    torch.testing.assert_close([layer(torch.ones(1, 2)), layer(torch.full((1, 2), 0.3))], plain)
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_an_input_transform_comes_before_the_quantizer_and_feeds_the_output_transform(model: nn.Sequential, clone: str) -> None:
+    last = model[2]
+    hidden = F.relu(model[0](X)) - 0.5
+    expected = last(hidden) * hidden.abs().mean() * 2
+    insert.set_input_transform(last, Shift())
+    insert.set_output_transform(last, TimesMean())
+    torch.testing.assert_close(CLONES[clone](model)(X), expected)
+    with insert.quantization_enabled(model, weights=True, activations=False):
+        assert torch.equal(last(hidden + 0.5), F.conv2d(hidden, last.weight))
+    assert insert.input_transform(last) is last.input_transform and insert.input_transform(model[0]) is None
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5

@@ -2,7 +2,8 @@
 
 A weight quantizer is a parametrization of the layer's ``weight``, so every use of that weight, functional ones too, sees
 quantized values. An activation quantizer is a submodule called ``input_quantizer`` or ``output_quantizer`` that a forward
-hook applies; an ``output_transform`` changes a layer's output by what it knows of its input. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
+hook applies. An ``input_transform`` comes before the input quantizer; an ``output_transform`` changes a layer's output by
+what it knows of its input. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
 autocast and ``torch.compile`` behave as before. Quantizers belong to modules, not to calls: a layer used twice shares them.
 """
 
@@ -21,6 +22,7 @@ from lowbit.network.layers import quantizable_layers
 from lowbit.quantizers import QTensor, Quantizer
 
 INPUT, OUTPUT, TRANSFORM = "input_quantizer", "output_quantizer", "output_transform"
+INPUT_TRANSFORM = "input_transform"
 
 
 class WeightParametrization(nn.Module):
@@ -105,12 +107,28 @@ def output_quantizer(module: nn.Module) -> Quantizer | None:
 def set_output_transform(module: nn.Module, transform: nn.Module) -> None:
     """Replace the module's output, one tensor, by ``transform(output, x)``; replaces a transform that is already there.
 
-    ``x`` is the module's first floating-point positional input as it came, before the input quantizer. An output quantizer sees
-    the transformed output. Where activation quantizers are bypassed the transform is too.
+    ``x`` is the module's first floating-point positional input before the input quantizer (behind an input transform). An
+    output quantizer sees the transformed output. Where activation quantizers are bypassed the transform is too. A transform with
+    a true attribute ``before_bias`` gets the output without the layer's bias, which is added to what it returns.
     """
     if not hasattr(module, TRANSFORM):
         module.register_forward_hook(_transform_output, prepend=True)
     setattr(module, TRANSFORM, transform.train(module.training))
+
+
+def set_input_transform(module: nn.Module, transform: nn.Module) -> None:
+    """Replace the module's first floating-point positional input by ``transform(x)``, before any input quantizer.
+
+    It belongs to the network, as a norm does: it stays where quantizers are bypassed. Replaces a transform that is already there.
+    """
+    if not hasattr(module, INPUT_TRANSFORM):
+        module.register_forward_pre_hook(_transform_input, prepend=True)
+    setattr(module, INPUT_TRANSFORM, transform.train(module.training))
+
+
+def input_transform(module: nn.Module) -> nn.Module | None:
+    """The transform of the module's input, if it has one."""
+    return getattr(module, INPUT_TRANSFORM, None)
 
 
 def output_transform(module: nn.Module) -> nn.Module | None:
@@ -208,11 +226,21 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return arguments
 
 
+def _transform_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    index = _first_tensor(args)
+    return None if index is None else (*args[:index], getattr(module, INPUT_TRANSFORM)(args[index]), *args[index + 1 :])
+
+
 def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) -> object:
     index = _first_tensor(args)
     if index is None or getattr(module, _BYPASS, False) or not isinstance(output, Tensor):
         return output
-    return getattr(module, TRANSFORM)(output, args.raw if isinstance(args, _QuantizedArguments) else args[index])
+    x, transform = args.raw if isinstance(args, _QuantizedArguments) else args[index], getattr(module, TRANSFORM)
+    bias = getattr(module, "bias", None) if getattr(transform, "before_bias", False) else None
+    if bias is None:
+        return transform(output, x)
+    bias = bias.reshape(-1, *(1 for _ in getattr(module, "kernel_size", ())))  # channels come before the dimensions of space
+    return transform(output - bias, x) + bias
 
 
 def _quantize_output(module: nn.Module, _args: tuple[Any, ...], output: object) -> object:
