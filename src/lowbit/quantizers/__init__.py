@@ -1,7 +1,7 @@
 """Quantizers: tensors in, values on a grid out. They know nothing of layers or networks."""
 
 from lowbit.quantizers.base import Quantizer
-from lowbit.quantizers.binary import BinaryQuantizer
+from lowbit.quantizers.binary import BinaryQuantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.codebook import CodebookQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer, fake_quantize_grid
 from lowbit.quantizers.learned_scale import LearnedScaleQuantizer
@@ -21,6 +21,7 @@ from lowbit.quantizers.uniform import UniformQuantizer, affine_parameters, dequa
 
 __all__ = [
     "AffineDecoder", "BinaryDecoder", "BinaryQuantizer", "CodebookDecoder", "CodebookQuantizer", "Decoder", "Grid", "GridQuantizer",
-    "LearnedScaleQuantizer", "PowerOfTwoDecoder", "PowerOfTwoQuantizer", "QTensor", "Quantizer", "SumDecoder", "SumQuantizer",
-    "UniformQuantizer", "affine_parameters", "decoder_from", "dequantize", "fake_quantize", "fake_quantize_grid", "qrange", "quantize",
+    "LearnedScaleQuantizer", "PowerOfTwoDecoder", "PowerOfTwoQuantizer", "QTensor", "Quantizer", "ScaledSignQuantizer", "SignQuantizer",
+    "SumDecoder", "SumQuantizer", "UniformQuantizer", "affine_parameters", "decoder_from", "dequantize", "fake_quantize",
+    "fake_quantize_grid", "qrange", "quantize",
 ]  # fmt: skip
