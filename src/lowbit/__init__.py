@@ -10,6 +10,7 @@ from lowbit.methods.quantize import quantize
 from lowbit.registry import MethodInfo, get_method, list_methods
 from lowbit.report.summary import summary
 from lowbit.spec import BitPolicy, Budget, Granularity
+from lowbit.train.loop import parameter_groups, training
 from lowbit.train.prepare import prepare
 from lowbit.train.run import penalty
 
@@ -19,6 +20,6 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
 __all__ = [
-    "quantize", "prepare", "penalty", "export", "load", "summary", "diagnose", "list_methods", "get_method",
+    "quantize", "prepare", "penalty", "training", "parameter_groups", "export", "load", "summary", "diagnose", "list_methods", "get_method",
     "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
 ]  # fmt: skip

@@ -50,6 +50,10 @@ class ParityError(LowbitError, RuntimeError):
     """An exported file does not compute what the quantized network computes."""
 
 
+class LoopError(LowbitError, RuntimeError):
+    """A training loop calls its hooks in the wrong order, or steps an optimizer that does not hold the network's parameters."""
+
+
 class MissingExtraError(LowbitError, ImportError):
     """An optional package is needed and not installed."""
 

@@ -92,6 +92,21 @@ def method_of(model: nn.Module) -> TrainingMethod:
     return method
 
 
+def prepared_network(model: nn.Module) -> nn.Module:
+    """The one network that ``lowbit.prepare`` made among ``model`` and its submodules, so that wrappers may lie around it.
+
+    Raises:
+        SpecError: There is none, or more than one.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(vars(module).get(_ATTRIBUTE), TrainingMethod)}
+    if len(found) > 1:
+        raise SpecError(f"{type(model).__name__} holds {len(found)} prepared networks: {', '.join(found)}. Pass the one to train.")
+    if not found:
+        method_of(model)  # raises with what is known of the network
+    network: nn.Module = next(iter(found.values()))
+    return network
+
+
 def set_surrogate(model: nn.Module, name: str, method: str) -> None:
     """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none has."""
     found = [module for module in model.modules() if isinstance(module, Quantizer) and hasattr(module, "surrogate")]

@@ -1,0 +1,388 @@
+"""``lowbit.training``: the hooks of a method for a training loop of one's own, whose optimizer and schedule belong to the user."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LoopError, SpecError
+from lowbit.train.method import TrainingMethod
+from lowbit.train.prepare import method_of, prepared_network
+from lowbit.train.recipe import OptimizerSpec, Recipe, Role
+from lowbit.train.run import TrainRun
+from lowbit.train.task import Batch, Classification, Task
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class OwnLoop(TrainRun):
+    """A training run whose loop, optimizer and learning-rate schedule are the user's; ``lowbit.training`` makes it.
+
+    Three calls for each optimizer step, in this order::
+
+        run = lowbit.training(model, steps_per_epoch=len(loader), epochs=10)
+        optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.02), momentum=0.9)
+        for epoch in range(10):
+            for x, y in loader:
+                optimizer.zero_grad()
+                run.before_step(optimizer)
+                loss = criterion(model(x), y) + run.penalty()      # or run.loss((x, y))
+                loss.backward()
+                run.after_backward()
+                optimizer.step()
+                run.after_step()
+
+    Phases and epochs of the method start by themselves, counted in steps. At the start of a phase the parameters it does not train
+    are frozen (``requires_grad``; those that were frozen when the run was made stay so), and parameters that the method replaced
+    are replaced in the optimizer. Kinds of optimizers and learning rates that a method wants for later phases are not applied:
+    they are the user's. Whoever wants to follow them makes a new optimizer from ``parameter_groups`` when ``phase_index`` changes.
+
+    With gradient accumulation the three calls belong around each optimizer step, not around each backward pass. With a gradient
+    scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
+    """
+
+    _at: str = field(default="start", init=False, repr=False)  # "start", "backward" (is next), "update" (is next)
+    _has_entered: bool = field(default=False, init=False, repr=False)
+    _has_called_loss: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._known = dict(self.model.named_parameters())
+        self._frozen = [parameter for parameter in self._known.values() if not parameter.requires_grad]
+        self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
+
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the weights in the user's optimizer; before the first step the recipe's."""
+        return super().learning_rate if self._rate is None else float(self._rate["lr"])  # type: ignore[arg-type]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return self.epochs * self.steps_per_epoch
+
+    def parameter_groups(self, learning_rate: float | None = None, weight_decay: float | None = None) -> list[dict[str, object]]:
+        """Parameter groups for any ``torch.optim`` optimizer, one for each role, with the method's rates for quantizers.
+
+        Args:
+            learning_rate: Of the weights; default: the recipe's.
+            weight_decay: Of the weights; default: the recipe's.
+
+        Returns:
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``role``.
+        """
+        optimizer = self.recipe.optimizer
+        optimizer = replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate if learning_rate is None else learning_rate,
+            weight_decay=optimizer.weight_decay if weight_decay is None else weight_decay,
+        )
+        frozen = set(map(id, self._frozen))
+        return _groups(self.method, replace(self.recipe, optimizer=optimizer), ((r, p) for r, p in self._roles() if id(p) not in frozen))
+
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Before the forward pass: phases and epochs that start here, schedules, the method's hook.
+
+        Args:
+            *optimizers: Those that the step will use; may be left out once they are known.
+
+        Raises:
+            LoopError: The step before was not ended, or the optimizers do not hold the network's parameters.
+        """
+        self._expect("start", "before_step")
+        if optimizers:
+            self.optimizers = list(optimizers)
+        if not self.optimizers:
+            raise LoopError("before_step needs the optimizer of the loop: run.before_step(optimizer)")
+        if optimizers:
+            self._find_learning_rate()
+        has_changed = self._enter()
+        if optimizers or has_changed:
+            self._check_optimizers()
+        super().before_step()
+        self._at, self._has_called_loss = "backward", False
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The method's loss of one batch, penalties included: the task's, mixed with the teacher's where there is one."""
+        self._has_called_loss = True
+        return super().loss(batch)
+
+    def after_backward(self) -> None:
+        """After the last backward pass of the step and before the optimizer's step (and before clipping gradients).
+
+        Raises:
+            LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
+        """
+        self._expect("backward", "after_backward")
+        if not self._has_called_loss and type(self.method).loss is not TrainingMethod.loss:
+            raise LoopError(
+                f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
+            )
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            raise LoopError(
+                "no parameter has a gradient. Call after_backward() after loss.backward(), and zero_grad() before the forward pass."
+            )
+        super().after_backward()
+        self._at = "update"
+
+    def after_step(self) -> None:
+        """After the optimizer's step: the method's hook, projections, the count of steps.
+
+        Raises:
+            LoopError: Called out of order.
+        """
+        self._expect("update", "after_step")
+        super().after_step()
+        self._at = "start"
+        if self.step == self.total_steps:
+            self._start_phases(len(self.phases) - 1)  # phases without an epoch that end the training
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the run stands, for a checkpoint beside those of the network and the optimizer.
+
+        Raises:
+            LoopError: Called in the middle of a step.
+        """
+        self._expect("start", "state_dict")
+        return {
+            "step": self.step,
+            "phase_index": self.phase_index,
+            "epoch": self.epoch,
+            "has_entered": self._has_entered,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on where ``state_dict`` was taken; the network has to be loaded as well. Hooks of what has started are not called again."""
+        self._expect("start", "load_state_dict")
+        self.step, self.phase_index, self.epoch = (int(state[key]) for key in ("step", "phase_index", "epoch"))  # type: ignore[call-overload]
+        self._has_entered = bool(state["has_entered"])
+        self.generator.set_state(torch.as_tensor(state["generator"], dtype=torch.uint8))
+        if self._has_entered:
+            self._freeze()
+
+    def resume(self, step: int) -> None:
+        """Go on after ``step`` steps of which only the number was saved; the generator starts from the recipe's seed."""
+        self._expect("start", "resume")
+        if step > 0:
+            self.phase_index, self.epoch = self._place(step - 1)
+            self.step, self._has_entered = step, True
+            self._freeze()
+
+    def _expect(self, at: str, called: str) -> None:
+        if self._at != at:
+            missing = {"start": "before_step(optimizer)", "backward": "after_backward()", "update": "after_step()"}[self._at]
+            raise LoopError(
+                f"{called} was called where {missing} is next (step {self.step}). The order of a step is: run.before_step(optimizer), "
+                "loss.backward(), run.after_backward(), optimizer.step(), run.after_step()."
+            )
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Phase and epoch in it of a step; those of the last step for any later one."""
+        epoch = min(step // self.steps_per_epoch, self.epochs - 1)
+        for index, phase in enumerate(self.phases):
+            if epoch < phase.epochs:
+                return index, epoch
+            epoch -= phase.epochs
+        raise AssertionError("an epoch lies in a phase")
+
+    def _enter(self) -> bool:
+        """Start the phases and the epoch that begin with this step; says whether one does."""
+        phase_index, epoch = self._place(self.step)
+        is_new = not self._has_entered or (phase_index, epoch) > (self.phase_index, self.epoch)
+        if is_new:
+            self._start_phases(phase_index)
+            self.epoch = epoch
+            self.start_epoch()
+        return is_new
+
+    def _start_phases(self, last: int) -> None:
+        for index in range(self.phase_index + 1 if self._has_entered else 0, last + 1):
+            self.phase_index, self.epoch, self._has_entered = index, 0, True
+            self.start_phase()
+
+    def _ready_optimizers(self) -> None:
+        """Gradients and learning rates are the user's."""
+
+    def _build_optimizers(self) -> None:
+        self._freeze()
+        self._follow_parameters()
+
+    def _freeze(self) -> None:
+        frozen = set(map(id, self._frozen))
+        for role, parameter in self._roles():
+            is_trained = role in self.phase.optimizers and id(parameter) not in frozen
+            parameter.requires_grad_(is_trained)
+            if not is_trained:
+                parameter.grad = None  # or an optimizer would go on stepping it
+
+    def _follow_parameters(self) -> None:
+        """Take parameters that the method removed out of the user's optimizers, and put those it added where their role lies."""
+        before, now = {id(p) for p in self._known.values()}, {id(p) for p in self.model.parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for gone in [p for p in group["params"] if id(p) in before - now]:
+                    group["params"] = [p for p in group["params"] if p is not gone]
+                    optimizer.state.pop(gone, None)
+        added = [(role, p) for role, p in self._roles() if id(p) not in before and role in self.phase.optimizers]
+        for new in _groups(self.method, self.recipe, added):
+            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+            mine = next((group for group in groups if group.get("role") == new["role"]), None)
+            if mine is not None:
+                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
+            elif self.optimizers:
+                self.optimizers[0].add_param_group(new)
+        self._known = dict(self.model.named_parameters())
+
+    def _find_learning_rate(self) -> None:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        weights, others = set(map(id, self.parameters_of("weights"))), set(map(id, self.model.parameters()))
+        for wanted in (weights, others):
+            for group in groups:
+                if any(id(p) in wanted for p in group["params"]):
+                    self._rate = group
+                    return
+        raise LoopError(
+            "the optimizer holds no parameter of the prepared network. Make it after lowbit.prepare, from run.parameter_groups()."
+        )
+
+    def _check_optimizers(self) -> None:
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, p in self._known.items() if id(p) not in held and p.requires_grad and self._role_of(n, p) == "quantizers"]
+        if missing:
+            raise LoopError(
+                f"no optimizer holds {len(missing)} parameters of the quantizers, {missing[0]!r} among them: they would stay as they are. "
+                "Make the optimizer from run.parameter_groups(), or freeze them with requires_grad_(False) before lowbit.training."
+            )
+
+    def _role_of(self, name: str, parameter: nn.Parameter) -> Role:
+        return self.method.role(name, parameter, self.model.get_submodule(name.rpartition(".")[0]))
+
+
+@dataclass(frozen=True)
+class CriterionTask(Task):
+    """A task that knows nothing but a loss.
+
+    Attributes:
+        criterion: ``criterion(output, target)``, a scalar; it is the metric as well.
+    """
+
+    criterion: Criterion
+    metric_name = "loss"
+    higher_is_better = False
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return self.criterion(output, batch[1])
+
+    def distillation_loss(self, output: Tensor, teacher_output: Tensor) -> Tensor:
+        """Mean squared difference of the outputs."""
+        return nn.functional.mse_loss(output, teacher_output)
+
+    def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
+        count = len(batch[1])
+        return float(self.loss(output, batch)) * count, count
+
+
+def training(
+    model: nn.Module,
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    task: Task | Criterion | None = None,
+    recipe: Recipe | None = None,
+    teacher: nn.Module | None = None,
+    batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
+    reduce_mean: Callable[[Tensor], None] | None = None,
+) -> OwnLoop:
+    """The hooks of the method that ``model`` was prepared with, for a training loop of one's own.
+
+    Args:
+        model: What ``lowbit.prepare`` returned, or a wrapper around it (``DistributedDataParallel``, ``torch.compile``, a module that
+            has it as a submodule).
+        steps_per_epoch: Optimizer steps of an epoch.
+        epochs: Of the whole training; schedules of methods are laid over them.
+        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
+        recipe: Weight and temperature of distillation, seed, learning rate for ``run.parameter_groups``.
+        teacher: A network for soft targets in ``run.loss``; it is set to evaluation mode.
+        batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
+        reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
+
+    Raises:
+        SpecError: ``model`` was not prepared, a number is out of range, or the method needs more epochs.
+    """
+    for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs)):
+        if value < 1:
+            raise SpecError(f"{name} must be 1 or more, got {value}")
+    network = prepared_network(model)
+    recipe = replace(recipe or Recipe(), epochs=epochs)
+    if task is None:
+        task = Classification(recipe.label_smoothing, recipe.temperature)
+    elif not isinstance(task, Task):
+        task = CriterionTask(task)
+    run = OwnLoop(
+        network,
+        method_of(network),
+        task,
+        recipe,
+        steps_per_epoch,
+        teacher=None if teacher is None else teacher.eval(),
+        batches=batches if batches is None or callable(batches) else _first_of(batches),
+        reduce_mean=reduce_mean or _mean_over_processes,
+        wrapped=model if model is not network and _calls_alike(model, network) else None,
+    )
+    if run.epochs > epochs:
+        raise SpecError(
+            f"{run.method.info.name!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={epochs}"
+        )
+    return run
+
+
+def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_decay: float = 1e-4) -> list[dict[str, object]]:
+    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, where no run is at hand yet; see ``OwnLoop``.
+
+    Args:
+        model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.
+        learning_rate: Of the weights.
+        weight_decay: Of the weights.
+    """
+    network = prepared_network(model)
+    return OwnLoop(network, method_of(network), Classification(), Recipe(), 1).parameter_groups(learning_rate, weight_decay)
+
+
+def _groups(method: TrainingMethod, recipe: Recipe, roles: Iterable[tuple[Role, nn.Parameter]]) -> list[dict[str, object]]:
+    """A group for each role that some phase trains, with the rates of the first such phase."""
+    specs: dict[Role, OptimizerSpec] = {}
+    for phase in method.phases(recipe):
+        specs = {**phase.optimizers, **specs}
+    found: dict[Role, list[nn.Parameter]] = {}
+    for role, parameter in roles:
+        found.setdefault(role, []).append(parameter)
+    return [
+        {"params": found[role], "lr": spec.learning_rate, "weight_decay": spec.weight_decay, "role": role}
+        for role, spec in specs.items()
+        if role in found
+    ]
+
+
+def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
+    return lambda count: itertools.islice(iter(batches), count)
+
+
+def _calls_alike(wrapper: nn.Module, network: nn.Module) -> bool:
+    """Whether ``wrapper`` is called in the network's place, as those of torch are, and does not merely contain it."""
+    inner: object = wrapper
+    while isinstance(inner, nn.Module) and inner is not network:
+        is_parallel = isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = inner._modules.get("module" if is_parallel else "_orig_mod")
+    return inner is network
+
+
+def _mean_over_processes(value: Tensor) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
