@@ -1,0 +1,331 @@
+"""XNOR-Net and BWN: weights, or weights and inputs, become plus and minus one times a scale.
+
+Paper: Rastegari, Ordonez, Redmon, Farhadi 2016, "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
+    ECCV. Section 3.1 (binary weights, Eq. 4 to 6), section 3.2 (binary inputs, Eq. 11 for K; block order in Figure 3), Algorithm 1.
+Symbols: W -> weight, B -> its signs, alpha -> scale, I -> x, A -> mean magnitude over channels, K -> ``InputScale.scale_map``.
+Which of the two is trained is a matter of bits: activations left in float (32) are the paper's BWN, one bit is XNOR-Net.
+
+Deviations:
+    The gradient of the weights follows the chain rule (``corrected``); the paper's lacks a sum. Weights are centred and clamped as in
+    the authors' program, right after each step instead of before it, so that a network is at all times the one that the next step
+    trains. A layer with one input channel per group (depthwise) is not centred: that would leave nothing of it.
+    Zero counts as positive, which the authors' ``sign(0) = 0`` cannot be stored in one bit (``sign_with_zero`` has theirs).
+    The paper's block is norm, sign, convolution, pooling. Changing the order of a network's blocks takes knowledge of the network,
+    but their first half can be put in front of any layer: where inputs are never negative (behind a ReLU their signs would all be
+    equal), ``input_norm`` inserts the norm before the sign; what stood there before stays.
+    K exists for grouped layers (a map for each group) and for transposed ones (the mean over the inputs that reach an output).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowbit.errors import SpecError
+from lowbit.network import insert
+from lowbit.network.layers import TRANSPOSED
+from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import pass_gradient, scale_gradient
+from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
+
+WeightGradient = Literal["corrected", "paper", "ste"]
+
+
+def input_channels(layer: nn.Module) -> int:
+    """Input channels that one output channel of ``layer`` sees."""
+    weight = insert.float_weight(layer)
+    return weight.shape[0] // int(layer.groups) if isinstance(layer, TRANSPOSED) else weight.shape[1]
+
+
+def centre(weight: Tensor, *, groups: int = 1, is_transposed: bool = False) -> Tensor:
+    """``weight`` minus its mean over the input channels, one mean for each output channel and kernel position.
+
+    Args:
+        weight: ``[out, in / groups, ...]``, transposed ``[in, out / groups, ...]``.
+        groups: Of the layer.
+        is_transposed: Whether the layer is a transposed convolution.
+
+    Returns:
+        Shaped like ``weight``; ``weight`` itself where there is one input channel.
+
+    Source: authors' program, before each iteration.
+    """
+    by_group = weight.unflatten(0, (groups, -1)) if is_transposed else weight
+    if by_group.shape[1] == 1:
+        return weight
+    centred = by_group - by_group.mean(1, keepdim=True)
+    return centred.flatten(0, 1) if is_transposed else centred
+
+
+def weight_proxy(weight: Tensor, scale: Tensor, size: int, gradient: WeightGradient) -> Tensor:
+    """An expression whose gradient is that of ``scale * sign(weight)`` by the rule ``gradient``; its value has no meaning.
+
+    With ``g`` the gradient of the binary weight, ``n = size`` and the sum over the elements of a filter:
+
+    - ``corrected``: ``scale * [|w| <= 1] * g + sign(w) / n * sum(g * sign(w))``, the chain rule with the clipped estimator;
+    - ``paper``: ``g * (1 / n + scale * [|w| < 1])``;
+    - ``ste``: ``scale * g``.
+
+    Args:
+        weight: Any shape.
+        scale: ``mean |weight|`` of each filter, differentiable, broadcasting with ``weight``.
+        size: Elements of a filter.
+        gradient: The rule.
+
+    Source: section 3.1 below Eq. 6 (``paper``).
+    """
+    fixed, size_of = scale.detach(), weight.detach().abs()
+    if gradient == "ste":
+        return weight * fixed
+    if gradient == "paper":
+        return weight * (1 / size + fixed * (size_of < 1))
+    signs = torch.where(weight.detach() >= 0, 1.0, -1.0)
+    return scale * signs + weight * (fixed * (size_of <= 1))
+
+
+def sign_with_zero(x: Tensor) -> Tensor:
+    """The authors' binary input, which has a third value: ``sign(x)`` with ``sign(0) = 0``. Backward: 1 where ``|x| < 1``, else 0."""
+    return pass_gradient(SignQuantizer().proxy(x), x.detach().sign())
+
+
+class XnorWeightQuantizer(ScaledSignQuantizer):
+    """Two levels for each output channel: plus and minus its mean magnitude.
+
+    Forward: ``mean |w| * sign(w)``, ``sign(0) = 1``. Backward: ``weight_proxy``, times ``multiplier``, times the elements of a
+    filter where ``multiplies_by_size``.
+
+    Args:
+        granularity: One scale for each of these.
+        gradient: ``corrected``, ``paper`` or ``ste``.
+        multiplier: Factor of the gradient.
+        multiplies_by_size: Multiply it by the elements of a filter too.
+    """
+
+    def __init__(
+        self, *, granularity: Granularity, gradient: WeightGradient = "corrected", multiplier: float = 1.0, multiplies_by_size: bool = False
+    ) -> None:
+        super().__init__(granularity=granularity)
+        self.gradient, self.multiplier, self.multiplies_by_size = gradient, multiplier, multiplies_by_size
+
+    def proxy(self, x: Tensor) -> Tensor:
+        size = max(x.numel() // max(math.prod(self.granularity.scale_shape(x)), 1), 1)
+        factor = self.multiplier * (size if self.multiplies_by_size else 1)
+        if factor != 1:
+            x = scale_gradient(x, factor)
+        return weight_proxy(x, self.scale(x), size, self.gradient)
+
+
+class InputScale(nn.Module):
+    """The paper's K: the output of a layer with binary inputs times the mean magnitude of the inputs that each output sees.
+
+    ``A = mean |x|`` over the channels (of a group), ``K = A`` convolved with a constant kernel of sum 1 at the layer's stride,
+    padding and dilation; behind a linear layer the mean over the features of each sample. The bias is not scaled.
+
+    Args:
+        layer: The layer whose outputs are scaled.
+        has_gradient: Whether gradients pass through ``|x|``.
+
+    Source: section 3.2, Eq. 11.
+    """
+
+    before_bias = True
+
+    def __init__(self, layer: nn.Module, *, has_gradient: bool = True) -> None:
+        super().__init__()
+        self.has_gradient = has_gradient
+        self.is_transposed = isinstance(layer, TRANSPOSED)
+        self.kernel_size: tuple[int, ...] = getattr(layer, "kernel_size", ())
+        self.groups: int = getattr(layer, "groups", 1)
+        self.stride: tuple[int, ...] = getattr(layer, "stride", ())
+        self.padding: tuple[int, ...] | str = getattr(layer, "padding", ())
+        self.dilation: tuple[int, ...] = getattr(layer, "dilation", ())
+        self.padding_mode: str = getattr(layer, "padding_mode", "zeros")
+
+    def scale_map(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """K for the input ``x``: ``[N, groups, *size]``, ``size`` being the dimensions of space of the output; linear ``[..., 1]``."""
+        magnitude = (x if self.has_gradient else x.detach()).abs()
+        dims = len(self.kernel_size)
+        if not dims:
+            return magnitude.mean(-1, keepdim=True)
+        by_group = magnitude.unflatten(-dims - 1, (self.groups, -1)).mean(-dims - 1)
+        ones = by_group.new_ones(self.groups, 1, *self.kernel_size)
+        if self.is_transposed:
+            return self._spread(by_group, ones, size) / self._spread(torch.ones_like(by_group), ones, size).clamp(min=1)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            by_group, padding = functional.pad(by_group, self._pads(), mode=self.padding_mode), (0,) * dims
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
+        return convolve(by_group, ones / math.prod(self.kernel_size), None, self.stride, padding, self.dilation, self.groups)
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        dims = len(self.kernel_size)
+        scale = self.scale_map(x, tuple(output.shape[-dims:]) if dims else ()).to(output.dtype)
+        if dims and self.groups > 1:
+            scale = scale.repeat_interleave(output.shape[-dims - 1] // self.groups, -dims - 1)
+        return output * scale
+
+    def _spread(self, x: Tensor, kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+        """The transposed convolution whose result has the dimensions ``size``, which the caller of the layer may have chosen."""
+        assert not isinstance(self.padding, str)
+        given = zip(size, x.shape[-len(size) :], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        extra = [out - ((n - 1) * stride - 2 * padding + dilation * (k - 1) + 1) for out, n, k, stride, padding, dilation in given]
+        convolve = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[len(size) - 1]
+        return convolve(x, kernel, None, self.stride, self.padding, extra, self.groups, self.dilation)
+
+    def _pads(self) -> list[int]:
+        """What ``functional.pad`` takes: both sides of the last dimension first."""
+        if isinstance(self.padding, str):
+            totals = [d * (k - 1) if self.padding == "same" else 0 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sides = [(padding, padding) for padding in self.padding]
+        return [pad for pair in reversed(sides) for pad in pair]
+
+
+class InputNorm(nn.Module):
+    """Batch norm in front of a layer, over the channels of its input whatever their place.
+
+    Args:
+        layer: Convolution (channels come second) or linear layer (features come last).
+        epsilon: Added to the variance.
+    """
+
+    def __init__(self, layer: nn.Module, epsilon: float = 1e-4) -> None:
+        super().__init__()
+        self.dims = len(getattr(layer, "kernel_size", ()))
+        weight = insert.float_weight(layer)
+        channels = weight.shape[0] if isinstance(layer, TRANSPOSED) else weight.shape[1] * int(getattr(layer, "groups", 1))
+        self.norm = nn.BatchNorm1d(channels, eps=epsilon, device=weight.device)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``[N, channels, positions]``, or ``[N, features]``."""
+        if not self.dims:
+            return x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-self.dims - 1], math.prod(x.shape[-self.dims :]))
+
+    @torch.no_grad()
+    def set_statistics(self, x: Tensor) -> None:
+        """Take the mean and the variance of ``x`` as those of evaluation."""
+        rows = self.rows(x.float()).movedim(1, 0).flatten(1)
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        self.norm.running_mean.copy_(rows.mean(1))
+        self.norm.running_var.copy_(rows.var(1, correction=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, norm = self.rows(x), self.norm
+        if self.training and rows.numel() == rows.shape[1]:  # one value has no variance
+            y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            y = norm(rows)
+        return y.reshape(x.shape)
+
+
+@register(
+    MethodInfo(
+        name="xnor_net",
+        title="XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
+        paper="Rastegari, Ordonez, Redmon, Farhadi, ECCV 2016",
+        section="quantization_aware",
+        axes=("weight_quantizer", "activation_quantizer", "procedure"),
+        kind="training",
+        weight_bits=range(1, 2),
+        activation_bits=range(1, 2),
+        needs=("labels",),
+        fidelity="exact; held against the authors' program and two ports",
+        summary="binary weights with a scale for each filter; binary inputs too, or float ones (BWN)",
+    )
+)
+@dataclass
+class XnorNet(TrainingMethod):
+    """Binary weights and inputs.
+
+    Attributes:
+        weight_gradient: ``corrected`` (chain rule), ``paper`` (without its sum) or ``ste`` (times the scale).
+        centre: Keep the mean of a stored weight over its input channels at 0.
+        clamp: Keep stored weights within -1 and 1, where the estimator passes gradients.
+        centring_gradient: Multiply the gradient of weights by ``1 - 1 / input channels``, as both programs do for the centring.
+        gradient_multiplier: Factor of the gradient of weights; ``1e9`` in the authors' program with Adam, which makes weight decay and
+            epsilon negligible (there for all parameters).
+        multiply_by_size: Multiply the gradient of weights by the elements of a filter, as the authors' program does with SGD.
+        input_scaling: Multiply outputs by K, the mean magnitude of the inputs that they come from (binary inputs only). In the paper,
+            which finds that it adds less than 1 % accuracy; not in the authors' program.
+        input_scaling_gradient: Let gradients pass through K.
+        input_norm: Put a batch norm before the sign: ``unsigned`` (where inputs are never negative), ``always`` or ``never``.
+        norm_epsilon: Of that norm.
+    """
+
+    weight_gradient: WeightGradient = "corrected"
+    centre: bool = True
+    clamp: bool = True
+    centring_gradient: bool = False
+    gradient_multiplier: float = 1.0
+    multiply_by_size: bool = False
+    input_scaling: bool = False
+    input_scaling_gradient: bool = True
+    input_norm: Literal["unsigned", "always", "never"] = "unsigned"
+    norm_epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.gradient_multiplier) and self.gradient_multiplier > 0):
+            raise SpecError(f"gradient_multiplier must be positive and finite, got {self.gradient_multiplier}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        channels = input_channels(slot.layer)
+        centring = 1 - 1 / channels if self.centring_gradient and channels > 1 else 1
+        return XnorWeightQuantizer(
+            granularity=Granularity.channel(slot.channel_axis),
+            gradient=self.weight_gradient,
+            multiplier=self.gradient_multiplier * centring,
+            multiplies_by_size=self.multiply_by_size,
+        )
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return SignQuantizer()
+
+    def attach(self, job: QatJob) -> None:
+        def activation_quantizer(slot: Slot) -> Quantizer:
+            if self.input_norm == "always" or (self.input_norm == "unsigned" and not slot.is_signed):
+                insert.set_input_transform(slot.layer, InputNorm(slot.layer, self.norm_epsilon))
+            if self.input_scaling:
+                insert.set_output_transform(slot.layer, InputScale(slot.layer, has_gradient=self.input_scaling_gradient))
+            return self.activation_quantizer(slot)
+
+        inputs: dict[InputNorm, Tensor] = {}
+
+        def initialize(layer: nn.Module, x: Tensor) -> None:
+            norm = insert.input_transform(layer)
+            if isinstance(norm, InputNorm):
+                inputs[norm] = x
+            self.initialize_layer(layer, x)
+
+        job.insert(self.weight_quantizer, activation_quantizer)
+        self.prepare_weights(job.model)
+        job.initialize(initialize)
+        for norm, x in inputs.items():  # afterwards: initializing restores the statistics of norms
+            norm.set_statistics(x)
+
+    def prepare_weights(self, model: nn.Module) -> None:
+        """Centre and clamp the stored weights of all layers that this method made binary."""
+        for layer in insert.quantized_layers(model).values():
+            if isinstance(insert.weight_quantizer(layer), XnorWeightQuantizer):
+                self.prepare_weight(layer)
+
+    @torch.no_grad()
+    def prepare_weight(self, layer: nn.Module) -> None:
+        """Centre and clamp the stored weight of ``layer``."""
+        weight = insert.float_weight(layer)
+        if self.centre:
+            weight.copy_(centre(weight, groups=int(getattr(layer, "groups", 1)), is_transposed=isinstance(layer, TRANSPOSED)))
+        if self.clamp:
+            weight.clamp_(-1, 1)
+
+    def after_step(self, run: TrainRun) -> None:
+        """Centre and clamp the weights for the next step."""
+        self.prepare_weights(run.model)
