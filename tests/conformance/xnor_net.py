@@ -34,7 +34,7 @@ def binarized(method: XnorNet, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weight_paper(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    multipliers = {"sgd": {"multiply_by_size": True}, "adam": {"gradient_multiplier": 1e9}}[params["optimizer"]]
+    multipliers = {"sgd": {"multiply_by_size": True}, "adam": {"multiply_by_size": False, "gradient_multiplier": 1e9}}[params["optimizer"]]
     return binarized(XnorNet(weight_gradient="paper", centring_gradient=True, **multipliers), inputs)
 
 
