@@ -1,65 +1,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from tests.train.recording import BATCHES, Recorder, network, prepared, recorded
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import LoopError, SpecError
-from lowbit.methods.quantizer_design.lsq import Lsq
 from lowbit.quantizers import LearnedScaleQuantizer
-from lowbit.train import Classification, OptimizerSpec, Phase, Recipe, TrainRun
+from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.train.loop import OwnLoop
 from lowbit.train.prepare import method_of
 from lowbit.train.task import Batch
-
-BATCHES = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(4)]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
-
-
-def prepared(**options: object) -> nn.Module:
-    return lowbit.prepare(network(), method="lsq", weight_bits=2, activation_bits=3, sample=BATCHES[0][0], **options).train()
-
-
-@dataclass
-class Recorder(Lsq):
-    """Learned step sizes that write down which hook is called when."""
-
-    schedule: tuple[Phase, ...] = ()
-    calls: list[str] = field(default_factory=list)
-
-    def phases(self, recipe: Recipe) -> list[Phase]:
-        return list(self.schedule) or super().phases(recipe)
-
-    def start_phase(self, run: TrainRun) -> None:
-        self.calls.append(f"phase {run.phase.name}")
-
-    def start_epoch(self, run: TrainRun) -> None:
-        self.calls.append(f"epoch {run.epoch}")
-
-    def before_step(self, run: TrainRun) -> None:
-        self.calls.append(f"before {run.step}")
-
-    def after_backward(self, run: TrainRun) -> None:
-        self.calls.append("backward")
-
-    def after_step(self, run: TrainRun) -> None:
-        self.calls.append("after")
-
-
-def recorded(*phases: tuple[str, int, tuple[str, ...]], base: type[Recorder] = Recorder) -> tuple[nn.Module, Recorder]:
-    """A prepared network whose method has these phases: name, epochs, roles that are trained."""
-    model, spec = prepared(), OptimizerSpec(learning_rate=0.1)
-    method = base(schedule=tuple(Phase(name, epochs, {role: spec for role in roles}) for name, epochs, roles in phases))
-    model.lowbit_method = method  # type: ignore[assignment]
-    return model, method
 
 
 def sgd(run: OwnLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
@@ -348,12 +303,12 @@ def test_scales_stay_positive_whatever_the_users_optimizer_does() -> None:
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (("after_backward",), r"after_backward was called where before_step\(optimizer\) is next \(step 0\)"),
-        (("after_step",), r"after_step was called where before_step\(optimizer\) is next"),
-        (("before_step", "after_step"), r"after_step was called where after_backward\(\) is next"),
-        (("before_step", "before_step"), r"before_step was called where after_backward\(\) is next"),
-        (("before_step", "backward", "after_backward", "before_step"), r"before_step was called where after_step\(\) is next"),
-        (("before_step", "state_dict"), r"state_dict was called where after_backward\(\) is next"),
+        (("after_backward",), r"after_backward was called where before_step is next \(step 0\)"),
+        (("after_step",), r"after_step was called where before_step is next"),
+        (("before_step", "after_step"), r"after_step was called where after_backward is next"),
+        (("before_step", "before_step"), r"before_step was called where after_backward is next"),
+        (("before_step", "backward", "after_backward", "before_step"), r"before_step was called where after_step is next"),
+        (("before_step", "state_dict", "resume"), r"resume was called where after_backward is next"),
         (("before_step", "after_backward"), r"no parameter has a gradient. Call after_backward\(\) after loss.backward\(\)"),
     ],
 )
@@ -365,7 +320,7 @@ def test_hooks_out_of_order_are_refused(calls: tuple[str, ...], message: str) ->
             if call == "backward":
                 run.loss(BATCHES[0]).backward()
             else:
-                getattr(run, call)(*([optimizer] if call == "before_step" else []))
+                getattr(run, call)(*{"before_step": [optimizer], "resume": [1]}.get(call, []))
 
 
 def test_an_optimizer_that_does_not_fit_the_network_is_refused() -> None:
@@ -373,7 +328,7 @@ def test_an_optimizer_that_does_not_fit_the_network_is_refused() -> None:
     run = lowbit.training(model, steps_per_epoch=1, epochs=1)
     with pytest.raises(LoopError, match=r"before_step needs the optimizer of the loop: run.before_step\(optimizer\)"):
         run.before_step()
-    with pytest.raises(LoopError, match="holds no parameter of the prepared network. Make it after lowbit.prepare"):
+    with pytest.raises(LoopError, match=r"holds no parameter of the prepared network. Make it after lowbit.prepare"):
         run.before_step(torch.optim.SGD(network().parameters(), lr=0.1))
     missing = "no optimizer holds 7 parameters of the quantizers"  # a scale for each weight and input, an offset for the signed input
     with pytest.raises(LoopError, match=f"{missing}, '0.parametrizations.weight.0.quantizer.scale'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,12 @@ class OwnLoop(TrainRun):
 
     With gradient accumulation the three calls belong around each optimizer step, not around each backward pass. With a gradient
     scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
+
+    Attributes:
+        next_hook: Which of the three has to be called next.
     """
 
-    _at: str = field(default="start", init=False, repr=False)  # "start", "backward" (is next), "update" (is next)
+    next_hook: Literal["before_step", "after_backward", "after_step"] = field(default="before_step", init=False)
     _has_entered: bool = field(default=False, init=False, repr=False)
     _has_called_loss: bool = field(default=False, init=False, repr=False)
 
@@ -94,7 +98,7 @@ class OwnLoop(TrainRun):
         Raises:
             LoopError: The step before was not ended, or the optimizers do not hold the network's parameters.
         """
-        self._expect("start", "before_step")
+        self._expect("before_step", "before_step")
         if optimizers:
             self.optimizers = list(optimizers)
         if not self.optimizers:
@@ -105,7 +109,7 @@ class OwnLoop(TrainRun):
         if optimizers or has_changed:
             self._check_optimizers()
         super().before_step()
-        self._at, self._has_called_loss = "backward", False
+        self.next_hook, self._has_called_loss = "after_backward", False
 
     def loss(self, batch: Batch) -> Tensor:
         """The method's loss of one batch, penalties included: the task's, mixed with the teacher's where there is one."""
@@ -118,7 +122,7 @@ class OwnLoop(TrainRun):
         Raises:
             LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
         """
-        self._expect("backward", "after_backward")
+        self._expect("after_backward", "after_backward")
         if not self._has_called_loss and type(self.method).loss is not TrainingMethod.loss:
             raise LoopError(
                 f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
@@ -128,7 +132,7 @@ class OwnLoop(TrainRun):
                 "no parameter has a gradient. Call after_backward() after loss.backward(), and zero_grad() before the forward pass."
             )
         super().after_backward()
-        self._at = "update"
+        self.next_hook = "after_step"
 
     def after_step(self) -> None:
         """After the optimizer's step: the method's hook, projections, the count of steps.
@@ -136,19 +140,14 @@ class OwnLoop(TrainRun):
         Raises:
             LoopError: Called out of order.
         """
-        self._expect("update", "after_step")
+        self._expect("after_step", "after_step")
         super().after_step()
-        self._at = "start"
+        self.next_hook = "before_step"
         if self.step == self.total_steps:
             self._start_phases(len(self.phases) - 1)  # phases without an epoch that end the training
 
     def state_dict(self) -> dict[str, object]:
-        """Where the run stands, for a checkpoint beside those of the network and the optimizer.
-
-        Raises:
-            LoopError: Called in the middle of a step.
-        """
-        self._expect("start", "state_dict")
+        """Where the run stands, for a checkpoint beside those of the network and the optimizer; a step under way is not counted."""
         return {
             "step": self.step,
             "phase_index": self.phase_index,
@@ -159,7 +158,7 @@ class OwnLoop(TrainRun):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on where ``state_dict`` was taken; the network has to be loaded as well. Hooks of what has started are not called again."""
-        self._expect("start", "load_state_dict")
+        self._expect("before_step", "load_state_dict")
         self.step, self.phase_index, self.epoch = (int(state[key]) for key in ("step", "phase_index", "epoch"))  # type: ignore[call-overload]
         self._has_entered = bool(state["has_entered"])
         self.generator.set_state(torch.as_tensor(state["generator"], dtype=torch.uint8))
@@ -168,17 +167,16 @@ class OwnLoop(TrainRun):
 
     def resume(self, step: int) -> None:
         """Go on after ``step`` steps of which only the number was saved; the generator starts from the recipe's seed."""
-        self._expect("start", "resume")
+        self._expect("before_step", "resume")
         if step > 0:
             self.phase_index, self.epoch = self._place(step - 1)
             self.step, self._has_entered = step, True
             self._freeze()
 
-    def _expect(self, at: str, called: str) -> None:
-        if self._at != at:
-            missing = {"start": "before_step(optimizer)", "backward": "after_backward()", "update": "after_step()"}[self._at]
+    def _expect(self, hook: str, called: str) -> None:
+        if self.next_hook != hook:
             raise LoopError(
-                f"{called} was called where {missing} is next (step {self.step}). The order of a step is: run.before_step(optimizer), "
+                f"{called} was called where {self.next_hook} is next (step {self.step}). The order of a step is: run.before_step(optimizer), "
                 "loss.backward(), run.after_backward(), optimizer.step(), run.after_step()."
             )
 

@@ -1,0 +1,82 @@
+"""Training a prepared network with the ``Trainer`` of Hugging Face's transformers.
+
+The callback calls the hooks of the method; the optimizer is made from the network's parameter groups and the loss adds the penalty::
+
+    class Net(torch.nn.Module):
+        def __init__(self, network):                      # what lowbit.prepare returned
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixel_values, labels=None):
+            logits = self.network(pixel_values)
+            loss = cross_entropy(logits, labels) + lowbit.penalty(self.network)
+            return {"loss": loss, "logits": logits}
+
+    optimizer = torch.optim.SGD(lowbit.parameter_groups(network, learning_rate=0.02), momentum=0.9)
+    Trainer(Net(network), arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=[LowbitCallback()]).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import missing_extra
+from lowbit.train.callbacks.plan import Plan
+from lowbit.train.loop import Criterion, OwnLoop
+from lowbit.train.recipe import Recipe
+from lowbit.train.task import Batch, Task
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise missing_extra("transformers", "huggingface", "training with the Trainer of transformers") from error
+
+
+class LowbitCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls the hooks of the method that the trainer's model was prepared with, or the one prepared network inside it.
+
+    transformers clips gradients before it calls the method's hook for them. After ``resume_from_checkpoint`` the run goes on at the
+    saved step; random numbers of a method then start anew from the recipe's seed. Methods with a loss of their own need
+    ``callback.run.loss((inputs, labels))`` for the model's loss.
+
+    Args:
+        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
+        recipe: Weight and temperature of distillation, seed.
+        teacher: A network for soft targets in ``run.loss``.
+        batches: Training batches for methods that look at data between epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task | Criterion | None = None,
+        recipe: Recipe | None = None,
+        teacher: nn.Module | None = None,
+        batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
+    ) -> None:
+        self._plan = Plan(task, recipe, teacher, batches)
+
+    @property
+    def run(self) -> OwnLoop:
+        """The run; LoopError before training has started."""
+        return self._plan.run
+
+    def on_train_begin(self, args: object, state: Any, control: object, *, model: nn.Module, **kwargs: object) -> None:
+        """Make the run, for as many steps as the trainer plans."""
+        self._plan.start(model, state.max_steps, state.num_train_epochs).resume(state.global_step)
+
+    def on_step_begin(self, args: object, state: object, control: object, *, optimizer: torch.optim.Optimizer, **kwargs: object) -> None:
+        """Before the first forward pass of a step."""
+        self.run.before_step(optimizer)
+
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """All gradients are there."""
+        self.run.after_backward()
+
+    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """The optimizer has made its step."""
+        self.run.after_step()

@@ -1,0 +1,50 @@
+"""What the callbacks for other trainers share: how a run is made once the trainer knows how long it will train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowbit.errors import LoopError, SpecError
+from lowbit.train.loop import Criterion, OwnLoop, training
+from lowbit.train.recipe import Recipe
+from lowbit.train.task import Batch, Task
+
+
+@dataclass
+class Plan:
+    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts."""
+
+    task: Task | Criterion | None = None
+    recipe: Recipe | None = None
+    teacher: nn.Module | None = None
+    batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None
+    current: OwnLoop | None = None
+
+    @property
+    def run(self) -> OwnLoop:
+        """The run; LoopError before training has started."""
+        if self.current is None:
+            raise LoopError("the run is made when training starts: use it in the training step, not before")
+        return self.current
+
+    def start(self, model: nn.Module, steps: float, epochs: int) -> OwnLoop:
+        """Make the run for ``steps`` optimizer steps in ``epochs``."""
+        if not math.isfinite(steps) or steps < 1 or epochs < 1:
+            raise SpecError(
+                f"schedules of quantizers need the length of training, got {steps} steps in {epochs} epochs. "
+                "Give the trainer a number of epochs or of steps."
+            )
+        self.current = training(
+            model,
+            steps_per_epoch=math.ceil(steps / epochs),
+            epochs=epochs,
+            task=self.task,
+            recipe=self.recipe,
+            teacher=self.teacher,
+            batches=self.batches,
+        )
+        return self.current
