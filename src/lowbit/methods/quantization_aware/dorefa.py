@@ -1,0 +1,178 @@
+"""DoReFa-Net: low-bit weights, activations and gradients on fixed uniform grids.
+
+Paper: Zhou, Wu, Ni, Zhou, Wen, Zou 2016, "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth
+    Gradients". Eq. 5 (quantize_k), Eq. 7-9 (weights), Eq. 10-11 (activations), Eq. 12 (gradients).
+Symbols: k -> bit_width, f_w -> DorefaWeight, f_a -> DorefaActivation, f_g -> GradientQuantizer, N(k) -> noise.
+Deviations: where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1]; a sample whose gradient is
+    all zero keeps it (the authors divide by zero). The clip replaces a ReLU that stays in the network, where it changes nothing.
+    Gradients stay in float unless ``gradient_bits`` asks for fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.network import insert
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.binary import ScaledSignQuantizer
+from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.registry import MethodInfo, register
+from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
+
+_TINY = 1e-30  # a weight of zeros is divided by this
+
+
+def squash(weight: Tensor) -> Tensor:
+    """``tanh(w) / (2 max|tanh(w)|) + 1/2``, in ``[0, 1]``; the maximum over the whole tensor has its gradient too. Source: Eq. 9."""
+    t = torch.tanh(weight)
+    return t / (2 * t.abs().max().clamp(min=_TINY)) + 0.5
+
+
+class DorefaWeight(GridQuantizer):
+    """Weights of 2 bits and more: ``2 quantize_k(squash(w)) - 1``, the odd multiples of ``1 / (2**k - 1)`` in ``[-1, 1]``.
+
+    Backward: the surrogate's for the rounding, everything else by differentiation, the maximum included. Source: Eq. 9.
+    """
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1)
+
+    def initialize(self, x: Tensor) -> None:
+        """Nothing to set."""
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return squash(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        # the authors' order of operations: sums of such products often are 1 up to rounding, where the next layer's clip ends
+        return (2 * (self.surrogate(squash(x.float()) * self.qmax, self.qmin, self.qmax) / self.qmax) - 1).to(x.dtype)
+
+    def grid(self, x: Tensor) -> Grid:
+        steps = self.qmax
+        return Grid(*(x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / steps, 2 / steps, steps / 2)))
+
+
+class DorefaActivation(GridQuantizer):
+    """``quantize_k(clip(x, 0, 1))``; with ``is_signed`` ``2 quantize_k(clip(x, -1, 1) / 2 + 1/2) - 1`` on one code fewer.
+
+    Backward: 1 where ``x`` is inside the clip, bounds included, else 0. Source: Eq. 10-11.
+    """
+
+    def __init__(self, bit_width: int, *, is_signed: bool = False) -> None:
+        self.is_signed = is_signed and bit_width > 1
+        top = 2 ** (bit_width - 1) - 1 if self.is_signed else 2**bit_width - 1
+        super().__init__(bit_width, -top if self.is_signed else 0, top)
+
+    def initialize(self, x: Tensor) -> None:
+        """Nothing to set."""
+
+    def prepare(self, x: Tensor) -> Tensor:
+        # products of such activations and weights often are 1 up to rounding: the gradient's bounds must be the clip's own
+        return x.clamp(self.qmin / self.qmax, 1) if torch.is_grad_enabled() else x
+
+    def grid(self, x: Tensor) -> Grid:
+        zero, step = x.new_zeros((), dtype=torch.float32), x.new_tensor(1 / self.qmax, dtype=torch.float32)
+        return Grid(zero, step, step, zero)
+
+
+class _QuantizeGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owner: GradientQuantizer) -> Tensor:
+        ctx.owner = owner
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.owner.quantize(grad, ctx.owner.uniform(grad)), None
+
+
+class GradientQuantizer(nn.Module):
+    """The identity in the forward pass; quantizes the gradient on its way back.
+
+    Backward: with ``M`` the largest ``|g|`` of each sample, ``n = 2**k - 1`` and noise uniform in ``[-1/2, 1/2) / n``:
+    ``2 M (quantize_k(clip(g / (2 M) + 1/2 + noise, 0, 1)) - 1/2)``. Source: Eq. 12.
+
+    Args:
+        bit_width: 1 to 8.
+    """
+
+    def __init__(self, bit_width: int) -> None:
+        super().__init__()
+        self.bit_width = bit_width
+        self.generator: torch.Generator | None = None
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        return _QuantizeGradient.apply(output, self) if output.requires_grad else output  # type: ignore[no-any-return]
+
+    def uniform(self, grad: Tensor) -> Tensor:
+        """Fresh noise in ``[0, 1)`` for every element."""
+        return torch.rand(grad.shape, generator=self.generator).to(grad.device)
+
+    def quantize(self, grad: Tensor, uniform: Tensor) -> Tensor:
+        """The quantized gradient for noise ``uniform`` in ``[0, 1)``."""
+        steps = 2**self.bit_width - 1
+        largest = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True)
+        divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
+        share = grad / (2 * divisor) + 0.5 + (uniform - 0.5) / steps
+        return (2 * largest * ((share.clamp(0, 1) * steps).round() / steps - 0.5)).to(grad.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "generator": None}  # it belongs to a run
+
+
+@register(
+    MethodInfo(
+        name="dorefa",
+        title="DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients",
+        paper="Zhou, Wu, Ni, Zhou, Wen, Zou 2016",
+        section="quantization_aware",
+        axes=("weight_quantizer", "activation_quantizer"),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        needs=("labels",),
+        fidelity="exact; held against the authors' program",
+        summary="fixed grids: weights squashed by tanh, activations clipped to [0, 1], gradients in few bits too",
+    )
+)
+@dataclass
+class Dorefa(TrainingMethod):
+    """Fixed uniform grids.
+
+    Weights lie in ``[-1, 1]`` whatever their scale was, and 2 bits have no zero: a batch norm after each layer is needed, and its
+    statistics have to be learned anew.
+
+    Attributes:
+        gradient_bits: Bits of the gradients of layer outputs, 1 to 8; 32 leaves them in float.
+    """
+
+    gradient_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if self.gradient_bits != 32 and not 1 <= self.gradient_bits <= 8:
+            raise SpecError(f"dorefa: gradient_bits must be 1 to 8, or 32 for float, got {self.gradient_bits}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        return ScaledSignQuantizer() if slot.bit_width == 1 else DorefaWeight(slot.bit_width)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return DorefaActivation(slot.bit_width, is_signed=slot.is_signed)
+
+    def attach(self, job: QatJob) -> None:
+        super().attach(job)
+        if self.gradient_bits != 32:
+            for name, layer in job.layers.items():
+                if not job.is_excepted(name):
+                    insert.set_output_transform(layer, GradientQuantizer(self.gradient_bits))
+
+    def start_phase(self, run: TrainRun) -> None:
+        for module in run.model.modules():
+            if isinstance(module, GradientQuantizer):
+                module.generator = run.generator
