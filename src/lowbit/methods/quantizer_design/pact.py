@@ -1,0 +1,217 @@
+"""PACT: activations clipped at a learned level, with SAWB weights, whose clip follows from two moments.
+
+Paper: Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018, "PACT: Parameterized Clipping Activation for Quantized
+    Neural Networks". Section 3, Eq. 1 (clip), Eq. 2 (quantize), Eq. 3 (gradient of the clip level).
+    Choi et al. 2019, "Accurate and Efficient 2-bit Quantized Neural Networks", MLSys, section 3 (SAWB).
+Symbols: alpha -> clip, lambda_alpha -> clip_decay, k -> bit_width, c1 and c2 -> SAWB_COEFFICIENTS.
+Deviations: the clip starts where the squared error of the first batch is least unless ``clip_init`` says otherwise (the paper: large); where a
+    layer's input can be negative it is clipped at both ends. The clip replaces a ReLU that stays in the network, where it changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.methods.quantization_aware.dorefa import DorefaWeight
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.binary import ScaledSignQuantizer
+from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.quantizers.observers import make_observer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import bounded_straight_through, straight_through
+from lowbit.train import Slot, TrainingMethod
+
+SMALLEST_CLIP = 1e-4
+
+# (c1, c2) of clip = c1 sqrt(E w^2) + c2 E|w|, by bit-width: 2**k levels without zero, and 2**k - 1 levels with it
+SAWB_COEFFICIENTS = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64)}
+SAWB_COEFFICIENTS_WITH_ZERO = {2: (2.6, -1.71), 4: (12.035, -12.03), 7: (28.24, -30.81), 8: (31.76, -35.04)}
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, is_signed: bool) -> Tensor:
+        ctx.save_for_backward(x, clip)
+        ctx.is_signed = is_signed
+        return torch.minimum(torch.maximum(x, -clip if is_signed else torch.zeros_like(clip)), clip)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, clip = ctx.saved_tensors
+        low = -clip if ctx.is_signed else torch.zeros_like(clip)
+        by_clip = (grad * (x >= clip)).sum()
+        if ctx.is_signed:
+            by_clip = by_clip - (grad * (x <= low)).sum()
+        return grad * ((x >= low) & (x <= clip)), by_clip, None
+
+
+def clip_at(x: Tensor, clip: Tensor, *, is_signed: bool = False) -> Tensor:
+    """``clip(x, 0, clip)``, or ``clip(x, -clip, clip)`` with ``is_signed``.
+
+    Backward: 1 to ``x`` within the closed range, else 0; to ``clip`` the sum of the gradients where ``x >= clip``, less those where
+    ``x <= -clip``; elements at the clip belong to both. Source: PACT, Eq. 1 and 3.
+    """
+    return _Clip.apply(x, clip, is_signed)  # type: ignore[no-any-return]
+
+
+class PactActivation(GridQuantizer):
+    """Activations on ``[0, clip]``, or ``[-clip, clip]`` with ``is_signed``, with a learned ``clip``.
+
+    Forward: ``round(clip_at(x, clip) / scale) * scale`` with ``scale = clip / n``, ``n = 2**k - 1`` (signed: ``2**(k - 1) - 1``).
+    Backward: the surrogate's for the rounding, then that of ``clip_at``; nothing through the scale. Source: PACT, Eq. 1-3.
+
+    Args:
+        bit_width: 1 to 8.
+        clip: Where it starts; ``None``: where the squared error of the first batch is least.
+        clip_decay: ``penalty`` is ``clip_decay * clip**2``.
+        is_signed: Whether the range has a negative half.
+    """
+
+    tables = ("clip",)
+
+    def __init__(self, bit_width: int, *, clip: float | None = None, clip_decay: float = 0.0, is_signed: bool = False) -> None:
+        self.is_binary = is_signed and bit_width == 1
+        top = 2 ** (bit_width - 1) - 1 if is_signed and not self.is_binary else 2**bit_width - 1
+        super().__init__(bit_width, -top if is_signed and not self.is_binary else 0, top)
+        del self._buffers["clip"]
+        self.clip = nn.Parameter(torch.tensor(float("nan") if clip is None else float(clip)))
+        self.initial_clip, self.clip_decay, self.is_signed = clip, clip_decay, is_signed
+
+    def initialize(self, x: Tensor) -> None:
+        """Start at ``clip``, else where the squared error of ``x`` is least."""
+        if self.initial_clip is not None:
+            self._set_table("clip", torch.tensor(self.initial_clip))
+            return
+        observer = make_observer("mse")
+        observer.observe(x.detach().float().abs(), is_all=True)
+        scale, _ = observer.parameters(0, self.qmax, symmetric=True)
+        self._set_table("clip", (scale * self.qmax).reshape(()).clamp(min=SMALLEST_CLIP))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return clip_at(x, self.clip, is_signed=self.is_signed) if torch.is_grad_enabled() else x
+
+    def grid(self, x: Tensor) -> Grid:
+        clip = self.clip.detach()
+        if self.is_binary:
+            return Grid(-clip, 2 * clip, 2 * clip, torch.full_like(clip, 0.5))
+        zero = torch.zeros_like(clip)
+        return Grid(zero, clip / self.qmax, clip / self.qmax, zero)
+
+    def penalty(self) -> Tensor:
+        return self.clip_decay * self.clip.square()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the clip positive."""
+        self.clip.clamp_(min=SMALLEST_CLIP)
+
+
+class SawbWeight(GridQuantizer):
+    """Weights on evenly spaced levels in ``[-clip, clip]``, the clip from the moments of the present weights.
+
+    Forward: ``(2 round(u N) / N - 1) clip`` with ``u = clamp(w / clip, -1, 1) / 2 + 1/2`` and
+    ``clip = c1 sqrt(E w^2) + c2 E|w|``, or ``max|w|`` where there are no coefficients or the clip is not positive;
+    ``N = 2**k - 1``, with ``has_zero`` ``2**k - 2``. In evaluation the clip is the last one of training.
+    Backward: 1 everywhere, with ``clips_gradient`` 0 outside ``[-clip, clip]``; nothing through the clip.
+    Source: Choi et al. 2019, section 3.
+
+    Args:
+        bit_width: 2 to 8.
+        has_zero: Whether 0 is a level.
+        clips_gradient: Whether weights beyond the clip get no gradient.
+        granularity: Which elements share a clip.
+    """
+
+    tables = ("clip",)
+
+    def __init__(
+        self, bit_width: int, *, has_zero: bool = False, clips_gradient: bool = False, granularity: Granularity | None = None
+    ) -> None:
+        if bit_width < 2:
+            raise SpecError(f"sawb: bit_width must be 2 to 8, got {bit_width}")
+        top = 2 ** (bit_width - 1) - 1 if has_zero else 2**bit_width - 1
+        surrogate = bounded_straight_through if clips_gradient else straight_through
+        super().__init__(bit_width, -top if has_zero else 0, top, granularity=granularity, surrogate=surrogate)
+        self.clip: Tensor
+        self.has_zero = has_zero
+
+    def clip_of(self, x: Tensor) -> Tensor:
+        """The clip for the weights ``x``, shaped to broadcast with ``granularity.broadcast(x)``."""
+        rows = self.granularity.flatten(x.detach().float())
+        magnitudes, largest = rows.abs(), rows.abs().amax(1)
+        coefficients = (SAWB_COEFFICIENTS_WITH_ZERO if self.has_zero else SAWB_COEFFICIENTS).get(self.bit_width)
+        clip = largest
+        if coefficients is not None:
+            clip = coefficients[0] * rows.square().mean(1).sqrt() + coefficients[1] * magnitudes.mean(1)
+            clip = torch.where(clip > 0, clip, largest)
+        return torch.where(clip > 0, clip, torch.ones_like(clip)).reshape(self.granularity.scale_shape(x))
+
+    def initialize(self, x: Tensor) -> None:
+        self._set_table("clip", self.clip_of(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._set_table("clip", self.clip_of(x))
+        return super().forward(x)
+
+    def grid(self, x: Tensor) -> Grid:
+        if self.has_zero:
+            zero = torch.zeros_like(self.clip)
+            return Grid(zero, self.clip / self.qmax, self.clip / self.qmax, zero)
+        step = 2 * self.clip / self.qmax
+        return Grid(-self.clip, step, step, torch.full_like(self.clip, self.qmax / 2))
+
+
+@register(
+    MethodInfo(
+        name="pact",
+        title="PACT: Parameterized Clipping Activation for Quantized Neural Networks",
+        paper="Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018; SAWB: Choi et al., MLSys 2019",
+        section="quantizer_design",
+        axes=("weight_quantizer", "activation_quantizer"),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        needs=("labels",),
+        fidelity="exact; held against the authors' company's toolkit (fms-model-optimizer)",
+        summary="learns where to clip activations; weights by SAWB or as in dorefa",
+    )
+)
+@dataclass
+class Pact(TrainingMethod):
+    """Learned clip levels of activations.
+
+    Attributes:
+        weights: ``sawb`` (the follow-up's), or ``dorefa`` (the PACT paper's).
+        sawb_zero: Give SAWB weights a level at 0, and one level fewer.
+        sawb_clip_gradient: Give weights beyond the SAWB clip no gradient.
+        clip_init: Where the clip level starts, in units of the activation: the paper starts it large, about 10; ``none``: where the
+            squared error of the first batch is least.
+        clip_decay: ``clip_decay * clip**2`` is added to the loss for every layer; the paper uses the weight decay.
+    """
+
+    weights: Literal["sawb", "dorefa"] = "sawb"
+    sawb_zero: bool = False
+    sawb_clip_gradient: bool = False
+    clip_init: float | None = None
+    clip_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.clip_init is not None and not self.clip_init > 0:
+            raise SpecError(f"pact: clip_init must be positive, got {self.clip_init}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        if slot.bit_width == 1:
+            return ScaledSignQuantizer()
+        if self.weights == "dorefa":
+            return DorefaWeight(slot.bit_width)
+        return SawbWeight(slot.bit_width, has_zero=self.sawb_zero, clips_gradient=self.sawb_clip_gradient)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return PactActivation(slot.bit_width, clip=self.clip_init, clip_decay=self.clip_decay, is_signed=slot.is_signed)
