@@ -18,8 +18,7 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, position: Tensor, low: float, high: float, gamma: float, sigma: float) -> Tensor:
         ctx.save_for_backward(position)
         ctx.constants = low, high, gamma, sigma
-        clipped = position.clamp(low, high)
-        return torch.ceil(clipped - 0.5)  # a tie takes the lower level
+        return position.clamp(low, high).round_()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -32,7 +31,7 @@ class _Round(torch.autograd.Function):
 
 
 class DistanceAwareRounding(nn.Module):
-    """Forward: the nearest code in ``low .. high``, a tie takes the lower one.
+    """Forward: ``clamp(round(position), low, high)``.
 
     Backward: ``gamma / (2 sinh gamma) * coth(|z - 1/2| + 1 / (2 sigma**2))`` where ``low <= position <= high``, else 0, with
     ``z = position - floor(position)``: largest at the decision points. It equals the gradient of the kernel soft argmax.

@@ -109,7 +109,8 @@ class GradientQuantizer(nn.Module):
         self.generator: torch.Generator | None = None
 
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
-        return _QuantizeGradient.apply(output, self) if output.requires_grad else output  # type: ignore[no-any-return]
+        passed: Tensor = _QuantizeGradient.apply(output, self) if output.requires_grad else output
+        return passed
 
     def uniform(self, grad: Tensor) -> Tensor:
         """Fresh noise in ``[0, 1)`` for every element."""
@@ -120,7 +121,7 @@ class GradientQuantizer(nn.Module):
         steps = 2**self.bit_width - 1
         largest = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True)
         divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
-        share = grad / (2 * divisor) + 0.5 + (uniform - 0.5) / steps
+        share: Tensor = grad / (2 * divisor) + 0.5 + (uniform - 0.5) / steps
         return (2 * largest * ((share.clamp(0, 1) * steps).round() / steps - 0.5)).to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""DAQ: rounding as a soft choice between two levels that is always equally sharp, corrected to equal the hard one.
+
+Paper: Kim, Lee, Ham 2021, "Distance-aware Quantization", ICCV.
+    Section 3.1 (quantizer), section 3.2 and Eq. 5-10 (distance-aware soft rounding and its temperature controller).
+Symbols: gamma -> gamma, sigma -> sigma, l and u -> lower and upper, beta -> output_scale, r -> the rounded code.
+Deviations: the forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
+    ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``; where a layer's input can be negative, activations become ``2 q - 1``
+    on ``[-upper, upper]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SpecError
+from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod
+from lowbit.quantizers import Quantizer
+from lowbit.registry import MethodInfo, register
+from lowbit.surrogates import DistanceAwareRounding
+from lowbit.train import Slot
+
+
+class DaqWeight(NormalizedQuantizer):
+    """Standardized weights, ``(w - mean) / std`` with constant statistics, as ``(2 q - 1) |output_scale|``."""
+
+    def __init__(self, bit_width: int, *, gamma: float = 2.0, sigma: float = 1.0, has_output_scale: bool = True) -> None:
+        surrogate = DistanceAwareRounding(gamma, sigma)
+        super().__init__(bit_width, is_centred=True, has_output_scale=has_output_scale, surrogate=surrogate)
+
+    def initialize(self, x: Tensor) -> None:
+        """The interval is three standard deviations either side."""
+        self.set_interval(x.new_tensor(-3.0), x.new_tensor(3.0))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        values = x.detach()
+        std = values.std() if values.numel() > 1 else torch.ones_like(values.sum())
+        return (x - values.mean()) / torch.where(std > 0, std, torch.ones_like(std))
+
+
+class DaqActivation(NormalizedQuantizer):
+    """Activations as ``q`` on ``[0, upper]``, which starts at three standard deviations."""
+
+    def __init__(self, bit_width: int, *, gamma: float = 2.0, sigma: float = 2.0, is_signed: bool = False) -> None:
+        super().__init__(bit_width, is_centred=is_signed, learns_lower=False, surrogate=DistanceAwareRounding(gamma, sigma))
+
+    def initialize(self, x: Tensor) -> None:
+        values = x.detach().float()
+        self.set_interval(values.new_zeros(()), 3 * (values.std() if values.numel() > 1 else values.abs().sum()))
+
+
+@register(
+    MethodInfo(
+        name="daq",
+        title="Distance-aware Quantization",
+        paper="Kim, Lee, Ham, ICCV 2021",
+        section="gradients",
+        axes=("weight_quantizer", "activation_quantizer", "surrogate"),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        needs=("labels", "pretrained"),
+        fidelity="exact; held against the authors' program",
+        summary="the gradient of a soft rounding that equals the hard one in the forward pass",
+    )
+)
+@dataclass
+class Daq(NormalizingMethod):
+    """Learned intervals and distance-aware rounding.
+
+    Attributes:
+        gamma: Sharpness of the soft assignment.
+        weight_sigma: Width of the kernel for weights, in steps.
+        activation_sigma: Width of the kernel for activations, in steps.
+    """
+
+    gamma: float = 2.0
+    weight_sigma: float = 1.0
+    activation_sigma: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "weight_sigma", "activation_sigma"):
+            if not getattr(self, name) > 0:
+                raise SpecError(f"daq: {name} must be positive, got {getattr(self, name)}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        has_scale = getattr(slot.layer, "bias", None) is None
+        return DaqWeight(slot.bit_width, gamma=self.gamma, sigma=self.weight_sigma, has_output_scale=has_scale)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return DaqActivation(slot.bit_width, gamma=self.gamma, sigma=self.activation_sigma, is_signed=slot.is_signed)

@@ -1,0 +1,142 @@
+"""Quantizers that work on values normalised to a learned interval, and a learned scale of the layer's output.
+
+Weights become ``2 q - 1`` and activations ``q`` with ``q`` in ``[0, 1]``; what that does to the size of the layer's output is undone by
+the output scale. It multiplies the levels of the weight, so that the layer stays an ordinary one in exported files.
+
+Source: Lee et al. 2021, "Network Quantization with Element-wise Gradient Scaling", section 3.1; Kim et al. 2021, "Distance-aware
+Quantization", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.network import insert
+from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.surrogates import Surrogate
+from lowbit.train import OptimizerSpec, QatJob, Recipe, TrainingMethod
+from lowbit.train.recipe import Role
+
+SMALLEST_WIDTH = 1e-4
+
+
+class NormalizedQuantizer(GridQuantizer):
+    """Evenly spaced levels on the learned interval ``[lower, upper]``.
+
+    Forward: ``q = round(clamp((x - lower) / (upper - lower), 0, 1) N) / N`` with ``N = 2**k - 1``; activations become ``q``, weights and
+    signed activations ``2 q - 1``, weights times ``|output_scale|``.
+    Backward: the surrogate's for the rounding, everything else by differentiation.
+
+    Args:
+        bit_width: 1 to 8.
+        is_centred: Whether the values are ``2 q - 1``.
+        has_output_scale: Whether the levels are multiplied by a learned output scale.
+        learns_lower: Whether the lower end is learned too; else it is 0, or ``-upper`` where values are centred.
+        surrogate: Backward rule of the rounding.
+    """
+
+    def __init__(
+        self, bit_width: int, *, is_centred: bool, has_output_scale: bool = False, learns_lower: bool = True, surrogate: Surrogate
+    ) -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1, surrogate=surrogate)
+        self.is_centred, self.learns_lower = is_centred, learns_lower
+        self.upper = nn.Parameter(torch.tensor(float("nan")))
+        self.lower = nn.Parameter(torch.tensor(float("nan"))) if learns_lower else None
+        self.output_scale = nn.Parameter(torch.ones(())) if has_output_scale else None
+        self.is_probed = False
+        self.discretized: Tensor | None = None  # q of the last pass, while it is probed
+
+    def set_interval(self, lower: Tensor, upper: Tensor) -> None:
+        """Start at this interval; one of no width gets the width 1."""
+        upper = torch.where(upper - lower > SMALLEST_WIDTH, upper, lower + 1)
+        self.upper.data.copy_(upper)
+        if self.lower is not None:
+            self.lower.data.copy_(lower)
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """``(lower, upper)``, differentiable."""
+        if self.lower is not None:
+            return self.lower, self.upper
+        return (-self.upper if self.is_centred else torch.zeros_like(self.upper)), self.upper
+
+    def grid(self, x: Tensor) -> Grid:
+        lower, upper = self.interval()
+        scale = torch.full_like(self.upper, (2 if self.is_centred else 1) / self.qmax)
+        if self.output_scale is not None:
+            scale = scale * self.output_scale.abs()
+        return Grid(lower, (upper - lower) / self.qmax, scale, torch.full_like(self.upper, self.qmax / 2 if self.is_centred else 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_probed:
+            return super().forward(x)
+        grid = self.grid(x)
+        self.discretized = self.surrogate((self.prepare(x) - grid.lower) / grid.step, self.qmin, self.qmax) / self.qmax
+        return (self.discretized * self.qmax - grid.zero_point) * grid.scale
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the interval from closing."""
+        self.upper.clamp_(min=SMALLEST_WIDTH if self.lower is None else float(self.lower) + SMALLEST_WIDTH)
+
+
+class OutputScale(nn.Module):
+    """``|output_scale| * output``, for layers whose bias is to be scaled as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: Tensor, x: Tensor) -> Tensor:
+        return output * self.output_scale.abs()
+
+
+@torch.no_grad()
+def initialize_output_scale(layer: nn.Module, x: Tensor) -> None:
+    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both.
+
+    Layers without a bias keep the scale in their weight quantizer, others in an output transform.
+    """
+    quantizer, transform, inputs = insert.weight_quantizer(layer), insert.output_transform(layer), insert.input_quantizer(layer)
+    owner = transform if isinstance(transform, OutputScale) else quantizer
+    assert isinstance(owner, (OutputScale, NormalizedQuantizer)) and owner.output_scale is not None
+    owner.output_scale.fill_(1)
+    with insert.quantization_enabled(layer, weights=False, activations=False):
+        expected = layer.forward(x).abs().mean()
+    got = layer.forward(x if inputs is None else inputs(x)).abs().mean()
+    if float(got) > 0 and float(expected) > 0:
+        owner.output_scale.copy_(expected / got)
+
+
+@dataclass
+class NormalizingMethod(TrainingMethod):
+    """A method whose quantizers are normalized ones.
+
+    Attributes:
+        quantizer_learning_rate: Of intervals and output scales (Adam), as a fraction of the weights'.
+    """
+
+    quantizer_learning_rate: float = 0.01
+
+    def attach(self, job: QatJob) -> None:
+        job.insert(self.weight_quantizer, self.activation_quantizer)
+        for layer in job.layers.values():
+            quantizer = insert.weight_quantizer(layer)
+            if isinstance(quantizer, NormalizedQuantizer) and quantizer.output_scale is None:
+                insert.set_output_transform(layer, OutputScale())
+        job.initialize(self.initialize_layer)
+
+    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
+        super().initialize_layer(layer, x)
+        if isinstance(insert.weight_quantizer(layer), NormalizedQuantizer):
+            initialize_output_scale(layer, x)
+
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+        return "quantizers" if isinstance(owner, OutputScale) else super().role(name, parameter, owner)
+
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        roles = dict(super().optimizers(recipe))
+        return {**roles, "quantizers": replace(roles["quantizers"], kind="adam")}
