@@ -122,7 +122,8 @@ class GradientQuantizer(nn.Module):
         largest = grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True)
         divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
         share: Tensor = grad / (2 * divisor) + 0.5 + (uniform - 0.5) / steps
-        return (2 * largest * ((share.clamp(0, 1) * steps).round() / steps - 0.5)).to(grad.dtype)
+        quantized: Tensor = 2 * largest * ((share.clamp(0, 1) * steps).round() / steps - 0.5)
+        return quantized.to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "generator": None}  # it belongs to a run
