@@ -19,6 +19,7 @@ from lowbit.network import insert
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.surrogates import Surrogate
 from lowbit.train import OptimizerSpec, QatJob, Recipe, TrainingMethod
+from lowbit.train.output_ratio import output_ratio
 from lowbit.train.recipe import Role
 
 SMALLEST_WIDTH = 1e-4
@@ -100,15 +101,11 @@ def initialize_output_scale(layer: nn.Module, x: Tensor) -> None:
 
     Layers without a bias keep the scale in their weight quantizer, others in an output transform.
     """
-    quantizer, transform, inputs = insert.weight_quantizer(layer), insert.output_transform(layer), insert.input_quantizer(layer)
+    quantizer, transform = insert.weight_quantizer(layer), insert.output_transform(layer)
     owner = transform if isinstance(transform, OutputScale) else quantizer
     assert isinstance(owner, (OutputScale, NormalizedQuantizer)) and owner.output_scale is not None
     owner.output_scale.fill_(1)
-    with insert.quantization_enabled(layer, weights=False, activations=False):
-        expected = layer.forward(x).abs().mean()
-    got = layer.forward(x if inputs is None else inputs(x)).abs().mean()
-    if float(got) > 0 and float(expected) > 0:
-        owner.output_scale.copy_(expected / got)
+    owner.output_scale.copy_(output_ratio(layer, x))
 
 
 @dataclass

@@ -142,6 +142,7 @@ def positive_levels(bit_width: int, levels: Levels, *, is_symmetric: bool) -> tu
             raise SpecError(
                 f"levels={levels!r}: the authors have constants for 2 bits and inputs that are not negative, not for {kind}. "
                 "Use 'uniform' or 'non_uniform', which are computed."
+                + (" Or set signed_inputs='rectify', where the quantizer is to be the activation function." if is_symmetric else "")
             )
         return AUTHORS_UNIFORM if levels == "authors" else AUTHORS_NON_UNIFORM
     count = 2 ** (bit_width - 1) if is_symmetric else 2**bit_width - 1

@@ -1,0 +1,240 @@
+"""QIL: the interval of magnitudes that is quantized, below which weights are pruned and above which they are clipped, is learned.
+
+Paper: Jung, Son, Lee, Son, Han, Kwak, Hwang, Choi 2019, "Learning to Quantize Deep Networks by Optimizing Quantization Intervals With
+    Task Loss", CVPR. Section 3.1 (Eq. 1-6, transformer and discretizer), section 3.2 (training).
+Symbols: c -> center, d -> distance, gamma -> gamma, alpha and beta -> the affine map of the interval to [0, 1], q_D -> qmax.
+Deviations: intervals start at 0 and end at the least squared error and ``gamma`` is 1 unless asked otherwise (the paper's initial values are not known); levels of
+    weights are multiplied by a constant that keeps the size of the layer's output (``rescale``), which a following batch norm undoes;
+    where a layer's input can be negative the interval lies on the values and activations become ``2 q - 1``. The paper's progressive
+    training is a matter of running again from the result of more bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.network import insert
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.quantizers.observers import make_observer
+from lowbit.registry import MethodInfo, register
+from lowbit.surrogates import scale_gradient
+from lowbit.train import Slot, TrainingMethod
+from lowbit.train.output_ratio import output_ratio
+
+SMALLEST_DISTANCE = 1e-4
+Start = Literal["mse", "max", "histogram"]
+
+
+def transform_magnitudes(magnitudes: Tensor, center: Tensor, distance: Tensor, gamma: Tensor | None = None) -> Tensor:
+    """0 below ``center - distance``, 1 above ``center + distance``, ``((m - center + distance) / (2 distance))**gamma`` between.
+
+    Differentiable in everything; the closed interval counts as inside. Source: Eq. 3.
+    """
+    inside = (magnitudes >= center - distance) & (magnitudes <= center + distance)
+    base = (magnitudes - center) * (0.5 / distance) + 0.5
+    if gamma is not None:
+        base = torch.where(inside, base, torch.full_like(base, 0.5)).clamp(1e-12, 1) ** gamma
+    return torch.where(inside, base.clamp(0, 1), (magnitudes > center).to(base.dtype))
+
+
+def interval_of_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Center and distance of ``[0, max|x|]``: nothing pruned, nothing clipped."""
+    half = x.detach().float().abs().max() / 2
+    half = torch.where(half > SMALLEST_DISTANCE, half, torch.ones_like(half))
+    return half, half.clone()
+
+
+def interval_of_least_error(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Center and distance of ``[0, clip]``, the clip where ``qmax`` steps give magnitudes the least squared error."""
+    observer = make_observer("mse")
+    observer.observe(x.detach().float().abs(), is_all=True)
+    scale, _ = observer.parameters(0, qmax, symmetric=True)
+    half = (scale * qmax / 2).reshape(()).clamp(min=SMALLEST_DISTANCE)
+    return half, half.clone()
+
+
+def interval_of_histogram(x: Tensor, *, percentile: float = 90.0, bins: int = 10) -> tuple[Tensor, Tensor]:
+    """Center and distance from the positive values below a percentile: pruned below the first bin's end, clipped above the last's."""
+    values = x.detach().float().flatten()
+    values = values[values > 0]
+    if values.numel() < 2:
+        return interval_of_maximum(x)
+    values = values[values < _quantile(values, percentile / 100)]
+    if values.numel() < 2 or float(values.max()) == float(values.min()):
+        return interval_of_maximum(x)
+    prune, clip = values.min() + (values.max() - values.min()) / bins, values.max()
+    return (clip + prune) / 2, (clip - prune) / 2
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Linear between the two nearest values, of any number of values."""
+    ordered = values.sort().values
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+class IntervalQuantizer(GridQuantizer):
+    """What both quantizers of QIL share: a learned interval ``[center - distance, center + distance]``.
+
+    Args:
+        bit_width: 1 to 8.
+        qmin, qmax: Range of the codes.
+        start: How the interval is found in the first data.
+        gradient_scale: Multiplies the gradients of center and distance.
+    """
+
+    def __init__(self, bit_width: int, qmin: int, qmax: int, *, start: Start = "mse", gradient_scale: float = 1.0) -> None:
+        super().__init__(bit_width, qmin, qmax)
+        self.center, self.distance = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
+        self.start, self.gradient_scale = start, gradient_scale
+
+    def set_interval(self, center: Tensor, distance: Tensor) -> None:
+        """Start at this interval."""
+        self.center.data.copy_(center)
+        self.distance.data.copy_(distance)
+
+    def initialize(self, x: Tensor) -> None:
+        if self.start == "mse":
+            self.set_interval(*interval_of_least_error(x, self.qmax))
+        else:
+            self.set_interval(*(interval_of_maximum(x) if self.start == "max" else interval_of_histogram(x.abs())))
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """``(center, distance)``, differentiable."""
+        if self.gradient_scale == 1:
+            return self.center, self.distance
+        return scale_gradient(self.center, self.gradient_scale), scale_gradient(self.distance, self.gradient_scale)
+
+
+class QilWeight(IntervalQuantizer):
+    """Weights as ``round(sign(w) v q) / q`` times ``scale``, ``v = transform_magnitudes(|w|)`` and ``q = 2**(k - 1) - 1``.
+
+    Backward: the surrogate's for the rounding, everything else by differentiation. Source: Eq. 3 and 5.
+
+    Args:
+        bit_width: 2 to 8.
+        learns_gamma: Whether the exponent is learned; else it is 1.
+        start: How the interval starts.
+        gradient_scale: Multiplies the gradients of center and distance.
+    """
+
+    tables = ("scale",)
+
+    def __init__(self, bit_width: int, *, learns_gamma: bool = False, start: Start = "mse", gradient_scale: float = 1.0) -> None:
+        top = 2 ** (bit_width - 1) - 1
+        super().__init__(bit_width, -top, top, start=start, gradient_scale=gradient_scale)
+        self.gamma = nn.Parameter(torch.ones(())) if learns_gamma else None
+        self._set_table("scale", torch.ones(()))
+        self.scale: Tensor
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Multiply the levels by ``scale``, a constant."""
+        self._set_table("scale", scale.reshape(()))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The weights before rounding, in ``[-1, 1]``."""
+        return x.sign() * transform_magnitudes(x.abs(), *self.interval(), self.gamma)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return self.transform(x)
+
+    def grid(self, x: Tensor) -> Grid:
+        zero = torch.zeros_like(self.scale)
+        return Grid(zero, torch.full_like(zero, 1 / self.qmax), self.scale / self.qmax, zero)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep ``0 < distance <= center`` and the exponent positive."""
+        self.center.abs_().clamp_(min=SMALLEST_DISTANCE)
+        self.distance.abs_().clamp_(min=SMALLEST_DISTANCE, max=float(self.center))
+        if self.gamma is not None:
+            self.gamma.clamp_(min=0.1)
+
+
+class QilActivation(IntervalQuantizer):
+    """Activations as ``round(v q) / q``, ``v = clamp((x - center + distance) / (2 distance), 0, 1)`` and ``q = 2**k - 1``.
+
+    With ``is_signed`` ``2 round(v q) / q - 1``. Backward: the surrogate's for the rounding, everything else by differentiation.
+    Source: Eq. 4 and 6.
+    """
+
+    def __init__(self, bit_width: int, *, is_signed: bool = False, start: Start = "mse") -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1, start=start)
+        self.is_signed = is_signed
+
+    def initialize(self, x: Tensor) -> None:
+        if not self.is_signed:
+            super().initialize(x)
+            return
+        half, _ = interval_of_least_error(x, max(self.qmax // 2, 1))
+        self.set_interval(torch.zeros_like(half), 2 * half)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The activations before rounding, in ``[0, 1]``."""
+        return transform_magnitudes(x, *self.interval())
+
+    def grid(self, x: Tensor) -> Grid:
+        center, distance = self.interval()
+        factor = 2 if self.is_signed else 1
+        scale, zero_point = torch.full_like(center, factor / self.qmax), torch.full_like(center, self.qmax / 2 if self.is_signed else 0.0)
+        return Grid(center - distance, 2 * distance / self.qmax, scale, zero_point)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep ``0 < distance``, and ``distance <= center`` where the input has no negative values."""
+        self.distance.abs_().clamp_(min=SMALLEST_DISTANCE)
+        if not self.is_signed:
+            self.center.abs_().clamp_(min=SMALLEST_DISTANCE)
+            self.distance.clamp_(max=float(self.center))
+
+
+@register(
+    MethodInfo(
+        name="qil",
+        title="Learning to Quantize Deep Networks by Optimizing Quantization Intervals With Task Loss",
+        paper="Jung, Son, Lee, Son, Han, Kwak, Hwang, Choi, CVPR 2019",
+        section="quantizer_design",
+        axes=("weight_quantizer", "activation_quantizer"),
+        kind="training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=("labels", "pretrained"),
+        fidelity="the paper's equations; held against two re-implementations",
+        summary="learns which interval of magnitudes is quantized; below it is pruned, above it clipped",
+    )
+)
+@dataclass
+class Qil(TrainingMethod):
+    """Learned quantization intervals.
+
+    Attributes:
+        quantizer_learning_rate: Of centers and distances, as a fraction of the weights': the paper's 0.01.
+        gamma: ``fixed`` at 1, or ``learned``, the exponent of the weights' transform.
+        start: How intervals start: ``mse`` (from 0 to where the squared error is least), ``max`` (from 0 to the largest magnitude) or
+            ``histogram`` (the least and the largest tenth cut off).
+        rescale: Multiply the weights' levels by a constant that keeps the size of the layer's output; needed without batch norms.
+    """
+
+    quantizer_learning_rate: float = 0.01
+    gamma: Literal["fixed", "learned"] = "fixed"
+    start: Start = "mse"
+    rescale: bool = True
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        return QilWeight(slot.bit_width, learns_gamma=self.gamma == "learned", start=self.start)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return QilActivation(slot.bit_width, is_signed=slot.is_signed, start=self.start)
+
+    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
+        super().initialize_layer(layer, x)
+        weights = insert.weight_quantizer(layer)
+        if self.rescale and isinstance(weights, QilWeight):
+            weights.set_scale(output_ratio(layer, x, with_bias=False))

@@ -1,0 +1,33 @@
+"""How much smaller or larger a layer's output became by quantizing it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.network import insert
+
+
+@torch.no_grad()
+def output_ratio(layer: nn.Module, x: Tensor, *, with_bias: bool = True) -> Tensor:
+    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers; 1 where either is 0.
+
+    Args:
+        layer: A layer with quantizers; transforms of its output are left out.
+        x: Its input in float.
+        with_bias: Whether the bias is part of both outputs.
+    """
+    inputs = insert.input_quantizer(layer)
+    bias = getattr(layer, "bias", None)
+    saved = None if with_bias or not isinstance(bias, Tensor) else bias.detach().clone()
+    try:
+        if saved is not None:
+            bias.zero_()  # type: ignore[union-attr]
+        with insert.quantization_enabled(layer, weights=False, activations=False):
+            expected = layer.forward(x).abs().mean()
+        got = layer.forward(x if inputs is None else inputs(x)).abs().mean()
+    finally:
+        if saved is not None:
+            bias.copy_(saved)  # type: ignore[union-attr]
+    ratio = expected / got
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
