@@ -308,3 +308,11 @@ def _in_memory_order(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).view(-1)
     return x.reshape(-1)
+
+
+def least_error_clip(x: Tensor, qmax: int) -> Tensor:
+    """The clip of ``|x|`` at which rounding to ``qmax`` steps from 0 has the least squared error; shape ``()``, positive."""
+    observer = make_observer("mse")
+    observer.observe(x.detach().float().abs(), is_all=True)
+    scale, _ = observer.parameters(0, qmax, symmetric=True)
+    return (scale * qmax).reshape(())

@@ -21,7 +21,7 @@ from lowbit.methods.quantization_aware.dorefa import DorefaWeight
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.binary import ScaledSignQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import bounded_straight_through, straight_through
@@ -88,10 +88,7 @@ class PactActivation(GridQuantizer):
         if self.initial_clip is not None:
             self._set_table("clip", torch.tensor(self.initial_clip))
             return
-        observer = make_observer("mse")
-        observer.observe(x.detach().float().abs(), is_all=True)
-        scale, _ = observer.parameters(0, self.qmax, symmetric=True)
-        self._set_table("clip", (scale * self.qmax).reshape(()).clamp(min=SMALLEST_CLIP))
+        self._set_table("clip", least_error_clip(x, self.qmax).clamp(min=SMALLEST_CLIP))
 
     def prepare(self, x: Tensor) -> Tensor:
         return clip_at(x, self.clip, is_signed=self.is_signed) if torch.is_grad_enabled() else x

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import scale_gradient
 from lowbit.train import Slot, TrainingMethod
@@ -51,10 +51,7 @@ def interval_of_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def interval_of_least_error(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     """Center and distance of ``[0, clip]``, the clip where ``qmax`` steps give magnitudes the least squared error."""
-    observer = make_observer("mse")
-    observer.observe(x.detach().float().abs(), is_all=True)
-    scale, _ = observer.parameters(0, qmax, symmetric=True)
-    half = (scale * qmax / 2).reshape(()).clamp(min=SMALLEST_DISTANCE)
+    half = (least_error_clip(x, qmax) / 2).clamp(min=SMALLEST_DISTANCE)
     return half, half.clone()
 
 

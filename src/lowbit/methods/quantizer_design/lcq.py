@@ -1,0 +1,231 @@
+"""LCQ: a uniform quantizer between a learned piecewise linear curve and its inverse.
+
+Paper: Yamamoto 2021, "Learnable Companding Quantization for Accurate Low-bit Neural Networks", CVPR.
+    Section 3.1 (Eq. 1-6, companding), section 3.2 (gradients), section 3.3 (limited weight normalization), section 3.4 (outer
+    quantization of the levels).
+Symbols: alpha -> clip, theta -> logits, gamma -> slopes, beta -> heights, Delta -> 1 / intervals, s -> steps, q_8 -> outer rounding.
+Deviations: clips of activations start at the least squared error of the first batch unless ``activation_clip`` says otherwise; where a
+    layer's input can be negative, activations are quantized as weights are, on both sides. 2-bit weights have the levels
+    ``-clip, 0, clip`` whatever the curve, and are the plain ternary quantizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
+from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.observers import least_error_clip
+from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import round_straight_through
+from lowbit.train import Slot, TrainingMethod
+
+SMALLEST_SLOPE = 1e-3
+SMALLEST_CLIP = 1e-4
+
+
+def curve(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and heights of the compressing function: ``K softmax(logits)``, and its value where each of the K intervals starts.
+
+    Source: Eq. 3-4.
+    """
+    shares = torch.softmax(logits, 0)
+    return (shares * len(logits)).clamp(min=SMALLEST_SLOPE), torch.cumsum(shares, 0) - shares
+
+
+def compress(v: Tensor, slopes: Tensor, heights: Tensor) -> Tensor:
+    """``f(v)`` for ``v`` in ``[0, 1]``: linear on K equal intervals, right-open but for the last. Source: Eq. 3."""
+    count = len(slopes)
+    index = (v.detach() * count).floor().long().clamp(0, count - 1)
+    return slopes[index] * (v - index / count) + heights[index]
+
+
+def expand(u: Tensor, slopes: Tensor, heights: Tensor) -> Tensor:
+    """The inverse of ``compress``. Source: Eq. 4."""
+    index = torch.searchsorted(heights.detach()[1:].contiguous(), u.detach().contiguous(), right=True)
+    return (u - heights[index]) / slopes[index] + index / len(slopes)
+
+
+class CompandingQuantizer(TableQuantizer):
+    """Levels ``clip * f^-1(j / s)`` with a learned clip and curve ``f``, on both sides of zero where ``signed``.
+
+    Forward: ``sign(x) clip g(|x| / clip)`` with ``g = f^-1 . round to s steps . f``, the clip beyond it; ``s = 2**(k - 1) - 1`` signed,
+    else ``2**k - 1``; with ``outer_bits`` the levels are rounded to that many bits of the clip.
+    Backward: 1 to ``x`` inside the clip, else 0; to the clip ``sign(x) (g - |x| / clip)`` inside, ``sign(x)`` outside; to the curve by
+    differentiation with the rounding straight-through. Source: Eq. 1-8.
+
+    Args:
+        bit_width: 1 to 8, signed 2 to 8.
+        signed: Whether values can be negative.
+        clip: Where the clip starts; ``None``: at the least squared error of the first data.
+        intervals: Pieces of the curve; ``None``: no curve, a uniform quantizer.
+        outer_bits: Bits of the levels, or ``None`` for levels in float.
+        normalizes: Quantize ``(x - mean) / std`` and multiply by ``std`` (limited weight normalization).
+        detaches_statistics: Whether mean and standard deviation are constants in the backward pass.
+    """
+
+    tables = ("clip",)
+
+    def __init__(
+        self,
+        bit_width: int,
+        *,
+        signed: bool,
+        clip: float | None = None,
+        intervals: int | None = 16,
+        outer_bits: int | None = 8,
+        normalizes: bool = False,
+        detaches_statistics: bool = False,
+    ) -> None:
+        super().__init__(bit_width, Granularity.tensor())
+        self.steps = 2 ** (bit_width - 1) - 1 if signed else 2**bit_width - 1
+        if self.steps < 1:
+            raise SpecError("lcq: signed values need 2 bits or more")
+        del self._buffers["clip"]
+        self.clip = nn.Parameter(torch.tensor(float("nan") if clip is None else float(clip)))
+        self.initial_clip, self.signed, self.normalizes, self.detaches_statistics = clip, signed, normalizes, detaches_statistics
+        self.outer_steps = None if outer_bits is None else 2 ** (outer_bits - int(signed)) - 1
+        is_uniform = intervals is None or (self.steps == 1 and signed)
+        self.logits = None if is_uniform or intervals is None else nn.Parameter(torch.zeros(intervals))
+
+    def initialize(self, x: Tensor) -> None:
+        if self.initial_clip is not None:
+            self._set_table("clip", torch.tensor(self.initial_clip))
+        else:
+            self._set_table("clip", least_error_clip(self._normalized(x.detach().float())[0], self.steps).clamp(min=SMALLEST_CLIP))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and not self.normalizes:
+            marked: Tensor = fake_quantize_codebook(x.float(), *self._table())
+            return marked.to(x.dtype)
+        if not (self.training and torch.is_grad_enabled()):
+            return self.encode(x).decode().to(x.dtype)
+        values, std = self._normalized(x.float())
+        sign, share = values.detach().sign(), values.abs() / self.clip
+        inside = share.detach() < 1
+        inner = share.detach().clamp(max=1)
+        # the derivative of g counts as 1 in the input and the clip, and is the curve's in the logits
+        companded = share + (self._compand(inner) - inner)
+        y = sign * self.clip * torch.where(inside, companded, torch.ones_like(companded))
+        return (y if std is None else y * std).to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        values, std = self._normalized(x.detach().float())
+        boundaries, levels = self._table()
+        codes = torch.bucketize(values, boundaries)
+        levels = levels if std is None else levels * std
+        return QTensor(codes.to(torch.uint8), CodebookDecoder(levels.reshape(1, -1), self.granularity), self.bit_width)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the clip positive."""
+        self.clip.clamp_(min=SMALLEST_CLIP)
+
+    def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.normalizes:
+            return x, None
+        std = x.std() if x.numel() > 1 else torch.ones_like(x.sum())
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        mean = x.mean()
+        if self.detaches_statistics:
+            std, mean = std.detach(), mean.detach()
+        return (x - mean) / std, std
+
+    def _compand(self, v: Tensor) -> Tensor:
+        """``g(v)`` with its gradient to the logits."""
+        g: Tensor
+        if self.logits is None:
+            g = round_straight_through(v * self.steps) / self.steps
+        else:
+            slopes, heights = curve(self.logits)
+            g = expand(round_straight_through(compress(v, slopes, heights) * self.steps) / self.steps, slopes, heights)
+        if self.outer_steps is not None:
+            g = round_straight_through(g * self.outer_steps) / self.outer_steps
+        return g
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Boundaries and levels of the whole grid, ascending; the top level is repeated up to ``2**bit_width``."""
+        places = torch.arange(2 * self.steps + 1, device=self.clip.device) / (2 * self.steps)
+        if self.logits is not None:
+            slopes, heights = curve(self.logits.detach())
+            places = expand(places, slopes, heights)
+        levels, between = places[::2], places[1::2]
+        if self.outer_steps is not None:
+            levels = (levels * self.outer_steps).round() / self.outer_steps
+        if self.signed:
+            levels, between = torch.cat([-levels[1:].flip(0), levels]), torch.cat([-between.flip(0), between])
+        missing = 2**self.bit_width - len(levels)
+        levels = torch.cat([levels, levels[-1:].expand(missing)])
+        between = torch.cat([between, between.new_full((missing,), float("inf"))])
+        clip = self.clip.detach()
+        return between * clip, levels * clip
+
+
+@register(
+    MethodInfo(
+        name="lcq",
+        title="Learnable Companding Quantization for Accurate Low-bit Neural Networks",
+        paper="Yamamoto, CVPR 2021",
+        section="quantizer_design",
+        axes=("weight_quantizer", "activation_quantizer"),
+        kind="training",
+        weight_bits=range(2, 9),
+        activation_bits=range(1, 9),
+        needs=("labels", "pretrained"),
+        fidelity="the paper's equations; held against a re-implementation",
+        summary="learns where levels lie through a piecewise linear curve; 8-bit look-up table at inference",
+    )
+)
+@dataclass
+class Lcq(TrainingMethod):
+    """Learned companding.
+
+    Attributes:
+        quantizer_learning_rate: Of clips and curves, as a fraction of the weights'.
+        intervals: Pieces of the curve.
+        weight_clip: Where the clip of the normalized weights starts; the usual constant is 3; ``none``: at the least squared error.
+        activation_clip: Where the clip of activations starts, in their units; the usual constant is 8; ``none``: at the least squared error.
+        outer_bits: Bits of the levels, as in the look-up table; ``none``: levels in float.
+        normalize_weights: Limited weight normalization.
+        detach_statistics: Count the mean and standard deviation of the weights as constants in the backward pass.
+    """
+
+    quantizer_learning_rate: float = 0.1
+    intervals: int = 16
+    weight_clip: float | None = None
+    activation_clip: float | None = None
+    outer_bits: int | None = 8
+    normalize_weights: bool = True
+    detach_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.intervals < 1:
+            raise SpecError(f"lcq: intervals must be 1 or more, got {self.intervals}")
+        if self.outer_bits is not None and not 2 <= self.outer_bits <= 8:
+            raise SpecError(f"lcq: outer_bits must be 2 to 8, or none, got {self.outer_bits}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        return CompandingQuantizer(
+            slot.bit_width,
+            signed=True,
+            clip=self.weight_clip,
+            intervals=self.intervals,
+            outer_bits=self.outer_bits,
+            normalizes=self.normalize_weights,
+            detaches_statistics=self.detach_statistics,
+        )
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        if slot.is_signed and slot.bit_width == 1:
+            return LearnedScaleQuantizer(1, signed=True, is_batched=True)
+        return CompandingQuantizer(
+            slot.bit_width, signed=slot.is_signed, clip=self.activation_clip, intervals=self.intervals, outer_bits=self.outer_bits
+        )

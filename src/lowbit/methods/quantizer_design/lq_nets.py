@@ -1,0 +1,242 @@
+"""LQ-Nets: levels are all sums of a few learned numbers, so that codes stay bit planes; the numbers follow by least squares.
+
+Paper: Zhang, Yang, Ye, Hua 2018, "LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks", ECCV.
+    Section 3.1 (Eq. 3-5, the quantizer), section 3.2 and algorithm 1 (quantization error minimization, moving average), section 3.3.
+Symbols: v -> basis, b -> codes, B -> the codes of all elements, K -> bit_width.
+Deviations: bases start at the data (a few steps of the paper's alternation) unless ``start`` says otherwise; activations get the tiny
+    pull towards the present basis that weights have, so that a bit which never varies is no error; where a layer's input can be
+    negative, activations have the symmetric codes of weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SpecError
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import pass_gradient
+from lowbit.train import Slot, TrainingMethod, TrainRun
+
+QUARTILE = 0.6745  # of the standard normal
+WEIGHT_PULL = 1e-4
+ACTIVATION_PULL = 1e-9  # of the number of elements
+START_STEPS = 20
+
+
+def binary_codes(bit_width: int, *, signed: bool) -> Tensor:
+    """All codes, ``[2**bit_width, bit_width]``, the first column changing fastest; of 0 and 1, with ``signed`` of -1 and 1."""
+    index = torch.arange(2**bit_width).unsqueeze(1)
+    bits = ((index >> torch.arange(bit_width)) & 1).float()
+    return 2 * bits - 1 if signed else bits
+
+
+def initial_activation_basis(bit_width: int) -> Tensor:
+    """``2**j * 2 * 0.6745 / (2**K - 1)``, ``[K]``: uniform levels up to 1.349. Source: the authors' program."""
+    basis: Tensor = torch.exp2(torch.arange(bit_width)) * 2 * QUARTILE / (2**bit_width - 1)
+    return basis
+
+
+def initial_weight_basis(bit_width: int, fan_out: int, channels: int) -> Tensor:
+    """``2**j * 0.6745 sqrt(2 / fan_out) / 2**(K - 1)``, ``[K, channels]``. Source: the authors' program."""
+    basis: Tensor = torch.exp2(torch.arange(bit_width)) * QUARTILE * math.sqrt(2 / fan_out) / 2 ** (bit_width - 1)
+    return basis.unsqueeze(1).repeat(1, channels)
+
+
+class LearnedBasis(TableQuantizer):
+    """Levels are the sums ``codes . basis``, one basis for each scale of the granularity.
+
+    Forward: the nearest level, the lower one midway. Backward: 1, for activations 0 above the top level (signed ones: beyond either
+    end); the basis gets no gradient. In training every pass also gathers what ``update`` needs. Source: Eq. 3-5.
+
+    Args:
+        bit_width: 1 to 8.
+        signed: Codes of -1 and 1 instead of 0 and 1.
+        clips_gradient: Whether values beyond the levels get no gradient.
+        granularity: Which elements share a basis.
+        pull: Weight of the present basis in the least squares, per element where ``pull_by_element``.
+        momentum: Of the moving average.
+        zero_debias: Divide the average by ``1 - momentum**t``, so that the first update is not drawn towards where it started.
+        from_shape: Start at the authors' constants; else fitted to the first data.
+    """
+
+    tables = ("basis", "accumulator")
+
+    def __init__(
+        self,
+        bit_width: int,
+        *,
+        signed: bool,
+        clips_gradient: bool = False,
+        granularity: Granularity | None = None,
+        pull: float = WEIGHT_PULL,
+        pull_by_element: bool = False,
+        momentum: float = 0.9,
+        zero_debias: bool = True,
+        from_shape: bool = False,
+    ) -> None:
+        super().__init__(bit_width, granularity or Granularity.tensor())
+        self.basis: Tensor  # [rows, bit_width]
+        self.accumulator: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.updates: Tensor
+        self.register_buffer("codes", binary_codes(bit_width, signed=signed), persistent=False)
+        self.codes: Tensor
+        self.signed, self.clips_gradient = signed, clips_gradient
+        self.pull, self.pull_by_element, self.momentum, self.zero_debias = pull, pull_by_element, momentum, zero_debias
+        self.from_shape = from_shape
+        self._gathered: tuple[Tensor, Tensor] | None = None
+
+    def set_basis(self, basis: Tensor) -> None:
+        """Start at ``basis``, ``[rows, bit_width]``."""
+        self._set_table("basis", basis)
+        self._set_table("accumulator", torch.zeros_like(basis))
+        self.updates.zero_()
+
+    def initialize(self, x: Tensor) -> None:
+        rows = self.granularity.flatten(x.detach().float())
+        if self.from_shape and self.granularity.kind == "per_channel":
+            fan_out = x.numel() // x.shape[1 - self.granularity.axis]
+            self.set_basis(initial_weight_basis(self.bit_width, fan_out, len(rows)).T.to(x.device))
+        elif self.from_shape:
+            self.set_basis(initial_activation_basis(self.bit_width).unsqueeze(0).to(x.device))
+        else:
+            size = rows.abs().mean(1, keepdim=True)
+            steps = torch.exp2(torch.arange(self.bit_width, device=x.device) + (1 if self.signed else 2)) / 2**self.bit_width
+            self.set_basis(torch.where(size > 0, size, torch.ones_like(size)) * steps)
+            for _ in range(START_STEPS):
+                self._set_table("basis", self.solve(*self.statistics(rows)))
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Ascending levels ``[rows, 2**bit_width]`` and the code of each."""
+        levels, order = (self.basis @ self.codes.T).sort(dim=1)
+        return levels, self.codes[order]
+
+    def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the present basis."""
+        levels, codes = self.levels()
+        index = _level_index(rows, levels) + torch.arange(len(rows), device=rows.device).unsqueeze(1) * levels.shape[1]
+        flat, count = index.flatten(), levels.numel()
+        counts = torch.bincount(flat, minlength=count).view_as(levels).double()
+        sums = torch.bincount(flat, weights=rows.flatten().double(), minlength=count).view_as(levels)
+        codes = codes.double()
+        return torch.einsum("rl,rli,rlj->rij", counts, codes, codes), torch.einsum("rl,rli->ri", sums, codes)
+
+    def solve(self, gram: Tensor, moment: Tensor) -> Tensor:
+        """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the present one where that is not finite."""
+        pull = self.pull * (gram.diagonal(dim1=1, dim2=2).amax(1) if self.pull_by_element else torch.ones_like(gram[:, 0, 0]))
+        pull = pull.clamp(min=1e-30).view(-1, 1)
+        basis = self.basis.double()
+        solved = torch.linalg.solve(gram + torch.diag_embed(pull.expand_as(basis)), moment + pull * basis)
+        return torch.where(torch.isfinite(solved).all(1, keepdim=True), solved, basis).float()
+
+    def average(self, new_basis: Tensor) -> None:
+        """Move the basis towards ``new_basis``: ``a = m a + (1 - m) v``, divided by ``1 - m**t``; or plainly. Source: section 3.2."""
+        self.updates += 1
+        if self.zero_debias:
+            self._set_table("accumulator", self.momentum * self.accumulator + (1 - self.momentum) * new_basis)
+            self._set_table("basis", self.accumulator / (1 - self.momentum ** int(self.updates)))
+        else:
+            self._set_table("basis", self.momentum * self.basis + (1 - self.momentum) * new_basis)
+
+    def update(self, run: TrainRun | None = None) -> None:
+        """One step of the alternation with what the passes since the last one gathered, over all processes."""
+        if self._gathered is None:
+            return
+        gram, moment = self._gathered
+        self._gathered = None
+        if run is not None:
+            run.reduce_mean(gram)
+            run.reduce_mean(moment)
+        self.average(self.solve(gram, moment))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels, _ = self.levels()
+        if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
+            row = levels[0]
+            marked: Tensor = fake_quantize_codebook(x.float(), (row[1:] + row[:-1]) / 2, row)
+            return marked.to(x.dtype)
+        values = x.float()
+        y = self.encode(values).decode()
+        if self.training and torch.is_grad_enabled():
+            gram, moment = self.statistics(self.granularity.flatten(values.detach()))
+            before = self._gathered
+            self._gathered = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
+        if self.clips_gradient:
+            top = levels.amax()
+            passes = (values <= top) & (values >= -top) if self.signed else values <= top
+            values = values * passes
+        return pass_gradient(values, y).to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        levels, _ = self.levels()
+        rows = _level_index(self.granularity.flatten(x.detach().float()), levels)
+        codes = self.granularity.unflatten(rows, x.shape).to(torch.uint8)
+        return QTensor(codes, CodebookDecoder(levels.contiguous(), self.granularity), self.bit_width)
+
+
+def _level_index(rows: Tensor, levels: Tensor) -> Tensor:
+    """How many thresholds, midway between neighbouring levels, each value lies above."""
+    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
+
+
+@register(
+    MethodInfo(
+        name="lq_nets",
+        title="LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks",
+        paper="Zhang, Yang, Ye, Hua, ECCV 2018",
+        section="quantizer_design",
+        axes=("weight_quantizer", "activation_quantizer"),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        needs=("labels",),
+        fidelity="exact; held against the authors' program",
+        summary="learned levels that stay sums of bit planes, fitted by least squares in every step",
+    )
+)
+@dataclass
+class LqNets(TrainingMethod):
+    """Learned bases.
+
+    Attributes:
+        start: ``data``: bases fitted to the weights and the first batch; ``paper``: fixed by the shape, for training from scratch.
+        momentum: Of the moving average of bases.
+        zero_debias: Correct the average's start as the authors' program does; else a plain moving average.
+    """
+
+    start: Literal["data", "paper"] = "data"
+    momentum: float = 0.9
+    zero_debias: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise SpecError(f"lq_nets: momentum must be 0 to below 1, got {self.momentum}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        granularity = Granularity.channel(slot.channel_axis)
+        return LearnedBasis(
+            slot.bit_width, signed=True, granularity=granularity, momentum=self.momentum, zero_debias=self.zero_debias,
+            from_shape=self.start == "paper",
+        )  # fmt: skip
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return LearnedBasis(
+            slot.bit_width, signed=slot.is_signed, clips_gradient=True, pull=ACTIVATION_PULL, pull_by_element=True,
+            momentum=self.momentum, zero_debias=self.zero_debias, from_shape=self.start == "paper",
+        )  # fmt: skip
+
+    def after_step(self, run: TrainRun) -> None:
+        for quantizer in run.quantizers():
+            if isinstance(quantizer, LearnedBasis):
+                quantizer.update(run)
