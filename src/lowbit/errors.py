@@ -54,6 +54,10 @@ class LoopError(LowbitError, RuntimeError):
     """A training loop calls its hooks in the wrong order, or steps an optimizer that does not hold the network's parameters."""
 
 
+class DivergedError(LowbitError, ArithmeticError):
+    """Training came to values that are not finite."""
+
+
 class MissingExtraError(LowbitError, ImportError):
     """An optional package is needed and not installed."""
 

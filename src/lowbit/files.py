@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowbit.errors import OutputError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowbit.errors import FileFormatError, OutputError
+
+_FACTS = "facts"  # the entry of a safetensors header that holds JSON
 
 
 @contextmanager
@@ -42,6 +49,37 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], facts: object) -> None:
+    """Replace the file at ``path`` by tensors (safetensors) and ``facts``, anything that JSON can say, in its header.
+
+    Raises:
+        OutputError: The file cannot be written; see ``replacing``.
+    """
+    contents = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(contents, temporary, metadata={_FACTS: json.dumps(facts)})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        except SafetensorError as error:
+            is_full = "No space left" in str(error) or "quota" in str(error).lower()
+            raise OSError(errno.ENOSPC if is_full else errno.EIO, str(error)) from error
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], object]:
+    """The tensors and facts that ``write_tensors`` wrote; nothing is unpickled.
+
+    Raises:
+        FileFormatError: The file is damaged or no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: object = json.loads(file.metadata()[_FACTS])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
 
 
 def _remove(path: Path) -> None:

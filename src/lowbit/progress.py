@@ -22,10 +22,13 @@ _LINE_SECONDS = 30.0  # how often a stage reports itself where there is no termi
 
 
 class Stage:
-    """One stretch of work with a known total."""
+    """One stretch of work with a known total, of which an earlier run may have ``done`` a part."""
 
-    def __init__(self, name: str, total: float, bar: RichProgress | None, task: TaskID | None, console: Console | None) -> None:
-        self.name, self.total, self.done = name, total, 0.0
+    def __init__(
+        self, name: str, total: float, bar: RichProgress | None, task: TaskID | None, console: Console | None, done: float = 0
+    ) -> None:
+        self.name, self.total, self.done = name, total, done
+        self._done_before = done
         self._bar, self._task, self._console = bar, task, console
         self._start = self._last_line = time.monotonic()
 
@@ -37,7 +40,7 @@ class Stage:
         elif self._console is not None and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             elapsed = self._last_line - self._start
-            left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
+            left = elapsed * (self.total - self.done) / max(self.done - self._done_before, 1e-9)
             self._console.print(
                 f"{self.name}: {self.done:.0f}/{self.total:.0f}, {elapsed:.0f} s, about {left:.0f} s left {note}", highlight=False
             )
@@ -61,12 +64,15 @@ class Progress:
             self.console.print(message, highlight=False, markup=False)
 
     @contextmanager
-    def stage(self, name: str, total: float) -> Iterator[Stage]:
-        """``with progress.stage("calibrate", total=len(batches)) as stage: ... stage.advance()``."""
+    def stage(self, name: str, total: float, *, done: int = 0) -> Iterator[Stage]:
+        """``with progress.stage("calibrate", total=len(batches)) as stage: ... stage.advance()``.
+
+        ``done`` is the part of the total that an earlier run has done; it does not count for the estimate of the time left.
+        """
         if self.quiet:
-            yield Stage(name, total, None, None, None)
+            yield Stage(name, total, None, None, None, done)
         elif not self.console.is_terminal:
-            yield Stage(name, total, None, None, self.console)
+            yield Stage(name, total, None, None, self.console, done)
         else:
             columns = (
                 SpinnerColumn(),
@@ -79,4 +85,4 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
             )
             with RichProgress(*columns, console=self.console, transient=True) as bar:
-                yield Stage(name, total, bar, bar.add_task(name, total=total, note=""), None)
+                yield Stage(name, total, bar, bar.add_task(name, total=total, completed=done, note=""), None, done)

@@ -16,7 +16,7 @@ from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import Source, open_source
 from lowbit.cli.workflow import Plan, run_plan, show_outcome
-from lowbit.cli.workfolder import open_work_folder
+from lowbit.workfolder import open_work_folder
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.measure import tensor_bytes
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers

@@ -13,7 +13,7 @@ import lowbit
 from lowbit.calibration import Calibration
 from lowbit.cli.console import results, show_table
 from lowbit.cli.source import Source
-from lowbit.cli.workfolder import WorkFolder, tensors_digest, weights_digest
+from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
 from lowbit.errors import GraphError, MissingExtraError, ParityError
 from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text

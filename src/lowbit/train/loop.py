@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowbit.errors import LoopError, SpecError
 from lowbit.train.method import TrainingMethod
 from lowbit.train.prepare import method_of, prepared_network
+from lowbit.train.processes import mean_over_processes
 from lowbit.train.recipe import OptimizerSpec, Recipe, Role
 from lowbit.train.run import TrainRun
 from lowbit.train.task import Batch, Classification, Task
@@ -330,7 +331,7 @@ def training(
         steps_per_epoch,
         teacher=None if teacher is None else teacher.eval(),
         batches=batches if batches is None or callable(batches) else _first_of(batches),
-        reduce_mean=reduce_mean or _mean_over_processes,
+        reduce_mean=reduce_mean or mean_over_processes,
         wrapped=model if model is not network and _calls_alike(model, network) else None,
     )
     if run.epochs > epochs:
@@ -378,9 +379,3 @@ def _calls_alike(wrapper: nn.Module, network: nn.Module) -> bool:
         is_parallel = isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         inner = inner._modules.get("module" if is_parallel else "_orig_mod")
     return inner is network
-
-
-def _mean_over_processes(value: Tensor) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()

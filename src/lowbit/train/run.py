@@ -72,6 +72,7 @@ class TrainRun:
         self.phases = self.method.phases(self.recipe)
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self._scheduled = [module for module in self.model.modules() if isinstance(module, Scheduled)]
+        self._has_returned = False  # it stands inside an epoch that an earlier run has entered
 
     @property
     def phase(self) -> Phase:
@@ -114,12 +115,33 @@ class TrainRun:
         return [parameter for found, parameter in self._roles() if found == role]
 
     def each_epoch(self) -> Iterator[int]:
-        """Enter every phase and every epoch in turn; gives the number of epochs before it, over all phases."""
-        for self.phase_index in range(len(self.phases)):  # noqa: B020 - where the run stands
-            self.start_phase()
-            for self.epoch in range(self.phase.epochs):  # noqa: B020
-                self.start_epoch()
+        """Enter every phase and every epoch in turn; gives the number of epochs before it, over all phases.
+
+        After ``return_to`` it begins with the epoch where the run stands.
+        """
+        first_phase, first_epoch = (self.phase_index, self.epoch) if self._has_returned else (0, 0)
+        for self.phase_index in range(first_phase, len(self.phases)):  # noqa: B020 - where the run stands
+            if not self._has_returned:
+                self.epoch = 0
+                self.start_phase()
+            for self.epoch in range(first_epoch, self.phase.epochs):  # noqa: B020
+                if not self._has_returned:
+                    self.start_epoch()
+                self._has_returned = False
                 yield self.epochs_done
+            self._has_returned, first_epoch = False, 0
+
+    def return_to(self, phase_index: int, epoch: int, step: int) -> None:
+        """Stand where a run stood that was stopped, and build the optimizers of that phase.
+
+        The network, the method and the optimizers are still those of a new run: their state has to be loaded as well. What the
+        method does to their structure at the start of a phase is done again for the phases that have started.
+        """
+        for self.phase_index in range(phase_index + 1):
+            self.epoch, self.step = 0, self.steps_per_epoch * sum(phase.epochs for phase in self.phases[: self.phase_index])
+            self.start_phase()
+        self.epoch, self.step = epoch, step
+        self._has_returned = True
 
     def start_phase(self) -> None:
         """Enter the phase ``phase_index``: the method's hook, trainable parameters, optimizers."""
@@ -166,10 +188,13 @@ class TrainRun:
         if self.phase.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.phase.clip_norm)
 
-    def optimizer_step(self) -> None:
-        """Step every optimizer."""
+    def optimizer_step(self, step: Callable[[torch.optim.Optimizer], object] | None = None) -> None:
+        """Step every optimizer; ``step`` does it in place of ``optimizer.step()``, as a gradient scaler's."""
         for optimizer in self.optimizers:
-            optimizer.step()
+            if step is None:
+                optimizer.step()
+            else:
+                step(optimizer)
 
     def after_step(self) -> None:
         """The method's hook; quantizers bring their parameters back to where they are allowed."""

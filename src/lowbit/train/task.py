@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.errors import DataError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -34,6 +36,13 @@ class Task(ABC):
     @abstractmethod
     def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
         """Sum of the metric over the samples of the batch, and their number."""
+
+    def check(self, output: Tensor, batch: Batch) -> None:  # noqa: B027 - most tasks take any target
+        """DataError when the targets of ``batch`` cannot be learned by a network that gives outputs like ``output``."""
+
+    def describe(self, value: float) -> str:
+        """A value of the metric as people read it."""
+        return f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,17 @@ class Classification(Task):
     def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
         return float((output.argmax(1) == batch[1]).sum()), len(batch[1])
 
+    def check(self, output: Tensor, batch: Batch) -> None:
+        check_labels(batch[1], output.shape[1] if output.dim() > 1 else 1)
+
+    def describe(self, value: float) -> str:
+        return f"{value:.2%}"
+
 
 def check_labels(labels: Tensor, outputs: int) -> None:
     """DataError when a label has no output of its own."""
-    from lowbit.errors import DataError
-
+    if labels.is_floating_point() or labels.is_complex():
+        return  # class probabilities
     if labels.numel() and (int(labels.max()) >= outputs or int(labels.min()) < 0):
         wrong = labels[(labels >= outputs) | (labels < 0)]
         raise DataError(

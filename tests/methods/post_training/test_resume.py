@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowbit.files
 from lowbit.errors import FileFormatError, OutputError
-from lowbit.methods.post_training import resume
 from lowbit.methods.post_training.resume import RunState, fingerprint
 
 BASE = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([1, 2])}
@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_the_earlier_state(tmp_path: Path, monkeypatch: py
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(lowbit.files, "save_file", full)
     with pytest.raises(OutputError, match="disk is full"):
         state.save("unit", {"x": torch.zeros(3)}, {"iteration": 2})
     tensors, facts = state.load("unit")

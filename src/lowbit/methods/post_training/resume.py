@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.errors import FileFormatError, OutputError
-from lowbit.files import replacing, write_text
+from lowbit.errors import OutputError
+from lowbit.files import read_tensors, write_tensors, write_text
 
 Facts = dict[str, float | int | str | bool]
 _VERSION = 1
@@ -63,13 +61,7 @@ class RunState:
         """Keep ``tensors`` and ``facts`` under ``name``, replacing what was there."""
         if self.folder is None:
             return
-        with replacing(self.folder / f"{name}.safetensors") as path:
-            try:
-                save_file(
-                    {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, path, metadata={"facts": json.dumps(facts)}
-                )
-            except SafetensorError as error:
-                raise OutputError(f"cannot write {path}: {error}. Name another folder or make room.") from error
+        write_tensors(self.folder / f"{name}.safetensors", tensors, facts)
 
     def has(self, name: str) -> bool:
         """Whether something is kept under ``name``."""
@@ -79,13 +71,8 @@ class RunState:
         """What was kept under ``name``, or ``None``."""
         if self.folder is None or not self.has(name):
             return None
-        path = self.folder / f"{name}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = cast(Facts, json.loads(file.metadata()["facts"]))
-                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
+        tensors, facts = read_tensors(self.folder / f"{name}.safetensors")
+        return tensors, cast(Facts, facts)
 
     def drop(self, name: str) -> None:
         """Forget ``name``."""

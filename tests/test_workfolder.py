@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.cli.workfolder import open_work_folder, weights_digest
+from lowbit.workfolder import open_work_folder, weights_digest
 
 
 def test_state_of_the_same_run_is_kept_and_of_another_run_deleted(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""An exponential moving average of a network's weights, which often classifies better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """``average = decay * average + (1 - decay) * value`` for every floating-point parameter and buffer, after every step.
+
+    Other buffers, and tensors that change their shape, count as they are.
+
+    Attributes:
+        tensors: The averages by name.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in _named(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the present values."""
+        fresh: dict[str, Tensor] = {}
+        for name, value in _named(model):
+            average = self.tensors.get(name)
+            if average is None or average.shape != value.shape:
+                fresh[name] = value.detach().clone()
+            else:
+                fresh[name] = average.lerp_(value.detach(), 1 - self.decay)
+        self.tensors = fresh
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> dict[str, Tensor]:
+        """Put the averages into ``model``; gives the values that were there."""
+        before = {}
+        for name, value in _named(model):
+            before[name] = value.detach().clone()
+            value.data.copy_(self.tensors[name])
+        return before
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Within the context ``model`` has the averages."""
+        before = self.apply(model)
+        try:
+            yield
+        finally:
+            for name, value in _named(model):
+                value.data.copy_(before[name])
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point())
