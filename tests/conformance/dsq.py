@@ -30,4 +30,9 @@ def dsq_learned_bounds(params: dict[str, Any], inputs: dict[str, Tensor]) -> dic
     y.backward(inputs["grad_output"])
     none = inputs["l"].new_zeros(())
     bounds = {"grad_l": quantizer.lower.grad, "grad_u": quantizer.upper.grad}
-    return {"y": y, "grad_x": x.grad, "grad_alpha": quantizer.surrogate.alpha.grad, **{k: none if g is None else g for k, g in bounds.items()}}
+    return {
+        "y": y,
+        "grad_x": x.grad,
+        "grad_alpha": quantizer.surrogate.alpha.grad,
+        **{k: none if g is None else g for k, g in bounds.items()},
+    }

@@ -88,7 +88,7 @@ class OwnLoop(TrainRun):
             weight_decay=optimizer.weight_decay if weight_decay is None else weight_decay,
         )
         frozen = set(map(id, self._frozen))
-        return _groups(self.method, replace(self.recipe, optimizer=optimizer), ((r, p) for r, p in self._roles() if id(p) not in frozen))
+        return _groups(self.method, replace(self.recipe, optimizer=optimizer), ((r, p) for r, p in self.roles() if id(p) not in frozen))
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Before the forward pass: phases and epochs that start here, schedules, the method's hook.
@@ -214,7 +214,7 @@ class OwnLoop(TrainRun):
 
     def _freeze(self) -> None:
         frozen = set(map(id, self._frozen))
-        for role, parameter in self._roles():
+        for role, parameter in self.roles():
             is_trained = role in self.phase.optimizers and id(parameter) not in frozen
             parameter.requires_grad_(is_trained)
             if not is_trained:
@@ -228,7 +228,7 @@ class OwnLoop(TrainRun):
                 for gone in [p for p in group["params"] if id(p) in before - now]:
                     group["params"] = [p for p in group["params"] if p is not gone]
                     optimizer.state.pop(gone, None)
-        added = [(role, p) for role, p in self._roles() if id(p) not in before and role in self.phase.optimizers]
+        added = [(role, p) for role, p in self.roles() if id(p) not in before and role in self.phase.optimizers]
         for new in _groups(self.method, self.recipe, added):
             groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
             mine = next((group for group in groups if group.get("role") == new["role"]), None)

@@ -112,7 +112,7 @@ class TrainRun:
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
         """The network's parameters with this role, each once."""
-        return [parameter for found, parameter in self._roles() if found == role]
+        return [parameter for found, parameter in self.roles() if found == role]
 
     def each_epoch(self) -> Iterator[int]:
         """Enter every phase and every epoch in turn; gives the number of epochs before it, over all phases.
@@ -209,14 +209,14 @@ class TrainRun:
             for group in optimizer.param_groups:
                 group["lr"] = group["spec"].rate_at(self.phase_progress)
 
-    def _roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
+    def roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
         owners = dict(self.model.named_modules())
         for name, parameter in self.model.named_parameters():
             yield self.method.role(name, parameter, owners[name.rpartition(".")[0]]), parameter
 
     def _build_optimizers(self) -> None:
         groups: dict[Role, list[nn.Parameter]] = {}
-        for role, parameter in self._roles():
+        for role, parameter in self.roles():
             parameter.requires_grad_(role in self.phase.optimizers)
             groups.setdefault(role, []).append(parameter)
         unknown = set(self.phase.optimizers) - set(groups) - {"weights", "quantizers", "others"}

@@ -1,0 +1,329 @@
+"""Quantization Networks: a staircase of sigmoids that grows steeper in training, and is a staircase of steps in use.
+
+Paper: Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua 2019, "Quantization Networks", CVPR.
+    Section 3.2 (Eq. 3-6, the soft and the hard function), section 3.3 (gradients, Eq. 8-10), section 3.4 (training).
+Symbols: Y -> values, s_i -> gaps, b_i -> biases, o -> offset, alpha -> output_scale, beta -> input_scale, T -> temperature.
+Deviations: gradients are the authors' program's, the true derivative. The temperature rises geometrically
+    over the run, so that it gets as steep in a short one; ``temperature`` gives the paper's schedule. Scales learn at a hundredth of the
+    weights' rate (the paper: the same, a small one). Weights and activations are trained together unless ``staged`` asks for the paper's
+    three phases; where a layer's input can be negative, activations have centred values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.train import Phase, Recipe, Slot, TrainingMethod, TrainRun
+
+LARGEST_WEIGHT_TEMPERATURE = 2000.0
+NEAR_ZERO = 0.05  # where ternary weights and binary activations step, in scaled units
+SMALLEST_SCALE = 1e-6
+_CLUSTER_STEPS, _CLUSTER_SAMPLES = 100, 100_000
+
+
+class _Stairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output_scale: Tensor, input_scale: Tensor, owner: StairsQuantizer) -> Tensor:
+        y = _soft(x, input_scale, owner, owner.soft_temperature) - owner.offset
+        ctx.save_for_backward(x, output_scale, input_scale, y)
+        ctx.owner = owner
+        return output_scale * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, output_scale, input_scale, y = ctx.saved_tensors
+        owner: StairsQuantizer = ctx.owner
+        owner.squared_gradient = grad.square().sum()
+        inner, outer = owner.backward_temperatures()
+        slope = outer * _slope(x, input_scale, owner, inner)
+        return grad * output_scale * input_scale * slope, (grad * y).sum(), (grad * output_scale * x * slope).sum(), None
+
+
+def _sigmoids(x: Tensor, input_scale: Tensor, owner: StairsQuantizer, temperature: float) -> list[Tensor]:
+    scaled = input_scale * x
+    return [torch.sigmoid((temperature * (scaled - bias)).clamp(-10, 10)) for bias in owner.biases]
+
+
+def _soft(x: Tensor, input_scale: Tensor, owner: StairsQuantizer, temperature: float) -> Tensor:
+    total = torch.zeros_like(x)
+    for gap, sigmoid in zip(owner.gaps, _sigmoids(x, input_scale, owner, temperature), strict=True):
+        total += gap * sigmoid
+    return total
+
+
+def _slope(x: Tensor, input_scale: Tensor, owner: StairsQuantizer, temperature: float) -> Tensor:
+    total = torch.zeros_like(x)
+    for gap, sigmoid in zip(owner.gaps, _sigmoids(x, input_scale, owner, temperature), strict=True):
+        total += gap * sigmoid * (1 - sigmoid)
+    return total
+
+
+class StairsQuantizer(TableQuantizer):
+    """Soft steps in training, hard steps in evaluation, between any values.
+
+    Forward, in training: ``alpha (sum_i s_i sigmoid(clamp(T (beta x - b_i), -10, 10)) - o)``; in evaluation
+    ``alpha (sum_i s_i [x > b_i / beta] - o)``. Backward, with ``D = T sum_i s_i sig_i (1 - sig_i)``: ``alpha beta D`` to ``x``,
+    ``sum g alpha x D`` to beta, ``sum g y / alpha`` to alpha; the biases get none. Source: Eq. 3-10.
+
+    Args:
+        bit_width: 1 to 8.
+        values: The target values, ascending; at most ``2**bit_width`` distinct levels.
+        is_centred: Whether the output is centred (weights); else it starts at 0.
+        unit_backward: Evaluate the derivative's sigmoids at temperature 1 (the authors do for binary ones).
+        is_weight: Whether the outer temperature stays in the backward pass where ``unit_backward``, and temperatures are capped.
+    """
+
+    tables = ("biases",)
+
+    def __init__(
+        self, bit_width: int, values: Sequence[float], *, is_centred: bool, unit_backward: bool = False, is_weight: bool = True
+    ) -> None:
+        super().__init__(bit_width, Granularity.tensor())
+        self.values, self.is_centred, self.unit_backward, self.is_weight = tuple(values), is_centred, unit_backward, is_weight
+        self.gaps = [high - low for low, high in itertools.pairwise(values)]
+        self.offset = sum(self.gaps) / 2 if is_centred else 0.0
+        self.output_scale, self.input_scale = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
+        self.register_buffer("temperature", torch.ones(()))
+        self.temperature: Tensor
+        self.biases: Tensor
+        self.is_passing = False
+        self.squared_gradient: Tensor | None = None  # of the last backward pass, at the soft values
+
+    @property
+    def soft_temperature(self) -> float:
+        """The temperature that is used: capped for weights."""
+        return min(float(self.temperature), LARGEST_WEIGHT_TEMPERATURE) if self.is_weight else float(self.temperature)
+
+    def backward_temperatures(self) -> tuple[float, float]:
+        """Temperatures inside and outside the sigmoids of the derivative."""
+        if not self.unit_backward:
+            return self.soft_temperature, self.soft_temperature
+        return 1.0, self.soft_temperature if self.is_weight else 1.0
+
+    def set_scales(self, output_scale: Tensor, input_scale: Tensor) -> None:
+        """Fix alpha and beta."""
+        self.output_scale.data.copy_(output_scale.reshape(()))
+        self.input_scale.data.copy_(input_scale.reshape(()))
+
+    def set_biases(self, biases: Tensor) -> None:
+        """Fix where the steps lie, in scaled units, ascending."""
+        self._set_table("biases", biases)
+
+    def initialize(self, x: Tensor) -> None:
+        """``beta = 5/4 max(Y) / max|x|``, ``alpha = 1 / beta``, and biases from the data where they are not given."""
+        self.initialize_scales(x)
+        binary = [0.0] * len(self.gaps)
+        if self.bit_width == 1:
+            biases = torch.tensor(binary if self.is_centred else [NEAR_ZERO])
+        elif self.values == (-1, 0, 1):
+            biases = torch.tensor([-NEAR_ZERO, NEAR_ZERO])
+        else:
+            biases = self.clustered(x)
+        self.set_biases(biases.to(x.device))
+
+    def clustered(self, x: Tensor) -> Tensor:
+        """Biases in scaled units from clusters of ``x``."""
+        self.initialize_scales(x)
+        return cluster_biases(x.detach().float() * self.input_scale.detach(), len(self.values))
+
+    def initialize_scales(self, x: Tensor) -> None:
+        """``beta = 5/4 max(Y) / max|x|`` and ``alpha = 1 / beta``."""
+        largest = x.detach().float().abs().max()
+        input_scale = 1.25 * max(self.values) / torch.where(largest > 0, largest, torch.ones_like(largest))
+        self.set_scales(1 / input_scale, input_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and not self.is_weight:
+            marked: Tensor = fake_quantize_codebook(x.float(), *self._table())
+            return marked.to(x.dtype)
+        if not (self.training and torch.is_grad_enabled()):
+            return self.encode(x).decode().to(x.dtype)
+        if self.is_passing:
+            return x
+        y: Tensor = _Stairs.apply(x.float(), self.output_scale, self.input_scale, self)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        boundaries, levels = self._table()
+        codes = torch.bucketize(x.detach().float(), boundaries)
+        return QTensor(codes.to(torch.uint8), CodebookDecoder(levels.reshape(1, -1), self.granularity), self.bit_width)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep both scales positive."""
+        self.output_scale.clamp_(min=SMALLEST_SCALE)
+        self.input_scale.clamp_(min=SMALLEST_SCALE)
+
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Boundaries and levels; steps at the same place are one, and the top level is repeated up to ``2**bit_width``."""
+        biases, gaps = [], []
+        for bias, gap in zip(self.biases.tolist(), self.gaps, strict=True):
+            if biases and bias == biases[-1]:
+                gaps[-1] += gap
+            else:
+                biases.append(bias)
+                gaps.append(gap)
+        heights = [sum(gaps[:count]) - self.offset for count in range(len(gaps) + 1)]
+        missing = 2**self.bit_width - len(heights)
+        levels = self.biases.new_tensor(heights + heights[-1:] * missing) * self.output_scale.detach()
+        return self.biases.new_tensor(biases + [float("inf")] * missing) / self.input_scale.detach(), levels
+
+
+def cluster_biases(scaled: Tensor, count: int) -> Tensor:
+    """Where ``count`` clusters of the values meet, ``[count - 1]``: halfway between the largest of one and the least of the next.
+
+    k-means in one dimension, from quantiles and from the values farthest apart, the better of both. Large tensors are thinned evenly.
+    """
+    ordered = scaled.detach().float().flatten().sort().values
+    if len(ordered) > _CLUSTER_SAMPLES:
+        ordered = ordered[torch.linspace(0, len(ordered) - 1, _CLUSTER_SAMPLES, device=ordered.device).long()]
+    quantiles = ordered[((torch.arange(count, device=ordered.device) + 0.5) / count * len(ordered)).long()]
+    farthest = ordered[:1]
+    while len(farthest) < count:
+        distance = (ordered.unsqueeze(1) - farthest).abs().amin(1)
+        farthest = torch.cat([farthest, ordered[distance.argmax()].reshape(1)])
+    found = [_lloyd(ordered, start.sort().values) for start in (quantiles, farthest)]
+    boundaries = min(found, key=lambda pair: pair[1])[0]
+    return torch.stack([_gap_middle(ordered, boundary) for boundary in boundaries])
+
+
+def _lloyd(ordered: Tensor, centers: Tensor) -> tuple[Tensor, float]:
+    """Boundaries between the centers after Lloyd's iteration, and the squared error."""
+    for _ in range(_CLUSTER_STEPS):
+        boundaries = (centers[1:] + centers[:-1]) / 2
+        index = torch.bucketize(ordered, boundaries)
+        counts = torch.bincount(index, minlength=len(centers))
+        sums = torch.bincount(index, weights=ordered.double(), minlength=len(centers)).float()
+        moved = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+        if torch.equal(moved, centers):
+            break
+        centers = moved
+    boundaries = (centers[1:] + centers[:-1]) / 2
+    return boundaries, float((ordered - centers[torch.bucketize(ordered, boundaries)]).square().sum())
+
+
+def _gap_middle(ordered: Tensor, boundary: Tensor) -> Tensor:
+    """Halfway between the neighbours of ``boundary`` among the values."""
+    above = int(torch.searchsorted(ordered, boundary))
+    if above in (0, len(ordered)):
+        return boundary
+    return (ordered[above - 1] + ordered[above]) / 2
+
+
+def weight_values(bit_width: int, three_bits: str) -> tuple[float, ...]:
+    """The paper's sets: +-1, ternary, +-1 +-2 +-4 at 3 bits where asked for, else all whole numbers."""
+    if bit_width == 1:
+        return (-1, 1)
+    if bit_width == 3 and three_bits == "powers":
+        return (-4, -2, -1, 0, 1, 2, 4)
+    top = 2 ** (bit_width - 1) - 1
+    return tuple(range(-top, top + 1))
+
+
+@register(
+    MethodInfo(
+        name="quantization_networks",
+        title="Quantization Networks",
+        paper="Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua, CVPR 2019",
+        section="gradients",
+        axes=("weight_quantizer", "activation_quantizer", "surrogate", "procedure"),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        needs=("labels", "pretrained"),
+        fidelity="exact; held against the authors' program",
+        summary="a staircase of sigmoids that grows steeper with the epochs",
+    )
+)
+@dataclass
+class QuantizationNetworks(TrainingMethod):
+    """Soft staircases.
+
+    Attributes:
+        temperature: The paper's schedule: epoch ``e``, from 0, has ``temperature (e + 1)``; it takes 5 or 10 and 55 epochs. ``none``: a
+            geometric rise over the steps, which suits short runs.
+        first_temperature: At the first step, where ``temperature`` is none.
+        final_temperature: At the last step, where ``temperature`` is none.
+        soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values; the paper: 5 for weights,
+            20 with activations. ``none``: no limit.
+        three_bits: Values of 3-bit weights: ``powers`` (+-1, +-2, +-4) or ``uniform`` (up to +-3).
+        staged: Train weights, then activations, then both, as in the paper, each for a third of the epochs.
+        unit_backward: Evaluate the derivative of binary steps at temperature 1, as the authors do.
+    """
+
+    quantizer_learning_rate: float = 0.01
+    temperature: float | None = None
+    first_temperature: float = 5.0
+    final_temperature: float = 200.0
+    soft_clip_norm: float | None = 20.0
+    three_bits: Literal["powers", "uniform"] = "powers"
+    staged: bool = False
+    unit_backward: bool = True
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise SpecError(f"quantization_networks: temperature must be positive, got {self.temperature}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        unit = self.unit_backward and slot.bit_width == 1
+        return StairsQuantizer(slot.bit_width, weight_values(slot.bit_width, self.three_bits), is_centred=True, unit_backward=unit)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        unit = self.unit_backward and slot.bit_width == 1
+        values = weight_values(slot.bit_width, "uniform") if slot.is_signed else tuple(range(2**slot.bit_width))
+        return StairsQuantizer(slot.bit_width, values, is_centred=slot.is_signed, unit_backward=unit, is_weight=False)
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        phase = super().phases(recipe)[0]
+        third = recipe.epochs // 3
+        if not self.staged or not third:
+            return [phase]
+        names = ("weights", "activations", "both")
+        lengths = (third, third, recipe.epochs - 2 * third)
+        return [replace(phase, name=name, epochs=epochs) for name, epochs in zip(names, lengths, strict=True)]
+
+    def start_phase(self, run: TrainRun) -> None:
+        for quantizer in self._stairs(run):
+            passes = {"weights": not quantizer.is_weight, "activations": quantizer.is_weight}
+            quantizer.is_passing = passes.get(run.phase.name, False)
+
+    def before_step(self, run: TrainRun) -> None:
+        if self.temperature is not None:
+            temperature = self.temperature * (run.epochs_done + 1)
+        else:
+            temperature = self.first_temperature * (self.final_temperature / self.first_temperature) ** run.progress
+        for quantizer in self._stairs(run):
+            quantizer.temperature.fill_(temperature)
+
+    @torch.no_grad()
+    def after_backward(self, run: TrainRun) -> None:
+        if self.soft_clip_norm is None:
+            return
+        squares = [p.grad.square().sum() for role, p in run.roles() if p.grad is not None and role == "others"]
+        for quantizer in self._stairs(run):
+            if quantizer.squared_gradient is not None and quantizer.is_weight:
+                squares.append(quantizer.squared_gradient)
+            quantizer.squared_gradient = None
+        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if norm > self.soft_clip_norm:
+            for _, parameter in run.roles():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.soft_clip_norm / (norm + 1e-6))
+
+    @staticmethod
+    def _stairs(run: TrainRun) -> list[StairsQuantizer]:
+        return [quantizer for quantizer in run.quantizers() if isinstance(quantizer, StairsQuantizer)]
