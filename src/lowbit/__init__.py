@@ -13,6 +13,7 @@ from lowbit.spec import BitPolicy, Budget, Granularity
 from lowbit.train.loop import parameter_groups, training
 from lowbit.train.prepare import prepare
 from lowbit.train.run import penalty
+from lowbit.train.train import train
 
 try:
     __version__ = version("lowbit")
@@ -20,6 +21,6 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
 __all__ = [
-    "quantize", "prepare", "penalty", "training", "parameter_groups", "export", "load", "summary", "diagnose", "list_methods", "get_method",
+    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "summary", "diagnose", "list_methods", "get_method",
     "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
 ]  # fmt: skip

@@ -16,13 +16,13 @@ from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import Source, open_source
 from lowbit.cli.workflow import Plan, run_plan, show_outcome
-from lowbit.workfolder import open_work_folder
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.measure import tensor_bytes
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.progress import Progress
 from lowbit.registry import get_method
 from lowbit.spec import Position
+from lowbit.workfolder import open_work_folder
 
 
 def quantize(

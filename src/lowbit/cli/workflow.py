@@ -13,7 +13,6 @@ import lowbit
 from lowbit.calibration import Calibration
 from lowbit.cli.console import results, show_table
 from lowbit.cli.source import Source
-from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
 from lowbit.errors import GraphError, MissingExtraError, ParityError
 from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text
@@ -28,6 +27,7 @@ from lowbit.report.results import Parity, Report, write_json
 from lowbit.report.summary import layer_results
 from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
 from lowbit.spec import BitPolicy
+from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
 
 FILES = ("model.lowbit", "model.onnx")
 LAYER_SAMPLES = 64  # samples for the noise of each layer

@@ -37,9 +37,8 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, Tensor]:
         """Put the averages into ``model``; gives the values that were there."""
-        before = {}
+        before = {name: value.detach().clone() for name, value in _named(model)}
         for name, value in _named(model):
-            before[name] = value.detach().clone()
             value.data.copy_(self.tensors[name])
         return before
 
