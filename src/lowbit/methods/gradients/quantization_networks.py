@@ -92,7 +92,8 @@ class StairsQuantizer(TableQuantizer):
         self, bit_width: int, values: Sequence[float], *, is_centred: bool, unit_backward: bool = False, is_weight: bool = True
     ) -> None:
         super().__init__(bit_width, Granularity.tensor())
-        self.values, self.is_centred, self.unit_backward, self.is_weight = tuple(values), is_centred, unit_backward, is_weight
+        self.values: tuple[float, ...] = tuple(values)
+        self.is_centred, self.unit_backward, self.is_weight = is_centred, unit_backward, is_weight
         self.gaps = [high - low for low, high in itertools.pairwise(values)]
         self.offset = sum(self.gaps) / 2 if is_centred else 0.0
         self.output_scale, self.input_scale = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
@@ -128,7 +129,7 @@ class StairsQuantizer(TableQuantizer):
         binary = [0.0] * len(self.gaps)
         if self.bit_width == 1:
             biases = torch.tensor(binary if self.is_centred else [NEAR_ZERO])
-        elif self.values == (-1, 0, 1):
+        elif len(self.values) == 3:
             biases = torch.tensor([-NEAR_ZERO, NEAR_ZERO])
         else:
             biases = self.clustered(x)
@@ -170,7 +171,8 @@ class StairsQuantizer(TableQuantizer):
 
     def _table(self) -> tuple[Tensor, Tensor]:
         """Boundaries and levels; steps at the same place are one, and the top level is repeated up to ``2**bit_width``."""
-        biases, gaps = [], []
+        biases: list[float] = []
+        gaps: list[float] = []
         for bias, gap in zip(self.biases.tolist(), self.gaps, strict=True):
             if biases and bias == biases[-1]:
                 gaps[-1] += gap
@@ -258,8 +260,8 @@ class QuantizationNetworks(TrainingMethod):
             geometric rise over the steps, which suits short runs.
         first_temperature: At the first step, where ``temperature`` is none.
         final_temperature: At the last step, where ``temperature`` is none.
-        soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values; the paper: 5 for weights,
-            20 with activations. ``none``: no limit.
+        soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values. The paper: 5 for weights, 20
+            with activations, at a learning rate of 0.001; 1 limits a step at 0.02 as 20 does there. ``none``: no limit.
         three_bits: Values of 3-bit weights: ``powers`` (+-1, +-2, +-4) or ``uniform`` (up to +-3).
         staged: Train weights, then activations, then both, as in the paper, each for a third of the epochs.
         unit_backward: Evaluate the derivative of binary steps at temperature 1, as the authors do.
@@ -269,7 +271,7 @@ class QuantizationNetworks(TrainingMethod):
     temperature: float | None = None
     first_temperature: float = 5.0
     final_temperature: float = 200.0
-    soft_clip_norm: float | None = 20.0
+    soft_clip_norm: float | None = 1.0
     three_bits: Literal["powers", "uniform"] = "powers"
     staged: bool = False
     unit_backward: bool = True

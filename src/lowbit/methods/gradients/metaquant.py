@@ -1,0 +1,374 @@
+"""MetaQuant: a small network learns which gradient a weight should get from the gradient at its quantized value.
+
+Paper: Chen, Wang, Pan 2019, "MetaQuant: Learning to Quantize by Learning to Penetrate Non-differentiable Quantization", NeurIPS.
+    Section 3.1 (Eq. 3-6, meta quantizers), section 3.2 (Eq. 7-10, training), section 4.1 (settings).
+Symbols: M_phi -> meta network, g_Wb -> the gradient at the quantized weight, W~ -> preprocessed weight, pi -> refined_gradient,
+    dA/dW -> calibration.
+Deviations: the meta network starts as the factor 1 (chance may give a negative one, which turns every update around). The look-ahead
+    weight is the paper's; ``look_ahead="stored"`` is the authors' program's, which looks ahead along the update it has applied before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.network import insert
+from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
+from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, QTensor
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import pass_gradient
+from lowbit.train import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.train.recipe import Role
+
+Base = Literal["dorefa", "bwn", "bwn_f"]
+META = "meta"  # the role of the meta network's parameters
+_TINY = 1e-30
+
+
+class FcGrad(nn.Module):
+    """``m = FC_2(FC_1(g))``: one learned factor for the gradient. Source: Eq. 5."""
+
+    def __init__(self, hidden: int = 100) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(1, hidden, bias=False), nn.Linear(hidden, 1, bias=False)
+        _start_at_one([self.linear1, self.linear2])
+
+    def forward(self, gradient: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient for every weight, shaped like ``gradient``, and the next state (none)."""
+        m: Tensor = self.linear2(self.linear1(gradient.reshape(-1, 1)))
+        return m.view_as(gradient), None
+
+
+class MultiFc(nn.Module):
+    """``m = g FC_n(... FC_1(W~))``, optionally with an activation function between. Source: Eq. 3."""
+
+    def __init__(self, hidden: int = 100, layers: int = 2, activation: Literal["none", "relu", "tanh"] = "none") -> None:
+        super().__init__()
+        widths = [1, *[hidden] * (layers - 1), 1]
+        linears = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
+        self.network = nn.Sequential(OrderedDict((f"Linear{index}", linear) for index, linear in enumerate(linears)))
+        self.activation = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh()}[activation]
+        _start_at_one(linears)
+
+    def forward(self, gradient: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient for every weight, shaped like ``gradient``, and the next state (none)."""
+        x = weight.reshape(-1, 1)
+        for index, linear in enumerate(self.network):
+            x = linear(x if index == 0 else self.activation(x))
+        return gradient * x.view_as(gradient), None
+
+
+class LstmFc(nn.Module):
+    """``m = g FC(LSTM(W~))`` with a hidden state for every weight. Source: Eq. 4."""
+
+    def __init__(self, hidden: int = 100) -> None:
+        super().__init__()
+        self.lstm1, self.fc1 = nn.LSTM(1, hidden), nn.Linear(hidden, 1)
+        nn.init.ones_(self.fc1.bias)
+
+    def forward(self, gradient: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient for every weight, and the next state ``[2, weights, hidden]``: hidden and cell."""
+        before = None if state is None else (state[:1].contiguous(), state[1:].contiguous())
+        out, (hidden, cell) = self.lstm1(weight.reshape(1, -1, 1), before)
+        return gradient * self.fc1(out).view_as(gradient), torch.cat([hidden, cell]).detach()
+
+
+@torch.no_grad()
+def _start_at_one(linears: list[nn.Linear]) -> None:
+    """Positive weights whose product over the layers is 1, with the spread of the present ones."""
+    for linear in linears:
+        linear.weight.copy_((linear.weight / linear.weight.abs().mean().clamp(min=_TINY)).abs().clamp(min=0.1))
+    product = torch.ones(1, 1)
+    for linear in linears:
+        product = linear.weight @ product
+    linears[-1].weight.div_(product)
+
+
+class MetaQuantizer(TableQuantizer):
+    """A weight quantizer whose training pass runs at the look-ahead weight ``W - lr (C m + (u - C m))``, the bracket constant.
+
+    Forward: ``dorefa``: ``2 round((2**k - 1) W~) / (2**k - 1) - 1`` with ``W~ = tanh(W) / (2 max|tanh(W)|) + 1/2``; ``bwn``: ``mean|W|`` times
+    the sign, of the whole tensor or (``bwn_f``) of each output channel. Backward: the rounding passes the gradient, the sign where
+    ``|W| <= 1``; nothing through the maximum and the mean; ``-lr C`` to the meta gradient ``m``. Source: Eq. 7-9.
+
+    Args:
+        bit_width: 1 to 8; 1 for ``bwn`` and ``bwn_f``.
+        base: Which quantizer.
+        granularity: For ``bwn_f``.
+    """
+
+    tables = ("last_gradient", "last_weight", "last_update", "last_bias_update", "state")
+
+    def __init__(self, bit_width: int, base: Base, granularity: Granularity | None = None) -> None:
+        super().__init__(bit_width, granularity if base == "bwn_f" and granularity is not None else Granularity.tensor())
+        self.base: Base = base
+        self.steps = 2**bit_width - 1
+        for name in self.tables:
+            self.get_buffer(name).zero_()
+        self.register_buffer("has_history", torch.zeros((), dtype=torch.bool))
+        self.has_history: Tensor
+        self.last_gradient: Tensor  # at the quantized weight, in the last step
+        self.last_weight: Tensor  # preprocessed, in the last step
+        self.last_update: Tensor  # the refined gradient that was applied last
+        self.last_bias_update: Tensor
+        self.state: Tensor  # of the meta network
+        self.pending: tuple[Tensor, Tensor, float] | None = None  # meta gradient, refined gradient, learning rate
+        self._captured: Tensor | None = None
+        self._preprocessed: Tensor | None = None
+
+    def initialize(self, x: Tensor) -> None:
+        """Nothing to set."""
+
+    def calibration(self, x: Tensor) -> Tensor:
+        """``C``: what the preprocessing contributes to the gradient, without the factors that cancel; a constant."""
+        if self.base != "dorefa":
+            return torch.ones_like(x)
+        t = torch.tanh(x.detach())
+        return (1 - t * t) / t.abs().max().clamp(min=_TINY)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """``W~``."""
+        if self.base != "dorefa":
+            return x
+        t = torch.tanh(x)
+        return 0.5 * t / t.detach().abs().max().clamp(min=_TINY) + 0.5
+
+    def scale(self, x: Tensor) -> Tensor:
+        """``mean|W|``, shaped to broadcast; a constant."""
+        return self.granularity.flatten(x.detach().abs()).mean(1).reshape(self.granularity.scale_shape(x))
+
+    def quantize(self, preprocessed: Tensor, scale: Tensor) -> Tensor:
+        """The quantized weight; ``scale`` for the binary ones."""
+        if self.base == "dorefa":
+            steps: Tensor = preprocessed * self.steps
+            return 2 * (pass_gradient(steps, steps.round()) / self.steps) - 1
+        sign = torch.where(preprocessed >= 0, 1.0, -1.0)
+        passed: Tensor = pass_gradient(preprocessed * (preprocessed.detach().abs() <= 1), sign)
+        return passed * scale
+
+    def look_ahead(self, x: Tensor) -> Tensor:
+        """The weight at which the pass runs: ``x`` itself where nothing is pending."""
+        if self.pending is None:
+            return x
+        meta_gradient, update, learning_rate = self.pending
+        step = self.calibration(x) * meta_gradient
+        ahead: Tensor = x - learning_rate * pass_gradient(step, update)
+        return ahead
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return self.encode(x).decode().to(x.dtype)
+        weight = self.look_ahead(x.float())
+        preprocessed = self.preprocess(weight)
+        y = self.quantize(preprocessed, self.scale(x.float() if self.base == "bwn_f" else weight))
+        self._preprocessed = preprocessed.detach()
+        if y.requires_grad:
+            y.register_hook(self._capture)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        values = x.detach().float()
+        if self.base == "dorefa":
+            codes = (self.preprocess(values) * self.steps).round().to(torch.uint8)
+            decoder = AffineDecoder(values.new_tensor(2 / self.steps), values.new_tensor(self.steps / 2), self.granularity)
+            return QTensor(codes, decoder, self.bit_width)
+        return QTensor((values >= 0).to(torch.uint8), BinaryDecoder(self.scale(values), self.granularity), 1)
+
+    @property
+    def captured(self) -> Tensor:
+        """The gradient at the quantized weight of this step."""
+        assert self._captured is not None
+        return self._captured
+
+    def remember(self) -> None:
+        """Keep what the meta network looks at in the next step."""
+        assert self._captured is not None and self._preprocessed is not None
+        self._set_table("last_gradient", self._captured)
+        self._set_table("last_weight", self._preprocessed)
+        self.has_history.fill_(True)
+        self.pending = self._captured = self._preprocessed = None
+
+    def _capture(self, gradient: Tensor) -> None:
+        gradient = gradient.detach().float()
+        self._captured = gradient.clone() if self._captured is None else self._captured + gradient
+
+
+def refined_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """The direction in which ``optimizer`` would move ``parameter`` for ``gradient``, without changing its state.
+
+    SGD: the gradient with weight decay, with momentum added to its buffer (Nesterov too). Adam: the bias-corrected ratio of moments.
+    """
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    state = optimizer.state.get(parameter, {})
+    decay = 0.0 if isinstance(optimizer, torch.optim.AdamW) else group["weight_decay"]
+    gradient = gradient + decay * parameter.detach()
+    moved: Tensor
+    if isinstance(optimizer, torch.optim.Adam):
+        beta1, beta2 = group["betas"]
+        count = float(state["step"]) + 1 if state else 1
+        first = beta1 * state["exp_avg"] + (1 - beta1) * gradient if state else (1 - beta1) * gradient
+        second = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient.square() if state else (1 - beta2) * gradient.square()
+        moved = (first / (1 - beta1**count)) / ((second / (1 - beta2**count)).sqrt() + group["eps"])
+        return moved
+    momentum = group.get("momentum", 0.0)
+    if not momentum:
+        return gradient
+    buffer = state.get("momentum_buffer")
+    moved = gradient if buffer is None else momentum * buffer + (1 - group["dampening"]) * gradient
+    return gradient + momentum * moved if group["nesterov"] else moved
+
+
+@register(
+    MethodInfo(
+        name="metaquant",
+        title="MetaQuant: Learning to Quantize by Learning to Penetrate Non-differentiable Quantization",
+        paper="Chen, Wang, Pan, NeurIPS 2019",
+        section="gradients",
+        axes=("surrogate",),
+        kind="training",
+        weight_bits=range(1, 9),
+        activation_bits=None,
+        needs=("labels", "pretrained"),
+        fidelity="exact; held against the authors' program",
+        summary="a small network, trained along, turns gradients at quantized weights into gradients for the float ones",
+    )
+)
+@dataclass
+class MetaQuant(TrainingMethod):
+    """Learned gradients of weights.
+
+    Attributes:
+        base: The forward quantizer: ``dorefa``, ``bwn`` (one scale) or ``bwn_f`` (a scale for each channel), the last two at 1 bit.
+        meta: The meta network: ``fc_grad``, ``multi_fc`` or ``lstm_fc``.
+        hidden: Its width.
+        layers: Its fully connected layers, in ``multi_fc``.
+        activation: Between the layers of ``multi_fc``: ``none``, ``relu`` or ``tanh``.
+        meta_learning_rate: Of its Adam.
+        look_ahead: ``refined``: the pass runs where the coming update will lead (the paper); ``stored``: where the last one would lead
+            once more, biases too (the authors' program).
+    """
+
+    base: Base = "dorefa"
+    meta: Literal["fc_grad", "multi_fc", "lstm_fc"] = "fc_grad"
+    hidden: int = 100
+    layers: int = 2
+    activation: Literal["none", "relu", "tanh"] = "none"
+    meta_learning_rate: float = 1e-3
+    look_ahead: Literal["refined", "stored"] = "refined"
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        base: Base = self.base if slot.bit_width == 1 else "dorefa"
+        return MetaQuantizer(slot.bit_width, base, Granularity.channel(slot.channel_axis))
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return LearnedScaleQuantizer(slot.bit_width, signed=False, learn_offset=slot.is_signed, is_batched=True)
+
+    def meta_network(self) -> nn.Module:
+        """A new meta network."""
+        if self.meta == "fc_grad":
+            return FcGrad(self.hidden)
+        return MultiFc(self.hidden, self.layers, self.activation) if self.meta == "multi_fc" else LstmFc(self.hidden)
+
+    def attach(self, job: QatJob) -> None:
+        super().attach(job)
+        share_meta_network(job.model, self.meta_network())
+
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+        return META if f".{META}." in name else super().role(name, parameter, owner)
+
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        meta = OptimizerSpec("adam", self.meta_learning_rate, weight_decay=0.0, schedule=recipe.optimizer.schedule)
+        return {**super().optimizers(recipe), META: meta}
+
+    def before_step(self, run: TrainRun) -> None:
+        layers = list(meta_layers(run.model))
+        network = meta_network_of(run.model)
+        for layer, quantizer in layers:
+            if not bool(quantizer.has_history):
+                continue
+            weight = insert.float_weight(layer)
+            state = quantizer.state if quantizer.state.dim() else None
+            m, state = network(quantizer.last_gradient, quantizer.last_weight, state)
+            if state is not None:
+                quantizer._set_table("state", state)
+            update = quantizer.last_update
+            if self.look_ahead == "refined":
+                update = self._refined(run, weight, quantizer.calibration(weight) * m.detach())
+            quantizer.pending = m, update, run.learning_rate
+            if self.look_ahead == "stored":
+                self.shift_bias(layer, quantizer.last_bias_update, run.learning_rate)
+
+    @torch.no_grad()
+    def after_backward(self, run: TrainRun) -> None:
+        is_first = False
+        for layer, quantizer in meta_layers(run.model):
+            weight, bias = insert.float_weight(layer), _bias(layer)
+            is_first = not bool(quantizer.has_history)
+            if is_first:
+                update, bias_update = weight.grad, None if bias is None else bias.grad
+            else:
+                assert quantizer.pending is not None
+                weight.grad = (quantizer.calibration(weight) * quantizer.pending[0].detach()).to(weight.dtype)
+                if self.look_ahead == "stored":
+                    self.shift_bias(layer, quantizer.last_bias_update, -run.learning_rate)
+                update = self._refined(run, weight, weight.grad)
+                bias_update = None if bias is None or bias.grad is None else self._refined(run, bias, bias.grad)
+            if self.look_ahead == "stored":
+                assert update is not None
+                quantizer._set_table("last_update", update)
+                if bias_update is not None:
+                    quantizer._set_table("last_bias_update", bias_update)
+            quantizer.remember()
+        if is_first:  # the first step only gathers what the meta network looks at
+            for role, parameter in run.roles():
+                if role != META:
+                    parameter.grad = None
+
+    @staticmethod
+    def shift_bias(layer: nn.Module, update: Tensor, learning_rate: float) -> None:
+        """Move the layer's bias, if it has one, to where ``update`` leads; the negative learning rate moves it back."""
+        bias = _bias(layer)
+        if bias is not None:
+            bias.data.sub_(learning_rate * update)
+
+    @staticmethod
+    def _refined(run: TrainRun, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        for optimizer in run.optimizers:
+            if any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+                return refined_gradient(optimizer, parameter, gradient)
+        return gradient
+
+
+def meta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, MetaQuantizer]]:
+    """The layers whose weight has a meta quantizer."""
+    for layer in insert.quantized_layers(model).values():
+        quantizer = insert.weight_quantizer(layer)
+        if isinstance(quantizer, MetaQuantizer):
+            yield layer, quantizer
+
+
+def share_meta_network(model: nn.Module, network: nn.Module) -> None:
+    """Let the first meta quantizer hold the network that all share; it leaves with the quantizers at export."""
+    for _, quantizer in meta_layers(model):
+        quantizer.add_module(META, network)
+        return
+
+
+def meta_network_of(model: nn.Module) -> nn.Module:
+    """The network that ``share_meta_network`` put in."""
+    return next(quantizer.get_submodule(META) for _, quantizer in meta_layers(model) if hasattr(quantizer, META))
+
+
+def _bias(layer: nn.Module) -> nn.Parameter | None:
+    bias = getattr(layer, "bias", None)
+    return bias if isinstance(bias, nn.Parameter) else None
