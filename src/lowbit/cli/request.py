@@ -9,9 +9,9 @@ from lowbit.cli.options import key_values
 from lowbit.errors import SpecError
 from lowbit.options import build_method
 from lowbit.registry import get_method
-from lowbit.spec import BitPolicy, parse_bits
+from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
-DEFAULT_BITS = 8
+DEFAULT_BITS = LayerBits(8, 8)
 
 
 def make_policy(
@@ -22,8 +22,9 @@ def make_policy(
     first_last: str | None = None,
     keep: list[str] | None = None,
     only: list[str] | None = None,
+    default: LayerBits = DEFAULT_BITS,
 ) -> BitPolicy:
-    """The bit policy that the options describe; ``None`` is an option that was not given.
+    """The bit policy that the options describe; ``None`` is an option that was not given, ``default`` the bits then.
 
     Raises:
         SpecError: Bits out of range, or a policy file together with options that it replaces.
@@ -40,8 +41,8 @@ def make_policy(
             raise SpecError(f"--policy {path} says the bits of every layer; leave out {', '.join(clashing)}, or change the file.")
         policy = BitPolicy.from_yaml(path)
     else:
-        weight = DEFAULT_BITS if weight_bits is None else parse_bits(weight_bits, "--weight-bits")
-        activation = DEFAULT_BITS if activation_bits is None else parse_bits(activation_bits, "--activation-bits")
+        weight = default.weight if weight_bits is None else parse_bits(weight_bits, "--weight-bits")
+        activation = default.activation if activation_bits is None else parse_bits(activation_bits, "--activation-bits")
         if only:
             policy = BitPolicy.uniform(None, None, first_last=None)
             for pattern in only:

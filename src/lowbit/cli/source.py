@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.options import key_values
 from lowbit.data import Preprocessing, load_data, loader
+from lowbit.data.image_data import Sample
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.models import default_weights, load_default, load_model
 from lowbit.options import convert_option
@@ -141,6 +143,11 @@ def labelled_batches(data: str, batch_size: int, preprocessing: Preprocessing | 
 def samples_of(data: str, count: int, batch_size: int, device: torch.device, preprocessing: Preprocessing | None) -> list[Tensor]:
     """The first ``count`` samples for calibration of a data suite or folder, in batches on ``device``."""
     dataset = load_data(data, split="calibration", preprocessing=preprocessing)
-    items = (dataset.dataset[index] for index in range(min(count, len(dataset))))
+    return stacked(dataset.dataset, range(min(count, len(dataset))), batch_size, device)
+
+
+def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, device: torch.device) -> list[Tensor]:
+    """The ``chosen`` samples without labels, in batches on ``device``."""
+    items = (dataset[index] for index in chosen)
     images = [item[0] if isinstance(item, tuple) else item for item in items]
     return [torch.stack(images[start : start + batch_size]).to(device) for start in range(0, len(images), batch_size)]

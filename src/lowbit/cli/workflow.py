@@ -1,23 +1,23 @@
-"""The work behind ``lowbit quantize``: quantize, measure, export, report."""
+"""The work behind ``lowbit quantize``, and what it shares with ``lowbit train``: measure, export, report."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.markup import escape
+from torch import nn
 
 import lowbit
-from lowbit.calibration import Calibration
+from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.console import results, show_table
 from lowbit.cli.source import Source
 from lowbit.errors import GraphError, MissingExtraError, ParityError
 from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text
 from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
-from lowbit.methods.post_training.pipeline import PtqJob
 from lowbit.methods.quantize import run_job
 from lowbit.network.record import record_of
 from lowbit.progress import Progress
@@ -48,6 +48,7 @@ class Plan:
     def fingerprint(self, source: Source) -> dict[str, object]:
         """Everything that the resulting bits depend on."""
         return {
+            "kind": "quantize",
             "version": lowbit.__version__,
             "method": self.method,
             "policy": self.policy.to_dict(),
@@ -68,12 +69,29 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -> Outcome:
-    """Quantize and measure, then write every file into ``plan.out``.
+@dataclass(frozen=True)
+class Comparison:
+    """A quantized network and what it is held against.
 
-    A file that cannot be exported, or that does not compute what the network computes, is among the problems; everything else is
-    written all the same.
+    Attributes:
+        model: The quantized network in evaluation mode.
+        sample: Inputs of one call.
+        reference: A float network that ``model`` follows layer by layer; ``None``: ``model`` with its quantizers off.
+        has_float: Whether the network of the source is a trained one that ``model`` can be compared with.
+        training: What ``Report.training`` holds.
+        notes: More notes for the report.
     """
+
+    model: nn.Module
+    sample: Inputs
+    reference: nn.Module | None = None
+    has_float: bool = True
+    training: Mapping[str, object] | None = None
+    notes: Sequence[str] = ()
+
+
+def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -> Outcome:
+    """Quantize and measure, then write every file into ``plan.out``; see ``deliver``."""
     job = run_job(
         source.model,
         plan.method,
@@ -85,7 +103,16 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
         progress=progress,
         work_dir=work.path,
     )
-    report = _measured(plan, source, job, progress)
+    return deliver(plan, source, Comparison(job.model, job.sample, job.reference), progress)
+
+
+def deliver(plan: Plan, source: Source, result: Comparison, progress: Progress) -> Outcome:
+    """Measure a quantized network, then write every file into ``plan.out``.
+
+    A file that cannot be exported, or that does not compute what the network computes, is among the problems; everything else is
+    written all the same.
+    """
+    report = _measured(plan, source, result, progress)
     problems: list[str] = []
     done: set[str] = set()
     for name, wanted in zip(FILES, (plan.packed, plan.onnx), strict=True):
@@ -93,7 +120,7 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
             continue
         progress.say(f"writing {name} and comparing it with the network")
         try:
-            written = export(job.model, plan.out / name, sample=job.sample)
+            written = export(result.model, plan.out / name, sample=result.sample)
         except (GraphError, ParityError, MissingExtraError) as error:
             problems.append(f"{name}: {error}")
         else:
@@ -109,15 +136,15 @@ def run_plan(plan: Plan, source: Source, work: WorkFolder, progress: Progress) -
         ],
     )
     write_text(plan.out / "policy.yaml", str(plan.policy))
-    write_html(report, plan.out / "report.html", histograms=weight_histograms(job.model, job.reference))
+    write_html(report, plan.out / "report.html", histograms=weight_histograms(result.model, result.reference))
     write_json(report, plan.out / "report.json")
     return Outcome(report, plan.out, problems)
 
 
-def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Report:
-    record = record_of(job.model)
+def _measured(plan: Plan, source: Source, result: Comparison, progress: Progress) -> Report:
+    model, record = result.model, record_of(result.model)
     assert record is not None
-    layers = layer_results(job.model, sample=job.sample)
+    layers = layer_results(model, sample=result.sample)
     report = Report(
         plan.method,
         common_bits(plan.policy.default.weight, (layer.weight_bits for layer in layers)),
@@ -127,24 +154,26 @@ def _measured(plan: Plan, source: Source, job: PtqJob, progress: Progress) -> Re
         options=record.options,
         size_float=tensor_bytes(source.model),
         layers=layers,
-        notes=list(record.table.notes),
+        training=result.training,
+        notes=[*record.table.notes, *result.notes],
     )
     if source.calibration is None:
         return dataclasses.replace(report, notes=[*report.notes, "there was no data, so what it cost was not measured"])
-    noise = layer_noise(job.model, Calibration.of(source.calibration, limit=LAYER_SAMPLES), reference=job.reference, progress=progress)
-    agreement = measure_agreement(source.model, job.model, source.calibration if source.test is None else source.test, progress=progress)
-    report = dataclasses.replace(
-        report,
-        agreement=agreement.top1,
-        sqnr_db=agreement.sqnr_db,
-        kl=agreement.kl,
-        max_abs_error=agreement.max_abs_error,
-        layers=layer_results(job.model, sample=job.sample, noise=noise),
-    )
+    noise = layer_noise(model, Calibration.of(source.calibration, limit=LAYER_SAMPLES), reference=result.reference, progress=progress)
+    report = dataclasses.replace(report, layers=layer_results(model, sample=result.sample, noise=noise))
+    if result.has_float:
+        data = source.calibration if source.test is None else source.test
+        agreement = measure_agreement(source.model, model, data, progress=progress)
+        report = dataclasses.replace(
+            report, agreement=agreement.top1, sqnr_db=agreement.sqnr_db, kl=agreement.kl, max_abs_error=agreement.max_abs_error
+        )
     if source.test is None:
         return report
-    before, after = (measure_accuracy(network, source.test, progress=progress) for network in (source.model, job.model))
-    return dataclasses.replace(report, float_accuracy=before.top1, quantized_accuracy=after.top1, samples=after.samples)
+    after = measure_accuracy(model, source.test, progress=progress)
+    report = dataclasses.replace(report, quantized_accuracy=after.top1, samples=after.samples)
+    if not result.has_float:
+        return report
+    return dataclasses.replace(report, float_accuracy=measure_accuracy(source.model, source.test, progress=progress).top1)
 
 
 def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:
@@ -179,12 +208,14 @@ def show_outcome(outcome: Outcome) -> None:
         highlight=False,
     )
     rows: list[tuple[str, object, object, object]] = []
-    if report.float_accuracy is not None and report.quantized_accuracy is not None:
-        change = f"{100 * (report.quantized_accuracy - report.float_accuracy):+.2f} points"
+    if report.quantized_accuracy is not None:
+        start = report.float_accuracy
+        change = "" if start is None else f"{100 * (report.quantized_accuracy - start):+.2f} points"
         rows.append(("accuracy", percent_word(report.float_accuracy), percent_word(report.quantized_accuracy), change))
     else:
         rows.append(("accuracy", None, None, "not measured: name labelled data with --data"))
-    rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
+    if report.sqnr_db is not None:
+        rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
     for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
         if size is not None:
             rows.append((label, bytes_word(report.size_float), bytes_word(size), f"{ratio_word(report.size_float, size)} smaller"))

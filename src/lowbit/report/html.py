@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -75,6 +76,7 @@ def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), d
         remarks=[layer for layer in report.layers if layer.status == "done" and layer.reason],
         histograms=[(h, svg.histogram(h.counts, h.low, h.high, h.levels, h.name, h.unit)) for h in histograms],
         diagnosis=diagnosis,
+        learning=learning_plots(report),
         sensitivity=Markup("") if diagnosis is None else sensitivity_plot(diagnosis),
         poor_db=POOR_DB,
         sort_key=_sort_key,
@@ -224,6 +226,25 @@ def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
         everything if math.isfinite(everything) else None,
         [order.index(s) for s in diagnosis.suspects[:NUMBERED]],
     )
+
+
+def learning_plots(report: Report) -> list[tuple[str, Markup]]:
+    """Training loss and the metric on the test data over the epochs, each with a heading; nothing for a network that was not trained."""
+    if report.training is None:
+        return []
+    curve, metric = cast(Sequence[Mapping[str, object]], report.training["curve"]), str(report.training["metric"])
+    names = [f"epoch {result['epoch']} ({result['phase']})" for result in curve]
+    plots = []
+    for key, title, colour in (("loss", "Training loss", "second"), ("metric", f"Test {metric}", "main")):
+        values = [float(v) if isinstance(v := result[key], (int, float)) else None for result in curve]
+        shown = [v for v in values if v is not None and math.isfinite(v)]
+        if not shown:
+            continue
+        room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
+        span = (min(shown) - room, max(shown) + room) if key == "metric" else (0.0, max(*shown, 1e-12) * 1.05)
+        series = [svg.Series(title.lower(), colour, values)]
+        plots.append((title, svg.curves(series, names, None, unit="", tell=number_word, span=span, title=f"{title} after each epoch")))
+    return plots
 
 
 def breakable(name: str) -> Markup:

@@ -3,7 +3,8 @@
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``float.accuracy``, ``quantized.accuracy``,
 ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
 ``parity.onnx|packed.max_abs_error|top1_agreement|passed``, ``latency_ms.float_onnx|quantized_onnx``,
-``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``. What was not measured is ``null``; nothing is ever left
+``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, and where the network was trained
+``training.metric``, ``training.recipe``, ``training.curve[].epoch|phase|step|loss|metric|learning_rate|seconds``. What was not measured is ``null``; nothing is ever left
 out or NaN.
 """
 
@@ -70,6 +71,7 @@ class Report:
         parity_packed, parity_onnx: Checks of the exported files.
         latency_float_onnx, latency_quantized_onnx: Median milliseconds per call in the runtime that ``latency_setting`` names.
         layers: In execution order.
+        training: Where the network was trained: ``metric`` (its name), ``recipe``, and ``curve``, a mapping for each epoch.
         notes: What was skipped and why, for the whole network.
         extra: More entries for the file, under names of their own.
     """
@@ -96,6 +98,7 @@ class Report:
     latency_quantized_onnx: float | None = None
     latency_setting: str = ""
     layers: Sequence[LayerResult] = ()
+    training: Mapping[str, object] | None = None
     notes: Sequence[str] = ()
     extra: Mapping[str, object] = field(default_factory=dict)
 
@@ -127,6 +130,7 @@ class Report:
                 "setting": self.latency_setting or None,
             },
             "layers": [asdict(layer) for layer in self.layers],
+            "training": None if self.training is None else dict(self.training),
             "notes": list(self.notes),
         }
         taken = sorted(set(data) & set(self.extra))

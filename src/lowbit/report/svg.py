@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -90,25 +90,43 @@ class Series:
     values: Sequence[float | None]
 
 
-def curves(series: Sequence[Series], names: Sequence[str], baseline: float | None, marked: Sequence[int] = ()) -> Markup:
-    """Values in dB over ``names`` as lines with dots that tell their value when pointed at.
+def _db(value: float) -> str:
+    return f"{value:.1f} dB"
+
+
+def curves(
+    series: Sequence[Series],
+    names: Sequence[str],
+    baseline: float | None,
+    marked: Sequence[int] = (),
+    *,
+    unit: str = "dB",
+    tell: Callable[[float], str] = _db,
+    span: tuple[float, float] | None = None,
+    title: str = "SQNR of the network's output with single quantizers on and off",
+) -> Markup:
+    """Values over ``names`` as lines with dots that tell their value when pointed at.
 
     Args:
         series: Lines, each as long as ``names``.
         names: What the horizontal axis counts.
         baseline: A value to draw across, or ``None``.
         marked: Positions to number on the plot.
+        unit: Of the values, written at the vertical axis.
+        tell: A value in words.
+        span: Of the vertical axis; from 0 to a little above the largest value when left out.
+        title: What screen readers say.
     """
     width, height, left, bottom = 900.0, 300.0, 44.0, 24.0
     shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
     if not shown:
         return Markup("")
-    low, high = min(0.0, *shown), max(shown) * 1.05 + 1
+    low, high = span or (min(0.0, *shown), max(shown) * 1.05 + 1)
     x, y = Axis(0, max(len(names) - 1, 1), left + 10, width - 10), Axis(low, high, height - bottom, 10)
     parts: list[Markup] = []
     for value in ticks(low, high):
         parts += [line(left, y(value), width, y(value), "grid"), label(left - 6, y(value) + 4, f"{value:g}", "end")]
-    parts.append(label(12, 12, "dB", "start"))
+    parts.append(label(12, 12, unit, "start"))
     if baseline is not None:
         parts.append(line(left, y(baseline), width, y(baseline), "baseline"))
     for one in series:
@@ -116,11 +134,11 @@ def curves(series: Sequence[Series], names: Sequence[str], baseline: float | Non
         path = "".join(f"{'M' if index == 0 else 'L'}{x(p):.1f} {y(v):.1f}" for index, (p, v) in enumerate(points))
         parts.append(element("path", d=path, class_=f"curve {one.class_}"))
         for p, v in points:
-            told = element("title", f"{names[p]}, {one.name}: {v:.1f} dB")
+            told = element("title", f"{names[p]}, {one.name}: {tell(v)}")
             parts.append(element("circle", told, cx=f"{x(p):.1f}", cy=f"{y(v):.1f}", r="3", class_=one.class_))
     for number, position in enumerate(marked, 1):
         parts += [
             line(x(position), 10, x(position), height - bottom, "mark"),
             label(x(position), height - 6, str(number), class_="tick strong"),
         ]
-    return drawing(width, height, "SQNR of the network's output with single quantizers on and off", *parts)
+    return drawing(width, height, title, *parts)

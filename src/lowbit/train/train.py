@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowbit.calibration import Inputs
-from lowbit.errors import LowbitError, SpecError
+from lowbit.errors import DataError, LowbitError, SpecError
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.progress import Progress
@@ -26,7 +26,7 @@ from lowbit.train.prepare import method_of, prepare
 from lowbit.train.recipe import Recipe
 from lowbit.train.run import TrainRun
 from lowbit.train.task import Classification, Task
-from lowbit.train.trainer import Kept, Trainer
+from lowbit.train.trainer import Selection, Trainer
 from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
 
 WORK = ".work"  # the folder of checkpoints in the output folder
@@ -74,7 +74,7 @@ def train(
     strategy: str = "auto",
     precision: str | int = "32",
     save_every: str | float = "5m",
-    keep: Kept = "last",
+    select: Selection = "last",
     resume: bool = True,
     tensorboard: bool | None = None,
     progress: Progress | None = None,
@@ -105,7 +105,7 @@ def train(
         strategy: How processes are started, see ``Trainer``.
         precision: ``32``, or ``bf16`` / ``fp16`` for mixed precision.
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
-        keep: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
+        select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
         resume: Go on with a stopped run of the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
         progress: Where to show progress; silent when left out.
@@ -133,7 +133,7 @@ def train(
         strategy=strategy,
         precision=precision,
         save_every=save_every,
-        keep=keep,
+        select=select,
         progress=progress or Progress.silent(),
     )
     return train_network(
@@ -189,7 +189,7 @@ def train_network(
     feed = make_feed(
         train_data, recipe, augment=augment, rank=trainer.fabric.global_rank, processes=trainer.fabric.world_size, workers=workers
     )
-    inputs = Inputs.of(sample if sample is not None else next(iter(feed.first(1))))
+    inputs = Inputs.of(sample) if sample is not None else _first_inputs(feed, trainer.fabric.world_size)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
     quantized = prepare(
@@ -241,6 +241,18 @@ def train_network(
     return Trained(quantized, curve, inputs, recipe, trainer.is_main)
 
 
+def _first_inputs(feed: Feed, count: int) -> Inputs:
+    """The inputs of the first ``count`` batches as one: as many samples as the processes take in a step."""
+    found = [Inputs.of(batch) for batch in feed.first(count)]
+    if not found:
+        raise DataError("the training data hold no batch")
+    first = found[0]
+    return Inputs(
+        tuple(torch.cat([inputs.args[index] for inputs in found]) for index in range(len(first.args))),
+        {key: torch.cat([inputs.kwargs[key] for inputs in found]) for key in first.kwargs},
+    )
+
+
 def check_recipe(recipe: Recipe) -> None:
     """SpecError when a number of ``recipe`` is out of range."""
     for name in ("epochs", "batch_size", "accumulate"):
@@ -276,5 +288,5 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "precision": trainer.precision,
         "device": trainer.fabric.device.type,
         "processes": trainer.fabric.world_size,
-        "keep": trainer.keep,
+        "select": trainer.select,
     }

@@ -32,7 +32,7 @@ from lowbit.train.snapshot import Restoration, Snapshot
 from lowbit.train.task import Batch
 
 PrecisionName = Literal["32", "bf16", "fp16"]
-Kept = Literal["last", "best"]
+Selection = Literal["last", "best"]
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has come down to this meets nothing but infinities
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -90,7 +90,7 @@ class Trainer:
         strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the present command again for each.
         precision: ``32``, or ``bf16`` / ``fp16``: mixed precision of the forward pass, weights and quantizers' steps stay float32.
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
-        keep: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
+        select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
         progress: Where to show progress; silent when left out.
     """
 
@@ -100,15 +100,15 @@ class Trainer:
     strategy: str = "auto"
     precision: str | int = "32"
     save_every: str | float = "5m"
-    keep: Kept = "last"
+    select: Selection = "last"
     progress: Progress = field(default_factory=Progress.silent)
 
     def __post_init__(self) -> None:
         self.precision = str(self.precision)
         if self.precision not in get_args(PrecisionName):
             raise SpecError(f"precision must be one of {', '.join(get_args(PrecisionName))}, got {self.precision!r}")
-        if self.keep not in get_args(Kept):
-            raise SpecError(f"keep must be one of {', '.join(get_args(Kept))}, got {self.keep!r}")
+        if self.select not in get_args(Selection):
+            raise SpecError(f"select must be one of {', '.join(get_args(Selection))}, got {self.select!r}")
         for name, value in (("devices", self.devices), ("nodes", self.nodes)):
             if value is not None and value < 1:
                 raise SpecError(f"{name} must be 1 or more, got {value}")
@@ -281,7 +281,7 @@ class _Session:
         learning_rate = max((group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups), default=0.0)
         metric = self._evaluate(epoch)
         state.seconds = self._seconds_before + time.monotonic() - self._started
-        loss = state.loss_sum / max(state.loss_count, 1)
+        loss = self._mean(state.loss_sum / max(state.loss_count, 1))
         state.curve.append(
             EpochResult(epoch + 1, run.phase.name, run.step, loss, metric, learning_rate, round(state.seconds, 3), round(rate, 1))
         )
@@ -382,11 +382,11 @@ class _Session:
         if self.state.best is not None and sign * metric <= sign * self.state.best[1]:
             return
         self.state.best = (epoch + 1, metric)
-        if not self.trainer.is_main and self.trainer.keep != "best":
+        if not self.trainer.is_main and self.trainer.select != "best":
             return
         with self.average.applied(self.run.model) if self.average is not None else contextlib.nullcontext():
             if self.checkpoints is None:
-                if self.trainer.keep == "best":
+                if self.trainer.select == "best":
                     snapshot = Snapshot()
                     tree = snapshot.take(self.run.model, "model")
                     self.best = (tree, snapshot.owned())
@@ -396,7 +396,7 @@ class _Session:
     def _end(self) -> None:
         """Leave the network with the weights asked for, in evaluation mode."""
         model, store = self.run.model, self.checkpoints
-        if self.trainer.keep == "best" and self.state.best is not None:
+        if self.trainer.select == "best" and self.state.best is not None:
             if process_count() > 1:
                 torch.distributed.barrier()
             if store is not None and store.has(BEST):
@@ -425,13 +425,18 @@ class _Session:
                     break
         if self.stop.number is not None and processes == 1:
             self._leave(self.stop.number == signal.SIGTERM)  # the evaluation is done again
-        if processes > 1:
-            sums = torch.tensor([total, float(count)], dtype=torch.float64, device="cpu" if self.device.type == "mps" else self.device)
-            mean_over_processes(sums)
-            total, count = float(sums[0]) * processes, round(float(sums[1]) * processes)
+        total, count = self._mean(total) * processes, round(self._mean(count) * processes)
         if count == 0:
             raise DataError("the test data hold no sample. Leave them out, or pass a loader with at least one batch.")
         return total / count
+
+    def _mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if process_count() == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        mean_over_processes(tensor)
+        return float(tensor)
 
     def _check_targets(self, batch: Batch) -> None:
         if self.output is None:
