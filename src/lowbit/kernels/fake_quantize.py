@@ -2,12 +2,14 @@
 
 Composed of torch operators a quantizer reads and writes its input several times in each direction, which is what makes
 quantization-aware training slow. Each function has a torch reference of the same signature beside it.
+
+A grid is one table ``[4, ...]``: lower, step, scale and zero point, each of a shape that broadcasts with the values; or ``[6, ...]``
+with the ends of the range in which values get a gradient, where that is not simply the range of the codes.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,95 +20,90 @@ from lowbit.kernels.switch import loops
 from lowbit.kernels.threads import pieces_of, shared
 
 
-class Gradients(NamedTuple):
-    """Gradients of a sum of ``grad * y``: to the values, and to each part of the grid."""
-
-    x: Tensor
-    lower: Tensor
-    step: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-
-def forward(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def forward(x: Tensor, grid: Tensor, qmin: int, qmax: int) -> Tensor:
     """``(clamp(round((x - lower) / step), qmin, qmax) - zero_point) * scale``, rounding half to even; equal to the reference bit for bit.
 
     Args:
-        x: float32, laid out so that ``suits(x, lower)``.
-        lower, step, scale, zero_point: float32 of one shape that broadcasts with ``x``.
+        x: float32 on the CPU, laid out so that ``suits(x, grid.shape[1:])``.
+        grid: float32 ``[4, ...]`` or ``[6, ...]``; the ends change nothing here.
         qmin, qmax: Integer range of the codes.
 
     Returns:
         Tensor of the shape and memory layout of ``x``.
     """
-    y, matrix = torch.empty_like(x), _layout(x, lower)
-    rows, out = _array(x, matrix), _array(y, matrix)
-    tables = _table(lower), _table(step), _table(scale), _table(zero_point)
+    y, matrix = torch.empty_like(x), _layout(x, grid)
+    rows, out, table = _array(x, matrix), _array(y, matrix), _table(grid, matrix)
     compiled, ends = loops(), (np.float32(qmin), np.float32(qmax))
     assert compiled is not None
-    if matrix[0] == 1:
-        shared(lambda first, last, _: compiled.forward(rows, out, *tables, *ends, first, last), matrix[1])
+    if pieces_of(*matrix) > 1:
+        shared(lambda first, last, _: compiled.forward(rows, out, table, *ends, first, last), *matrix)
     else:
-        compiled.forward(rows, out, *tables, *ends, 0, matrix[1])
+        compiled.forward(rows, out, table, *ends, 0, matrix[1])
     return y
 
 
-def forward_reference(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def forward_reference(x: Tensor, grid: Tensor, qmin: int, qmax: int) -> Tensor:
     """``forward`` in torch, for any layout."""
+    lower, step, scale, zero_point = grid[:4].unbind(0)
     return (((x - lower) / step).clamp(qmin, qmax).round() - zero_point) * scale
 
 
-def backward(
-    grad: Tensor, x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, strength: float = 0.0
-) -> Gradients:
+def backward(grad: Tensor, x: Tensor, grid: Tensor, qmin: int, qmax: int, strength: float = 0.0) -> tuple[Tensor, Tensor]:
     """Gradients of ``forward`` with a surrogate for the rounding.
 
     With ``p = (x - lower) / step``, ``c = clamp(p, qmin, qmax)``, ``code = round(c)`` and ``g = grad * scale``: the gradient to ``p``
     is ``h = g + strength * |g| * (c - code) / (qmax - qmin)`` where ``c = p``, else 0. ``strength`` 0 is the straight-through
-    estimator, any other element-wise gradient scaling. Then ``x`` gets ``h / step``, ``lower`` ``-sum(h) / step``, ``step``
-    ``-sum(h p) / step``, ``scale`` ``sum(grad (code - zero_point))`` and ``zero_point`` ``-scale sum(grad)``.
+    estimator, any other element-wise gradient scaling. With ends, ``h`` is not cut off; ``x`` gets it where it lies between them,
+    the ends included.
 
     Args:
-        grad: Shaped like ``x``.
-        x, lower, step, scale, zero_point, qmin, qmax: As in ``forward``.
+        grad: Shaped like ``x``, of any layout.
+        x, grid, qmin, qmax: As in ``forward``.
         strength: Of element-wise gradient scaling.
+
+    Returns:
+        The gradient to ``x``, ``h / step``, and that to ``grid``: lower ``-sum(h) / step``, step ``-sum(h p) / step``, scale
+        ``sum(grad (code - zero_point))``, zero point ``-scale sum(grad)``, ends ``sum(h) / step`` at and beyond them.
     """
-    if grad.dtype != x.dtype or grad.stride() != x.stride():
+    if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    grad_x, matrix = torch.empty_like(x), _layout(x, lower)
-    rows, above, out = _array(x, matrix), _array(grad, matrix), _array(grad_x, matrix)
-    tables = _table(lower), _table(step), _table(scale)
+    grad_x, matrix = torch.empty_like(x), _layout(x, grid)
+    rows, above, out, table = _array(x, matrix), _array(grad, matrix), _array(grad_x, matrix), _table(grid, matrix)
     ends = np.float32(qmin), np.float32(qmax), np.float32(strength / max(qmax - qmin, 1))
-    compiled, pieces = loops(), pieces_of(matrix[1]) if matrix[0] == 1 else 1
+    compiled, pieces = loops(), pieces_of(*matrix)
     assert compiled is not None
-    sums = np.zeros((pieces, matrix[0], 4))
+    sums = np.zeros((pieces, matrix[0], 6))
     if pieces > 1:
-        shared(lambda first, last, piece: compiled.backward(above, rows, out, sums[piece], *tables, *ends, first, last), matrix[1])
+        shared(lambda first, last, piece: compiled.backward(above, rows, out, sums[piece], table, *ends, first, last), *matrix)
     else:
-        compiled.backward(above, rows, out, sums[0], *tables, *ends, 0, matrix[1])
-    gradients = compiled.of_sums(sums, tables[1], tables[2], _table(zero_point))
-    return Gradients(grad_x, *(torch.from_numpy(row).view(lower.shape) for row in gradients))
+        compiled.backward(above, rows, out, sums[0], table, *ends, 0, matrix[1])
+    return grad_x, torch.from_numpy(compiled.of_sums(sums, table)).view(grid.shape)
 
 
-def backward_reference(
-    grad: Tensor, x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, strength: float = 0.0
-) -> Gradients:
+def backward_reference(grad: Tensor, x: Tensor, grid: Tensor, qmin: int, qmax: int, strength: float = 0.0) -> tuple[Tensor, Tensor]:
     """``backward`` in torch, for any layout."""
+    lower, step, scale, zero_point = grid[:4].unbind(0)
     position = (x - lower) / step
     clipped = position.clamp(qmin, qmax)
     code, g = clipped.round(), grad * scale
-    g = torch.where(clipped == position, g + g.abs() * (clipped - code) * (strength / max(qmax - qmin, 1)), 0)
-    sums = [part.double().sum_to_size(lower.shape) for part in (grad, grad * code, g, g * clipped)]
-    parts = -sums[2] / step, -sums[3] / step, sums[1] - zero_point * sums[0], -scale * sums[0]
-    return Gradients(g / step, *(part.to(x.dtype) for part in parts))
+    g = g + g.abs() * (clipped - code) * (strength / max(qmax - qmin, 1))
+    if len(grid) == 4:
+        g = passed = torch.where(clipped == position, g, 0)
+        ends = []
+    else:
+        passed = torch.where((x >= grid[4]) & (x <= grid[5]), g, 0)
+        ends = [g * (x <= grid[4]), g * (x >= grid[5])]
+    sums = [part.double().sum_to_size(lower.shape) for part in (grad, grad * code, g, g * clipped, *ends)]
+    by_grid = [-sums[2] / step, -sums[3] / step, sums[1] - zero_point * sums[0], -scale * sums[0], *(end / step for end in sums[4:])]
+    return passed / step, torch.stack(by_grid).to(x.dtype)
 
 
-def suits(x: Tensor, table: Tensor) -> bool:
-    """Whether memory is laid out for the loops: dense, with the axes of ``table``, which broadcasts with ``x``, the outermost ones.
+def suits(x: Tensor, table: torch.Size) -> bool:
+    """Whether ``x`` is laid out for the loops: dense, with the axes of a table of this shape, which broadcasts with it, the outermost ones.
 
     So are contiguous and channels-last tensors with one scale, one for each index of the first axis, or one for each of its groups.
     """
-    return _matrix(x.shape, x.stride(), table.shape) is not None
+    return _matrix(x.shape, x.stride(), table) is not None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,8 +124,8 @@ def _matrix(shape: torch.Size, strides: tuple[int, ...], table: torch.Size) -> t
     return table.numel(), shape.numel() // table.numel()
 
 
-def _layout(x: Tensor, table: Tensor) -> tuple[int, int]:
-    matrix = _matrix(x.shape, x.stride(), table.shape)
+def _layout(x: Tensor, grid: Tensor) -> tuple[int, int]:
+    matrix = _matrix(x.shape, x.stride(), grid.shape[1:])
     assert matrix is not None, "see suits()"
     return matrix
 
@@ -137,5 +134,5 @@ def _array(x: Tensor, matrix: tuple[int, int]) -> npt.NDArray[np.float32]:
     return x.detach().as_strided(matrix, (matrix[1], 1)).numpy()
 
 
-def _table(part: Tensor) -> npt.NDArray[np.float32]:
-    return part.detach().numpy().reshape(-1)
+def _table(grid: Tensor, matrix: tuple[int, int]) -> npt.NDArray[np.float32]:
+    return grid.detach().numpy().reshape(len(grid), matrix[0])

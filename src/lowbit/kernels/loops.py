@@ -35,17 +35,15 @@ def _rint(_context: Any, value: Any) -> Any:
 rint: Any = intrinsic(_rint)  # ``llvm.rint``: one instruction, where ``np.rint`` is a call
 
 
-def _forward(
-    x: Floats, y: Floats, lower: Floats, step: Floats, scale: Floats, zero_point: Floats, low: np.float32, high: np.float32, a: int, b: int
-) -> None:
+def _forward(x: Floats, y: Floats, grid: Floats, low: np.float32, high: np.float32, first: int, last: int) -> None:
     for row in range(x.shape[0]):
-        values, out = x[row, a:b], y[row, a:b]
-        origin, width, unit, zero = lower[row], step[row], scale[row], zero_point[row]
+        values, out = x[row, first:last], y[row, first:last]
+        lower, step, scale, zero_point = grid[0, row], grid[1, row], grid[2, row], grid[3, row]
         for i in range(values.size):
-            position = (values[i] - origin) / width
+            position = (values[i] - lower) / step
             position = low if position < low else position
             position = high if position > high else position
-            out[i] = (rint(position) - zero) * unit
+            out[i] = (rint(position) - zero_point) * scale
 
 
 def _backward(
@@ -53,60 +51,73 @@ def _backward(
     x: Floats,
     grad_x: Floats,
     sums: Doubles,
-    lower: Floats,
-    step: Floats,
-    scale: Floats,
+    grid: Floats,
     low: np.float32,
     high: np.float32,
     strength: np.float32,
-    a: int,
-    b: int,
+    first: int,
+    last: int,
 ) -> None:
     none = np.float32(0)
+    has_ends = grid.shape[0] > 4
     for row in range(x.shape[0]):
-        origin, width, unit = lower[row], step[row], scale[row]
-        inverse = np.float32(1) / width
-        for start in range(a, b, BLOCK):
-            stop = min(start + BLOCK, b)
+        lower, step, scale = grid[0, row], grid[1, row], grid[2, row]
+        bottom, top = (grid[4, row], grid[5, row]) if has_ends else (none, none)
+        inverse = np.float32(1) / step
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
             values, above, out = x[row, start:stop], grad[row, start:stop], grad_x[row, start:stop]
-            by_code, by_code_code, by_position, by_position_position = none, none, none, none
+            by_one, by_code, by_lower, by_position, by_bottom, by_top = none, none, none, none, none, none
             for i in range(values.size):
-                position = (values[i] - origin) / width
+                position = (values[i] - lower) / step
                 clipped = low if position < low else position
                 clipped = high if clipped > high else clipped
                 code = rint(clipped)
-                g = above[i] * unit
+                g = above[i] * scale
                 g = g + abs(g) * ((clipped - code) * strength)
-                g = g if clipped == position else none
-                out[i] = g * inverse
-                by_code += above[i]
-                by_code_code += above[i] * code
-                by_position += g
-                by_position_position += g * clipped
-            sums[row, 0] += by_code
-            sums[row, 1] += by_code_code
-            sums[row, 2] += by_position
-            sums[row, 3] += by_position_position
+                if has_ends:  # the same for all elements: the compiler makes two loops of it
+                    by_bottom += g if values[i] <= bottom else none
+                    by_top += g if values[i] >= top else none
+                    passed = g if values[i] >= bottom else none
+                    passed = passed if values[i] <= top else none
+                else:
+                    g = g if clipped == position else none
+                    passed = g
+                out[i] = passed * inverse
+                by_one += above[i]
+                by_code += above[i] * code
+                by_lower += g
+                by_position += g * clipped
+            sums[row, 0] += by_one
+            sums[row, 1] += by_code
+            sums[row, 2] += by_lower
+            sums[row, 3] += by_position
+            sums[row, 4] += by_bottom
+            sums[row, 5] += by_top
 
 
-def _of_sums(sums: Doubles, step: Floats, scale: Floats, zero_point: Floats) -> Floats:
-    """Gradients to lower, step, scale and zero point, one row each, from the sums of all pieces."""
-    gradients = np.empty((4, step.size), np.float32)
-    for row in range(step.size):
-        total = np.zeros(4)
+def _of_sums(sums: Doubles, grid: Floats) -> Floats:
+    """Gradient to the grid from the sums of all pieces."""
+    gradient = np.empty_like(grid)
+    for row in range(grid.shape[1]):
+        total = np.zeros(6)
         for piece in range(sums.shape[0]):
-            total += sums[piece, row]
-        gradients[0, row] = -total[2] / step[row]
-        gradients[1, row] = -total[3] / step[row]
-        gradients[2, row] = total[1] - zero_point[row] * total[0]
-        gradients[3, row] = -scale[row] * total[0]
-    return gradients
+            for part in range(6):
+                total[part] += sums[piece, row, part]
+        step = grid[1, row]
+        gradient[0, row] = -total[2] / step
+        gradient[1, row] = -total[3] / step
+        gradient[2, row] = total[1] - grid[3, row] * total[0]
+        gradient[3, row] = -grid[2, row] * total[0]
+        for end in range(4, grid.shape[0]):
+            gradient[end, row] = total[end] / step
+    return gradient
 
 
-_MATRIX, _VECTOR, _SUMS, _FLOAT, _INDEX = types.float32[:, ::1], types.float32[::1], types.float64[:, ::1], types.float32, types.int64
-_FORWARD = types.void(_MATRIX, _MATRIX, _VECTOR, _VECTOR, _VECTOR, _VECTOR, _FLOAT, _FLOAT, _INDEX, _INDEX)
-_BACKWARD = types.void(_MATRIX, _MATRIX, _MATRIX, _SUMS, _VECTOR, _VECTOR, _VECTOR, _FLOAT, _FLOAT, _FLOAT, _INDEX, _INDEX)
-_OF_SUMS = _MATRIX(types.float64[:, :, ::1], _VECTOR, _VECTOR, _VECTOR)
+_MATRIX, _SUMS, _FLOAT, _INDEX = types.float32[:, ::1], types.float64[:, ::1], types.float32, types.int64
+_FORWARD = types.void(_MATRIX, _MATRIX, _MATRIX, _FLOAT, _FLOAT, _INDEX, _INDEX)
+_BACKWARD = types.void(_MATRIX, _MATRIX, _MATRIX, _SUMS, _MATRIX, _FLOAT, _FLOAT, _FLOAT, _INDEX, _INDEX)
+_OF_SUMS = _MATRIX(types.float64[:, :, ::1], _MATRIX)
 
 
 def _compiled(function: Callable[..., T], signature: Any, fastmath: bool | set[str]) -> Callable[..., T]:

@@ -30,7 +30,8 @@ def fused_kernels(enabled: bool) -> Iterator[None]:
 
 def is_fusing() -> bool:
     """Whether a fused kernel may run here: switched on, numba is there, and nothing traces the program."""
-    return _is_on.get() and not torch.compiler.is_compiling() and not torch.compiler.is_exporting() and are_available()
+    # a context variable cannot be traced: it is read last
+    return not torch.compiler.is_compiling() and not torch.compiler.is_exporting() and _is_on.get() and are_available()
 
 
 def are_available() -> bool:

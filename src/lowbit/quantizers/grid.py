@@ -18,7 +18,7 @@ from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import fake_quantize_grid as marked_fake_quantize
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
 from lowbit.spec import Granularity
-from lowbit.surrogates import ElementwiseGradientScaling, Surrogate, bounded_straight_through
+from lowbit.surrogates import ElementwiseGradientScaling, Surrogate, bounded_straight_through, pass_gradient
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,18 @@ class Grid:
     """Where codes come from and what they stand for; all broadcast with the values.
 
     ``code = clamp(round((x - lower) / step), qmin, qmax)`` and ``y = (code - zero_point) * scale``.
+
+    ``ends`` says where values are clipped, for methods that learn or fix the clip itself: they must be what the first and the last
+    code stand for, so that they change no code. Values between them, the ends included, get a gradient, and the ends get that of
+    the values at and beyond them. Without, values get one where their code is not cut off, which is the same up to the rounding
+    of ``(x - lower) / step``.
     """
 
     lower: Tensor
     step: Tensor
     scale: Tensor
     zero_point: Tensor
+    ends: tuple[Tensor, Tensor] | None = None
 
 
 def fake_quantize_grid(x: Tensor, grid: Grid, qmin: int, qmax: int, surrogate: Surrogate = bounded_straight_through) -> Tensor:
@@ -51,19 +57,34 @@ def fake_quantize_grid(x: Tensor, grid: Grid, qmin: int, qmax: int, surrogate: S
         gradients) unless ``lowbit.kernels.fused_kernels(False)`` forbids them; equal bit for bit, gradients up to rounding.
     """
     if is_fusing() and (strength := _fused_strength(surrogate)) is not None:
-        parts = grid.lower, grid.step, grid.scale, grid.zero_point
+        parts: tuple[Tensor, ...] = (grid.lower, grid.step, grid.scale, grid.zero_point, *(grid.ends or ()))
         if any(part.shape != grid.step.shape for part in parts):
             parts = torch.broadcast_tensors(*parts)
-        lower, step, scale, zero_point = parts
         if _suits(x, parts):
             if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts)):
-                return _FakeQuantizeGrid.apply(x, *parts, qmin, qmax, surrogate, strength)  # type: ignore[no-any-return]
-            return fused.forward(x, lower, step, scale, zero_point, qmin, qmax)
+                return _FakeQuantizeGrid.apply((qmin, qmax, surrogate, strength), x, *parts)  # type: ignore[no-any-return]
+            return fused.forward(x, torch.stack(parts), qmin, qmax)
     return _composed(x, grid, qmin, qmax, surrogate)
 
 
 def _composed(x: Tensor, grid: Grid, qmin: int, qmax: int, surrogate: Surrogate) -> Tensor:
-    return (surrogate((x - grid.lower) / grid.step, qmin, qmax) - grid.zero_point) * grid.scale
+    return (surrogate(_position(x, grid, qmin, qmax), qmin, qmax) - grid.zero_point) * grid.scale
+
+
+def _position(x: Tensor, grid: Grid, qmin: int, qmax: int) -> Tensor:
+    if grid.ends is None or not torch.is_grad_enabled():
+        return (x - grid.lower) / grid.step
+    position = (_clip(x, *grid.ends) - grid.lower) / grid.step
+    # rounding may put an end beyond the last code, where the surrogate would cut its gradient off
+    return pass_gradient(position, position.detach().clamp(qmin, qmax))
+
+
+def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``clip(x, low, high)``; backward: an element at an end gives its gradient to both. Can be differentiated again."""
+    inside = (x >= low) & (x <= high)
+    ends = low * (x <= low) + high * (x >= high)
+    # the value of either summand, never their sum
+    return pass_gradient(x * inside + ends, x.detach().clamp(low.detach(), high.detach()))
 
 
 def _fused_strength(surrogate: Surrogate) -> float | None:
@@ -77,38 +98,36 @@ def _fused_strength(surrogate: Surrogate) -> float | None:
 
 def _suits(x: Tensor, parts: tuple[Tensor, ...]) -> bool:
     is_plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
-    return is_plain and all(t.dtype == torch.float32 for t in (x, *parts)) and fused.suits(x, parts[0])
+    return is_plain and all(t.dtype == torch.float32 for t in (x, *parts)) and fused.suits(x, parts[0].shape)
 
 
 class _FakeQuantizeGrid(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor,
-        qmin: int, qmax: int, surrogate: Surrogate, strength: float,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, lower, step, scale, zero_point)
-        ctx.rest = qmin, qmax, surrogate, strength
-        return fused.forward(x, lower, step, scale, zero_point, qmin, qmax)
+    def forward(ctx: Any, rest: tuple[int, int, Surrogate, float], x: Tensor, *parts: Tensor) -> Tensor:
+        ctx.rest, ctx.grid = rest, torch.stack(parts)
+        ctx.save_for_backward(x, *parts)
+        return fused.forward(x, ctx.grid, rest[0], rest[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qmin, qmax, _, strength = ctx.rest
+        qmin, qmax, surrogate, strength = ctx.rest
+        needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # the gradients are to be differentiated in their turn
-            return (*_differentiable_gradients(ctx, grad), None, None, None, None)
-        x, lower, step, scale, zero_point = ctx.saved_tensors
-        gradients = fused.backward(grad, x, lower, step, scale, zero_point, qmin, qmax, strength)
-        wanted = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-        return (*wanted, None, None, None, None)
+            return None, *_differentiable_gradients(grad, ctx.saved_tensors, needed, qmin, qmax, surrogate)
+        by_x, by_grid = fused.backward(grad, ctx.saved_tensors[0], ctx.grid, qmin, qmax, strength)
+        return None, *(gradient if wanted else None for gradient, wanted in zip((by_x, *by_grid.unbind(0)), needed, strict=True))
 
 
-def _differentiable_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _differentiable_gradients(
+    grad: Tensor, inputs: tuple[Tensor, ...], needed: tuple[bool, ...], qmin: int, qmax: int, surrogate: Surrogate
+) -> list[Tensor | None]:
     """What autograd makes of the composed expression; aliases tell inputs apart that are one tensor."""
-    qmin, qmax, surrogate, _ = ctx.rest
-    x, *parts = (tensor.view_as(tensor) for tensor in ctx.saved_tensors)
-    y = _composed(x, Grid(*parts), qmin, qmax, surrogate)
-    wanted = [tensor for tensor, needed in zip((x, *parts), ctx.needs_input_grad, strict=False) if needed]
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    x, lower, step, scale, zero_point, *ends = aliases
+    y = _composed(x, Grid(lower, step, scale, zero_point, (ends[0], ends[1]) if ends else None), qmin, qmax, surrogate)
+    wanted = [tensor for tensor, is_needed in zip(aliases, needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:5]]
+    return [next(found) if is_needed else None for is_needed in needed]
 
 
 class GridQuantizer(TableQuantizer):

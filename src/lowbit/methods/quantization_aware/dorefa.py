@@ -56,7 +56,8 @@ class DorefaWeight(GridQuantizer):
 
     def grid(self, x: Tensor) -> Grid:
         steps = self.qmax
-        return Grid(*(x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / steps, 2 / steps, steps / 2)))
+        lower, step, scale, zero_point = (x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / steps, 2 / steps, steps / 2))
+        return Grid(lower, step, scale, zero_point)
 
 
 class DorefaActivation(GridQuantizer):
@@ -73,13 +74,10 @@ class DorefaActivation(GridQuantizer):
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
 
-    def prepare(self, x: Tensor) -> Tensor:
-        # products of such activations and weights often are 1 up to rounding: the gradient's bounds must be the clip's own
-        return x.clamp(self.qmin / self.qmax, 1) if torch.is_grad_enabled() else x
-
     def grid(self, x: Tensor) -> Grid:
-        zero, step = x.new_zeros((), dtype=torch.float32), x.new_tensor(1 / self.qmax, dtype=torch.float32)
-        return Grid(zero, step, step, zero)
+        zero, step, top = (x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / self.qmax, 1.0))
+        # products of such activations and weights often are 1 up to rounding: the gradient's bounds must be the clip's own
+        return Grid(zero, step, step, zero, (x.new_tensor(self.qmin / self.qmax, dtype=torch.float32), top))
 
 
 class _QuantizeGradient(torch.autograd.Function):

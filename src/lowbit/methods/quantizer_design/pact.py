@@ -11,7 +11,7 @@ Deviations: the clip starts where the squared error of the first batch is least 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,37 +34,13 @@ SAWB_COEFFICIENTS = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 
 SAWB_COEFFICIENTS_WITH_ZERO = {2: (2.6, -1.71), 4: (12.035, -12.03), 7: (28.24, -30.81), 8: (31.76, -35.04)}
 
 
-class _Clip(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, is_signed: bool) -> Tensor:
-        ctx.save_for_backward(x, clip)
-        ctx.is_signed = is_signed
-        return torch.minimum(torch.maximum(x, -clip if is_signed else torch.zeros_like(clip)), clip)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, clip = ctx.saved_tensors
-        low = -clip if ctx.is_signed else torch.zeros_like(clip)
-        by_clip = (grad * (x >= clip)).sum()
-        if ctx.is_signed:
-            by_clip = by_clip - (grad * (x <= low)).sum()
-        return grad * ((x >= low) & (x <= clip)), by_clip, None
-
-
-def clip_at(x: Tensor, clip: Tensor, *, is_signed: bool = False) -> Tensor:
-    """``clip(x, 0, clip)``, or ``clip(x, -clip, clip)`` with ``is_signed``.
-
-    Backward: 1 to ``x`` within the closed range, else 0; to ``clip`` the sum of the gradients where ``x >= clip``, less those where
-    ``x <= -clip``; elements at the clip belong to both. Source: PACT, Eq. 1 and 3.
-    """
-    return _Clip.apply(x, clip, is_signed)  # type: ignore[no-any-return]
-
-
 class PactActivation(GridQuantizer):
     """Activations on ``[0, clip]``, or ``[-clip, clip]`` with ``is_signed``, with a learned ``clip``.
 
-    Forward: ``round(clip_at(x, clip) / scale) * scale`` with ``scale = clip / n``, ``n = 2**k - 1`` (signed: ``2**(k - 1) - 1``).
-    Backward: the surrogate's for the rounding, then that of ``clip_at``; nothing through the scale. Source: PACT, Eq. 1-3.
+    Forward: ``round(clip(x) / scale) * scale`` with ``scale = clip / n``, ``n = 2**k - 1`` (signed: ``2**(k - 1) - 1``).
+    Backward: the surrogate's for the rounding; then 1 to ``x`` within the closed range, else 0, and to ``clip`` the sum of the gradients
+    where ``x >= clip``, less those where ``x <= -clip``: elements at the clip belong to both. Nothing through the scale.
+    Source: PACT, Eq. 1-3.
 
     Args:
         bit_width: 1 to 8.
@@ -90,15 +66,13 @@ class PactActivation(GridQuantizer):
             return
         self._set_table("clip", least_error_clip(x, self.qmax).clamp(min=SMALLEST_CLIP))
 
-    def prepare(self, x: Tensor) -> Tensor:
-        return clip_at(x, self.clip, is_signed=self.is_signed) if torch.is_grad_enabled() else x
-
     def grid(self, x: Tensor) -> Grid:
-        clip = self.clip.detach()
+        clip = self.clip.detach()  # Eq. 3 gives it no gradient through the grid
+        ends = (-self.clip if self.is_signed else torch.zeros_like(clip)), self.clip
         if self.is_binary:
-            return Grid(-clip, 2 * clip, 2 * clip, torch.full_like(clip, 0.5))
+            return Grid(-clip, 2 * clip, 2 * clip, torch.full_like(clip, 0.5), ends)
         zero = torch.zeros_like(clip)
-        return Grid(zero, clip / self.qmax, clip / self.qmax, zero)
+        return Grid(zero, clip / self.qmax, clip / self.qmax, zero, ends)
 
     def penalty(self) -> Tensor:
         return self.clip_decay * self.clip.square()
