@@ -35,6 +35,8 @@ class MethodInfo:
         fidelity: How close it is to the paper and held against what.
         summary: One line.
         margin_db: Logit SQNR in dB by which it beats round_to_nearest at 2 to 4 bits on a tiny task (a test holds it).
+        margin_points: Points of accuracy by which a training method beats round_to_nearest after a short run at 2 bits of weights and
+            4 of activations, or the nearest it has, on a tiny task (a test holds it).
         method: The class; its fields are the paper's hyper-parameters with the paper's defaults.
     """
 
@@ -50,6 +52,7 @@ class MethodInfo:
     fidelity: str
     summary: str
     margin_db: float = 0.0
+    margin_points: float = 0.0
     method: type | None = None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -21,23 +22,38 @@ MOVES = frozenset({
 
 @dataclass(frozen=True)
 class Grid:
-    """Codes of an activation in a uint8 container: ``lo`` to ``hi``, zero at ``zero_point``."""
+    """Codes of an activation in a uint8 container: ``lo`` to ``hi``.
 
-    scale: np.float32
-    zero_point: int
+    A code is ``round(x / step) + origin`` and stands for ``(code - zero_point) * scale``; most often both are the same grid.
+    """
+
+    step: np.float32
+    origin: int
     lo: int
     hi: int
+    scale: np.float32
+    zero_point: int
+
+    @staticmethod
+    def plain(scale: np.float32, zero_point: int, lo: int, hi: int) -> Grid:
+        """Levels that stand for the values they are found at."""
+        return Grid(scale, zero_point, lo, hi, scale, zero_point)
 
     def code(self, value: float) -> int:
         """Where ``value`` is rounded to, before clipping."""
-        return int(np.clip(np.rint(np.float32(value) / self.scale), -_FAR, _FAR)) + self.zero_point
+        return int(np.clip(np.rint(np.float32(value) / self.step), -_FAR, _FAR)) + self.origin
+
+    def within(self, lo: int, hi: int) -> Grid:
+        """The same codes in a narrower range."""
+        return replace(self, lo=lo, hi=hi)
 
 
 def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Reasons) -> None:
     """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, taking in a ReLU or clip before it."""
     x = input_of(node, 0)
     qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
-    grid = _uint8_grid(constant_of(node.inputs[1]), constant_of(node.inputs[2]), qmin, qmax) if x.dtype in (None, FLOAT) else None
+    parts = [constant_of(value) for value in node.inputs[1:]]
+    grid = _uint8_grid(parts, qmin, qmax) if x.dtype in (None, FLOAT) else None
     if grid is None:
         reasons.setdefault("uint8 codes cannot hold the grid of the activation quantizer", []).append(str(node.outputs[0].name))
         _quantize_in_float(node, qmin, qmax)
@@ -53,13 +69,16 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
     take_place_of(node, quantized)
 
 
-def _uint8_grid(scale: Array | None, zero_point: Array | None, qmin: int, qmax: int) -> Grid | None:
-    if scale is None or zero_point is None or scale.size != 1 or zero_point.size != 1 or qmax - qmin > 255:
+def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | None:
+    if any(part is None or part.size != 1 for part in parts) or qmax - qmin > 255:
         return None
-    zero = zero_point.item()
-    if zero != round(zero) or not qmin <= zero <= qmax:
+    lower, step, scale, zero = (float(part.item()) for part in parts if part is not None)
+    start = -lower / step
+    origin, zero_point = round(start) - qmin, round(zero) - qmin
+    is_whole = abs(start - round(start)) <= 1e-5 * max(abs(start), 1) and zero == round(zero)
+    if not is_whole or not (0 <= origin <= 255 and 0 <= zero_point <= 255):
         return None
-    return Grid(np.float32(scale.item()), int(zero) - qmin, 0, qmax - qmin)
+    return Grid(np.float32(step), origin, 0, qmax - qmin, np.float32(scale), zero_point)
 
 
 def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> ir.Value:
@@ -71,12 +90,12 @@ def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> i
     assert producer is not None
     before, unlimited = _absorb_clips(input_of(producer, 0), grid, reader="Min")
     quantized = _insert_pair(node, before, unlimited, f"{name}.unlimited", after=False)
-    codes = np.clip(np.rint(limit.astype(np.float32) / grid.scale) + grid.zero_point, grid.lo, grid.hi) - grid.zero_point
+    codes = np.clip(np.rint(limit.astype(np.float32) / grid.step) + grid.origin, grid.lo, grid.hi) - grid.zero_point
     on_grid = add_initializer(graph_of(node), f"{name}.limit", (codes * grid.scale).astype(np.float32))
     limited = ir.node("Min", [quantized, on_grid])
     limited.outputs[0].shape, limited.outputs[0].type = x.shape, x.type
     graph_of(node).insert_before(node, limited)
-    return _insert_pair(node, limited.outputs[0], Grid(grid.scale, grid.zero_point, 0, 255), name, after=False)
+    return _insert_pair(node, limited.outputs[0], Grid.plain(grid.scale, grid.zero_point, 0, 255), name, after=False)
 
 
 def _channel_limit(x: ir.Value) -> Array | None:
@@ -92,7 +111,7 @@ def _absorb_clips(x: ir.Value, grid: Grid, *, reader: str = QUANTIZE) -> tuple[i
     """The input of a ReLU or clip that only operators ``reader`` read, and the codes that are left of ``grid``."""
     while (bounds := _clip_bounds(x)) is not None and not x.is_graph_output() and all(use.node.op_type == reader for use in x.uses()):
         lo, hi = (min(max(grid.code(bound), grid.lo), grid.hi) for bound in bounds)
-        grid = Grid(grid.scale, grid.zero_point, lo, hi)
+        grid = grid.within(lo, hi)
         producer = x.producer()
         assert producer is not None
         x = input_of(producer, 0)
@@ -121,16 +140,20 @@ def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, 
     graph = graph_of(anchor)
     scale = add_initializer(graph, f"{name}.scale", np.asarray(grid.scale, np.float32))
     zero_point = add_initializer(graph, f"{name}.zero_point", np.asarray(grid.zero_point, np.uint8))
-    nodes = [ir.node("QuantizeLinear", [x, scale, zero_point])]
+    step, origin = scale, zero_point
+    if (grid.step, grid.origin) != (grid.scale, grid.zero_point):
+        step = add_initializer(graph, f"{name}.step", np.asarray(grid.step, np.float32))
+        origin = add_initializer(graph, f"{name}.origin", np.asarray(grid.origin, np.uint8))
+    nodes = [ir.node("QuantizeLinear", [x, step, origin])]
     if (grid.lo, grid.hi) != (0, 255):
         ends = [
             add_initializer(graph, f"{name}.{end}", np.asarray(code, np.uint8)) for end, code in (("lowest", grid.lo), ("highest", grid.hi))
         ]
         nodes.append(ir.node("Clip", [nodes[0].outputs[0], *ends]))
     nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero_point]))
-    for step in nodes[:-1]:
-        step.outputs[0].name = f"{name}.{step.op_type}"
-        step.outputs[0].shape, step.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
+    for part in nodes[:-1]:
+        part.outputs[0].name = f"{name}.{part.op_type}"
+        part.outputs[0].shape, part.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
     quantized = nodes[-1].outputs[0]
     quantized.name, quantized.shape, quantized.type = f"{name}.quantized", x.shape, x.type
     (graph.insert_after if after else graph.insert_before)(anchor, nodes)
@@ -138,7 +161,7 @@ def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, 
 
 
 def _quantize_in_float(node: ir.Node, qmin: int, qmax: int) -> None:
-    x, scale, zero_point = (input_of(node, index) for index in range(3))
+    x, lower, step_size, scale, zero_point = (input_of(node, index) for index in range(5))
     graph = graph_of(node)
     dtype = np.float32 if x.dtype is None else x.dtype.numpy()
     ends = [
@@ -146,7 +169,7 @@ def _quantize_in_float(node: ir.Node, qmin: int, qmax: int) -> None:
         for end, code in (("lowest", qmin), ("highest", qmax))
     ]
     value = x
-    for op, operands in (("Div", [scale]), ("Round", []), ("Add", [zero_point]), ("Clip", ends), ("Sub", [zero_point]), ("Mul", [scale])):
+    for op, operands in (("Sub", [lower]), ("Div", [step_size]), ("Round", []), ("Clip", ends), ("Sub", [zero_point]), ("Mul", [scale])):
         step = ir.node(op, [value, *operands])
         graph.insert_before(node, step)
         value = step.outputs[0]
@@ -169,7 +192,7 @@ def only_moves(node: ir.Node) -> bool:
 def repeat_quantizer(node: ir.Node, grids: dict[ir.Value, Grid]) -> None:
     """Quantize what ``node`` has moved on the grid that it is on already."""
     known = grids[input_of(node, 0)]
-    grid = Grid(known.scale, known.zero_point, 0, 255)  # its codes are in the narrower range already
+    grid = Grid.plain(known.scale, known.zero_point, 0, 255)  # its codes are in the narrower range already
     for output in node.outputs if node.op_type == "Split" else node.outputs[:1]:
         uses = list(output.uses())
         if output.is_graph_output() or all(use.node.op_type == QUANTIZE for use in uses):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WeightContainer = Literal["int8", "int4"]
 
 DOMAIN = "lowbit"
-QUANTIZE = "FakeQuantize"  # (x, scale, zero_point) {qmin, qmax}
+QUANTIZE = "FakeQuantize"  # (x, lower, step, scale, zero_point) {qmin, qmax}
 WEIGHT = "QuantizedWeight"  # (decoded weight) {name}
 OPSET = 18  # what torch's operator library is written in: newer versions go through a converter
 INT4_OPSET = 21  # the first with 4-bit integers
@@ -71,13 +71,20 @@ def _translations() -> dict[Any, Any]:
 
     # torch reads the annotations to tell attributes from inputs
     def affine(x, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
-        return ours.FakeQuantize(x, scale, zero_point, qmin=qmin, qmax=qmax)
+        return ours.FakeQuantize(x, op.Neg(op.Mul(zero_point, scale)), scale, scale, zero_point, qmin=qmin, qmax=qmax)
+
+    def grid(x, lower, step, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
+        return ours.FakeQuantize(x, lower, step, scale, zero_point, qmin=qmin, qmax=qmax)
 
     def codebook(x, boundaries, levels):  # type: ignore[no-untyped-def]
         above = op.Cast(op.Greater(op.Unsqueeze(x, [-1]), boundaries), to=7)  # int64; bucketize counts the boundaries below x
         return op.Gather(levels, op.ReduceSum(above, [-1], keepdims=0))
 
-    return {torch.ops.lowbit.fake_quantize_affine.default: affine, torch.ops.lowbit.fake_quantize_codebook.default: codebook}
+    return {
+        torch.ops.lowbit.fake_quantize_affine.default: affine,
+        torch.ops.lowbit.fake_quantize_grid.default: grid,
+        torch.ops.lowbit.fake_quantize_codebook.default: codebook,
+    }
 
 
 def _register_schemas() -> None:
@@ -88,7 +95,7 @@ def _register_schemas() -> None:
     kinds = OpSchema.AttrType
     quantize = [OpSchema.Attribute(name, kinds.INT, required=True) for name in ("qmin", "qmax")]
     weight = [OpSchema.Attribute("name", kinds.STRING, required=True)]
-    for name, inputs, attributes in ((QUANTIZE, ("x", "scale", "zero_point"), quantize), (WEIGHT, ("decoded",), weight)):
+    for name, inputs, attributes in ((QUANTIZE, ("x", "lower", "step", "scale", "zero_point"), quantize), (WEIGHT, ("decoded",), weight)):
         if not has(name, DOMAIN):
             parameters = [OpSchema.FormalParameter(parameter, "T") for parameter in inputs]
             outputs = [OpSchema.FormalParameter("y", "T")]

@@ -53,7 +53,7 @@ _ATEN_NAMES = """
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
 _NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # only their overload for plain batches, not that for packed sequences
-_LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_codebook"})
+_LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook"})
 
 _LARGEST = 2**62  # sizes beyond it cannot be sizes; repeated products of hostile files would fill the memory
 

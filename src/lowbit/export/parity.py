@@ -153,7 +153,8 @@ def _leaves(output: object) -> list[Tensor]:
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether a node of a program is an activation quantizer."""
-    return node.target in (torch.ops.lowbit.fake_quantize_affine.default, torch.ops.lowbit.fake_quantize_codebook.default)
+    ours = torch.ops.lowbit
+    return node.target in (ours.fake_quantize_affine.default, ours.fake_quantize_grid.default, ours.fake_quantize_codebook.default)
 
 
 class _Follower(fx.Interpreter):
@@ -189,6 +190,11 @@ class _Follower(fx.Interpreter):
     def _compare(self, node: fx.Node, x: Tensor, ours: Tensor, theirs: Tensor) -> None:
         if node.target is torch.ops.lowbit.fake_quantize_affine.default:
             step = self._value(node.args[1])
+        elif node.target is torch.ops.lowbit.fake_quantize_grid.default:
+            lower, step, scale, zero_point = (self._value(argument) for argument in node.args[1:5])
+            # levels stand for other values than those they were found at: back to the latter
+            levels_ours, levels_theirs = ours, theirs
+            ours, theirs = ((y / scale + zero_point) * step + lower for y in (levels_ours, levels_theirs))
         else:
             gaps = self._value(node.args[2]).diff()
             step = gaps[gaps > 0].min() if bool((gaps > 0).any()) else torch.ones(())

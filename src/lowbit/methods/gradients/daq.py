@@ -64,6 +64,7 @@ class DaqActivation(NormalizedQuantizer):
         needs=("labels", "pretrained"),
         fidelity="exact; held against the authors' program",
         summary="the gradient of a soft rounding that equals the hard one in the forward pass",
+        margin_points=60,
     )
 )
 @dataclass

@@ -135,6 +135,7 @@ class DsqQuantizer(GridQuantizer):
         needs=("labels", "pretrained"),
         fidelity="the paper's equations; held against two re-implementations, one by the same group",
         summary="a tanh staircase as derivative, its sharpness and range learned",
+        margin_points=60,
     )
 )
 @dataclass

@@ -138,6 +138,7 @@ def estimate_deltas(
         needs=("labels", "pretrained"),
         fidelity="exact; held against the authors' program",
         summary="scales every gradient element by how far it is from the next decision point, by the loss's curvature",
+        margin_points=60,
     )
 )
 @dataclass

@@ -150,7 +150,8 @@ class MetaQuantizer(TableQuantizer):
         """The quantized weight; ``scale`` for the binary ones."""
         if self.base == "dorefa":
             steps: Tensor = preprocessed * self.steps
-            return 2 * (pass_gradient(steps, steps.round()) / self.steps) - 1
+            rounded: Tensor = pass_gradient(steps, steps.round())
+            return 2 * (rounded / self.steps) - 1
         sign = torch.where(preprocessed >= 0, 1.0, -1.0)
         passed: Tensor = pass_gradient(preprocessed * (preprocessed.detach().abs() <= 1), sign)
         return passed * scale
@@ -241,6 +242,7 @@ def refined_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, 
         needs=("labels", "pretrained"),
         fidelity="exact; held against the authors' program",
         summary="a small network, trained along, turns gradients at quantized weights into gradients for the float ones",
+        margin_points=50,
     )
 )
 @dataclass

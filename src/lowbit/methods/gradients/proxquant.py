@@ -251,6 +251,7 @@ def lazy_step(weight: Tensor, gradient: Tensor, learning_rate: float) -> Tensor:
         needs=("labels", "pretrained"),
         fidelity="exact; held against the authors' program",
         summary="float weights drawn to quantized values by a proximal step that grows, then frozen",
+        margin_points=55,
     )
 )
 @dataclass

@@ -31,7 +31,7 @@ from lowbit.train import Phase, Recipe, Slot, TrainingMethod, TrainRun
 LARGEST_WEIGHT_TEMPERATURE = 2000.0
 NEAR_ZERO = 0.05  # where ternary weights and binary activations step, in scaled units
 SMALLEST_SCALE = 1e-6
-_CLUSTER_STEPS, _CLUSTER_SAMPLES = 100, 100_000
+_CLUSTER_STEPS, _CLUSTER_SAMPLES = 100, 20_000
 
 
 class _Stairs(torch.autograd.Function):
@@ -170,19 +170,12 @@ class StairsQuantizer(TableQuantizer):
         self.input_scale.clamp_(min=SMALLEST_SCALE)
 
     def _table(self) -> tuple[Tensor, Tensor]:
-        """Boundaries and levels; steps at the same place are one, and the top level is repeated up to ``2**bit_width``."""
-        biases: list[float] = []
-        gaps: list[float] = []
-        for bias, gap in zip(self.biases.tolist(), self.gaps, strict=True):
-            if biases and bias == biases[-1]:
-                gaps[-1] += gap
-            else:
-                biases.append(bias)
-                gaps.append(gap)
-        heights = [sum(gaps[:count]) - self.offset for count in range(len(gaps) + 1)]
+        """Boundaries and levels; the top level is repeated up to ``2**bit_width``."""
+        heights = [sum(self.gaps[:count]) - self.offset for count in range(len(self.gaps) + 1)]
         missing = 2**self.bit_width - len(heights)
         levels = self.biases.new_tensor(heights + heights[-1:] * missing) * self.output_scale.detach()
-        return self.biases.new_tensor(biases + [float("inf")] * missing) / self.input_scale.detach(), levels
+        biases = torch.cat([self.biases, self.biases.new_full((missing,), float("inf"))])
+        return biases / self.input_scale.detach(), levels
 
 
 def cluster_biases(scaled: Tensor, count: int) -> Tensor:
@@ -195,12 +188,13 @@ def cluster_biases(scaled: Tensor, count: int) -> Tensor:
         ordered = ordered[torch.linspace(0, len(ordered) - 1, _CLUSTER_SAMPLES, device=ordered.device).long()]
     quantiles = ordered[((torch.arange(count, device=ordered.device) + 0.5) / count * len(ordered)).long()]
     farthest = ordered[:1]
+    distance = torch.full_like(ordered, float("inf"))
     while len(farthest) < count:
-        distance = (ordered.unsqueeze(1) - farthest).abs().amin(1)
+        distance = torch.minimum(distance, (ordered - farthest[-1]).abs())
         farthest = torch.cat([farthest, ordered[distance.argmax()].reshape(1)])
     found = [_lloyd(ordered, start.sort().values) for start in (quantiles, farthest)]
     boundaries = min(found, key=lambda pair: pair[1])[0]
-    return torch.stack([_gap_middle(ordered, boundary) for boundary in boundaries])
+    return _gap_middles(ordered, boundaries)
 
 
 def _lloyd(ordered: Tensor, centers: Tensor) -> tuple[Tensor, float]:
@@ -218,12 +212,12 @@ def _lloyd(ordered: Tensor, centers: Tensor) -> tuple[Tensor, float]:
     return boundaries, float((ordered - centers[torch.bucketize(ordered, boundaries)]).square().sum())
 
 
-def _gap_middle(ordered: Tensor, boundary: Tensor) -> Tensor:
-    """Halfway between the neighbours of ``boundary`` among the values."""
-    above = int(torch.searchsorted(ordered, boundary))
-    if above in (0, len(ordered)):
-        return boundary
-    return (ordered[above - 1] + ordered[above]) / 2
+def _gap_middles(ordered: Tensor, boundaries: Tensor) -> Tensor:
+    """Halfway between the neighbours of each boundary among the values."""
+    above = torch.searchsorted(ordered, boundaries)
+    inside = (above > 0) & (above < len(ordered))
+    above = above.clamp(1, max(len(ordered) - 1, 1))
+    return torch.where(inside, (ordered[above - 1] + ordered[above.clamp(max=len(ordered) - 1)]) / 2, boundaries)
 
 
 def weight_values(bit_width: int, three_bits: str) -> tuple[float, ...]:
@@ -249,6 +243,7 @@ def weight_values(bit_width: int, three_bits: str) -> tuple[float, ...]:
         needs=("labels", "pretrained"),
         fidelity="exact; held against the authors' program",
         summary="a staircase of sigmoids that grows steeper with the epochs",
+        margin_points=25,
     )
 )
 @dataclass

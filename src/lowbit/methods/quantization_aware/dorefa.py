@@ -140,6 +140,7 @@ class GradientQuantizer(nn.Module):
         needs=("labels",),
         fidelity="exact; held against the authors' program",
         summary="fixed grids: weights squashed by tanh, activations clipped to [0, 1], gradients in few bits too",
+        margin_points=55,
     )
 )
 @dataclass

@@ -299,6 +299,7 @@ class GaussianQuantizer(TableQuantizer):
         needs=("labels",),
         fidelity="exact; held against the authors' program (the log-tailed gradient is the paper's alone)",
         summary="binary weights, activations on levels that suit half a Gaussian",
+        margin_points=50,
     )
 )
 @dataclass

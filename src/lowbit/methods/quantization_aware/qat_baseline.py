@@ -28,6 +28,7 @@ from lowbit.train import Slot, TrainingMethod
         needs=("labels",),
         fidelity="baseline",
         summary="the baseline: ranges fixed from one batch, straight-through gradients",
+        margin_points=15,
     )
 )
 @dataclass

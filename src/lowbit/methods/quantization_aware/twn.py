@@ -170,6 +170,7 @@ def _shifts(words: Tensor) -> Tensor:
         needs=("labels",),
         fidelity="exact; held against the authors' program",
         summary="ternary weights, threshold 0.7 times the mean magnitude",
+        margin_points=60,
     )
 )
 @dataclass

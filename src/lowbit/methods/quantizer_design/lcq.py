@@ -182,6 +182,7 @@ class CompandingQuantizer(TableQuantizer):
         needs=("labels", "pretrained"),
         fidelity="the paper's equations; held against a re-implementation",
         summary="learns where levels lie through a piecewise linear curve; 8-bit look-up table at inference",
+        margin_points=50,
     )
 )
 @dataclass

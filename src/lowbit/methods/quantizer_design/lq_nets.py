@@ -203,6 +203,7 @@ def _level_index(rows: Tensor, levels: Tensor) -> Tensor:
         needs=("labels",),
         fidelity="exact; held against the authors' program",
         summary="learned levels that stay sums of bit planes, fitted by least squares in every step",
+        margin_points=60,
     )
 )
 @dataclass

@@ -32,6 +32,7 @@ from lowbit.train import Slot, TrainingMethod
         needs=("labels",),
         fidelity="exact; no reference vectors",
         summary="learns the step size of weights and activations, the baseline of later methods",
+        margin_points=65,
     )
 )
 @dataclass

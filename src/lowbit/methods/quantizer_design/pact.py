@@ -152,6 +152,7 @@ class SawbWeight(GridQuantizer):
         needs=("labels",),
         fidelity="exact; held against the authors' company's toolkit (fms-model-optimizer)",
         summary="learns where to clip activations; weights by SAWB or as in dorefa",
+        margin_points=55,
     )
 )
 @dataclass

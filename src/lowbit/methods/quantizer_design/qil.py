@@ -205,6 +205,7 @@ class QilActivation(IntervalQuantizer):
         needs=("labels", "pretrained"),
         fidelity="the paper's equations; held against two re-implementations",
         summary="learns which interval of magnitudes is quantized; below it is pruned, above it clipped",
+        margin_points=60,
     )
 )
 @dataclass

@@ -1,0 +1,217 @@
+"""Laws that every registered training method keeps, on one tiny network."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tests.laws import tiny, tiny_training as training
+from tests.laws.test_laws import ODD, grids, odd_network, single_grids
+
+import lowbit
+from lowbit.errors import SpecError
+from lowbit.network.insert import activation_quantizers, bake_weights
+from lowbit.registry import get_method
+from lowbit.train.prepare import prepare
+
+every_method = pytest.mark.parametrize("name", training.TRAINING)
+
+
+# 1. Codes say everything
+
+
+@every_method
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name: str, bits: int) -> None:
+    info = get_method(name)
+    if bits not in info.weight_bits:
+        with pytest.raises(SpecError, match="weight bits"):
+            training.prepared(name, bits)
+        return
+    activation_bits = bits if info.activation_bits is not None and bits in info.activation_bits else None
+    for model in (
+        training.prepared(name, bits, activation_bits),
+        *([training.trained(name)] if bits == training.few_bits(name)[0] else []),
+    ):
+        found = grids(model)
+        widths = {where: quantizer.bit_width for where, quantizer, _ in found}
+        assert widths["conv1.weight"] == widths["conv2.weight"] == bits
+        assert widths["stem.weight"] == widths["head.weight"] == 8
+        for where, quantizer, values in found:
+            with torch.no_grad():
+                forward, encoded = quantizer(values), quantizer.encode(values)
+            assert torch.equal(encoded.decode(), forward), where
+            assert not encoded.codes.is_floating_point(), where
+            for part in single_grids(encoded):
+                levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
+                assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
+                assert part.codes.unique().numel() <= 2**quantizer.bit_width, where
+
+
+@every_method
+def test_layers_compute_with_what_their_quantizer_encodes(name: str) -> None:
+    model = training.trained(name)
+    baked, codes = bake_weights(model)
+    assert set(codes) == {f"{layer}.weight" for layer in ("stem", "conv1", "conv2", "head")}
+    for parameter, code in codes.items():
+        assert torch.equal(baked.get_parameter(parameter), code.decode()), parameter
+    assert torch.equal(tiny.outputs(baked, tiny.held_out()), tiny.outputs(model, tiny.held_out()))
+
+
+# 3. The result is an ordinary module
+
+
+@every_method
+def test_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None:
+    model, images = training.trained(name), tiny.held_out()[:32]
+    expected = tiny.outputs(model, images)
+    assert torch.equal(tiny.outputs(copy.deepcopy(model), images), expected)
+    assert torch.equal(tiny.outputs(pickle.loads(pickle.dumps(model)), images), expected)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = training.prepared(name)
+    assert not torch.equal(tiny.outputs(other, images), expected)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(tiny.outputs(other, images), expected)
+
+
+@every_method
+def test_preparing_leaves_the_given_network_alone(name: str) -> None:
+    before = {key: value.clone() for key, value in tiny.trained().state_dict().items()}
+    training.prepared(name)
+    after = tiny.trained().state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+# 4. Odd layers and data
+
+
+@every_method
+@pytest.mark.parametrize("case", ODD)
+def test_odd_layers_and_data_train_and_stay_finite(name: str, case: str) -> None:
+    model, data = odd_network(case)
+    qat = training.ready(name, model, data).train()
+    run = training.run_of(qat, epochs=1)
+    labels = torch.zeros(len(data), dtype=torch.int64)
+    run.start_phase()
+    run.start_epoch()
+    for _ in range(2):
+        run.before_step()
+        loss = run.loss((data, labels))
+        assert torch.isfinite(loss)
+        loss.backward()
+        run.after_backward()
+        run.optimizer_step()
+        run.after_step()
+    assert all(bool(torch.isfinite(p).all()) for p in qat.parameters())
+    assert torch.isfinite(tiny.outputs(qat.eval(), data)).all()
+
+
+# 5. Lower precision and compilation
+
+
+@every_method
+def test_autocast_to_bfloat16_stays_near_float32(name: str) -> None:
+    bits = max(b for b in get_method(name).weight_bits if b <= 8)
+    model, images = training.prepared(name, bits), tiny.held_out()[:64]
+    expected = tiny.outputs(model, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = tiny.outputs(model, images)
+    assert tiny.sqnr_db(expected, got.float()) > 20
+
+
+@every_method
+def test_the_compiled_network_computes_the_same(name: str) -> None:
+    torch.compiler.reset()
+    model, images = training.trained(name), tiny.held_out()[:16]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(tiny.outputs(compiled, images), tiny.outputs(model, images), rtol=1e-4, atol=1e-4)
+
+
+# 6. It learns
+
+
+@every_method
+def test_beats_rounding_to_nearest_by_the_points_it_states(name: str) -> None:
+    weight_bits, activation_bits = training.few_bits(name)
+    plain = lowbit.quantize(
+        tiny.trained(),
+        method="round_to_nearest",
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        calibration=tiny.calibration(),
+    )
+    gain = training.accuracy(training.trained(name)) - training.accuracy(plain)
+    assert gain >= get_method(name).margin_points > 0, f"{name} gains {gain:.1f} points"
+
+
+@every_method
+def test_every_parameter_that_is_trained_gets_a_finite_gradient(name: str) -> None:
+    model = training.prepared(name).train()
+    run = training.run_of(model)
+    run.start_phase()
+    run.start_epoch()
+    training.one_step(run)  # a method may gather first
+    run.before_step()
+    run.loss(training.batch(1)).backward()
+    run.after_backward()
+    for role, parameter in run.roles():
+        if role in run.phase.optimizers:
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), role
+
+
+# 7. The file is as small as the arithmetic says
+
+
+@every_method
+def test_packed_bytes_match_the_arithmetic_and_decode_to_the_same_outputs(name: str, tmp_path: Path) -> None:
+    model, path = training.trained(name), tmp_path / "tiny.lowbit"
+    lowbit.export(model, path, sample=tiny.held_out()[:2])
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    _, codes = bake_weights(model)
+    codes_and_tables = sum((c.code_bits + 7) // 8 + sum(t.numel() * 4 for t in c.decoder.tensors().values()) for c in codes.values())
+    rest = sum(t.numel() * 4 for key, t in model.state_dict().items() if "weight" not in key or "bn" in key)
+    tables = sum(4 * (2**q.bit_width * 2 + 8) for q in activation_quantizers(model).values())
+    stored = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    assert stored <= 1.02 * (codes_and_tables + rest + tables) + 128
+    assert stored >= sum((code.code_bits + 7) // 8 for code in codes.values())
+    torch.testing.assert_close(tiny.outputs(lowbit.load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
+
+
+# 8. The same seed, the same result
+
+
+@every_method
+def test_the_same_seed_gives_the_same_network(name: str) -> None:
+    first, second = (training.train(training.prepared(name), epochs=1).state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Surrogates
+
+
+@pytest.mark.parametrize("surrogate", ["ste", "clipped_ste", "ewgs", "daq", "dsq", "sigmoids"])
+@every_method
+def test_takes_any_surrogate_or_says_that_it_takes_none(name: str, surrogate: str) -> None:
+    weight_bits, activation_bits = training.few_bits(name)
+    ask = {"method": name, "weight_bits": weight_bits, "activation_bits": activation_bits, "sample": tiny.calibration()[:16]}
+    try:
+        model = prepare(tiny.trained(), surrogate=surrogate, **ask)  # type: ignore[arg-type]
+    except SpecError as error:
+        assert "surrogate" in str(error)
+        return
+    model.train()
+    run = training.run_of(model)
+    run.start_phase()
+    run.start_epoch()
+    assert torch.isfinite(training.one_step(run))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())

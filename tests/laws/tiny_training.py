@@ -1,0 +1,89 @@
+"""Training methods on the tiny task of the laws: prepared networks, and a short fine-tuning of the trained one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+from tests.laws import tiny
+from torch import Tensor, nn
+
+from lowbit.registry import get_method, list_methods
+from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.train.prepare import method_of, prepare
+
+TRAINING = [info.name for info in list_methods(kind="training")]
+STEPS, EPOCHS = 10, 6
+
+
+def few_bits(name: str) -> tuple[int, int | None]:
+    """Two bits of weights and four of activations, or what the method has nearest to it."""
+    info = get_method(name)
+    weight_bits = 2 if 2 in info.weight_bits else info.weight_bits[0]
+    return weight_bits, None if info.activation_bits is None else 4 if 4 in info.activation_bits else info.activation_bits[0]
+
+
+def ready(name: str, model: nn.Module, sample: Tensor, *, weight_bits: int | None = None, activation_bits: int | None = None) -> nn.Module:
+    """``model`` with the method's quantizers at these bits; left out: at few bits."""
+    few = few_bits(name)
+    bits = few if weight_bits is None else (weight_bits, activation_bits)
+    return prepare(model, method=name, weight_bits=bits[0], activation_bits=bits[1], sample=sample, seed=3)
+
+
+@functools.cache
+def _prepared(name: str, weight_bits: int | None, activation_bits: int | None) -> nn.Module:
+    return ready(name, tiny.trained(), tiny.calibration(), weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+def prepared(name: str, weight_bits: int | None = None, activation_bits: int | None = None) -> nn.Module:
+    """The trained network with the method's quantizers, initialized; a copy, in evaluation mode."""
+    return copy.deepcopy(_prepared(name, weight_bits, activation_bits)).eval()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The training batch of a step."""
+    return tiny.samples(64, seed=5000 + step)
+
+
+def run_of(model: nn.Module, *, epochs: int = EPOCHS, learning_rate: float = 0.02) -> TrainRun:
+    """A run over ``epochs`` epochs of ``STEPS`` steps."""
+    recipe = Recipe(epochs, optimizer=OptimizerSpec(learning_rate=learning_rate), seed=4)
+    batches = functools.partial(lambda count: [batch(step) for step in range(count)])
+    return TrainRun(model, method_of(model), Classification(), recipe, STEPS, batches=batches)
+
+
+def one_step(run: TrainRun) -> Tensor:
+    """One optimizer step; gives the loss."""
+    run.before_step()
+    loss = run.loss(batch(run.step))
+    loss.backward()
+    run.after_backward()
+    run.optimizer_step()
+    run.after_step()
+    return loss.detach()
+
+
+def train(model: nn.Module, *, epochs: int = EPOCHS) -> nn.Module:
+    """``model`` after a short run, in evaluation mode."""
+    model.train()
+    run = run_of(model, epochs=epochs)
+    for _ in run.each_epoch():
+        for _ in range(STEPS):
+            one_step(run)
+    return model.eval()
+
+
+@functools.cache
+def _trained(name: str) -> nn.Module:
+    return train(copy.deepcopy(_prepared(name, None, None)))
+
+
+def trained(name: str) -> nn.Module:
+    """The network after a short run at few bits; a copy, in evaluation mode."""
+    return copy.deepcopy(_trained(name))
+
+
+def accuracy(model: nn.Module) -> float:
+    """Percent of held-out images that are classified rightly."""
+    images, labels = tiny.samples(1024, seed=2)
+    return 100 * float((tiny.outputs(model, images).argmax(1) == labels).float().mean())
