@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from lowbit.cli import data, diagnose, evaluate, export, methods, models, quantize
+from lowbit.cli import data, diagnose, evaluate, export, methods, models, quantize, train
 from lowbit.cli.console import errors, say
 from lowbit.errors import LowbitError
 
@@ -70,6 +70,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.command("quantize")(quantize.quantize)
+app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("diagnose")(diagnose.diagnose)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,13 @@ errors = Console(stderr=True)
 def say(text: str) -> None:
     """Print one line of results, as it is."""
     results.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_how_to_go_on(what: str, kept: str) -> None:
+    """Tell that the run has stopped, what is kept of it, and the command that goes on with it."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
+    errors.print(f"[bold red]{escape(what)}[/]; {escape(kept)}. Go on with:", highlight=False, soft_wrap=True)
+    errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:

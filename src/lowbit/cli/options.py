@@ -12,6 +12,7 @@ from lowbit.errors import SpecError
 
 # headings in --help
 NETWORK, METHOD, BITS, OUTPUT, RUN = "Network and data", "Method", "Bits", "Output", "Run"
+TRAINING, TEACHER = "Training", "Teacher"
 
 Model = Annotated[
     str | None,
@@ -142,6 +143,26 @@ MethodOption = Annotated[
         show_default=False,
         rich_help_panel=METHOD,
     ),
+]
+Packed = Annotated[
+    bool,
+    typer.Option(
+        "--packed/--no-packed",
+        rich_help_panel=OUTPUT,
+        help="Write model.lowbit: exactly the bits asked for, loads without the model's code.",
+    ),
+]
+Onnx = Annotated[
+    bool,
+    typer.Option("--onnx/--no-onnx", rich_help_panel=OUTPUT, help="Write model.onnx: integer kernels in ONNX Runtime and OpenVINO."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Check everything, print what each layer would get, and write nothing."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--fresh", rich_help_panel=OUTPUT, help="Go on where a stopped run with the same settings was, or start over."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Makes the result reproducible: the same seed gives the same bits.", rich_help_panel=RUN)]
 BatchSize = Annotated[

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from lowbit.cli import options as shared
-from lowbit.cli.console import errors, say, show_table
+from lowbit.cli.console import errors, say, say_how_to_go_on
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import Source, open_source
-from lowbit.cli.workflow import Plan, run_plan, show_outcome
+from lowbit.cli.workflow import Plan, report_outcome, run_plan, show_layers
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.measure import tensor_bytes
-from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.progress import Progress
 from lowbit.registry import get_method
-from lowbit.spec import Position
 from lowbit.workfolder import open_work_folder
 
 
@@ -104,36 +99,14 @@ def quantize(
             "--out", rich_help_panel=shared.OUTPUT, help="Folder for report.html, report.json, policy.yaml, model.lowbit and model.onnx."
         ),
     ] = Path("lowbit-out"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--fresh", rich_help_panel=shared.OUTPUT, help="Go on where a stopped run with the same settings was, or start over."
-        ),
-    ] = True,
-    packed: Annotated[
-        bool,
-        typer.Option(
-            "--packed/--no-packed",
-            rich_help_panel=shared.OUTPUT,
-            help="Write model.lowbit: exactly the bits asked for, loads without the model's code.",
-        ),
-    ] = True,
-    onnx: Annotated[
-        bool,
-        typer.Option(
-            "--onnx/--no-onnx", rich_help_panel=shared.OUTPUT, help="Write model.onnx: integer kernels in ONNX Runtime and OpenVINO."
-        ),
-    ] = True,
+    resume: shared.Resume = True,
+    packed: shared.Packed = True,
+    onnx: shared.Onnx = True,
     batch_size: shared.BatchSize = 32,
     device: shared.Device = "cpu",
     threads: shared.Threads = None,
     quiet: shared.Quiet = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", rich_help_panel=shared.OUTPUT, help="Check everything, print what each layer would get, and write nothing."
-        ),
-    ] = False,
+    dry_run: shared.DryRun = False,
 ) -> None:
     """Quantize a trained network, check the result, and write files and a report.
 
@@ -182,42 +155,19 @@ def quantize(
     try:
         outcome = run_plan(plan, source, work, Progress(quiet=quiet))
     except KeyboardInterrupt as error:
-        arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
-        errors.print("[bold red]stopped[/]; what was finished is kept. Go on with:")
-        errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
+        say_how_to_go_on("stopped", "what was finished is kept")
         raise typer.Exit(130) from error
     except LowbitError:
         work.remove_if_useless()
         raise
     work.remove()
-    if not quiet:
-        show_outcome(outcome)
-    for problem in outcome.problems:
-        errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
-    say(f"report: {out / 'report.html'}")
-    if outcome.problems:
-        raise typer.Exit(1)
+    report_outcome(outcome, quiet=quiet)
 
 
 def show_plan(plan: Plan, source: Source) -> None:
     """Print what would be done, layer by layer."""
-    layers = quantizable_layers(source.model)
-    plan.policy.check(layers)
-    order = execution_order(source.model, source.sample)
-    ends: dict[str, Position] = {order[0]: "first", order[-1]: "last"} if order else {}
-    rows = []
-    for name in [*order, *(name for name in layers if name not in order)]:
-        bits = plan.policy.bits_for(name, layers[name], position=ends.get(name, "inner"))
-        rows.append((name, layer_kind(layers[name]), *("float" if value is None else value for value in (bits.weight, bits.activation))))
-    show_table(("layer", "kind", "weight bits", "activation bits"), rows, title=f"{source.name} with {plan.method}")
-    files = [
-        "report.html",
-        "report.json",
-        "policy.yaml",
-        *(["model.lowbit"] if plan.packed else []),
-        *(["model.onnx"] if plan.onnx else []),
-    ]
+    show_layers(plan, source)
     say(f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in plan.settings.items()) or 'the defaults of the method'}")
     say(f"calibration: {'none' if source.calibration is None else f'{source.calibration.samples} samples of {source.calibration_name}'}")
     say(f"accuracy: {'not measured, there are no labels' if source.test is None else source.test_name}")
-    say(f"would write {', '.join(files)} to {plan.out}")
+    say(f"would write {', '.join(plan.files)} to {plan.out}")

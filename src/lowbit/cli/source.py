@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class Source:
 def open_network(model: str | None, weights: Path | None, model_options: list[str] | None, device: str) -> tuple[str, nn.Module]:
     """The network that the options name, and what to call it; the embedded one when they name none."""
     options = {key: yaml.safe_load(value) for key, value in key_values(model_options or [], "--model-option").items()}
+    return make_network(model, weights, options, device)
+
+
+def make_network(model: str | None, weights: Path | None, options: Mapping[str, object], device: str) -> tuple[str, nn.Module]:
+    """``open_network`` with options that are values already."""
     if model is None and weights is None and not options:
         return DEFAULT, load_default().to(open_device(device))
     if model is None:

@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import typer
 from rich.markup import escape
 from torch import nn
 
 import lowbit
 from lowbit.calibration import Calibration, Inputs
-from lowbit.cli.console import results, show_table
+from lowbit.cli.console import errors, results, say, show_table
 from lowbit.cli.source import Source
 from lowbit.errors import GraphError, MissingExtraError, ParityError
 from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text
 from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
 from lowbit.methods.quantize import run_job
+from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.progress import Progress
 from lowbit.report.histograms import weight_histograms
@@ -26,7 +28,7 @@ from lowbit.report.html import write_html
 from lowbit.report.results import Parity, Report, write_json
 from lowbit.report.summary import layer_results
 from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, Position
 from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
 
 FILES = ("model.lowbit", "model.onnx")
@@ -44,6 +46,12 @@ class Plan:
     out: Path
     packed: bool = True
     onnx: bool = True
+
+    @property
+    def files(self) -> list[str]:
+        """What is written into ``out``."""
+        exported = (name for name, wanted in zip(FILES, (self.packed, self.onnx), strict=True) if wanted)
+        return ["report.html", "report.json", "policy.yaml", *exported]
 
     def fingerprint(self, source: Source) -> dict[str, object]:
         """Everything that the resulting bits depend on."""
@@ -196,6 +204,30 @@ def _with_export(report: Report, name: str, written: ExportReport) -> Report:
         latency_quantized_onnx=written.speed.quantized_ms,
         latency_setting=written.speed.setting,
     )
+
+
+def report_outcome(outcome: Outcome, *, quiet: bool) -> None:
+    """Print the outcome and where the report is; exits with 1 where a file could not be written."""
+    if not quiet:
+        show_outcome(outcome)
+    for problem in outcome.problems:
+        errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    say(f"report: {outcome.out / 'report.html'}")
+    if outcome.problems:
+        raise typer.Exit(1)
+
+
+def show_layers(plan: Plan, source: Source) -> None:
+    """Print the bits that each layer would get."""
+    layers = quantizable_layers(source.model)
+    plan.policy.check(layers)
+    order = execution_order(source.model, source.sample)
+    ends: dict[str, Position] = {order[0]: "first", order[-1]: "last"} if order else {}
+    rows = []
+    for name in [*order, *(name for name in layers if name not in order)]:
+        bits = plan.policy.bits_for(name, layers[name], position=ends.get(name, "inner"))
+        rows.append((name, layer_kind(layers[name]), *("float" if value is None else value for value in (bits.weight, bits.activation))))
+    show_table(("layer", "kind", "weight bits", "activation bits"), rows, title=f"{source.name} with {plan.method}")
 
 
 def show_outcome(outcome: Outcome) -> None:

@@ -134,7 +134,7 @@ def _recorded(model: nn.Module) -> dict[str, LayerRecord]:
 
 
 def _grid_bytes(quantizer: Quantizer) -> int:
-    return sum(_bytes(quantizer.get_buffer(name)) for name in quantizer.tables) if isinstance(quantizer, TableQuantizer) else 0
+    return sum(_bytes(getattr(quantizer, name)) for name in quantizer.tables) if isinstance(quantizer, TableQuantizer) else 0
 
 
 def _tensors(module: nn.Module | None) -> list[Tensor]:
