@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.train.recording import BATCHES, Recorder, network, prepared, recorded
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.errors import LoopError, SpecError
+from lowbit.errors import FileFormatError, LoopError, SpecError
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.train.loop import OwnLoop
@@ -202,39 +202,120 @@ def test_parameters_that_a_method_replaces_are_replaced_in_the_users_optimizer()
     assert old not in optimizer.state
 
 
-def test_a_run_goes_on_from_its_state_to_the_same_weights() -> None:
+@dataclass
+class Worsening(Recorder):
+    """Doubles a bias when a phase starts, draws random numbers, and keeps values of its own in the network and beside it."""
+
+    noise: float = 0.0
+
+    def start_phase(self, run: TrainRun) -> None:
+        super().start_phase(run)
+        with torch.no_grad():
+            run.model.get_parameter("2.bias").mul_(2)
+
+    def after_step(self, run: TrainRun) -> None:
+        super().after_step(run)
+        self.noise += float(torch.randn((), generator=run.generator))
+        run.model.kept = self.noise  # type: ignore[assignment]
+        with torch.no_grad():
+            run.model.get_parameter("0.bias").add_(self.noise)
+
+
+def test_a_run_goes_on_from_its_state_to_the_same_weights(tmp_path: Path) -> None:
     phases = ("first", 1, ("weights", "quantizers")), ("second", 2, ("quantizers", "others"))
-
-    def draw(run: OwnLoop, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-        step(run, optimizer, (batch[0] + torch.randn(8, 6, generator=run.generator), batch[1]))
-
-    model, _ = recorded(*phases)
+    model, whole = recorded(*phases, base=Worsening)
     run = lowbit.training(model, steps_per_epoch=2, epochs=3)
     optimizer = sgd(run)
     for index in range(3):
-        draw(run, optimizer, BATCHES[index])
-    saved = copy.deepcopy((model.state_dict(), run.state_dict(), optimizer.state_dict()))
+        step(run, optimizer, BATCHES[index])
+    torch.save({"run": run.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     for index in range(3, 6):
-        draw(run, optimizer, BATCHES[index % 4])
+        step(run, optimizer, BATCHES[index % 4])
 
-    again, method = recorded(*phases)
-    again.load_state_dict(saved[0])
+    again, method = recorded(*phases, base=Worsening)
     resumed = lowbit.training(again, steps_per_epoch=2, epochs=3)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(saved["run"])
     fresh = sgd(resumed)
-    resumed.load_state_dict(saved[1])
-    fresh.load_state_dict(saved[2])
+    fresh.load_state_dict(saved["optimizer"])
     for index in range(3, 6):
-        draw(resumed, fresh, BATCHES[index % 4])
+        step(resumed, fresh, BATCHES[index % 4])
     assert_same(values(again), values(model))
-    assert [call for call in method.calls if call.startswith(("phase", "epoch"))] == ["epoch 1"]  # what had started is not started again
+    assert again.kept == model.kept == whole.noise != 0
+    assert method.calls == whole.calls
 
 
-def test_going_on_by_the_number_of_steps_alone_starts_only_what_is_next() -> None:
-    model, method = recorded(("first", 1, ("weights",)), ("second", 1, ("quantizers",)))
-    run = lowbit.training(model, steps_per_epoch=2, epochs=2)
-    run.resume(2)
+def test_a_state_before_the_first_step_starts_all() -> None:
+    model, _ = recorded(("first", 1, ("weights",)))
+    state = lowbit.training(model, steps_per_epoch=1, epochs=1).state_dict()
+    again, method = recorded(("first", 1, ("weights",)))
+    run = lowbit.training(again, steps_per_epoch=1, epochs=1)
+    run.load_state_dict(state)
     step(run, sgd(run), BATCHES[0])
-    assert method.calls == ["phase second", "epoch 0", "before 2", "backward", "after"]
+    assert method.calls == ["phase first", "epoch 0", "before 0", "backward", "after"]
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    state = lowbit.training(prepared(), steps_per_epoch=1, epochs=1).state_dict()
+    other = lowbit.prepare(network()[:3], method="lsq", weight_bits=2, activation_bits=3, sample=BATCHES[0][0])
+    run = lowbit.training(other, steps_per_epoch=1, epochs=1)
+    with pytest.raises(FileFormatError, match="the saved state is of another network: modules missing here: 3, 4"):
+        run.load_state_dict(state)
+    with pytest.raises(FileFormatError, match=r"this is no state of 'lsq' on this network \(KeyError: 'has_entered'\)"):
+        run.load_state_dict({"step": 3})
+
+
+def test_going_on_by_the_number_of_steps_keeps_the_weights_that_were_loaded() -> None:
+    model, method = recorded(("first", 1, ("weights",)), ("second", 1, ("quantizers",)), base=Worsening)
+    run = lowbit.training(model, steps_per_epoch=2, epochs=2)
+    before = values(model)
+    run.resume(2)
+    assert_same(values(model), before)
+    assert run.progress == 0.5
+    step(run, sgd(run), BATCHES[0])
+    assert method.calls == ["phase first", "phase second", "epoch 0", "before 2", "backward", "after"]
+
+
+def test_a_later_run_trains_what_the_last_phase_of_an_earlier_one_froze() -> None:
+    model, _ = recorded(("only", 1, ("quantizers",)))
+    model[0].bias.requires_grad_(False)
+    run = lowbit.training(model, steps_per_epoch=1, epochs=1)
+    step(run, sgd(run), BATCHES[0])
+    assert not model[2].bias.requires_grad
+    model.lowbit_method = Recorder()  # type: ignore[assignment]
+    step(later := lowbit.training(model, steps_per_epoch=1, epochs=1), sgd(later), BATCHES[0])
+    assert model[2].bias.requires_grad
+    assert not model[0].bias.requires_grad  # the user's doing
+
+
+@dataclass
+class Looking(Recorder):
+    """Leaves gradients behind when an epoch starts."""
+
+    def start_epoch(self, run: TrainRun) -> None:
+        assert run.batches is not None
+        for batch in run.batches(2):
+            run.task_loss(batch).backward()
+
+
+def test_gradients_of_a_method_that_looks_at_data_do_not_reach_the_step() -> None:
+    model, _ = recorded(base=Looking)
+    reference = prepared()
+    for network_, batches in ((model, BATCHES), (reference, None)):
+        run = lowbit.training(network_, steps_per_epoch=4, epochs=1, batches=batches)
+        step(run, sgd(run), BATCHES[0])
+    assert_same(values(model), values(reference))
+
+
+def test_methods_see_the_optimizer_inside_that_of_accelerate() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    run = lowbit.training(prepared(), steps_per_epoch=1, epochs=1)
+    optimizer = sgd(run)
+    run.before_step(Wrapper(optimizer))
+    assert run.optimizers == [optimizer]
 
 
 def test_the_loss_of_a_wrapped_network_goes_through_the_wrapper() -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LoopError, SpecError
+from lowbit.errors import FileFormatError, LoopError, SpecError
+from lowbit.network import insert
 from lowbit.train.method import TrainingMethod
 from lowbit.train.prepare import method_of, prepared_network
 from lowbit.train.processes import mean_over_processes
 from lowbit.train.recipe import OptimizerSpec, Recipe, Role
 from lowbit.train.run import TrainRun
+from lowbit.train.snapshot import Restoration, Snapshot
 from lowbit.train.task import Batch, Classification, Task
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+_FROZEN = "lowbit_frozen"  # attribute of the network: names of the parameters that a phase does not train
 
 
 @dataclass
@@ -31,8 +34,7 @@ class OwnLoop(TrainRun):
         optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.02), momentum=0.9)
         for epoch in range(10):
             for x, y in loader:
-                optimizer.zero_grad()
-                run.before_step(optimizer)
+                run.before_step(optimizer)                         # also clears the network's gradients
                 loss = criterion(model(x), y) + run.penalty()      # or run.loss((x, y))
                 loss.backward()
                 run.after_backward()
@@ -58,7 +60,8 @@ class OwnLoop(TrainRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._known = dict(self.model.named_parameters())
-        self._frozen = [parameter for parameter in self._known.values() if not parameter.requires_grad]
+        mine = vars(self.model).get(_FROZEN, set())
+        self._frozen = [parameter for name, parameter in self._known.items() if not parameter.requires_grad and name not in mine]
         self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
 
     @property
@@ -79,7 +82,8 @@ class OwnLoop(TrainRun):
             weight_decay: Of the weights; default: the recipe's.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``role``.
+            Groups with ``params``, ``lr``, ``weight_decay``, ``role``, and ``kind``: the optimizer that the method wants for the role
+            (the recipe's where it has no wish).
         """
         optimizer = self.recipe.optimizer
         optimizer = replace(
@@ -101,7 +105,8 @@ class OwnLoop(TrainRun):
         """
         self._expect("before_step", "before_step")
         if optimizers:
-            self.optimizers = list(optimizers)
+            self.optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
+            self._follow_parameters()
         if not self.optimizers:
             raise LoopError("before_step needs the optimizer of the loop: run.before_step(optimizer)")
         if optimizers:
@@ -148,31 +153,59 @@ class OwnLoop(TrainRun):
             self._start_phases(len(self.phases) - 1)  # phases without an epoch that end the training
 
     def state_dict(self) -> dict[str, object]:
-        """Where the run stands, for a checkpoint beside those of the network and the optimizer; a step under way is not counted."""
-        return {
-            "step": self.step,
-            "phase_index": self.phase_index,
-            "epoch": self.epoch,
-            "has_entered": self._has_entered,
-            "generator": self.generator.get_state(),
-        }
+        """Where the run stands, with the network and all that the method holds, but not the user's optimizer.
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on where ``state_dict`` was taken; the network has to be loaded as well. Hooks of what has started are not called again."""
+        Copies of tensors and plain values: ``torch.load(..., weights_only=True)`` takes it. A step under way is not counted.
+        """
+        snapshot = Snapshot(ignoring=(self, self.recipe, self.task, self.teacher))
+        objects = {name: snapshot.take(value, name) for name, value in self._objects().items()}
+        position = {"phase_index": self.phase_index, "epoch": self.epoch, "step": self.step}
+        return {"position": position, "has_entered": self._has_entered, "objects": objects, "tensors": snapshot.owned()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken by a run of the same settings.
+
+        Comes before the optimizer is made and loaded; one that exists already follows the network at the next ``before_step``.
+
+        Raises:
+            FileFormatError: The state is of another network or method.
+        """
         self._expect("before_step", "load_state_dict")
-        self.step, self.phase_index, self.epoch = (int(state[key]) for key in ("step", "phase_index", "epoch"))  # type: ignore[call-overload]
-        self._has_entered = bool(state["has_entered"])
-        self.generator.set_state(torch.as_tensor(state["generator"], dtype=torch.uint8))
-        if self._has_entered:
-            self._freeze()
+        try:
+            if state["has_entered"]:
+                # twice, as from the trainer's checkpoints: what a method does when a phase starts may depend on its state, and changes it
+                self._put(state, strict=False)
+                self.return_to(**state["position"])
+            self._put(state, strict=True)
+            self._has_entered = state["has_entered"]
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise FileFormatError(
+                f"this is no state of {self.method.info.name!r} on this network ({type(error).__name__}: {error})"
+            ) from error
 
     def resume(self, step: int) -> None:
-        """Go on after ``step`` steps of which only the number was saved; the generator starts from the recipe's seed."""
+        """Go on after ``step`` steps of which only the network's ``state_dict`` was kept, and loaded.
+
+        The method's generator starts from the recipe's seed, and what it keeps outside of the network's ``state_dict`` as well.
+        """
         self._expect("before_step", "resume")
         if step > 0:
-            self.phase_index, self.epoch = self._place(step - 1)
-            self.step, self._has_entered = step, True
-            self._freeze()
+            loaded = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.return_to(*self._place(step - 1), step)
+            self.model.load_state_dict(loaded)
+            self._has_entered = True
+
+    def return_to(self, phase_index: int, epoch: int, step: int) -> None:
+        super().return_to(phase_index, epoch, step)
+        self._has_returned = False  # epochs start by the count of steps
+
+    def _objects(self) -> dict[str, object]:
+        return {"generator": self.generator, "model": self.model, "method": vars(self.method)}
+
+    def _put(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        restoration = Restoration(state["tensors"], strict=strict)
+        for name, value in self._objects().items():
+            restoration.put(state["objects"][name], value, name)
 
     def _expect(self, hook: str, called: str) -> None:
         if self.next_hook != hook:
@@ -206,41 +239,52 @@ class OwnLoop(TrainRun):
             self.start_phase()
 
     def _ready_optimizers(self) -> None:
-        """Gradients and learning rates are the user's."""
+        """Gradients are cleared, also those of a method that looked at data; learning rates are the user's."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     def _build_optimizers(self) -> None:
         self._freeze()
         self._follow_parameters()
 
     def _freeze(self) -> None:
-        frozen = set(map(id, self._frozen))
+        frozen, mine = set(map(id, self._frozen)), set()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for role, parameter in self.roles():
             is_trained = role in self.phase.optimizers and id(parameter) not in frozen
             parameter.requires_grad_(is_trained)
             if not is_trained:
                 parameter.grad = None  # or an optimizer would go on stepping it
+            if not is_trained and id(parameter) not in frozen:
+                mine.add(names[id(parameter)])
+        vars(self.model)[_FROZEN] = mine  # a later run shall not take them for frozen by the user
 
     def _follow_parameters(self) -> None:
         """Take parameters that the method removed out of the user's optimizers, and put those it added where their role lies."""
-        before, now = {id(p) for p in self._known.values()}, {id(p) for p in self.model.parameters()}
+        if not self.optimizers:
+            return  # those of the network as it was may come yet
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        now = {id(p) for p in self.model.parameters()}
+        gone = {id(p): p for p in self._known.values() if id(p) not in now}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for gone in [p for p in group["params"] if id(p) in before - now]:
-                    group["params"] = [p for p in group["params"] if p is not gone]
-                    optimizer.state.pop(gone, None)
-        added = [(role, p) for role, p in self.roles() if id(p) not in before and role in self.phase.optimizers]
+            for parameter in gone.values():
+                optimizer.state.pop(parameter, None)
+        there = {id(p) for p in self._known.values()} | {id(p) for group in groups for p in group["params"]}
+        added = [(role, p) for role, p in self.roles() if id(p) not in there and role in self.phase.optimizers]
         for new in _groups(self.method, self.recipe, added):
-            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
             mine = next((group for group in groups if group.get("role") == new["role"]), None)
-            if mine is not None:
-                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
-            elif self.optimizers:
+            if mine is None:
                 self.optimizers[0].add_param_group(new)
+            else:
+                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
         self._known = dict(self.model.named_parameters())
 
     def _find_learning_rate(self) -> None:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        weights, others = set(map(id, self.parameters_of("weights"))), set(map(id, self.model.parameters()))
+        weights = {id(insert.float_weight(layer)) for layer in insert.quantized_layers(self.model).values()}
+        others = set(map(id, self.model.parameters()))
         for wanted in (weights, others):
             for group in groups:
                 if any(id(p) in wanted for p in group["params"]):
@@ -362,7 +406,7 @@ def _groups(method: TrainingMethod, recipe: Recipe, roles: Iterable[tuple[Role, 
     for role, parameter in roles:
         found.setdefault(role, []).append(parameter)
     return [
-        {"params": found[role], "lr": spec.learning_rate, "weight_decay": spec.weight_decay, "role": role}
+        {"params": found[role], "lr": spec.learning_rate, "weight_decay": spec.weight_decay, "role": role, "kind": spec.kind}
         for role, spec in specs.items()
         if role in found
     ]
@@ -370,6 +414,12 @@ def _groups(method: TrainingMethod, recipe: Recipe, roles: Iterable[tuple[Role, 
 
 def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
     return lambda count: itertools.islice(iter(batches), count)
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's: methods look at what kind it is."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _calls_alike(wrapper: nn.Module, network: nn.Module) -> bool:

@@ -19,12 +19,14 @@ The callback calls the hooks of the method; the optimizer is made from the netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import missing_extra
+from lowbit.files import read_tensors, write_tensors
 from lowbit.train.callbacks.plan import Plan
 from lowbit.train.loop import Criterion, OwnLoop
 from lowbit.train.recipe import Recipe
@@ -32,6 +34,7 @@ from lowbit.train.task import Batch, Task
 
 try:
     from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise missing_extra("transformers", "huggingface", "training with the Trainer of transformers") from error
 
@@ -39,8 +42,9 @@ except ImportError as error:
 class LowbitCallback(TrainerCallback):  # type: ignore[misc]
     """Calls the hooks of the method that the trainer's model was prepared with, or the one prepared network inside it.
 
-    transformers clips gradients before it calls the method's hook for them. After ``resume_from_checkpoint`` the run goes on at the
-    saved step; random numbers of a method then start anew from the recipe's seed. Methods with a loss of their own need
+    transformers clips gradients before it calls the method's hook for them. Each checkpoint gets a file with the run's state beside the
+    trainer's, so that ``resume_from_checkpoint`` goes on to the same result; a checkpoint elsewhere than in ``output_dir`` gives the
+    network alone, and what a method keeps besides (random numbers, for one) starts anew. Methods with a loss of their own need
     ``callback.run.loss((inputs, labels))`` for the model's loss.
 
     Args:
@@ -65,9 +69,15 @@ class LowbitCallback(TrainerCallback):  # type: ignore[misc]
         """The run; LoopError before training has started."""
         return self._plan.run
 
-    def on_train_begin(self, args: object, state: Any, control: object, *, model: nn.Module, **kwargs: object) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: object, *, model: nn.Module, **kwargs: object) -> None:
         """Make the run, for as many steps as the trainer plans."""
-        self._plan.start(model, state.max_steps, state.num_train_epochs).resume(state.global_step)
+        run = self._plan.start(model, state.max_steps, state.num_train_epochs)
+        path = _state_path(args, state)
+        if state.global_step > 0 and path.is_file():
+            tensors, facts = read_tensors(path)
+            run.load_state_dict({**cast(dict[str, object], facts), "tensors": tensors})
+        else:
+            run.resume(state.global_step)
 
     def on_step_begin(self, args: object, state: object, control: object, *, optimizer: torch.optim.Optimizer, **kwargs: object) -> None:
         """Before the first forward pass of a step."""
@@ -80,3 +90,13 @@ class LowbitCallback(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """The optimizer has made its step."""
         self.run.after_step()
+
+    def on_save(self, args: Any, state: Any, control: object, **kwargs: object) -> None:
+        """Write where the run stands into the checkpoint that the trainer has just written."""
+        if state.is_world_process_zero:
+            facts = self.run.state_dict()
+            write_tensors(_state_path(args, state), cast(dict[str, Tensor], facts.pop("tensors")), facts)
+
+
+def _state_path(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "lowbit.safetensors"
