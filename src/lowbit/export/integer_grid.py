@@ -11,6 +11,8 @@ from torch import Tensor
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, PowerOfTwoDecoder
 
+SMALLEST_SCALE = 1e-30  # a channel with a smaller one holds nothing
+
 
 @dataclass(frozen=True)
 class IntegerGrid:
@@ -67,6 +69,23 @@ class IntegerGrid:
         codes = (values.round() + self.zero_point.double().reshape(self._shape())).to(torch.int8)
         return IntegerGrid(codes, scale, self.zero_point, self.axis)
 
+    def rescaled(self, factor: Tensor) -> IntegerGrid | None:
+        """The values times ``factor`` ``[channels]``, one for each index of the first axis; ``None`` where int8 cannot hold the codes.
+
+        The codes of a channel with a negative factor change their sign; those of one with the factor 0 become 0.
+        """
+        if self.axis not in (None, 0):
+            return None
+        grid, column = self.centred(), [-1] + [1] * (self.codes.dim() - 1)
+        scale = (grid.scale.double() * factor.double().abs()).float().expand(factor.numel())
+        is_zero = scale < SMALLEST_SCALE
+        sign = torch.where(factor < 0, -1, 1).to(torch.int16)
+        zero_point = torch.where(is_zero, 0, sign * grid.zero_point.short())
+        codes = torch.where(is_zero.reshape(column), 0, sign.reshape(column) * grid.codes.short())
+        if not _fits_int8(codes, zero_point):
+            return None
+        return IntegerGrid(codes.to(torch.int8), torch.where(is_zero, torch.ones_like(scale), scale), zero_point.to(torch.int8), 0)
+
     @property
     def fits_int4(self) -> bool:
         """Whether codes and zero points are -8 to 7."""
@@ -80,8 +99,9 @@ class IntegerGrid:
 def integer_grid(weight: QTensor) -> IntegerGrid | None:
     """``weight`` on an integer grid that decodes to the same floats bit for bit; ``None`` if there is none.
 
-    Evenly spaced levels have one, two levels too, and powers of two where the largest is at most 64 times the smallest. Groups
-    within a channel have none that a convolution kernel takes.
+    Evenly spaced levels have one where 0 is a level or midway between two: codes are doubled then, which takes one bit more than int8
+    has where they have 8. Two levels have one, and powers of two where the largest is at most 64 times the smallest. Groups within
+    a channel have none that a convolution kernel takes. ``why_no_integer_grid`` says what stands against it.
     """
     decoder = weight.decoder
     axis = decoder.granularity.axis % weight.codes.dim() if decoder.granularity.kind == "per_channel" else None
@@ -90,9 +110,12 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
     codes = weight.codes.to(torch.int16)
     if isinstance(decoder, AffineDecoder):
         scale, zero_point = decoder.scale, decoder.zero_point
-        if not bool((zero_point == zero_point.round()).all()):
+        if not _is_whole(2 * zero_point):
             return None
-        if weight.codes.dtype == torch.uint8:  # the lowest code of the container, whatever the bit-width
+        if not _is_whole(zero_point):
+            broadcast = decoder.granularity.broadcast(2 * codes) - (2 * zero_point).short()
+            codes, zero_point, scale = decoder.granularity.restore(broadcast, codes.shape), torch.zeros_like(zero_point), scale / 2
+        elif weight.codes.dtype == torch.uint8:  # the lowest code of the container, whatever the bit-width
             shift = 2 ** (weight.bit_width - 1)
             codes, zero_point = codes - shift, zero_point - shift
     elif isinstance(decoder, BinaryDecoder):
@@ -107,8 +130,28 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
         zero_point = torch.zeros_like(scale)
     else:
         return None
-    if any(int(t.min()) < -128 or int(t.max()) > 127 for t in (codes, zero_point)):
+    if not _fits_int8(codes, zero_point):
         return None
     flat = (scale.numel(),) if axis is not None else ()
     grid = IntegerGrid(codes.to(torch.int8), scale.detach().float().reshape(flat), zero_point.detach().reshape(flat).to(torch.int8), axis)
     return grid if torch.equal(grid.decode(), weight.decode()) else None
+
+
+def why_no_integer_grid(weight: QTensor) -> str:
+    """What it is that an integer grid cannot hold, for a weight without one."""
+    decoder = weight.decoder
+    if decoder.granularity.kind == "per_group":
+        return "groups within a channel"
+    if isinstance(decoder, AffineDecoder) and not _is_whole(2 * decoder.zero_point):
+        return "levels with a zero point that is no multiple of 1/2"
+    if isinstance(decoder, AffineDecoder) and not _is_whole(decoder.zero_point):
+        return f"{weight.bit_width}-bit levels with zero midway between two"
+    return f"the levels of a {decoder.kind} quantizer"
+
+
+def _is_whole(values: Tensor) -> bool:
+    return bool((values == values.round()).all())
+
+
+def _fits_int8(*tensors: Tensor) -> bool:
+    return all(int(t.min()) >= -128 and int(t.max()) <= 127 for t in tensors if t.numel())

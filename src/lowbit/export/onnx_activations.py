@@ -13,6 +13,7 @@ from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, c
 from lowbit.export.onnx_translate import DOMAIN, QUANTIZE
 
 _FAR = 2**31  # further from zero than any code
+_WHOLE = 1e-4  # steps by which codes may be moved so that 0 is a whole number of steps from them
 # operators whose output holds values of their first input, or zeros
 MOVES = frozenset({
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather",
@@ -24,7 +25,8 @@ MOVES = frozenset({
 class Grid:
     """Codes of an activation in a uint8 container: ``lo`` to ``hi``.
 
-    A code is ``round(x / step) + origin`` and stands for ``(code - zero_point) * scale``; most often both are the same grid.
+    A code is ``round((x - shift) / step) + origin`` and stands for ``(code - zero_point) * scale``; most often both are the same grid
+    and there is no shift.
     """
 
     step: np.float32
@@ -33,6 +35,7 @@ class Grid:
     hi: int
     scale: np.float32
     zero_point: int
+    shift: float = 0.0
 
     @staticmethod
     def plain(scale: np.float32, zero_point: int, lo: int, hi: int) -> Grid:
@@ -41,7 +44,7 @@ class Grid:
 
     def code(self, value: float) -> int:
         """Where ``value`` is rounded to, before clipping."""
-        return int(np.clip(np.rint(np.float32(value) / self.step), -_FAR, _FAR)) + self.origin
+        return int(np.clip(np.rint((np.float32(value) - np.float32(self.shift)) / self.step), -_FAR, _FAR)) + self.origin
 
     def within(self, lo: int, hi: int) -> Grid:
         """The same codes in a narrower range."""
@@ -53,9 +56,9 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
     x = input_of(node, 0)
     qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
     parts = [constant_of(value) for value in node.inputs[1:]]
-    grid = _uint8_grid(parts, qmin, qmax) if x.dtype in (None, FLOAT) else None
-    if grid is None:
-        reasons.setdefault("uint8 codes cannot hold the grid of the activation quantizer", []).append(str(node.outputs[0].name))
+    grid = _uint8_grid(parts, qmin, qmax) if x.dtype in (None, FLOAT) else "values that are not float32"
+    if isinstance(grid, str):
+        reasons.setdefault(f"uint8 codes cannot hold activations with {grid}", []).append(str(node.outputs[0].name))
         _quantize_in_float(node, qmin, qmax)
         return
     name = node.outputs[0].name
@@ -69,16 +72,22 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
     take_place_of(node, quantized)
 
 
-def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | None:
-    if any(part is None or part.size != 1 for part in parts) or qmax - qmin > 255:
-        return None
+def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | str:
+    """The quantizer's grid in a uint8 container, or in words what the container cannot hold."""
+    if any(part is None or part.size != 1 for part in parts):
+        return "a grid that is not constant, or not one for the whole tensor"
     lower, step, scale, zero = (float(part.item()) for part in parts if part is not None)
+    if qmax - qmin > 255 or not (step > 0 and scale > 0):
+        return f"{qmax - qmin + 1} codes of scale {scale:g}"
+    if zero != round(zero):
+        return f"the zero point {zero:g}, which is not whole"
+    if not 0 <= zero - qmin <= 255:
+        return f"the zero point {zero:g}, which is outside their container"
+    decoding = np.float32(scale), round(zero) - qmin
     start = -lower / step
-    origin, zero_point = round(start) - qmin, round(zero) - qmin
-    is_whole = abs(start - round(start)) <= 1e-5 * max(abs(start), 1) and zero == round(zero)
-    if not is_whole or not (0 <= origin <= 255 and 0 <= zero_point <= 255):
-        return None
-    return Grid(np.float32(step), origin, 0, qmax - qmin, np.float32(scale), zero_point)
+    if abs(start - round(start)) <= _WHOLE and 0 <= round(start) - qmin <= 255:
+        return Grid(np.float32(step), round(start) - qmin, 0, qmax - qmin, *decoding)
+    return Grid(np.float32(step), 0, 0, qmax - qmin, *decoding, shift=lower + qmin * step)
 
 
 def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> ir.Value:
@@ -90,7 +99,9 @@ def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> i
     assert producer is not None
     before, unlimited = _absorb_clips(input_of(producer, 0), grid, reader="Min")
     quantized = _insert_pair(node, before, unlimited, f"{name}.unlimited", after=False)
-    codes = np.clip(np.rint(limit.astype(np.float32) / grid.step) + grid.origin, grid.lo, grid.hi) - grid.zero_point
+    codes = (
+        np.clip(np.rint((limit.astype(np.float32) - np.float32(grid.shift)) / grid.step) + grid.origin, grid.lo, grid.hi) - grid.zero_point
+    )
     on_grid = add_initializer(graph_of(node), f"{name}.limit", (codes * grid.scale).astype(np.float32))
     limited = ir.node("Min", [quantized, on_grid])
     limited.outputs[0].shape, limited.outputs[0].type = x.shape, x.type
@@ -136,7 +147,10 @@ def _clip_bounds(x: ir.Value) -> tuple[float, float] | None:
 
 
 def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, after: bool) -> ir.Value:
-    """QuantizeLinear, a clip of the codes where they do not fill the container, and DequantizeLinear, beside ``anchor``."""
+    """QuantizeLinear, a clip of the codes where they do not fill the container, and DequantizeLinear, beside ``anchor``.
+
+    A shift is subtracted first; behind a layer it becomes a part of the layer's bias.
+    """
     graph = graph_of(anchor)
     scale = add_initializer(graph, f"{name}.scale", np.asarray(grid.scale, np.float32))
     zero_point = add_initializer(graph, f"{name}.zero_point", np.asarray(grid.zero_point, np.uint8))
@@ -144,14 +158,20 @@ def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, 
     if (grid.step, grid.origin) != (grid.scale, grid.zero_point):
         step = add_initializer(graph, f"{name}.step", np.asarray(grid.step, np.float32))
         origin = add_initializer(graph, f"{name}.origin", np.asarray(grid.origin, np.uint8))
-    nodes = [ir.node("QuantizeLinear", [x, step, origin])]
+    nodes: list[ir.Node] = []
+    if grid.shift != 0:
+        nodes.append(ir.node("Sub", [x, add_initializer(graph, f"{name}.shift", np.asarray(grid.shift, np.float32))]))
+        shifted = nodes[0].outputs[0]
+        shifted.name, shifted.shape, shifted.type = f"{name}.shifted", x.shape, x.type
+        x = shifted
+    nodes.append(ir.node("QuantizeLinear", [x, step, origin]))
     if (grid.lo, grid.hi) != (0, 255):
         ends = [
             add_initializer(graph, f"{name}.{end}", np.asarray(code, np.uint8)) for end, code in (("lowest", grid.lo), ("highest", grid.hi))
         ]
-        nodes.append(ir.node("Clip", [nodes[0].outputs[0], *ends]))
+        nodes.append(ir.node("Clip", [nodes[-1].outputs[0], *ends]))
     nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, zero_point]))
-    for part in nodes[:-1]:
+    for part in nodes[int(grid.shift != 0) : -1]:
         part.outputs[0].name = f"{name}.{part.op_type}"
         part.outputs[0].shape, part.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
     quantized = nodes[-1].outputs[0]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lowbit.export.integer_grid import IntegerGrid, integer_grid
+from lowbit.export.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.export.onnx_activations import MOVES, Grid
 from lowbit.export.onnx_surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.export.onnx_translate import WeightContainer
@@ -29,17 +29,21 @@ class DecodedWeight:
 
 
 def decode_weight(
-    node: ir.Node, name: str, weight: QTensor, container: WeightContainer, decoded: dict[ir.Value, DecodedWeight], reasons: Reasons
+    node: ir.Node,
+    name: str,
+    weight: QTensor,
+    container: WeightContainer,
+    decoded: dict[ir.Value, DecodedWeight],
+    reasons: Reasons,
+    folded: IntegerGrid | None = None,
 ) -> None:
-    """Replace a weight node by DequantizeLinear of its codes, or by its float values where no integer grid holds them."""
-    grid = integer_grid(weight)
+    """Replace a weight node by DequantizeLinear of its codes, or by its float values where no integer grid holds them.
+
+    ``folded`` is the grid to use where something was folded into it.
+    """
+    grid = folded or integer_grid(weight)
     if grid is None:
-        levels = (
-            "groups within a channel"
-            if weight.decoder.granularity.kind == "per_group"
-            else f"the levels of a {weight.decoder.kind} quantizer"
-        )
-        reasons.setdefault(f"integer kernels cannot hold {levels}", []).append(name.rpartition(".")[0])
+        reasons.setdefault(f"integer kernels cannot hold {why_no_integer_grid(weight)}", []).append(name.rpartition(".")[0])
         ir.convenience.replace_all_uses_with(node.outputs[0], input_of(node, 0))
         graph_of(node).remove(node, safe=True)
         return

@@ -5,6 +5,7 @@ What ONNX Runtime and OpenVINO need to see, and what is done for it:
 - activations as uint8 codes: a quantizer is shifted so that its lowest code is 0; fewer codes than 256 are a clip *of the codes*;
 - a convolution directly followed by its quantizer: a ReLU or clip between the two becomes part of the clip of the codes, which is
   exact because rounding is monotone, and disappears where the codes' range implies it;
+- batch norms behind layers folded into the scales of their weights and into their biases;
 - integer weights with one scale for each output channel, the transpose of a linear layer applied to the codes;
 - integer biases of scale ``x_scale * w_scale``;
 - layers with float weights are kept from being quantized by the runtime on its own, which ONNX Runtime does where their input is;
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from lowbit.errors import SpecError
 from lowbit.export.onnx_activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
+from lowbit.export.onnx_fold import fold_affine
 from lowbit.export.onnx_layers import DecodedWeight, decode_weight, decode_while_loading, keep_float, note_layers_in_float, quantize_bias
 from lowbit.export.onnx_surgery import Reasons, pass_through, remove_unused, tidy
 from lowbit.export.onnx_translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
@@ -70,11 +72,12 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
         elif only_moves(node) and node.inputs[0] in grids:
             repeat_quantizer(node, grids)
     remove_unused(model)  # ReLUs and clips that quantizers took in
+    folded = fold_affine(model.graph, weights, reasons)
     decoded: dict[ir.Value, DecodedWeight] = {}
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == WEIGHT:
             name = node.attributes["name"].as_string()
-            decode_weight(node, name, weights[name], weight_container, decoded, reasons)
+            decode_weight(node, name, weights[name], weight_container, decoded, reasons, folded.get(node))
     for node in list(model.graph):
         quantize_bias(node, grids, decoded)
         keep_float(node, grids, decoded)

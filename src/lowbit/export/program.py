@@ -16,6 +16,7 @@ from torch.export.graph_signature import OutputKind
 
 from lowbit.calibration import Inputs
 from lowbit.errors import GraphError
+from lowbit.export.constants import constant_of, fold_constants
 from lowbit.export.structure import Json, flatten
 from lowbit.network.graph import quiet_export
 from lowbit.network.insert import bake_weights
@@ -54,7 +55,8 @@ def export_program(model: nn.Module, sample: object) -> Program:
     """Export ``model`` in evaluation mode with its weights decoded.
 
     The batch size is left open where the model allows it, else fixed to the sample's, and a note says so. Checks that only guard
-    shapes, copies that change nothing and identity batch norms are removed.
+    shapes, copies that change nothing and identity batch norms are removed, and what quantizers compute from their parameters alone is
+    computed once.
 
     Args:
         model: A quantized (or float) network; it is not changed.
@@ -71,6 +73,7 @@ def export_program(model: nn.Module, sample: object) -> Program:
         exported, notes = _export(baked, inputs)
     _refuse_state(exported)
     _simplify(exported)
+    fold_constants(exported)
     return Program(exported, weights, inputs, structure[0], notes)
 
 
@@ -171,7 +174,7 @@ def _simplify(exported: ExportedProgram) -> None:
     """Remove shape checks, copies that change nothing, identity batch norms and whatever nothing reads."""
     graph = exported.graph_module.graph
     outputs = set(graph.output_node().all_input_nodes)
-    state = {node: _constant(exported, node) for node in graph.nodes if node.op == "placeholder"}
+    state = {node: constant_of(exported, node) for node in graph.nodes if node.op == "placeholder"}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -208,14 +211,3 @@ def _is_identity_norm(node: fx.Node, state: dict[fx.Node, Tensor | None]) -> boo
         return False
     plain = (weight is None or bool((weight == 1).all())) and (bias is None or bool((bias == 0).all()))
     return plain and bool((mean == 0).all()) and bool((var == 1).all())
-
-
-def _constant(exported: ExportedProgram, placeholder: fx.Node) -> Tensor | None:
-    """The parameter, buffer or constant behind a placeholder; ``None`` for an input."""
-    signature = exported.graph_signature
-    name = signature.inputs_to_parameters.get(placeholder.name) or signature.inputs_to_buffers.get(placeholder.name)
-    name = name or signature.inputs_to_lifted_tensor_constants.get(placeholder.name)
-    if name is None:
-        return None
-    value = exported.state_dict.get(name, exported.constants.get(name))
-    return value if isinstance(value, Tensor) else None

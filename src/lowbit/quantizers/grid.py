@@ -170,7 +170,7 @@ class GridQuantizer(TableQuantizer):
         prepared, grid = self.prepare(view), self.grid(view)
         if torch.compiler.is_exporting() and prepared is view and self.granularity.kind == "per_tensor":
             marked: Tensor = marked_fake_quantize(view, grid.lower, grid.step, grid.scale, grid.zero_point, self.qmin, self.qmax)
-            return marked
+            return marked if marked.dtype == x.dtype else marked.to(x.dtype)
         y = fake_quantize_grid(prepared, grid, self.qmin, self.qmax, self.surrogate)
         return self.granularity.restore(y, x.shape).to(x.dtype)
 
