@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from lowbit.methods.gradients.metaquant import (
     FcGrad,
+    LookAhead,
     LstmFc,
     MetaQuant,
     MetaQuantizer,
     MultiFc,
+    move_bias,
     refined_gradient,
     share_meta_network,
 )
@@ -72,11 +74,10 @@ def meta_gradient(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str
 
 def meta_forward(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     layer, quantizer = layer_of(params, inputs)
-    method = MetaQuant(look_ahead="stored")
     m = inputs["meta_grad"].requires_grad_()
-    quantizer.pending = m, inputs["stored_grad"], params["lr"]
+    quantizer.pending = LookAhead(lambda: m, inputs["stored_grad"], params["lr"], m)
     if "stored_bias_grad" in inputs:
-        method.shift_bias(layer, inputs["stored_bias_grad"], params["lr"])
+        move_bias(layer.bias, inputs["stored_bias_grad"], params["lr"])
     weight = insert.float_weight(layer)
     ahead = quantizer.look_ahead(weight)
     y = layer(inputs["x"])

@@ -50,6 +50,8 @@ class TrainRun:
         reduce_mean: Averages a tensor over all processes in place; does nothing in a single one.
         phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the optimizer steps so far over all phases.
         optimizers: Those of the present phase, each with the roles and specifications of its parameter groups.
+        gradient_scale: What the loss was multiplied by before the backward pass of this step, for methods that look at gradients inside
+            the network; gradients of parameters are free of it when ``after_backward`` is called.
         wrapped: ``model`` inside a wrapper that has to be called in its place (``DistributedDataParallel``, ``torch.compile``).
         generator: For everything random in a method; its state is saved with the run.
     """
@@ -67,6 +69,7 @@ class TrainRun:
     step: int = 0
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     wrapped: nn.Module | None = None
+    gradient_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.phases = self.method.phases(self.recipe)

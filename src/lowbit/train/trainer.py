@@ -297,6 +297,7 @@ class _Session:
         """One optimizer step; gives the number of samples of this process."""
         run, accumulate = self.run, self.run.recipe.accumulate
         run.before_step()
+        run.gradient_scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         samples, total = 0, 0.0
         for _ in range(accumulate):
             batch, weight = next(batches)

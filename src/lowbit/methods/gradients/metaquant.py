@@ -10,15 +10,17 @@ Deviations: the meta network starts as the factor 1 (chance may give a negative 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
@@ -32,6 +34,7 @@ from lowbit.train.recipe import Role
 Base = Literal["dorefa", "bwn", "bwn_f"]
 META = "meta"  # the role of the meta network's parameters
 _TINY = 1e-30
+_NOTHING = 1e-20  # weights below it count as zeros: dividing by their maximum would make their gradients infinite
 
 
 class FcGrad(nn.Module):
@@ -44,8 +47,7 @@ class FcGrad(nn.Module):
 
     def forward(self, gradient: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The gradient for every weight, shaped like ``gradient``, and the next state (none)."""
-        m: Tensor = self.linear2(self.linear1(gradient.reshape(-1, 1)))
-        return m.view_as(gradient), None
+        return gradient * _product([self.linear1, self.linear2]), None
 
 
 class MultiFc(nn.Module):
@@ -56,11 +58,13 @@ class MultiFc(nn.Module):
         widths = [1, *[hidden] * (layers - 1), 1]
         linears = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
         self.network = nn.Sequential(OrderedDict((f"Linear{index}", linear) for index, linear in enumerate(linears)))
-        self.activation = {"none": nn.Identity(), "relu": nn.ReLU(), "tanh": nn.Tanh()}[activation]
+        self.activation = {"none": None, "relu": nn.ReLU(), "tanh": nn.Tanh()}[activation]
         _start_at_one(linears)
 
     def forward(self, gradient: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The gradient for every weight, shaped like ``gradient``, and the next state (none)."""
+        if self.activation is None:
+            return gradient * (weight * _product(self.network)), None
         x = weight.reshape(-1, 1)
         for index, linear in enumerate(self.network):
             x = linear(x if index == 0 else self.activation(x))
@@ -82,15 +86,46 @@ class LstmFc(nn.Module):
         return gradient * self.fc1(out).view_as(gradient), torch.cat([hidden, cell]).detach()
 
 
+def _product(linears: Iterable[nn.Module]) -> Tensor:
+    """The one factor that layers without anything between them are, shape ``()``.
+
+    Multiplying the layers first spares ``hidden`` numbers for every weight of the network.
+    """
+    product: Tensor | None = None
+    for linear in linears:
+        weight: Tensor = linear.get_parameter("weight")
+        product = weight if product is None else weight @ product
+    assert product is not None
+    return product.reshape(())
+
+
 @torch.no_grad()
 def _start_at_one(linears: list[nn.Linear]) -> None:
     """Positive weights whose product over the layers is 1, with the spread of the present ones."""
     for linear in linears:
         linear.weight.copy_((linear.weight / linear.weight.abs().mean().clamp(min=_TINY)).abs().clamp(min=0.1))
-    product = torch.ones(1, 1)
-    for linear in linears:
-        product = linear.weight @ product
-    linears[-1].weight.div_(product)
+    linears[-1].weight.div_(_product(linears))
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """Where the next passes run.
+
+    Attributes:
+        meta_gradient: Gives ``m``, differentiable in the meta network; called in every pass, so that each has a graph of its own.
+        update: What is taken from the weight times the learning rate, a constant.
+        learning_rate: Of the weights.
+        value: ``m`` without its graph.
+        state: The next state of the meta network, if it has one.
+        bias: The layer's bias as it was before it was moved ahead.
+    """
+
+    meta_gradient: Callable[[], Tensor]
+    update: Tensor
+    learning_rate: float
+    value: Tensor
+    state: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class MetaQuantizer(TableQuantizer):
@@ -121,7 +156,7 @@ class MetaQuantizer(TableQuantizer):
         self.last_update: Tensor  # the refined gradient that was applied last
         self.last_bias_update: Tensor
         self.state: Tensor  # of the meta network
-        self.pending: tuple[Tensor, Tensor, float] | None = None  # meta gradient, refined gradient, learning rate
+        self.pending: LookAhead | None = None
         self._captured: Tensor | None = None
         self._preprocessed: Tensor | None = None
 
@@ -133,14 +168,14 @@ class MetaQuantizer(TableQuantizer):
         if self.base != "dorefa":
             return torch.ones_like(x)
         t = torch.tanh(x.detach())
-        return (1 - t * t) / t.abs().max().clamp(min=_TINY)
+        return (1 - t * t) / _largest(t)
 
     def preprocess(self, x: Tensor) -> Tensor:
         """``W~``."""
         if self.base != "dorefa":
             return x
         t = torch.tanh(x)
-        return 0.5 * t / t.detach().abs().max().clamp(min=_TINY) + 0.5
+        return 0.5 * t / _largest(t) + 0.5
 
     def scale(self, x: Tensor) -> Tensor:
         """``mean|W|``, shaped to broadcast; a constant."""
@@ -151,7 +186,8 @@ class MetaQuantizer(TableQuantizer):
         if self.base == "dorefa":
             steps: Tensor = preprocessed * self.steps
             rounded: Tensor = pass_gradient(steps, steps.round())
-            return 2 * (rounded / self.steps) - 1
+            levels: Tensor = 2 * (rounded / self.steps) - 1
+            return levels
         sign = torch.where(preprocessed >= 0, 1.0, -1.0)
         passed: Tensor = pass_gradient(preprocessed * (preprocessed.detach().abs() <= 1), sign)
         return passed * scale
@@ -160,9 +196,8 @@ class MetaQuantizer(TableQuantizer):
         """The weight at which the pass runs: ``x`` itself where nothing is pending."""
         if self.pending is None:
             return x
-        meta_gradient, update, learning_rate = self.pending
-        step = self.calibration(x) * meta_gradient
-        ahead: Tensor = x - learning_rate * pass_gradient(step, update)
+        step = self.calibration(x) * self.pending.meta_gradient()
+        ahead: Tensor = x - self.pending.learning_rate * pass_gradient(step, self.pending.update)
         return ahead
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,22 +221,39 @@ class MetaQuantizer(TableQuantizer):
         return QTensor((values >= 0).to(torch.uint8), BinaryDecoder(self.scale(values), self.granularity), 1)
 
     @property
-    def captured(self) -> Tensor:
-        """The gradient at the quantized weight of this step."""
-        assert self._captured is not None
+    def captured(self) -> Tensor | None:
+        """The gradient at the quantized weight, summed over the passes of this step; ``None`` where there was none."""
         return self._captured
 
-    def remember(self) -> None:
-        """Keep what the meta network looks at in the next step."""
-        assert self._captured is not None and self._preprocessed is not None
-        self._set_table("last_gradient", self._captured)
-        self._set_table("last_weight", self._preprocessed)
+    def remember(self, gradient_scale: float) -> bool:
+        """Keep what the meta network looks at in the next step; ``False`` where there is nothing to keep.
+
+        Args:
+            gradient_scale: The factor that is in the gradients. Where it has made them infinite they are not kept.
+        """
+        captured, preprocessed, pending = self._captured, self._preprocessed, self.pending
+        self.forget()
+        if captured is None or preprocessed is None or (gradient_scale != 1 and not bool(torch.isfinite(captured).all())):
+            return False
+        self._set_table("last_gradient", captured / gradient_scale)
+        self._set_table("last_weight", preprocessed)
+        if pending is not None and pending.state is not None:
+            self._set_table("state", pending.state)
         self.has_history.fill_(True)
+        return True
+
+    def forget(self) -> None:
+        """Drop what belongs to one step."""
         self.pending = self._captured = self._preprocessed = None
 
     def _capture(self, gradient: Tensor) -> None:
         gradient = gradient.detach().float()
         self._captured = gradient.clone() if self._captured is None else self._captured + gradient
+
+
+def _largest(t: Tensor) -> Tensor:
+    largest = t.detach().abs().max()
+    return torch.where(largest > _NOTHING, largest, torch.ones_like(largest))
 
 
 def refined_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -269,7 +321,10 @@ class MetaQuant(TrainingMethod):
     look_ahead: Literal["refined", "stored"] = "refined"
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        base: Base = self.base if slot.bit_width == 1 else "dorefa"
+        if self.base != "dorefa" and slot.bit_width != 1:
+            raise SpecError(f"metaquant: base {self.base!r} has 1 bit, got {slot.bit_width} weight bits. Use base 'dorefa', or 1 bit.")
+        # as in the authors' program, linear layers have one scale
+        base: Base = "bwn" if self.base == "bwn_f" and isinstance(slot.layer, nn.Linear) else self.base
         return MetaQuantizer(slot.bit_width, base, Granularity.channel(slot.channel_axis))
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
@@ -292,56 +347,61 @@ class MetaQuant(TrainingMethod):
         meta = OptimizerSpec("adam", self.meta_learning_rate, weight_decay=0.0, schedule=recipe.optimizer.schedule)
         return {**super().optimizers(recipe), META: meta}
 
+    @torch.no_grad()
     def before_step(self, run: TrainRun) -> None:
-        layers = list(meta_layers(run.model))
         network = meta_network_of(run.model)
-        for layer, quantizer in layers:
+        for layer, quantizer in meta_layers(run.model):
+            quantizer.forget()
             if not bool(quantizer.has_history):
                 continue
-            weight = insert.float_weight(layer)
-            state = quantizer.state if quantizer.state.dim() else None
-            m, state = network(quantizer.last_gradient, quantizer.last_weight, state)
-            if state is not None:
-                quantizer._set_table("state", state)
-            update = quantizer.last_update
+            seen = quantizer.last_gradient, quantizer.last_weight, quantizer.state if quantizer.state.dim() else None
+            value, state = network(*seen)
             if self.look_ahead == "refined":
-                update = self._refined(run, weight, quantizer.calibration(weight) * m.detach())
-            quantizer.pending = m, update, run.learning_rate
-            if self.look_ahead == "stored":
-                self.shift_bias(layer, quantizer.last_bias_update, run.learning_rate)
+                weight = insert.float_weight(layer)
+                update = self._refined(run, weight, quantizer.calibration(weight) * value)
+            else:
+                update = quantizer.last_update
+            bias = _bias(layer) if self.look_ahead == "stored" and quantizer.last_bias_update.dim() else None
+            quantizer.pending = LookAhead(
+                functools.partial(_meta_gradient, network, *seen),
+                update,
+                run.learning_rate,
+                value,
+                state,
+                None if bias is None else bias.detach().clone(),
+            )
+            if bias is not None:
+                move_bias(bias, quantizer.last_bias_update, run.learning_rate)
 
     @torch.no_grad()
     def after_backward(self, run: TrainRun) -> None:
-        is_first = False
-        for layer, quantizer in meta_layers(run.model):
-            weight, bias = insert.float_weight(layer), _bias(layer)
-            is_first = not bool(quantizer.has_history)
-            if is_first:
-                update, bias_update = weight.grad, None if bias is None else bias.grad
+        layers = list(meta_layers(run.model))
+        is_first = not any(bool(quantizer.has_history) for _, quantizer in layers)
+        for layer, quantizer in layers:
+            weight, bias, pending = insert.float_weight(layer), _bias(layer), quantizer.pending
+            if pending is not None and pending.bias is not None and bias is not None:
+                bias.copy_(pending.bias)
+            if weight.grad is None or not quantizer.remember(run.gradient_scale):
+                quantizer.forget()
+                continue
+            update, bias_update = weight.grad, None if bias is None else bias.grad
+            if pending is None:  # its first step only gathers what the meta network looks at
+                weight.grad = None
+                if bias is not None:
+                    bias.grad = None
             else:
-                assert quantizer.pending is not None
-                weight.grad = (quantizer.calibration(weight) * quantizer.pending[0].detach()).to(weight.dtype)
+                weight.grad = (quantizer.calibration(weight) * pending.value).to(weight.dtype)
                 if self.look_ahead == "stored":
-                    self.shift_bias(layer, quantizer.last_bias_update, -run.learning_rate)
-                update = self._refined(run, weight, weight.grad)
-                bias_update = None if bias is None or bias.grad is None else self._refined(run, bias, bias.grad)
+                    update = self._refined(run, weight, weight.grad)
+                    bias_update = None if bias is None or bias_update is None else self._refined(run, bias, bias_update)
             if self.look_ahead == "stored":
-                assert update is not None
                 quantizer._set_table("last_update", update)
                 if bias_update is not None:
                     quantizer._set_table("last_bias_update", bias_update)
-            quantizer.remember()
-        if is_first:  # the first step only gathers what the meta network looks at
+        if is_first:
             for role, parameter in run.roles():
                 if role != META:
                     parameter.grad = None
-
-    @staticmethod
-    def shift_bias(layer: nn.Module, update: Tensor, learning_rate: float) -> None:
-        """Move the layer's bias, if it has one, to where ``update`` leads; the negative learning rate moves it back."""
-        bias = _bias(layer)
-        if bias is not None:
-            bias.data.sub_(learning_rate * update)
 
     @staticmethod
     def _refined(run: TrainRun, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -369,6 +429,16 @@ def share_meta_network(model: nn.Module, network: nn.Module) -> None:
 def meta_network_of(model: nn.Module) -> nn.Module:
     """The network that ``share_meta_network`` put in."""
     return next(quantizer.get_submodule(META) for _, quantizer in meta_layers(model) if hasattr(quantizer, META))
+
+
+def move_bias(bias: nn.Parameter, update: Tensor, learning_rate: float) -> None:
+    """Move a bias, in place, to where ``update`` leads."""
+    bias.data.sub_(learning_rate * update)
+
+
+def _meta_gradient(network: nn.Module, gradient: Tensor, weight: Tensor, state: Tensor | None) -> Tensor:
+    m: Tensor = network(gradient, weight, state)[0]
+    return m
 
 
 def _bias(layer: nn.Module) -> nn.Parameter | None:

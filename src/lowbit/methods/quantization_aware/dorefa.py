@@ -4,8 +4,9 @@ Paper: Zhou, Wu, Ni, Zhou, Wen, Zou 2016, "DoReFa-Net: Training Low Bitwidth Con
     Gradients". Eq. 5 (quantize_k), Eq. 7-9 (weights), Eq. 10-11 (activations), Eq. 12 (gradients).
 Symbols: k -> bit_width, f_w -> DorefaWeight, f_a -> DorefaActivation, f_g -> GradientQuantizer, N(k) -> noise.
 Deviations: where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1]; a sample whose gradient is
-    all zero keeps it (the authors divide by zero). The clip replaces a ReLU that stays in the network, where it changes nothing.
-    Gradients stay in float unless ``gradient_bits`` asks for fewer.
+    all zero keeps it, and a weight that is all zero is not divided by its maximum (the authors divide by zero). The clip replaces a ReLU
+    that stays in the network, where it changes nothing. Gradients stay in float unless ``gradient_bits`` asks for fewer.
+    ``rescale`` is this library's, for networks without batch norm.
 """
 
 from __future__ import annotations
@@ -24,57 +25,78 @@ from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
 
-_TINY = 1e-30  # a weight of zeros is divided by this
+_NOTHING = 1e-20  # weights below it count as zeros: dividing by their maximum would make their gradients infinite
 
 
 def squash(weight: Tensor) -> Tensor:
     """``tanh(w) / (2 max|tanh(w)|) + 1/2``, in ``[0, 1]``; the maximum over the whole tensor has its gradient too. Source: Eq. 9."""
     t = torch.tanh(weight)
-    return t / (2 * t.abs().max().clamp(min=_TINY)) + 0.5
+    return t / (2 * largest_tanh(weight)) + 0.5
+
+
+def largest_tanh(weight: Tensor) -> Tensor:
+    """``max|tanh(w)|`` over the whole tensor, differentiable; 1 for a weight of zeros. Shape ``()``."""
+    largest = torch.tanh(weight).abs().max()
+    return torch.where(largest > _NOTHING, largest, torch.ones_like(largest))
 
 
 class DorefaWeight(GridQuantizer):
     """Weights of 2 bits and more: ``2 quantize_k(squash(w)) - 1``, the odd multiples of ``1 / (2**k - 1)`` in ``[-1, 1]``.
 
     Backward: the surrogate's for the rounding, everything else by differentiation, the maximum included. Source: Eq. 9.
+
+    Args:
+        bit_width: 2 to 8.
+        rescale: Multiply by ``max|tanh(w)|``, a constant in the backward pass, so that weights keep about the size they have.
     """
 
-    def __init__(self, bit_width: int) -> None:
+    def __init__(self, bit_width: int, *, rescale: bool = False) -> None:
         super().__init__(bit_width, 0, 2**bit_width - 1)
+        self.rescale = rescale
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
 
     def prepare(self, x: Tensor) -> Tensor:
-        return squash(x)
+        # multiplied here, not divided by a rounded step: zeros are ties, which training and evaluation must break alike
+        return squash(x) * self.qmax
+
+    def size(self, x: Tensor) -> Tensor:
+        """What the largest level stands for, shape ``()``."""
+        return largest_tanh(x.detach()) if self.rescale else x.new_ones(())
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         # the authors' order of operations: sums of such products often are 1 up to rounding, where the next layer's clip ends
-        return (2 * (self.surrogate(squash(x.float()) * self.qmax, self.qmin, self.qmax) / self.qmax) - 1).to(x.dtype)
+        weight = x.float()
+        y = 2 * (self.surrogate(self.prepare(weight), self.qmin, self.qmax) / self.qmax) - 1
+        return (y * self.size(weight) if self.rescale else y).to(x.dtype)
 
     def grid(self, x: Tensor) -> Grid:
-        steps = self.qmax
-        lower, step, scale, zero_point = (x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / steps, 2 / steps, steps / 2))
-        return Grid(lower, step, scale, zero_point)
+        lower, step, zero_point = (x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1.0, self.qmax / 2))
+        return Grid(lower, step, self.size(x) * (2 / self.qmax), zero_point)
 
 
 class DorefaActivation(GridQuantizer):
-    """``quantize_k(clip(x, 0, 1))``; with ``is_signed`` ``2 quantize_k(clip(x, -1, 1) / 2 + 1/2) - 1`` on one code fewer.
+    """``quantize_k(clip(x, 0, 1))``; with ``is_signed`` ``2**k - 1`` levels from -1 to 1, zero among them, at 1 bit -1 and 1.
 
     Backward: 1 where ``x`` is inside the clip, bounds included, else 0. Source: Eq. 10-11.
     """
 
     def __init__(self, bit_width: int, *, is_signed: bool = False) -> None:
-        self.is_signed = is_signed and bit_width > 1
-        top = 2 ** (bit_width - 1) - 1 if self.is_signed else 2**bit_width - 1
-        super().__init__(bit_width, -top if self.is_signed else 0, top)
+        self.is_binary = is_signed and bit_width == 1
+        has_negative_codes = is_signed and not self.is_binary
+        top = 2 ** (bit_width - 1) - 1 if has_negative_codes else 2**bit_width - 1
+        super().__init__(bit_width, -top if has_negative_codes else 0, top)
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
 
     def grid(self, x: Tensor) -> Grid:
+        if self.is_binary:
+            low, high, half = (x.new_tensor(value, dtype=torch.float32) for value in (-1.0, 1.0, 0.5))
+            return Grid(low, high - low, high - low, half, (low, high))
         zero, step, top = (x.new_tensor(value, dtype=torch.float32) for value in (0.0, 1 / self.qmax, 1.0))
         # products of such activations and weights often are 1 up to rounding: the gradient's bounds must be the clip's own
         return Grid(zero, step, step, zero, (x.new_tensor(self.qmin / self.qmax, dtype=torch.float32), top))
@@ -92,7 +114,7 @@ class _QuantizeGradient(torch.autograd.Function):
 
 
 class GradientQuantizer(nn.Module):
-    """The identity in the forward pass; quantizes the gradient on its way back.
+    """The identity in the forward pass; in training quantizes the gradient on its way back.
 
     Backward: with ``M`` the largest ``|g|`` of each sample, ``n = 2**k - 1`` and noise uniform in ``[-1/2, 1/2) / n``:
     ``2 M (quantize_k(clip(g / (2 M) + 1/2 + noise, 0, 1)) - 1/2)``. Source: Eq. 12.
@@ -107,7 +129,7 @@ class GradientQuantizer(nn.Module):
         self.generator: torch.Generator | None = None
 
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
-        passed: Tensor = _QuantizeGradient.apply(output, self) if output.requires_grad else output
+        passed: Tensor = _QuantizeGradient.apply(output, self) if self.training and output.requires_grad else output
         return passed
 
     def uniform(self, grad: Tensor) -> Tensor:
@@ -152,16 +174,19 @@ class Dorefa(TrainingMethod):
 
     Attributes:
         gradient_bits: Bits of the gradients of layer outputs, 1 to 8; 32 leaves them in float.
+        rescale: Multiply weights of 2 bits and more by their ``max|tanh(w)|``, for networks that have no batch norm after each layer;
+            where there is one it makes no difference to what is learned.
     """
 
     gradient_bits: int = 32
+    rescale: bool = False
 
     def __post_init__(self) -> None:
         if self.gradient_bits != 32 and not 1 <= self.gradient_bits <= 8:
             raise SpecError(f"dorefa: gradient_bits must be 1 to 8, or 32 for float, got {self.gradient_bits}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        return ScaledSignQuantizer() if slot.bit_width == 1 else DorefaWeight(slot.bit_width)
+        return ScaledSignQuantizer() if slot.bit_width == 1 else DorefaWeight(slot.bit_width, rescale=self.rescale)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         return DorefaActivation(slot.bit_width, is_signed=slot.is_signed)

@@ -4,8 +4,9 @@ Paper: Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018, "PACT
     Neural Networks". Section 3, Eq. 1 (clip), Eq. 2 (quantize), Eq. 3 (gradient of the clip level).
     Choi et al. 2019, "Accurate and Efficient 2-bit Quantized Neural Networks", MLSys, section 3 (SAWB).
 Symbols: alpha -> clip, lambda_alpha -> clip_decay, k -> bit_width, c1 and c2 -> SAWB_COEFFICIENTS.
-Deviations: the clip starts where the squared error of the first batch is least unless ``clip_init`` says otherwise (the paper: large); where a
-    layer's input can be negative it is clipped at both ends. The clip replaces a ReLU that stays in the network, where it changes nothing.
+Deviations: the clip starts where the squared error of the first batch is least unless ``clip_init`` says otherwise (the paper: large; at
+    2 bits that costs ten points on a short budget); weights are SAWB's unless ``weights="dorefa"``, the PACT paper's; where a layer's input can
+    be negative it is clipped at both ends. The clip replaces a ReLU that stays in the network, where it changes nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ SMALLEST_CLIP = 1e-4
 
 # (c1, c2) of clip = c1 sqrt(E w^2) + c2 E|w|, by bit-width: 2**k levels without zero, and 2**k - 1 levels with it
 SAWB_COEFFICIENTS = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64)}
-SAWB_COEFFICIENTS_WITH_ZERO = {2: (2.6, -1.71), 4: (12.035, -12.03), 7: (28.24, -30.81), 8: (31.76, -35.04)}
+# with zero at 3, 5 and 6 bits: fitted in the same way (clip of least squared error of six distributions), for the paper has none
+SAWB_COEFFICIENTS_WITH_ZERO = {
+    2: (2.6, -1.71),
+    3: (6.95, -6.31),
+    4: (12.035, -12.03),
+    5: (16.87, -17.74),
+    6: (21.81, -23.56),
+    7: (28.24, -30.81),
+    8: (31.76, -35.04),
+}
 
 
 class PactActivation(GridQuantizer):
