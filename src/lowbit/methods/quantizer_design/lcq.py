@@ -49,7 +49,11 @@ def compress(v: Tensor, slopes: Tensor, heights: Tensor) -> Tensor:
 
 def expand(u: Tensor, slopes: Tensor, heights: Tensor) -> Tensor:
     """The inverse of ``compress``. Source: Eq. 4."""
-    index = torch.searchsorted(heights.detach()[1:].contiguous(), u.detach().contiguous(), right=True)
+    starts = heights.detach()[1:].contiguous()
+    if torch.compiler.is_exporting():  # of a small table, in operators that every format has
+        index = (u.detach().unsqueeze(-1) >= starts).sum(-1)
+    else:
+        index = torch.searchsorted(starts, u.detach().contiguous(), right=True)
     return (u - heights[index]) / slopes[index] + index / len(slopes)
 
 
