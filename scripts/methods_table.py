@@ -1,4 +1,4 @@
-"""Write the table of methods in README.md from the registry.
+"""Write the tables of methods in README.md from the registry, one for each kind.
 
 python scripts/methods_table.py            # update README.md
 python scripts/methods_table.py --check    # exit 1 when it is out of date
@@ -11,33 +11,44 @@ import sys
 from pathlib import Path
 
 from lowbit.cli.methods import span
-from lowbit.registry import list_methods
+from lowbit.registry import Kind, list_methods
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- methods: written by scripts/methods_table.py -->", "<!-- end of methods -->"
+HEADINGS: dict[Kind, str] = {
+    "post_training": "After training, with unlabelled samples or none (`lowbit quantize`, `lowbit.quantize`):",
+    "training": "In training, with labels or a teacher (`lowbit train`, `lowbit.prepare`):",
+    "search": "Bits for each layer under a budget (`lowbit search`, `lowbit.search`):",
+    "synthesis": "Samples where there are no data (`--calibration NAME`, `lowbit.synthesize`):",
+}
 
 
-def methods_table() -> str:
-    """One Markdown row for each registered method."""
-    rows = ["| method | paper | weight bits | activation bits | needs | what it does |", "| --- | --- | --- | --- | --- | --- |"]
-    rows += [
-        f"| `{i.name}` | {i.paper} | {span(i.weight_bits)} | {span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |"
-        for i in list_methods()
-    ]
-    return "\n".join(rows)
+def methods_tables() -> str:
+    """A Markdown table for each kind of methods, with a row for each registered method."""
+    tables = []
+    for kind, heading in HEADINGS.items():
+        infos = list_methods(kind=kind)
+        if infos:
+            rows = ["| method | paper | weight bits | activation bits | needs | what it does |", "| --- | --- | --- | --- | --- | --- |"]
+            rows += [
+                f"| `{i.name}` | {i.paper} | {span(i.weight_bits)} | {span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |"
+                for i in infos
+            ]
+            tables.append("\n".join([heading, "", *rows]))
+    return "\n\n".join(tables)
 
 
 def updated(text: str) -> str:
-    """``text`` with the table between its markers replaced."""
+    """``text`` with the tables between its markers replaced."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
         raise SystemExit(f"{README} lacks the lines {START!r} and {END!r}")
-    return f"{before}{START}\n{methods_table()}\n{END}{after}"
+    return f"{before}{START}\n{methods_tables()}\n{END}{after}"
 
 
 def main() -> None:
-    """Write the table of methods between the markers of the README."""
+    """Write the tables of methods between the markers of the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is out of date")
     text = README.read_text()

@@ -143,7 +143,7 @@ def _largest_scale(program: Program, layer: fx.Node) -> float:
         scale = quantizer.args[place]
         value = constant_of(program.exported, scale) if isinstance(scale, fx.Node) else None
         if value is not None and quantizer.target is not ours.fake_quantize_codebook.default:
-            found.append(float(value.abs().max()))
+            found.append(float(value.detach().abs().max()))
     return max(found, default=0.0)
 
 
