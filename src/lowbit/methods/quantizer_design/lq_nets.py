@@ -118,18 +118,14 @@ class LearnedBasis(TableQuantizer):
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Ascending levels ``[rows, 2**bit_width]`` and the code of each."""
-        levels, order = (self.basis @ self.codes.T).sort(dim=1)
+        # no matrix product: autocast and TF32 would round the levels, and only in training
+        levels, order = (self.basis.unsqueeze(1) * self.codes).sum(2).sort(dim=1)
         return levels, self.codes[order]
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the present basis."""
         levels, codes = self.levels()
-        index = _level_index(rows, levels) + torch.arange(len(rows), device=rows.device).unsqueeze(1) * levels.shape[1]
-        flat, count = index.flatten(), levels.numel()
-        counts = torch.bincount(flat, minlength=count).view_as(levels).double()
-        sums = torch.bincount(flat, weights=rows.flatten().double(), minlength=count).view_as(levels)
-        codes = codes.double()
-        return torch.einsum("rl,rli,rlj->rij", counts, codes, codes), torch.einsum("rl,rli->ri", sums, codes)
+        return _normal_equations(rows, _level_index(rows, levels), codes)
 
     def solve(self, gram: Tensor, moment: Tensor) -> Tensor:
         """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the present one where that is not finite."""
@@ -149,26 +145,29 @@ class LearnedBasis(TableQuantizer):
             self._set_table("basis", self.momentum * self.basis + (1 - self.momentum) * new_basis)
 
     def update(self, run: TrainRun | None = None) -> None:
-        """One step of the alternation with what the passes since the last one gathered, over all processes."""
-        if self._gathered is None:
-            return
-        gram, moment = self._gathered
-        self._gathered = None
+        """One step of the alternation with what the passes since the last one gathered, over all processes; none where no code was set."""
+        gathered, self._gathered = self._gathered, None
+        if gathered is None:  # a process whose layer rested has to take part in the averaging all the same
+            moment = torch.zeros_like(self.basis, dtype=torch.float64)
+            gathered = torch.diag_embed(moment), moment
         if run is not None:
-            run.reduce_mean(gram)
-            run.reduce_mean(moment)
-        self.average(self.solve(gram, moment))
+            for statistic in gathered:
+                run.reduce_mean(statistic)
+        if bool(gathered[0].any()):
+            self.average(self.solve(*gathered))
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, _ = self.levels()
+        levels, codes = self.levels()
         if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
             row = levels[0]
             marked: Tensor = fake_quantize_codebook(x.float(), (row[1:] + row[:-1]) / 2, row)
             return marked.to(x.dtype)
         values = x.float()
-        y = self.encode(values).decode()
+        rows = self.granularity.flatten(values.detach())
+        index = _level_index(rows, levels)
+        y = self.granularity.unflatten(levels.gather(1, index), x.shape)
         if self.training and torch.is_grad_enabled():
-            gram, moment = self.statistics(self.granularity.flatten(values.detach()))
+            gram, moment = _normal_equations(rows, index, codes)
             before = self._gathered
             self._gathered = (gram, moment) if before is None else (before[0] + gram, before[1] + moment)
         if self.clips_gradient:
@@ -188,6 +187,16 @@ class LearnedBasis(TableQuantizer):
 def _level_index(rows: Tensor, levels: Tensor) -> Tensor:
     """How many thresholds, midway between neighbouring levels, each value lies above."""
     return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
+
+
+def _normal_equations(rows: Tensor, index: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """``B'B`` ``[rows, K, K]`` and ``B'x`` ``[rows, K]`` of values with the codes ``codes[row, index]``; sums in float64."""
+    count, levels, bits = codes.shape
+    flat = index + torch.arange(count, device=rows.device).unsqueeze(1) * levels
+    counts = torch.bincount(flat.flatten(), minlength=count * levels).view(count, levels).double()
+    # bit by bit: a weighted bincount takes more memory, and gives another sum in each run on a GPU
+    moments = [(rows * codes[:, :, bit].gather(1, index)).sum(1, dtype=torch.float64) for bit in range(bits)]
+    return torch.einsum("rl,rli,rlj->rij", counts, codes.double(), codes.double()), torch.stack(moments, 1)
 
 
 @register(
