@@ -24,7 +24,7 @@ from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.surrogates import round_straight_through
+from lowbit.surrogates import pass_gradient, round_straight_through
 from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_SLOPE = 1e-3
@@ -34,10 +34,11 @@ SMALLEST_CLIP = 1e-4
 def curve(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Slopes and heights of the compressing function: ``K softmax(logits)``, and its value where each of the K intervals starts.
 
-    Source: Eq. 3-4.
+    Slopes are kept above 0, for they divide in the inverse. Source: Eq. 3-4.
     """
-    shares = torch.softmax(logits, 0)
-    return (shares * len(logits)).clamp(min=SMALLEST_SLOPE), torch.cumsum(shares, 0) - shares
+    shares = torch.softmax(logits, 0).clamp(min=SMALLEST_SLOPE / len(logits))
+    shares = shares / shares.sum()  # the curve has to end at 1, or the top level is not the clip
+    return shares * len(logits), torch.cat([shares.new_zeros(1), torch.cumsum(shares, 0)[:-1]])
 
 
 def compress(v: Tensor, slopes: Tensor, heights: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class CompandingQuantizer(TableQuantizer):
         # the derivative of g counts as 1 in the input and the clip, and is the curve's in the logits
         companded = share + (self._compand(inner) - inner)
         y = sign * self.clip * torch.where(inside, companded, torch.ones_like(companded))
-        return (y if std is None else y * std).to(x.dtype)
+        return pass_gradient(y if std is None else y * std, self.encode(x).decode()).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
@@ -160,7 +161,7 @@ class CompandingQuantizer(TableQuantizer):
         places = torch.arange(2 * self.steps + 1, device=self.clip.device) / (2 * self.steps)
         if self.logits is not None:
             slopes, heights = curve(self.logits.detach())
-            places = expand(places, slopes, heights)
+            places = torch.cat([expand(places[:-1], slopes, heights).clamp(max=1), places[-1:]])
         levels, between = places[::2], places[1::2]
         if self.outer_steps is not None:
             levels = (levels * self.outer_steps).round() / self.outer_steps
