@@ -37,7 +37,7 @@ def activation(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, T
 
 
 def weight_init_max(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    quantizer = QilWeight(params["bits"], start="max", gradient_scale=params["grad_scale"])
+    quantizer = QilWeight(params["bits"], start="max", scale_gradient=True)
     quantizer.initialize(inputs["weight"])
     return _run(quantizer, inputs["weight"], inputs, "grad_weight")
 

@@ -3,28 +3,34 @@
 Paper: Jung, Son, Lee, Son, Han, Kwak, Hwang, Choi 2019, "Learning to Quantize Deep Networks by Optimizing Quantization Intervals With
     Task Loss", CVPR. Section 3.1 (Eq. 1-6, transformer and discretizer), section 3.2 (training).
 Symbols: c -> center, d -> distance, gamma -> gamma, alpha and beta -> the affine map of the interval to [0, 1], q_D -> qmax.
-Deviations: intervals start at 0 and end at the least squared error and ``gamma`` is 1 unless asked otherwise (the paper's initial values are not known); levels of
-    weights are multiplied by a constant that keeps the size of the layer's output (``rescale``), which a following batch norm undoes;
-    where a layer's input can be negative the interval lies on the values and activations become ``2 q - 1``. The paper's progressive
-    training is a matter of running again from the result of more bits.
+Deviations: intervals start at 0 and end at the least squared error and ``gamma`` is 1 unless asked otherwise (the paper's initial
+    values are not known); levels of weights are multiplied by a constant that keeps the size of the layer's output (``rescale``), which
+    a following batch norm undoes; where a layer's input can be negative the interval lies on the values, around 0 at first, and
+    activations become ``2 q - 1``.
+The paper's progressive training (5, 4, 3, 2 bits, each from the weights and intervals of the one before) is a run at each bit-width:
+    ``fewer = lowbit.prepare(model, method="qil", weight_bits=4, ...)``, then ``fewer.load_state_dict(trained.state_dict())``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import scale_gradient
-from lowbit.train import Slot, TrainingMethod
+from lowbit.train import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.train.output_ratio import output_ratio
+from lowbit.train.recipe import Role
 
 SMALLEST_DISTANCE = 1e-4
 Start = Literal["mse", "max", "histogram"]
@@ -84,13 +90,17 @@ class IntervalQuantizer(GridQuantizer):
         bit_width: 1 to 8.
         qmin, qmax: Range of the codes.
         start: How the interval is found in the first data.
-        gradient_scale: Multiplies the gradients of center and distance.
+        scale_gradient: Multiply the gradients of center and distance by ``1 / sqrt(elements * qmax)``, elements of one sample where
+            ``is_batched``.
+        is_batched: Whether the first dimension counts samples (activations).
     """
 
-    def __init__(self, bit_width: int, qmin: int, qmax: int, *, start: Start = "mse", gradient_scale: float = 1.0) -> None:
+    def __init__(
+        self, bit_width: int, qmin: int, qmax: int, *, start: Start = "mse", scale_gradient: bool = False, is_batched: bool = False
+    ) -> None:
         super().__init__(bit_width, qmin, qmax)
         self.center, self.distance = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
-        self.start, self.gradient_scale = start, gradient_scale
+        self.start, self.scales_gradient, self.is_batched = start, scale_gradient, is_batched
 
     def set_interval(self, center: Tensor, distance: Tensor) -> None:
         """Start at this interval."""
@@ -103,11 +113,13 @@ class IntervalQuantizer(GridQuantizer):
         else:
             self.set_interval(*(interval_of_maximum(x) if self.start == "max" else interval_of_histogram(x.abs())))
 
-    def interval(self) -> tuple[Tensor, Tensor]:
-        """``(center, distance)``, differentiable."""
-        if self.gradient_scale == 1:
+    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(center, distance)`` for the values ``x``, differentiable."""
+        if not self.scales_gradient:
             return self.center, self.distance
-        return scale_gradient(self.center, self.gradient_scale), scale_gradient(self.distance, self.gradient_scale)
+        elements = x.numel() / (x.shape[0] if self.is_batched and x.dim() else 1)
+        factor = 1 / math.sqrt(max(elements, 1) * self.qmax)
+        return scale_gradient(self.center, factor), scale_gradient(self.distance, factor)
 
 
 class QilWeight(IntervalQuantizer):
@@ -119,14 +131,16 @@ class QilWeight(IntervalQuantizer):
         bit_width: 2 to 8.
         learns_gamma: Whether the exponent is learned; else it is 1.
         start: How the interval starts.
-        gradient_scale: Multiplies the gradients of center and distance.
+        scale_gradient: Multiply the gradients of center and distance by ``1 / sqrt(elements * qmax)``.
     """
 
     tables = ("scale",)
 
-    def __init__(self, bit_width: int, *, learns_gamma: bool = False, start: Start = "mse", gradient_scale: float = 1.0) -> None:
+    def __init__(self, bit_width: int, *, learns_gamma: bool = False, start: Start = "mse", scale_gradient: bool = False) -> None:
+        if bit_width < 2:
+            raise SpecError(f"qil: weights need 2 bits or more (one of their levels is 0), got {bit_width}")
         top = 2 ** (bit_width - 1) - 1
-        super().__init__(bit_width, -top, top, start=start, gradient_scale=gradient_scale)
+        super().__init__(bit_width, -top, top, start=start, scale_gradient=scale_gradient)
         self.gamma = nn.Parameter(torch.ones(())) if learns_gamma else None
         self._set_table("scale", torch.ones(()))
         self.scale: Tensor
@@ -137,7 +151,7 @@ class QilWeight(IntervalQuantizer):
 
     def transform(self, x: Tensor) -> Tensor:
         """The weights before rounding, in ``[-1, 1]``."""
-        return x.sign() * transform_magnitudes(x.abs(), *self.interval(), self.gamma)
+        return x.sign() * transform_magnitudes(x.abs(), *self.interval(x), self.gamma)
 
     def prepare(self, x: Tensor) -> Tensor:
         return self.transform(x)
@@ -150,7 +164,7 @@ class QilWeight(IntervalQuantizer):
     def project(self) -> None:
         """Keep ``0 < distance <= center`` and the exponent positive."""
         self.center.abs_().clamp_(min=SMALLEST_DISTANCE)
-        self.distance.abs_().clamp_(min=SMALLEST_DISTANCE, max=float(self.center))
+        self.distance.copy_(self.distance.abs().clamp(min=SMALLEST_DISTANCE).minimum(self.center))
         if self.gamma is not None:
             self.gamma.clamp_(min=0.1)
 
@@ -162,23 +176,24 @@ class QilActivation(IntervalQuantizer):
     Source: Eq. 4 and 6.
     """
 
-    def __init__(self, bit_width: int, *, is_signed: bool = False, start: Start = "mse") -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, start=start)
+    def __init__(self, bit_width: int, *, is_signed: bool = False, start: Start = "mse", scale_gradient: bool = False) -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1, start=start, scale_gradient=scale_gradient, is_batched=True)
         self.is_signed = is_signed
 
     def initialize(self, x: Tensor) -> None:
-        if not self.is_signed:
+        if self.is_signed and self.start == "mse":
+            self.set_interval(*interval_of_least_error(x, max(self.qmax // 2, 1)))
+        else:
             super().initialize(x)
-            return
-        half, _ = interval_of_least_error(x, max(self.qmax // 2, 1))
-        self.set_interval(torch.zeros_like(half), 2 * half)
+        if self.is_signed:  # from the end of the magnitudes to its mirror image
+            self.set_interval(torch.zeros_like(self.center), self.center.detach() + self.distance.detach())
 
     def transform(self, x: Tensor) -> Tensor:
         """The activations before rounding, in ``[0, 1]``."""
-        return transform_magnitudes(x, *self.interval())
+        return transform_magnitudes(x, *self.interval(x))
 
     def grid(self, x: Tensor) -> Grid:
-        center, distance = self.interval()
+        center, distance = self.interval(x)
         factor = 2 if self.is_signed else 1
         scale, zero_point = torch.full_like(center, factor / self.qmax), torch.full_like(center, self.qmax / 2 if self.is_signed else 0.0)
         return Grid(center - distance, 2 * distance / self.qmax, scale, zero_point)
@@ -189,7 +204,7 @@ class QilActivation(IntervalQuantizer):
         self.distance.abs_().clamp_(min=SMALLEST_DISTANCE)
         if not self.is_signed:
             self.center.abs_().clamp_(min=SMALLEST_DISTANCE)
-            self.distance.clamp_(max=float(self.center))
+            self.distance.copy_(self.distance.minimum(self.center))
 
 
 @register(
@@ -218,18 +233,27 @@ class Qil(TrainingMethod):
         start: How intervals start: ``mse`` (from 0 to where the squared error is least), ``max`` (from 0 to the largest magnitude) or
             ``histogram`` (the least and the largest tenth cut off).
         rescale: Multiply the weights' levels by a constant that keeps the size of the layer's output; needed without batch norms.
+        scale_gradient: Multiply the gradients of centers and distances by ``1 / sqrt(elements * qmax)``, as MQBench does in place of
+            the small learning rate; set ``quantizer_learning_rate`` to 1 with it.
+        train_weights: Whether weights are trained with the intervals; else nothing but the intervals is.
     """
 
     quantizer_learning_rate: float = 0.01
     gamma: Literal["fixed", "learned"] = "fixed"
     start: Start = "mse"
     rescale: bool = True
+    scale_gradient: bool = False
+    train_weights: bool = True
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        return QilWeight(slot.bit_width, learns_gamma=self.gamma == "learned", start=self.start)
+        return QilWeight(slot.bit_width, learns_gamma=self.gamma == "learned", start=self.start, scale_gradient=self.scale_gradient)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return QilActivation(slot.bit_width, is_signed=slot.is_signed, start=self.start)
+        return QilActivation(slot.bit_width, is_signed=slot.is_signed, start=self.start, scale_gradient=self.scale_gradient)
+
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        found = super().optimizers(recipe)
+        return found if self.train_weights else {"quantizers": found["quantizers"]}
 
     def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
         super().initialize_layer(layer, x)
