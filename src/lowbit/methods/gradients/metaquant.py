@@ -225,15 +225,21 @@ class MetaQuantizer(TableQuantizer):
         """The gradient at the quantized weight, summed over the passes of this step; ``None`` where there was none."""
         return self._captured
 
-    def remember(self, gradient_scale: float) -> bool:
-        """Keep what the meta network looks at in the next step; ``False`` where there is nothing to keep.
+    def remember(self, weight: Tensor, gradient_scale: float = 1.0, reduce_mean: Callable[[Tensor], None] = lambda _: None) -> bool:
+        """Keep what the meta network looks at in the next step; ``False`` where that is not finite, and nothing is kept.
 
         Args:
-            gradient_scale: The factor that is in the gradients. Where it has made them infinite they are not kept.
+            weight: The float weight.
+            gradient_scale: The factor that is in the gradients, which may have made them infinite.
+            reduce_mean: Averages over processes. One whose layer rested takes part without a gradient of its own.
         """
-        captured, preprocessed, pending = self._captured, self._preprocessed, self.pending
+        captured, preprocessed = self._captured, self._preprocessed
+        if captured is None or preprocessed is None:
+            captured, preprocessed = torch.zeros_like(weight, dtype=torch.float32), self.preprocess(self.look_ahead(weight.float()))
+        pending = self.pending
         self.forget()
-        if captured is None or preprocessed is None or (gradient_scale != 1 and not bool(torch.isfinite(captured).all())):
+        reduce_mean(captured)
+        if gradient_scale != 1 and not bool(torch.isfinite(captured).all()):
             return False
         self._set_table("last_gradient", captured / gradient_scale)
         self._set_table("last_weight", preprocessed)
@@ -381,8 +387,10 @@ class MetaQuant(TrainingMethod):
             weight, bias, pending = insert.float_weight(layer), _bias(layer), quantizer.pending
             if pending is not None and pending.bias is not None and bias is not None:
                 bias.copy_(pending.bias)
-            if weight.grad is None or not quantizer.remember(run.gradient_scale):
+            if weight.grad is None:  # the layer rested, in every process
                 quantizer.forget()
+                continue
+            if not quantizer.remember(weight.detach(), run.gradient_scale, run.reduce_mean):
                 continue
             update, bias_update = weight.grad, None if bias is None else bias.grad
             if pending is None:  # its first step only gathers what the meta network looks at
