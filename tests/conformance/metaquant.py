@@ -114,13 +114,13 @@ class Net(nn.Module):
         super().__init__()
         first, last = inputs["net.conv1.weight"].shape, inputs["net.fc.weight"].shape
         self.conv1 = nn.Conv2d(first[1], first[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(first[0])
+        self.bn1, self.activation = nn.BatchNorm2d(first[0]), nn.ReLU()
         self.fc = nn.Linear(last[1], last[0])
         state = {name.removeprefix("net."): value for name, value in inputs.items() if name.startswith("net.")}
         self.load_state_dict(state, strict=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x)).relu()
+        x = self.activation(self.bn1(self.conv1(x)))
         return self.fc(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
