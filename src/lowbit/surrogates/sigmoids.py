@@ -6,10 +6,13 @@ Symbols: T -> temperature, b_i -> the decision points ``i + 1/2`` in units of th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowbit.errors import SpecError
 
 _NEIGHBOURS = range(-3, 4)  # sigmoids further away contribute less than exp(-3 T)
 
@@ -40,12 +43,19 @@ class Sigmoids(nn.Module):
     Backward: ``T * sum_i sig_i (1 - sig_i)`` with ``sig_i = sigmoid(T (position - i - 1/2))`` over the decision points of the range;
     its integral over one step is 1. ``T`` grows linearly with training from ``start`` to ``end``.
 
+    The forward pass is hard, so a steep slope brings the gradient no closer to the network's own: most elements get none and the
+    few near a decision point a large one. The mean square of the slope is about ``T / 6``, and it multiplies from quantizer to
+    quantizer, so that a network of some depth stops learning far above ``T = 10``. (Soft forward passes, as in the method
+    ``quantization_networks``, bear much higher temperatures.)
+
     Args:
-        start, end: Temperature at the first and the last step of training, per step of the grid.
+        start, end: Temperature at the first and the last step of training, per step of the grid, positive.
     """
 
-    def __init__(self, start: float = 5.0, end: float = 50.0) -> None:
+    def __init__(self, start: float = 3.0, end: float = 10.0) -> None:
         super().__init__()
+        if not (start > 0 and end > 0 and math.isfinite(start) and math.isfinite(end)):
+            raise SpecError(f"sigmoids: temperatures must be positive and finite, got start {start} and end {end}")
         self.start, self.end = start, end
         self.register_buffer("temperature", torch.tensor(float(start)))
         self.temperature: Tensor
