@@ -9,7 +9,7 @@ from tests.export.networks import WEIGHT_QUANTIZERS, quantized
 from torch import nn
 
 from lowbit.export.export import export
-from lowbit.export.integer_grid import IntegerGrid, integer_grid
+from lowbit.export.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.network.insert import bake_weights
 from lowbit.quantizers import PowerOfTwoQuantizer, QTensor, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder
@@ -133,6 +133,71 @@ def test_affine_weights_run_in_integers_with_a_zero_point_of_zero(tmp_path: Path
         zero_points = [value for name, value in held.items() if "weight" in name and name.endswith("zero_point")]
         assert len(zero_points) == 4 - decoded_in_float
         assert any(value.astype(int).any() for value in zero_points) == (container == "int4")
+
+
+@pytest.mark.parametrize("granularity", [Granularity.tensor(), Granularity.channel(0)], ids=str)
+@pytest.mark.parametrize("bit_width", [1, 2, 4, 7])
+def test_zero_midway_between_two_levels_doubles_the_codes(bit_width: int, granularity: Granularity) -> None:
+    top = 2**bit_width - 1
+    codes = torch.arange(2 * (top + 1)).reshape(2, -1).remainder(top + 1).to(torch.uint8)
+    shape = granularity.scale_shape(codes)
+    decoder = AffineDecoder(torch.full(shape, 0.37), torch.full(shape, top / 2), granularity)
+    weight = QTensor(codes, decoder, bit_width)
+    grid = integer_grid(weight)
+    assert grid is not None
+    assert grid.codes[0].tolist() == list(range(-top, top + 1, 2))
+    assert not grid.zero_point.any()
+    assert grid.scale.flatten()[0].item() == torch.tensor(0.37).item() / 2
+    assert torch.equal(grid.decode(), weight.decode())
+
+
+@pytest.mark.parametrize(
+    ("bit_width", "zero_point", "why"),
+    [
+        (8, 127.5, "8-bit levels with zero midway between two"),
+        (4, 3.3, "levels with a zero point that is no multiple of 1/2"),
+    ],
+)
+def test_other_zero_points_have_no_integer_grid_and_a_reason(bit_width: int, zero_point: float, why: str) -> None:
+    codes = torch.arange(2**bit_width).to(torch.uint8)
+    weight = QTensor(codes, AffineDecoder(torch.tensor(0.5), torch.tensor(zero_point), Granularity.tensor()), bit_width)
+    assert integer_grid(weight) is None
+    assert why_no_integer_grid(weight) == why
+
+
+def test_every_weight_without_an_integer_grid_has_a_reason() -> None:
+    assert why_no_integer_grid(codes_of("codebook", Granularity.tensor())) == "the levels of a codebook quantizer"
+    assert why_no_integer_grid(codes_of("uniform", Granularity.group(9))) == "groups within a channel"
+
+
+def test_rescaling_multiplies_channels_and_negates_codes() -> None:
+    codes = torch.tensor([[7, -3, 120], [10, 20, -30], [1, 2, 3]], dtype=torch.int8)
+    for scale, axis in ((torch.tensor([0.5, 0.25, 2.0]), 0), (torch.tensor(0.5), None)):
+        grid = IntegerGrid(codes, scale, torch.zeros_like(scale).to(torch.int8), axis)
+        factor = torch.tensor([2.0, -3.0, 0.0], dtype=torch.float64)
+        rescaled = grid.rescaled(factor)
+        assert rescaled is not None
+        assert rescaled.axis == 0
+        assert rescaled.codes.tolist() == [[7, -3, 120], [-10, -20, 30], [0, 0, 0]]
+        assert torch.equal(rescaled.decode(), grid.decode() * factor.float()[:, None])
+        assert bool((rescaled.scale > 0).all())
+
+
+def test_rescaling_keeps_a_zero_point_that_cannot_be_centred() -> None:
+    wide = affine_grid(8, [127, 127], [[0, 255], [0, 254]])
+    rescaled = wide.rescaled(torch.tensor([1.0, 1.0]))
+    assert rescaled is not None
+    assert rescaled.zero_point.tolist() == [-1, -1]
+    assert torch.equal(rescaled.decode(), wide.decode())
+
+
+def test_the_lowest_code_cannot_be_negated_in_int8_and_another_axis_not_rescaled() -> None:
+    grid = IntegerGrid(torch.tensor([[-128], [1]], dtype=torch.int8), torch.ones(()), torch.zeros((), dtype=torch.int8), None)
+    assert grid.rescaled(torch.tensor([-1.0, 1.0])) is None
+    assert grid.rescaled(torch.tensor([1.0, -1.0])) is not None
+    along_inputs = integer_grid(codes_of("uniform", Granularity.channel(1)))
+    assert along_inputs is not None
+    assert along_inputs.rescaled(torch.ones(6)) is None
 
 
 def test_coarsening_rounds_to_the_least_scale_and_leaves_coarser_channels_alone() -> None:

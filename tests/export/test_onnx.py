@@ -320,25 +320,25 @@ def test_a_float_network_is_exported_as_it_is(tmp_path: Path) -> None:
     assert report.parity.max_abs_error < 1e-5
 
 
-class LayerScale(nn.Module):
-    """A convolution whose result is multiplied before it is quantized, as in ConvNeXt."""
+class Leaky(nn.Module):
+    """A convolution whose result is changed before it is quantized by what runtimes can merge into it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.scale, self.norm = nn.Conv2d(3, 4, 3), nn.Parameter(torch.tensor(0.37)), nn.Identity()
+        self.conv, self.act, self.norm = nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.3), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x) * self.scale)
+        return self.norm(self.act(self.conv(x)))
 
 
 def test_a_layer_that_runtimes_could_merge_with_its_quantizer_is_not_quantized_again(tmp_path: Path) -> None:
-    model = LayerScale()
+    model = Leaky()
     for module, place in ((model.conv, set_input_quantizer), (model.norm, set_output_quantizer)):
         quantizer = UniformQuantizer(8, signed=False, symmetric=False)
         quantizer.set_parameters(torch.tensor(0.02), torch.tensor(120.0))
         place(module, quantizer)
     report = write(quantized_weights(model), tmp_path / "m.onnx")
-    assert report.notes == ("computed in float, because the result is not quantized before Mul: conv",)
+    assert report.notes == ("computed in float, because the result is not quantized before LeakyRelu: conv",)
     assert report.integer is not None
     assert report.integer.conv_integer == 0
     assert report.parity.excess < 0.01

@@ -23,7 +23,7 @@ def constant_of(exported: ExportedProgram, placeholder: fx.Node) -> Tensor | Non
     if name is None:
         return None
     value = exported.state_dict.get(name, exported.constants.get(name))
-    return value if isinstance(value, Tensor) else None
+    return value.detach() if isinstance(value, Tensor) else None
 
 
 def fold_constants(exported: ExportedProgram) -> None:
@@ -55,7 +55,7 @@ def _computed(node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor | None:
     kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
     with torch.no_grad():
         value = node.target(*args, **kwargs)  # type: ignore[operator]
-    return value if isinstance(value, Tensor) else None
+    return value.detach() if isinstance(value, Tensor) else None
 
 
 def _add_constant(exported: ExportedProgram, node: fx.Node, value: Tensor) -> fx.Node:
