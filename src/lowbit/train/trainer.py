@@ -366,6 +366,7 @@ class _Session:
             raise DivergedError(f"training diverged before step {self.run.step + 1}: {problem}. {self._advice()}")
         self.state.seconds = self._seconds_before + self._saved - self._started
         random_states = gathered(torch.get_rng_state(), self.device)
+        self.state.loss_sum = self._mean(self.state.loss_sum)  # what is loaded again is the same in every process
         if self.trainer.is_main:
             average = None if self.average is None else self.average.tensors
             scaler = None if self.scaler is None else self.scaler.state_dict()
