@@ -62,12 +62,12 @@ class Net(nn.Module):
         self.c1 = nn.Conv2d(first[1], first[0], 3, padding=1, bias=False)
         self.c2 = nn.Conv2d(second[1], second[0], 3, padding=1, bias=False)
         self.b1, self.b2 = nn.BatchNorm2d(first[0]), nn.BatchNorm2d(second[0])
-        self.fc = nn.Linear(last[1], last[0])
+        self.fc, self.rectify = nn.Linear(last[1], last[0]), nn.ReLU()
         state = {name.removeprefix("net."): value for name, value in inputs.items() if name.startswith("net.")}
         self.load_state_dict(state, strict=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.b2(self.c2(self.b1(self.c1(x)).relu())).relu()
+        x = self.rectify(self.b2(self.c2(self.rectify(self.b1(self.c1(x))))))
         return self.fc(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 

@@ -3,16 +3,17 @@
 Paper: Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua 2019, "Quantization Networks", CVPR.
     Section 3.2 (Eq. 3-6, the soft and the hard function), section 3.3 (gradients, Eq. 8-10), section 3.4 (training).
 Symbols: Y -> values, s_i -> gaps, b_i -> biases, o -> offset, alpha -> output_scale, beta -> input_scale, T -> temperature.
-Deviations: gradients are the authors' program's, the true derivative. The temperature rises geometrically
-    over the run, so that it gets as steep in a short one; ``temperature`` gives the paper's schedule. Scales learn at a hundredth of the
-    weights' rate (the paper: the same, a small one). Weights and activations are trained together unless ``staged`` asks for the paper's
-    three phases; where a layer's input can be negative, activations have centred values.
+Deviations: gradients are the true derivative, as in the authors' program (Eq. 8 and 10 print another); its derivative at temperature 1
+    for binary steps is the option ``unit_backward``, with which binary activations learn badly in short runs. The temperature rises
+    geometrically over the run, so that it gets as steep in a short one; ``temperature`` gives the paper's schedule. Scales learn at a
+    hundredth of the weights' rate (the paper: the same, a small one). Weights and activations are trained together unless ``staged``
+    asks for the paper's three phases; where a layer's input can be negative, activations have centred values.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,15 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import Phase, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.train import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.train.recipe import Role
 
 LARGEST_WEIGHT_TEMPERATURE = 2000.0
+WEIGHT_SCALES, ACTIVATION_SCALES = "weight_scales", "activation_scales"  # roles of their own where phases treat them apart
 NEAR_ZERO = 0.05  # where ternary weights and binary activations step, in scaled units
 SMALLEST_SCALE = 1e-6
 _CLUSTER_STEPS, _CLUSTER_SAMPLES = 100, 20_000
@@ -46,7 +50,8 @@ class _Stairs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, output_scale, input_scale, y = ctx.saved_tensors
         owner: StairsQuantizer = ctx.owner
-        owner.squared_gradient = grad.square().sum()
+        if owner.is_weight:
+            owner.soft_gradient = grad if owner.soft_gradient is None else owner.soft_gradient + grad
         inner, outer = owner.backward_temperatures()
         slope = outer * _slope(x, input_scale, owner, inner)
         return grad * output_scale * input_scale * slope, (grad * y).sum(), (grad * output_scale * x * slope).sum(), None
@@ -84,24 +89,32 @@ class StairsQuantizer(TableQuantizer):
         is_centred: Whether the output is centred (weights); else it starts at 0.
         unit_backward: Evaluate the derivative's sigmoids at temperature 1 (the authors do for binary ones).
         is_weight: Whether the outer temperature stays in the backward pass where ``unit_backward``, and temperatures are capped.
+        is_tight: The two steps beside the value 0 lie 0.05 from it in scaled units, as in the paper, instead of where clusters meet.
     """
 
     tables = ("biases",)
 
     def __init__(
-        self, bit_width: int, values: Sequence[float], *, is_centred: bool, unit_backward: bool = False, is_weight: bool = True
+        self,
+        bit_width: int,
+        values: Sequence[float],
+        *,
+        is_centred: bool,
+        unit_backward: bool = False,
+        is_weight: bool = True,
+        is_tight: bool = False,
     ) -> None:
         super().__init__(bit_width, Granularity.tensor())
         self.values: tuple[float, ...] = tuple(values)
-        self.is_centred, self.unit_backward, self.is_weight = is_centred, unit_backward, is_weight
+        self.is_centred, self.unit_backward, self.is_weight, self.is_tight = is_centred, unit_backward, is_weight, is_tight
         self.gaps = [high - low for low, high in itertools.pairwise(values)]
         self.offset = sum(self.gaps) / 2 if is_centred else 0.0
         self.output_scale, self.input_scale = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
         self.register_buffer("temperature", torch.ones(()))
         self.temperature: Tensor
         self.biases: Tensor
-        self.is_passing = False
-        self.squared_gradient: Tensor | None = None  # of the last backward pass, at the soft values
+        self.mode: Literal["soft", "hard", "float"] = "soft"  # what training computes; hard steps get no gradient
+        self.soft_gradient: Tensor | None = None  # of weights: the loss's at the soft values, all backward passes of a step together
 
     @property
     def soft_temperature(self) -> float:
@@ -133,6 +146,10 @@ class StairsQuantizer(TableQuantizer):
             biases = torch.tensor([-NEAR_ZERO, NEAR_ZERO])
         else:
             biases = self.clustered(x)
+            if self.is_tight and 0 in self.values[1:-1]:
+                zero = self.values.index(0)
+                biases[zero - 1], biases[zero] = -NEAR_ZERO, NEAR_ZERO
+                biases = torch.cat([biases[:zero].clamp(max=-NEAR_ZERO), biases[zero:].clamp(min=NEAR_ZERO)])
         self.set_biases(biases.to(x.device))
 
     def clustered(self, x: Tensor) -> Tensor:
@@ -150,9 +167,9 @@ class StairsQuantizer(TableQuantizer):
         if torch.compiler.is_exporting() and not self.is_weight:
             marked: Tensor = fake_quantize_codebook(x.float(), *self._table())
             return marked.to(x.dtype)
-        if not (self.training and torch.is_grad_enabled()):
+        if self.mode == "hard" or not (self.training and torch.is_grad_enabled()):
             return self.encode(x).decode().to(x.dtype)
-        if self.is_passing:
+        if self.mode == "float":
             return x
         y: Tensor = _Stairs.apply(x.float(), self.output_scale, self.input_scale, self)
         return y.to(x.dtype)
@@ -258,66 +275,118 @@ class QuantizationNetworks(TrainingMethod):
         soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values. The paper: 5 for weights, 20
             with activations, at a learning rate of 0.001; 1 limits a step at 0.02 as 20 does there. ``none``: no limit.
         three_bits: Values of 3-bit weights: ``powers`` (+-1, +-2, +-4) or ``uniform`` (up to +-3).
-        staged: Train weights, then activations, then both, as in the paper, each for a third of the epochs.
+        tight_zero: Only scaled weights within 0.05 of 0 become 0, as in the paper, instead of those in the cluster around it.
+        staged: Where weights and activations are both quantized: train weights with float activations, then activations with hard
+            weights, then both, as in the paper, each for a third of the epochs and with temperatures from the start.
+        joint_learning_rate: With ``staged``, learning rate of all but the activations' scales in the last phase, as a fraction.
         unit_backward: Evaluate the derivative of binary steps at temperature 1, as the authors do.
     """
 
     quantizer_learning_rate: float = 0.01
     temperature: float | None = None
-    first_temperature: float = 5.0
+    first_temperature: float = 10.0
     final_temperature: float = 200.0
     soft_clip_norm: float | None = 1.0
     three_bits: Literal["powers", "uniform"] = "powers"
+    tight_zero: bool = False
     staged: bool = False
-    unit_backward: bool = True
+    joint_learning_rate: float = 0.1
+    unit_backward: bool = False
+
+    _in_stages = False  # whether ``staged`` applies to the network
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not self.temperature > 0:
-            raise SpecError(f"quantization_networks: temperature must be positive, got {self.temperature}")
+        for name in ("temperature", "first_temperature", "final_temperature", "soft_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SpecError(f"quantization_networks: {name} must be positive, got {value}")
+
+    def attach(self, job: QatJob) -> None:
+        super().attach(job)
+        kinds = {module.is_weight for module in job.model.modules() if isinstance(module, StairsQuantizer)}
+        self._in_stages = self.staged and len(kinds) == 2
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         unit = self.unit_backward and slot.bit_width == 1
-        return StairsQuantizer(slot.bit_width, weight_values(slot.bit_width, self.three_bits), is_centred=True, unit_backward=unit)
+        values = weight_values(slot.bit_width, self.three_bits)
+        return StairsQuantizer(slot.bit_width, values, is_centred=True, unit_backward=unit, is_tight=self.tight_zero)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         unit = self.unit_backward and slot.bit_width == 1
         values = weight_values(slot.bit_width, "uniform") if slot.is_signed else tuple(range(2**slot.bit_width))
         return StairsQuantizer(slot.bit_width, values, is_centred=slot.is_signed, unit_backward=unit, is_weight=False)
 
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+        if self._in_stages and isinstance(owner, StairsQuantizer):
+            return WEIGHT_SCALES if owner.is_weight else ACTIVATION_SCALES
+        return super().role(name, parameter, owner)
+
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        found = super().optimizers(recipe)
+        return {**found, **dict.fromkeys((WEIGHT_SCALES, ACTIVATION_SCALES), found["quantizers"])} if self._in_stages else found
+
     def phases(self, recipe: Recipe) -> list[Phase]:
         phase = super().phases(recipe)[0]
         third = recipe.epochs // 3
-        if not self.staged or not third:
+        if not self._in_stages or not third:
             return [phase]
-        names = ("weights", "activations", "both")
-        lengths = (third, third, recipe.epochs - 2 * third)
-        return [replace(phase, name=name, epochs=epochs) for name, epochs in zip(names, lengths, strict=True)]
+        every = phase.optimizers
+
+        def without(*frozen: Role) -> dict[Role, OptimizerSpec]:
+            return {role: spec for role, spec in every.items() if role not in frozen}
+
+        slower = {role: replace(spec, learning_rate=spec.learning_rate * self.joint_learning_rate) for role, spec in every.items()}
+        return [
+            replace(phase, name="weights", epochs=third, optimizers=without(ACTIVATION_SCALES)),
+            replace(phase, name="activations", epochs=third, optimizers=without("weights", WEIGHT_SCALES)),
+            replace(
+                phase,
+                name="both",
+                epochs=recipe.epochs - 2 * third,
+                optimizers={**slower, ACTIVATION_SCALES: every[ACTIVATION_SCALES]},
+            ),
+        ]
 
     def start_phase(self, run: TrainRun) -> None:
         for quantizer in self._stairs(run):
-            passes = {"weights": not quantizer.is_weight, "activations": quantizer.is_weight}
-            quantizer.is_passing = passes.get(run.phase.name, False)
+            quantizer.mode = "soft"
+            if run.phase.name == "weights" and not quantizer.is_weight:
+                quantizer.mode = "float"
+            if run.phase.name == "activations" and quantizer.is_weight:
+                quantizer.mode = "hard"
 
     def before_step(self, run: TrainRun) -> None:
         if self.temperature is not None:
-            temperature = self.temperature * (run.epochs_done + 1)
+            temperature = self.temperature * (run.epoch + 1)
         else:
-            temperature = self.first_temperature * (self.final_temperature / self.first_temperature) ** run.progress
+            temperature = self.first_temperature * (self.final_temperature / self.first_temperature) ** run.phase_progress
         for quantizer in self._stairs(run):
             quantizer.temperature.fill_(temperature)
+            quantizer.soft_gradient = None
 
     @torch.no_grad()
     def after_backward(self, run: TrainRun) -> None:
+        """Clip before the chain rule: it is linear, so that gradients behind it may be multiplied by the same factor after it."""
+        weights = [quantizer for quantizer in self._stairs(run) if quantizer.is_weight]
+        gradients = [quantizer.soft_gradient for quantizer in weights]
+        for quantizer in weights:
+            quantizer.soft_gradient = None
         if self.soft_clip_norm is None:
             return
-        squares = [p.grad.square().sum() for role, p in run.roles() if p.grad is not None and role == "others"]
-        for quantizer in self._stairs(run):
-            if quantizer.squared_gradient is not None and quantizer.is_weight:
-                squares.append(quantizer.squared_gradient)
-            quantizer.squared_gradient = None
-        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        behind = {id(parameter) for quantizer in weights for parameter in quantizer.parameters()}
+        for layer in insert.quantized_layers(run.model).values():
+            if isinstance(insert.weight_quantizer(layer), StairsQuantizer):
+                behind.add(id(insert.float_weight(layer)))
+        parameters = list(run.model.parameters())
+        gradients += [parameter.grad for parameter in parameters if id(parameter) not in behind]
+        squares = [gradient.square().sum() for gradient in gradients if gradient is not None]
+        if not squares:
+            return
+        total = torch.stack(squares).sum()
+        run.reduce_mean(total)  # soft gradients are those of this process's samples; all have to clip alike
+        norm = float(total.sqrt())
         if norm > self.soft_clip_norm:
-            for _, parameter in run.roles():
+            for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.soft_clip_norm / (norm + 1e-6))
 
