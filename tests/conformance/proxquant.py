@@ -70,12 +70,12 @@ class Net(nn.Module):
         self.conv1 = nn.Conv2d(first[1], first[0], 3, padding=1, bias=False)
         self.layer = nn.Conv2d(second[1], second[0], 3, padding=1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(first[0]), nn.BatchNorm2d(second[0])
-        self.fc = nn.Linear(last[1], last[0])
+        self.fc, self.rectify = nn.Linear(last[1], last[0]), nn.ReLU()
         state = {name.removeprefix("net."): value for name, value in inputs.items() if name.startswith("net.")}
         self.load_state_dict(state, strict=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn2(self.layer(self.bn1(self.conv1(x)).relu())).relu()
+        x = self.rectify(self.bn2(self.layer(self.rectify(self.bn1(self.conv1(x))))))
         return self.fc(torch.nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -85,19 +85,18 @@ def train_steps(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, 
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in params["quantised"]}
     for layer in layers.values():
         insert.set_weight_quantizer(layer, ProxQuantizer(bits, kind, Granularity.channel()))
-    epochs, frozen = params["epochs"], len(range(params["freeze_epoch"], params["epochs"]))
-    method = ProxQuant(reg_rate=params["reg_rate"], renew_optimizer=True)
-    method.frozen_share = torch.tensor(frozen).true_divide(epochs).item()
+    method = ProxQuant(reg_rate=params["reg_rate"], freeze_epoch=params["freeze_epoch"], renew_optimizer=True)
     optimizer = OptimizerSpec("adam", params["lr"], weight_decay=0.0, schedule="constant")
-    run = TrainRun(model, method, Classification(), Recipe(epochs, optimizer=optimizer), params["steps_per_epoch"])
+    run = TrainRun(model, method, Classification(), Recipe(params["epochs"], optimizer=optimizer), params["steps_per_epoch"])
     found: dict[str, Tensor] = {}
 
     def note(suffix: str) -> None:
         found.update({f"{name}_{suffix}": insert.float_weight(layer).detach().clone() for name, layer in layers.items()})
 
+    ended: int | None = None
     for epoch in run.each_epoch():
-        if epoch:
-            note(f"end_epoch{len(range(1, epoch))}")
+        if ended is not None:  # only now, as weights may have been quantized in between
+            note(f"end_epoch{ended}")
         for _ in range(params["steps_per_epoch"]):
             batch = run.step
             run.before_step()
@@ -109,7 +108,8 @@ def train_steps(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, 
             run.after_step()
             found[f"loss{batch}"] = loss.detach()
             note(str(batch))
-    note(f"end_epoch{len(range(1, epochs))}")
+        ended = epoch
+    note(f"end_epoch{ended}")
     return found
 
 

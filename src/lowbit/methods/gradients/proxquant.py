@@ -4,7 +4,9 @@ Paper: Bai, Wang, Liberty 2019, "ProxQuant: Quantized Neural Networks via Proxim
     Section 3.1 (algorithm 1), section 3.2 (W-shaped regularizers and their proximal maps, Eq. 6-9), section 3.3 (homotopy).
 Symbols: lambda -> strength, R -> the regularizer of each kind, theta -> the float weights.
 Deviations: the strength is spread over the user's epochs so that the whole pull is ``pull``, linearly growing; ``reg_rate`` is the authors'
-    schedule, learning rate x reg_rate x epoch. A weight of exactly 0 counts as +1 where it is stored.
+    schedule, learning rate x reg_rate x epoch. A weight of exactly 0 counts as +1 where it is stored, and so does a residual of 0 in
+    bit planes (the authors: a random sign). From the moment weights are frozen their levels are too: quantizing quantized weights
+    anew would in general move them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
+from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.qtensor import BinaryDecoder, CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -134,7 +138,8 @@ def _least_squares(weight: Tensor, planes: Tensor, alphas: Tensor, by_row: bool)
         gram, moment = torch.einsum("kij,lij->ikl", planes, planes), torch.einsum("kij,ij->ik", planes, weight)
     else:
         gram, moment = torch.einsum("kij,lij->kl", planes, planes).unsqueeze(0), torch.einsum("kij,ij->k", planes, weight).unsqueeze(0)
-        solved = torch.linalg.lstsq(gram.double(), moment.double().unsqueeze(2)).solution.squeeze(2)
+        # by the pseudo-inverse, as planes may be equal
+        solved = (torch.linalg.pinv(gram.double(), hermitian=True) @ moment.double().unsqueeze(2)).squeeze(2)
         found: Tensor = solved.to(weight.dtype)
         return found
     point = alphas
@@ -173,11 +178,11 @@ def _sums(alphas: Tensor) -> tuple[Tensor, Tensor]:
     return levels, signs[order]
 
 
-class ProxQuantizer(Quantizer):
+class ProxQuantizer(TableQuantizer):
     """Passes weights through in training; hard-quantized values in evaluation.
 
     Forward, in training: ``x``. In evaluation: ``+-1`` (``binary``), three values (``ternary``), sums of bit planes (``mean``: by the
-    alternating quantizer, ``median``: by the greedy one). Backward: 1.
+    alternating quantizer, ``median``: by the greedy one); after ``freeze`` the nearest of the levels found then. Backward: 1.
 
     Args:
         bit_width: 1 for ``binary``, 2 for ``ternary``, else the number of planes.
@@ -185,9 +190,13 @@ class ProxQuantizer(Quantizer):
         granularity: Which weights share magnitudes; binary and ternary ones are per tensor.
     """
 
+    tables = ("levels",)
+
     def __init__(self, bit_width: int, kind: Kind, granularity: Granularity) -> None:
         super().__init__(bit_width, Granularity.tensor() if kind in ("binary", "ternary") else granularity)
         self.kind: Kind = kind
+        self.levels: Tensor  # [rows, 2**bit_width] once frozen
+        self._set_table("levels", torch.empty(0))
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
@@ -196,7 +205,8 @@ class ProxQuantizer(Quantizer):
         return x if self.training else self.encode(x).decode().to(x.dtype)
 
     def proximal(self, x: Tensor, strength: float) -> Tensor:
-        """The proximal map of the regularizer, then clipped to ``[-1, 1]``."""
+        """The proximal map of the regularizer, then clipped to ``[-1, 1]``; computed in float32."""
+        dtype, x = x.dtype, x.float()
         if self.kind == "binary":
             moved = prox_binary(x, strength)
         elif self.kind == "ternary":
@@ -205,13 +215,25 @@ class ProxQuantizer(Quantizer):
             rows = self.granularity.flatten(x)
             near = prox_mean if self.kind == "mean" else prox_median
             moved = self.granularity.unflatten(near(rows, self.bit_width, strength), x.shape)
-        return moved.clamp(-1, 1)
+        return moved.clamp(-1, 1).to(dtype)
+
+    @torch.no_grad()
+    def freeze(self, x: Tensor) -> Tensor:
+        """Keep the levels of ``x`` for good; gives the quantized values, which evaluation leaves as they are."""
+        encoded = self.encode(x)
+        if isinstance(encoded.decoder, CodebookDecoder):
+            self._set_table("levels", encoded.decoder.levels)
+        return encoded.decode().to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
         values = x.detach().float()
         if self.kind == "binary":
             return QTensor((values >= 0).to(torch.uint8), BinaryDecoder(values.new_ones(()), self.granularity), 1)
+        if self.levels.numel():
+            nearest = nearest_level(self.granularity.flatten(values), self.levels)
+            codes = self.granularity.unflatten(nearest, x.shape).to(torch.uint8)
+            return QTensor(codes, CodebookDecoder(self.levels, self.granularity), self.bit_width)
         if self.kind == "ternary":
             low, high, threshold = _ternary_levels(values)
             codes = (values > -threshold).to(torch.uint8) + (values >= threshold).to(torch.uint8)
@@ -263,11 +285,12 @@ class ProxQuant(TrainingMethod):
     Attributes:
         two_bits: What 2 bits are: ``ternary``, or two bit planes (``mean`` or ``median``).
         planes: How bit planes are found: ``mean`` (alternating, squared distance) or ``median`` (greedy, absolute distance).
-        pull: The strengths of all proximal steps together: 1 moves a binary weight by 1; for ternary and ``mean`` weights what is left
+        pull: The strengths of all proximal steps together, whatever the epochs: 1 moves a binary weight by 1; for ternary and ``mean`` weights what is left
             of the distance is ``exp(-pull)``. ``none``: 1.5 and 5.
         reg_rate: The authors' schedule in its place: learning rate x ``reg_rate`` x epoch, 1e-4 in the paper's 300 epochs of
             Adam at 0.01.
         frozen_share: Share of the epochs that train the rest of the network with the quantized weights frozen.
+        freeze_epoch: Freeze after so many epochs, whatever the share.
         renew_optimizer: Start the optimizer's averages anew in every epoch, as the authors' program does.
     """
 
@@ -276,11 +299,18 @@ class ProxQuant(TrainingMethod):
     pull: float | None = None
     reg_rate: float | None = None
     frozen_share: float = 1 / 3
+    freeze_epoch: int | None = None
     renew_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.frozen_share < 1:
             raise SpecError(f"proxquant: frozen_share must be 0 to below 1, got {self.frozen_share}")
+        if self.freeze_epoch is not None and self.freeze_epoch < 1:
+            raise SpecError(f"proxquant: freeze_epoch must be at least 1, got {self.freeze_epoch}")
+        for name in ("pull", "reg_rate"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise SpecError(f"proxquant: {name} must be 0 or more, got {value}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         kind: Kind = "binary" if slot.bit_width == 1 else self.two_bits if slot.bit_width == 2 else self.planes
@@ -298,7 +328,8 @@ class ProxQuant(TrainingMethod):
 
     def phases(self, recipe: Recipe) -> list[Phase]:
         optimizers = self.optimizers(recipe)
-        frozen = round(recipe.epochs * self.frozen_share)
+        frozen = round(recipe.epochs * self.frozen_share) if self.freeze_epoch is None else max(recipe.epochs - self.freeze_epoch, 0)
+        frozen = max(min(frozen, recipe.epochs - 1), 0)
         pulling = Phase("prox", recipe.epochs - frozen, optimizers, recipe.clip_norm, self.renew_optimizer)
         rest = {role: spec for role, spec in optimizers.items() if role != DRAWN}
         return [pulling, Phase("frozen", frozen, rest, recipe.clip_norm, self.renew_optimizer)] if frozen else [pulling]
@@ -307,7 +338,7 @@ class ProxQuant(TrainingMethod):
     def start_phase(self, run: TrainRun) -> None:
         if run.phase.name == "frozen":
             for weight, quantizer in self._weights(run):
-                weight.copy_(quantizer.encode(weight).decode())
+                weight.copy_(quantizer.freeze(weight))
 
     @torch.no_grad()
     def after_step(self, run: TrainRun) -> None:
