@@ -5,6 +5,7 @@ Paper: Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan 2019, "Differentiable Soft Quantiz
 Symbols: l and u -> lower and upper, alpha -> alpha, Delta -> step, Q_S -> the soft curve, Q_H -> the forward pass.
 Deviations: the forward pass is the hard one, as in the paper's algorithm 1; ``alpha_decay`` is not given in the paper; ranges start at
     2.6 standard deviations around the mean for weights, as in the authors' later toolkit, and at the least squared error for activations.
+    ``bounds="observed"`` is the form of that toolkit: an affine grid that follows the data, and a fixed alpha.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from lowbit.errors import SpecError
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.observers import make_observer
-from lowbit.quantizers.uniform import fake_quantize
+from lowbit.quantizers.uniform import affine_parameters, fake_quantize
 from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
 from lowbit.surrogates import SoftTanh
+from lowbit.surrogates.dsq import SHARPEST, SOFTEST
 from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_WIDTH = 1e-4
 WEIGHT_SPREAD = 2.6  # standard deviations
+OBSERVER_MOMENTUM = 0.9  # of activation ranges that follow the data
+LEARNED_ALPHA, FIXED_ALPHA = 0.2, 0.4
 
 
 def soft_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, alpha: float) -> Tensor:
@@ -33,7 +38,14 @@ def soft_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, 
 
     Forward: ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``. Backward: that of ``SoftTanh``.
     """
-    return fake_quantize(x, scale, zero_point, qmin, qmax, SoftTanh(alpha).to(x.device))
+    return fake_quantize(x, scale, zero_point, qmin, qmax, SoftTanh(alpha, is_learned=False).to(x.device))
+
+
+def spread_range(rows: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+    """``mean -+ spread * std`` of each row; the std of a single value counts as its magnitude."""
+    mean = rows.mean(1)
+    half = spread * (rows.std(1) if rows.shape[1] > 1 else rows.abs().sum(1))
+    return mean - half, mean + half
 
 
 class DsqQuantizer(GridQuantizer):
@@ -47,45 +59,51 @@ class DsqQuantizer(GridQuantizer):
         spread: Start at so many standard deviations around the mean (weights); ``None``: at the range of least squared error.
         alpha: Sharpness at the start.
         alpha_decay: ``penalty`` is ``alpha_decay * alpha**2``.
+        granularity: Which elements share bounds; not with ``spans_data``.
         momentum: Use ``(1 - momentum) * running + momentum * learned`` bounds in training, the running ones in evaluation; ``None``:
             the learned bounds. The running bounds are where the learned ones started.
         spans_data: The levels span the clipped values from the least to the largest instead of the bounds.
     """
 
-    tables = ("running_lower", "running_upper")
+    tables = ("running_lower", "running_upper", "lower", "upper")
 
     def __init__(
         self,
         bit_width: int,
         *,
         spread: float | None = None,
-        alpha: float = 0.2,
+        alpha: float = LEARNED_ALPHA,
+        granularity: Granularity | None = None,
         alpha_decay: float = 0.0,
         momentum: float | None = None,
         spans_data: bool = False,
     ) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, surrogate=SoftTanh(alpha))
+        super().__init__(bit_width, 0, 2**bit_width - 1, granularity=granularity, surrogate=SoftTanh(alpha))
         self.spread, self.alpha_decay, self.momentum, self.spans_data = spread, alpha_decay, momentum, spans_data
-        self.lower, self.upper = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
+        for name in ("lower", "upper"):
+            del self._buffers[name]
+            self.register_parameter(name, nn.Parameter(torch.tensor(float("nan"))))
+        self.lower: Tensor
+        self.upper: Tensor
         self.running_lower: Tensor
         self.running_upper: Tensor
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
         if self.spread is not None:
-            half = self.spread * (values.std() if values.numel() > 1 else values.abs().sum())
-            lower, upper = values.mean() - half, values.mean() + half
+            lower, upper = spread_range(self.granularity.flatten(values), self.spread)
         else:
-            observer = make_observer("mse")
+            observer = make_observer("mse", self.granularity)
             observer.observe(values, is_all=True)
             scale, zero_point = observer.parameters(self.qmin, self.qmax, symmetric=False)
-            lower, upper = (-zero_point * scale).reshape(()), ((self.qmax - zero_point) * scale).reshape(())
-        self.set_bounds(lower, torch.where(upper - lower > SMALLEST_WIDTH, upper, lower + 1))
+            lower, upper = -zero_point * scale, (self.qmax - zero_point) * scale
+        shape = self.granularity.scale_shape(x)
+        self.set_bounds(lower.reshape(shape), torch.where(upper - lower > SMALLEST_WIDTH, upper, lower + 1).reshape(shape))
 
     def set_bounds(self, lower: Tensor, upper: Tensor) -> None:
         """Start at these bounds, learned and running."""
         for name, value in (("lower", lower), ("upper", upper)):
-            getattr(self, name).data.copy_(value)
+            self._set_table(name, value)
             self._set_table(f"running_{name}", value)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -112,14 +130,75 @@ class DsqQuantizer(GridQuantizer):
     def penalty(self) -> Tensor:
         if not (self.alpha_decay and isinstance(self.surrogate, SoftTanh)):
             return super().penalty()
-        return self.alpha_decay * self.surrogate.alpha.square()
+        return self.alpha_decay * self.surrogate.alpha.square().reshape(())
 
     @torch.no_grad()
     def project(self) -> None:
         """Keep the range from closing and the sharpness in ``0.001 .. 0.5``."""
-        self.upper.clamp_(min=float(self.lower) + SMALLEST_WIDTH)
+        self.upper.copy_(torch.maximum(self.upper, self.lower + SMALLEST_WIDTH))
         if isinstance(self.surrogate, SoftTanh):
-            self.surrogate.alpha.clamp_(1e-3, 0.5)
+            self.surrogate.alpha.clamp_(SHARPEST, SOFTEST)
+
+
+class ObservedDsqQuantizer(GridQuantizer):
+    """An affine grid with whole zero points that follows the data, and the soft gradient of fixed sharpness.
+
+    Forward: ``(clamp(round(x / scale + zero_point), 0, 2**k - 1) - zero_point) * scale``. Backward: that of ``SoftTanh`` to ``x``; scale
+    and zero point get none. Every training pass sets them: for weights from ``mean -+ 2.6 std``, for activations from moving averages
+    (0.9) of the mean over samples of each sample's least and largest value. Evaluation leaves them.
+
+    Args:
+        bit_width: 2 to 8.
+        is_weight: Which of the two.
+        granularity: Which elements share a scale.
+        alpha: Sharpness.
+    """
+
+    tables = ("scale", "zero_point", "running_lower", "running_upper")
+
+    def __init__(self, bit_width: int, *, is_weight: bool, granularity: Granularity | None = None, alpha: float = FIXED_ALPHA) -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1, granularity=granularity, surrogate=SoftTanh(alpha, is_learned=False))
+        if bit_width == 1:
+            raise SpecError("dsq: bounds=observed needs at least 2 bits, as one of its levels is always 0. Use bounds=learned for 1 bit.")
+        self.is_weight = is_weight
+        self.scale: Tensor
+        self.zero_point: Tensor
+        self.running_lower: Tensor
+        self.running_upper: Tensor
+
+    def initialize(self, x: Tensor) -> None:
+        self._follow(x.detach().float(), keep=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not torch.compiler.is_exporting():
+            self._follow(x.detach().float(), keep=0.0 if self.is_weight else OBSERVER_MOMENTUM)
+        return super().forward(x)
+
+    def grid(self, x: Tensor) -> Grid:
+        # copies, as the next pass changes the tables in place while this one's graph may still be alive
+        scale, zero_point = self.scale.clone(), self.zero_point.clone()
+        return Grid(-zero_point * scale, scale, scale, zero_point)
+
+    @torch.no_grad()
+    def _follow(self, values: Tensor, keep: float) -> None:
+        if not values.numel():
+            return
+        shape = self.granularity.scale_shape(values)
+        if self.is_weight:
+            lower, upper = spread_range(self.granularity.flatten(values), WEIGHT_SPREAD)
+        else:
+            samples = values.reshape(len(values) if values.dim() else 1, -1)
+            lower, upper = samples.amin(1).mean(), samples.amax(1).mean()
+        if keep:
+            lower, upper = keep * self.running_lower + (1 - keep) * lower, keep * self.running_upper + (1 - keep) * upper
+        scale, zero_point = affine_parameters(lower, upper, self.qmin, self.qmax, symmetric=False)
+        new = {"running_lower": lower, "running_upper": upper, "scale": scale, "zero_point": zero_point}
+        for name, value in new.items():
+            current = self.get_buffer(name)
+            if current.shape == shape:
+                current.copy_(value.reshape(shape))
+            else:
+                self._set_table(name, value.reshape(shape))
 
 
 @register(
@@ -143,26 +222,40 @@ class Dsq(TrainingMethod):
     """Learned sharpness and ranges.
 
     Attributes:
-        alpha: Sharpness at the start, 0.001 (close to the step) to 0.5.
+        alpha: Sharpness at the start, 0.001 (close to the step) to 0.5. ``none``: 0.2, or 0.4 where it is fixed.
         alpha_decay: Weight of ``alpha**2`` in the loss; the paper constrains the norm of alpha and does not say how strongly.
-        bounds: ``learned`` by gradients, or ``blended``: a tenth of the learned bound and the rest where it started.
+        bounds: ``learned`` by gradients; ``blended``: a tenth of the learned bound and the rest where it started; ``observed``: an
+            affine grid that follows the data, with a fixed alpha, 2 bits or more.
+        weight_granularity: ``per_tensor``, ``per_channel`` or ``group:SIZE``.
     """
 
     quantizer_learning_rate: float = 0.1
-    alpha: float = 0.2
+    alpha: float | None = None
     alpha_decay: float = 0.0
-    bounds: Literal["learned", "blended"] = "learned"
+    bounds: Literal["learned", "blended", "observed"] = "learned"
+    weight_granularity: str = "per_tensor"
 
     def __post_init__(self) -> None:
-        if not 1e-3 <= self.alpha <= 0.5:
-            raise SpecError(f"dsq: alpha must be 0.001 to 0.5, got {self.alpha}")
+        if self.alpha is not None and not SHARPEST <= self.alpha <= SOFTEST:
+            raise SpecError(f"dsq: alpha must be {SHARPEST} to {SOFTEST}, got {self.alpha}")
+        Granularity.parse(self.weight_granularity)
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        return self._quantizer(slot.bit_width, WEIGHT_SPREAD if slot.bit_width > 1 else 1.0)
+        granularity = Granularity.parse(self.weight_granularity, slot.channel_axis)
+        return self._quantizer(slot.bit_width, granularity, WEIGHT_SPREAD if slot.bit_width > 1 else 1.0)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return self._quantizer(slot.bit_width, None)
+        return self._quantizer(slot.bit_width, Granularity.tensor(), None)
 
-    def _quantizer(self, bit_width: int, spread: float | None) -> DsqQuantizer:
-        momentum = 0.1 if self.bounds == "blended" else None
-        return DsqQuantizer(bit_width, spread=spread, alpha=self.alpha, alpha_decay=self.alpha_decay, momentum=momentum)
+    def _quantizer(self, bit_width: int, granularity: Granularity, spread: float | None) -> Quantizer:
+        if self.bounds == "observed":
+            alpha = FIXED_ALPHA if self.alpha is None else self.alpha
+            return ObservedDsqQuantizer(bit_width, is_weight=spread is not None, granularity=granularity, alpha=alpha)
+        return DsqQuantizer(
+            bit_width,
+            spread=spread,
+            granularity=granularity,
+            alpha=LEARNED_ALPHA if self.alpha is None else self.alpha,
+            alpha_decay=self.alpha_decay,
+            momentum=0.1 if self.bounds == "blended" else None,
+        )
