@@ -44,14 +44,13 @@ def main(arguments: list[str] | None = None) -> float:
         for images, labels in batches:
             with accelerator.accumulate(model):
                 if run.next_hook == "before_step":  # the first batch of a step
-                    run.before_step(optimizer)
+                    run.before_step(optimizer)  # also clears gradients
                 loss = cross_entropy(model(images), labels) + run.penalty()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:  # the last batch of a step
                     run.after_backward()
                     optimizer.step()
                     run.after_step()
-                    optimizer.zero_grad()
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
     network = accelerator.unwrap_model(model).cpu().eval()

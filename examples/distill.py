@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> float:
     model.train()
     for epoch in range(options.epochs):
         for batch in batches:
-            optimizer.zero_grad()
-            run.before_step(optimizer)
+            run.before_step(optimizer)  # also clears gradients
             loss = run.loss(batch)  # (1 - 0.5) * cross-entropy + 0.5 * distillation + penalties
             loss.backward()
             run.after_backward()

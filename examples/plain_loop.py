@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> float:
     model.train()
     for epoch in range(options.epochs):
         for images, labels in batches:
-            optimizer.zero_grad()
-            run.before_step(optimizer)
+            run.before_step(optimizer)  # also clears gradients
             loss = run.loss((images, labels))  # or, for most methods, your loss on model(images) + run.penalty()
             loss.backward()
             run.after_backward()

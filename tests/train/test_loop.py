@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.laws.tiny_training import TRAINING, batch as tiny_batch, one_step, prepared as tiny_prepared
 from tests.train.recording import BATCHES, Recorder, network, prepared, recorded
 from torch import Tensor, nn
 
@@ -65,6 +68,36 @@ def test_a_loop_of_ones_own_gives_the_weights_of_a_run_with_the_same_optimizer()
             own.after_step()
     assert_same(values(mine), values(theirs))
     assert not torch.equal(mine[2].parametrizations.weight.original, network()[2].weight)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_method_learns_the_same_in_a_loop_of_ones_own(name: str) -> None:
+    kinds = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    recipe = Recipe(4, optimizer=OptimizerSpec(learning_rate=0.02, schedule="constant"), seed=4)
+    theirs = tiny_prepared(name).train()
+    mine = copy.deepcopy(theirs)
+
+    def batches(count: int) -> list[Batch]:
+        return [tiny_batch(index) for index in range(count)]
+
+    run = TrainRun(theirs, method_of(theirs), Classification(), recipe, 2, batches=batches)
+    for _ in run.each_epoch():
+        for _ in range(2):
+            one_step(run)
+    own = lowbit.training(mine, steps_per_epoch=2, epochs=4, recipe=recipe, batches=batches)
+    groups: dict[str, list[dict[str, object]]] = {}
+    for group in own.parameter_groups():
+        groups.setdefault(str(group["kind"]), []).append(group)
+    optimizers = [kinds[kind](found) for kind, found in groups.items()]
+    for index in range(8):
+        own.before_step(*optimizers)
+        own.loss(tiny_batch(index)).backward()
+        own.after_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        own.after_step()
+    assert_same(values(mine), values(theirs))
+    assert own.step == own.total_steps == 8
 
 
 def test_hooks_come_in_the_order_of_phases_epochs_and_steps() -> None:

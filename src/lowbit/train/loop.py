@@ -42,9 +42,10 @@ class OwnLoop(TrainRun):
                 run.after_step()
 
     Phases and epochs of the method start by themselves, counted in steps. At the start of a phase the parameters it does not train
-    are frozen (``requires_grad``; those that were frozen when the run was made stay so), and parameters that the method replaced
-    are replaced in the optimizer. Kinds of optimizers and learning rates that a method wants for later phases are not applied:
-    they are the user's. Whoever wants to follow them makes a new optimizer from ``parameter_groups`` when ``phase_index`` changes.
+    are frozen (``requires_grad``; those that were frozen when the run was made stay so), parameters that the method replaced are
+    replaced in the optimizer, and its momentum is forgotten, as the new optimizers of ``lowbit.train`` would have none. Learning
+    rates and kinds of optimizers are the user's, also where a method wants others (``kind`` and ``lr`` of ``parameter_groups``). Whoever
+    wants to follow it in later phases makes a new optimizer when ``phase_index`` changes.
 
     With gradient accumulation the three calls belong around each optimizer step, not around each backward pass. With a gradient
     scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
@@ -246,6 +247,9 @@ class OwnLoop(TrainRun):
     def _build_optimizers(self) -> None:
         self._freeze()
         self._follow_parameters()
+        for optimizer in self.optimizers:
+            for parameter in self._known.values():
+                optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
 
     def _freeze(self) -> None:
         frozen, mine = set(map(id, self._frozen)), set()
