@@ -60,12 +60,14 @@ class Everything:
 
 @pytest.mark.parametrize("step", [2, 5, 6, 10])
 def test_a_training_with_all_that_has_state_goes_on_from_any_step(step: int, tmp_path: Path) -> None:
-    whole = Everything.train()
+    whole = Everything.train(out=tmp_path / "whole")
     with pytest.raises(Killed):
-        Everything.train(out=tmp_path, save_every="1", progress=Killing(step))
-    assert_same(Everything.train(out=tmp_path, save_every="1"), whole)
-    curve = json.loads((tmp_path / "train.json").read_text())["curve"]
-    assert [(result["epoch"], result["step"]) for result in curve] == [(1, 5), (2, 10)]
+        Everything.train(out=tmp_path / "killed", save_every="1", progress=Killing(step))
+    assert_same(Everything.train(out=tmp_path / "killed", save_every="1"), whole)
+    curves = [json.loads((tmp_path / name / "train.json").read_text())["curve"] for name in ("whole", "killed")]
+    assert [(result["epoch"], result["step"]) for result in curves[0]] == [(1, 5), (2, 10)]
+    for once, again in zip(*curves, strict=True):
+        assert (once["loss"], once["metric"], once["learning_rate"]) == (again["loss"], again["metric"], again["learning_rate"])
 
 
 def test_an_epoch_that_was_interrupted_in_its_evaluation_is_evaluated_again(tmp_path: Path) -> None:
@@ -221,6 +223,10 @@ class Growing(Lsq):
         if run.phase.name == "end":
             with torch.no_grad():
                 insert.float_weight(layer).mul_(self.chosen["gain"])  # type: ignore[arg-type]
+
+    def after_step(self, run: TrainRun) -> None:
+        with torch.no_grad():
+            run.model[-1].bias.add_(0.01 * torch.randn(3, generator=run.generator))  # type: ignore[index]
 
 
 @pytest.mark.parametrize("step", [3, 7, 15])

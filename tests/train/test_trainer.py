@@ -30,7 +30,8 @@ from lowbit.models import load_default
 from lowbit.progress import Progress
 from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.train.averaging import WeightAverage
-from lowbit.train.feed import Augmentation, BatchFeed, DatasetFeed, evaluation_batches, make_feed
+from lowbit.train.checkpoint import Checkpoints
+from lowbit.train.feed import Augmentation, BatchFeed, DatasetFeed, evaluation_batches, make_feed, seeded
 from lowbit.train.trainer import Trainer
 from lowbit.workfolder import LOCK, only_run_in
 
@@ -226,6 +227,20 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_layer_and_keeps_the_la
     tensors, facts = read_tensors(tmp_path / ".work" / "last.safetensors")
     assert facts["position"]["step"] == 5  # type: ignore[index]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Spoiling(Recorder):
+        def after_step(self, run: TrainRun) -> None:
+            if run.step == 2:
+                run.model[2].bias.data.fill_(torch.inf)  # type: ignore[index]
+
+    model, method = recorded(base=Spoiling)
+    run = TrainRun(model, method, Classification(), Recipe(epochs=1, batch_size=8), 4)
+    feed = make_feed((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe)
+    with pytest.raises(DivergedError, match=r"before step 4: '2\.bias' \(Linear\) holds NaN or infinity"):
+        Trainer(save_every="1").fit(run, feed, checkpoints=Checkpoints(tmp_path))
+    assert read_tensors(tmp_path / "last.safetensors")[1]["position"]["step"] == 2  # type: ignore[index]
 
 
 def test_a_gradient_that_is_not_finite_is_found_before_it_reaches_the_weights(tmp_path: Path) -> None:
@@ -435,8 +450,6 @@ def test_augmentation_shifts_in_black_and_depends_on_seed_epoch_and_step_alone()
 
 
 def _order(feed: Any) -> Tensor:
-    from lowbit.train.feed import seeded
-
     return torch.randperm(20, generator=seeded(0, 0)).tensor_split(feed.steps)[0]
 
 
