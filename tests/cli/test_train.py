@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from lowbit.cli import app
+from lowbit.cli.train_recipe import TrainRecipe
+from lowbit.errors import SpecError, UnknownNameError
+from lowbit.export.load import load
+from lowbit.files import read_tensors
+from lowbit.measure import measure_accuracy
+from lowbit.models import default_weights, load_default
+from lowbit.spec import BitPolicy
+from lowbit.train import OptimizerSpec, Recipe
+
+ONLY_TRAIN = ["--no-onnx", "--no-packed", "--no-tensorboard"]
+SHORT = ["--epochs", "1", *ONLY_TRAIN]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def fails(*arguments: str | Path) -> str:
+    """What a command that is refused says: one message, no traceback, exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output and "error:" in result.output
+    return " ".join(result.output.split())
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = read_tensors(out / ".work" / "last.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
+def small(num_classes: int = 4, in_channels: int = 3) -> nn.Module:
+    """A network for pictures of any size."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(in_channels, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers, nn.Linear(8, num_classes))
+
+
+MODEL = f"{Path(__file__)}:small"
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``lowbit train`` writes when nothing is named, for fewer epochs."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = run("--epochs", "3", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.output.strip().splitlines()[-1] == f"report: {out / 'report.html'}"
+    return out
+
+
+def test_the_embedded_network_is_trained_at_four_bits_and_checked(trained_folder: Path) -> None:
+    names = {path.name for path in trained_folder.iterdir()}
+    assert names >= {"report.json", "report.html", "policy.yaml", "model.lowbit", "model.onnx", "train.json", "train.csv", ".work"}
+    assert {path.name for path in (trained_folder / ".work").iterdir()} == {"best.safetensors", "done", "last.safetensors", "run.json"}
+    report = json.loads((trained_folder / "report.json").read_text())
+    assert (report["method"], report["weight_bits"], report["activation_bits"], report["seed"]) == ("lsq", 4, 4, 0)
+    assert report["float"]["accuracy"] > 0.98 and report["quantized"]["accuracy"] > 0.97
+    assert report["quantized"]["agreement"] > 0.97
+    assert report["parity"]["packed"]["passed"] is True and report["parity"]["onnx"]["passed"] is True
+    assert report["size_bytes"]["packed"] == (trained_folder / "model.lowbit").stat().st_size
+    curve = report["training"]["curve"]
+    assert [result["epoch"] for result in curve] == [1, 2, 3]
+    assert curve[-1]["metric"] == report["quantized"]["accuracy"]
+    assert report["training"]["metric"] == "accuracy" and report["training"]["recipe"]["epochs"] == 3
+    assert curve == json.loads((trained_folder / "train.json").read_text())["curve"]
+    page = (trained_folder / "report.html").read_text()
+    assert "<h2>Training</h2>" in page and "Training loss" in page and "Test accuracy" in page
+    assert f"epoch 3 (train), test accuracy: {curve[-1]['metric']:.3g}" in page
+
+
+def test_the_packed_file_computes_what_was_trained(trained_folder: Path) -> None:
+    from lowbit.data import load_data, loader
+
+    report = json.loads((trained_folder / "report.json").read_text())
+    accuracy = measure_accuracy(load(trained_folder / "model.lowbit"), loader(load_data("digits", split="test"), 100))
+    assert accuracy.top1 == pytest.approx(report["quantized"]["accuracy"], abs=0.002)
+
+
+def test_a_finished_training_is_not_repeated_and_its_files_are_written_again(trained_folder: Path) -> None:
+    before = weights(trained_folder)
+    (trained_folder / "report.json").unlink()
+    result = run("--epochs", "3", "--out", trained_folder, *ONLY_TRAIN)
+    assert result.exit_code == 0, result.output
+    assert "epoch 1/3" not in result.output
+    assert (trained_folder / "report.json").exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trained_folder).items())
+    report = json.loads((trained_folder / "report.json").read_text())
+    assert any("model.onnx" in note and "not of this run" in note for note in report["notes"])
+
+
+def test_the_printed_recipe_gives_itself_back_and_options_override_it(tmp_path: Path) -> None:
+    arguments = [
+        "--data",
+        "fashion-mnist",
+        "--model",
+        "resnet20",
+        "--method",
+        "ewgs",
+        "-w",
+        "2",
+        "-a",
+        "2",
+        "--epochs",
+        "7",
+        "--lr",
+        "0.05",
+    ]
+    arguments += ["--optimizer", "adamw", "--weight-decay", "0", "--keep", "fc", "--model-option", "width=8", "--label-smoothing", "0.1"]
+    arguments += ["--teacher", "self", "--average-weights", "0.99", "--clip-norm", "2", "--precision", "bf16", "--select", "best"]
+    printed = run(*arguments, "--print-config")
+    assert printed.exit_code == 0, printed.output
+    path = tmp_path / "recipe.yaml"
+    path.write_text(printed.output)
+    assert run(path, "--print-config").output == printed.output
+    content = yaml.safe_load(printed.output)
+    assert (content["method"], content["weight_bits"], content["model_options"], content["keep"]) == ("ewgs", 2, {"width": 8}, ["fc"])
+    assert content["optimizer"] | {"kind": "adamw", "learning_rate": 0.05, "weight_decay": 0.0} == content["optimizer"]
+
+    changed = yaml.safe_load(run(path, "--lr", "0.01", "-w", "3", "--print-config").output)
+    assert changed["optimizer"] == content["optimizer"] | {"learning_rate": 0.01}
+    assert changed["weight_bits"] == 3
+    asked = TrainRecipe.from_yaml(path)
+    assert asked.recipe == Recipe(7, 128, OptimizerSpec("adamw", 0.05, weight_decay=0.0), 2.0, 0.1, average_weights=0.99)
+
+
+def test_every_setting_of_a_recipe_is_read_back(tmp_path: Path) -> None:
+    policy = BitPolicy.uniform(3, None).keep_float("fc")
+    asked = TrainRecipe().changed(
+        {"policy": policy.to_dict(), "options": {"quantizer_learning_rate": 0.5}, "preprocess": {"size": 32, "grey": True}, "seed": 5,
+         "teacher_options": {"width": 4}, "only": None, "augment": "crop", "optimizer": {"schedule": "step", "milestones": [0.2, 0.9]}},
+        "here",
+    )  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(asked.to_yaml())
+    assert TrainRecipe.from_yaml(path) == asked
+    assert asked.bit_policy() == policy
+
+
+def test_bits_that_are_not_given_are_four_or_what_the_method_supports() -> None:
+    assert TrainRecipe().bit_policy() == BitPolicy.uniform(4, 4)
+    assert TrainRecipe(method="xnor_net").bit_policy() == BitPolicy.uniform(1, 1)
+    assert TrainRecipe(method="twn").bit_policy() == BitPolicy.uniform(2, None)
+    assert TrainRecipe(weight_bits=2, first_last_bits="same").bit_policy() == BitPolicy.uniform(2, 4, first_last=None)
+    assert TrainRecipe(activation_bits="float").bit_policy() == BitPolicy.uniform(4, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "told"),
+    [
+        ("epoch: 3", UnknownNameError, "Did you mean 'epochs'"),
+        ("optimizer: {lr: 1}", UnknownNameError, "entry of optimizer"),
+        ("optimizer: adam", SpecError, "learning_rate: 0.02"),
+        ("epochs: many", SpecError, "epochs must be int, got 'many'"),
+        ("weight_bits: 9", SpecError, "weight_bits: bit_width must be"),
+        ("augment: cut", SpecError, "augment must be one of"),
+        ("keep: fc", SpecError, "keep must be a list"),
+        ("options: 3", SpecError, "options must hold names and values"),
+        ("- a", SpecError, "expected names and values"),
+        ("a: [", SpecError, "cannot be read as a recipe"),
+        ("policy: {default: {weight: 4}}\nweight_bits: 3", SpecError, "leave out weight_bits"),
+        ("method: brecq", SpecError, "brecq' is a post_training method. To train use one of"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_place(content: str, error: type[Exception], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(error, match=re.escape(told)):
+        TrainRecipe.from_yaml(path).bit_policy()
+    assert told in fails(path, "--out", tmp_path / "out") or told in fails(path, "--out", tmp_path / "out").replace("  ", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_layers_phases_and_data_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("--model", "resnet8", "--data", "digits", "-w", "2", "--epochs", "4", "--out", out, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"layer1.0.conv1 +conv2d +2 +4", result.output)
+    assert "phases: train 4 epochs" in result.output
+    assert "training: 1197 samples of digits" in result.output
+    assert "starts from random weights" in result.output
+    assert not out.exists()
+
+
+def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    assert "Did you mean 'lsq'" in fails("--method", "lqs", *out)
+    assert "Did you mean 'quantizer_weight_decay'" in fails("--option", "quantizer_weight_decy=1", *out)
+    assert "unknown surrogate" in fails("--surrogate", "nothing", *out)
+    assert "expected a time such as 300s" in fails("--save-every", "often", *out)
+    assert "there is no data to train resnet8 on" in fails("--model", "resnet8", *out)
+    assert "has random weights" in fails("--teacher", "resnet8", *out)
+    assert "belong to a teacher" in fails("--teacher-weights", "x.safetensors", *out)
+    assert "there is no such file" in fails("--model", "digits", "--init", tmp_path / "no.safetensors", *out)
+    assert "precision must be one of" in fails("--precision", "12", *out)
+    assert "fp16 needs a GPU" in fails("--precision", "fp16", "--device", "cpu", *out)
+    assert "epochs must be 1 or more" in fails("--epochs", "0", *out)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_teacher_may_be_the_network_itself_or_a_file_of_weights(tmp_path: Path) -> None:
+    for name, teacher in (("self", "self"), ("file", str(default_weights()))):
+        result = run("--teacher", teacher, "--distillation", "1", "--out", tmp_path / name, *SHORT)
+        assert result.exit_code == 0, result.output
+    first, second = (weights(tmp_path / name) for name in ("self", "file"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    plain = run("--out", tmp_path / "plain", *SHORT)
+    assert plain.exit_code == 0
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path / "plain").items())
+
+
+def test_training_starts_from_the_weights_that_are_given(tmp_path: Path) -> None:
+    state = {name: tensor + 0.01 if name == "fc.bias" else tensor for name, tensor in load_default().state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "float.safetensors")
+    command = ["--lr", "0", "--weight-decay", "0", *SHORT]
+    assert run("--model", "digits", "--init", tmp_path / "float.safetensors", "--out", tmp_path / "out", *command).exit_code == 0
+    found = weights(tmp_path / "out")
+    bias = next(tensor for name, tensor in found.items() if name.endswith("fc.bias"))
+    assert torch.equal(bias, load_file(tmp_path / "float.safetensors")["fc.bias"])
+
+
+def pictures(folder: Path, classes: int = 4, per_class: int = 6) -> None:
+    generator = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for label in range(classes):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for index in range(per_class):
+                pixels = (generator.random((20, 24, 3)) * 60 + 45 * label).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.png")
+
+
+def test_a_folder_of_pictures_is_trained_on_and_broken_ones_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    pictures(folder)
+    broken = folder / "train" / "class1" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    command = ["--model", MODEL, "--data", folder, "--preprocess", "size=16", "--batch-size", "8", *SHORT]
+    result = run(*command, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1 pictures of" in result.output and "are left out" in " ".join(result.output.split())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("cannot be decoded and are left out" in note for note in report["notes"])
+    assert report["samples"] == 24
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["data"]["samples"] == 23
+    assert "0.png" in fails(*command, "--strict", "--out", tmp_path / "strict")
+
+
+def test_labels_beyond_the_outputs_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    pictures(folder, classes=5, per_class=2)
+    told = fails("--model", MODEL, "--data", folder, "--preprocess", "size=16", "--out", tmp_path / "out", *SHORT)
+    assert re.search(r"the data has the label 4, but the network has 4 outputs", told)
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def test_samples_without_a_test_part_are_told_apart(tmp_path: Path) -> None:
+    labels = np.arange(16) % 4
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).random((16, 3, 8, 8)).astype(np.float32), labels=labels)
+    result = run("--model", MODEL, "--data", tmp_path / "data.npz", "--batch-size", "8", "--out", tmp_path / "out", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "has no test part: accuracy is measured on the training samples" in " ".join(result.output.split())
+    np.savez(tmp_path / "unlabelled.npz", images=np.zeros((4, 3, 8, 8), np.float32))
+    assert "there are no labels to train with" in fails("--model", MODEL, "--data", tmp_path / "unlabelled.npz", *SHORT)
+
+
+def test_weights_that_become_infinite_are_an_error_that_names_the_layer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = fails("--lr", "1e30", "--out", out, *ONLY_TRAIN)
+    assert re.search(r"training diverged at step \d+: .*lower learning rate", told)
+    assert re.search(r"'[\w.]+' \(\w+\)", told)
+
+
+class Live:
+    """A ``lowbit train`` in a process of its own."""
+
+    def __init__(self, out: Path, *arguments: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.arguments = ["--epochs", "6", "--batch-size", "16", "--save-every", "5", "--out", str(out), *ONLY_TRAIN, *arguments]
+        self.out = out
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lowbit", "train", *self.arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_steps(self, count: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            path = self.out / ".work" / "last.safetensors"
+            if path.exists() and read_tensors(path)[1]["position"]["step"] >= count:  # type: ignore[index]
+                return
+            time.sleep(0.02)
+        self.process.kill()
+        raise AssertionError(self.process.communicate()[0])
+
+    def end(self) -> str:
+        return self.process.communicate(timeout=120)[0]
+
+
+def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    live = Live(out)
+    live.wait_for_steps(20)
+    assert "another run" in fails("--epochs", "6", "--batch-size", "16", "--out", out, *ONLY_TRAIN)
+    live.process.send_signal(signal.SIGKILL)
+    live.end()
+    assert live.process.returncode == -signal.SIGKILL
+    assert (out / ".lock").exists()  # a dead process cannot remove it
+
+    live = Live(out)
+    live.wait_for_steps(60)
+    live.process.send_signal(signal.SIGTERM)
+    told = " ".join(live.end().split())
+    assert live.process.returncode == 143, told
+    assert "going on with the run" in told
+    assert "stopped by SIGTERM after step" in told and "Go on with: lowbit train --epochs 6" in told and told.endswith("--resume")
+    assert "Traceback" not in told
+    assert not (out / ".lock").exists()
+    stopped = read_tensors(out / ".work" / "last.safetensors")[1]["position"]["step"]  # type: ignore[index]
+    assert 60 <= stopped < 6 * 75
+
+    quick = ["--epochs", "6", "--batch-size", "16", *ONLY_TRAIN]
+    done = [run(*quick, "--out", folder) for folder in (out, tmp_path / "whole")]
+    assert [result.exit_code for result in done] == [0, 0], done[0].output
+    first, second = (weights(folder) for folder in (out, tmp_path / "whole"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].nan_to_num(7.0), second[name].nan_to_num(7.0)) for name in first)
+
+
+def test_a_stopped_run_with_other_settings_is_not_deleted_by_train_or_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert run("--out", out, *SHORT).exit_code == 0
+    (out / ".work" / "done").unlink()  # as if it had been stopped
+    assert "epochs: 1, now 2" in fails("--out", out, "--epochs", "2", *ONLY_TRAIN)
+    quantize = CliRunner().invoke(app, ["quantize", "--method", "round_to_nearest", "--calibration-samples", "32", "--out", str(out)])
+    assert quantize.exit_code == 2 and "holds a stopped run with other settings" in " ".join(quantize.output.split())
+    assert (out / ".work" / "last.safetensors").exists()
+    assert run("--out", out, "--fresh", *SHORT).exit_code == 0
