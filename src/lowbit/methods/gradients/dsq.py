@@ -42,9 +42,9 @@ def soft_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, 
 
 
 def spread_range(rows: Tensor, spread: float) -> tuple[Tensor, Tensor]:
-    """``mean -+ spread * std`` of each row; the std of a single value counts as its magnitude."""
+    """``mean -+ spread * std`` of each row; a single value has no spread."""
     mean = rows.mean(1)
-    half = spread * (rows.std(1) if rows.shape[1] > 1 else rows.abs().sum(1))
+    half = spread * rows.std(1) if rows.shape[1] > 1 else torch.zeros_like(mean)
     return mean - half, mean + half
 
 

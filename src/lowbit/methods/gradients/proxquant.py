@@ -11,6 +11,7 @@ Deviations: the strength is spread over the user's epochs so that the whole pull
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -285,8 +286,8 @@ class ProxQuant(TrainingMethod):
     Attributes:
         two_bits: What 2 bits are: ``ternary``, or two bit planes (``mean`` or ``median``).
         planes: How bit planes are found: ``mean`` (alternating, squared distance) or ``median`` (greedy, absolute distance).
-        pull: The strengths of all proximal steps together, whatever the epochs: 1 moves a binary weight by 1; for ternary and ``mean`` weights what is left
-            of the distance is ``exp(-pull)``. ``none``: 1.5 and 5.
+        pull: What all proximal steps do together, whatever the epochs: 1 moves a binary or ``median`` weight by 1; of the distance of a
+            ternary or ``mean`` weight ``exp(-pull)`` is left. ``none``: 1.5 and 5.
         reg_rate: The authors' schedule in its place: learning rate x ``reg_rate`` x epoch, 1e-4 in the paper's 300 epochs of
             Adam at 0.01.
         frozen_share: Share of the epochs that train the rest of the network with the quantized weights frozen.
@@ -309,8 +310,8 @@ class ProxQuant(TrainingMethod):
             raise SpecError(f"proxquant: freeze_epoch must be at least 1, got {self.freeze_epoch}")
         for name in ("pull", "reg_rate"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise SpecError(f"proxquant: {name} must be 0 or more, got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                raise SpecError(f"proxquant: {name} must be 0 or more and finite, got {value}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         kind: Kind = "binary" if slot.bit_width == 1 else self.two_bits if slot.bit_width == 2 else self.planes
@@ -347,12 +348,17 @@ class ProxQuant(TrainingMethod):
                 weight.copy_(quantizer.proximal(weight, self.strength(run, quantizer.kind)))
 
     def strength(self, run: TrainRun, kind: Kind) -> float:
-        """The strength of the present step's proximal map."""
+        """The strength of the present step's proximal map: ``k / (1 + .. + n)`` of the whole pull in the ``k``-th of ``n`` steps.
+
+        Maps of the squared distance leave ``1 / (1 + strength)`` of it, so that ``exp(share) - 1`` makes shares add up.
+        """
         if self.reg_rate is not None:
             return run.learning_rate * self.reg_rate * run.epochs_done
         steps = max(run.phase.epochs * run.steps_per_epoch, 1)
-        pull = self.pull if self.pull is not None else 1.5 if kind in ("binary", "median") else 5.0
-        return pull * 2 * (run.step + 1) / (steps * (steps + 1))
+        is_absolute = kind in ("binary", "median")
+        pull = self.pull if self.pull is not None else 1.5 if is_absolute else 5.0
+        share = pull * 2 * (run.step + 1) / (steps * (steps + 1))
+        return share if is_absolute else math.expm1(min(share, 50.0))  # nothing is left
 
     @staticmethod
     def _weights(run: TrainRun) -> list[tuple[Tensor, ProxQuantizer]]:
