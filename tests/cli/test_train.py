@@ -330,14 +330,17 @@ def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path
     out = tmp_path / "out"
     live = Live(out)
     live.wait_for_steps(20)
+    live.process.send_signal(signal.SIGSTOP)
     assert "another run" in fails("--epochs", "6", "--batch-size", "16", "--out", out, *ONLY_TRAIN)
     live.process.send_signal(signal.SIGKILL)
     live.end()
     assert live.process.returncode == -signal.SIGKILL
     assert (out / ".lock").exists()  # a dead process cannot remove it
 
+    killed_at = read_tensors(out / ".work" / "last.safetensors")[1]["position"]["step"]  # type: ignore[index]
+
     live = Live(out)
-    live.wait_for_steps(60)
+    live.wait_for_steps(killed_at + 20)
     live.process.send_signal(signal.SIGTERM)
     told = " ".join(live.end().split())
     assert live.process.returncode == 143, told
@@ -346,7 +349,7 @@ def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path
     assert "Traceback" not in told
     assert not (out / ".lock").exists()
     stopped = read_tensors(out / ".work" / "last.safetensors")[1]["position"]["step"]  # type: ignore[index]
-    assert 60 <= stopped < 6 * 75
+    assert killed_at + 20 <= stopped < 6 * 75
 
     quick = ["--epochs", "6", "--batch-size", "16", *ONLY_TRAIN]
     done = [run(*quick, "--out", folder) for folder in (out, tmp_path / "whole")]
