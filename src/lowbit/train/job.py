@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import LayerError, LowbitError
 from lowbit.network import insert
+from lowbit.network.graph import Dataflow
 from lowbit.network.job import NetworkJob
 from lowbit.network.layers import evaluating, output_channel_axis
-from lowbit.network.placement import place_at_layers
+from lowbit.network.placement import Site, place_at_layers, place_at_tensors
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.spec import Granularity, Position
 
@@ -85,9 +87,54 @@ class QatJob(NetworkJob):
                 except LowbitError as error:
                     raise LayerError(f"layer {name!r} ({type(layer).__name__}): {error}") from error
 
+        self._run_in_training_mode([layer.register_forward_pre_hook(before, prepend=True) for layer in pending.values()])
+        for layer in pending.values():
+            quantizer = insert.weight_quantizer(layer)
+            if quantizer is not None:
+                quantizer.initialize(insert.float_weight(layer).detach())
+
+    def quantize_merges(self, dataflow: Dataflow, bit_width: int) -> None:
+        """Quantize what meets in sums and concatenations, their results, and what is pooled, on learned-scale grids.
+
+        A runtime computes a layer in integers only where its result is quantized; with quantizers at the inputs of layers alone, those
+        that end in a residual sum are computed in float. Initialized from the sample, each seeing what those before it give.
+
+        Args:
+            dataflow: Of the network before quantizers were inserted.
+            bit_width: Of all these tensors.
+        """
+        modules = dict(self.model.named_modules())
+        placements = [p for p in place_at_tensors(dataflow, {}) if all(site.module in modules for site in p.sites)]
+        for placement in placements:
+            self.place(
+                replace(placement, bit_width=bit_width), LearnedScaleQuantizer(bit_width, signed=False, learn_offset=True, is_batched=True)
+            )
+        pending = {id(site): site for placement in placements for site in placement.sites}
+        initialized: set[Quantizer] = set()
+
+        def setting_up(site: Site) -> Callable[..., None]:
+            def set_up(module: nn.Module, args: tuple[Any, ...], output: object = None) -> None:
+                quantizer = insert.input_quantizer(module) if site.side == "input" else insert.output_quantizer(module)
+                value = next((x for x in args if isinstance(x, Tensor)), None) if site.side == "input" else output
+                if quantizer is not None and quantizer not in initialized and isinstance(value, Tensor):
+                    initialized.add(quantizer)
+                    quantizer.initialize(value)
+
+            return set_up
+
+        handles = [
+            modules[site.module].register_forward_pre_hook(setting_up(site), prepend=True)
+            if site.side == "input"
+            else modules[site.module].register_forward_hook(setting_up(site), prepend=True)
+            for site in pending.values()
+        ]
+        self._run_in_training_mode(handles)
+        self.table.note(f"sums, concatenations and what is pooled: {bit_width} bits at {len(placements)} places")
+
+    def _run_in_training_mode(self, handles: Sequence[RemovableHandle]) -> None:
+        """Run the sample once with hooks, which are removed; training flags and the statistics of norms are as before."""
         saved = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         was_training = {module: module.training for module in self.model.modules()}
-        handles = [layer.register_forward_pre_hook(before, prepend=True) for layer in pending.values()]
         try:
             self.model.train()
             with torch.no_grad():
@@ -101,10 +148,6 @@ class QatJob(NetworkJob):
         for name, buffer in self.model.named_buffers():
             if name.rpartition(".")[0] in norms:
                 buffer.copy_(saved[name])
-        for layer in pending.values():
-            quantizer = insert.weight_quantizer(layer)
-            if quantizer is not None:
-                quantizer.initialize(insert.float_weight(layer).detach())
 
     def is_excepted(self, name: str) -> bool:
         """Whether the policy's exception for the first and the last layer applies to it."""

@@ -10,12 +10,13 @@ from torch import nn
 
 from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
+from lowbit.network.graph import capture
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.options import build_method
 from lowbit.quantizers import Quantizer
 from lowbit.registry import get_method, list_methods
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, check_bit_width
 from lowbit.surrogates import make_surrogate
 from lowbit.train.job import QatJob
 from lowbit.train.method import TrainingMethod
@@ -32,6 +33,7 @@ def prepare(
     sample: object,
     policy: BitPolicy | None = None,
     surrogate: str | None = None,
+    merge_bits: int | None = None,
     seed: int = 0,
     **options: object,
 ) -> nn.Module:
@@ -46,6 +48,9 @@ def prepare(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
             in the first and last layer.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
+        merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
+            nothing); ``None`` leaves them in float, as the papers do. With them an exported residual network runs in integers from
+            end to end, which is several times faster. Needs a network that can be exported.
         seed: Makes the result reproducible.
         **options: The method's hyper-parameters.
 
@@ -57,6 +62,7 @@ def prepare(
         SpecError: Bits, policy or an option out of range, or a surrogate that the method cannot use.
         CalibrationError: A sample that does not fit the network.
         LayerError: Nothing to quantize, or a layer that cannot be.
+        GraphError: ``merge_bits`` for a network that cannot be exported.
     """
     info = get_method(method)
     if info.kind != "training":
@@ -70,13 +76,18 @@ def prepare(
         torch.manual_seed(seed)
         job = QatJob(model=copy.deepcopy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
         check_method_bits(info, policy, job)
+        dataflow = None if merge_bits is None else capture(job.model, job.sample)
         chosen.attach(job)
+        if merge_bits is not None and dataflow is not None:
+            job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
         if surrogate is not None:
             set_surrogate(job.model, surrogate, method)
         table = job.finish()
     used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     if surrogate is not None:
         used["surrogate"] = surrogate
+    if merge_bits is not None:
+        used["merge_bits"] = merge_bits
     attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
     setattr(job.model, _ATTRIBUTE, chosen)
     return job.model

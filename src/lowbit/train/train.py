@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,6 +64,7 @@ def train(
     out: Path | str | None = None,
     policy: BitPolicy | None = None,
     surrogate: str | None = None,
+    merge_bits: int | None = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -94,6 +96,7 @@ def train(
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``.
         surrogate: Gradient surrogate to use in place of the method's.
+        merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets.
         task: Loss and metric. Default: classification.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
@@ -147,6 +150,7 @@ def train(
         recipe=recipe,
         out=None if out is None else Path(out),
         surrogate=surrogate,
+        merge_bits=merge_bits,
         teacher=teacher,
         task=task,
         augment=augment,
@@ -170,6 +174,7 @@ def train_network(
     test_data: object = None,
     out: Path | None = None,
     surrogate: str | None = None,
+    merge_bits: int | None = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -200,8 +205,9 @@ def train_network(
         sample=inputs.to("cpu"),
         policy=policy,
         surrogate=surrogate,
+        merge_bits=merge_bits,
         seed=recipe.seed,
-        **(options or {}),
+        **cast(dict[str, Any], options or {}),
     )
     task = task or Classification(recipe.label_smoothing, recipe.temperature)
     run = TrainRun(
