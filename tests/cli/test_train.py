@@ -155,7 +155,7 @@ def test_every_setting_of_a_recipe_is_read_back(tmp_path: Path) -> None:
     policy = BitPolicy.uniform(3, None).keep_float("fc")
     asked = TrainRecipe().changed(
         {"policy": policy.to_dict(), "options": {"quantizer_learning_rate": 0.5}, "preprocess": {"size": 32, "grey": True}, "seed": 5,
-         "teacher_options": {"width": 4}, "only": None, "augment": "crop", "optimizer": {"schedule": "step", "milestones": [0.2, 0.9]}},
+         "teacher_options": {"width": 4}, "only": None, "merge_bits": 8, "augment": "crop", "optimizer": {"schedule": "step", "milestones": [0.2, 0.9]}},
         "here",
     )  # fmt: skip
     path = tmp_path / "recipe.yaml"
@@ -302,7 +302,7 @@ class Live:
 
     def __init__(self, out: Path, *arguments: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.arguments = ["--epochs", "6", "--batch-size", "16", "--save-every", "5", "--out", str(out), *ONLY_TRAIN, *arguments]
+        self.arguments = ["--epochs", "4", "--batch-size", "16", "--save-every", "5", "--out", str(out), *ONLY_TRAIN, *arguments]
         self.out = out
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lowbit", "train", *self.arguments],
@@ -331,7 +331,7 @@ def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path
     live = Live(out)
     live.wait_for_steps(20)
     live.process.send_signal(signal.SIGSTOP)
-    assert "another run" in fails("--epochs", "6", "--batch-size", "16", "--out", out, *ONLY_TRAIN)
+    assert "another run" in fails("--epochs", "4", "--batch-size", "16", "--out", out, *ONLY_TRAIN)
     live.process.send_signal(signal.SIGKILL)
     live.end()
     assert live.process.returncode == -signal.SIGKILL
@@ -345,13 +345,13 @@ def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path
     told = " ".join(live.end().split())
     assert live.process.returncode == 143, told
     assert "going on with the run" in told
-    assert "stopped by SIGTERM after step" in told and "Go on with: lowbit train --epochs 6" in told and told.endswith("--resume")
+    assert "stopped by SIGTERM after step" in told and "Go on with: lowbit train --epochs 4" in told and told.endswith("--resume")
     assert "Traceback" not in told
     assert not (out / ".lock").exists()
     stopped = read_tensors(out / ".work" / "last.safetensors")[1]["position"]["step"]  # type: ignore[index]
-    assert killed_at + 20 <= stopped < 6 * 75
+    assert killed_at + 20 <= stopped < 4 * 75
 
-    quick = ["--epochs", "6", "--batch-size", "16", *ONLY_TRAIN]
+    quick = ["--epochs", "4", "--batch-size", "16", *ONLY_TRAIN]
     done = [run(*quick, "--out", folder) for folder in (out, tmp_path / "whole")]
     assert [result.exit_code for result in done] == [0, 0], done[0].output
     first, second = (weights(folder) for folder in (out, tmp_path / "whole"))

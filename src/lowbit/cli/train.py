@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from lowbit.models import BUILT_IN
 from lowbit.network.record import record_of
 from lowbit.options import build_method
 from lowbit.progress import Progress
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, parse_bits
 from lowbit.surrogates import make_surrogate
 from lowbit.train import TrainingMethod
 from lowbit.train.feed import evaluation_batches
@@ -107,6 +108,14 @@ def train(
     ] = None,
     first_last_bits: shared.FirstLastBits = None,
     policy: shared.Policy = None,
+    merge_bits: Annotated[
+        str | None,
+        option(
+            shared.BITS,
+            "Bits of residual sums, concatenations and what is pooled, so that whole networks run in integers. Default: float, as in the papers.",
+            "--merge-bits",
+        ),
+    ] = None,
     keep: shared.Keep = None,
     only: shared.Only = None,
     teacher: Annotated[
@@ -234,6 +243,7 @@ def train(
         "preprocess": dict(key_values(preprocess or [], "--preprocess")) or None, "method": method, "surrogate": surrogate,
         "options": dict(key_values(method_option or [], "--option")) or None,
         "weight_bits": weight_bits, "activation_bits": activation_bits, "first_last_bits": first_last_bits,
+        "merge_bits": merge_bits,
         "policy": None if policy is None else BitPolicy.from_yaml(policy).to_dict(), "keep": keep or None, "only": only or None,
         "teacher": teacher, "teacher_options": _parsed(teacher_option, "--teacher-option"), "teacher_weights": _text(teacher_weights),
         "distillation": distillation, "temperature": temperature, "epochs": epochs, "batch_size": batch_size, "accumulate": accumulate,
@@ -331,6 +341,7 @@ def _run(
         test_data=start.test,
         out=out,
         surrogate=asked.surrogate,
+        merge_bits=parse_bits(asked.merge_bits, "merge_bits"),
         teacher=start.teacher,
         augment=asked.augment,
         workers=workers,
@@ -354,7 +365,11 @@ def _deliver(plan: Plan, start: Start, trained: Trained, trainer: Trainer, *, qu
     }
     comparison = Comparison(trained.model.cpu(), start.source.sample, has_float=start.is_trained, training=training, notes=start.notes)
     plan = dataclasses.replace(plan, policy=record.policy)
-    report_outcome(deliver(plan, start.source, comparison, trainer.progress), quiet=quiet)
+    outcome = deliver(plan, start.source, comparison, trainer.progress)
+    before, after = outcome.report.latency_float_onnx, outcome.report.latency_quantized_onnx
+    if "merge_bits" not in record.options and before is not None and after is not None and after >= before:
+        trainer.progress.say("to let residual sums run in integers too, which makes model.onnx faster, train with --merge-bits 8")
+    report_outcome(outcome, quiet=quiet)
 
 
 def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
@@ -477,14 +492,21 @@ def _told_of_termination() -> Iterator[None]:
         yield
     except Terminated as stopped:
         what, _, kept = stopped.message.partition("; ")
-        say_how_to_go_on(what, kept)
+        if _is_first_process():
+            say_how_to_go_on(what, kept)
         raise
     except KeyboardInterrupt as error:
-        say_how_to_go_on("stopped", "what was saved is kept")
+        if _is_first_process():
+            say_how_to_go_on("stopped", "what was saved is kept")
         raise typer.Exit(130) from error
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _is_first_process() -> bool:
+    """Whether this is no process that another one, or torchrun, started beside the first."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
 @contextlib.contextmanager

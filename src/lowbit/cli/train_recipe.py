@@ -23,7 +23,7 @@ from lowbit.train.trainer import PrecisionName, Selection
 DEFAULT_BITS = 4
 MAPPINGS = ("model_options", "preprocess", "options", "teacher_options", "policy")
 LISTS = ("keep", "only")
-BITS = ("weight_bits", "activation_bits", "first_last_bits")
+LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class TrainRecipe:
         data, test_data, preprocess: Training and test data, and how pictures become inputs.
         method, options, surrogate: The method with its hyper-parameters, and a gradient surrogate in place of its own.
         weight_bits, activation_bits, first_last_bits, keep, only, policy: Bits; ``policy`` replaces the others.
+        merge_bits: Bits of residual sums and the like, see ``lowbit.prepare``.
         teacher, teacher_options, teacher_weights: A network for soft targets.
         recipe: Epochs, optimizer and so on; its fields stand beside the others in the file.
         augment, precision, select: See ``lowbit.train``.
@@ -52,6 +53,7 @@ class TrainRecipe:
     weight_bits: int | str | None = None
     activation_bits: int | str | None = None
     first_last_bits: int | str | None = None
+    merge_bits: int | str | None = None
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     policy: Mapping[str, object] | None = None
@@ -91,7 +93,7 @@ class TrainRecipe:
                 changes[name] = _mapping(value, name, where)
             elif name in LISTS:
                 changes[name] = _list(value, name, where)
-            elif name in BITS:
+            elif name in (*LAYER_BITS, "merge_bits"):
                 changes[name] = _bits(value, name, where)
             elif name in own:
                 changes[name] = convert_option(where, name, str(value) if name == "precision" else value, own[name])
@@ -129,7 +131,7 @@ class TrainRecipe:
         Bits that were not given are 4, or the nearest below or above that the method supports.
         """
         if self.policy is not None:
-            given = [name for name in (*BITS, *LISTS[1:]) if getattr(self, name)]
+            given = [name for name in (*LAYER_BITS, "only") if getattr(self, name)]
             if given:
                 raise SpecError(f"a policy says the bits of every layer; leave out {', '.join(given)}, or change the policy.")
             policy = BitPolicy.from_dict(self.policy)
@@ -138,7 +140,7 @@ class TrainRecipe:
             return policy
         info = self.info
         activation = None if info.activation_bits is None else _nearest(info.activation_bits)
-        weight, activations, ends = (None if value is None else str(value) for value in (getattr(self, name) for name in BITS))
+        weight, activations, ends = (None if value is None else str(value) for value in (getattr(self, name) for name in LAYER_BITS))
         default = LayerBits(_nearest(info.weight_bits), activation)
         return make_policy(None, weight, activations, first_last=ends, keep=list(self.keep), only=list(self.only) or None, default=default)
 
@@ -147,7 +149,7 @@ class TrainRecipe:
         if self.policy is not None:
             return self
         default = self.bit_policy().default if not self.only else None
-        filled = {name: getattr(self, name) for name in BITS}
+        filled = {name: getattr(self, name) for name in LAYER_BITS}
         if default is not None:
             filled["weight_bits"], filled["activation_bits"] = default.weight or "float", default.activation or "float"
         return replace(self, **filled)

@@ -227,7 +227,7 @@ def evaluation_batches(data: object, batch_size: int) -> Iterable[Batch]:
     if isinstance(data, TensorImages) or (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(p, Tensor) for p in data)):
         count = len(data) if isinstance(data, TensorImages) else len(data[0])
         fetch = _image_fetch(data) if isinstance(data, TensorImages) else _tensor_fetch(*data)
-        return _Repeatable(lambda: fetch([list(range(count))[i : i + batch_size] for i in range(0, count, batch_size)], Generator()))
+        return _Batches(fetch, [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)])
     if isinstance(data, Dataset) and isinstance(data, Sized):
         return DataLoader(data, batch_size)
     if isinstance(data, Iterable):
@@ -235,12 +235,17 @@ def evaluation_batches(data: object, batch_size: int) -> Iterable[Batch]:
     raise SpecError(f"test data: expected a data set, tensors (inputs, labels) or a loader, got {type(data).__name__}")
 
 
-class _Repeatable(Iterable[Batch]):
-    def __init__(self, make: Callable[[], Iterable[Batch]]) -> None:
-        self._make = make
+class _Batches(Iterable[Batch]):
+    """Fixed batches that can be run through again and again."""
+
+    def __init__(self, fetch: Fetch, chosen: list[list[int]]) -> None:
+        self._fetch, self._chosen = fetch, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._make())
+        return iter(self._fetch(self._chosen, Generator()))
 
 
 def _has_plain_order(loader: DataLoader[Any]) -> bool:

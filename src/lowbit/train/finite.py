@@ -35,7 +35,12 @@ def first_not_finite(model: nn.Module, inputs: object, run: Callable[[], object]
     """
     if any(not bool(torch.isfinite(tensor).all()) for tensor in _tensors(inputs)):
         return "the inputs of the batch hold NaN or infinity: check the data"
-    return values_not_finite(model, expected) or _first_output(model, run) or _first_gradient(model) or "every layer gives finite outputs, so it is the loss itself"
+    return (
+        values_not_finite(model, expected)
+        or _first_output(model, run)
+        or _first_gradient(model)
+        or "every layer gives finite outputs, so it is the loss itself"
+    )
 
 
 def _first_output(model: nn.Module, run: Callable[[], object]) -> str | None:
