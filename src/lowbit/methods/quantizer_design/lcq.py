@@ -29,6 +29,7 @@ from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_SLOPE = 1e-3
 SMALLEST_CLIP = 1e-4
+_ABOVE_HALF_ULP = 2.0**-22  # a factor of 1 plus this changes any float32, also behind a rounded product
 
 
 def curve(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,8 @@ class CompandingQuantizer(TableQuantizer):
         if not (self.training and torch.is_grad_enabled()):
             return self.encode(x).decode().to(x.dtype)
         values, std = self._normalized(x.float())
-        sign, share = values.detach().sign(), values.abs() / self.clip
+        sign = torch.where(values.detach() < 0, -1.0, 1.0)  # 0 has a gradient, or weights that start there would stay
+        share = values * sign / self.clip
         inside = share.detach() < 1
         inner = share.detach().clamp(max=1)
         # the derivative of g counts as 1 in the input and the clip, and is the curve's in the logits
@@ -165,13 +167,17 @@ class CompandingQuantizer(TableQuantizer):
         levels, between = places[::2], places[1::2]
         if self.outer_steps is not None:
             levels = (levels * self.outer_steps).round() / self.outer_steps
+        # values at a boundary take the level below it; a boundary a little lower lets them round half to even on both sides
+        is_odd = torch.arange(self.steps, device=self.clip.device) % 2
+        above = between * (1 - is_odd * _ABOVE_HALF_ULP)
         if self.signed:
-            levels, between = torch.cat([-levels[1:].flip(0), levels]), torch.cat([-between.flip(0), between])
+            below = -(between * (1 + (1 - is_odd) * _ABOVE_HALF_ULP)).flip(0)
+            levels, above = torch.cat([-levels[1:].flip(0), levels]), torch.cat([below, above])
         missing = 2**self.bit_width - len(levels)
         levels = torch.cat([levels, levels[-1:].expand(missing)])
-        between = torch.cat([between, between.new_full((missing,), float("inf"))])
+        boundaries = torch.cat([above, above.new_full((missing,), float("inf"))])
         clip = self.clip.detach()
-        return between * clip, levels * clip
+        return boundaries * clip, levels * clip
 
 
 @register(

@@ -27,12 +27,13 @@ from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
-from lowbit.surrogates import scale_gradient
+from lowbit.surrogates import pass_gradient, scale_gradient
 from lowbit.train import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.train.output_ratio import output_ratio
 from lowbit.train.recipe import Role
 
 SMALLEST_DISTANCE = 1e-4
+_SMALLEST_BASE = 1e-12
 Start = Literal["mse", "max", "histogram"]
 
 
@@ -44,7 +45,10 @@ def transform_magnitudes(magnitudes: Tensor, center: Tensor, distance: Tensor, g
     inside = (magnitudes >= center - distance) & (magnitudes <= center + distance)
     base = (magnitudes - center) * (0.5 / distance) + 0.5
     if gamma is not None:
-        base = torch.where(inside, base, torch.full_like(base, 0.5)).clamp(1e-12, 1) ** gamma
+        base = torch.where(inside, base, torch.full_like(base, 0.5))
+        # at the pruning point the slope of an exponent below 1 is infinite; it counts as 0 there
+        has_slope = (base.detach() > _SMALLEST_BASE) | (gamma.detach() >= 1)
+        base = pass_gradient(base * has_slope, base.detach().clamp(_SMALLEST_BASE, 1)) ** gamma
     return torch.where(inside, base.clamp(0, 1), (magnitudes > center).to(base.dtype))
 
 
@@ -151,7 +155,9 @@ class QilWeight(IntervalQuantizer):
 
     def transform(self, x: Tensor) -> Tensor:
         """The weights before rounding, in ``[-1, 1]``."""
-        return x.sign() * transform_magnitudes(x.abs(), *self.interval(x), self.gamma)
+        sign = torch.where(x.detach() < 0, -1.0, 1.0)
+        v = transform_magnitudes(x * sign, *self.interval(x), self.gamma)
+        return pass_gradient(sign * v, x.detach().sign() * v.detach())  # 0 has a gradient, or weights that start there would stay
 
     def prepare(self, x: Tensor) -> Tensor:
         return self.transform(x)
