@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from lowbit.methods.gradients import ewgs
 from lowbit.methods.gradients.ewgs import Ewgs, EwgsActivation, EwgsWeight, discretize, estimate_deltas
-from lowbit.methods.gradients.normalized import OutputScale
 from lowbit.network import insert
 
 BITS = {2**bits: bits for bits in range(1, 9)}
@@ -44,10 +43,8 @@ def conv(params: dict[str, Any], weight: Tensor, bias: Tensor | None = None, del
     out_channels, in_channels, *kernel = weight.shape
     layer = nn.Conv2d(in_channels, out_channels, tuple(kernel), params.get("stride", 1), params.get("padding", 1), bias=bias is not None)
     layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-    insert.set_weight_quantizer(layer, EwgsWeight(BITS[params["weight_levels"]], delta=deltas[0], has_output_scale=bias is None))
+    insert.set_weight_quantizer(layer, EwgsWeight(BITS[params["weight_levels"]], delta=deltas[0]))
     insert.set_input_quantizer(layer, EwgsActivation(BITS[params["act_levels"]], delta=deltas[1]))
-    if bias is not None:
-        insert.set_output_transform(layer, OutputScale())
     return layer
 
 
@@ -62,10 +59,8 @@ def initialize(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, T
     layer = conv(params, inputs["weight"], inputs.get("bias"))
     Ewgs().initialize_layer(layer, inputs["x"])
     weights, activations = parts(layer)
-    transform = insert.output_transform(layer)
-    scale = weights.output_scale if transform is None else transform.output_scale
     intervals = {"lW": weights.lower, "uW": weights.upper, "lA": activations.lower, "uA": activations.upper}
-    return {**intervals, "output_scale": scale, "y": layer(inputs["x"])}
+    return {**intervals, "output_scale": weights.output_scale, "y": layer(inputs["x"])}
 
 
 def set_up(layer: nn.Conv2d, values: dict[str, Tensor]) -> None:

@@ -212,3 +212,74 @@ def test_an_input_transform_comes_before_the_quantizer_and_feeds_the_output_tran
 class Shift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - 0.5
+
+
+# Biases that go with the scale of the weight
+
+
+class Doubling(UniformQuantizer):
+    """Its levels hold a factor of the layer's whole output."""
+
+    def scale_bias(self, bias: Tensor) -> Tensor:
+        return 2 * bias
+
+
+def doubled() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.Flatten(), nn.Linear(64, 3))
+    for layer in (net[0], net[2], net[4]):
+        quantizer = Doubling(4, signed=True, symmetric=True)
+        quantizer.initialize(layer.weight.detach())
+        insert.set_input_quantizer(layer, activation_quantizer())
+        insert.set_weight_quantizer(layer, quantizer)
+    return net.eval()
+
+
+def test_the_bias_follows_a_weight_quantizer_that_scales_the_output() -> None:
+    net = doubled()
+    for layer in (net[0], net[4]):
+        bias = insert.float_bias(layer)
+        assert isinstance(bias, nn.Parameter)
+        assert torch.equal(layer.bias, 2 * bias) and any(bias is p for p in net.parameters())
+    assert net[2].bias is None and insert.float_bias(net[2]) is None
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_keep_scaled_biases_and_the_order_of_parameters(clone: object) -> None:
+    net = doubled()
+    twin = clone(net)  # type: ignore[operator]
+    assert torch.equal(twin(X), net(X))
+    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert list(twin.state_dict()) == list(net.state_dict())
+    with torch.no_grad():
+        insert.float_bias(twin[0]).fill_(7.0)
+    assert twin[0].bias[0].item() == 14.0 != net[0].bias[0].item()
+
+
+def test_baking_gives_an_ordinary_scaled_bias() -> None:
+    net = doubled()
+    baked, _ = insert.bake_weights(net)
+    assert type(baked[0]) is nn.Conv2d and isinstance(baked[0].bias, nn.Parameter)
+    assert torch.equal(baked[0].bias, net[0].bias) and torch.equal(baked(X), net(X))
+    assert [name for name, _ in baked[0].named_parameters()] == ["weight", "bias"]
+
+
+def test_the_bias_is_the_float_one_where_weight_quantizers_are_passed_by() -> None:
+    net = doubled()
+    with insert.quantization_enabled(net, weights=False, activations=True):
+        assert torch.equal(net[0].bias, insert.float_bias(net[0]))  # type: ignore[arg-type]
+    assert torch.equal(net[0].bias, 2 * insert.float_bias(net[0]))  # type: ignore[operator]
+
+
+def test_another_quantizer_gives_the_bias_back() -> None:
+    net = doubled()
+    insert.set_weight_quantizer(net[0], weight_quantizer(insert.float_weight(net[0]).detach()))
+    assert torch.equal(net[0].bias, insert.float_bias(net[0]))  # type: ignore[arg-type]
+    assert torch.equal(pickle.loads(pickle.dumps(net))(X), net(X))
+
+
+def test_float_biases_train_through_their_scale() -> None:
+    net = doubled()
+    net(X).sum().backward()
+    bias = insert.float_bias(net[4])
+    assert bias is not None and bias.grad is not None and bias.grad.tolist() == [4.0] * 3  # two samples

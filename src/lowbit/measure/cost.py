@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from lowbit.calibration import Inputs
 from lowbit.measure.outputs import device_of
-from lowbit.network.insert import Coded, activation_quantizers, float_weight, input_quantizer, quantized_layers, weight_quantizer
+from lowbit.network.insert import (
+    Coded,
+    activation_quantizers,
+    float_bias,
+    float_weight,
+    input_quantizer,
+    quantized_layers,
+    weight_quantizer,
+)
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.network.table import LayerRecord
@@ -113,7 +121,7 @@ def _stored_layers(model: nn.Module) -> dict[str, _Layer]:
     found: dict[str, _Layer] = {}
     for name, layer in quantizable_layers(model).items():
         weight, quantizer = float_weight(layer), weight_quantizer(layer)
-        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        bias = float_bias(layer)
         found[name] = (weight, bias, None if quantizer is None else quantizer.encode(weight.detach()))
     return found
 

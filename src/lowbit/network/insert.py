@@ -1,10 +1,11 @@
 """Quantizers in a network, without tracing it.
 
 A weight quantizer is a parametrization of the layer's ``weight``, so every use of that weight, functional ones too, sees
-quantized values. An activation quantizer is a submodule called ``input_quantizer`` or ``output_quantizer`` that a forward
-hook applies. An ``input_transform`` comes before the input quantizer; an ``output_transform`` changes a layer's output by
-what it knows of its input. The network stays an ordinary module: control flow, reused layers, ``state_dict``, ``deepcopy``, ``pickle``,
-autocast and ``torch.compile`` behave as before. Quantizers belong to modules, not to calls: a layer used twice shares them.
+quantized values; the bias follows one that scales the layer's whole output. An activation quantizer is a submodule called
+``input_quantizer`` or ``output_quantizer`` that a forward hook applies. An ``input_transform`` comes before the input quantizer; an
+``output_transform`` changes a layer's output by what it knows of its input. The network stays an ordinary module: control flow,
+reused layers, ``state_dict``, ``deepcopy``, ``pickle``, autocast and ``torch.compile`` behave as before. Quantizers belong to modules,
+not to calls: a layer used twice shares them.
 """
 
 from __future__ import annotations
@@ -37,19 +38,51 @@ class WeightParametrization(nn.Module):
         return self.quantizer(weight) if self.is_enabled else weight
 
 
+@runtime_checkable
+class ScalesBias(Protocol):
+    """A weight quantizer whose levels hold a factor of the layer's whole output: its bias is to be scaled as well."""
+
+    def scale_bias(self, bias: Tensor) -> Tensor:
+        """The bias of the scaled layer."""
+
+
+class BiasParametrization(nn.Module):
+    """Passes a bias through ``scale_bias`` of the weight's quantizer, where that has one and is not passed by."""
+
+    def __init__(self, weights: WeightParametrization) -> None:
+        super().__init__()
+        self._weights = (weights,)  # in a tuple, because it is a submodule of the weight's parametrization already
+
+    def forward(self, bias: Tensor) -> Tensor:
+        (weights,) = self._weights
+        scale = getattr(weights.quantizer, "scale_bias", None)
+        return bias if scale is None or not weights.is_enabled else scale(bias)
+
+
 def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
-    """Quantize ``layer.weight`` from now on, wherever it is used; replaces a quantizer that is already there."""
+    """Quantize ``layer.weight`` from now on, wherever it is used; replaces a quantizer that is already there.
+
+    The bias of the layer follows one that ``ScalesBias``.
+    """
     quantizer.train(layer.training)
     parametrization = _weight_parametrization(layer)
     if parametrization is not None:
         parametrization.quantizer = quantizer
+        _follow_with_bias(layer, parametrization)
         return
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise LayerError(f"{type(layer).__name__} has no weight tensor to quantize")
-    parametrize.register_parametrization(layer, "weight", WeightParametrization(quantizer), unsafe=True)
+    parametrization = WeightParametrization(quantizer)
+    parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
+    _follow_with_bias(layer, parametrization)
     layer.train(layer.training)
     # parametrize refuses to pickle its generated class; rebuilding the parametrization on load is all that is needed
     type(layer).__reduce_ex__ = _reduce_quantized_layer  # type: ignore[method-assign, assignment]
+
+
+def _follow_with_bias(layer: nn.Module, weights: WeightParametrization) -> None:
+    if isinstance(weights.quantizer, ScalesBias) and isinstance(layer._parameters.get("bias"), Tensor):
+        parametrize.register_parametrization(layer, "bias", BiasParametrization(weights))
 
 
 def weight_quantizer(layer: nn.Module) -> Quantizer | None:
@@ -65,15 +98,27 @@ def float_weight(layer: nn.Module) -> nn.Parameter:
     return layer.parametrizations.weight.original  # type: ignore[union-attr, return-value]
 
 
+def float_bias(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter behind the layer's bias, if it has one."""
+    if _has_scaled_bias(layer):
+        return layer.parametrizations.bias.original  # type: ignore[union-attr, return-value]
+    return getattr(layer, "bias", None)
+
+
 def remove_weight_quantizer(layer: nn.Module) -> None:
-    """Make the weight an ordinary parameter again, holding its quantized values."""
+    """Make weight and bias ordinary parameters again, holding their quantized and scaled values."""
     if _weight_parametrization(layer) is None:
         return
+    bias = float_bias(layer) if _has_scaled_bias(layer) else None
+    if bias is not None:
+        bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=bias.requires_grad)  # type: ignore[operator]
     weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=float_weight(layer).requires_grad)  # type: ignore[operator]
     # parametrize.remove_parametrizations edits the generated class, which copies of this layer share
     layer.__class__ = _plain_class(layer)
     del layer._modules["parametrizations"]
     layer._parameters["weight"] = weight
+    if bias is not None:
+        layer._parameters["bias"] = bias
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
@@ -156,7 +201,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 @contextmanager
 def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> Iterator[None]:
-    """Within the context, weight and activation quantizers are applied or passed by as asked."""
+    """Within the context, weight and activation quantizers are applied or passed by as asked; scaled biases go with the weights."""
     saved: list[tuple[nn.Module, bool]] = []
     for module in model.modules():
         if isinstance(module, WeightParametrization):
@@ -184,7 +229,7 @@ class Coded(Protocol):
 
 
 def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
-    """A copy of ``model`` with ordinary weights that hold the decoded values, and the codes of each by parameter name.
+    """A copy of ``model`` with ordinary weights (and biases) that hold the decoded values, and the codes of each by parameter name.
 
     Activation quantizers stay.
     """
@@ -256,21 +301,37 @@ def _weight_parametrization(layer: nn.Module) -> WeightParametrization | None:
     return found[-1] if found else None
 
 
+def _has_scaled_bias(layer: nn.Module) -> bool:
+    if not parametrize.is_parametrized(layer, "bias"):
+        return False
+    return any(isinstance(p, BiasParametrization) for p in layer.parametrizations.bias)  # type: ignore[union-attr]
+
+
 def _reduce_quantized_layer(layer: nn.Module, _protocol: int) -> tuple[Any, ...]:
     state = {key: value for key, value in vars(layer).items() if key != "_modules"}
-    modules = {key: value for key, value in layer._modules.items() if key != "parametrizations"}
+    # its place is kept, and with it the order of parameters that optimizers count on
+    modules = {key: value if key != "parametrizations" else None for key, value in layer._modules.items()}
     quantizer, enabled = weight_quantizer(layer), _weight_parametrization(layer).is_enabled  # type: ignore[union-attr]
-    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), quantizer, enabled)
+    bias = float_bias(layer) if _has_scaled_bias(layer) else None
+    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), quantizer, enabled, bias)
 
 
 def _rebuild_quantized_layer(
-    cls: type[nn.Module], state: dict[str, Any], modules: dict[str, nn.Module], weight: nn.Parameter, quantizer: Quantizer, enabled: bool
+    cls: type[nn.Module],
+    state: dict[str, Any],
+    modules: dict[str, nn.Module | None],
+    weight: nn.Parameter,
+    quantizer: Quantizer,
+    enabled: bool,
+    bias: nn.Parameter | None = None,
 ) -> nn.Module:
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     vars(layer).update(state)
     layer._modules.update(modules)
     layer._parameters["weight"] = weight
+    if bias is not None:
+        layer._parameters["bias"] = bias
     set_weight_quantizer(layer, quantizer)
     parametrization = _weight_parametrization(layer)
     assert parametrization is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ class NetworkJob:
         CalibrationError: The sample does not fit the network.
     """
 
+    allows_float_weights: ClassVar[bool] = False  # whether quantizing inputs alone is something to do
+
     model: nn.Module
     policy: BitPolicy
     sample: Inputs
@@ -64,7 +67,7 @@ class NetworkJob:
         self.layers = {
             name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None
         }
-        if not self.layers:
+        if not self.layers and not (self.allows_float_weights and self.activation_bits):
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
         for name, layer in self.layers.items():
             if not bool(torch.isfinite(layer.weight).all()):  # type: ignore[arg-type]
@@ -149,7 +152,7 @@ def _run_sample(model: nn.Module, sample: Inputs) -> list[str]:
 
 def check_method_bits(info: MethodInfo, policy: BitPolicy, job: NetworkJob) -> None:
     """SpecError when the policy asks for bits that the method does not support in a layer that it quantizes itself."""
-    for name in job.layers:
+    for name in dict.fromkeys([*job.layers, *job.activation_bits]):
         if job.is_excepted(name):
             continue
         bits = job.bits(name)

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import SpecError
+
+LARGEST_GAMMA = 80.0  # beyond, no gradient of float32 is left
+
 
 class _Round(torch.autograd.Function):
     @staticmethod
@@ -37,12 +41,14 @@ class DistanceAwareRounding(nn.Module):
     ``z = position - floor(position)``: largest at the decision points. It equals the gradient of the kernel soft argmax.
 
     Args:
-        gamma: Sharpness of the assignment, positive.
+        gamma: Sharpness of the assignment, above 0 and at most 80; the gradient falls with it.
         sigma: Width of the kernel in steps, positive.
     """
 
     def __init__(self, gamma: float = 2.0, sigma: float = 1.0) -> None:
         super().__init__()
+        if not (0 < gamma <= LARGEST_GAMMA and sigma > 0):
+            raise SpecError(f"daq takes gamma above 0 and at most {LARGEST_GAMMA:g} and a positive sigma, got {gamma} and {sigma}")
         self.gamma, self.sigma = gamma, sigma
 
     def forward(self, position: Tensor, low: float, high: float) -> Tensor:

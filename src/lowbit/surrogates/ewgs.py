@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import SpecError
+
 
 class _Scale(torch.autograd.Function):
     @staticmethod
@@ -41,6 +43,8 @@ class ElementwiseGradientScaling(nn.Module):
 
     def __init__(self, delta: float = 1e-3) -> None:
         super().__init__()
+        if not delta >= 0:
+            raise SpecError(f"ewgs takes a delta of 0 or more, got {delta}")
         self.register_buffer("delta", torch.tensor(float(delta)))
         self.delta: Tensor
 

@@ -54,6 +54,8 @@ class QatJob(NetworkJob):
     Layers to which the policy's exception for the first and last one applies get learned-scale quantizers, whatever the method.
     """
 
+    allows_float_weights = True
+
     def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
         """Give every layer the quantizers of these factories; they are not initialized yet."""
         signs = self._signs()

@@ -18,16 +18,16 @@ def output_ratio(layer: nn.Module, x: Tensor, *, with_bias: bool = True) -> Tens
         with_bias: Whether the bias is part of both outputs.
     """
     inputs = insert.input_quantizer(layer)
-    bias = getattr(layer, "bias", None)
-    saved = None if with_bias or not isinstance(bias, Tensor) else bias.detach().clone()
+    bias = None if with_bias else insert.float_bias(layer)
+    saved = None if bias is None else bias.detach().clone()
     try:
-        if saved is not None:
-            bias.zero_()  # type: ignore[union-attr]
+        if bias is not None:
+            bias.zero_()
         with insert.quantization_enabled(layer, weights=False, activations=False):
             expected = layer.forward(x).abs().mean()
         got = layer.forward(x if inputs is None else inputs(x)).abs().mean()
     finally:
-        if saved is not None:
-            bias.copy_(saved)  # type: ignore[union-attr]
+        if bias is not None and saved is not None:
+            bias.copy_(saved)
     ratio = expected / got
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))

@@ -5,30 +5,31 @@ Paper: Kim, Lee, Ham 2021, "Distance-aware Quantization", ICCV.
 Symbols: gamma -> gamma, sigma -> sigma, l and u -> lower and upper, beta -> output_scale, r -> the rounded code.
 Deviations: the forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
     ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``; where a layer's input can be negative, activations become ``2 q - 1``
-    on ``[-upper, upper]``.
+    on ``[-upper, upper]``; where a layer's weight stays in float, its input's levels hold the output scale.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod
+from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import DistanceAwareRounding
+from lowbit.surrogates.daq import LARGEST_GAMMA
 from lowbit.train import Slot
 
 
 class DaqWeight(NormalizedQuantizer):
     """Standardized weights, ``(w - mean) / std`` with constant statistics, as ``(2 q - 1) |output_scale|``."""
 
-    def __init__(self, bit_width: int, *, gamma: float = 2.0, sigma: float = 1.0, has_output_scale: bool = True) -> None:
-        surrogate = DistanceAwareRounding(gamma, sigma)
-        super().__init__(bit_width, is_centred=True, has_output_scale=has_output_scale, surrogate=surrogate)
+    def __init__(self, bit_width: int, *, gamma: float = 2.0, sigma: float = 1.0) -> None:
+        super().__init__(bit_width, is_centred=True, has_output_scale=True, surrogate=DistanceAwareRounding(gamma, sigma))
 
     def initialize(self, x: Tensor) -> None:
         """The interval is three standard deviations either side."""
@@ -43,8 +44,11 @@ class DaqWeight(NormalizedQuantizer):
 class DaqActivation(NormalizedQuantizer):
     """Activations as ``q`` on ``[0, upper]``, which starts at three standard deviations."""
 
-    def __init__(self, bit_width: int, *, gamma: float = 2.0, sigma: float = 2.0, is_signed: bool = False) -> None:
-        super().__init__(bit_width, is_centred=is_signed, learns_lower=False, surrogate=DistanceAwareRounding(gamma, sigma))
+    def __init__(
+        self, bit_width: int, *, gamma: float = 2.0, sigma: float = 2.0, is_signed: bool = False, has_output_scale: bool = False
+    ) -> None:
+        surrogate = DistanceAwareRounding(gamma, sigma)
+        super().__init__(bit_width, is_centred=is_signed, has_output_scale=has_output_scale, learns_lower=False, surrogate=surrogate)
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
@@ -82,13 +86,18 @@ class Daq(NormalizingMethod):
     activation_sigma: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "weight_sigma", "activation_sigma"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f"daq: {name} must be positive, got {getattr(self, name)}")
+        for name, largest in (("gamma", LARGEST_GAMMA), ("weight_sigma", math.inf), ("activation_sigma", math.inf)):
+            if not 0 < getattr(self, name) <= largest:
+                raise SpecError(f"daq: {name} must be above 0 and at most {largest:g}, got {getattr(self, name)}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        has_scale = getattr(slot.layer, "bias", None) is None
-        return DaqWeight(slot.bit_width, gamma=self.gamma, sigma=self.weight_sigma, has_output_scale=has_scale)
+        return DaqWeight(slot.bit_width, gamma=self.gamma, sigma=self.weight_sigma)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return DaqActivation(slot.bit_width, gamma=self.gamma, sigma=self.activation_sigma, is_signed=slot.is_signed)
+        return DaqActivation(
+            slot.bit_width,
+            gamma=self.gamma,
+            sigma=self.activation_sigma,
+            is_signed=slot.is_signed,
+            has_output_scale=needs_output_scale(slot),
+        )

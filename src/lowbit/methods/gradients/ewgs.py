@@ -4,7 +4,8 @@ Paper: Lee, Kim, Ham 2021, "Network Quantization with Element-wise Gradient Scal
     Section 3.1 (quantizer), Eq. 4 (gradient scaling), section 3.3 and Eq. 9-11 (the factor from the Hessian's trace).
 Symbols: l and u -> lower and upper, delta -> delta, x_q -> discretized, alpha -> output_scale.
 Deviations: as in the authors' program, the gradient's size in the factor is three standard deviations; the interval is kept from
-    closing; where a layer's input can be negative, activations become ``2 q - 1``. ``delta`` starts at the authors' fixed value.
+    closing; where a layer's input can be negative, activations become ``2 q - 1``; where a layer's weight stays in float, its input's
+    levels hold the output scale. ``delta`` starts at the authors' fixed value, and short runs update it once at least.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod
+from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale
 from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
@@ -37,9 +38,8 @@ def discretize(x: Tensor, levels: int, delta: float) -> Tensor:
 class EwgsWeight(NormalizedQuantizer):
     """Weights as ``(2 q - 1) |output_scale|``; the interval starts at three standard deviations."""
 
-    def __init__(self, bit_width: int, *, delta: float = 0.0, has_output_scale: bool = True) -> None:
-        surrogate = ElementwiseGradientScaling(delta)
-        super().__init__(bit_width, is_centred=True, has_output_scale=has_output_scale, surrogate=surrogate)
+    def __init__(self, bit_width: int, *, delta: float = 0.0) -> None:
+        super().__init__(bit_width, is_centred=True, has_output_scale=True, surrogate=ElementwiseGradientScaling(delta))
 
     def initialize(self, x: Tensor) -> None:
         spread = 3 * (x.detach().float().std() if x.numel() > 1 else x.detach().float().abs().sum())
@@ -49,8 +49,9 @@ class EwgsWeight(NormalizedQuantizer):
 class EwgsActivation(NormalizedQuantizer):
     """Activations as ``q``; the interval starts at the least value and three standard deviations of the normal before the ReLU."""
 
-    def __init__(self, bit_width: int, *, delta: float = 0.0, is_signed: bool = False) -> None:
-        super().__init__(bit_width, is_centred=is_signed, surrogate=ElementwiseGradientScaling(delta))
+    def __init__(self, bit_width: int, *, delta: float = 0.0, is_signed: bool = False, has_output_scale: bool = False) -> None:
+        surrogate = ElementwiseGradientScaling(delta)
+        super().__init__(bit_width, is_centred=is_signed, has_output_scale=has_output_scale, surrogate=surrogate)
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
@@ -95,8 +96,10 @@ def hutchinson_trace(
 
 def estimate_deltas(
     quantizers: Sequence[NormalizedQuantizer], losses: Iterable[Callable[[], Tensor]], probes: Probes, *, max_iterations: int = 50
-) -> list[float]:
+) -> list[float | None]:
     """The scaling factor of every quantizer: ``max(0, mean of trace / numel / (3 std(g)))`` over the batches. Source: Eq. 11.
+
+    ``None`` for a quantizer that has no part in the losses.
 
     Args:
         quantizers: Activations first, then weights, as the authors do.
@@ -114,15 +117,18 @@ def estimate_deltas(
                 tensor = quantizer.discretized
                 if tensor is None or not tensor.requires_grad:
                     continue
-                (gradient,) = torch.autograd.grad(loss, tensor, create_graph=True)
-                vectors = probes(batch, index, tensor.shape)
-                trace, _ = hutchinson_trace(gradient, tensor, vectors, max_iterations=max_iterations)
-                size = 3 * float(gradient.detach().std())
-                shares[index].append(trace / tensor.numel() / size if size > 0 else 0.0)
+                gradient = torch.autograd.grad(loss, tensor, create_graph=True, allow_unused=True)[0]
+                if gradient is not None:  # it is for a tensor that had no part in the loss
+                    vectors = probes(batch, index, tensor.shape)
+                    trace, _ = hutchinson_trace(gradient, tensor, vectors, max_iterations=max_iterations)
+                    size = 3 * float(gradient.detach().std()) if gradient.numel() > 1 else 0.0
+                    shares[index].append(trace / tensor.numel() / size if size > 0 else 0.0)
+            for quantizer in quantizers:
+                quantizer.discretized = None  # lets go of the graph
     finally:
         for quantizer in quantizers:
             quantizer.is_probed, quantizer.discretized = False, None
-    return [max(0.0, sum(found) / len(found)) if found else 0.0 for found in shares]
+    return [max(0.0, sum(found) / len(found)) if found else None for found in shares]
 
 
 @register(
@@ -148,8 +154,9 @@ class Ewgs(NormalizingMethod):
     Attributes:
         delta: Strength of the scaling before its first update: the authors' 0.001 of runs with a fixed strength; 0 is the
             straight-through estimator.
-        delta_interval: Epochs between updates of the strength from the Hessian's trace (10 for CIFAR-10, 1 for ImageNet); 0: never.
-        delta_batches: Batches that an update looks at.
+        delta_interval: Epochs between updates of the strength from the Hessian's trace (10 for CIFAR-10, 1 for ImageNet), half of the run
+            where that is less; 0: never. An update costs some twenty backward passes for each quantizer and batch.
+        delta_batches: Batches that an update looks at (3 for CIFAR-10, 10 of 16 images for ImageNet).
         delta_probes: Random vectors for each tensor and batch at most.
     """
 
@@ -159,29 +166,53 @@ class Ewgs(NormalizingMethod):
     delta_probes: int = 50
 
     def __post_init__(self) -> None:
-        if self.delta < 0 or self.delta_interval < 0:
-            raise SpecError(f"ewgs: delta and delta_interval must be 0 or more, got {self.delta} and {self.delta_interval}")
+        for name, least in (("delta", 0), ("delta_interval", 0), ("delta_batches", 1), ("delta_probes", 1)):
+            if not least <= getattr(self, name) < math.inf:
+                raise SpecError(f"ewgs: {name} must be {least} or more, got {getattr(self, name)}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        return EwgsWeight(slot.bit_width, delta=self.delta, has_output_scale=getattr(slot.layer, "bias", None) is None)
+        return EwgsWeight(slot.bit_width, delta=self.delta)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return EwgsActivation(slot.bit_width, delta=self.delta, is_signed=slot.is_signed)
+        return EwgsActivation(slot.bit_width, delta=self.delta, is_signed=slot.is_signed, has_output_scale=needs_output_scale(slot))
 
     def start_epoch(self, run: TrainRun) -> None:
-        if run.batches is None or not self.delta_interval or run.epochs_done == 0 or run.epochs_done % self.delta_interval:
+        interval = min(self.delta_interval, max(run.epochs // 2, 1))
+        if interval and run.epochs_done > 0 and run.epochs_done % interval == 0:
+            self.update_deltas(run)
+
+    def update_deltas(self, run: TrainRun) -> None:
+        """Estimate the strength of every quantizer anew, where the run can give batches; running statistics of norms move as in training."""
+        chosen = scaled_quantizers(run.model)
+        if run.batches is None or not chosen:
             return
-        activations = [q for q in insert.activation_quantizers(run.model).values() if isinstance(q, NormalizedQuantizer)]
-        weights = [insert.weight_quantizer(layer) for layer in insert.quantized_layers(run.model).values()]
-        chosen = [*activations, *(q for q in weights if isinstance(q, NormalizedQuantizer))]
+        device = next(run.model.parameters()).device
 
         def probes(_batch: int, _index: int, shape: torch.Size) -> Iterator[Tensor]:
             while True:
-                yield (torch.randint(0, 2, shape, generator=run.generator) * 2 - 1).float().to(next(run.model.parameters()).device)
+                yield (torch.randint(0, 2, shape, generator=run.generator) * 2.0 - 1).to(device)
 
-        losses = ((lambda batch=batch: run.task_loss(batch, run.model)) for batch in run.batches(self.delta_batches))
-        for quantizer, delta in zip(chosen, estimate_deltas(chosen, losses, probes, max_iterations=self.delta_probes), strict=True):
-            if isinstance(quantizer.surrogate, ElementwiseGradientScaling):
-                strength = quantizer.surrogate.delta.new_tensor(delta)
-                run.reduce_mean(strength)
-                quantizer.surrogate.delta.copy_(strength)
+        def losses() -> Iterator[Callable[[], Tensor]]:
+            assert run.batches is not None
+            for x, target in run.batches(self.delta_batches):
+                batch = x.to(device), target.to(device)
+                yield lambda batch=batch: run.task_loss(batch)  # type: ignore[misc]
+
+        # neither compiled graphs nor wrappers that gather gradients can be differentiated twice
+        wrapped, run.wrapped = run.wrapped, None
+        try:
+            deltas = estimate_deltas(chosen, losses(), probes, max_iterations=self.delta_probes)
+        finally:
+            run.wrapped = wrapped
+        for quantizer, delta in zip(chosen, deltas, strict=True):
+            strength = quantizer.surrogate.delta  # type: ignore[attr-defined]
+            estimate = strength.new_tensor(float(strength) if delta is None else delta)
+            run.reduce_mean(estimate)
+            strength.copy_(estimate)
+
+
+def scaled_quantizers(model: nn.Module) -> list[NormalizedQuantizer]:
+    """The quantizers whose gradients are scaled: those of activations first, then those of weights, as the authors treat them."""
+    weights = [insert.weight_quantizer(layer) for layer in insert.quantized_layers(model).values()]
+    found = [*insert.activation_quantizers(model).values(), *weights]
+    return [q for q in found if isinstance(q, NormalizedQuantizer) and isinstance(q.surrogate, ElementwiseGradientScaling)]

@@ -1,7 +1,7 @@
 """Quantizers that work on values normalised to a learned interval, and a learned scale of the layer's output.
 
 Weights become ``2 q - 1`` and activations ``q`` with ``q`` in ``[0, 1]``; what that does to the size of the layer's output is undone by
-the output scale. It multiplies the levels of the weight, so that the layer stays an ordinary one in exported files.
+the output scale. It multiplies the levels of the weight, and the bias, so that the layer stays an ordinary one in exported files.
 
 Source: Lee et al. 2021, "Network Quantization with Element-wise Gradient Scaling", section 3.1; Kim et al. 2021, "Distance-aware
 Quantization", section 3.
@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from lowbit.network import insert
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.surrogates import Surrogate
-from lowbit.train import OptimizerSpec, QatJob, Recipe, TrainingMethod
+from lowbit.train import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.train.output_ratio import output_ratio
 from lowbit.train.recipe import Role
-
-SMALLEST_WIDTH = 1e-4
 
 
 class NormalizedQuantizer(GridQuantizer):
     """Evenly spaced levels on the learned interval ``[lower, upper]``.
 
     Forward: ``q = round(clamp((x - lower) / (upper - lower), 0, 1) N) / N`` with ``N = 2**k - 1``; activations become ``q``, weights and
-    signed activations ``2 q - 1``, weights times ``|output_scale|``.
+    signed activations ``2 q - 1``, times ``|output_scale|`` where there is one.
     Backward: the surrogate's for the rounding, everything else by differentiation.
 
     Args:
@@ -53,7 +51,7 @@ class NormalizedQuantizer(GridQuantizer):
 
     def set_interval(self, lower: Tensor, upper: Tensor) -> None:
         """Start at this interval; one of no width gets the width 1."""
-        upper = torch.where(upper - lower > SMALLEST_WIDTH, upper, lower + 1)
+        upper = torch.where(upper - lower > smallest_width(lower), upper, lower + 1)
         self.upper.data.copy_(upper)
         if self.lower is not None:
             self.lower.data.copy_(lower)
@@ -71,41 +69,50 @@ class NormalizedQuantizer(GridQuantizer):
             scale = scale * self.output_scale.abs()
         return Grid(lower, (upper - lower) / self.qmax, scale, torch.full_like(self.upper, self.qmax / 2 if self.is_centred else 0.0))
 
+    def scale_bias(self, bias: Tensor) -> Tensor:
+        """``|output_scale| * bias``: the scale is that of a layer's whole output."""
+        return bias if self.output_scale is None else bias * self.output_scale.abs()
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_probed:
             return super().forward(x)
-        grid = self.grid(x)
-        self.discretized = self.surrogate((self.prepare(x) - grid.lower) / grid.step, self.qmin, self.qmax) / self.qmax
-        return (self.discretized * self.qmax - grid.zero_point) * grid.scale
+        values = x.float()
+        grid = self.grid(values)
+        self.discretized = self.surrogate((self.prepare(values) - grid.lower) / grid.step, self.qmin, self.qmax) / self.qmax
+        return ((self.discretized * self.qmax - grid.zero_point) * grid.scale).to(x.dtype)
 
     @torch.no_grad()
     def project(self) -> None:
         """Keep the interval from closing."""
-        self.upper.clamp_(min=SMALLEST_WIDTH if self.lower is None else float(self.lower) + SMALLEST_WIDTH)
+        lower = self.interval()[0] if self.lower is not None else torch.zeros_like(self.upper)
+        self.upper.clamp_(min=lower + smallest_width(lower))
 
 
-class OutputScale(nn.Module):
-    """``|output_scale| * output``, for layers whose bias is to be scaled as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.output_scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, output: Tensor, x: Tensor) -> Tensor:
-        return output * self.output_scale.abs()
+def smallest_width(lower: Tensor) -> Tensor:
+    """The least width of an interval that starts at ``lower``: far above the rounding of float32, far below what data need."""
+    return 1e-8 + 1e-6 * lower.abs()
 
 
 @torch.no_grad()
 def initialize_output_scale(layer: nn.Module, x: Tensor) -> None:
-    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both.
+    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both."""
+    owner = output_scale_owner(layer)
+    if owner is not None and owner.output_scale is not None:
+        owner.output_scale.fill_(1)
+        owner.output_scale.copy_(output_ratio(layer, x))
 
-    Layers without a bias keep the scale in their weight quantizer, others in an output transform.
-    """
-    quantizer, transform = insert.weight_quantizer(layer), insert.output_transform(layer)
-    owner = transform if isinstance(transform, OutputScale) else quantizer
-    assert isinstance(owner, (OutputScale, NormalizedQuantizer)) and owner.output_scale is not None
-    owner.output_scale.fill_(1)
-    owner.output_scale.copy_(output_ratio(layer, x))
+
+def output_scale_owner(layer: nn.Module) -> NormalizedQuantizer | None:
+    """The quantizer that holds the layer's output scale: the weight's, or the input's where the weight stays in float."""
+    for quantizer in (insert.weight_quantizer(layer), insert.input_quantizer(layer)):
+        if isinstance(quantizer, NormalizedQuantizer) and quantizer.output_scale is not None:
+            return quantizer
+    return None
+
+
+def needs_output_scale(slot: Slot) -> bool:
+    """Whether the quantizer of a layer's input has to hold the output scale, because the weight has no quantizer that does."""
+    return insert.weight_quantizer(slot.layer) is None
 
 
 @dataclass
@@ -118,21 +125,9 @@ class NormalizingMethod(TrainingMethod):
 
     quantizer_learning_rate: float = 0.01
 
-    def attach(self, job: QatJob) -> None:
-        job.insert(self.weight_quantizer, self.activation_quantizer)
-        for layer in job.layers.values():
-            quantizer = insert.weight_quantizer(layer)
-            if isinstance(quantizer, NormalizedQuantizer) and quantizer.output_scale is None:
-                insert.set_output_transform(layer, OutputScale())
-        job.initialize(self.initialize_layer)
-
     def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
         super().initialize_layer(layer, x)
-        if isinstance(insert.weight_quantizer(layer), NormalizedQuantizer):
-            initialize_output_scale(layer, x)
-
-    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
-        return "quantizers" if isinstance(owner, OutputScale) else super().role(name, parameter, owner)
+        initialize_output_scale(layer, x)
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         roles = dict(super().optimizers(recipe))
