@@ -60,7 +60,7 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
             inner = typing.get_args(kind)[0]
             if isinstance(parts, (list, tuple)):
                 return tuple(convert_option(method, name, part, inner) for part in parts if part != "")
-        elif isinstance(kind, type) and isinstance(value, kind):
+        elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
             return value
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")

@@ -59,7 +59,7 @@ class TableQuantizer(Quantizer):
     @property
     def is_initialized(self) -> bool:
         """Whether the grid has been set."""
-        return not any(bool(self.get_buffer(name).isnan().any()) for name in self.tables)
+        return not any(bool(getattr(self, name).isnan().any()) for name in self.tables)
 
     def _set_table(self, name: str, value: Tensor) -> None:
         current = getattr(self, name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowbit.errors import LayerError, LowbitError
+from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network import insert
 from lowbit.network.graph import Dataflow
 from lowbit.network.job import NetworkJob
@@ -52,9 +52,13 @@ class QatJob(NetworkJob):
     """A network that is made ready for training.
 
     Layers to which the policy's exception for the first and last one applies get learned-scale quantizers, whatever the method.
+
+    Attributes:
+        inserted: The quantizers that ``insert`` put in, each with the name of its layer.
     """
 
     allows_float_weights = True
+    inserted: list[tuple[str, Quantizer]] = field(default_factory=list)
 
     def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
         """Give every layer the quantizers of these factories; they are not initialized yet."""
@@ -63,12 +67,16 @@ class QatJob(NetworkJob):
             bit_width = self.bits(name).weight
             assert bit_width is not None
             slot = Slot(name, layer, bit_width, True, self.positions.get(name, "inner"))
-            insert.set_weight_quantizer(layer, self._made(slot, self._weight, weights))
+            quantizer = self._made(slot, self._weight, weights)
+            insert.set_weight_quantizer(layer, quantizer)
+            self.inserted.append((name, quantizer))
         for placement in place_at_layers(self.activation_bits):
             name = placement.layers[0]
             layer = self.model.get_submodule(name)
             slot = Slot(name, layer, placement.bit_width, signs[name], self.positions.get(name, "inner"))
-            self.place(placement, self._made(slot, self._activation, activations))
+            quantizer = self._made(slot, self._activation, activations)
+            self.place(placement, quantizer)
+            self.inserted.append((name, quantizer))
 
     def initialize(self, initialize_layer: Callable[[nn.Module, Tensor], None]) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
@@ -81,15 +89,16 @@ class QatJob(NetworkJob):
             pending.setdefault(name, self.model.get_submodule(name))
         by_module = {id(layer): name for name, layer in pending.items()}
 
-        def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             name = by_module[id(layer)]
             if pending.pop(name, None) is not None:
                 try:
-                    initialize_layer(layer, next(value for value in args if isinstance(value, Tensor)))
+                    initialize_layer(layer, _input_of(args, kwargs, is_quantized=name in self.activation_bits))
                 except LowbitError as error:
-                    raise LayerError(f"layer {name!r} ({type(layer).__name__}): {error}") from error
+                    raise _named(name, layer, error) from error
 
-        self._run_in_training_mode([layer.register_forward_pre_hook(before, prepend=True) for layer in pending.values()])
+        handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
+        self._run_in_training_mode(handles)
         for layer in pending.values():
             quantizer = insert.weight_quantizer(layer)
             if quantizer is not None:
@@ -141,6 +150,14 @@ class QatJob(NetworkJob):
             self.model.train()
             with torch.no_grad():
                 self.model(*self.sample.args, **self.sample.kwargs)
+        except ValueError as error:  # it has run in evaluation mode already
+            if isinstance(error, LowbitError):
+                raise
+            shapes = ", ".join(str(tuple(t.shape)) for t in self.sample.tensors)
+            raise CalibrationError(
+                f"{type(self.model).__name__} fails in training mode on the sample of shape {shapes}: {error}. "
+                "Norms over a batch need a sample of several inputs."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -170,7 +187,7 @@ class QatJob(NetworkJob):
         try:
             return make(slot, factory)
         except LowbitError as error:
-            raise LayerError(f"layer {slot.name!r} ({type(slot.layer).__name__}): {error}") from error
+            raise _named(slot.name, slot.layer, error) from error
 
     def _signs(self) -> dict[str, bool]:
         """Whether each layer's input holds negative values for the sample."""
@@ -178,7 +195,8 @@ class QatJob(NetworkJob):
 
         def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def note(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-                signs[name] = signs.get(name, False) or any(bool((value < 0).any()) for value in args if isinstance(value, Tensor))
+                value = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
+                signs[name] = signs.get(name, False) or (value is not None and bool((value < 0).any()))
 
             return note
 
@@ -190,3 +208,19 @@ class QatJob(NetworkJob):
             for handle in handles:
                 handle.remove()
         return signs
+
+
+def _named(name: str, layer: nn.Module, error: LowbitError) -> LayerError:
+    return LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}")
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], *, is_quantized: bool) -> Tensor:
+    """The input of a layer in a call: the first floating-point tensor."""
+    found = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
+    if found is None and is_quantized:
+        raise LayerError("its input is passed by keyword, where it cannot be quantized. Call it as layer(x), or leave its input in float.")
+    if found is None:
+        found = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    if found is None:
+        raise LayerError("it is called without a floating-point input")
+    return found

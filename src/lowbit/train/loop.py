@@ -21,7 +21,6 @@ from lowbit.train.snapshot import Restoration, Snapshot
 from lowbit.train.task import Batch, Classification, Task
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-_FROZEN = "lowbit_frozen"  # attribute of the network: names of the parameters that a phase does not train
 
 
 @dataclass
@@ -61,8 +60,6 @@ class OwnLoop(TrainRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._known = dict(self.model.named_parameters())
-        mine = vars(self.model).get(_FROZEN, set())
-        self._frozen = [parameter for name, parameter in self._known.items() if not parameter.requires_grad and name not in mine]
         self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
 
     @property
@@ -250,18 +247,6 @@ class OwnLoop(TrainRun):
         for optimizer in self.optimizers:
             for parameter in self._known.values():
                 optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
-
-    def _freeze(self) -> None:
-        frozen, mine = set(map(id, self._frozen)), set()
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for role, parameter in self.roles():
-            is_trained = role in self.phase.optimizers and id(parameter) not in frozen
-            parameter.requires_grad_(is_trained)
-            if not is_trained:
-                parameter.grad = None  # or an optimizer would go on stepping it
-            if not is_trained and id(parameter) not in frozen:
-                mine.add(names[id(parameter)])
-        vars(self.model)[_FROZEN] = mine  # a later run shall not take them for frozen by the user
 
     def _follow_parameters(self) -> None:
         """Take parameters that the method removed out of the user's optimizers, and put those it added where their role lies."""

@@ -65,7 +65,8 @@ class TrainingMethod(ABC):
         """
         if name.endswith("parametrizations.weight.original"):
             return "weights"
-        return "quantizers" if ".quantizer." in name or f"{insert.INPUT}." in name or f"{insert.OUTPUT}." in name else "others"
+        of_weight = "parametrizations.weight." in name and ".quantizer." in name
+        return "quantizers" if of_weight or not {insert.INPUT, insert.OUTPUT}.isdisjoint(name.split(".")) else "others"
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         """An optimizer for each role."""

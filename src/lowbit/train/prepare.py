@@ -81,7 +81,7 @@ def prepare(
         if merge_bits is not None and dataflow is not None:
             job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
         if surrogate is not None:
-            set_surrogate(job.model, surrogate, method)
+            set_surrogate(job, surrogate, method)
         table = job.finish()
     used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     if surrogate is not None:
@@ -118,11 +118,16 @@ def prepared_network(model: nn.Module) -> nn.Module:
     return network
 
 
-def set_surrogate(model: nn.Module, name: str, method: str) -> None:
-    """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none has."""
-    found = [module for module in model.modules() if isinstance(module, Quantizer) and hasattr(module, "surrogate")]
-    if not found:
+def set_surrogate(job: QatJob, name: str, method: str) -> None:
+    """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none of the method's own has."""
+    everything = [module for module in job.model.modules() if isinstance(module, Quantizer)]
+    own = {id(q): layer for layer, q in job.inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in job.inserted}
+    rigid = dict.fromkeys(own[id(q)] for q in everything if id(q) in own and not hasattr(q, "surrogate"))
+    if not any(id(q) in own and hasattr(q, "surrogate") for q in everything):
         raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave --surrogate out.")
-    for quantizer in found:
-        del quantizer.surrogate
-        quantizer.surrogate = make_surrogate(name)  # type: ignore[assignment]
+    for quantizer in everything:
+        if hasattr(quantizer, "surrogate"):
+            del quantizer.surrogate
+            quantizer.surrogate = make_surrogate(name)  # type: ignore[assignment]
+    if rigid:
+        job.table.note(f"{len(rigid)} layers have a quantizer that defines its own gradient and takes no surrogate: {', '.join(rigid)}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from lowbit.errors import SpecError
 
 Role = str  # "weights", "quantizers", "others", or one that a method adds
+OptimizerKind = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "step", "linear", "constant"]
 
 
@@ -29,7 +30,7 @@ class OptimizerSpec:
         warmup: Fraction of the phase over which the learning rate rises linearly from 0.
     """
 
-    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    kind: OptimizerKind = "sgd"
     learning_rate: float = 0.02
     momentum: float = 0.9
     nesterov: bool = False
@@ -40,8 +41,15 @@ class OptimizerSpec:
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.learning_rate >= 0 or not math.isfinite(self.learning_rate):
-            raise SpecError(f"learning_rate must be 0 or more and finite, got {self.learning_rate}")
+        for name, known in (("kind", get_args(OptimizerKind)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in known:
+                raise SpecError(f"{name} of an optimizer must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "weight_decay", "gamma"):
+            value = getattr(self, name)
+            if not value >= 0 or not math.isfinite(value):
+                raise SpecError(f"{name} must be 0 or more and finite, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise SpecError(f"momentum must be from 0 to below 1, got {self.momentum}")
         if not 0 <= self.warmup < 1:
             raise SpecError(f"warmup is a fraction of the phase from 0 to below 1, got {self.warmup}")
 
@@ -53,8 +61,8 @@ class OptimizerSpec:
             return self.learning_rate
         if self.schedule == "step":
             return self.learning_rate * self.gamma ** sum(fraction >= milestone for milestone in self.milestones)
-        done = (fraction - self.warmup) / (1 - self.warmup)
-        return self.learning_rate * (1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * min(done, 1))) / 2)
+        done = min((fraction - self.warmup) / (1 - self.warmup), 1)
+        return self.learning_rate * (1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 @dataclass(frozen=True)

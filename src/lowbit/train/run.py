@@ -15,6 +15,8 @@ from lowbit.train.method import TrainingMethod
 from lowbit.train.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.train.task import Batch, Task
 
+_FROZEN = "lowbit_frozen"  # attribute of the network: names of the parameters that a phase does not train
+
 
 @runtime_checkable
 class Scheduled(Protocol):
@@ -38,6 +40,8 @@ class TrainRun:
                 run.after_backward()
                 run.optimizer_step()
                 run.after_step()
+
+    Parameters that are frozen (``requires_grad``) when the run is made stay frozen.
 
     Attributes:
         model: The prepared network.
@@ -76,6 +80,9 @@ class TrainRun:
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self._scheduled = [module for module in self.model.modules() if isinstance(module, Scheduled)]
         self._has_returned = False  # it stands inside an epoch that an earlier run has entered
+        by_a_run = vars(self.model).get(_FROZEN, set())
+        named = self.model.named_parameters()
+        self._frozen = [parameter for name, parameter in named if not parameter.requires_grad and name not in by_a_run]
 
     @property
     def phase(self) -> Phase:
@@ -99,15 +106,15 @@ class TrainRun:
 
     @property
     def phase_progress(self) -> float:
-        """The fraction of the present phase's steps that is done."""
+        """The fraction of the present phase's steps that is done, 0 or more."""
         before = sum(phase.epochs for phase in self.phases[: self.phase_index]) * self.steps_per_epoch
-        return (self.step - before) / max(self.phase.epochs * self.steps_per_epoch, 1)
+        return max(self.step - before, 0) / max(self.phase.epochs * self.steps_per_epoch, 1)
 
     @property
     def learning_rate(self) -> float:
         """The present learning rate of the weights."""
-        spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()))
-        return spec.rate_at(self.phase_progress)
+        spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()), None)
+        return 0.0 if spec is None else spec.rate_at(self.phase_progress)
 
     def quantizers(self) -> Iterator[Quantizer]:
         """Every quantizer of the network, each once."""
@@ -218,10 +225,13 @@ class TrainRun:
             yield self.method.role(name, parameter, owners[name.rpartition(".")[0]]), parameter
 
     def _build_optimizers(self) -> None:
+        self._freeze()
+        frozen = set(map(id, self._frozen))
         groups: dict[Role, list[nn.Parameter]] = {}
         for role, parameter in self.roles():
-            parameter.requires_grad_(role in self.phase.optimizers)
-            groups.setdefault(role, []).append(parameter)
+            found = groups.setdefault(role, [])
+            if id(parameter) not in frozen:
+                found.append(parameter)
         unknown = set(self.phase.optimizers) - set(groups) - {"weights", "quantizers", "others"}
         if unknown:
             raise SpecError(f"phase {self.phase.name!r}: no parameter has the role {', '.join(sorted(unknown))}")
@@ -230,6 +240,19 @@ class TrainRun:
             if groups.get(role):
                 by_kind.setdefault(spec.kind, []).append({"params": groups[role], "role": role, **_options(spec)})
         self.optimizers = [_KINDS[kind](found) for kind, found in by_kind.items()]
+
+    def _freeze(self) -> None:
+        """Let those parameters ask for gradients that the phase trains, but for what was frozen when the run was made."""
+        frozen, mine = set(map(id, self._frozen)), set()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for role, parameter in self.roles():
+            is_trained = role in self.phase.optimizers and id(parameter) not in frozen
+            parameter.requires_grad_(is_trained)
+            if not is_trained:
+                parameter.grad = None  # or an optimizer would go on stepping it
+            if not is_trained and id(parameter) not in frozen:
+                mine.add(names[id(parameter)])
+        vars(self.model)[_FROZEN] = mine  # a later run shall not take them for frozen by the user
 
 
 _KINDS: Mapping[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
@@ -241,7 +264,7 @@ _KINDS: Mapping[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]]
 
 def _options(spec: OptimizerSpec) -> dict[str, object]:
     common: dict[str, object] = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay, "spec": spec}
-    return {**common, "momentum": spec.momentum, "nesterov": spec.nesterov} if spec.kind == "sgd" else common
+    return {**common, "momentum": spec.momentum, "nesterov": spec.nesterov and spec.momentum > 0} if spec.kind == "sgd" else common
 
 
 def penalty(model: nn.Module) -> Tensor:
