@@ -58,7 +58,9 @@ def job_of(
     """A network whose weights are rounded to nearest."""
     data = images() if data is None else data
     calibration = Calibration.of(list(data.split(batch)))
-    job = PtqJob(model or network(), BitPolicy.uniform(bits, 4, first_last=None), calibration.sample, calibration=calibration, work_dir=work_dir)
+    job = PtqJob(
+        model or network(), BitPolicy.uniform(bits, 4, first_last=None), calibration.sample, calibration=calibration, work_dir=work_dir
+    )
     job.fold()
     job.insert_weights(Adaround().weight_quantizer)
     return job
