@@ -12,7 +12,7 @@ from lowbit.methods.gradients import ewgs
 from lowbit.methods.gradients.ewgs import Ewgs, EwgsActivation, EwgsWeight, discretize, estimate_deltas
 from lowbit.network import insert
 
-BITS = {2**bits: bits for bits in range(1, 9)}
+BITS = {2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6, 128: 7, 256: 8}
 
 
 def discretizer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ def conv_layer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, T
 
 def case_loss(p: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """The function whose Hessian the case is about: half of p'Ap, and a sixth of the sum of b p^3."""
-    quadratic = torch.einsum(",i,ij,j->", torch.tensor(1 / 2), p, inputs["A"], p)
-    return torch.stack((quadratic, torch.einsum(",i,i,i,i->", torch.tensor(1 / 6), inputs["b"], p, p, p))).sum()
+    quadratic = torch.einsum(",i,ij,j->", torch.tensor(0.5), p, inputs["A"], p)
+    return torch.stack((quadratic, torch.einsum(",i,i,i,i->", torch.tensor(0.16666667), inputs["b"], p, p, p))).sum()
 
 
 def hutchinson_trace(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:

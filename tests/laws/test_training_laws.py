@@ -6,12 +6,15 @@ import copy
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.laws import tiny, tiny_training as training
 from tests.laws.test_laws import ODD, grids, odd_network, single_grids
+from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
@@ -20,6 +23,14 @@ from lowbit.registry import get_method
 from lowbit.train.prepare import prepare
 
 every_method = pytest.mark.parametrize("name", training.TRAINING)
+
+
+def gradients(model: Callable[[Tensor], Tensor], owner: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the parameters of ``owner`` for a loss of ``model``, which is that network or a wrapper of it."""
+    images, labels = training.batch(3)
+    owner.zero_grad(set_to_none=True)
+    F.cross_entropy(model(images), labels).backward()
+    return {name: p.grad.clone() for name, p in owner.named_parameters() if p.grad is not None}
 
 
 # 1. Codes say everything
@@ -51,6 +62,8 @@ def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name:
                 levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
                 assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
                 assert part.codes.unique().numel() <= 2**quantizer.bit_width, where
+                if quantizer.bit_width == 1 and where.endswith("weight"):
+                    assert levels == 2, where
 
 
 @every_method
@@ -67,7 +80,7 @@ def test_layers_compute_with_what_their_quantizer_encodes(name: str) -> None:
 
 
 @every_method
-def test_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None:
+def test_copies_pickles_and_state_dicts_compute_the_same(name: str, device: torch.device) -> None:
     model, images = training.trained(name), tiny.held_out()[:32]
     expected = tiny.outputs(model, images)
     assert torch.equal(tiny.outputs(copy.deepcopy(model), images), expected)
@@ -79,6 +92,22 @@ def test_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None:
     assert not torch.equal(tiny.outputs(other, images), expected)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(tiny.outputs(other, images), expected)
+    moved = model.to(device)
+    assert all(t.device.type == device.type for t in moved.state_dict().values())
+    torch.testing.assert_close(tiny.outputs(moved, images.to(device)).cpu(), expected, rtol=1e-3, atol=1e-2)
+    assert torch.equal(tiny.outputs(moved.cpu(), images), expected)
+
+
+@every_method
+def test_copies_keep_the_order_of_parameters_and_learn_the_same(name: str) -> None:
+    model = training.prepared(name)
+    names = [parameter for parameter, _ in model.named_parameters()]
+    expected = gradients(model.train(), model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [parameter for parameter, _ in twin.named_parameters()] == names
+        found = gradients(twin, twin)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @every_method
@@ -112,6 +141,11 @@ def test_odd_layers_and_data_train_and_stay_finite(name: str, case: str) -> None
         run.after_step()
     assert all(bool(torch.isfinite(p).all()) for p in qat.parameters())
     assert torch.isfinite(tiny.outputs(qat.eval(), data)).all()
+    for where, quantizer, values in grids(qat):
+        with torch.no_grad():
+            assert torch.equal(quantizer.encode(values).decode(), quantizer(values)), where
+    baked, _ = bake_weights(qat)
+    assert torch.equal(tiny.outputs(baked, data), tiny.outputs(qat, data))
 
 
 # 5. Lower precision and compilation
@@ -133,6 +167,40 @@ def test_the_compiled_network_computes_the_same(name: str) -> None:
     model, images = training.trained(name), tiny.held_out()[:16]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(tiny.outputs(compiled, images), tiny.outputs(model, images), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_a_step_under_autocast_learns_nearly_the_same(name: str) -> None:
+    losses = []
+    for enabled in (False, True):
+        model = training.prepared(name).train()
+        run = training.run_of(model)
+        run.start_phase()
+        run.start_epoch()
+        run.before_step()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = run.loss(training.batch(0))
+        loss.backward()
+        run.after_backward()
+        run.optimizer_step()
+        run.after_step()
+        losses.append(loss.item())
+        assert all(p.dtype == torch.float32 and bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@every_method
+def test_the_compiled_network_learns_the_same(name: str) -> None:
+    """Where a method's backward pass has effects the graph is broken there; the gradients are the same all the same."""
+    torch.compiler.reset()
+    model = training.prepared(name).train()
+    twin = copy.deepcopy(model)
+    expected = gradients(model, model)
+    found = gradients(torch.compile(twin, backend="aot_eager"), twin)
+    assert found.keys() == expected.keys()
+    size = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6 * size, key
 
 
 # 6. It learns
@@ -184,6 +252,15 @@ def test_packed_bytes_match_the_arithmetic_and_decode_to_the_same_outputs(name: 
     assert stored <= 1.02 * (codes_and_tables + rest + tables) + 128
     assert stored >= sum((code.code_bits + 7) // 8 for code in codes.values())
     torch.testing.assert_close(tiny.outputs(lowbit.load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
+
+
+@every_method
+@pytest.mark.parametrize("case", ["odd_channels", "transposed_grouped"])
+def test_a_file_of_odd_layers_with_biases_decodes_to_the_same_outputs(name: str, case: str, tmp_path: Path) -> None:
+    model, data = odd_network(case)
+    qat = training.ready(name, model.eval(), data).eval()
+    lowbit.export(qat, tmp_path / "odd.lowbit", sample=data)
+    torch.testing.assert_close(tiny.outputs(lowbit.load(tmp_path / "odd.lowbit"), data), tiny.outputs(qat, data), rtol=1e-5, atol=1e-5)
 
 
 # 8. The same seed, the same result

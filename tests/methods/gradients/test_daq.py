@@ -115,12 +115,15 @@ def test_intervals_start_at_three_standard_deviations() -> None:
 
 
 @pytest.mark.parametrize("values", [torch.zeros(9), torch.full((9,), 0.3), torch.full((9,), -1e30), torch.tensor([2.0])])
-def test_constant_values_stay_finite(values: Tensor) -> None:
+def test_values_that_are_all_alike_stay_finite_and_keep_their_sign(values: Tensor) -> None:
     for quantizer in (DaqWeight(2), DaqActivation(2), DaqActivation(2, is_signed=True)):
         x = values.clone().requires_grad_()
         quantizer.initialize(x)
-        quantizer(x).sum().backward()
-        assert all(bool(torch.isfinite(t).all()) for t in (quantizer(x), x.grad, quantizer.upper.grad))  # type: ignore[arg-type]
+        y = quantizer(x)
+        y.sum().backward()
+        assert all(bool(torch.isfinite(t).all()) for t in (y, x.grad, quantizer.upper.grad))  # type: ignore[union-attr]
+        if quantizer.is_centred and values[0] != 0:
+            assert torch.equal(y.sign(), values.sign())
 
 
 def test_bfloat16_keeps_its_type_and_is_quantized_in_float32() -> None:

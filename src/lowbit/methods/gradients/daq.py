@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale
+from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import DistanceAwareRounding
@@ -36,9 +36,12 @@ class DaqWeight(NormalizedQuantizer):
         self.set_interval(x.new_tensor(-3.0), x.new_tensor(3.0))
 
     def prepare(self, x: Tensor) -> Tensor:
+        """The standardized weights; those that are all alike lie at the end of the interval that has their sign."""
         values = x.detach()
-        std = values.std() if values.numel() > 1 else torch.ones_like(values.sum())
-        return (x - values.mean()) / torch.where(std > 0, std, torch.ones_like(std))
+        mean, std = values.mean(), values.std() if values.numel() > 1 else values.new_zeros(())
+        is_constant = std <= 1e-6 * mean.abs()
+        size = torch.where(is_constant, mean.abs() / 3, std)
+        return (x - torch.where(is_constant, torch.zeros_like(mean), mean)) / torch.where(size > 0, size, torch.ones_like(size))
 
 
 class DaqActivation(NormalizedQuantizer):
@@ -52,7 +55,7 @@ class DaqActivation(NormalizedQuantizer):
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
-        self.set_interval(values.new_zeros(()), 3 * (values.std() if values.numel() > 1 else values.abs().sum()))
+        self.set_interval(values.new_zeros(()), spread_of(values))
 
 
 @register(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale
+from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
@@ -42,7 +42,7 @@ class EwgsWeight(NormalizedQuantizer):
         super().__init__(bit_width, is_centred=True, has_output_scale=True, surrogate=ElementwiseGradientScaling(delta))
 
     def initialize(self, x: Tensor) -> None:
-        spread = 3 * (x.detach().float().std() if x.numel() > 1 else x.detach().float().abs().sum())
+        spread = spread_of(x.detach().float())
         self.set_interval(-spread, spread)
 
 
@@ -55,11 +55,11 @@ class EwgsActivation(NormalizedQuantizer):
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
-        spread = 3 * (values.std() if values.numel() > 1 else values.abs().sum())
+        spread, lower = spread_of(values), values.min()
         if self.is_centred:
             self.set_interval(-spread, spread)
         else:
-            self.set_interval(values.min(), spread / HALF_NORMAL)
+            self.set_interval(torch.where(lower < values.max(), lower, torch.zeros_like(lower)), spread / HALF_NORMAL)
 
 
 def hutchinson_trace(

@@ -88,6 +88,13 @@ class NormalizedQuantizer(GridQuantizer):
         self.upper.clamp_(min=lower + smallest_width(lower))
 
 
+def spread_of(values: Tensor) -> Tensor:
+    """Three (unbiased) standard deviations; of values that are all alike their magnitude, so that they keep their sign."""
+    largest = values.abs().max()
+    spread = 3 * values.std() if values.numel() > 1 else torch.zeros_like(largest)
+    return torch.where(spread > 1e-5 * largest, spread, largest)
+
+
 def smallest_width(lower: Tensor) -> Tensor:
     """The least width of an interval that starts at ``lower``: far above the rounding of float32, far below what data need."""
     return 1e-8 + 1e-6 * lower.abs()
