@@ -9,12 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from lowbit.errors import unknown_name
+from lowbit.errors import SpecError, unknown_name
 
 Kind = Literal["post_training", "training", "search", "synthesis"]
 T = TypeVar("T")
 
 _methods: dict[str, MethodInfo] = {}
+_PURPOSES: dict[Kind, str] = {
+    "post_training": "To quantize without training",
+    "training": "To train",
+    "search": "To search for bits",
+    "synthesis": "To make samples",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,15 @@ def get_method(name: str) -> MethodInfo:
     if name not in _methods:
         raise unknown_name("method", name, _methods, "See 'lowbit methods list'.")
     return _methods[name]
+
+
+def method_of_kind(name: str, kind: Kind) -> MethodInfo:
+    """The facts of the method ``name``; SpecError naming those of the right kind where it is of another, UnknownNameError for none."""
+    info = get_method(name)
+    if info.kind != kind:
+        fitting = ", ".join(other.name for other in list_methods(kind=kind))
+        raise SpecError(f"{name!r} is a {info.kind} method. {_PURPOSES[kind]} use one of: {fitting}.")
+    return info
 
 
 def list_methods(pattern: str = "*", *, kind: Kind | None = None, axis: str | None = None, section: str | None = None) -> list[MethodInfo]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.laws import tiny, tiny_training as training
-from tests.laws.test_laws import ODD, grids, odd_network, single_grids
+from tests.laws import checks, tiny, tiny_training as training
+from tests.laws.odd import ODD, odd_network
 from torch import Tensor, nn
 
 import lowbit
@@ -45,35 +43,14 @@ def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name:
             training.prepared(name, bits)
         return
     activation_bits = bits if info.activation_bits is not None and bits in info.activation_bits else None
-    for model in (
-        training.prepared(name, bits, activation_bits),
-        *([training.trained(name)] if bits == training.few_bits(name)[0] else []),
-    ):
-        found = grids(model)
-        widths = {where: quantizer.bit_width for where, quantizer, _ in found}
-        assert widths["conv1.weight"] == widths["conv2.weight"] == bits
-        assert widths["stem.weight"] == widths["head.weight"] == 8
-        for where, quantizer, values in found:
-            with torch.no_grad():
-                forward, encoded = quantizer(values), quantizer.encode(values)
-            assert torch.equal(encoded.decode(), forward), where
-            assert not encoded.codes.is_floating_point(), where
-            for part in single_grids(encoded):
-                levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
-                assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
-                assert part.codes.unique().numel() <= 2**quantizer.bit_width, where
-                if quantizer.bit_width == 1 and where.endswith("weight"):
-                    assert levels == 2, where
+    checks.check_codes(training.prepared(name, bits, activation_bits), bits)
+    if bits == training.few_bits(name)[0]:
+        checks.check_codes(training.trained(name), bits)
 
 
 @every_method
 def test_layers_compute_with_what_their_quantizer_encodes(name: str) -> None:
-    model = training.trained(name)
-    baked, codes = bake_weights(model)
-    assert set(codes) == {f"{layer}.weight" for layer in ("stem", "conv1", "conv2", "head")}
-    for parameter, code in codes.items():
-        assert torch.equal(baked.get_parameter(parameter), code.decode()), parameter
-    assert torch.equal(tiny.outputs(baked, tiny.held_out()), tiny.outputs(model, tiny.held_out()))
+    checks.check_baked(training.trained(name))
 
 
 # 3. The result is an ordinary module
@@ -81,21 +58,7 @@ def test_layers_compute_with_what_their_quantizer_encodes(name: str) -> None:
 
 @every_method
 def test_copies_pickles_and_state_dicts_compute_the_same(name: str, device: torch.device) -> None:
-    model, images = training.trained(name), tiny.held_out()[:32]
-    expected = tiny.outputs(model, images)
-    assert torch.equal(tiny.outputs(copy.deepcopy(model), images), expected)
-    assert torch.equal(tiny.outputs(pickle.loads(pickle.dumps(model)), images), expected)
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    buffer.seek(0)
-    other = training.prepared(name)
-    assert not torch.equal(tiny.outputs(other, images), expected)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(tiny.outputs(other, images), expected)
-    moved = model.to(device)
-    assert all(t.device.type == device.type for t in moved.state_dict().values())
-    torch.testing.assert_close(tiny.outputs(moved, images.to(device)).cpu(), expected, rtol=1e-3, atol=1e-2)
-    assert torch.equal(tiny.outputs(moved.cpu(), images), expected)
+    checks.check_copies(training.trained(name), training.prepared(name), device)
 
 
 @every_method
@@ -114,9 +77,7 @@ def test_copies_keep_the_order_of_parameters_and_learn_the_same(name: str) -> No
 def test_preparing_leaves_the_given_network_alone(name: str) -> None:
     before = {key: value.clone() for key, value in tiny.trained().state_dict().items()}
     training.prepared(name)
-    after = tiny.trained().state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    checks.check_untouched(tiny.trained(), before)
 
 
 # 4. Odd layers and data
@@ -141,7 +102,7 @@ def test_odd_layers_and_data_train_and_stay_finite(name: str, case: str) -> None
         run.after_step()
     assert all(bool(torch.isfinite(p).all()) for p in qat.parameters())
     assert torch.isfinite(tiny.outputs(qat.eval(), data)).all()
-    for where, quantizer, values in grids(qat):
+    for where, quantizer, values in checks.grids(qat):
         with torch.no_grad():
             assert torch.equal(quantizer.encode(values).decode(), quantizer(values)), where
     baked, _ = bake_weights(qat)
@@ -240,18 +201,10 @@ def test_every_parameter_that_is_trained_gets_a_finite_gradient(name: str) -> No
 
 @every_method
 def test_packed_bytes_match_the_arithmetic_and_decode_to_the_same_outputs(name: str, tmp_path: Path) -> None:
-    model, path = training.trained(name), tmp_path / "tiny.lowbit"
-    lowbit.export(model, path, sample=tiny.held_out()[:2])
-    raw = path.read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    _, codes = bake_weights(model)
-    codes_and_tables = sum((c.code_bits + 7) // 8 + sum(t.numel() * 4 for t in c.decoder.tensors().values()) for c in codes.values())
-    rest = sum(t.numel() * 4 for key, t in model.state_dict().items() if "weight" not in key or "bn" in key)
+    model = training.trained(name)
+    state = sum(t.numel() * 4 for key, t in model.state_dict().items() if "weight" not in key or "bn" in key)
     tables = sum(4 * (2**q.bit_width * 2 + 8) for q in activation_quantizers(model).values())
-    stored = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-    assert stored <= 1.02 * (codes_and_tables + rest + tables) + 128
-    assert stored >= sum((code.code_bits + 7) // 8 for code in codes.values())
-    torch.testing.assert_close(tiny.outputs(lowbit.load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
+    checks.check_packed(model, tmp_path / "tiny.lowbit", rest=state + tables)
 
 
 @every_method

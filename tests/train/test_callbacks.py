@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lowbit
 from lowbit.errors import LoopError, MissingExtraError, SpecError
-from lowbit.train.callbacks.plan import Plan
+from lowbit.train.callbacks.plan import Planned
 
 X, Y = torch.cat([x for x, _ in BATCHES]), torch.cat([y for _, y in BATCHES])
 PHASES = ("first", 1, ("weights", "quantizers")), ("second", 2, ("quantizers", "others"))
@@ -200,7 +200,7 @@ def test_a_missing_package_is_said_with_the_install_line(name: str, package: str
 
 
 def test_the_run_of_a_callback_is_there_once_training_starts() -> None:
-    plan = Plan(teacher=nn.Linear(6, 3))
+    plan = Planned(teacher=nn.Linear(6, 3))
     with pytest.raises(LoopError, match="the run is made when training starts"):
         _ = plan.run
     with pytest.raises(SpecError, match="need the length of training, got inf steps in 1 epochs"):

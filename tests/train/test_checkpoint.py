@@ -23,7 +23,7 @@ from lowbit.registry import MethodInfo, list_methods
 from lowbit.spec import Granularity
 from lowbit.train import OptimizerSpec, Phase, Recipe, TrainRun
 from lowbit.train.snapshot import Restoration, Snapshot
-from lowbit.train.trainer import SaveEvery, Terminated
+from lowbit.train.stopping import SaveEvery, Terminated
 
 METHODS = list_methods(kind="training")
 

@@ -7,45 +7,32 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import torch
 import typer
 import yaml
-from torch import nn
 
-from lowbit.calibration import Calibration
 from lowbit.cli import options as shared
 from lowbit.cli.console import say, say_how_to_go_on
 from lowbit.cli.options import TEACHER, TRAINING, key_values
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_settings
-from lowbit.cli.source import DEFAULT, Source, make_network, preprocessing_of, stacked
 from lowbit.cli.train_recipe import TrainRecipe
+from lowbit.cli.train_start import Start, open_start
 from lowbit.cli.workflow import Comparison, Plan, deliver, report_outcome, show_layers
-from lowbit.data import ImageData, Split, load_data
-from lowbit.data.folders import SPLIT_FOLDERS
-from lowbit.errors import DataError, SpecError
 from lowbit.measure import tensor_bytes
-from lowbit.models import BUILT_IN
 from lowbit.network.record import record_of
 from lowbit.options import build_method
 from lowbit.progress import Progress
 from lowbit.spec import BitPolicy, parse_bits
 from lowbit.surrogates import make_surrogate
 from lowbit.train import TrainingMethod
-from lowbit.train.feed import evaluation_batches
+from lowbit.train.stopping import Terminated
 from lowbit.train.train import Trained, train_network
-from lowbit.train.trainer import Terminated, Trainer
-
-SAMPLES = 256  # that the report looks at where there are no labels
-BATCH = 32  # of these at a time: exported files are timed with so many
-SELF = "self"  # a teacher: the float network that training starts from
-TRAINED_WORDS = ("pretrained", "weights")  # options of factories that load trained weights
+from lowbit.train.trainer import Trainer
 
 
 def option(panel: str, help: str, *names: str) -> object:
@@ -284,26 +271,6 @@ def train(
         )
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from.
-
-    Attributes:
-        source: The float network and what the report looks at.
-        train, test: Data.
-        teacher: A network for soft targets.
-        is_trained: Whether the float network has weights that somebody trained.
-        notes: What the user should know.
-    """
-
-    source: Source
-    train: ImageData
-    test: ImageData | None
-    teacher: nn.Module | None
-    is_trained: bool
-    notes: tuple[str, ...]
-
-
 def _run(
     asked: TrainRecipe,
     trainer: Trainer,
@@ -372,99 +339,6 @@ def _deliver(plan: Plan, start: Start, trained: Trained, trainer: Trainer, *, qu
     report_outcome(outcome, quiet=quiet)
 
 
-def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
-    """The network, the data and the teacher that are asked for.
-
-    Raises:
-        LowbitError: Something cannot be found or read, or does not fit.
-    """
-    is_embedded = asked.model is None and asked.init is None and not asked.model_options
-    named = asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
-    if named is None:
-        raise DataError(f"there is no data to train {asked.model} on: name some with --data (see 'lowbit data list').")
-    notes: list[str] = []
-    train, test = _load(named, "train", asked, strict), _load_test(asked, named, strict, notes)
-    if train.num_classes is None:
-        raise DataError(
-            f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
-        )
-    notes += [
-        f"{len(data.skipped)} pictures of {data.name} cannot be decoded and are left out" for data in (train, test) if data and data.skipped
-    ]
-
-    init = None if asked.init is None else Path(asked.init)
-    options = _fitting(asked.model, asked.model_options, train)
-    with _seeded(asked.recipe.seed):
-        name, network = make_network(asked.model, init, options, "cpu")
-    is_trained = init is not None or (name == DEFAULT and options == {}) or any(asked.model_options.get(word) for word in TRAINED_WORDS)
-    if not is_trained and _is_known_untrained(asked.model):
-        notes.append(f"no --init: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
-        if "pretrained" in asked.info.needs:
-            notes.append(f"{asked.method} is made for trained weights: give some with --init")
-    else:
-        is_trained = True
-
-    teacher = _teacher(asked, network, options, train)
-    if teacher is None and "teacher" in asked.info.needs:
-        notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with --teacher.")
-        teacher = network
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
-    calibration = Calibration.of(stacked(train.dataset, order, BATCH, torch.device("cpu")))
-    labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
-    source = Source(name, network, torch.device("cpu"), calibration.sample, calibration, named, labelled, "" if test is None else test.name)
-    return Start(source, train, test, teacher, is_trained, tuple(notes))
-
-
-def _load(data: str, split: Split, asked: TrainRecipe, strict: bool) -> ImageData:
-    pairs = [f"{name}={_option_text(value)}" for name, value in asked.preprocess.items()]
-    return load_data(data, split=split, preprocessing=preprocessing_of(pairs), strict=strict)
-
-
-def _load_test(asked: TrainRecipe, named: str, strict: bool, notes: list[str]) -> ImageData | None:
-    if asked.test_data is not None:
-        found = _load(asked.test_data, "test", asked, strict)
-        if found.num_classes is None:
-            raise DataError(f"--test-data {asked.test_data}: there are no labels to measure accuracy with")
-        return found
-    path = Path(named)
-    if path.is_dir() and any((path / part).is_dir() for part in SPLIT_FOLDERS["train"]):
-        if not any((path / part).is_dir() for part in SPLIT_FOLDERS["test"]):
-            notes.append(f"{named} has no test part: accuracy is not measured. Name labelled data with --test-data.")
-            return None
-    elif path.exists():
-        notes.append(f"{named} has no test part: accuracy is measured on the training samples. Name other data with --test-data.")
-    return _load(named, "test", asked, strict)
-
-
-def _fitting(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
-    """The options of a built-in network, with channels and classes of the data where they are not given."""
-    if model not in BUILT_IN or model == DEFAULT:
-        return dict(options)
-    return {"num_classes": data.num_classes, "in_channels": data.input_shape[0], **options}
-
-
-def _is_known_untrained(model: str | None) -> bool:
-    """Whether the factory is known to return random weights."""
-    return model is not None and (model in BUILT_IN or model.partition(":")[0] in ("timm", "torchvision"))
-
-
-def _teacher(asked: TrainRecipe, network: nn.Module, options: Mapping[str, object], data: ImageData) -> nn.Module | None:
-    weights = None if asked.teacher_weights is None else Path(asked.teacher_weights)
-    if asked.teacher is None:
-        if weights is not None or asked.teacher_options:
-            raise SpecError("--teacher-weights and --teacher-option belong to a teacher: name its network with --teacher.")
-        return None
-    if asked.teacher == SELF:
-        return network
-    if Path(asked.teacher).suffix in (".safetensors", ".pt", ".pth"):
-        return make_network(asked.model or DEFAULT, Path(asked.teacher), options, "cpu")[1]
-    fitting = _fitting(asked.teacher, asked.teacher_options, data)
-    is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
-    if not is_trained and _is_known_untrained(asked.teacher):
-        raise SpecError(f"--teacher {asked.teacher} has random weights: give trained ones with --teacher-weights.")
-    return make_network(asked.teacher, weights, fitting, "cpu")[1]
-
-
 def show_plan(plan: Plan, asked: TrainRecipe, start: Start) -> None:
     """Print what would be done, layer by layer and phase by phase."""
     show_layers(plan, start.source)
@@ -509,19 +383,8 @@ def _is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _parsed(pairs: list[str] | None, name: str) -> dict[str, object] | None:
     return {key: yaml.safe_load(value) for key, value in key_values(pairs or [], name).items()} or None
-
-
-def _option_text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _text(path: Path | None) -> str | None:

@@ -14,7 +14,7 @@ import yaml
 from lowbit.cli.request import make_policy
 from lowbit.errors import SpecError, unknown_name
 from lowbit.options import convert_option
-from lowbit.registry import MethodInfo, get_method, list_methods
+from lowbit.registry import MethodInfo, method_of_kind
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 from lowbit.train.feed import AugmentName
 from lowbit.train.recipe import OptimizerSpec, Recipe
@@ -119,11 +119,7 @@ class TrainRecipe:
     @property
     def info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
-        info = get_method(self.method)
-        if info.kind != "training":
-            known = ", ".join(other.name for other in list_methods(kind="training"))
-            raise SpecError(f"{self.method!r} is a {info.kind} method. To train use one of: {known}.")
-        return info
+        return method_of_kind(self.method, "training")
 
     def bit_policy(self) -> BitPolicy:
         """Bits for each layer.

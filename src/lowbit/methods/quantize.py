@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lowbit.calibration import Calibration, Inputs
-from lowbit.errors import CalibrationError, SpecError
+from lowbit.errors import CalibrationError
 from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record
 from lowbit.options import build_method
 from lowbit.progress import Progress
-from lowbit.registry import get_method, list_methods
+from lowbit.registry import method_of_kind
 from lowbit.spec import BitPolicy
 
 
@@ -83,11 +83,7 @@ def run_job(
     Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
     equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.
     """
-    info = get_method(method)
-    if info.kind != "post_training":
-        raise SpecError(
-            f"{method!r} is a {info.kind} method. For quantize use one of: {', '.join(i.name for i in list_methods(kind='post_training'))}."
-        )
+    info = method_of_kind(method, "post_training")
     chosen = build_method(info, dict(options))
     assert isinstance(chosen, PostTrainingMethod)
     data = None if calibration is None else Calibration.of(calibration)

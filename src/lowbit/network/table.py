@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rich.table import Table as RichTable
@@ -33,11 +33,6 @@ class LayerTable:
     def add(self, record: LayerRecord) -> None:
         """Add or replace the record of ``record.name``."""
         self._records[record.name] = record
-
-    def remark(self, name: str, reason: str) -> None:
-        """Append a reason to a layer's record."""
-        record = self._records[name]
-        self._records[name] = replace(record, reason=f"{record.reason}; {reason}" if record.reason else reason)
 
     def note(self, text: str) -> None:
         """A remark about the whole network, once."""

@@ -15,7 +15,7 @@ from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.options import build_method
 from lowbit.quantizers import Quantizer
-from lowbit.registry import get_method, list_methods
+from lowbit.registry import method_of_kind
 from lowbit.spec import BitPolicy, check_bit_width
 from lowbit.surrogates import make_surrogate
 from lowbit.train.job import QatJob
@@ -64,11 +64,7 @@ def prepare(
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
     """
-    info = get_method(method)
-    if info.kind != "training":
-        raise SpecError(
-            f"{method!r} is a {info.kind} method. To train use one of: {', '.join(i.name for i in list_methods(kind='training'))}."
-        )
+    info = method_of_kind(method, "training")
     chosen = build_method(info, dict(options))
     assert isinstance(chosen, TrainingMethod)
     policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)

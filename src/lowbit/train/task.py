@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -87,9 +86,3 @@ def check_labels(labels: Tensor, outputs: int) -> None:
             f"the data has the label {int(wrong[0])}, but the network has {outputs} outputs (labels 0 to {outputs - 1}). "
             "Use a network with as many outputs as there are classes."
         )
-
-
-def outputs_of(model: nn.Module, batch: Batch, task: Task) -> Tensor:
-    """One evaluation pass without gradients."""
-    with torch.no_grad():
-        return task.predict(model, batch)

@@ -6,13 +6,10 @@ import contextlib
 import math
 import os
 import random
-import re
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -29,6 +26,7 @@ from lowbit.train.finite import first_not_finite, gradient_is_finite, names_not_
 from lowbit.train.processes import any_process, average_buffers, average_gradients, gathered, mean_over_processes, process_count
 from lowbit.train.run import TrainRun
 from lowbit.train.snapshot import Restoration, Snapshot
+from lowbit.train.stopping import SaveEvery, StopSignals, Terminated
 from lowbit.train.task import Batch
 
 PrecisionName = Literal["32", "bf16", "fp16"]
@@ -36,43 +34,6 @@ Selection = Literal["last", "best"]
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has come down to this meets nothing but infinities
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class Terminated(SystemExit):
-    """The run was asked to end (SIGTERM), has saved its state, and leaves with exit code 143.
-
-    Attributes:
-        message: What has happened, for the user.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class SaveEvery:
-    """How often the state is saved besides the end of each epoch: after so many seconds, or so many steps."""
-
-    seconds: float | None = None
-    steps: int | None = None
-
-    @staticmethod
-    def parse(text: str | float) -> SaveEvery:
-        """``300s``, ``10m``, ``2h``, or a number of steps such as ``500``.
-
-        Raises:
-            SpecError: Anything else.
-        """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip())
-        if found is None or float(found[1]) <= 0 or (not found[2] and not float(found[1]).is_integer()):
-            raise SpecError(f"save_every: {text!r}, expected a time such as 300s, 10m or 2h, or a number of steps such as 500")
-        if found[2]:
-            return SaveEvery(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
-        return SaveEvery(steps=int(float(found[1])))
 
 
 @dataclass
@@ -223,7 +184,7 @@ class _Session:
         self.expected = frozenset(names_not_finite(run.model))
         self.best: tuple[Any, dict[str, Tensor]] | None = None  # the best network, where there are no checkpoints
         self.output: Tensor | None = None  # an output of the network, to check targets against
-        self.stop = _StopSignals()
+        self.stop = StopSignals()
 
     def train(self) -> Curve:
         run, store = self.run, self.checkpoints
@@ -469,32 +430,6 @@ class _Session:
     def _note(self, epoch: int, rate: float) -> str:
         mean = self.state.loss_sum / max(self.state.loss_count, 1)
         return f"{self._place(epoch)}, loss {mean:.4g}{self._metric_word()}, {rate:,.0f} samples/s"
-
-
-class _StopSignals:
-    """Within the context SIGTERM and Ctrl-C are noted, so that a step is finished before the run leaves; a second Ctrl-C is not.
-
-    Attributes:
-        number: The signal that came.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ The callback calls the hooks of the method; the optimizer is made from the netwo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +26,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import missing_extra
 from lowbit.files import read_tensors, write_tensors
-from lowbit.train.callbacks.plan import Plan
-from lowbit.train.loop import Criterion, OwnLoop
-from lowbit.train.recipe import Recipe
-from lowbit.train.task import Batch, Task
+from lowbit.train.callbacks.plan import Planned
 
 try:
     from transformers import TrainerCallback
@@ -39,7 +35,7 @@ except ImportError as error:
     raise missing_extra("transformers", "huggingface", "training with the Trainer of transformers") from error
 
 
-class LowbitCallback(TrainerCallback):  # type: ignore[misc]
+class LowbitCallback(Planned, TrainerCallback):  # type: ignore[misc]
     """Calls the hooks of the method that the trainer's model was prepared with, or the one prepared network inside it.
 
     transformers clips gradients before it calls the method's hook for them. Each checkpoint gets a file with the run's state beside the
@@ -47,31 +43,12 @@ class LowbitCallback(TrainerCallback):  # type: ignore[misc]
     network alone, and what a method keeps besides (random numbers, for one) starts anew. Methods with a loss of their own need
     ``callback.run.loss((inputs, labels))`` for the model's loss.
 
-    Args:
-        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight and temperature of distillation, seed.
-        teacher: A network for soft targets in ``run.loss``.
-        batches: Training batches for methods that look at data between epochs.
+    Arguments: those of ``Planned``.
     """
-
-    def __init__(
-        self,
-        *,
-        task: Task | Criterion | None = None,
-        recipe: Recipe | None = None,
-        teacher: nn.Module | None = None,
-        batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
-    ) -> None:
-        self._plan = Plan(task, recipe, teacher, batches)
-
-    @property
-    def run(self) -> OwnLoop:
-        """The run; LoopError before training has started."""
-        return self._plan.run
 
     def on_train_begin(self, args: Any, state: Any, control: object, *, model: nn.Module, **kwargs: object) -> None:
         """Make the run, for as many steps as the trainer plans."""
-        run = self._plan.start(model, state.max_steps, state.num_train_epochs)
+        run = self.start(model, state.max_steps, state.num_train_epochs)
         path = _state_path(args, state)
         if state.global_step > 0 and path.is_file():
             tensors, facts = read_tensors(path)

@@ -20,16 +20,12 @@ The module owns the optimizer and the loss, the callback calls the hooks of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from lowbit.errors import missing_extra
-from lowbit.train.callbacks.plan import Plan
-from lowbit.train.loop import Criterion, OwnLoop
-from lowbit.train.recipe import Recipe
-from lowbit.train.task import Batch, Task
+from lowbit.train.callbacks.plan import Planned
 
 try:
     from lightning.pytorch import Callback
@@ -37,42 +33,24 @@ except ImportError as error:
     raise missing_extra("lightning", "lightning", "training with lightning.pytorch") from error
 
 
-class LowbitCallback(Callback):  # type: ignore[misc]
+class LowbitCallback(Planned, Callback):  # type: ignore[misc]
     """Calls the hooks of the method that the module's network was prepared with.
 
     The module may hold other networks as well, but one prepared one. Optimization may be automatic, or manual with one optimizer
     step in a batch. Gradients are clipped after the method has seen them. Where the run stands is saved in Lightning's checkpoints.
     Methods with a loss of their own need ``callback.run.loss(batch)`` in the training step.
 
-    Args:
-        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight and temperature of distillation, seed.
-        teacher: A network for soft targets in ``run.loss``.
-        batches: Training batches for methods that look at data between epochs.
+    Arguments: those of ``Planned``.
     """
 
-    def __init__(
-        self,
-        *,
-        task: Task | Criterion | None = None,
-        recipe: Recipe | None = None,
-        teacher: nn.Module | None = None,
-        batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
-    ) -> None:
-        self._plan = Plan(task, recipe, teacher, batches)
-        self._saved: dict[str, object] | None = None
-
-    @property
-    def run(self) -> OwnLoop:
-        """The run; LoopError before training has started."""
-        return self._plan.run
+    _saved: dict[str, object] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the run, for as many steps as the trainer plans."""
         steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
         if epochs is None or epochs < 0:  # only max_steps was given
             epochs = math.ceil(steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        run = self._plan.start(pl_module, steps, epochs)
+        run = self.start(pl_module, steps, epochs)
         if self._saved is not None:
             run.load_state_dict(self._saved)
             self._saved = None
@@ -94,7 +72,7 @@ class LowbitCallback(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, object]:
         """Where the run stands."""
-        return {} if self._plan.current is None else self.run.state_dict()
+        return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Remember where to go on once training starts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,22 +13,34 @@ from lowbit.train.recipe import Recipe
 from lowbit.train.task import Batch, Task
 
 
-@dataclass
-class Plan:
-    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts."""
+class Planned:
+    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts.
 
-    task: Task | Criterion | None = None
-    recipe: Recipe | None = None
-    teacher: nn.Module | None = None
-    batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None
-    current: OwnLoop | None = None
+    Args:
+        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
+        recipe: Weight and temperature of distillation, seed.
+        teacher: A network for soft targets in ``run.loss``.
+        batches: Training batches for methods that look at data between epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task | Criterion | None = None,
+        recipe: Recipe | None = None,
+        teacher: nn.Module | None = None,
+        batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task, self.recipe, self.teacher, self.batches = task, recipe, teacher, batches
+        self._run: OwnLoop | None = None
 
     @property
     def run(self) -> OwnLoop:
         """The run; LoopError before training has started."""
-        if self.current is None:
+        if self._run is None:
             raise LoopError("the run is made when training starts: use it in the training step, not before")
-        return self.current
+        return self._run
 
     def start(self, model: nn.Module, steps: float, epochs: int) -> OwnLoop:
         """Make the run for ``steps`` optimizer steps in ``epochs``."""
@@ -38,7 +49,7 @@ class Plan:
                 f"schedules of quantizers need the length of training, got {steps} steps in {epochs} epochs. "
                 "Give the trainer a number of epochs or of steps."
             )
-        self.current = training(
+        self._run = training(
             model,
             steps_per_epoch=math.ceil(steps / epochs),
             epochs=epochs,
@@ -47,4 +58,4 @@ class Plan:
             teacher=self.teacher,
             batches=self.batches,
         )
-        return self.current
+        return self._run

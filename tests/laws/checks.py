@@ -1,0 +1,107 @@
+"""What more than one kind of method is held to: codes, ordinary modules, packed files."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from tests.laws import tiny
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
+from lowbit.quantizers import QTensor, Quantizer
+from lowbit.quantizers.qtensor import SumDecoder
+
+
+def grids(model: nn.Module) -> list[tuple[str, Quantizer, Tensor]]:
+    """Every quantizer with a tensor to quantize: its weight, or values that go past both ends of its range."""
+    found: list[tuple[str, Quantizer, Tensor]] = []
+    for name, layer in quantized_layers(model).items():
+        quantizer = weight_quantizer(layer)
+        assert quantizer is not None
+        found.append((f"{name}.weight", quantizer, float_weight(layer).detach()))
+    values = torch.cat([torch.zeros(4), torch.linspace(-40, 40, 2001), torch.randn(2003)]).reshape(4, 1, -1)
+    return found + [(name, quantizer, values) for name, quantizer in activation_quantizers(model).items()]
+
+
+def single_grids(encoded: QTensor) -> list[QTensor]:
+    """The tensor itself, or where it is a sum of several low-bit tensors, each of them."""
+    if not isinstance(encoded.decoder, SumDecoder):
+        return [encoded]
+    parts = zip(encoded.codes, encoded.decoder.parts, strict=True)
+    return [QTensor(codes, decoder, encoded.bit_width) for codes, decoder in parts]
+
+
+def check_codes(model: nn.Module, inner_bits: int) -> None:
+    """Decoded codes are the forward pass, on at most two to the b levels; inner layers have ``inner_bits``, both ends 8."""
+    found = grids(model)
+    widths = {where: quantizer.bit_width for where, quantizer, _ in found}
+    assert widths["conv1.weight"] == widths["conv2.weight"] == inner_bits
+    assert widths["stem.weight"] == widths["head.weight"] == 8
+    for where, quantizer, values in found:
+        with torch.no_grad():
+            forward, encoded = quantizer(values), quantizer.encode(values)
+        assert torch.equal(encoded.decode(), forward), where
+        assert not encoded.codes.is_floating_point(), where
+        for part in single_grids(encoded):
+            levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
+            assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
+            codes = part.codes.unique().numel()
+            assert codes <= 2**quantizer.bit_width, f"{where}: {codes} codes"
+            if quantizer.bit_width == 1 and where.endswith("weight"):
+                assert levels == 2, where
+
+
+def check_baked(model: nn.Module) -> None:
+    """Layers compute with what their quantizer encodes."""
+    baked, codes = bake_weights(model)
+    assert set(codes) == {f"{layer}.weight" for layer in ("stem", "conv1", "conv2", "head")}
+    for parameter, code in codes.items():
+        assert torch.equal(baked.get_parameter(parameter), code.decode()), parameter
+    assert torch.equal(tiny.outputs(baked, tiny.held_out()), tiny.outputs(model, tiny.held_out()))
+
+
+def check_copies(model: nn.Module, other: nn.Module, device: torch.device) -> None:
+    """Copies, pickles, a state dict loaded into ``other`` (which computes something else) and a move to ``device`` compute the same."""
+    images = tiny.held_out()[:32]
+    expected = tiny.outputs(model, images)
+    assert torch.equal(tiny.outputs(copy.deepcopy(model), images), expected)
+    assert torch.equal(tiny.outputs(pickle.loads(pickle.dumps(model)), images), expected)
+
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    assert not torch.equal(tiny.outputs(other, images), expected)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(tiny.outputs(other, images), expected)
+
+    moved = model.to(device)
+    assert all(t.device.type == device.type for t in moved.state_dict().values())
+    torch.testing.assert_close(tiny.outputs(moved, images.to(device)).cpu(), expected, rtol=1e-3, atol=1e-2)
+    assert torch.equal(tiny.outputs(moved.cpu(), images), expected)
+
+
+def check_packed(model: nn.Module, path: Path, *, rest: int) -> None:
+    """The packed file holds codes, their tables and ``rest`` more bytes, and decodes to the same outputs."""
+    lowbit.export(model, path, sample=tiny.held_out()[:2])
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    _, codes = bake_weights(model)
+    packed = sum((code.code_bits + 7) // 8 for code in codes.values())
+    tables = sum(t.numel() * 4 for code in codes.values() for t in code.decoder.tensors().values())
+    stored = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    assert stored <= 1.02 * (packed + tables + rest) + 128
+    assert stored >= packed
+    torch.testing.assert_close(tiny.outputs(lowbit.load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
+
+
+def check_untouched(network: nn.Module, before: dict[str, Tensor]) -> None:
+    """The state of ``network`` is what it was."""
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
