@@ -2,13 +2,14 @@
 
     python benchmarks/qat.py                              # all methods and bits; about an hour on one core
     python benchmarks/qat.py --methods lsq ewgs --bits 2  # some; the others keep their rows
+    python benchmarks/qat.py --methods pact+sawb          # a method with options of its own, see VARIANTS
     python benchmarks/qat.py --network resnet20 --images 60000 --epochs 6 --methods lsq ewgs --bits 2 --out benchmarks/results/qat_long.json
 
-A resnet8 of width 16 is trained in float on 12,000 Fashion-MNIST images (kept in data/), then each method trains on from there for
-three epochs: SGD 0.02 with Nesterov momentum and cosine decay, batch 128, shifts and flips, first and last layer at 8 bits.
-Accuracy is on all 10,000 test images. "round_to_nearest" is the float start rounded after the fact. Each run is a process of its own
-with one thread; memory is its peak above the process before training. Results: benchmarks/results/qat.json, row by row, so that a
-stopped run goes on where it was.
+A resnet8 of width 16 was trained in float on 12,000 Fashion-MNIST images (weights/); each method trains on from there for three
+epochs: SGD 0.02 with Nesterov momentum and cosine decay, batch 128, shifts and flips, first and last layer at 8 bits. Accuracy is
+on all 10,000 test images. "round_to_nearest" is the float start rounded after the fact. Each run is a process of its own with one
+thread; memory is its peak above the process before training. Results: benchmarks/results/qat.json, row by row, so that a stopped
+run goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,6 +39,11 @@ from lowbit.train.prepare import method_of, prepare
 
 HERE = Path(__file__).parent
 BATCH, SEED, FLOAT_EPOCHS = 128, 0, 30
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "pact+sawb": ("pact", {"weights": "sawb", "clip_init": "least_error"}),
+    "pact+least_error": ("pact", {"clip_init": "least_error"}),
+    "xnor_net+size": ("xnor_net", {"multiply_by_size": True}),
+}
 Row = dict[str, object]
 
 
@@ -73,12 +79,11 @@ class Data:
 
 
 def float_start(network: str, images: int) -> nn.Module:
-    """The float network that all methods start from; trained once."""
-    path = HERE.parent / "data" / f"qat_{network}_{images}.safetensors"
+    """The float network that all methods start from; trained once and kept in weights/."""
+    path = HERE / "weights" / f"{network}_fashion.safetensors"
     torch.manual_seed(SEED)
-    model = load_model(network, in_channels=1, num_classes=10)
+    model = load_model(network, path if path.exists() else None, in_channels=1, num_classes=10)
     if path.exists():
-        model.load_state_dict(load_file(path), strict=False)
         return model
     data = Data(images)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -90,8 +95,7 @@ def float_start(network: str, images: int) -> nn.Module:
             optimizer.step()
             schedule.step()
         print(f"float epoch {epoch + 1}: {data.accuracy(model)} %", flush=True)
-    path.parent.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return model
 
 
@@ -114,7 +118,8 @@ def train(
         return
     before = peak_mib()
     sample = next(iter(data.epoch(0)))[0]
-    qat = prepare(model, method=method, weight_bits=weight_bits, activation_bits=activation_bits, sample=sample, seed=SEED).train()
+    name, options = VARIANTS.get(method, (method, {}))
+    qat = prepare(model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, sample=sample, seed=SEED, **options).train()
     optimizer = OptimizerSpec(learning_rate=args.learning_rate, nesterov=True)
     run = TrainRun(
         qat,
@@ -162,9 +167,9 @@ def in_new_process(*arguments: object) -> Row:
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[str, int, int | None]]:
     """Method, weight bits and activation bits of every run, baselines first."""
-    names = args.methods or ["round_to_nearest", "qat_baseline", "lsq", *(i.name for i in list_methods(kind="training"))]
+    names = args.methods or ["round_to_nearest", "qat_baseline", "lsq", *(i.name for i in list_methods(kind="training")), *VARIANTS]
     for name in dict.fromkeys(names):
-        info = lowbit.get_method(name)
+        info = lowbit.get_method(VARIANTS.get(name, (name, {}))[0])
         for bits in args.bits:
             if bits in info.weight_bits and not args.no_weight_only:
                 yield name, bits, None

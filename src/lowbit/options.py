@@ -42,8 +42,7 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
         if choices is not None:
             if value in choices:
                 return value
-            raise SpecError(f"{method}: option {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if kind is bool:
+        elif kind is bool:
             if isinstance(value, bool):
                 return value
             if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
@@ -62,5 +61,10 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
                 return tuple(convert_option(method, name, part, inner) for part in parts if part != "")
         elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
             return value
-    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    names = " or ".join(_described(kind) for kind in allowed)
     raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")
+
+
+def _described(kind: object) -> str:
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    return f"one of {', '.join(map(repr, choices))}" if choices else getattr(kind, "__name__", str(kind))

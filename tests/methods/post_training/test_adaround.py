@@ -98,7 +98,7 @@ def residual(width: int = 8) -> tuple[nn.Module, Tensor]:
 
 
 def test_each_layer_gets_the_bits_of_its_policy() -> None:
-    model, data = residual(4)
+    model, data = residual()
     policy = (
         BitPolicy.uniform(4, 8)
         .with_rule(match="layer1.*", weight=2)
@@ -135,7 +135,7 @@ def test_asymmetric_learning_makes_up_for_the_errors_of_earlier_layers() -> None
 
 
 def test_one_sample_is_enough_to_run_and_to_gain_on_it() -> None:
-    model, data = residual(4)
+    model, data = residual()
     arguments = {"weight_bits": 3, "activation_bits": None, "calibration": data[:1]}
     nearest, learned = (
         quantize(model, method=name, **options, **arguments) for name, options in (("round_to_nearest", {}), ("adaround", QUICK))
@@ -144,7 +144,7 @@ def test_one_sample_is_enough_to_run_and_to_gain_on_it() -> None:
 
 
 def test_bfloat16_ends_near_float32() -> None:
-    model, data = residual(4)
+    model, data = residual()
     arguments = {"weight_bits": 3, "activation_bits": None, "calibration": data}
     exact, rough = (quantize(model, method="adaround", precision=precision, **QUICK, **arguments) for precision in ("fp32", "bf16"))
     nearest = quantize(model, method="round_to_nearest", **arguments)
@@ -155,21 +155,21 @@ def test_bfloat16_ends_near_float32() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_calibration_data_that_is_not_finite_is_refused(value: float) -> None:
-    model, data = residual(4)
+    model, data = residual()
     data[40, 1, 2, 3] = value
     with pytest.raises(CalibrationError, match=r"calibration batch 1, input 0 .*1 of \d+ values are NaN or infinite"):
         quantize(model, method="adaround", weight_bits=3, calibration=data, **QUICK)
 
 
 def test_calibration_data_is_needed() -> None:
-    model, data = residual(4)
+    model, data = residual()
     with pytest.raises(CalibrationError, match="'adaround' needs calibration data"):
         quantize(model, method="adaround", weight_bits=3, sample=data[:1])
 
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_without_a_uniform_grid_are_refused(bits: int) -> None:
-    model, data = residual(4)
+    model, data = residual()
     with pytest.raises(SpecError, match="bit"):
         quantize(model, method="adaround", weight_bits=bits, calibration=data)
 
@@ -187,7 +187,7 @@ def test_bits_without_a_uniform_grid_are_refused(bits: int) -> None:
     ],
 )
 def test_options_out_of_range_are_refused(option: str, value: object) -> None:
-    model, data = residual(4)
+    model, data = residual()
     with pytest.raises(SpecError, match=f"{option}.*{value}"):
         quantize(model, method="adaround", weight_bits=3, calibration=data[:4], **{"iterations": 1, option: value})
 

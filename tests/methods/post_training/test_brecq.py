@@ -24,7 +24,7 @@ from lowbit.spec import BitPolicy
 QUICK = {"iterations": 200, "learning_rate": 0.02, "batch_size": 16, "activation_iterations": 0}
 
 
-def residual(width: int = 4) -> tuple[nn.Module, Tensor]:
+def residual(width: int = 8) -> tuple[nn.Module, Tensor]:
     data = torch.randn(40, 3, 8, 8) + torch.randn(40, 3, 1, 1)
     return settled(resnet8(num_classes=6, width=width), data), data
 
@@ -217,7 +217,7 @@ def test_released_fisher_weights_are_almost_the_plain_error(seen: dict[str, list
 
 
 def test_blocks_and_layers_are_both_nearer_to_float_than_rounding_to_nearest() -> None:
-    model, data = residual(8)
+    model, data = residual()
     arguments = {"weight_bits": 2, "activation_bits": None, "calibration": data[:32]}
     nearest = quantize(model, method="brecq", **{**QUICK, "iterations": 0}, **arguments)
     blocks = quantize(model, method="brecq", **QUICK, **arguments)

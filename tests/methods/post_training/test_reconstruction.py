@@ -49,7 +49,7 @@ def images(count: int = 24) -> Tensor:
 def network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        return settled(resnet8(num_classes=4, width=4), images())
+        return settled(resnet8(num_classes=4, width=8), images())
 
 
 def job_of(

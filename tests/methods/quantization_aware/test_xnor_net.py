@@ -125,10 +125,10 @@ def test_multipliers_multiply_the_gradient_only() -> None:
         assert w.grad is not None
         return w.grad
 
-    plain = grad(multiply_by_size=False)
-    torch.testing.assert_close(grad(), plain * 36)
-    torch.testing.assert_close(grad(gradient_multiplier=10.0, multiply_by_size=False), plain * 10)
-    torch.testing.assert_close(grad(centring_gradient=True), plain * 36 * 0.75)
+    plain = grad()
+    torch.testing.assert_close(grad(multiply_by_size=True), plain * 36)
+    torch.testing.assert_close(grad(gradient_multiplier=10.0), plain * 10)
+    torch.testing.assert_close(grad(centring_gradient=True, multiply_by_size=True), plain * 36 * 0.75)
     with pytest.raises(SpecError, match="gradient_multiplier must be positive"):
         XnorNet(gradient_multiplier=0.0)
 
@@ -375,7 +375,7 @@ def test_a_network_of_signs_learns() -> None:
     labels = torch.arange(256) % 4
     images = patterns[labels] + torch.randn(256, 3, 8, 8, generator=generator)
     policy = BitPolicy.uniform(1, 1).keep_float("stem")
-    model = lowbit.prepare(TinyNet(16), method="xnor_net", policy=policy, sample=images[:64]).train()
+    model = lowbit.prepare(TinyNet(16), method="xnor_net", policy=policy, sample=images[:64], multiply_by_size=True).train()
     test = patterns[labels] + torch.randn(256, 3, 8, 8, generator=generator)
 
     @torch.no_grad()

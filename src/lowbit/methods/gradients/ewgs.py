@@ -5,7 +5,7 @@ Paper: Lee, Kim, Ham 2021, "Network Quantization with Element-wise Gradient Scal
 Symbols: l and u -> lower and upper, delta -> delta, x_q -> discretized, alpha -> output_scale.
 Deviations: as in the authors' program, the gradient's size in the factor is three standard deviations; the interval is kept from
     closing; where a layer's input can be negative, activations become ``2 q - 1``; where a layer's weight stays in float, its input's
-    levels hold the output scale. ``delta`` starts at the authors' fixed value, and short runs update it once at least.
+    levels hold the output scale; short runs update ``delta`` once at least.
 """
 
 from __future__ import annotations
@@ -152,15 +152,15 @@ class Ewgs(NormalizingMethod):
     """Learned intervals and element-wise scaled gradients.
 
     Attributes:
-        delta: Strength of the scaling before its first update: the authors' 0.001 of runs with a fixed strength; 0 is the
-            straight-through estimator.
+        delta: Strength of the scaling before its first update; 0 is the straight-through estimator. The authors' runs with a fixed
+            strength (``delta_interval=0``) have 0.001.
         delta_interval: Epochs between updates of the strength from the Hessian's trace (10 for CIFAR-10, 1 for ImageNet), half of the run
             where that is less; 0: never. An update costs some twenty backward passes for each quantizer and batch.
         delta_batches: Batches that an update looks at (3 for CIFAR-10, 10 of 16 images for ImageNet).
         delta_probes: Random vectors for each tensor and batch at most.
     """
 
-    delta: float = 1e-3
+    delta: float = 0.0
     delta_interval: int = 10
     delta_batches: int = 3
     delta_probes: int = 50

@@ -254,8 +254,8 @@ class XnorNet(TrainingMethod):
         centring_gradient: Multiply the gradient of weights by ``1 - 1 / input channels``, as both programs do for the centring.
         gradient_multiplier: Factor of the gradient of weights; in the authors' program ``1e9`` with Adam (there for all parameters, and
             in place of ``multiply_by_size``), which makes weight decay and epsilon negligible.
-        multiply_by_size: Multiply the gradient of weights by the elements of a filter, as the authors' program does with SGD. Without
-            it the scale in the gradient makes steps so small that few signs ever change; with Adam it makes no difference.
+        multiply_by_size: Multiply the gradient of weights by the elements of a filter, as the authors' program does with SGD: the scale
+            in the gradient makes steps small otherwise, so that few signs change in a short run. With Adam it makes no difference.
         input_scaling: Multiply outputs by K, the mean magnitude of the inputs that they come from (binary inputs only). In the paper,
             which finds that it adds less than 1 % accuracy; not in the authors' program.
         input_scaling_gradient: Let gradients pass through K.
@@ -268,7 +268,7 @@ class XnorNet(TrainingMethod):
     clamp: bool = True
     centring_gradient: bool = False
     gradient_multiplier: float = 1.0
-    multiply_by_size: bool = True
+    multiply_by_size: bool = False
     input_scaling: bool = False
     input_scaling_gradient: bool = True
     input_norm: Literal["unsigned", "always", "never"] = "unsigned"
