@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit.methods.post_training.round_to_nearest  # noqa: F401 - registers the method
+from lowbit.calibration import Inputs
 from lowbit.errors import GraphError, MissingExtraError, SpecError
 from lowbit.export.export import ExportReport, export
 from lowbit.export.onnx_runtime import load_onnx
@@ -256,8 +257,6 @@ def test_a_codebook_of_activations_is_exported_as_comparisons(tmp_path: Path) ->
 def test_the_batch_size_stays_open(tmp_path: Path) -> None:
     model = rounded(Everything(), IMAGE)
     write(model, tmp_path / "m.onnx", sample=IMAGE[:1])
-    from lowbit.calibration import Inputs
-
     more = torch.cat([IMAGE, IMAGE + 0.1])
     (got,) = load_onnx(tmp_path / "m.onnx")(Inputs((more,))).values()
     with torch.no_grad():
@@ -353,3 +352,20 @@ def test_weights_of_float_layers_are_codes_in_the_file_and_constants_when_loaded
     held = initializers(tmp_path / "m.onnx")
     assert held["2.weight.codes"].data_type == onnx.TensorProto.INT8
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 4 and tensor.dims[1] > 1 for tensor in held.values())
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_sums_of_large_8_bit_products_are_exact_and_what_it_takes_is_said(
+    saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[export.__module__], "saturates", lambda: saturates)
+    model = nn.Sequential(nn.Conv2d(32, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    model[0].weight.data.fill_(0.01)  # codes of 127 times codes of 255, two of which are more than 16 bits hold
+    images = torch.ones(2, 32, 6, 6)
+    small = quantize(model, method="round_to_nearest", policy=BitPolicy.uniform(8, 8, first_last=None), calibration=images)
+    report = write(small, tmp_path / "m.onnx", sample=images)
+    assert report.parity.passed
+    assert any("session.x64quantprecision" in note for note in report.notes) == saturates
+    (got,) = load_onnx(tmp_path / "m.onnx")(Inputs((images,))).values()
+    with torch.no_grad():
+        torch.testing.assert_close(got, small(images), atol=0.05, rtol=0.02)

@@ -12,7 +12,7 @@ from torch import nn
 from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
 from lowbit.export.load import load
-from lowbit.export.onnx_runtime import IntegerCount, count_integer_kernels
+from lowbit.export.onnx_runtime import SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
 from lowbit.export.onnx_translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
 from lowbit.export.packed_file import package, read_package, write_package
 from lowbit.export.packed_tensor import PackedTensor
@@ -116,6 +116,8 @@ def _export_onnx(model: nn.Module, program: Program, path: Path, weight_containe
         parity = check_onnx_parity(model, program, temporary)
         parity.require(path)
         integer = count_integer_kernels(temporary)
+        if integer.conv_integer + integer.linear_integer and saturates():
+            notes.append(SATURATION_NOTE)
         if measure_speed:
             unquantized = Path(folder) / "float.onnx"
             ir.save(float_network(marked), unquantized)

@@ -25,6 +25,11 @@ Runtime = Literal["onnxruntime", "openvino"]
 # uses exact, slower instructions there; where there is VNNI it changes nothing.
 PRECISE_PRODUCTS = ("session.x64quantprecision", "1")
 
+SATURATION_NOTE = (
+    "this processor has no VNNI: run the file in ONNX Runtime with the session setting session.x64quantprecision = 1, as was done here; "
+    "without it sums of 8-bit products saturate"
+)
+
 _INTEGER_CONVOLUTIONS = frozenset({"QLinearConv", "ConvInteger"})
 _FLOAT_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "ConvTranspose"})
 _INTEGER_PRODUCTS = frozenset({"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"})
@@ -123,6 +128,12 @@ def load_onnx(path: Path | str, *, runtime: Runtime = "onnxruntime", threads: in
     if runtime == "openvino":
         return _OpenVinoNetwork(path, threads)
     raise SpecError(f"unknown runtime {runtime!r}. Allowed: onnxruntime, openvino.")
+
+
+def saturates() -> bool:
+    """Whether this processor's plain 8-bit products saturate, so that ``PRECISE_PRODUCTS`` makes a difference: x86 without VNNI."""
+    found = torch.cpu.get_capabilities()
+    return found["architecture"] == "x86_64" and not (found["avx512_vnni"] or found["avx_vnni"])
 
 
 class _OnnxRuntimeNetwork:
