@@ -198,6 +198,11 @@ def test_a_wrong_recipe_is_refused_with_the_place(content: str, error: type[Exce
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_in_place_of_a_recipe_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=re.escape(f"lowbit train --out {tmp_path} --resume")):
+        TrainRecipe.from_yaml(tmp_path)
+
+
 def test_a_dry_run_shows_layers_phases_and_data_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("--model", "resnet8", "--data", "digits", "-w", "2", "--epochs", "4", "--out", out, "--dry-run")

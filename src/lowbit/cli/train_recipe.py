@@ -73,6 +73,8 @@ class TrainRecipe:
             SpecError: It cannot be read, or holds a value that is not allowed.
             UnknownNameError: It holds an unknown name.
         """
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To go on with the run in it: lowbit train --out {path} --resume")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
