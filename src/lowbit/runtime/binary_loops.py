@@ -1,0 +1,177 @@
+"""Loops around the micro-kernel, compiled for the active target when the module is imported.
+
+Pack the signs of an image into words with the layer's padding around them, then convolve: every tile of output positions reads its
+windows from the padded image where they lie, so that nothing is copied for overlapping windows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+from lowbit.runtime import compiled
+from lowbit.runtime.micro_kernel import Tile, make_micro_kernel, pack_signs_of_32
+from lowbit.runtime.target import active_target
+
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.int32]
+
+_target = active_target()[0]
+if not _target.lanes or getattr(numba.config, "DISABLE_JIT", False):
+    raise ImportError("there are no compiled kernels for this processor, or numba is told not to compile")
+ROWS, COLUMNS, CHANNELS = _target.rows, _target.columns, _target.lanes * _target.columns
+_plain = make_micro_kernel(Tile(_target.lanes, ROWS, COLUMNS, _target.count_lane))
+_masked = make_micro_kernel(Tile(_target.lanes, ROWS, COLUMNS, _target.count_lane, is_masked=True))
+
+
+def _pack(x: Floats, threshold: Floats, flip: Words, image: Words, top: int, left: int, groups: int, first: int, last: int) -> None:
+    """``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has ones.
+
+    For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+    """
+    height, width, channels = x.shape[1], x.shape[2], x.shape[3]
+    per_group = channels // groups
+    whole = per_group // 32
+    words = image.shape[4]
+    for row in range(first, last):
+        n, h = row // height, row % height
+        for w in range(width):
+            for g in range(groups):
+                values, limits = x[n, h, w, g * per_group : (g + 1) * per_group], threshold[g * per_group : (g + 1) * per_group]
+                out = image[n, top + h, left + w, g]
+                for word in range(whole):
+                    out[word] = pack_signs_of_32(values.ctypes.data + 128 * word, limits.ctypes.data + 128 * word) ^ flip[g, word]
+                if whole < words:
+                    bits = np.uint32(0)
+                    for i in range(32 * whole, per_group):
+                        bits |= np.uint32(values[i] >= limits[i]) << np.uint32(i - 32 * whole)
+                    out[whole] = np.int32(bits) ^ flip[g, whole]
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _add_missing(
+    found: Words, missing: Words, begin: int, size: tuple[int, int], shape: tuple[int, int, int, int, int, int, int, int], y: int, x: int
+) -> None:
+    """Take ``missing`` off ``found`` for every place outside of the window that begins at ``(y, x)``."""
+    kernel_h, kernel_w, dilation_h, dilation_w = shape[0], shape[1], shape[6], shape[7]
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            at_y, at_x = y + i * dilation_h, x + j * dilation_w
+            if at_y < 0 or at_y >= size[0] or at_x < 0 or at_x >= size[1]:
+                lost = missing[i, j, begin : begin + found.size]
+                for c in range(found.size):
+                    found[c] -= lost[c]
+
+
+def _convolve(
+    image: Words,
+    weight: Words,
+    mask: Words,
+    total: Words,
+    missing: Words,
+    scale: Floats,
+    bias: Floats,
+    k_map: Floats,
+    residual: Floats,
+    y: Floats,
+    size: tuple[int, int],
+    shape: tuple[int, int, int, int, int, int, int, int],
+    first: int,
+    last: int,
+) -> None:
+    """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
+
+    ``y = dot * (scale * k_map) + bias + residual`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
+    ``missing`` of the places outside: there the image holds zeros, that is -1, and nothing should have been counted.
+
+    Args:
+        image: ``[N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
+        weight: ``[G, tiles, kernel height, kernel width, words, CHANNELS]``.
+        mask: Like ``weight``, or empty.
+        total: ``[out]``, what the dot product is if no bit differs.
+        missing: ``[kernel height, kernel width, out]``, or empty where borders need no correction.
+        scale, bias: ``[out]``.
+        k_map: ``[N, rows, columns, G]`` or empty.
+        residual: Like ``y`` or empty.
+        y: ``[N, rows, columns, out]``.
+        size: Height and width of the input without its padding.
+        shape: Kernel, stride, padding (top, left) and dilation, each vertical and horizontal.
+        first, last: Which rows.
+    """
+    kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w = shape
+    groups, words = image.shape[3], image.shape[4]
+    rows, columns, channels = y.shape[1], y.shape[2], y.shape[3] // groups
+    pixel = groups * words
+    line = image.shape[2] * pixel
+    runs, run_stride, length = kernel_w, dilation_w * pixel, words
+    if groups == 1 and dilation_w == 1:
+        runs, run_stride, length = 1, 0, kernel_w * words
+    reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
+    origin = image.ctypes.data
+    counts = np.empty((ROWS, CHANNELS), np.int32)
+    has_mask, has_border, has_map, has_residual = mask.size > 0, missing.size > 0, k_map.size > 0, residual.size > 0
+    for g in range(groups):
+        for tile in range(weight.shape[1]):
+            begin = g * channels + tile * CHANNELS
+            end = min(begin + CHANNELS, (g + 1) * channels)
+            factors, offsets, totals = scale[begin:end], bias[begin:end], total[begin:end]
+            weight_address = weight[g, tile].ctypes.data
+            mask_address = mask[g, tile].ctypes.data if has_mask else 0
+            for row in range(first, last):
+                n, oy = row // rows, row % rows
+                y_in = oy * stride_h - top
+                is_outside = y_in < 0 or y_in + reach_h > size[0]
+                for ox in range(0, columns, ROWS):
+                    start = origin + 4 * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
+                    if has_mask:
+                        _masked(
+                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                            weight_address, mask_address, counts.ctypes.data,
+                        )  # fmt: skip
+                    else:
+                        _plain(
+                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                            weight_address, 0, counts.ctypes.data,
+                        )  # fmt: skip
+                    for r in range(min(ROWS, columns - ox)):
+                        found, out = counts[r, : end - begin], y[n, oy, ox + r, begin:end]
+                        factor = k_map[n, oy, ox + r, g] if has_map else np.float32(1)
+                        x = (ox + r) * stride_w - left
+                        if has_border and (is_outside or x < 0 or x + reach_w > size[1]):
+                            _add_missing(found, missing, begin, size, shape, y_in, x)
+                        if has_residual:
+                            added = residual[n, oy, ox + r, begin:end]
+                            for c in range(out.size):
+                                dot = np.float32(totals[c] - found[c])
+                                out[c] = dot * (factors[c] * factor) + offsets[c] + added[c]
+                        else:
+                            for c in range(out.size):
+                                dot = np.float32(totals[c] - found[c])
+                                out[c] = dot * (factors[c] * factor) + offsets[c]
+
+
+_INDEX = types.int64
+_PAIR, _EIGHT = types.UniTuple(_INDEX, 2), types.UniTuple(_INDEX, 8)
+
+
+def _array(kind: Any, rank: int) -> Any:
+    return types.Array(kind, rank, "C", aligned=True)
+
+
+_FLOATS, _WORDS = types.float32, types.int32
+_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 2), _array(_WORDS, 5), *[_INDEX] * 5)
+_CONVOLVE = types.void(
+    _array(_WORDS, 5), _array(_WORDS, 6), _array(_WORDS, 6), _array(_WORDS, 1), _array(_WORDS, 3),
+    _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
+    _PAIR, _EIGHT, _INDEX, _INDEX,
+)  # fmt: skip
+
+FOLDER = compiled.cache_folder(_target.name, [Path(__file__), Path(__file__).with_name("micro_kernel.py")])
+with compiled.cached_in(FOLDER) as is_cached:
+    pack = numba.njit([_PACK], nogil=True, cache=is_cached)(_pack)
+    convolve = numba.njit([_CONVOLVE], nogil=True, cache=is_cached)(_convolve)

@@ -1,0 +1,88 @@
+"""Which kernels this processor gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+
+from lowbit.errors import SpecError
+
+VARIABLE = "LOWBIT_KERNELS"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of processor and the shape of the micro-kernels that suit it.
+
+    Attributes:
+        name: ``reference`` is plain torch.
+        features: What a processor must have, in LLVM's words.
+        lanes: 32-bit lanes of a vector.
+        rows: Output positions that a tile keeps in registers.
+        columns: Vectors of output channels of a tile.
+        count_lane: Width of the lanes in which set bits are counted.
+        peak: Products of one bit by one bit that a core can do in a cycle, by count of instructions; 0 where it was not counted.
+    """
+
+    name: str
+    features: tuple[str, ...] = ()
+    lanes: int = 0
+    rows: int = 0
+    columns: int = 0
+    count_lane: int = 0
+    peak: float = 0.0
+
+
+REFERENCE = Target("reference")
+TARGETS = (
+    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), 16, 7, 2, 32, 512 / 1.5),
+    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), 16, 4, 2, 8),
+    Target("avx2", ("avx2",), 8, 4, 2, 8, 256 / 2.67),
+    Target("neon", ("neon",), 4, 4, 4, 32),
+    Target("sse42", ("sse4.2",), 4, 2, 2, 8),
+    REFERENCE,
+)
+
+
+@functools.cache
+def active_target() -> tuple[Target, str]:
+    """The target in use and why, found at the first call.
+
+    The first of ``TARGETS`` that the processor can run; the environment variable ``LOWBIT_KERNELS`` names another one.
+
+    Raises:
+        SpecError: ``LOWBIT_KERNELS`` names no target, or one that this processor cannot run.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    names = [target.name for target in TARGETS]
+    if wanted and wanted not in names:
+        raise SpecError(f"{VARIABLE}={wanted}: there are no such kernels. Allowed: {', '.join(names)}.")
+    if wanted == REFERENCE.name:
+        return REFERENCE, f"{VARIABLE} asks for it"
+    if importlib.util.find_spec("numba") is None:
+        return REFERENCE, "numba is not installed: pip install 'lowbit[kernels]'"
+    try:
+        found = processor_features()
+    except Exception as error:  # a numba or llvmlite that does not work on this machine
+        warnings.warn(f"numba does not work here ({type(error).__name__}: {error}), few-bit layers run in float", stacklevel=2)
+        return REFERENCE, f"numba does not work here ({type(error).__name__})"
+    able = [target for target in TARGETS if found.issuperset(target.features)]
+    if wanted:
+        chosen = next(target for target in TARGETS if target.name == wanted)
+        if chosen not in able:
+            raise SpecError(f"{VARIABLE}={wanted}: this processor lacks {', '.join(sorted(set(chosen.features) - found))}.")
+        return chosen, f"{VARIABLE} asks for it"
+    return able[0], f"this processor has {', '.join(able[0].features)}" if able[0].features else "this processor has no vector unit known here"
+
+
+def processor_features() -> frozenset[str]:
+    """Names of what this processor can do, as LLVM spells them."""
+    import llvmlite.binding as llvm
+
+    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    if llvm.get_default_triple().startswith(("aarch64", "arm64")):
+        features.add("neon")  # part of the architecture
+    return frozenset(features)
