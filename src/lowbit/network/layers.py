@@ -26,6 +26,17 @@ def output_channel_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, TRANSPOSED) else 0
 
 
+def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[], nn.Module]) -> int:
+    """Put ``make()`` in the place of every submodule of exactly the class ``kind``; gives the number of places."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if type(child) is kind:
+                setattr(parent, name, make().train(child.training))
+                count += 1
+    return count
+
+
 def layer_kind(layer: nn.Module) -> str:
     """``linear``, ``conv2d``, ``depthwise_conv2d``, ``grouped_conv2d``, ``conv_transpose2d``, ..."""
     if isinstance(layer, nn.Linear):

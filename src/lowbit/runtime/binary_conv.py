@@ -48,7 +48,9 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | 
         SpecError: Another value or shape.
     """
     if weight.dim() not in (2, 4) or weight.shape[0] % groups:
-        raise SpecError(f"a packed weight needs a shape [out, in] or [out, in / groups, h, w], got {tuple(weight.shape)} and {groups} groups")
+        raise SpecError(
+            f"a packed weight needs a shape [out, in] or [out, in / groups, h, w], got {tuple(weight.shape)} and {groups} groups"
+        )
     if not bool(((weight == 0) | (weight.abs() == 1)).all()):
         raise SpecError("a packed weight holds -1, 0 and +1; divide by its scale first")
     channels_last = weight.movedim(1, -1)
@@ -397,7 +399,12 @@ def _check(
         raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
     if words.dtype != torch.int32 or tuple(words.shape) != expected or in_channels % groups or out % groups:
         raise SpecError(f"packed weights must be int32 {expected} with {groups} groups, got {words.dtype} {tuple(words.shape)}")
-    for name, tensor, size in (("scale", scale, out), ("bias", bias, out), ("threshold", threshold, in_channels), ("flip", flip, in_channels)):
+    for name, tensor, size in (
+        ("scale", scale, out),
+        ("bias", bias, out),
+        ("threshold", threshold, in_channels),
+        ("flip", flip, in_channels),
+    ):
         if tensor is not None and tensor.shape != (size,):
             raise SpecError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
     if pad_value not in (-1, 0, 1):

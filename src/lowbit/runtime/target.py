@@ -75,7 +75,9 @@ def active_target() -> tuple[Target, str]:
         if chosen not in able:
             raise SpecError(f"{VARIABLE}={wanted}: this processor lacks {', '.join(sorted(set(chosen.features) - found))}.")
         return chosen, f"{VARIABLE} asks for it"
-    return able[0], f"this processor has {', '.join(able[0].features)}" if able[0].features else "this processor has no vector unit known here"
+    return able[0], f"this processor has {', '.join(able[0].features)}" if able[
+        0
+    ].features else "this processor has no vector unit known here"
 
 
 def processor_features() -> frozenset[str]:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from lowbit.errors import unknown_name
+from lowbit.surrogates.approx_sign import ApproxSign
 from lowbit.surrogates.base import Surrogate, pass_gradient, scale_gradient
 from lowbit.surrogates.daq import DistanceAwareRounding
 from lowbit.surrogates.dsq import SoftTanh
+from lowbit.surrogates.ede import ErrorDecay
 from lowbit.surrogates.ewgs import ElementwiseGradientScaling
 from lowbit.surrogates.sigmoids import Sigmoids
 from lowbit.surrogates.straight_through import (
@@ -14,6 +16,7 @@ from lowbit.surrogates.straight_through import (
     round_straight_through,
     straight_through,
 )
+from lowbit.surrogates.swish_sign import SwishSign
 
 SURROGATES: dict[str, Callable[[], Surrogate]] = {
     "ste": lambda: straight_through,
@@ -22,6 +25,9 @@ SURROGATES: dict[str, Callable[[], Surrogate]] = {
     "daq": DistanceAwareRounding,
     "dsq": SoftTanh,
     "sigmoids": Sigmoids,
+    "approx_sign": ApproxSign,
+    "ede": ErrorDecay,
+    "swish_sign": SwishSign,
 }
 
 
@@ -33,6 +39,6 @@ def make_surrogate(name: str) -> Surrogate:
 
 
 __all__ = [
-    "SURROGATES", "DistanceAwareRounding", "ElementwiseGradientScaling", "Sigmoids", "SoftTanh", "Surrogate", "bounded_straight_through",
+    "SURROGATES", "ApproxSign", "DistanceAwareRounding", "ErrorDecay", "ElementwiseGradientScaling", "Sigmoids", "SoftTanh", "Surrogate", "SwishSign", "bounded_straight_through",
     "clipped_straight_through", "make_surrogate", "pass_gradient", "round_straight_through", "scale_gradient", "straight_through",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ true derivative of ``code`` is zero almost everywhere; a surrogate returns ``cod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -62,3 +63,18 @@ class _ScaleGradient(torch.autograd.Function):
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself in the forward pass; its gradient is multiplied by ``factor``."""
     return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
+
+
+def follow_curve(position: Tensor, low: Tensor | float, high: Tensor | float, curve: Callable[[Tensor], Tensor]) -> Tensor:
+    """``clamp(round(position), low, high)`` with the gradient of a curve that stands for the sign around the nearest decision point.
+
+    Backward: ``curve'(z)`` with ``z = 2 (position - nearest decision point)``, so that a quantizer of two levels -1 and +1, whose
+    position is ``(x + 1) / 2``, has the gradient ``curve'(x)``.
+
+    Args:
+        position, low, high: As in ``Surrogate``.
+        curve: Differentiable, from -1 to +1, for ``z`` of any shape.
+    """
+    step = clamp(position.detach().floor(), low, high - 1)
+    code = clamp(position.detach(), low, high).round()
+    return pass_gradient(curve(2 * (position - step) - 1) / 2, code)

@@ -34,6 +34,7 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, scale_gradient
 from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.train.input_norm import NormPlaces, insert_with_norms
 
 WeightGradient = Literal["corrected", "paper", "ste"]
 
@@ -189,44 +190,6 @@ class InputScale(nn.Module):
         return [pad for pair in reversed(sides) for pad in pair]
 
 
-class InputNorm(nn.Module):
-    """Batch norm in front of a layer, over the channels of its input whatever their place.
-
-    Args:
-        layer: Convolution (channels come second) or linear layer (features come last).
-        epsilon: Added to the variance.
-    """
-
-    def __init__(self, layer: nn.Module, epsilon: float = 1e-4) -> None:
-        super().__init__()
-        self.dims = len(getattr(layer, "kernel_size", ()))
-        weight = insert.float_weight(layer)
-        channels = weight.shape[0] if isinstance(layer, TRANSPOSED) else weight.shape[1] * int(getattr(layer, "groups", 1))
-        self.norm = nn.BatchNorm1d(channels, eps=epsilon, device=weight.device)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``[N, channels, positions]``, or ``[N, features]``."""
-        if not self.dims:
-            return x.reshape(-1, x.shape[-1])
-        return x.reshape(-1, x.shape[-self.dims - 1], math.prod(x.shape[-self.dims :]))
-
-    @torch.no_grad()
-    def set_statistics(self, x: Tensor) -> None:
-        """Take the mean and the variance of ``x`` as those of evaluation."""
-        rows = self.rows(x.float()).movedim(1, 0).flatten(1)
-        assert self.norm.running_mean is not None and self.norm.running_var is not None
-        self.norm.running_mean.copy_(rows.mean(1))
-        self.norm.running_var.copy_(rows.var(1, correction=0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, norm = self.rows(x), self.norm
-        if self.training and rows.numel() == rows.shape[1]:  # one value has no variance
-            y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            y = norm(rows)
-        return y.reshape(x.shape)
-
-
 @register(
     MethodInfo(
         name="xnor_net",
@@ -271,7 +234,7 @@ class XnorNet(TrainingMethod):
     multiply_by_size: bool = False
     input_scaling: bool = False
     input_scaling_gradient: bool = True
-    input_norm: Literal["unsigned", "always", "never"] = "unsigned"
+    input_norm: NormPlaces = "unsigned"
     norm_epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -293,25 +256,17 @@ class XnorNet(TrainingMethod):
 
     def attach(self, job: QatJob) -> None:
         def activation_quantizer(slot: Slot) -> Quantizer:
-            if self.input_norm == "always" or (self.input_norm == "unsigned" and not slot.is_signed):
-                insert.set_input_transform(slot.layer, InputNorm(slot.layer, self.norm_epsilon))
             if self.input_scaling:
                 insert.set_output_transform(slot.layer, InputScale(slot.layer, has_gradient=self.input_scaling_gradient))
             return self.activation_quantizer(slot)
 
-        inputs: dict[InputNorm, Tensor] = {}
+        def weight_quantizer(slot: Slot) -> Quantizer:
+            self.prepare_weight(slot.layer)
+            return self.weight_quantizer(slot)
 
-        def initialize(layer: nn.Module, x: Tensor) -> None:
-            norm = insert.input_transform(layer)
-            if isinstance(norm, InputNorm):
-                inputs[norm] = x
-            self.initialize_layer(layer, x)
-
-        job.insert(self.weight_quantizer, activation_quantizer)
-        self.prepare_weights(job.model)
-        job.initialize(initialize)
-        for norm, x in inputs.items():  # afterwards: initializing restores the statistics of norms
-            norm.set_statistics(x)
+        insert_with_norms(
+            job, weight_quantizer, activation_quantizer, self.initialize_layer, norm=self.input_norm, epsilon=self.norm_epsilon
+        )
 
     def prepare_weights(self, model: nn.Module) -> None:
         """Centre and clamp the stored weights of all layers that this method made binary."""

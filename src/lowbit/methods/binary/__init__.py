@@ -1,0 +1,1 @@
+"""Binary networks: weights, or weights and inputs, of one bit."""

@@ -1,0 +1,185 @@
+"""BinaryConnect: real weights that collect updates, binary copies of them that compute.
+
+Paper: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks with binary weights during propagations", NIPS.
+    Section 2.2 (deterministic and stochastic binarization, Eq. 1-3), section 2.4 (clipping), Algorithm 1, section 2.5 (learning rates).
+Symbols: w -> weight, w_b -> binary weight, H -> limit, sigma -> hard_sigmoid, W_LR_scale -> learning_rate_scale.
+Deviations: the deterministic form is the default, as the networks that are written have binary weights; the authors' scripts train
+    stochastically and test with the real weights, which ``binarization="stochastic"`` with ``evaluation="real"`` does. Zero counts as positive.
+    Fan-in and fan-out count the channels of a group. The paper's inputs stay in float.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SpecError
+from lowbit.network import insert
+from lowbit.network.layers import TRANSPOSED
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import pass_gradient
+from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
+
+Binarization = Literal["deterministic", "stochastic"]
+Evaluation = Literal["binary", "real"]
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """``clip((x + 1) / 2, 0, 1)``. Source: Eq. 3."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def glorot_scales(fan_in: float, fan_out: float) -> tuple[float, float]:
+    """The learning-rate scale ``1 / sqrt(1.5 / (fan_in + fan_out))`` and the limit ``H``, its inverse, of a layer. Source: authors' program."""
+    limit = math.sqrt(1.5 / (fan_in + fan_out))
+    return 1 / limit, limit
+
+
+def fans(shape: tuple[int, ...], *, is_transposed: bool = False) -> tuple[int, int]:
+    """``fan_in`` and ``fan_out`` of a weight ``[out, in, ...]``, transposed ``[in, out, ...]``: channels times kernel positions."""
+    positions = math.prod(shape[2:])
+    outputs, inputs = (shape[1], shape[0]) if is_transposed else (shape[0], shape[1])
+    return inputs * positions, outputs * positions
+
+
+def take_step(weight: Tensor, before: Tensor, scale: float, limit: float) -> Tensor:
+    """``clip(before + scale (weight - before), -limit, limit)``, ``weight`` being what the optimizer made of ``before``. Source: Algorithm 1, 3."""
+    return (before + scale * (weight - before)).clamp(-limit, limit)
+
+
+def squared_hinge(scores: Tensor, targets: Tensor) -> Tensor:
+    """``mean(max(0, 1 - t y)^2)`` over samples and classes; ``targets`` are +1 for the right class and -1 for the others. Source: section 3.1."""
+    return (1 - targets * scores).clamp(min=0).square().mean()
+
+
+class BinaryConnectWeight(Quantizer):
+    """Two levels ``-limit`` and ``+limit``.
+
+    Forward: ``limit`` where ``w >= 0``, else ``-limit``; stochastic training: ``limit`` with the probability ``hard_sigmoid(w / limit)``,
+    drawn anew in every forward pass. Backward: 1 everywhere. Source: Eq. 1-3.
+
+    Args:
+        limit: ``H``, positive.
+        binarization: How weights become binary in training.
+        evaluation: ``real``: the real weights are used in evaluation, and there are no codes.
+        seed: Of what is drawn.
+    """
+
+    def __init__(
+        self, limit: float = 1.0, *, binarization: Binarization = "deterministic", evaluation: Evaluation = "binary", seed: int = 0
+    ) -> None:
+        super().__init__(1, Granularity.tensor())
+        if not 0 < limit < math.inf:
+            raise SpecError(f"binary_connect: the limit H must be positive, got {limit}")
+        self.limit, self.binarization, self.evaluation, self.seed = limit, binarization, evaluation, seed
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.draws: Tensor
+
+    def initialize(self, x: Tensor) -> None:
+        """Nothing to set."""
+
+    def probability(self, x: Tensor) -> Tensor:
+        """That a weight becomes ``+limit`` when it is drawn."""
+        return hard_sigmoid(x / self.limit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.detach().float()
+        if self.training and self.binarization == "stochastic":
+            generator = torch.Generator(device="cpu").manual_seed(self.seed + int(self.draws))
+            self.draws += 1
+            drawn = torch.rand(values.shape, generator=generator).to(values.device)
+            return pass_gradient(x, torch.where(drawn < self.probability(values), self.limit, -self.limit).to(x.dtype))
+        if self.evaluation == "real" and not self.training:
+            return x
+        return pass_gradient(x, torch.where(values >= 0, self.limit, -self.limit).to(x.dtype))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        if self.evaluation == "real":
+            raise SpecError(
+                "binary_connect: evaluation=real uses the real weights, which have no codes. Use evaluation=binary to write a file."
+            )
+        return QTensor((x.detach() >= 0).to(torch.uint8), BinaryDecoder(torch.tensor(self.limit, device=x.device), self.granularity), 1)
+
+
+@register(
+    MethodInfo(
+        name="binary_connect",
+        title="BinaryConnect: Training Deep Neural Networks with binary weights during propagations",
+        paper="Courbariaux, Bengio, David, NIPS 2015",
+        section="binary",
+        axes=("weight_quantizer", "procedure"),
+        kind="training",
+        weight_bits=range(1, 2),
+        activation_bits=None,
+        needs=("labels",),
+        fidelity="exact; held against the authors' program",
+        summary="signs of real weights that are clipped to -1 .. 1 and take steps of a size that suits their layer",
+        margin_points=50,
+    )
+)
+@dataclass
+class BinaryConnect(TrainingMethod):
+    """Binary weights in both passes, real ones for the updates.
+
+    Attributes:
+        binarization: ``deterministic``: the sign; ``stochastic``: drawn with a probability that is linear in the weight.
+        evaluation: ``binary``, or ``real`` weights, which the authors use after stochastic training; such a network has no codes to write.
+        limit: ``H``, the size of binary weights and the bound of real ones; ``glorot``: ``sqrt(1.5 / (fan_in + fan_out))`` of the layer.
+        learning_rate_scale: Factor of each step of the weights; ``glorot``: the inverse of that.
+    """
+
+    binarization: Binarization = "deterministic"
+    evaluation: Evaluation = "binary"
+    limit: float | Literal["glorot"] = 1.0
+    learning_rate_scale: float | Literal["glorot"] = "glorot"
+    _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "learning_rate_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not 0 < value < math.inf:
+                raise SpecError(f"binary_connect: {name} must be positive or 'glorot', got {value}")
+
+    def weight_quantizer(self, slot: Slot, seed: int = 0) -> Quantizer:
+        limit = self.glorot(slot.layer)[1] if isinstance(self.limit, str) else self.limit
+        return BinaryConnectWeight(limit, binarization=self.binarization, evaluation=self.evaluation, seed=seed)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        raise SpecError("binary_connect leaves inputs in float; ask for activation_bits=None (32 on the command line)")
+
+    def attach(self, job: QatJob) -> None:
+        names = {name: index for index, name in enumerate(job.layers)}
+        job.insert(lambda slot: self.weight_quantizer(slot, (job.seed * len(names) + names[slot.name]) << 32), self.activation_quantizer)
+        job.initialize(self.initialize_layer)
+
+    @staticmethod
+    def glorot(layer: nn.Module) -> tuple[float, float]:
+        """The learning-rate scale and the limit that suit a layer."""
+        return glorot_scales(*fans(tuple(insert.float_weight(layer).shape), is_transposed=isinstance(layer, TRANSPOSED)))
+
+    def step_scale(self, layer: nn.Module) -> float:
+        """The factor of the steps of a layer's weight."""
+        return self.glorot(layer)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
+
+    def after_backward(self, run: TrainRun) -> None:
+        """Keep the weights that the optimizer starts from."""
+        self._before = {id(weight): weight.detach().clone() for _, _, weight in _binary_layers(run.model)}
+
+    @torch.no_grad()
+    def after_step(self, run: TrainRun) -> None:
+        """Scale the step and clip the weights."""
+        for layer, quantizer, weight in _binary_layers(run.model):
+            weight.copy_(take_step(weight, self._before.pop(id(weight), weight), self.step_scale(layer), quantizer.limit))
+
+
+def _binary_layers(model: nn.Module) -> list[tuple[nn.Module, BinaryConnectWeight, nn.Parameter]]:
+    found = ((layer, insert.weight_quantizer(layer), insert.float_weight(layer)) for layer in insert.quantized_layers(model).values())
+    return [(layer, quantizer, weight) for layer, quantizer, weight in found if isinstance(quantizer, BinaryConnectWeight)]
