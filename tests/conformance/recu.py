@@ -13,7 +13,6 @@ from lowbit.methods.binary.recu import Recu, RecuActivation, clamp_tails, laplac
 from lowbit.network import insert
 from lowbit.network.shortcuts import PaddedShortcut, shortcut_block
 from lowbit.spec import Granularity
-from lowbit.surrogates.approx_sign import approx_sign
 from lowbit.train import Slot
 
 

@@ -76,10 +76,17 @@ class NetworkJob:
                 )
         self._all_layers = everything
         self.placements: list[Placement] = []
+        self._kept: dict[str, str] = {}
 
     def bits(self, name: str) -> LayerBits:
         """What the policy asks for the layer ``name``."""
         return self._bits[name]
+
+    def keep_float(self, name: str, reason: str) -> None:
+        """Leave the layer ``name`` in float, whatever the policy asks; before quantizers are inserted."""
+        self._bits[name] = LayerBits(None, None)
+        self.layers.pop(name, None)
+        self._kept[name] = reason
 
     def is_excepted(self, name: str) -> bool:
         """Whether the layer ``name`` gets other quantizers than the method's."""
@@ -127,7 +134,7 @@ class NetworkJob:
                 raise LayerError(f"layer {name!r}: asked for {asked.weight} weight bits, got {weight_bits}")
             reasons = []
             if asked.weight is None:
-                reasons.append("the policy keeps its weight in float")
+                reasons.append(self._kept.get(name, "the policy keeps its weight in float"))
             if name not in self._called:
                 reasons.append("the sample never calls this layer: its input is not quantized")
             elif asked.activation is not None and name not in fed:

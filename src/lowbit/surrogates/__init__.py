@@ -39,6 +39,7 @@ def make_surrogate(name: str) -> Surrogate:
 
 
 __all__ = [
-    "SURROGATES", "ApproxSign", "DistanceAwareRounding", "ErrorDecay", "ElementwiseGradientScaling", "Sigmoids", "SoftTanh", "Surrogate", "SwishSign", "bounded_straight_through",
-    "clipped_straight_through", "make_surrogate", "pass_gradient", "round_straight_through", "scale_gradient", "straight_through",
+    "SURROGATES", "ApproxSign", "DistanceAwareRounding", "ElementwiseGradientScaling", "ErrorDecay", "Sigmoids", "SoftTanh", "Surrogate",
+    "SwishSign", "bounded_straight_through", "clipped_straight_through", "make_surrogate", "pass_gradient", "round_straight_through",
+    "scale_gradient", "straight_through",
 ]  # fmt: skip

@@ -1,0 +1,186 @@
+"""Bi-Real Net: a shortcut around every binary convolution, a parabola for the derivative of the sign, weights with magnitude.
+
+Paper: Liu, Wu, Luo, Yang, Liu, Cheng 2018, "Bi-Real Net: Enhancing the Performance of 1-bit CNNs With Improved Representational
+    Capability and Advanced Training Algorithm", ECCV. Section 3.2 (shortcuts), section 3.3 (ApproxSign, magnitude-aware gradient,
+    initialization).
+Symbols: alpha -> scale, W -> weight, F -> ``approx_sign``.
+Deviations: zero counts as positive. The default trains as the authors' PyTorch release does: no gradient through the scale, weights pass
+    gradients within [-1, 1], all in one step; ``weight_gradient``, ``pretraining`` and ``retrain_norms`` have the paper's. Weights start
+    where they are; ``weight_init="uniform"`` draws them from [0, 0.001) as the release does. ReLU modules become the identity where inputs
+    are binary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LayerError, SpecError
+from lowbit.network import insert
+from lowbit.network.layers import replace_modules
+from lowbit.network.shortcuts import ShortcutBlock, ShortcutUnit, give_shortcuts
+from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.surrogates import ApproxSign
+from lowbit.train import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.train.input_norm import insert_with_norms
+
+WeightGradient = Literal["release", "magnitude_aware", "caffe"]
+LEAK = 0.1
+
+
+def leaky_clip(x: Tensor, slope: float = LEAK) -> Tensor:
+    """``x`` in [-1, 1], beyond it a line of this slope: the activation of the pre-trained network. Source: section 3.3."""
+    clipped = x.clamp(-1, 1)
+    return clipped + slope * (x - clipped)
+
+
+class BiRealWeight(ScaledSignQuantizer):
+    """Two levels ``-scale`` and ``+scale`` for each filter, ``scale = mean |w|`` of the present weights.
+
+    Forward: ``scale`` where ``w >= 0``, else ``-scale``; ``w`` itself while ``is_real`` in training. Backward: ``release``: 1 where
+    ``|w| <= 1``, else 0; ``magnitude_aware``: ``scale`` where ``-1 < w <= 1``, else 0; ``caffe``: 1. Source: section 3.3.
+    """
+
+    def __init__(self, *, granularity: Granularity, gradient: WeightGradient = "release") -> None:
+        super().__init__(granularity=granularity)
+        self.gradient, self.is_real = gradient, False
+
+    def proxy(self, x: Tensor) -> Tensor:
+        if self.gradient == "caffe":
+            return x
+        if self.gradient == "release":
+            return x.clamp(-1, 1)
+        inside = (x.detach() > -1) & (x.detach() <= 1)
+        return x * (self.scale(x.detach()) * inside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.is_real and self.training else super().forward(x)
+
+
+class BiRealActivation(SignQuantizer):
+    """The sign with the gradient ``max(2 - 2|x|, 0)``; a clip at -1 and 1 in its place while a network is pre-trained.
+
+    Attributes:
+        form: ``sign``, or in training ``leaky_clip`` or ``clip``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.surrogate = ApproxSign()
+        self.form: Literal["sign", "leaky_clip", "clip"] = "sign"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "sign" or not self.training:
+            return super().forward(x)
+        return leaky_clip(x, LEAK if self.form == "leaky_clip" else 0.0)
+
+
+@register(
+    MethodInfo(
+        name="bi_real_net",
+        title="Bi-Real Net: Enhancing the Performance of 1-bit CNNs",
+        paper="Liu, Wu, Luo, Yang, Liu, Cheng, ECCV 2018",
+        section="binary",
+        axes=("weight_quantizer", "activation_quantizer", "surrogate", "surgery", "procedure"),
+        kind="training",
+        weight_bits=range(1, 2),
+        activation_bits=range(1, 2),
+        needs=("labels",),
+        fidelity="exact; held against the authors' PyTorch release and their Caffe source",
+        summary="a shortcut around every binary convolution, a better derivative of the sign",
+        margin_points=50,
+    )
+)
+@dataclass
+class BiRealNet(TrainingMethod):
+    """Shortcuts, ApproxSign, scaled binary weights.
+
+    Attributes:
+        weight_gradient: ``release``: the authors' PyTorch program; ``magnitude_aware``: the paper; ``caffe``: their Caffe layer in training.
+        shortcuts: Give each convolution of a residual block a shortcut of its own, where inputs are binary: ``auto``: if the network has
+            residual blocks; ``yes``: an error if it has none; ``no``.
+        weight_init: ``keep`` the weights, or draw them ``uniform`` from [0, 0.001), as the release does for training from scratch.
+        pretraining: Share of the epochs in which weights are real and activations clipped, leakily in the first half of them.
+        retrain_norms: Epochs at the end in which binary weights lose their scale and stay, and all else is trained.
+    """
+
+    weight_gradient: WeightGradient = "release"
+    shortcuts: Literal["auto", "yes", "no"] = "auto"
+    weight_init: Literal["keep", "uniform"] = "keep"
+    pretraining: float = 0.0
+    retrain_norms: int = 0
+
+    def __post_init__(self) -> None:
+        check_share("bi_real_net", "pretraining", self.pretraining)
+        if self.retrain_norms < 0:
+            raise SpecError(f"bi_real_net: retrain_norms must be 0 or more epochs, got {self.retrain_norms}")
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        return BiRealWeight(granularity=Granularity.channel(slot.channel_axis), gradient=self.weight_gradient)
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return BiRealActivation()
+
+    def attach(self, job: QatJob) -> None:
+        if job.activation_bits:
+            change_network(job, self.shortcuts)
+
+        def weight_quantizer(slot: Slot) -> Quantizer:
+            if self.weight_init == "uniform":
+                weight = insert.float_weight(slot.layer).data
+                weight.copy_(torch.rand(weight.shape, generator=generator) * 1e-3)
+            return self.weight_quantizer(slot)
+
+        generator = job.generator()
+        insert_with_norms(job, weight_quantizer, self.activation_quantizer, self.initialize_layer)
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        optimizers = self.optimizers(recipe)
+        real = round(recipe.epochs * self.pretraining)
+        last = min(self.retrain_norms, max(recipe.epochs - real - 1, 0))
+        rest = {role: spec for role, spec in optimizers.items() if role != "weights"}
+        epochs = {"leaky clip": (real + 1) // 2, "clip": real // 2, "binary": recipe.epochs - real - last, "norms": last}
+        return [Phase(name, count, rest if name == "norms" else optimizers, recipe.clip_norm) for name, count in epochs.items() if count]
+
+    def start_phase(self, run: TrainRun) -> None:
+        """Real or binary weights and activations, with or without their scale."""
+        name = run.phase.name
+        for quantizer in run.quantizers():
+            if isinstance(quantizer, BiRealWeight):
+                quantizer.is_real, quantizer.has_scale = name in ("leaky clip", "clip"), name != "norms"
+            elif isinstance(quantizer, BiRealActivation):
+                quantizer.form = "leaky_clip" if name == "leaky clip" else "clip" if name == "clip" else "sign"
+
+
+def check_share(method: str, name: str, share: float) -> None:
+    """SpecError where a share of the epochs leaves none."""
+    if not 0 <= share < 1:
+        raise SpecError(f"{method}: {name} must be a share of the epochs from 0 to below 1, got {share}")
+
+
+def change_network(job: QatJob, shortcuts: Literal["auto", "yes", "no"], activation: Callable[[int], nn.Module] | None = None) -> None:
+    """Shortcuts around the convolutions of residual blocks, no ReLUs, and shortcuts' 1x1 convolutions in float.
+
+    Args:
+        job: The network, before quantizers are inserted.
+        shortcuts: ``auto``, ``yes`` or ``no``.
+        activation: ``activation(channels)`` makes what follows each sum.
+    """
+    has_blocks = any(isinstance(module, ShortcutBlock | ShortcutUnit) for module in job.model.modules())
+    if shortcuts != "no" and not has_blocks:
+        try:
+            for name in give_shortcuts(job.model, job.sample, activation):
+                job.keep_float(name, "a shortcut stays in float")
+            has_blocks = True
+            job.table.note("each convolution of the residual blocks has a shortcut of its own")
+        except LayerError:
+            if shortcuts == "yes":
+                raise
+    if has_blocks:
+        replace_modules(job.model, nn.ReLU, nn.Identity)

@@ -1,0 +1,125 @@
+"""ReActNet: signs and activations with learned shifts, a loss that is the teacher's distribution alone, two steps.
+
+Paper: Liu, Shen, Savvides, Cheng 2020, "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions", ECCV.
+    Section 4.2 (RSign, RPReLU, Eq. 2-4), section 4.3 (distributional loss, Eq. 5), section 5.1 (two steps).
+Symbols: alpha -> minus shift (of RSign), beta -> slope, gamma and zeta -> shifts of RPReLU, f -> ``ShiftedPReLU``.
+Deviations: zero counts as positive. Without a teacher the loss is the task's. Outside of residual blocks ReLUs stay, with a batch norm
+    in front of a sign whose inputs are never negative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight, change_network, check_share
+from lowbit.network import insert
+from lowbit.network.layers import TRANSPOSED
+from lowbit.network.shortcuts import ShiftedPReLU
+from lowbit.quantizers import Quantizer
+from lowbit.registry import MethodInfo, register
+from lowbit.spec import Granularity
+from lowbit.train import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.train.input_norm import insert_with_norms
+from lowbit.train.task import Batch
+
+
+def distribution_loss(output: Tensor, target: Tensor) -> Tensor:
+    """``-mean over samples of sum_c softmax(target)_c log_softmax(output)_c``; both are logits ``[N, classes]``. Source: Eq. 5."""
+    return -(functional.softmax(target, 1) * functional.log_softmax(output, 1)).sum(1).mean()
+
+
+class ChannelShift(nn.Module):
+    """``x + shift`` with a learned shift for each channel, 0 at the start; before a sign it is RSign with ``alpha = -shift``. Source: Eq. 2.
+
+    Args:
+        layer: Convolution (channels come second) or linear layer (features come last) in front of which it stands.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        weight = insert.float_weight(layer)
+        channels = weight.shape[0] if isinstance(layer, TRANSPOSED) else weight.shape[1] * int(getattr(layer, "groups", 1))
+        dims = len(getattr(layer, "kernel_size", ()))
+        self.shift = nn.Parameter(torch.zeros(channels, *(1,) * dims, device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@register(
+    MethodInfo(
+        name="react_net",
+        title="ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions",
+        paper="Liu, Shen, Savvides, Cheng, ECCV 2020",
+        section="binary",
+        axes=("weight_quantizer", "activation_quantizer", "surrogate", "surgery", "procedure"),
+        kind="training",
+        weight_bits=range(1, 2),
+        activation_bits=range(1, 2),
+        needs=("labels", "teacher"),
+        fidelity="exact; held against the authors' program",
+        summary="Bi-Real Net with learned shifts before signs and around PReLUs, trained on a teacher's distribution in two steps",
+        margin_points=50,
+    )
+)
+@dataclass
+class ReactNetMethod(TrainingMethod):
+    """Learned shifts, distributional loss, two steps.
+
+    Attributes:
+        shortcuts: Give each convolution of a residual block a shortcut of its own and a PReLU with shifts, where inputs are binary:
+            ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
+        real_weights: Share of the epochs in which weights are real and inputs binary.
+        real_weight_decay: Weight decay of that step; the second has the recipe's own (the paper: none).
+    """
+
+    shortcuts: Literal["auto", "yes", "no"] = "auto"
+    real_weights: float = 0.5
+    real_weight_decay: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_share("react_net", "real_weights", self.real_weights)
+
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        return BiRealWeight(granularity=Granularity.channel(slot.channel_axis))
+
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        return BiRealActivation()
+
+    def attach(self, job: QatJob) -> None:
+        if job.activation_bits:
+            change_network(job, self.shortcuts, ShiftedPReLU)
+
+        def activation_quantizer(slot: Slot) -> Quantizer:
+            if slot.is_signed:  # elsewhere a norm stands before the sign, which shifts as well
+                insert.set_input_transform(slot.layer, ChannelShift(slot.layer))
+            return self.activation_quantizer(slot)
+
+        insert_with_norms(job, self.weight_quantizer, activation_quantizer, self.initialize_layer)
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        optimizers = self.optimizers(recipe)
+        real = min(round(recipe.epochs * self.real_weights), recipe.epochs - 1)
+        decayed = {**optimizers, "weights": replace(optimizers["weights"], weight_decay=self.real_weight_decay)}
+        binary = Phase("binary", recipe.epochs - real, optimizers, recipe.clip_norm)
+        return [Phase("real weights", real, decayed, recipe.clip_norm), binary] if real else [binary]
+
+    def start_phase(self, run: TrainRun) -> None:
+        """Real or binary weights."""
+        for quantizer in run.quantizers():
+            if isinstance(quantizer, BiRealWeight):
+                quantizer.is_real = run.phase.name == "real weights"
+
+    def loss(self, run: TrainRun, batch: Batch) -> Tensor:
+        """The teacher's distribution alone, where there is a teacher."""
+        if run.teacher is None:
+            return super().loss(run, batch)
+        with torch.no_grad():
+            target = run.task.predict(run.teacher, batch)
+        output = run.task.predict(run.model if run.wrapped is None else run.wrapped, batch)
+        return distribution_loss(output, target) + run.penalty()

@@ -1,0 +1,64 @@
+"""ReActNet-A: a MobileNet whose depthwise and pointwise convolutions are ordinary ones with shortcuts, made to be binary.
+
+Source: Liu, Shen, Savvides, Cheng 2020, "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions", ECCV,
+section 4.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.network.shortcuts import ShiftedPReLU, ShortcutUnit
+
+WIDTHS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+
+
+class ReactBlock(nn.Module):
+    """A 3x3 convolution that keeps the width, then a 1x1 convolution, each with norm, shortcut and ``ShiftedPReLU``.
+
+    Where the width doubles, two 1x1 convolutions of the same input each have the shortcut, and their results lie side by side.
+
+    Args:
+        in_channels: Of the input.
+        out_channels: As many, or twice as many.
+        stride: Of the 3x3 convolution; its shortcut averages.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        spatial = nn.Conv2d(in_channels, in_channels, 3, stride, 1, bias=False)
+        pool = nn.AvgPool2d(2, 2) if stride > 1 else None
+        self.spatial = ShortcutUnit(spatial, nn.BatchNorm2d(in_channels), pool, ShiftedPReLU(in_channels))
+        self.pointwise = nn.ModuleList(
+            ShortcutUnit(nn.Conv2d(in_channels, in_channels, 1, bias=False), nn.BatchNorm2d(in_channels))
+            for _ in range(out_channels // in_channels)
+        )
+        self.activation = ShiftedPReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.spatial(x)
+        out: Tensor = self.activation(torch.cat([unit(x) for unit in self.pointwise], 1))
+        return out
+
+
+class ReactNet(nn.Module):
+    """Float stem of stride 2, thirteen blocks, a float classifier. Input ``[N, in_channels, H, W]``, output ``[N, num_classes]``."""
+
+    def __init__(self, num_classes: int = 1000, in_channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32))
+        before = (32, *WIDTHS[:-1])
+        strides = [2 if wide != narrow and wide != 64 else 1 for narrow, wide in zip(before, WIDTHS, strict=True)]
+        self.blocks = nn.Sequential(*(ReactBlock(*sizes) for sizes in zip(before, WIDTHS, strides, strict=True)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+        return out
+
+
+def reactnet_a(num_classes: int = 1000, in_channels: int = 3) -> ReactNet:
+    """ReActNet-A."""
+    return ReactNet(num_classes, in_channels)
