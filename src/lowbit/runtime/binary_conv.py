@@ -175,16 +175,22 @@ def binary_conv2d(
 
 @binary_conv2d.register_fake
 def _(
-    x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value=0, threshold=None, flip=None,
-    residual=None, input_scaling=False,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    x: Tensor,
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *_rest: object,
+) -> Tensor:
     rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
-    return torch.empty_strided(
-        (x.shape[0], words.shape[0], rows, columns),
-        (rows * columns * words.shape[0], 1, columns * words.shape[0], words.shape[0]),
-        dtype=torch.float32,
-        device=x.device,
-    )
+    out = words.shape[0]
+    strides = (rows * columns * out, 1, columns * out, out)
+    return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("lowbit::binary_linear", mutates_args=())
@@ -232,7 +238,7 @@ def binary_linear(
 
 
 @binary_linear.register_fake
-def _(x, words, mask, scale, bias, in_features, threshold=None, flip=None, residual=None):  # type: ignore[no-untyped-def]
+def _(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]), dtype=torch.float32)
 
 
@@ -281,7 +287,8 @@ def _in_tiles(words: Tensor, groups: int, channels: int) -> Array:
     by_group = words.unflatten(0, (groups, -1))
     tiles = -(-by_group.shape[1] // channels)
     filled = functional.pad(by_group, (0, 0) * 3 + (0, tiles * channels - by_group.shape[1]))
-    return filled.unflatten(1, (tiles, channels)).movedim(2, -1).contiguous().numpy()
+    tiled: Array = filled.unflatten(1, (tiles, channels)).movedim(2, -1).contiguous().numpy()
+    return tiled
 
 
 def _run(

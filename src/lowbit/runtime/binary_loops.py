@@ -53,8 +53,7 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Words, top: int, lef
                     out[whole] = np.int32(bits) ^ flip[g, whole]
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _add_missing(
+def _subtract(
     found: Words, missing: Words, begin: int, size: tuple[int, int], shape: tuple[int, int, int, int, int, int, int, int], y: int, x: int
 ) -> None:
     """Take ``missing`` off ``found`` for every place outside of the window that begins at ``(y, x)``."""
@@ -66,6 +65,9 @@ def _add_missing(
                 lost = missing[i, j, begin : begin + found.size]
                 for c in range(found.size):
                     found[c] -= lost[c]
+
+
+_add_missing: Any = numba.njit(_subtract)
 
 
 def _convolve(

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "LOWBIT_CACHE"
 CHECKSUMS = "checksums.json"
@@ -64,7 +65,8 @@ def cached_in(folder: Path) -> Iterator[bool]:
     """
     import numba
 
-    before = numba.config.CACHE_DIR
+    config: Any = numba.config
+    before = config.CACHE_DIR
     aside = None
     if not is_sound(folder):
         try:
@@ -74,7 +76,7 @@ def cached_in(folder: Path) -> Iterator[bool]:
             yield False
             return
     try:
-        numba.config.CACHE_DIR = str(aside or folder)
+        config.CACHE_DIR = str(aside or folder)
         yield True
         if aside is not None:
             (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside)))
@@ -82,7 +84,7 @@ def cached_in(folder: Path) -> Iterator[bool]:
     except OSError:
         return  # the disk is full, or another process was first
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
 

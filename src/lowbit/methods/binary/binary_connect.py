@@ -156,8 +156,12 @@ class BinaryConnect(TrainingMethod):
         raise SpecError("binary_connect leaves inputs in float; ask for activation_bits=None (32 on the command line)")
 
     def attach(self, job: QatJob) -> None:
-        names = {name: index for index, name in enumerate(job.layers)}
-        job.insert(lambda slot: self.weight_quantizer(slot, (job.seed * len(names) + names[slot.name]) << 32), self.activation_quantizer)
+        generator = job.generator()
+
+        def weight_quantizer(slot: Slot) -> Quantizer:  # each with a seed of its own, of which generators use the lower 32 bits
+            return self.weight_quantizer(slot, int(torch.randint(2**32, (), generator=generator)))
+
+        job.insert(weight_quantizer, self.activation_quantizer)
         job.initialize(self.initialize_layer)
 
     @staticmethod

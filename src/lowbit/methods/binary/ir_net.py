@@ -3,7 +3,7 @@
 Paper: Qin, Gong, Liu, Shen, Wei, Yu, Song 2020, "Forward and Backward Information Retention for Accurate Binary Neural Networks",
     CVPR. Section 3.2 (Libra parameter binarization, Eq. 7-10), section 3.3 (error-decay estimator, Eq. 12-15).
 Symbols: w_std -> standardized, s -> exponent, t -> steepness, k -> height.
-Deviations: zero counts as positive; a filter without spread, or of a single weight, is not divided by its deviation. The paper's
+Deviations: zero counts as positive; a filter whose weights are all alike, or of a single weight, is not divided by its deviation. The paper's
     networks have Hardtanh where others have ReLU as soon as inputs are binary: ``hardtanh`` replaces ``nn.ReLU`` modules; where inputs are
     never negative all the same, a batch norm stands before the sign.
 """
@@ -30,15 +30,18 @@ from lowbit.train.input_norm import insert_with_norms
 def standardize(weight: Tensor, granularity: Granularity) -> Tensor:
     """``(w - mean) / std`` for each filter, unbiased; differentiable through both. Source: Eq. 8.
 
-    A filter of one weight is left as it is, one without spread only centred.
+    A filter of one weight is left as it is. One whose weights are all alike, but for rounding, is 0 and not divided.
     """
     rows = granularity.flatten(weight)
     if rows.shape[1] < 2:
         return weight
     centred = rows - rows.mean(1, keepdim=True)
     variance = centred.square().sum(1, keepdim=True) / (rows.shape[1] - 1)
-    is_flat = variance <= torch.finfo(rows.dtype).tiny
+    numbers = torch.finfo(rows.dtype)
+    rounding = 8 * numbers.eps * rows.detach().abs().amax(1, keepdim=True)  # of the mean: its signs would be noise, its inverse immense
+    is_flat = variance <= rounding.square().clamp(min=numbers.tiny)
     deviation = torch.where(is_flat, torch.ones_like(variance), variance).sqrt()
+    centred = torch.where(is_flat, centred - centred.detach(), centred)
     return granularity.unflatten(centred / deviation, weight.shape)
 
 

@@ -64,7 +64,7 @@ class ChannelShift(nn.Module):
         needs=("labels", "teacher"),
         fidelity="exact; held against the authors' program",
         summary="Bi-Real Net with learned shifts before signs and around PReLUs, trained on a teacher's distribution in two steps",
-        margin_points=50,
+        margin_points=25,
     )
 )
 @dataclass

@@ -56,10 +56,10 @@ def standardize(weight: Tensor, granularity: Granularity) -> Tensor:
 def laplace_quantile(standardized: Tensor, tau: float | Tensor) -> Tensor:
     """Where a Laplace distribution around 0 with the spread ``mean |w|`` reaches the probability ``tau``: ``-spread ln(2 - 2 tau)``.
 
-    Infinite for ``tau`` 1; without gradient. Source: Eq. 9.
+    Infinite for ``tau`` 1, 0 without spread; without gradient. Source: Eq. 9.
     """
     spread = standardized.detach().abs().mean()
-    return -spread * torch.log(2 - 2 * torch.as_tensor(tau, dtype=spread.dtype, device=spread.device))
+    return -torch.xlogy(spread, 2 - 2 * torch.as_tensor(tau, dtype=spread.dtype, device=spread.device))
 
 
 def clamp_tails(standardized: Tensor, tau: float | Tensor) -> Tensor:

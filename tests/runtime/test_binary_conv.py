@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.nn import functional
+
+from lowbit.errors import SpecError
+from lowbit.runtime import binary_conv
+from lowbit.runtime.binary_conv import (
+    binary_conv2d,
+    binary_conv2d_reference,
+    binary_linear,
+    binary_linear_reference,
+    compiled_loops,
+    pack_conv_weight,
+)
+
+needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are no compiled kernels here")
+pair = st.integers(1, 3)
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator, *, has_zero: bool = False) -> Tensor:
+    values = torch.randint(0, 3 if has_zero else 2, shape, generator=generator).float()
+    return values - 1 if has_zero else 2 * values - 1
+
+
+@needs_kernels
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
+    draw = data.draw
+    groups, inputs, outputs = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 70)), draw(st.integers(1, 40))
+    kernel, stride, dilation = (draw(st.tuples(pair, pair)) for _ in range(3))
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [n + draw(st.integers(0, 8)) for n in least]
+    pad_value, has_zero = draw(st.sampled_from([-1, 0, 1])), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(draw(st.integers(1, 3)), groups * inputs, *size, generator=generator)
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    threshold = torch.randn(groups * inputs, generator=generator) if draw(st.booleans()) else None
+    flip = torch.rand(groups * inputs, generator=generator) > 0.5 if draw(st.booleans()) else None
+    weight = signs((groups * outputs, inputs, *kernel), generator, has_zero=has_zero)
+    arguments = (
+        x, *pack_conv_weight(weight, groups), torch.ones(groups * outputs), None, groups * inputs, kernel, stride, padding, dilation, groups,
+        pad_value, threshold, flip,
+    )  # fmt: skip
+    got = binary_conv2d(*arguments)
+    assert torch.equal(got, binary_conv2d_reference(*arguments))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
+@pytest.mark.parametrize("pad_value", [-1, 0, 1])
+def test_it_is_the_convolution_of_signs_with_scale_bias_residual_and_input_scale(is_reference: bool, pad_value: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 36, 7, 6, generator=generator), signs((10, 18, 3, 3), generator, has_zero=True)
+    scale, bias, residual = (torch.randn(*shape, generator=generator) for shape in ((10,), (10,), (2, 10, 4, 3)))
+    threshold, flip = torch.randn(36, generator=generator), torch.arange(36) % 3 == 0
+    function = binary_conv2d_reference if is_reference else binary_conv2d
+    got = function(
+        x, *pack_conv_weight(weight, 2), scale, bias, 36, [3, 3], [2, 2], [1, 1], [1, 1], 2, pad_value, threshold, flip, residual, True
+    )
+    binary = torch.where(x >= threshold[:, None, None], 1.0, -1.0) * torch.where(flip, -1.0, 1.0)[:, None, None]
+    dot = functional.conv2d(functional.pad(binary, (1, 1, 1, 1), value=pad_value), weight, None, 2, groups=2)
+    means = functional.conv2d(x.abs().unflatten(1, (2, 18)).mean(2), torch.full((2, 1, 3, 3), 1 / 9), None, 2, 1, groups=2)
+    expected = dot * means.repeat_interleave(5, 1) * scale[:, None, None] + bias[:, None, None] + residual
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 100), (0, 40)])
+def test_a_linear_layer_of_signs(shape: tuple[int, ...], is_reference: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(shape, generator=generator), signs((7, shape[-1]), generator)
+    scale, bias, residual = (torch.randn(s, generator=generator) for s in ((7,), (7,), (*shape[:-1], 7)))
+    function = binary_linear_reference if is_reference else binary_linear
+    got = function(x, *pack_conv_weight(weight), scale, bias, shape[-1], None, None, residual)
+    expected = functional.linear(torch.where(x >= 0, 1.0, -1.0), weight) * scale + bias + residual
+    torch.testing.assert_close(got, expected)
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    words, mask = pack_conv_weight(torch.ones(4, 3, 3, 3))
+    assert binary_conv2d(torch.empty(0, 3, 8, 8), words, mask, torch.ones(4), None, 3, [3, 3], [1, 1], [1, 1], [1, 1], 1).shape == (
+        0,
+        4,
+        8,
+        8,
+    )
+
+
+@needs_kernels
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(3, 40, 9, 9, generator=generator), signs((24, 40, 3, 3), generator)
+    arguments = (x, *pack_conv_weight(weight), torch.ones(24), None, 40, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = binary_conv2d(*arguments)
+        monkeypatch.setattr(binary_conv, "THREAD_WORK", 1)
+        torch.set_num_threads(3)
+        assert torch.equal(binary_conv2d(*arguments), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_weights_that_are_loaded_in_place_are_used() -> None:
+    x, words = torch.randn(1, 40, 5, 5), pack_conv_weight(torch.ones(8, 40, 3, 3))[0]
+    rest = (None, torch.ones(8), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
+    first = binary_conv2d(x, words, *rest)
+    words.copy_(pack_conv_weight(-torch.ones(8, 40, 3, 3))[0])
+    assert torch.equal(binary_conv2d(x, words, *rest), -first)
+    with torch.inference_mode():
+        assert torch.equal(binary_conv2d(x, words.clone(), *rest), -first)
+
+
+def test_the_operators_can_be_exported_and_compiled() -> None:
+    words, mask = pack_conv_weight(torch.randint(0, 3, (8, 5, 3, 3)).float() - 1)
+    opcheck(binary_conv2d, (torch.randn(2, 5, 9, 9), words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1))
+    opcheck(binary_linear, (torch.randn(4, 40), *pack_conv_weight(torch.ones(7, 40)), torch.rand(7), None, 40))
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return binary_conv2d(x, words, mask, torch.ones(8), None, 5, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+    x = torch.randn(2, 5, 9, 9)
+    exported = torch.export.export(Layer(), (x,)).module()
+    assert torch.equal(exported(x), Layer()(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"x": torch.randn(1, 6, 8, 8)}, "got an input of shape"),
+        ({"x": torch.randn(1, 5, 8, 8).double()}, "takes float32 inputs, got torch.float64"),
+        ({"x": torch.randn(1, 5, 1, 8)}, "smaller than the kernel's reach"),
+        ({"scale": torch.ones(4)}, r"scale must have shape \(8,\)"),
+        ({"bias": torch.ones(4)}, r"bias must have shape \(8,\)"),
+        ({"pad_value": 2}, "pad_value must be -1, 0 or 1"),
+        ({"threshold": torch.ones(4)}, r"threshold must have shape \(5,\)"),
+        ({"residual": torch.ones(1, 8, 3, 3)}, "residual must have the output's shape"),
+        ({"groups": 2}, "packed weights must be int32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], told: str) -> None:
+    words, mask = pack_conv_weight(torch.ones(8, 5, 3, 3))
+    arguments: dict[str, object] = {
+        "x": torch.randn(1, 5, 8, 8), "words": words, "mask": mask, "scale": torch.ones(8), "bias": None, "in_channels": 5,
+        "kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1,
+    }  # fmt: skip
+    with pytest.raises(SpecError, match=told):
+        binary_conv2d(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(("weight", "told"), [(torch.full((4, 3), 0.5), "holds -1, 0 and"), (torch.ones(4, 3, 3), "needs a shape")])
+def test_weights_that_are_no_signs_are_not_packed(weight: Tensor, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        pack_conv_weight(weight)
