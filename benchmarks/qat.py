@@ -198,7 +198,7 @@ def main() -> None:
         key = f"{method} W{weight_bits}A{activation_bits or 32}"
         if key in results["rows"] and not args.fresh and "error" not in results["rows"][key]:
             continue
-        results["rows"][key] = in_new_process(args, method, weight_bits, activation_bits)
+        results["rows"][key] = {**in_new_process(args, method, weight_bits, activation_bits), "float": results["float"]}
         print(key, results["rows"][key], flush=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
