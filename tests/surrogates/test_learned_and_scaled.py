@@ -37,7 +37,7 @@ def test_the_forward_pass_clamps_and_rounds_half_to_even(name: str) -> None:
     assert y.tolist() == [0, 0, 0, 0, 2, 2, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("name", [name for name in SURROGATES if name not in ("ste", "sigmoids")])
+@pytest.mark.parametrize("name", [name for name in SURROGATES if name not in ("ste", "sigmoids", "approx_sign", "ede", "swish_sign")])
 def test_values_beyond_the_range_get_no_gradient_and_its_ends_do(name: str) -> None:
     found = gradient(make_surrogate(name), POSITIONS)
     assert (found[[0, 1, 8, 9]] == 0).all()

@@ -221,24 +221,21 @@ def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int],
     finally:
         for handle in handles:
             handle.remove()
-    old_shortcuts: list[str] = []
-    replaced: set[str] = set()
+    found: dict[str, _Parts] = {}
     with evaluating(model), torch.no_grad():
-        for call in calls:
-            parts = _parts_of(call, calls) if not any(call.name.startswith(f"{name}.") for name in replaced) else None
-            if parts is None or not _is_block(call.module, *parts, *results[call.name]):
-                continue
-            parent, _, name = call.name.rpartition(".")
-            setattr(model.get_submodule(parent), name, ShortcutBlock(call.module, *parts, activation))
-            replaced.add(call.name)
-            if parts[1] is not None:
-                old_shortcuts.append(f"{call.name}.{parts[1][0]}")
-    if not replaced:
+        for call in calls:  # blocks come before what holds them, a stage of one block for instance
+            parts = None if any(name.startswith(f"{call.name}.") for name in found) else _parts_of(call, calls)
+            if parts is not None and _is_block(call.module, *parts, *results[call.name]):
+                found[call.name] = parts
+    for path, parts in found.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, ShortcutBlock(model.get_submodule(path), *parts, activation))
+    if not found:
         raise LayerError(
             f"{type(model).__name__} has no residual block of convolutions, norms and ReLUs in which each convolution could get a shortcut. "
             "Use a residual network, or shortcuts=false."
         )
-    return old_shortcuts
+    return [f"{path}.{side[0]}" for path, (_, side) in found.items() if side is not None]
 
 
 _Parts = tuple[list[tuple[str, str]], tuple[str, str] | None]

@@ -11,7 +11,7 @@ Deviations: the deterministic form is the default, as the networks that are writ
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -140,9 +140,9 @@ class BinaryConnect(TrainingMethod):
     evaluation: Evaluation = "binary"
     limit: float | Literal["glorot"] = 1.0
     learning_rate_scale: float | Literal["glorot"] = "glorot"
-    _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._before: dict[int, Tensor] = {}
         for name in ("limit", "learning_rate_scale"):
             value = getattr(self, name)
             if not isinstance(value, str) and not 0 < value < math.inf:
