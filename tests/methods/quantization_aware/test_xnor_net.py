@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.quantization_aware.xnor_net import (
-    InputNorm,
     InputScale,
     XnorNet,
     XnorWeightQuantizer,
@@ -25,6 +24,7 @@ from lowbit.network.layers import output_channel_axis
 from lowbit.quantizers import LearnedScaleQuantizer, SignQuantizer
 from lowbit.spec import BitPolicy, Granularity
 from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.train.input_norm import InputNorm
 from lowbit.train.prepare import method_of
 
 LAYERS = {
