@@ -9,6 +9,7 @@ from lowbit.measure.diagnose import diagnose
 from lowbit.methods.quantize import quantize
 from lowbit.registry import MethodInfo, get_method, list_methods
 from lowbit.report.summary import summary
+from lowbit.runtime.compile import compile_runtime
 from lowbit.spec import BitPolicy, Budget, Granularity
 from lowbit.train.loop import parameter_groups, training
 from lowbit.train.prepare import prepare
@@ -21,6 +22,6 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
 __all__ = [
-    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "summary", "diagnose", "list_methods", "get_method",
-    "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
+    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
+    "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
 ]  # fmt: skip

@@ -145,7 +145,7 @@ def test_the_operators_can_be_exported_and_compiled() -> None:
         ({"bias": torch.ones(4)}, r"bias must have shape \(8,\)"),
         ({"pad_value": 2}, "pad_value must be -1, 0 or 1"),
         ({"threshold": torch.ones(4)}, r"threshold must have shape \(5,\)"),
-        ({"residual": torch.ones(1, 8, 3, 3)}, "residual must have the output's shape"),
+        ({"residual": torch.ones(1, 8, 3, 3)}, "residual must fit the output's shape"),
         ({"groups": 2}, "packed weights must be int32"),
     ],
 )

@@ -12,7 +12,7 @@ from lowbit.calibration import Inputs
 from lowbit.errors import FileFormatError, LowbitError, SpecError
 from lowbit.export.graph import Graph, GraphInput, InputDevice, Node, Result, Stored, references
 from lowbit.export.onnx_runtime import name_inputs
-from lowbit.export.operators import find_operator
+from lowbit.export.operators import Function, find_operator
 from lowbit.export.packed_file import Package, read_package
 from lowbit.export.packed_tensor import PackedTensor
 from lowbit.export.structure import restore
@@ -49,6 +49,7 @@ class PackedNetwork(nn.Module):
     def __init__(self, package: Package) -> None:
         super().__init__()
         # long names: what the file calls its modules becomes attributes beside these
+        self.packed_content = package
         self.packed_graph = package.graph
         self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
         self.packed_last_reads = _last_reads(package.graph)
@@ -80,13 +81,17 @@ class PackedNetwork(nn.Module):
         for node, finished in zip(graph.nodes, self.packed_last_reads, strict=True):
             options = {key: value_of(arg) for key, arg in node.kwargs.items()}
             try:
-                values[node.name] = _call(node, [value_of(arg) for arg in node.args], options)
+                values[node.name] = _call(self.function_of(node.operator), node, [value_of(arg) for arg in node.args], options)
             except FileFormatError as error:
                 _check_equal_batches(graph, inputs, error)
                 raise
             for name in finished:
                 del values[name]
         return restore(graph.structure, [value_of(output) for output in graph.outputs])
+
+    def function_of(self, operator: str) -> Function:
+        """The function that an operator of the graph names."""
+        return find_operator(operator)
 
     def _add(self, name: str, values: Tensor) -> None:
         """Register a tensor under its full name, in modules made for the parts of that name."""
@@ -145,9 +150,9 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
     return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
 
 
-def _call(node: Node, args: list[object], kwargs: dict[str, object]) -> object:
+def _call(function: Function, node: Node, args: list[object], kwargs: dict[str, object]) -> object:
     try:
-        return find_operator(node.operator)(*args, **kwargs)
+        return function(*args, **kwargs)
     except LowbitError:
         raise
     except Exception as error:  # whatever torch raises

@@ -144,7 +144,7 @@ def binary_conv2d(
         pad_value: -1, 0 or +1.
         threshold: ``[in_channels]`` float32; 0 where there is none.
         flip: ``[in_channels]`` bool.
-        residual: Shaped like the output, float32.
+        residual: Shaped like the output, or broadcasting to it; float32.
         input_scaling: Multiply by XNOR-Net's ``K``: the mean of ``|x|`` over the channels of a group and the window.
 
     Returns:
@@ -155,8 +155,7 @@ def binary_conv2d(
     """
     out = _check(x, words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
     rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
-    if residual is not None and residual.shape != (x.shape[0], out, rows, columns):
-        raise SpecError(f"residual must have the output's shape {(x.shape[0], out, rows, columns)}, got {tuple(residual.shape)}")
+    residual = _residual(residual, (x.shape[0], out, rows, columns))
     loops = compiled_loops() if x.device.type == "cpu" else None
     if loops is None or not x.numel():
         return binary_conv2d_reference(
@@ -223,8 +222,7 @@ def binary_linear(
     """
     out = _check(x.movedim(-1, 1) if x.dim() > 1 else x[None], words, scale, bias, in_features, 1, None, 0, threshold, flip)
     shape = (*x.shape[:-1], out)
-    if residual is not None and residual.shape != shape:
-        raise SpecError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+    residual = _residual(residual, shape)
     loops = compiled_loops() if x.device.type == "cpu" else None
     if loops is None or not x.numel():
         return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual)
@@ -375,6 +373,15 @@ def _input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dila
 def _finished(y: Tensor, bias: Tensor | None, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     y = y if bias is None else y + bias.reshape(shape)
     return y if residual is None else y + residual
+
+
+def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if residual is None or residual.shape == shape:
+        return residual
+    try:
+        return residual.expand(shape)
+    except RuntimeError as error:
+        raise SpecError(f"residual must fit the output's shape {shape}, got {tuple(residual.shape)}") from error
 
 
 def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:

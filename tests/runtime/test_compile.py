@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.errors import LayerError, SpecError
+from lowbit.export.load import PackedNetwork
+from lowbit.export.packed_file import package
+from lowbit.export.packed_tensor import PackedTensor
+from lowbit.export.program import export_program
+from lowbit.models import load_model
+from lowbit.runtime.compile import RuntimeNetwork
+from lowbit.spec import BitPolicy
+
+METHODS = ["bi_real_net", "react_net", "ir_net", "recu", "xnor_net"]
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def trained(method: str, **options: object) -> nn.Module:
+    """A binary network whose norms are not those of a new one; first and last layer in float, so that nothing rounds differences away."""
+    torch.manual_seed(0)
+    policy = BitPolicy.uniform(1, 1).keep_float("conv").keep_float("fc")
+    model = lowbit.prepare(load_model("resnet8", num_classes=5), method=method, policy=policy, sample=images(), **options).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+        for _ in range(3):
+            model(images())
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_compiled_network_computes_what_the_network_computes(method: str) -> None:
+    model = trained(method)
+    fast = lowbit.compile_runtime(model, sample=images())
+    for batch in (images(), images(7)):
+        torch.testing.assert_close(fast(batch), model(batch), rtol=1e-4, atol=1e-4)
+    binary = [layer for layer in fast.report.layers if layer.kernel == "binary"]
+    assert len(binary) == (6 if method in ("bi_real_net", "react_net") else 8)
+    assert all("batch norm" in layer.fused for layer in binary)
+    assert {layer.name for layer in fast.report.layers} - {layer.name for layer in binary} >= {"conv", "fc"}
+    assert "its input is no sign" in str(fast.report)
+
+
+@torch.no_grad()
+def test_sums_are_computed_along_with_layers_and_each_by_one_of_them() -> None:
+    report = lowbit.compile_runtime(trained("bi_real_net"), sample=images()).report
+    assert all(layer.fused == ("batch norm", "sum") for layer in report.layers if layer.kernel == "binary")
+    plain = lowbit.compile_runtime(trained("ir_net"), sample=images()).report
+    assert sum("sum" in layer.fused for layer in plain.layers) == 3
+
+
+@torch.no_grad()
+def test_a_loaded_network_is_the_same_to_it_and_the_result_is_an_ordinary_module(tmp_path: Path) -> None:
+    model = trained("bi_real_net")
+    lowbit.export(model, tmp_path / "m.lowbit", sample=images())
+    fast = lowbit.compile_runtime(lowbit.load(tmp_path / "m.lowbit"))
+    expected = lowbit.compile_runtime(model, sample=images())(images())
+    assert torch.equal(fast(images()), expected)
+    again = copy.deepcopy(fast)
+    again.load_state_dict(fast.state_dict())
+    assert torch.equal(again(images()), expected)
+
+
+class Signs(nn.Module):
+    """Two linear layers, one of which is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(40, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        out: Tensor = self.second(y) + y
+        return out
+
+
+@torch.no_grad()
+def test_linear_layers_run_on_the_kernels_with_their_bias_and_a_sum() -> None:
+    x = torch.randn(8, 40)
+    model = lowbit.prepare(Signs(), method="xnor_net", policy=BitPolicy.uniform(1, 1, first_last=None), sample=x).eval()
+    fast = lowbit.compile_runtime(model, sample=x)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [(layer.kernel, layer.fused) for layer in fast.report.layers] == [("binary", ()), ("binary", ("sum",))]
+
+
+@torch.no_grad()
+def test_weights_with_zeros_are_ternary() -> None:
+    model = trained("bi_real_net")
+    network = lowbit.compile_runtime(model, sample=images())
+    content = package(export_program(model, images()), None)
+    name = "layer1.0.conv1.weight"
+    packed = content.tensors[name]
+    assert isinstance(packed, PackedTensor)
+    values = packed.unpack().decode().clone()
+    values[:, ::2] = 0
+    sparse = RuntimeNetwork(replace(content, tensors={**content.tensors, name: values})).eval()
+    assert {layer.name: layer.kernel for layer in sparse.report.layers}["layer1.0.conv1"] == "ternary"
+    expected = PackedNetwork(replace(content, tensors={**content.tensors, name: values})).eval()
+    torch.testing.assert_close(sparse(images()), expected(images()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sparse(images()), network(images()))
+
+
+def test_a_network_without_binary_layers_is_refused_with_the_reason_for_each() -> None:
+    model = lowbit.prepare(load_model("resnet8", num_classes=5), method="lsq", weight_bits=4, activation_bits=4, sample=images())
+    with pytest.raises(LayerError, match=r"layer1\.0\.conv1: float \(its input is no sign\)"):
+        lowbit.compile_runtime(model, sample=images())
+
+
+def test_a_network_in_memory_needs_a_sample() -> None:
+    with pytest.raises(SpecError, match="needs a sample"):
+        lowbit.compile_runtime(nn.Linear(3, 4))
