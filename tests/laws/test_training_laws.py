@@ -18,6 +18,7 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.registry import get_method
+from lowbit.surrogates import SURROGATES
 from lowbit.train.prepare import prepare
 
 every_method = pytest.mark.parametrize("name", training.TRAINING)
@@ -229,7 +230,7 @@ def test_the_same_seed_gives_the_same_network(name: str) -> None:
 # Surrogates
 
 
-@pytest.mark.parametrize("surrogate", ["ste", "clipped_ste", "ewgs", "daq", "dsq", "sigmoids"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
 @every_method
 def test_takes_any_surrogate_or_says_that_it_takes_none(name: str, surrogate: str) -> None:
     weight_bits, activation_bits = training.few_bits(name)

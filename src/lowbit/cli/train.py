@@ -28,7 +28,7 @@ from lowbit.network.record import record_of
 from lowbit.options import build_method
 from lowbit.progress import Progress
 from lowbit.spec import BitPolicy, parse_bits
-from lowbit.surrogates import make_surrogate
+from lowbit.surrogates import SURROGATES, make_surrogate
 from lowbit.train import TrainingMethod
 from lowbit.train.stopping import Terminated
 from lowbit.train.train import Trained, train_network
@@ -81,9 +81,7 @@ def train(
     ] = None,
     surrogate: Annotated[
         str | None,
-        option(
-            shared.METHOD, "Gradient of rounding in place of the method's own: ste, clipped_ste, ewgs, daq, dsq or sigmoids.", "--surrogate"
-        ),
+        option(shared.METHOD, f"Gradient of rounding in place of the method's own: {', '.join(SURROGATES)}.", "--surrogate"),
     ] = None,
     method_option: shared.MethodOption = None,
     weight_bits: Annotated[

@@ -5,7 +5,8 @@ Paper: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Net
 Symbols: w -> weight, w_b -> binary weight, H -> limit, sigma -> hard_sigmoid, W_LR_scale -> learning_rate_scale.
 Deviations: the deterministic form is the default, as the networks that are written have binary weights; the authors' scripts train
     stochastically and test with the real weights, which ``binarization="stochastic"`` with ``evaluation="real"`` does. Zero counts as positive.
-    Fan-in and fan-out count the channels of a group. The paper's inputs stay in float.
+    Fan-in and fan-out count the channels of a group. The paper's inputs stay in float; it binarizes the first and the last layer too, which
+    ``--first-last-bits 1`` does.
 """
 
 from __future__ import annotations
