@@ -123,8 +123,11 @@ def test_weights_that_are_loaded_in_place_are_used() -> None:
 
 def test_the_operators_can_be_exported_and_compiled() -> None:
     words, mask = pack_conv_weight(torch.randint(0, 3, (8, 5, 3, 3)).float() - 1)
-    opcheck(binary_conv2d, (torch.randn(2, 5, 9, 9), words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1))
-    opcheck(binary_linear, (torch.randn(4, 40), *pack_conv_weight(torch.ones(7, 40)), torch.rand(7), None, 40))
+    opcheck(
+        torch.ops.lowbit.binary_conv2d.default,
+        (torch.randn(2, 5, 9, 9), words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1),
+    )
+    opcheck(torch.ops.lowbit.binary_linear.default, (torch.randn(4, 40), *pack_conv_weight(torch.ones(7, 40)), torch.rand(7), None, 40))
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from lowbit.runtime.target import active_target, processor_features
 
 PACKAGES = ("torch", "numba", "llvmlite", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")
 FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcntdq", "amx-int8", "neon", "dotprod")
+_FORMS = {"count": "differing bits counted in words", "lookup": "differing bits looked up, four at a time"}
 _FIRST_USE = """
 import time
 from lowbit.runtime.binary_conv import compiled_loops
@@ -55,7 +56,7 @@ def _kernels() -> Iterator[tuple[str, object]]:
     target, why = active_target()
     yield "active", f"{target.name}: {why}"
     if target.lanes:
-        yield "tile", f"{target.rows} positions x {target.lanes * target.columns} channels, bits counted in lanes of {target.count_lane}"
+        yield "tile", f"{target.rows} positions x {target.lanes * target.columns} channels, {_FORMS[target.form]}"
     else:
         yield "what that means", "signs are unpacked and computed by torch in float: exact, and no faster than float"
     try:

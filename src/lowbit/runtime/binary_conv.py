@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,14 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.errors import SpecError
-from lowbit.runtime.bits import pack_signs, unpack_bits, unpack_signs, words_for
+from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
 from lowbit.runtime.target import active_target
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
 Pair = Sequence[int]
 Array = npt.NDArray[np.generic]
+P = ParamSpec("P")
 
 
 def pack_conv_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -108,7 +109,53 @@ def binary_linear_reference(
     return _finished(y * scale, bias, residual, (-1,))
 
 
-@torch.library.custom_op("lowbit::binary_conv2d", mutates_args=())
+def _operator(fake: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled.
+
+    ``torch.library.custom_op`` does the same and adds checks that take longer than a small layer.
+    """
+
+    def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        name = f"lowbit::{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        torch.library.register_fake(name, fake)
+        overload = getattr(torch.ops.lowbit, function.__name__).default
+
+        @functools.wraps(function)
+        def call(*arguments: P.args, **options: P.kwargs) -> Tensor:
+            y: Tensor = overload(*arguments, **options)
+            return y
+
+        return call
+
+    return register
+
+
+def _empty_conv2d(
+    x: Tensor,
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *_rest: object,
+) -> Tensor:
+    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
+    out = words.shape[0]
+    strides = (rows * columns * out, 1, columns * out, out)
+    return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
+
+
+def _empty_linear(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], words.shape[0]), dtype=torch.float32)
+
+
+@_operator(_empty_conv2d)
 def binary_conv2d(
     x: Tensor,
     words: Tensor,
@@ -172,27 +219,7 @@ def binary_conv2d(
     return y
 
 
-@binary_conv2d.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *_rest: object,
-) -> Tensor:
-    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
-    out = words.shape[0]
-    strides = (rows * columns * out, 1, columns * out, out)
-    return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
-
-
-@torch.library.custom_op("lowbit::binary_linear", mutates_args=())
+@_operator(_empty_linear)
 def binary_linear(
     x: Tensor,
     words: Tensor,
@@ -235,11 +262,6 @@ def binary_linear(
     return y
 
 
-@binary_linear.register_fake
-def _(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], words.shape[0]), dtype=torch.float32)
-
-
 @functools.cache
 def compiled_loops() -> ModuleType | None:
     """The compiled kernels of the active target; ``None`` where the reference is used. The first call compiles them, or reads them."""
@@ -254,8 +276,8 @@ def compiled_loops() -> ModuleType | None:
 class _Tiled(NamedTuple):
     """A weight in the order in which the kernels of the active target read it."""
 
-    words: Array  # [groups, tiles, kernel height, kernel width, words, channels of a tile]
-    mask: Array  # like it, or empty
+    words: Array  # [groups, tiles, words, ...]; for the lookup form of the micro-kernel the weights of -1
+    mask: Array  # like it, or empty; for the lookup form the weights of +1
     total: Array  # [out], products that are counted
     missing: Array  # [kernel height, kernel width, out], sum of the weights at each place
 
@@ -271,9 +293,12 @@ def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loop
     spread = words if words.dim() == 4 else words[:, None, None]
     spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
     weight = _unpacked(spread, spread_mask, per_group)
+    first, second = spread, spread_mask
+    if second is not None and loops.FORM == "lookup":
+        first, second = second & ~spread, second & spread
     tiled = _Tiled(
-        _in_tiles(spread, groups, loops.CHANNELS),
-        np.empty((0,) * 6, np.int32) if spread_mask is None else _in_tiles(spread_mask, groups, loops.CHANNELS),
+        _in_tiles(first, groups, loops),
+        np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
         weight.abs().sum((1, 2, 3)).int().numpy(),
         weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
     )
@@ -281,12 +306,15 @@ def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loop
     return tiled
 
 
-def _in_tiles(words: Tensor, groups: int, channels: int) -> Array:
-    by_group = words.unflatten(0, (groups, -1))
-    tiles = -(-by_group.shape[1] // channels)
-    filled = functional.pad(by_group, (0, 0) * 3 + (0, tiles * channels - by_group.shape[1]))
-    tiled: Array = filled.unflatten(1, (tiles, channels)).movedim(2, -1).contiguous().numpy()
-    return tiled
+def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
+    by_group = words.flatten(1).unflatten(0, (groups, -1))
+    tiles = -(-by_group.shape[1] // loops.CHANNELS)
+    filled = functional.pad(by_group, (0, 0, 0, tiles * loops.CHANNELS - by_group.shape[1]))
+    tiled = filled.unflatten(1, (tiles, loops.CHANNELS)).transpose(2, 3)
+    if loops.FORM == "lookup":
+        tiled = (tiled.unsqueeze(-2) >> torch.arange(0, WORD, 8)[:, None]).to(torch.uint8).flatten(-2)
+    ready: Array = tiled.contiguous().numpy()
+    return ready
 
 
 def _run(
@@ -308,14 +336,13 @@ def _run(
     n, height, width, channels = x.shape
     top, left = shape[4], shape[5]
     words = words_for(channels // groups)
-    image = _image((n, height + 2 * top, width + 2 * left, groups, words), loops.ROWS * shape[3], channels // groups, pad_value)
+    image = _image((n, height + 2 * top, width + 2 * left, groups, words), loops.ROWS * shape[3], loops.IMAGE)
     limits = x.new_zeros(channels) if threshold is None else threshold.float()
     flips = torch.zeros(groups, words, dtype=torch.int32) if flip is None else pack_signs(flip.view(groups, -1) * 2 - 1)
-    has_border = pad_value == 0 and (top or left)
-    arrays = [t.detach().numpy() for t in (x, limits.contiguous(), flips.contiguous(), image)]
+    arrays = [*(t.detach().numpy() for t in (x, limits.contiguous(), flips.contiguous())), image]
     _shared(lambda first, last: loops.pack(*arrays, top, left, groups, first, last), n * height, x.numel() * 32)
     arguments = (
-        arrays[3], weight.words, weight.mask, weight.total, weight.missing if has_border else weight.missing[:0],
+        image, *weight, pad_value + 1 if top or left else 0,
         scale.detach().float().contiguous().numpy(), (torch.zeros_like(scale) if bias is None else bias).detach().float().contiguous().numpy(),
         k_map.detach().numpy(), residual.detach().numpy(), y.numpy(), (height, width), shape,
     )  # fmt: skip
@@ -323,15 +350,11 @@ def _run(
     _shared(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
 
 
-def _image(shape: tuple[int, ...], positions: int, per_group: int, pad_value: int) -> Tensor:
-    """Words of a padded image, its border filled; memory behind it for windows of ``positions`` more positions."""
+def _image(shape: tuple[int, ...], positions: int, kind: np.dtype[Any]) -> Array:
+    """A padded image of words without bits; memory behind it for windows of ``positions`` more positions."""
     n, height, width, groups, words = shape
     count = n * height * width * groups * words
-    flat = torch.zeros(count + (positions + width) * groups * words, dtype=torch.int32)
-    image = flat[:count].view(shape)
-    if pad_value == 1:
-        image[...] = pack_signs(torch.ones(per_group))
-    return image
+    return np.zeros(count + (positions + width) * groups * words, kind)[:count].reshape(shape)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

@@ -15,21 +15,41 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime import compiled
-from lowbit.runtime.micro_kernel import Tile, make_micro_kernel, pack_signs_of_32
+from lowbit.runtime.micro_kernel import Tile, finish_outputs, make_micro_kernel, pack_signs_of_32
 from lowbit.runtime.target import active_target
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.int32]
+Image = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Weight = npt.NDArray[np.int32] | npt.NDArray[np.uint8]
 
 _target = active_target()[0]
 if not _target.lanes or getattr(numba.config, "DISABLE_JIT", False):
     raise ImportError("there are no compiled kernels for this processor, or numba is told not to compile")
-ROWS, COLUMNS, CHANNELS = _target.rows, _target.columns, _target.lanes * _target.columns
-_plain = make_micro_kernel(Tile(_target.lanes, ROWS, COLUMNS, _target.count_lane))
-_masked = make_micro_kernel(Tile(_target.lanes, ROWS, COLUMNS, _target.count_lane, is_masked=True))
+ROWS, CHANNELS, FORM = _target.rows, _target.lanes * _target.columns, _target.form
+IMAGE, WEIGHT = (np.dtype(np.int64), np.dtype(np.uint8)) if FORM == "lookup" else (np.dtype(np.int32),) * 2
+_STEP = IMAGE.itemsize
+_plain = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns))
+_masked = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns, is_masked=True))
 
 
-def _pack(x: Floats, threshold: Floats, flip: Words, image: Words, top: int, left: int, groups: int, first: int, last: int) -> None:
+def _spread(word: Any) -> Any:
+    """Four bits into the upper half of each byte of 64 bits: the order of the ``lookup`` form."""
+    bits = np.uint64(np.uint32(word))
+    bits = (bits | bits << np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)
+    bits = (bits | bits << np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)
+    bits = (bits | bits << np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64(bits << np.uint64(4))
+
+
+def _same(word: Any) -> Any:
+    return word
+
+
+_image_word: Any = numba.njit(_spread if FORM == "lookup" else _same)
+
+
+def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
     """``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has ones.
 
     For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
@@ -42,21 +62,30 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Words, top: int, lef
         n, h = row // height, row % height
         for w in range(width):
             for g in range(groups):
-                values, limits = x[n, h, w, g * per_group : (g + 1) * per_group], threshold[g * per_group : (g + 1) * per_group]
-                out = image[n, top + h, left + w, g]
+                values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
+                limits = threshold.ctypes.data + 4 * g * per_group
                 for word in range(whole):
-                    out[word] = pack_signs_of_32(values.ctypes.data + 128 * word, limits.ctypes.data + 128 * word) ^ flip[g, word]
+                    bits = pack_signs_of_32(values + 128 * word, limits + 128 * word)
+                    image[n, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
                 if whole < words:
-                    bits = np.uint32(0)
+                    rest = np.uint32(0)
                     for i in range(32 * whole, per_group):
-                        bits |= np.uint32(values[i] >= limits[i]) << np.uint32(i - 32 * whole)
-                    out[whole] = np.int32(bits) ^ flip[g, whole]
+                        is_one = x[n, h, w, g * per_group + i] >= threshold[g * per_group + i]
+                        rest |= np.uint32(is_one) << np.uint32(i - 32 * whole)
+                    image[n, top + h, left + w, g, whole] = _image_word(np.int32(rest) ^ flip[g, whole])
 
 
 def _subtract(
-    found: Words, missing: Words, begin: int, size: tuple[int, int], shape: tuple[int, int, int, int, int, int, int, int], y: int, x: int
+    found: Words,
+    missing: Words,
+    factor: int,
+    begin: int,
+    size: tuple[int, int],
+    shape: tuple[int, int, int, int, int, int, int, int],
+    y: int,
+    x: int,
 ) -> None:
-    """Take ``missing`` off ``found`` for every place outside of the window that begins at ``(y, x)``."""
+    """Take ``factor * missing`` off ``found`` for every place outside of the window that begins at ``(y, x)``."""
     kernel_h, kernel_w, dilation_h, dilation_w = shape[0], shape[1], shape[6], shape[7]
     for i in range(kernel_h):
         for j in range(kernel_w):
@@ -64,18 +93,19 @@ def _subtract(
             if at_y < 0 or at_y >= size[0] or at_x < 0 or at_x >= size[1]:
                 lost = missing[i, j, begin : begin + found.size]
                 for c in range(found.size):
-                    found[c] -= lost[c]
+                    found[c] -= factor * lost[c]
 
 
 _add_missing: Any = numba.njit(_subtract)
 
 
 def _convolve(
-    image: Words,
-    weight: Words,
-    mask: Words,
+    image: Image,
+    weight: Weight,
+    mask: Weight,
     total: Words,
     missing: Words,
+    border: int,
     scale: Floats,
     bias: Floats,
     k_map: Floats,
@@ -89,14 +119,15 @@ def _convolve(
     """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
 
     ``y = dot * (scale * k_map) + bias + residual`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
-    ``missing`` of the places outside: there the image holds zeros, that is -1, and nothing should have been counted.
+    ``border * missing`` of the places outside: the image holds zeros there, that is -1.
 
     Args:
         image: ``[N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
-        weight: ``[G, tiles, kernel height, kernel width, words, CHANNELS]``.
+        weight: ``[G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel wants them.
         mask: Like ``weight``, or empty.
         total: ``[out]``, what the dot product is if no bit differs.
-        missing: ``[kernel height, kernel width, out]``, or empty where borders need no correction.
+        missing: ``[kernel height, kernel width, out]``, the sum of the weights at each place.
+        border: What the padding counts as, plus 1.
         scale, bias: ``[out]``.
         k_map: ``[N, rows, columns, G]`` or empty.
         residual: Like ``y`` or empty.
@@ -116,12 +147,12 @@ def _convolve(
     reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
     origin = image.ctypes.data
     counts = np.empty((ROWS, CHANNELS), np.int32)
-    has_mask, has_border, has_map, has_residual = mask.size > 0, missing.size > 0, k_map.size > 0, residual.size > 0
+    has_mask, has_map, has_residual = mask.size > 0, k_map.size > 0, residual.size > 0
+    outputs = y.shape[3]
     for g in range(groups):
         for tile in range(weight.shape[1]):
             begin = g * channels + tile * CHANNELS
-            end = min(begin + CHANNELS, (g + 1) * channels)
-            factors, offsets, totals = scale[begin:end], bias[begin:end], total[begin:end]
+            size_out = min(CHANNELS, (g + 1) * channels - begin)
             weight_address = weight[g, tile].ctypes.data
             mask_address = mask[g, tile].ctypes.data if has_mask else 0
             for row in range(first, last):
@@ -129,7 +160,7 @@ def _convolve(
                 y_in = oy * stride_h - top
                 is_outside = y_in < 0 or y_in + reach_h > size[0]
                 for ox in range(0, columns, ROWS):
-                    start = origin + 4 * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
+                    start = origin + _STEP * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
                     if has_mask:
                         _masked(
                             start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
@@ -141,20 +172,16 @@ def _convolve(
                             weight_address, 0, counts.ctypes.data,
                         )  # fmt: skip
                     for r in range(min(ROWS, columns - ox)):
-                        found, out = counts[r, : end - begin], y[n, oy, ox + r, begin:end]
-                        factor = k_map[n, oy, ox + r, g] if has_map else np.float32(1)
                         x = (ox + r) * stride_w - left
-                        if has_border and (is_outside or x < 0 or x + reach_w > size[1]):
-                            _add_missing(found, missing, begin, size, shape, y_in, x)
-                        if has_residual:
-                            added = residual[n, oy, ox + r, begin:end]
-                            for c in range(out.size):
-                                dot = np.float32(totals[c] - found[c])
-                                out[c] = dot * (factors[c] * factor) + offsets[c] + added[c]
-                        else:
-                            for c in range(out.size):
-                                dot = np.float32(totals[c] - found[c])
-                                out[c] = dot * (factors[c] * factor) + offsets[c]
+                        if border and (is_outside or x < 0 or x + reach_w > size[1]):
+                            _add_missing(counts[r, :size_out], missing, border, begin, size, shape, y_in, x)
+                        factor = k_map[n, oy, ox + r, g] if has_map else np.float32(1)
+                        place = 4 * ((row * columns + ox + r) * outputs + begin)
+                        finish_outputs(
+                            counts.ctypes.data + 4 * r * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
+                            bias.ctypes.data + 4 * begin, factor, residual.ctypes.data + place if has_residual else 0,
+                            y.ctypes.data + place, size_out,
+                        )  # fmt: skip
 
 
 _INDEX = types.int64
@@ -166,9 +193,10 @@ def _array(kind: Any, rank: int) -> Any:
 
 
 _FLOATS, _WORDS = types.float32, types.int32
-_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 2), _array(_WORDS, 5), *[_INDEX] * 5)
+_IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
+_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
 _CONVOLVE = types.void(
-    _array(_WORDS, 5), _array(_WORDS, 6), _array(_WORDS, 6), _array(_WORDS, 1), _array(_WORDS, 3),
+    _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
     _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
     _PAIR, _EIGHT, _INDEX, _INDEX,
 )  # fmt: skip

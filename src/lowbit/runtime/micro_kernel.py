@@ -1,25 +1,32 @@
 """Generates the innermost loop of binary products as LLVM vector IR, which numba compiles for this processor: no compiler is needed.
 
-A tile of ``rows`` output positions times ``columns`` vectors of ``lanes`` output channels is kept in registers. Each step broadcasts one
-word of 32 input signs for every row, combines it with a vector of weight words, and counts the bits that are set.
+A tile of ``rows`` output positions times ``columns`` vectors of ``lanes`` output channels is kept in registers, and the words of 32 input
+signs are gone through one after the other. There are two forms of it:
 
-Where the processor counts bits in 32-bit lanes in one instruction (``count_lane = 32``: AVX-512 with VPOPCNTDQ, NEON by LLVM's best
-form) counts are added up there. Elsewhere (``count_lane = 8``) they are counted and added up in bytes, which a table of nibbles in a register
-does, and widened to 32 bits before a byte can overflow, after at most 31 words.
+``count``: a word of signs is broadcast, combined with a vector of weight words by exclusive or, and the bits that are set are
+counted in 32-bit lanes. For processors that do so in one instruction (AVX-512 with VPOPCNTDQ) or a few (NEON).
+
+``lookup``: four signs name a table of 16 bytes, the number of differing bits for each four weight bits, and a byte shuffle looks up the four
+weight bits of as many output channels as the vector has bytes. For processors whose only fast way of counting is such a shuffle anyway (SSE4.2, AVX2,
+AVX-512 without VPOPCNTDQ): it needs half of the instructions of exclusive or, two shuffles over nibbles, and additions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BYTE_STEPS = 31  # words of 8 counts at most that a byte can add up
+Form = Literal["count", "lookup"]
+
+LOOKUP_WORDS = 7  # words whose differing bits a byte can add up
+OUTPUTS = 8  # outputs that are scaled at once
+
+_SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
 I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
 
@@ -29,17 +36,17 @@ class Tile:
     """Shape and arithmetic of a micro-kernel.
 
     Attributes:
-        lanes: 32-bit lanes of a vector: 16 (AVX-512), 8 (AVX2), 4 (SSE, NEON).
+        form: ``count`` or ``lookup``.
+        lanes: Output channels of a vector: 32-bit lanes with ``count``, bytes with ``lookup``.
         rows: Output positions of a tile.
         columns: Vectors of output channels of a tile.
-        count_lane: Width of the lanes in which bits are counted, 32 or 8.
         is_masked: Whether weights have a mask beside their signs, so that a weight can be zero.
     """
 
+    form: Form
     lanes: int
     rows: int
     columns: int
-    count_lane: int
     is_masked: bool = False
 
     @property
@@ -55,129 +62,190 @@ def make_micro_kernel(tile: Tile) -> Any:
     ``y_runs`` times ``x_runs`` runs of ``length`` words that follow one another.
 
     All of these are integers: addresses in bytes (``x``, ``weight``, ``mask``, ``out``), strides in words (``x_row`` between the
-    windows of two rows, ``y_stride`` and ``x_stride`` between runs) and counts. ``weight`` and ``mask`` are
-    ``[words, tile.channels]`` int32, ``out`` is ``[tile.rows, tile.channels]`` int32; all without gaps.
+    windows of two rows, ``y_stride`` and ``x_stride`` between runs) and counts. ``out`` is ``[tile.rows, tile.channels]`` int32. With
+
+    - ``count``, a word of ``x`` is int32, ``weight`` and ``mask`` are ``[words, tile.channels]`` int32;
+    - ``lookup``, a word of ``x`` is int64, each byte of it 16 times four signs, the lowest first; ``weight`` is ``[words, 4, tile.channels]`` bytes:
+      the four bytes of a weight word. With a mask, ``weight`` holds ``mask & ~sign`` (-1) and ``mask`` holds ``mask & sign`` (+1).
     """
 
-    def kernel(context: Any, *_arguments: Any) -> Any:
-        return types.void(*[types.intp] * 10), lambda _c, builder, _s, arguments: _generate(tile, builder, arguments)
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        builder.call(_function(tile, builder.module), arguments)
+        return cgutils.get_null_value(I8.as_pointer())
 
     # numba wants the arity spelled out
     def typed(context, x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out):  # type: ignore[no-untyped-def]
-        return kernel(context)
+        return types.void(*[types.intp] * 10), generate
 
     return intrinsic(typed)
 
 
-def _generate(tile: Tile, builder: Any, arguments: Any) -> Any:
-    x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out = arguments
-    words = ir.VectorType(I32, tile.lanes)
-    cells = [(row, column) for row in range(tile.rows) for column in range(tile.columns)]
-    totals = {cell: cgutils.alloca_once_value(builder, ir.Constant(words, None)) for cell in cells}
-    add = _byte_counter(tile, builder, totals) if tile.count_lane == 8 else _word_counter(builder, totals)
-    position = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))  # words of the weight that have been read
-
-    def load_weight(base: Any, column: int) -> Any:
-        index = builder.add(builder.mul(builder.load(position), I64(tile.channels)), I64(column * tile.lanes))
-        pointer = builder.inttoptr(builder.add(base, builder.shl(index, I64(2))), words.as_pointer())
-        return builder.load(pointer, align=4)
-
-    def step(offset: Any) -> None:
-        weights = [load_weight(weight, column) for column in range(tile.columns)]
-        masks = [load_weight(mask, column) for column in range(tile.columns)] if tile.is_masked else []
-        for row in range(tile.rows):
-            index = builder.add(offset, builder.mul(x_row, I64(row)))
-            word = builder.load(builder.inttoptr(builder.add(x, builder.shl(index, I64(2))), I32.as_pointer()))
-            for column in range(tile.columns):
-                bits = builder.xor(_broadcast(builder, word, tile.lanes), weights[column])
-                add((row, column), builder.and_(bits, masks[column]) if tile.is_masked else bits)
-        builder.store(builder.add(builder.load(position), I64(1)), position)
-
+def _function(tile: Tile, module: Any) -> Any:
+    """The micro-kernel as a function: inlined, it would have to share the registers with the loops around it."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), module.get_unique_name("lowbit.micro_kernel"))
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out = function.args
+    form = _FORMS[tile.form](tile, builder, (weight, mask) if tile.is_masked else (weight,), out)
+    size = I64(form.word_bytes)
     with cgutils.for_range(builder, y_runs) as vertical, cgutils.for_range(builder, x_runs) as horizontal:
-        start = builder.add(builder.mul(vertical.index, y_stride), builder.mul(horizontal.index, x_stride))
-        add.each_word(length, lambda index: step(builder.add(start, index)))
-    add.finish()
-    for row, column in cells:
-        offset = 4 * (row * tile.channels + column * tile.lanes)
-        twice = builder.shl(builder.load(totals[row, column]), _splat(words, 1))
-        builder.store(twice, builder.inttoptr(builder.add(out, I64(offset)), words.as_pointer()), align=4)
-    return cgutils.get_null_value(I8.as_pointer())
+        words = builder.add(builder.mul(vertical.index, y_stride), builder.mul(horizontal.index, x_stride))
+        form.add_run(builder.add(x, builder.mul(words, size)), builder.mul(x_row, size), length)
+    form.finish()
+    builder.ret_void()
+    return function
 
 
-class _word_counter:
-    """Counts in 32-bit lanes."""
+class _Form:
+    """Adds up twice the differing bits, for each cell (row, column) of a tile."""
 
-    def __init__(self, builder: Any, totals: dict[tuple[int, int], Any]) -> None:
-        self.builder, self.totals = builder, totals
+    word_bytes: int
+    kind: Any  # vector of weights
 
-    def __call__(self, cell: tuple[int, int], bits: Any) -> None:
-        total = self.builder.load(self.totals[cell])
-        self.builder.store(self.builder.add(total, _count_bits(self.builder, bits)), self.totals[cell])
+    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
+        self.tile, self.builder = tile, builder
+        self.weights = [cgutils.alloca_once_value(builder, address) for address in weights]  # where the next ones are read
+        cells = [(row, column) for row in range(tile.rows) for column in range(tile.columns)]
+        self.sums = {cell: cgutils.alloca_once_value(builder, ir.Constant(self.kind, None)) for cell in cells}
+        places = {(row, column): I64(4 * (row * tile.channels + column * tile.lanes)) for row, column in cells}
+        self.totals = {cell: _pointer(builder, builder.add(out, place), ir.VectorType(I32, tile.lanes)) for cell, place in places.items()}
 
-    def each_word(self, length: Any, step: Callable[[Any], None]) -> None:
+    def add_run(self, x: Any, row_bytes: Any, length: Any) -> None:
+        """Go on with ``length`` words from address ``x``; those of the next row are ``row_bytes`` behind."""
         with cgutils.for_range(self.builder, length) as loop:
-            step(loop.index)
+            self.add_word(self.builder.add(x, self.builder.mul(loop.index, I64(self.word_bytes))), row_bytes)
+
+    def add_word(self, x: Any, row_bytes: Any) -> None:
+        raise NotImplementedError
 
     def finish(self) -> None:
-        """Nothing is left to add."""
+        """Write the totals."""
+        raise NotImplementedError
+
+    def next_weights(self) -> list[list[Any]]:
+        """A vector for each column, of the weight and of the mask."""
+        builder, size = self.builder, self.kind.element.width // 8 * self.kind.count
+        loaded = []
+        for place in self.weights:
+            start = builder.load(place)
+            addresses = [builder.add(start, I64(column * size)) for column in range(self.tile.columns)]
+            loaded.append([builder.load(_pointer(builder, address, self.kind), align=1) for address in addresses])
+            builder.store(builder.add(start, I64(self.tile.columns * size)), place)
+        return loaded
+
+    def increase(self, place: Any, value: Any) -> None:
+        self.builder.store(self.builder.add(self.builder.load(place), value), place)
 
 
-class _byte_counter:
-    """Counts in bytes, and adds them to the totals before they overflow."""
+class _Count(_Form):
+    word_bytes = 4
 
-    def __init__(self, tile: Tile, builder: Any, totals: dict[tuple[int, int], Any]) -> None:
-        self.builder, self.totals, self.lanes = builder, totals, tile.lanes
-        self.bytes = ir.VectorType(I8, 4 * tile.lanes)
-        self.counts = {cell: cgutils.alloca_once_value(builder, ir.Constant(self.bytes, None)) for cell in totals}
-        self.filled = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
+    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
+        self.kind = ir.VectorType(I32, tile.lanes)
+        super().__init__(tile, builder, weights, out)
 
-    def __call__(self, cell: tuple[int, int], bits: Any) -> None:
+    def add_word(self, x: Any, row_bytes: Any) -> None:
         builder = self.builder
-        found = _count_bits(builder, builder.bitcast(bits, self.bytes))
-        builder.store(builder.add(builder.load(self.counts[cell]), found), self.counts[cell])
+        signs, *masks = self.next_weights()
+        for row in range(self.tile.rows):
+            word = builder.load(_pointer(builder, builder.add(x, builder.mul(row_bytes, I64(row))), I32))
+            word = _repeated(builder, builder.bitcast(word, ir.VectorType(I32, 1)), self.tile.lanes)
+            for column in range(self.tile.columns):
+                bits = builder.xor(word, signs[column])
+                for mask in masks:
+                    bits = builder.and_(bits, mask[column])
+                self.increase(self.sums[row, column], _call(builder, f"llvm.ctpop.v{self.tile.lanes}i32", self.kind, bits))
 
-    def each_word(self, length: Any, step: Callable[[Any], None]) -> None:
-        """Pieces of at most ``BYTE_STEPS`` words, each behind a look at whether it still fits into the bytes."""
-        builder, limit = self.builder, I64(BYTE_STEPS)
-        pieces = builder.sdiv(builder.add(length, I64(BYTE_STEPS - 1)), limit)
+    def finish(self) -> None:
+        for cell, count in self.sums.items():
+            counted = self.builder.load(count)
+            self.builder.store(self.builder.add(counted, counted), self.totals[cell], align=4)
+
+
+class _Lookup(_Form):
+    """Adds up in bytes, and adds these to the totals before they can overflow."""
+
+    word_bytes = 8
+
+    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
+        self.kind = ir.VectorType(I8, tile.lanes)
+        super().__init__(tile, builder, weights, out)
+        for total in self.totals.values():
+            builder.store(ir.Constant(total.type.pointee, None), total, align=4)
+        self.filled = cgutils.alloca_once_value(builder, I64(0))  # words in the bytes
+        # weights without a mask differ where x ^ w; of those with one, -1 differs where x, and +1 where not x
+        differing = [lambda x, w: x & w, lambda x, w: ~x & w] if tile.is_masked else [lambda x, w: x ^ w]
+        self.tables = [self._table([(f(x, w) & 15).bit_count() for x in range(16) for w in range(16)]) for f in differing]
+
+    def _table(self, counts: list[int]) -> Any:
+        constant = ir.Constant(ir.ArrayType(I8, 256), bytearray(counts))
+        variable = cgutils.global_constant(self.builder, "lowbit.counts", constant)
+        variable.align = 16
+        return self.builder.ptrtoint(variable, I64)
+
+    def add_run(self, x: Any, row_bytes: Any, length: Any) -> None:
+        builder, limit = self.builder, I64(LOOKUP_WORDS)
+        pieces = builder.sdiv(builder.add(length, I64(LOOKUP_WORDS - 1)), limit)
         with cgutils.for_range(builder, pieces) as piece:
             first = builder.mul(piece.index, limit)
             left = builder.sub(length, first)
             size = builder.select(builder.icmp_signed("<", left, limit), left, limit)
-            after = builder.add(builder.load(self.filled), size)
-            with builder.if_then(builder.icmp_signed(">", after, limit)):
+            with builder.if_then(builder.icmp_signed(">", builder.add(builder.load(self.filled), size), limit)):
                 self.finish()
-            with cgutils.for_range(builder, size) as loop:
-                step(builder.add(first, loop.index))
-            builder.store(builder.add(builder.load(self.filled), size), self.filled)
+            super().add_run(builder.add(x, builder.mul(first, I64(self.word_bytes))), row_bytes, size)
+            self.increase(self.filled, size)
+
+    def add_word(self, x: Any, row_bytes: Any) -> None:
+        builder, lanes = self.builder, self.tile.lanes
+        for byte in range(4):
+            weights = self.next_weights()
+            for half in range(2):
+                nibbles = [[self._nibble(bits, half) for bits in columns] for columns in weights]
+                for row in range(self.tile.rows):
+                    address = builder.add(builder.add(x, builder.mul(row_bytes, I64(row))), I64(2 * byte + half))
+                    which = builder.zext(builder.load(_pointer(builder, address, I8)), I64)
+                    for table, columns in zip(self.tables, nibbles, strict=True):
+                        entries = builder.load(_pointer(builder, builder.add(table, which), ir.VectorType(I8, 16)), align=16)
+                        entries = _repeated(builder, entries, lanes)
+                        for column, index in enumerate(columns):
+                            self.increase(self.sums[row, column], _call(builder, _SHUFFLES[lanes], self.kind, entries, index))
+
+    def _nibble(self, bits: Any, half: int) -> Any:
+        shifted = self.builder.lshr(bits, _splat(self.kind, 4)) if half else bits
+        return self.builder.and_(shifted, _splat(self.kind, 15))
 
     def finish(self) -> None:
         builder = self.builder
-        words = ir.VectorType(I32, self.lanes)
-        for cell, count in self.counts.items():
-            values = builder.bitcast(builder.load(count), words)
-            total = builder.load(self.totals[cell])
-            for shift in range(0, 32, 8):
-                lane = builder.and_(builder.lshr(values, _splat(words, shift)), _splat(words, 255))
-                total = builder.add(total, lane)
-            builder.store(total, self.totals[cell])
-            builder.store(ir.Constant(self.bytes, None), count)
+        for cell, count in self.sums.items():
+            total = self.totals[cell]
+            counted = builder.zext(builder.load(count), total.type.pointee)
+            builder.store(builder.add(builder.load(total, align=4), builder.add(counted, counted)), total, align=4)
+            builder.store(ir.Constant(self.kind, None), count)
         builder.store(I64(0), self.filled)
+
+
+_FORMS: dict[Form, type[_Form]] = {"count": _Count, "lookup": _Lookup}
+
+
+def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
 
 
 def _splat(kind: Any, value: int) -> Any:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _broadcast(builder: Any, word: Any, lanes: int) -> Any:
-    vector = ir.VectorType(I32, lanes)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), word, I32(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, None))
+def _repeated(builder: Any, vector: Any, lanes: int) -> Any:
+    """``vector`` again and again, up to ``lanes``."""
+    order = ir.Constant(ir.VectorType(I32, lanes), [lane % vector.type.count for lane in range(lanes)])
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
 
 
-def _count_bits(builder: Any, bits: Any) -> Any:
-    name = f"llvm.ctpop.v{bits.type.count}i{bits.type.element.width}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(bits.type, [bits.type]), name), [bits])
+def _call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
+    """An LLVM function of vectors of one type."""
+    function = ir.FunctionType(kind, [kind] * len(arguments))
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
 def _pack_signs(_context: Any, x: Any, threshold: Any) -> Any:
@@ -185,10 +253,52 @@ def _pack_signs(_context: Any, x: Any, threshold: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         floats = ir.VectorType(ir.FloatType(), 32)
-        values, limits = (builder.load(builder.inttoptr(address, floats.as_pointer()), align=4) for address in arguments)
+        values, limits = (builder.load(_pointer(builder, address, floats), align=4) for address in arguments)
         return builder.bitcast(builder.fcmp_ordered(">=", values, limits), I32)
 
     return types.int32(types.intp, types.intp), generate
 
 
 pack_signs_of_32: Any = intrinsic(_pack_signs)
+
+
+def _finish_outputs(_context, found, total, scale, bias, factor, added, y, count):  # type: ignore[no-untyped-def]
+    """``(found, total, scale, bias, factor, added, y, count)``: ``y = (total - found) * (scale * factor) + bias + added`` for ``count`` outputs.
+
+    Addresses of int32 (``found``, ``total``) and float32, a float32 ``factor``; nothing is added where the address ``added`` is 0.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        found, total, scale, bias, factor, added, y, count = arguments
+        whole = builder.and_(count, I64(-OUTPUTS))
+
+        def output(place: Any, lanes: int, is_adding: bool) -> None:
+            integers, floats = ir.VectorType(I32, lanes), ir.VectorType(ir.FloatType(), lanes)
+
+            def at(base: Any, kind: Any) -> Any:
+                return _pointer(builder, builder.add(base, builder.shl(place, I64(2))), kind)
+
+            difference = builder.sub(builder.load(at(total, integers), align=4), builder.load(at(found, integers), align=4))
+            single = builder.insert_element(ir.Constant(ir.VectorType(ir.FloatType(), 1), ir.Undefined), factor, I32(0))
+            factors = builder.fmul(builder.load(at(scale, floats), align=4), _repeated(builder, single, lanes))
+            value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), factors), builder.load(at(bias, floats), align=4))
+            if is_adding:
+                value = builder.fadd(value, builder.load(at(added, floats), align=4))
+            builder.store(value, at(y, floats), align=4)
+
+        def outputs(is_adding: bool) -> None:
+            for first, end, lanes in ((I64(0), whole, OUTPUTS), (whole, count, 1)):
+                with cgutils.for_range_slice(builder, first, end, I64(lanes), I64) as (place, _):
+                    output(place, lanes, is_adding)
+
+        with builder.if_else(builder.icmp_signed("!=", added, I64(0))) as (adding, plain):
+            with adding:
+                outputs(True)
+            with plain:
+                outputs(False)
+        return cgutils.get_null_value(I8.as_pointer())
+
+    return types.void(*[types.intp] * 4, types.float32, *[types.intp] * 3), generate
+
+
+finish_outputs: Any = intrinsic(_finish_outputs)

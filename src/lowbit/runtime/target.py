@@ -7,6 +7,7 @@ import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 from lowbit.errors import SpecError
 
@@ -20,29 +21,29 @@ class Target:
     Attributes:
         name: ``reference`` is plain torch.
         features: What a processor must have, in LLVM's words.
-        lanes: 32-bit lanes of a vector.
+        form: How products are added up: ``count`` or ``lookup`` of ``micro_kernel``.
+        lanes: Output channels of a vector; 0 where there is no kernel.
         rows: Output positions that a tile keeps in registers.
         columns: Vectors of output channels of a tile.
-        count_lane: Width of the lanes in which set bits are counted.
         peak: Products of one bit by one bit that a core can do in a cycle, by count of instructions; 0 where it was not counted.
     """
 
     name: str
     features: tuple[str, ...] = ()
+    form: Literal["count", "lookup"] = "count"
     lanes: int = 0
     rows: int = 0
     columns: int = 0
-    count_lane: int = 0
     peak: float = 0.0
 
 
 REFERENCE = Target("reference")
 TARGETS = (
-    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), 16, 7, 2, 32, 512 / 1.5),
-    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), 16, 4, 2, 8),
-    Target("avx2", ("avx2",), 8, 4, 2, 8, 256 / 2.67),
-    Target("neon", ("neon",), 4, 4, 4, 32),
-    Target("sse42", ("sse4.2",), 4, 2, 2, 8),
+    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "count", 16, 7, 2, 512 / 1.5),
+    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), "lookup", 64, 4, 2),
+    Target("avx2", ("avx2",), "lookup", 32, 2, 2, 1024 / 5.5),
+    Target("neon", ("neon",), "count", 4, 4, 4),
+    Target("sse42", ("sse4.2",), "lookup", 16, 2, 2),
     REFERENCE,
 )
 

@@ -1,0 +1,202 @@
+"""How fast a binary convolution is: float in, float out, against float32 and int8 convolutions of the same shape.
+
+    python benchmarks/binary_conv.py                  # the 3x3 shapes of ResNet-18, batch 1 and 32
+    python benchmarks/binary_conv.py --batch 1 --runs 100
+
+Random signs: the time does not depend on them. All variants are timed turn by turn in one process, one thread on one core, each right
+after an untimed call of its own; ratios are medians over the turns. The share of the peak takes the clock from a chain of
+multiplications timed in the same turn. Results: benchmarks/results/binary_conv.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
+from lowbit.runtime.binary_conv import compiled_loops
+from lowbit.runtime.compiled import VARIABLE
+
+SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width
+RESULT = Path(__file__).parent / "results" / "binary_conv.json"
+CHAIN = 100_000  # multiplications that wait for one another
+CHAIN_CYCLES = 4  # of each: 3 for the multiplication and 1 for the exclusive or, on x86-64 of the last ten years
+FIRST_USE = (
+    "import time; s = time.perf_counter(); from lowbit.runtime.binary_conv import *; compiled_loops(); print(time.perf_counter() - s)"
+)
+
+
+def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, bias=False)
+    layer.weight.data = weight.clone()
+    last = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    last.load_state_dict(layer.state_dict())
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    float_file, int8_file = onnx_files(layer, x, folder)
+    signs, ternary = torch.where(weight >= 0, 1.0, -1.0), torch.where(weight.abs() < 0.5, 0.0, weight.sign())
+    channels = weight.shape[1]
+    rest = (torch.ones(weight.shape[0]), None, channels, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    binary, masked = pack_conv_weight(signs), pack_conv_weight(ternary)
+    return {
+        "binary": lambda: binary_conv2d(x_last, *binary, *rest),
+        "ternary": lambda: binary_conv2d(x_last, *masked, *rest),
+        "torch float32": lambda: layer(x),
+        "torch float32 channels-last": lambda: last(x_last),
+        "onnxruntime float32": onnx_call(float_file, x),
+        "onnxruntime int8": onnx_call(int8_file, x),
+    }
+
+
+def onnx_files(layer: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]:
+    """The layer in float, and by ONNX Runtime's static quantizer: per channel, uint8 activations, int8 weights."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{"x": x.numpy()}]
+
+        def get_next(self) -> dict[str, object] | None:
+            return self.left.pop() if self.left else None
+
+    paths = folder / "float.onnx", folder / "int8.onnx"
+    torch.onnx.export(layer, (x,), paths[0], input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
+    quantize_static(
+        paths[0],
+        paths[1],
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return paths
+
+
+def onnx_call(path: Path, x: Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": x.numpy()})
+
+
+def clock() -> Callable[[], float]:
+    """Cycles per second at the moment."""
+    import numba
+
+    @numba.njit
+    def chain(value: int, factor: int, count: int) -> int:
+        for i in range(count):
+            value = (value * factor) ^ i  # neither can be moved past the other
+        return value
+
+    chain(1, 3, 1)
+
+    def measure() -> float:
+        start = time.perf_counter()
+        chain(1, 3, CHAIN)
+        return CHAIN * CHAIN_CYCLES / (time.perf_counter() - start)
+
+    return measure
+
+
+def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[], float] | None) -> dict[str, object]:
+    """Milliseconds of each variant of one shape, and the ratios to the binary convolution."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, channels, size, size, generator=generator)
+    weight = torch.randn(channels, channels, 3, 3, generator=generator)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        calls = convolutions(x, weight, Path(folder))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        rates = []
+        for _ in range(runs):
+            for name, call in calls.items():
+                call()
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+            if cycles is not None:
+                rates.append(cycles())
+    row: dict[str, object] = {
+        "channels": channels,
+        "size": size,
+        "batch": batch,
+        "ms": {name: round(1e3 * statistics.median(values), 4) for name, values in times.items()},
+        "least_ms": {name: round(1e3 * min(values), 4) for name, values in times.items()},
+        "over_binary": {name: round(ratio(values, times["binary"]), 3) for name, values in times.items() if name != "binary"},
+    }
+    if rates:
+        per_cycle = [batch * size**2 * channels**2 * 9 / (t * rate) for t, rate in zip(times["binary"], rates, strict=True)]
+        row["products_per_cycle"] = round(statistics.median(per_cycle), 1)
+        if active_target()[0].peak:
+            row["share_of_peak"] = round(statistics.median(per_cycle) / active_target()[0].peak, 3)
+    print(row, flush=True)
+    return row
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Median of the ratios of calls that stood side by side."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def first_use() -> dict[str, float]:
+    """Seconds until the kernels can be called in a new process, torch's import left out, without and with a filled cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, VARIABLE: folder}
+        found = {}
+        for state in ("cold", "cached"):
+            command = [sys.executable, "-c", f"import torch; {FIRST_USE}"]
+            found[state] = round(float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout), 2)
+    print("first use", found, flush=True)
+    return found
+
+
+def machine() -> str:
+    """The processor by name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--runs", type=int, default=40, help="turns at batch 1; larger batches get a tenth, at least 5")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    target, why = active_target()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else np.nan
+    print(f"{machine()}; kernels {target.name}: {why}; load {load:.1f}", flush=True)
+    cycles = None if compiled_loops() is None else clock()
+    result = {"threads": 1, "machine": machine(), "load": round(load, 1), "kernels": target.name, "why": why, "runs": args.runs}
+    result["first_use_seconds"] = first_use()
+    result["shapes"] = [
+        measure(channels, size, batch, args.runs if batch == 1 else max(args.runs // 10, 5), cycles)
+        for batch in args.batch
+        for channels, size in SHAPES
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
