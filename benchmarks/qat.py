@@ -5,7 +5,7 @@
     python benchmarks/qat.py --methods pact+sawb          # a method with options of its own, see VARIANTS
     python benchmarks/qat.py --network resnet20 --images 60000 --epochs 6 --methods lsq ewgs --bits 2 --out benchmarks/results/qat_long.json
 
-A resnet8 of width 16 was trained in float on 12,000 Fashion-MNIST images (weights/); each method trains on from there for three
+A resnet8 of width 16 was trained in float on 12,000 Fashion-MNIST images (starts/); each method trains on from there for three
 epochs: SGD 0.02 with Nesterov momentum and cosine decay, batch 128, shifts and flips, first and last layer at 8 bits. Accuracy is
 on all 10,000 test images. "round_to_nearest" is the float start rounded after the fact. Each run is a process of its own with one
 thread; memory is its peak above the process before training. Results: benchmarks/results/qat.json, row by row, so that a stopped
@@ -79,8 +79,9 @@ class Data:
 
 
 def float_start(network: str, images: int) -> nn.Module:
-    """The float network that all methods start from; trained once and kept in weights/."""
-    path = HERE / "weights" / f"{network}_fashion.safetensors"
+    """The float network that all methods start from; trained once and kept in starts/ (resnet20: weights/)."""
+    folder = HERE / ("weights" if network == "resnet20" else "starts")
+    path = folder / f"{network}_fashion.safetensors"
     torch.manual_seed(SEED)
     model = load_model(network, path if path.exists() else None, in_channels=1, num_classes=10)
     if path.exists():
@@ -95,6 +96,7 @@ def float_start(network: str, images: int) -> nn.Module:
             optimizer.step()
             schedule.step()
         print(f"float epoch {epoch + 1}: {data.accuracy(model)} %", flush=True)
+    folder.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return model
 

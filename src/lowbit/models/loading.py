@@ -18,7 +18,6 @@ from torch import nn
 from lowbit.errors import SpecError, missing_extra, unknown_name
 from lowbit.models.digits import digits_net
 from lowbit.models.mobilenet import mobilenet_v2_small
-from lowbit.models.reactnet import reactnet_a
 from lowbit.models.resnet import resnet8, resnet20, resnet32, resnet56
 from lowbit.models.vgg_small import vgg_small
 from lowbit.models.weights import load_weights
@@ -30,7 +29,6 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "resnet32": (resnet32, "residual network of 32 layers for 28- to 40-pixel images"),
     "resnet56": (resnet56, "residual network of 56 layers for 28- to 40-pixel images"),
     "vgg_small": (vgg_small, "six convolutions and a classifier for 32-pixel images"),
-    "reactnet_a": (reactnet_a, "a MobileNet of ordinary convolutions with shortcuts, made to be binary, for 224-pixel images"),
     "mobilenet_v2_small": (mobilenet_v2_small, "inverted residuals with depthwise convolutions and ReLU6 for 28- to 40-pixel images"),
 }
 _torchvision_schemas: list[torch.library.Library] = []  # schemas live as long as their library object
