@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from tests.export.networks import quantized
-from tests.networks import TinyNet, Torture, TwoInputNet, settled
+from tests.networks import LoopNet, TinyNet, Torture, TwoInputNet, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -352,6 +352,16 @@ def test_weights_of_float_layers_are_codes_in_the_file_and_constants_when_loaded
     held = initializers(tmp_path / "m.onnx")
     assert held["2.weight.codes"].data_type == onnx.TensorProto.INT8
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 4 and tensor.dims[1] > 1 for tensor in held.values())
+
+
+def test_a_weight_that_several_layers_share_runs_where_products_would_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = LoopNet(), torch.randn(8, 6)
+    report = write(rounded(model, batch), tmp_path / "m.onnx", sample=batch)
+    (plain,) = load_onnx(tmp_path / "m.onnx")(Inputs((batch,))).values()
+    monkeypatch.setattr(sys.modules[load_onnx.__module__], "saturates", lambda: True)
+    (precise,) = load_onnx(tmp_path / "m.onnx")(Inputs((batch,))).values()
+    assert report.parity.passed
+    torch.testing.assert_close(precise, plain, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("saturates", [True, False])

@@ -211,15 +211,49 @@ def _session(source: str | bytes, threads: int, optimized: Path | None = None) -
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.add_session_config_entry(*PRECISE_PRODUCTS)
-    options.log_severity_level = 3  # errors; what remains to be said is in the exceptions
+    if saturates():
+        options.add_session_config_entry(*PRECISE_PRODUCTS)
+    options.log_severity_level = 4  # what there is to say is in the exceptions
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+            if "Attempt to replace the existing tensor" not in str(error):
+                raise
+            return onnxruntime.InferenceSession(_without_sharing(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no base class
         name = source if isinstance(source, str) else "the file"
         raise FileFormatError(f"{name}: ONNX Runtime does not accept it: {str(error).strip().splitlines()[0]}") from error
+
+
+def _without_sharing(source: str | bytes) -> bytes:
+    """The file with decoded weights of its own for each node that reads some: ``PRECISE_PRODUCTS`` fails on weights that layers share."""
+    onnx = _onnx()
+    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    decoders = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and set(node.input) <= set(stored)}
+    read: set[str] = set()
+    copies: list[Any] = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in decoders and name in read:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(decoders[name])
+                ending = f".{len(copies)}"
+                copy.name, copy.output[0], node.input[index] = copy.name + ending, name + ending, name + ending
+                for place, tensor in enumerate(copy.input):
+                    graph.initializer.add().CopyFrom(stored[tensor])
+                    graph.initializer[-1].name = copy.input[place] = tensor + ending
+                copies.append(copy)
+            read.add(name)
+    nodes = [*copies, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _onnx() -> Any:

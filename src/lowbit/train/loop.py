@@ -247,6 +247,15 @@ class OwnLoop(TrainRun):
         for optimizer in self.optimizers:
             for parameter in self._known.values():
                 optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
+        self._follow_weight_decay()
+
+    def _follow_weight_decay(self) -> None:
+        """The weight decay of the phase that starts, where it differs from that of the phase before; else it stays the user's."""
+        before = self.phases[self.phase_index - 1].optimizers if self.phase_index else self.phase.optimizers
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            old, new = before.get(group.get("role", "")), self.phase.optimizers.get(group.get("role", ""))  # a user's own group has no role
+            if old is not None and new is not None and new.weight_decay != old.weight_decay:
+                group["weight_decay"] = new.weight_decay
 
     def _follow_parameters(self) -> None:
         """Take parameters that the method removed out of the user's optimizers, and put those it added where their role lies."""

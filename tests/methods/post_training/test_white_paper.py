@@ -53,7 +53,7 @@ def test_with_data_eight_bits_are_rounded_to_nearest_and_ranges_have_the_least_e
 
 def test_with_data_fewer_bits_learn_their_rounding_and_biases_stay() -> None:
     model = tiny.trained()
-    result = white_paper(model, weight_bits=3, calibration=tiny.calibration(), iterations=200)
+    result = white_paper(model, weight_bits=3, calibration=tiny.calibration(), iterations=400)
     nearest = white_paper(model, weight_bits=3, calibration=tiny.calibration(), rounding="nearest")
     assert not torch.equal(codes(result), codes(nearest))
     assert int((codes(result).int() - codes(nearest).int()).abs().max()) == 1

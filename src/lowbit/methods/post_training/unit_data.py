@@ -25,6 +25,8 @@ from lowbit.network.layers import evaluating
 CacheKind = Literal["ram", "disk"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+WIDE = 8  # channels; with fewer, oneDNN's AVX2 gradient of strided 1x1 convolutions fails on channels-last inputs
+
 
 class CacheSpace:
     """Where caches live, and how many bytes they take now (``held``) and took at most (``peak``)."""
@@ -84,7 +86,7 @@ def _reserve(file: int, size: int) -> None:
 
 
 class TensorCache:
-    """One tensor of every sample. Four-dimensional ones are kept, and read, channels-last.
+    """One tensor of every sample. Four-dimensional ones of ``WIDE`` channels or more are kept, and read, channels-last.
 
     A tensor whose first dimension is a multiple of the batch size (windows of images, say) keeps that many rows for each sample.
     """
@@ -93,7 +95,7 @@ class TensorCache:
         self.device, self.dtype = first.device, first.dtype
         self.rows = first.shape[0] // batch_size
         self.shape = first.shape[1:]
-        self._is_image = first.dim() == 4
+        self._is_image = first.dim() == 4 and first.shape[1] >= WIDE
         self._space = space
         kept = _last(first).shape[1:] if self._is_image else first.shape[1:]
         self._data, self._path = space.allocate((samples, self.rows, *kept), first.dtype)
