@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,11 @@ class PackedNetwork(nn.Module):
         self.packed_content = package
         self.packed_graph = package.graph
         self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
-        self.packed_calls = [_PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)]
+        self.packed_calls = [
+            _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
+        ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
+        self.packed_observer: Callable[[Node, float], None] | None = None  # is told of each call and its seconds
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
@@ -86,11 +90,14 @@ class PackedNetwork(nn.Module):
                 arguments[index] = value_of(arguments[index])
             for key in call.open_options:
                 options[key] = value_of(options[key])
+            start = time.perf_counter() if self.packed_observer is not None else 0.0
             try:
                 values[call.node.name] = _call(self.function_of(call.node.operator), call.node, arguments, options)
             except FileFormatError as error:
                 _check_equal_batches(graph, inputs, error)
                 raise
+            if self.packed_observer is not None:
+                self.packed_observer(call.node, time.perf_counter() - start)
             for name in call.read_last:
                 del values[name]
         return restore(graph.structure, [value_of(output) for output in graph.outputs])
