@@ -59,8 +59,8 @@ def test_output_noise_equals_the_difference_of_the_two_networks() -> None:
     for reference in (None, float_model):
         noise = output_noise(model, x.split(7), reference=reference)
         with torch.no_grad():
-            assert noise["0"].sqnr_db == pytest.approx(sqnr_db(float_model[0](x), model[0](x)), abs=1e-6)
-            assert noise["2"].sqnr_db == pytest.approx(sqnr_db(float_model(x), model(x)), abs=1e-6)
+            assert noise["0"].sqnr_db == pytest.approx(sqnr_db(float_model[0](x), model[0](x)), abs=1e-4)
+            assert noise["2"].sqnr_db == pytest.approx(sqnr_db(float_model(x), model(x)), abs=1e-4)
 
 
 def test_all_calls_of_a_reused_layer_count_together() -> None:
@@ -76,7 +76,7 @@ def test_all_calls_of_a_reused_layer_count_together() -> None:
     quantized, wanted = (torch.cat([t.flatten() for t in half]) for half in (outputs[:2], outputs[2:]))
     noise = output_noise(model, x)["block.0"]
     assert noise.count == 4 * 4 * (64 + 16)
-    assert noise.sqnr_db == pytest.approx(sqnr_db(wanted, quantized), abs=1e-6)
+    assert noise.sqnr_db == pytest.approx(sqnr_db(wanted, quantized), abs=1e-4)
 
 
 def test_layers_that_the_networks_call_differently_are_left_out() -> None:

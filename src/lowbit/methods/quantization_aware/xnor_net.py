@@ -203,7 +203,7 @@ class InputScale(nn.Module):
         needs=("labels",),
         fidelity="exact; held against the authors' program and two ports",
         summary="binary weights with a scale for each filter; binary inputs too, or float ones (BWN)",
-        margin_points=50,
+        margin_points=40,
     )
 )
 @dataclass
