@@ -12,13 +12,14 @@ from lowbit.models import BUILT_IN, load_model
 from lowbit.models.digits import SeparableBlock
 from lowbit.models.mobilenet import InvertedResidual
 from lowbit.models.resnet import ResidualBlock, resnet8, resnet20
+from lowbit.network.shortcuts import ShortcutBlock
 
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet20", 272_474), ("resnet32", 466_906), ("resnet56", 855_770)])
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 272_474), ("resnet32", 466_906), ("resnet56", 855_770), ("resnet18", 11_689_512)])
 def test_residual_networks_have_the_known_number_of_parameters(name: str, count: int) -> None:
     assert parameters(load_model(name)) == count
 
@@ -103,5 +104,15 @@ def test_every_activation_is_a_module_used_once(name: str) -> None:
         if isinstance(module, nn.ReLU | nn.ReLU6):
             module.register_forward_hook(lambda *_args, n=module_name: calls.append(n))
     model(torch.randn(1, 1 if name == "digits" else 3, 8 if name == "digits" else 32, 8 if name == "digits" else 32))
-    assert calls
+    has_relus = not name.startswith(("bireal", "react"))
+    assert bool(calls) == has_relus
     assert len(calls) == len(set(calls))
+
+
+@pytest.mark.parametrize(("name", "plain", "blocks"), [("bireal_resnet20", "resnet20", 9), ("bireal_resnet18", "resnet18", 8)])
+def test_binary_forms_are_the_plain_networks_with_a_shortcut_for_each_convolution(name: str, plain: str, blocks: int) -> None:
+    model = load_model(name, num_classes=7, width=8)
+    found = [module for module in model.modules() if isinstance(module, ShortcutBlock)]
+    assert len(found) == blocks
+    assert all(len(block.unit_names) == 2 for block in found)
+    assert model.state_dict().keys() == load_model(plain, num_classes=7, width=8).state_dict().keys()

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from lowbit.errors import SpecError, missing_extra, unknown_name
+from lowbit.models.bireal import bireal_resnet18, bireal_resnet20
 from lowbit.models.digits import digits_net
 from lowbit.models.mobilenet import mobilenet_v2_small
-from lowbit.models.resnet import resnet8, resnet20, resnet32, resnet56
+from lowbit.models.reactnet import reactnet_a
+from lowbit.models.resnet import resnet8, resnet18, resnet20, resnet32, resnet56
 from lowbit.models.vgg_small import vgg_small
 from lowbit.models.weights import load_weights
 
@@ -28,6 +30,10 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "resnet20": (resnet20, "residual network of 20 layers for 28- to 40-pixel images"),
     "resnet32": (resnet32, "residual network of 32 layers for 28- to 40-pixel images"),
     "resnet56": (resnet56, "residual network of 56 layers for 28- to 40-pixel images"),
+    "resnet18": (resnet18, "residual network of 18 layers for large images, 224 pixels as a rule"),
+    "bireal_resnet20": (bireal_resnet20, "resnet20 with a shortcut around each convolution and no ReLU, for binary training"),
+    "bireal_resnet18": (bireal_resnet18, "resnet18 with a shortcut around each convolution and no ReLU, for binary training"),
+    "reactnet_a": (reactnet_a, "MobileNet of ordinary convolutions with shortcuts and shifted PReLUs, for binary training on large images"),
     "vgg_small": (vgg_small, "six convolutions and a classifier for 32-pixel images"),
     "mobilenet_v2_small": (mobilenet_v2_small, "inverted residuals with depthwise convolutions and ReLU6 for 28- to 40-pixel images"),
 }

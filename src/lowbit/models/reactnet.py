@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.network.shortcuts import ShiftedPReLU, ShortcutUnit
 
-WIDTHS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+WIDTHS = (2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)  # of the blocks, in units of the stem's
 
 
 class ReactBlock(nn.Module):
@@ -45,20 +45,21 @@ class ReactBlock(nn.Module):
 class ReactNet(nn.Module):
     """Float stem of stride 2, thirteen blocks, a float classifier. Input ``[N, in_channels, H, W]``, output ``[N, num_classes]``."""
 
-    def __init__(self, num_classes: int = 1000, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 1000, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32))
-        before = (32, *WIDTHS[:-1])
-        strides = [2 if wide != narrow and wide != 64 else 1 for narrow, wide in zip(before, WIDTHS, strict=True)]
-        self.blocks = nn.Sequential(*(ReactBlock(*sizes) for sizes in zip(before, WIDTHS, strides, strict=True)))
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
+        after = [width * factor for factor in WIDTHS]
+        before = [width, *after[:-1]]
+        strides = [2 if wide != narrow and index else 1 for index, (narrow, wide) in enumerate(zip(before, after, strict=True))]
+        self.blocks = nn.Sequential(*(ReactBlock(*sizes) for sizes in zip(before, after, strides, strict=True)))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(WIDTHS[-1], num_classes)
+        self.fc = nn.Linear(after[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
         return out
 
 
-def reactnet_a(num_classes: int = 1000, in_channels: int = 3) -> ReactNet:
-    """ReActNet-A."""
-    return ReactNet(num_classes, in_channels)
+def reactnet_a(num_classes: int = 1000, in_channels: int = 3, width: int = 32) -> ReactNet:
+    """ReActNet-A, for large images; ``width`` is the stem's."""
+    return ReactNet(num_classes, in_channels, width)

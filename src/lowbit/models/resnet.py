@@ -1,7 +1,7 @@
-"""Residual networks for small images.
+"""Residual networks of two convolutions a block.
 
-Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2 (6n + 2 layers), with 1x1 convolutions as
-shortcuts where the shape changes.
+Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2 (6n + 2 layers for small images) and section 3.3
+(18 layers), with 1x1 convolutions as shortcuts where the shape changes.
 """
 
 from __future__ import annotations
@@ -54,6 +54,33 @@ class SmallResNet(nn.Module):
         return logits
 
 
+class ResNet18(nn.Module):
+    """A stem of stride 4, four stages of two residual blocks at widths w, 2w, 4w, 8w, and a classifier.
+
+    Input ``[N, in_channels, H, W]`` with H and W of 64 or more, usually 224; output logits ``[N, num_classes]``.
+    """
+
+    def __init__(self, num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        widths = [width * 2**index for index in range(4)]
+        self.layers = nn.ModuleList(
+            _stage(before, after, 2, 1 if before == after else 2) for before, after in zip((width, *widths), widths, strict=False)
+        )
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.norm(self.conv(x))))
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.fc(self.mean(x).flatten(1))
+        return logits
+
+
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = ResidualBlock(in_channels, out_channels, stride)
     return nn.Sequential(first, *(ResidualBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
@@ -77,3 +104,8 @@ def resnet32(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> Sm
 def resnet56(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> SmallResNet:
     """56 layers."""
     return SmallResNet(9, num_classes, in_channels, width)
+
+
+def resnet18(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> ResNet18:
+    """18 layers, for large images."""
+    return ResNet18(num_classes, in_channels, width)

@@ -6,6 +6,7 @@ weights of networks for small images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,31 +16,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.calibration import Inputs
-from lowbit.errors import LayerError, SpecError
+from lowbit.errors import LayerError
 from lowbit.network.layers import evaluating
 
 
 class PaddedShortcut(nn.Module):
-    """A shortcut without weights where the shape changes: fewer positions, and channels of zeros on both sides.
+    """A shortcut without weights where the shape changes: fewer positions; channels of zeros on both sides, or means of neighbouring channels.
 
     Args:
         in_channels: Of the input.
-        out_channels: Of the output, at least as many.
+        out_channels: Of the output; where they are fewer, each is the mean of those input channels that fall to it.
         stride: Vertical and horizontal.
-        pooled: Average each ``stride x stride`` square; else take its first element.
+        pooled: Average each ``stride x stride`` square, those at the edge as far as they reach; else take its first element.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *, pooled: bool = False) -> None:
         super().__init__()
-        if out_channels < in_channels:
-            raise SpecError(f"a shortcut without weights adds channels and takes none away, got {in_channels} and {out_channels}")
-        self.stride, self.pooled = stride, pooled
-        self.before = (out_channels - in_channels) // 2
-        self.after = out_channels - in_channels - self.before
+        self.out_channels, self.stride, self.pooled = out_channels, stride, pooled
+        self.before = max(out_channels - in_channels, 0) // 2
+        self.after = max(out_channels - in_channels, 0) - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.avg_pool2d(x, self.stride) if self.pooled else x[:, :, :: self.stride, :: self.stride]
+        if self.stride > 1:
+            x = average(x, self.stride) if self.pooled else x[:, :, :: self.stride, :: self.stride]
+        if x.shape[1] > self.out_channels:
+            return functional.adaptive_avg_pool3d(x[:, None], (self.out_channels, *x.shape[2:]))[:, 0]
         return functional.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+
+def average(x: Tensor, stride: int) -> Tensor:
+    """The mean of each ``stride x stride`` square, those at the edge as far as they reach."""
+    return functional.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
 
 
 def pooled_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -127,40 +134,51 @@ def shortcut_block(
 
 
 class ShortcutBlock(nn.Module):
-    """A residual block whose convolutions each have a shortcut of their own: ``activation(norm(conv(x)) + x)``, one after the other.
+    """A residual block whose convolutions each have a shortcut of their own: ``activation(norm(conv(x)) + shortcut)``, one after the other.
 
-    It holds the modules of the block that it replaces under the same names. Where the first convolution changes the shape, its shortcut
-    is the block's own 1x1 convolution with batch norm, behind an average pool that takes over the stride; without one, a ``PaddedShortcut``.
+    It holds the modules of the block that it replaces under the same names. The block's own shortcut, the identity or a 1x1 convolution with
+    norm behind an average pool that takes over the stride, goes around the first convolution if it has the shape of its output; else,
+    as in bottlenecks, it leads from the block's input to behind the last one. The other convolutions have the identity, or a
+    ``PaddedShortcut`` where they change the shape.
 
     Args:
         block: The block that is replaced.
         units: Names of a convolution and the norm behind it, in order.
-        downsample: Names of the convolution and the norm of the block's shortcut, or ``None``.
+        own_shortcut: Names of the convolution and the norm of the block's shortcut, or ``None`` for the identity.
         activation: ``activation(channels)`` makes what follows each sum.
+
+    Raises:
+        LayerError: The block has a child with a name that is needed here.
     """
 
     def __init__(
         self,
         block: nn.Module,
         units: Sequence[tuple[str, str]],
-        downsample: tuple[str, str] | None,
+        own_shortcut: tuple[str, str] | None,
         activation: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        for name, child in block.named_children():
+        children = dict(block.named_children())
+        taken = children.keys() & {"unit_names", "own_shortcut", "own_stride", "unit_shortcuts", "unit_activations", "fits_first"}
+        if taken:
+            raise LayerError(f"{type(block).__name__} has a child named {min(taken)!r}, which a block with shortcuts needs: rename it")
+        for name, child in children.items():
             self.add_module(name, child)
-        self.units, self.downsample_names = list(units), downsample
-        self.shortcut: nn.Module = nn.Identity()
+        self.unit_names, self.own_shortcut, self.own_stride = list(units), own_shortcut, 1
         convolutions = [self._conv(conv) for conv, _ in units]
-        first = convolutions[0]
-        if downsample is not None:
-            projection = self._conv(downsample[0])
-            if projection.stride[0] > 1:
-                self.shortcut = nn.AvgPool2d(projection.stride[0], ceil_mode=True, count_include_pad=False)
-                projection.stride = (1, 1)
-        elif first.stride[0] > 1 or first.in_channels != first.out_channels:
-            self.shortcut = PaddedShortcut(first.in_channels, first.out_channels, first.stride[0])
-        self.activations = nn.ModuleList(activation(conv.out_channels) if activation else nn.Identity() for conv in convolutions)
+        first, last = convolutions[0], convolutions[-1]
+        if own_shortcut is not None:
+            projection = self._conv(own_shortcut[0])
+            self.own_stride, projection.stride = projection.stride[0], (1, 1)
+        own = (last.out_channels, math.prod(conv.stride[0] for conv in convolutions))
+        self.fits_first = own == (first.out_channels, first.stride[0]) and (
+            own_shortcut is not None or own == (first.in_channels, 1)
+        )  # fmt: skip
+        self.unit_shortcuts = nn.ModuleList(map(_weightless, convolutions))
+        self.unit_shortcuts[0 if self.fits_first else -1] = nn.Identity()
+        self.unit_activations = nn.ModuleList(activation(conv.out_channels) if activation else nn.Identity() for conv in convolutions)
+        self.to(first.weight.device, first.weight.dtype)
         self.train(block.training)
 
     def _conv(self, name: str) -> nn.Conv2d:
@@ -169,13 +187,19 @@ class ShortcutBlock(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
-        for name in self.downsample_names or ():
-            shortcut = self.get_submodule(name)(shortcut)
-        for (conv, norm), activation in zip(self.units, self.activations, strict=True):
-            x = activation(self.get_submodule(norm)(self.get_submodule(conv)(x)) + shortcut)
-            shortcut = x
+        own = average(x, self.own_stride) if self.own_stride > 1 else x
+        for name in self.own_shortcut or ():
+            own = self.get_submodule(name)(own)
+        place = 0 if self.fits_first else len(self.unit_names) - 1
+        for index, (conv, norm) in enumerate(self.unit_names):
+            shortcut = own if index == place else self.unit_shortcuts[index](x)
+            x = self.unit_activations[index](self.get_submodule(norm)(self.get_submodule(conv)(x)) + shortcut)
         return x
+
+
+def _weightless(conv: nn.Conv2d) -> nn.Module:
+    changes = conv.stride[0] > 1 or conv.in_channels != conv.out_channels
+    return PaddedShortcut(conv.in_channels, conv.out_channels, conv.stride[0], pooled=True) if changes else nn.Identity()
 
 
 @dataclass
@@ -186,8 +210,23 @@ class _Call:
     made: int  # id of the output tensor
 
 
-def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int], nn.Module] | None = None) -> list[str]:
-    """Replace every residual block of two or more convolutions by a ``ShortcutBlock``; gives the names of the layers of the old shortcuts.
+@dataclass(frozen=True)
+class GivenShortcuts:
+    """What ``give_shortcuts`` did.
+
+    Attributes:
+        blocks: Names of the blocks that were replaced.
+        own: Names of the convolutions in the old shortcuts of these.
+        without: Names of the other convolutions, without the network's first one: they have no shortcut of their own.
+    """
+
+    blocks: tuple[str, ...]
+    own: tuple[str, ...]
+    without: tuple[str, ...]
+
+
+def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int], nn.Module] | None = None) -> GivenShortcuts:
+    """Replace every residual block of two or more convolutions by a ``ShortcutBlock``.
 
     A block is a submodule that computes ``relu(... norm(conv(relu(norm(conv(x))))) + shortcut(x))`` with the identity or a 1x1 convolution
     and norm as shortcut. Blocks are found by running the sample and proven by computing them from their parts, so how they are
@@ -199,7 +238,7 @@ def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int],
         activation: ``activation(channels)`` makes what follows each sum; nothing by default.
 
     Raises:
-        LayerError: The network has no such block.
+        LayerError: The network has no such block, or one with a child of a name that is needed.
     """
     kept: list[Tensor] = []  # keeps tensors alive, so that their ids stay their own
     calls: list[_Call] = []
@@ -224,40 +263,46 @@ def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int],
     found: dict[str, _Parts] = {}
     with evaluating(model), torch.no_grad():
         for call in calls:  # blocks come before what holds them, a stage of one block for instance
-            parts = None if any(name.startswith(f"{call.name}.") for name in found) else _parts_of(call, calls)
-            if parts is not None and _is_block(call.module, *parts, *results[call.name]):
+            candidates = [] if any(name.startswith(f"{call.name}.") for name in found) else _parts_of(call, calls)
+            proven = (parts for parts in candidates if _is_block(call.module, *parts, *results[call.name]))
+            if (parts := next(proven, None)) is not None:
                 found[call.name] = parts
-    for path, parts in found.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, ShortcutBlock(model.get_submodule(path), *parts, activation))
     if not found:
         raise LayerError(
             f"{type(model).__name__} has no residual block of convolutions, norms and ReLUs in which each convolution could get a shortcut. "
-            "Use a residual network, or shortcuts=false."
+            "Use a residual network, or shortcuts=no."
         )
-    return [f"{path}.{side[0]}" for path, (_, side) in found.items() if side is not None]
+    replaced = {path: ShortcutBlock(model.get_submodule(path), *parts, activation) for path, parts in found.items()}
+    for path, block in replaced.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, block)
+    convolutions = [call.name for call in calls if isinstance(call.module, nn.Conv2d)]
+    return GivenShortcuts(
+        tuple(found),
+        tuple(f"{path}.{own[0]}" for path, (_, own) in found.items() if own is not None),
+        tuple(name for name in dict.fromkeys(convolutions[1:]) if not any(name.startswith(f"{path}.") for path in found)),
+    )
 
 
 _Parts = tuple[list[tuple[str, str]], tuple[str, str] | None]
 
 
-def _parts_of(block: _Call, calls: list[_Call]) -> _Parts | None:
-    """Convolutions and norms of ``block``, in order, and those of its shortcut, by names within it; ``None`` where they do not fit."""
+def _parts_of(block: _Call, calls: list[_Call]) -> list[_Parts]:
+    """Convolutions and norms that may make up ``block``, in order, and those of its shortcut, by names within it: each way to see it."""
     prefix = f"{block.name}."
     inner = [call for call in calls if call.name.startswith(prefix)]
     norms = {call.given: call for call in inner if isinstance(call.module, nn.BatchNorm2d)}
     pairs = [(call, norms[call.made]) for call in inner if isinstance(call.module, nn.Conv2d) and call.made in norms]
-    if len({conv.name for conv, _ in pairs}) < len(pairs):
-        return None  # a layer that is called twice
-    side = [(conv, norm) for conv, norm in pairs if conv.given == block.given and conv.module.kernel_size == (1, 1)]
-    main = [pair for pair in pairs if pair not in side] if len(side) < len(pairs) else []
-    if len(main) < 2 or len(side) > 1 or len(pairs) < sum(isinstance(call.module, nn.Conv2d) for call in inner):
-        return None
+    is_whole = len(pairs) == sum(isinstance(call.module, nn.Conv2d) for call in inner)
+    if not is_whole or len({conv.name for conv, _ in pairs}) < len(pairs):
+        return []  # a layer without a norm, or one that is called twice
 
     def within(pair: tuple[_Call, _Call]) -> tuple[str, str]:
         return pair[0].name.removeprefix(prefix), pair[1].name.removeprefix(prefix)
 
-    return [within(pair) for pair in main], within(side[0]) if side else None
+    own = [pair for pair in pairs if pair[0].given == block.given and pair[0].module.kernel_size == (1, 1)]
+    ways = [([within(pair) for pair in pairs if pair is not side], within(side) if side else None) for side in (None, *own)]
+    return [(units, side) for units, side in ways if len(units) > 1]
 
 
 def _is_block(block: nn.Module, units: list[tuple[str, str]], side: tuple[str, str] | None, x: Tensor, expected: Tensor) -> bool:

@@ -172,15 +172,34 @@ def change_network(job: QatJob, shortcuts: Literal["auto", "yes", "no"], activat
         shortcuts: ``auto``, ``yes`` or ``no``.
         activation: ``activation(channels)`` makes what follows each sum.
     """
+    for name, module in job.model.named_modules():
+        for conv in _own_convolutions(module):
+            job.keep_float(f"{name}.{conv}" if name else conv, "a shortcut stays in float")
     has_blocks = any(isinstance(module, ShortcutBlock | ShortcutUnit) for module in job.model.modules())
     if shortcuts != "no" and not has_blocks:
         try:
-            for name in give_shortcuts(job.model, job.sample, activation):
-                job.keep_float(name, "a shortcut stays in float")
-            has_blocks = True
-            job.table.note("each convolution of the residual blocks has a shortcut of its own")
-        except LayerError:
+            given = give_shortcuts(job.model, job.sample, activation)
+        except LayerError as error:
             if shortcuts == "yes":
                 raise
+            job.table.note(f"no shortcuts were added: {error}")
+        else:
+            for name in given.own:
+                job.keep_float(name, "a shortcut stays in float")
+            has_blocks = True
+            job.table.note(f"each convolution of {len(given.blocks)} residual blocks has a shortcut of its own")
+            if given.without:
+                job.table.note(
+                    f"without a shortcut of their own, for they are in no residual block that was understood: {', '.join(given.without)}"
+                )
     if has_blocks:
         replace_modules(job.model, nn.ReLU, nn.Identity)
+
+
+def _own_convolutions(module: nn.Module) -> list[str]:
+    """Names, within ``module``, of the convolutions of its shortcut."""
+    if isinstance(module, ShortcutBlock):
+        return [module.own_shortcut[0]] if module.own_shortcut else []
+    if isinstance(module, ShortcutUnit):
+        return [f"shortcut.{name}" for name, layer in module.shortcut.named_modules() if name and isinstance(layer, nn.Conv2d)]
+    return []
