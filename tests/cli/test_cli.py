@@ -56,7 +56,7 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.strip() == f"lowbit {version('lowbit')}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "train", "evaluate", "export", "diagnose", "doctor", "methods", "data", "models"])
+@pytest.mark.parametrize("command", ["quantize", "train", "evaluate", "export", "run", "diagnose", "doctor", "methods", "data", "models"])
 def test_every_command_and_every_option_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

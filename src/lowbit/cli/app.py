@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from lowbit.cli import data, diagnose, doctor, evaluate, export, methods, models, quantize, train
+from lowbit.cli import data, diagnose, doctor, evaluate, export, methods, models, quantize, run, train
 from lowbit.cli.console import errors, say
 from lowbit.errors import LowbitError
 
@@ -73,6 +73,7 @@ app.command("quantize")(quantize.quantize)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("run")(run.run)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor")(doctor.doctor)
 app.add_typer(methods.app, name="methods")

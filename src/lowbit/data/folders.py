@@ -84,6 +84,16 @@ def load_folder(folder: Path, split: Split, preprocessing: Preprocessing, *, str
     )
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in ``folder`` and its sub-folders, in order of their names; DataError where there is none or no such folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such file or folder")
+    found, others = _pictures(folder, deep=True)
+    if not found:
+        raise DataError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in it, {others} other file(s)")
+    return found
+
+
 def _split_folder(folder: Path, split: Split) -> Path:
     names = {path.name for path in _folders(folder)}
     if not names or not names <= {name for group in SPLIT_FOLDERS.values() for name in group}:
