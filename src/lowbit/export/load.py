@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,7 +54,11 @@ class PackedNetwork(nn.Module):
         self.packed_content = package
         self.packed_graph = package.graph
         self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
-        self.packed_last_reads = _last_reads(package.graph)
+        self.packed_calls = [
+            _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
+        ]
+        self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
+        self.packed_observer: Callable[[Node, float], None] | None = None  # is told of each call and its seconds
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
@@ -62,7 +68,7 @@ class PackedNetwork(nn.Module):
         return dict(self.packed_codes)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
-        graph, stored = self.packed_graph, {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        graph, stored = self.packed_graph, self.stored_tensors()
         inputs = _checked(graph, Inputs(args, kwargs), stored)
         device = next(iter(inputs.values())).device
         values: dict[str, object] = dict(inputs)
@@ -78,16 +84,28 @@ class PackedNetwork(nn.Module):
                 return [value_of(item) for item in argument]
             return argument
 
-        for node, finished in zip(graph.nodes, self.packed_last_reads, strict=True):
-            options = {key: value_of(arg) for key, arg in node.kwargs.items()}
+        for call in self.packed_calls:
+            arguments, options = call.arguments.copy(), call.options.copy()
+            for index in call.open_arguments:
+                arguments[index] = value_of(arguments[index])
+            for key in call.open_options:
+                options[key] = value_of(options[key])
+            start = time.perf_counter() if self.packed_observer is not None else 0.0
             try:
-                values[node.name] = _call(self.function_of(node.operator), node, [value_of(arg) for arg in node.args], options)
+                values[call.node.name] = _call(self.function_of(call.node.operator), call.node, arguments, options)
             except FileFormatError as error:
                 _check_equal_batches(graph, inputs, error)
                 raise
-            for name in finished:
+            if self.packed_observer is not None:
+                self.packed_observer(call.node, time.perf_counter() - start)
+            for name in call.read_last:
                 del values[name]
         return restore(graph.structure, [value_of(output) for output in graph.outputs])
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The present parameters and buffers by their names in the file."""
+        found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
+        return {name: tensor for name, *either in found for tensor in either if tensor is not None}
 
     def function_of(self, operator: str) -> Function:
         """The function that an operator of the graph names."""
@@ -107,6 +125,39 @@ class PackedNetwork(nn.Module):
             module.register_parameter(last, nn.Parameter(values, requires_grad=False))
         else:
             module.register_buffer(last, values)
+        self.packed_owners[name] = module, last
+
+
+@dataclass(frozen=True)
+class _PreparedCall:
+    """A node with its arguments as lists, which of them refer to values, and the results that nothing reads after it."""
+
+    node: Node
+    arguments: list[object]
+    options: dict[str, object]
+    open_arguments: tuple[int, ...]
+    open_options: tuple[str, ...]
+    read_last: tuple[str, ...]
+
+    @staticmethod
+    def of(node: Node, read_last: tuple[str, ...]) -> _PreparedCall:
+        arguments, options = [_as_lists(value) for value in node.args], {key: _as_lists(value) for key, value in node.kwargs.items()}
+        return _PreparedCall(
+            node,
+            arguments,
+            options,
+            tuple(index for index, value in enumerate(arguments) if _is_open(value)),
+            tuple(key for key, value in options.items() if _is_open(value)),
+            read_last,
+        )
+
+
+def _as_lists(value: object) -> object:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_open(value: object) -> bool:
+    return any(map(_is_open, value)) if isinstance(value, list) else isinstance(value, (Result, Stored, InputDevice))
 
 
 def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.errors import SpecError
 from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
+from lowbit.runtime.operator import register_operator
 from lowbit.runtime.target import active_target
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
 Pair = Sequence[int]
 Array = npt.NDArray[np.generic]
-P = ParamSpec("P")
 
 
 def pack_conv_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -109,29 +109,6 @@ def binary_linear_reference(
     return _finished(y * scale, bias, residual, (-1,))
 
 
-def _operator(fake: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled.
-
-    ``torch.library.custom_op`` does the same and adds checks that take longer than a small layer.
-    """
-
-    def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        name = f"lowbit::{function.__name__}"
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(name, "CompositeExplicitAutograd", function)
-        torch.library.register_fake(name, fake)
-        overload = getattr(torch.ops.lowbit, function.__name__).default
-
-        @functools.wraps(function)
-        def call(*arguments: P.args, **options: P.kwargs) -> Tensor:
-            y: Tensor = overload(*arguments, **options)
-            return y
-
-        return call
-
-    return register
-
-
 def _empty_conv2d(
     x: Tensor,
     words: Tensor,
@@ -155,7 +132,7 @@ def _empty_linear(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], words.shape[0]), dtype=torch.float32)
 
 
-@_operator(_empty_conv2d)
+@register_operator(_empty_conv2d)
 def binary_conv2d(
     x: Tensor,
     words: Tensor,
@@ -219,7 +196,7 @@ def binary_conv2d(
     return y
 
 
-@_operator(_empty_linear)
+@register_operator(_empty_linear)
 def binary_linear(
     x: Tensor,
     words: Tensor,

@@ -1,0 +1,293 @@
+"""The graph of a packed network rewritten so that layers run on few-bit kernels, with what stands around them computed along.
+
+A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
+becomes an 8-bit layer where input and weight have affine grids of up to 8 bits. Batch norms go into scales, weights or the comparison of
+the next sign; sums with another tensor of the same shape are computed along with binary layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lowbit.export.graph import Graph, Node, Result, Stored
+from lowbit.export.integer_grid import integer_grid
+from lowbit.export.operators import find_operator
+from lowbit.quantizers import QTensor
+from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
+from lowbit.runtime.editor import GraphEditor
+from lowbit.runtime.int8_layers import has_exact_kernels, int8_conv2d, int8_linear
+from lowbit.runtime.thresholds import sign_threshold
+
+_SIGN = "lowbit.fake_quantize_codebook.default"
+_AFFINE, _GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
+_NORM = "aten._native_batch_norm_legit_no_training.default"
+_CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
+_BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
+_INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    "lowbit.binary_conv2d.default": binary_conv2d,
+    "lowbit.binary_linear.default": binary_linear,
+    "lowbit.int8_conv2d.default": int8_conv2d,
+    "lowbit.int8_linear.default": int8_linear,
+}
+_MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """What a layer runs on.
+
+    Attributes:
+        name: Of the layer.
+        kernel: ``binary``, ``ternary`` or ``int8``; ``float`` as before.
+        fused: What is computed along with it.
+        reason: Why it stayed in float.
+    """
+
+    name: str
+    kernel: str
+    fused: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        along = f" with {', '.join(self.fused)}" if self.fused else ""
+        return f"{self.name}: {self.kernel}{along}{f' ({self.reason})' if self.reason else ''}"
+
+
+class Conversion:
+    """Rewrites a graph.
+
+    Args:
+        graph: Of a packed file.
+        stored: Its tensors, decoded.
+        codes: The codes of quantized weights.
+
+    Attributes:
+        graph: The rewritten graph.
+        tensors: What it reads beside the tensors that it read before.
+        paths: One entry for each layer.
+    """
+
+    def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor]) -> None:
+        self._editor, self._stored, self._codes = GraphEditor(graph), stored, codes
+        self.tensors: dict[str, Tensor] = {}
+        self.paths: list[LayerPath] = []
+        for node in graph.nodes:
+            if node.operator in _BINARY:
+                self.paths.append(self._convert(node))
+            elif node.operator.startswith(("aten.conv", "aten.matmul", "aten.addmm")):
+                self.paths.append(LayerPath(node.name, "float", reason=f"there is no kernel for {node.operator}"))
+        self.graph = self._editor.graph()
+
+    def _convert(self, node: Node) -> LayerPath:
+        weight, options = node.args[1], _options(node)
+        if not isinstance(weight, Stored):
+            return LayerPath(node.name, "float", reason="its weight is computed")
+        name = weight.name.removesuffix(".weight")
+        if isinstance(options.get("padding"), str):
+            return LayerPath(name, "float", reason="its padding is given as a word")
+        source = self._editor.source(node.args[0])
+        if source is not None and self._is_sign(source):
+            units = self._units(weight.name)
+            if units is not None:
+                return self._to_binary(node, name, source, *units)
+            reason = "its weight has more levels than -s, 0 and s"
+        elif source is not None and source.operator in (_AFFINE, _GRID):
+            path = self._to_int8(node, name, source)
+            if isinstance(path, LayerPath):
+                return path
+            reason = path
+        else:
+            reason = "its input is neither a sign nor on an affine grid"
+        return LayerPath(name, "float", self._fold_norm(node, name), reason)
+
+    def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
+        """Replace a layer whose weight is ``units * scale``."""
+        options = _options(node)
+        bias = options.get("bias")
+        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros_like(scale)
+        replaced, fused = [node], []
+        norm = self._norm_behind(node)
+        if norm is not None:
+            factor, shift = self._norm_parameters(norm[0])
+            scale, offset = scale * factor, offset * factor + shift
+            replaced += norm
+            fused.append("batch norm")
+        residual = self._sum_behind(replaced[-1])
+        if residual is not None:
+            replaced.append(residual[0])
+            fused.append("sum")
+        groups = cast(int, options.get("groups", 1))
+        channels = units.shape[1] * groups
+        source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
+        words, mask = pack_conv_weight(units, groups)
+        parts = {"words": words, "mask": mask, "scale": scale, "offset": offset, "threshold": threshold, "flip": flip}
+        stored = {part: self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items()}
+        arguments: tuple[object, ...] = (source, *(stored[part] for part in ("words", "mask", "scale", "offset")), channels)
+        if node.operator == _CONV:
+            sizes = [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+            arguments = (*arguments, list(units.shape[2:]), *sizes, groups)
+        keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip") if stored[part] is not None}
+        if residual is not None:
+            keywords["residual"] = residual[1]
+        self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
+        return LayerPath(name, "binary" if mask is None else "ternary", (*before, *fused))
+
+    def _to_int8(self, node: Node, name: str, quantizer: Node) -> LayerPath | str:
+        """Replace a layer on affine grids; else why not."""
+        weight, options = cast(Stored, node.args[1]), _options(node)
+        if weight.name not in self._codes:
+            return "its weight is not quantized"
+        if not has_exact_kernels():
+            return "torch has no exact 8-bit kernels for this processor; an ONNX file runs it in integers"
+        inputs, grid = self._input_grid(quantizer), integer_grid(self._codes[weight.name])
+        if grid is None or inputs is None:
+            return "a grid does not fit 8 bits around 0"
+        grid = grid.centred()
+        norm = self._norm_behind(node)
+        factor, shift = self._norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
+        channels = grid.codes.shape[0]
+        rescaled = grid.rescaled(factor.expand(channels))
+        if rescaled is None or bool(rescaled.zero_point.any()):
+            return "a grid does not fit 8 bits around 0"
+        bias = options.get("bias")
+        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
+        codes = rescaled.codes if node.operator == _CONV else rescaled.codes[:, :, None, None]
+        stored = (
+            self._keep(f"{name}.codes", codes),
+            self._keep(f"{name}.scale", rescaled.scale.expand(channels)),
+            self._keep(f"{name}.offset", offset * factor + shift),
+        )
+        arguments: tuple[object, ...] = (quantizer.args[0], *stored, inputs)
+        if node.operator == _CONV:
+            sizes = [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+            arguments = (*arguments, *sizes, options.get("groups", 1))
+        replaced = [node, *(norm or ())]
+        self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
+        return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
+
+    def _fold_norm(self, node: Node, name: str) -> tuple[str, ...]:
+        """Put the batch norm behind a float layer into its weight and bias."""
+        norm = self._norm_behind(node)
+        if norm is None or node.operator != _CONV:
+            return ()
+        factor, shift = self._norm_parameters(norm[0])
+        weight, bias = self._stored[cast(Stored, node.args[1]).name].detach().float(), _options(node).get("bias")
+        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros_like(factor)
+        folded = self._keep(f"{name}.folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(f"{name}.offset", offset * factor + shift)
+        self._editor.fuse([node, *norm], Node(norm[-1].name, _CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
+        return ("batch norm",)
+
+    def _keep(self, name: str, tensor: Tensor | None) -> Stored | None:
+        if tensor is None:
+            return None
+        self.tensors[name] = tensor.contiguous()
+        return Stored(name)
+
+    def _units(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` where it has other levels."""
+        values = self._stored[name].detach().float()
+        scale = values.abs().flatten(1).amax(1)
+        units = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
+        return (units, scale) if bool(((units == 0) | (units.abs() == 1)).all()) else None
+
+    def _is_sign(self, node: Node) -> bool:
+        """Whether a node gives -1 below zero and +1 from zero on."""
+        if node.operator != _SIGN or not all(isinstance(value, Stored) for value in node.args[1:3]):
+            return False
+        boundaries, levels = (self._stored[cast(Stored, value).name].flatten().tolist() for value in node.args[1:3])
+        smallest = torch.finfo(torch.float32).smallest_normal
+        return levels == [-1.0, 1.0] and len(boundaries) == 1 and -smallest < boundaries[0] < 0
+
+    def _sign_chain(self, sign: Node, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, tuple[str, ...]]:
+        """What a sign is really taken of, the threshold and flip that stand for the operators in between, and what these were."""
+        chain: list[Node] = []
+        value = sign.args[0]
+        while (node := self._editor.source(value)) is not None and self._is_monotone(node, channels, axis):
+            chain.insert(0, node)
+            value = node.args[0]
+        if not chain:
+            return value, None, None, ()
+        shape = [1, channels, 1, 1] if axis == -3 else [1, channels]
+
+        def function(x: Tensor) -> Tensor:
+            results: dict[str, object] = {value.name: x.reshape(shape)} if isinstance(value, Result) else {}
+            for node in chain:
+                arguments = [self._evaluated(argument, results) for argument in node.args]
+                results[node.name] = find_operator(node.operator)(*arguments)
+            return cast(Tensor, results[chain[-1].name]).reshape(channels)
+
+        with torch.no_grad():
+            threshold, flip = sign_threshold(function, channels)
+        names = ("batch norm before" if any(node.operator == _NORM for node in chain) else "shift or clip before",)
+        return value, threshold, flip, names
+
+    def _evaluated(self, argument: object, results: Mapping[str, object]) -> object:
+        if isinstance(argument, Stored):
+            return self._stored[argument.name].detach()
+        return results[argument.name] if isinstance(argument, Result) else argument
+
+    def _is_monotone(self, node: Node, channels: int, axis: int) -> bool:
+        """Whether a node's result rises or falls with its first argument in each channel and depends on nothing else."""
+        if node.kwargs or not isinstance(node.args[0], Result):
+            return False
+        if node.operator == _NORM:
+            return all(isinstance(value, Stored) for value in node.args[1:5])
+        if node.operator == "getitem":
+            source = self._editor.source(node.args[0])
+            return node.args[1] == 0 and source is not None and source.operator == _NORM
+        return node.operator in _MONOTONE and all(self._is_per_channel(value, channels, axis) for value in node.args[1:])
+
+    def _is_per_channel(self, value: object, channels: int, axis: int) -> bool:
+        if not isinstance(value, Stored):
+            return not isinstance(value, Result)
+        shape = self._stored[value.name].shape
+        return all(size == 1 or (place == axis and size == channels) for place, size in zip(range(-len(shape), 0), shape, strict=True))
+
+    def _norm_behind(self, node: Node) -> list[Node] | None:
+        """A batch norm that alone reads ``node``, and the node that takes its first result."""
+        norm = self._editor.only_reader(node)
+        if norm is None or norm.operator != _NORM or not all(isinstance(value, Stored) for value in norm.args[1:5]):
+            return None
+        item = self._editor.only_reader(norm)
+        return [norm, item] if item is not None and item.operator == "getitem" and item.args[1] == 0 else None
+
+    def _norm_parameters(self, norm: Node) -> tuple[Tensor, Tensor]:
+        """Factor and shift of a batch norm."""
+        weight, bias, mean, variance = (self._stored[cast(Stored, value).name].detach().float() for value in norm.args[1:5])
+        factor = weight / torch.sqrt(variance + cast(float, norm.args[6]))
+        return factor, bias - mean * factor
+
+    def _sum_behind(self, node: Node) -> tuple[Node, Result] | None:
+        """A sum that alone reads ``node``, and what is added."""
+        total = self._editor.only_reader(node)
+        if total is None or total.operator != "aten.add.Tensor" or total.kwargs or len(total.args) != 2:
+            return None
+        others = [value for value in total.args if value != Result(node.name)]
+        return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
+
+    def _input_grid(self, node: Node) -> list[float] | None:
+        """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""
+        parts = [self._stored[value.name] for value in node.args[1:] if isinstance(value, Stored)]
+        qmin, qmax = cast(int, node.args[-2]), cast(int, node.args[-1])
+        if len(parts) != len(node.args) - 3 or any(part.numel() != 1 for part in parts) or qmax - qmin > 255:
+            return None
+        numbers = [float(part) for part in parts]
+        lower, step, scale, zero_point = numbers if node.operator == _GRID else (0.0, numbers[0], numbers[0], numbers[1])
+        shift = 0.0 if node.operator == _GRID else zero_point
+        is_byte = zero_point == round(zero_point) and qmin <= zero_point <= qmax and step > 0
+        return [lower, step, shift, zero_point, scale, float(qmin), float(qmax)] if is_byte else None
+
+
+def _options(node: Node) -> dict[str, object]:
+    """The arguments of a layer after its weight, by name."""
+    return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
+
+
+def _pair(value: object) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [cast(int, value)] * 2
