@@ -16,6 +16,7 @@ from lowbit.export.packed_file import package
 from lowbit.export.packed_tensor import PackedTensor
 from lowbit.export.program import export_program
 from lowbit.models import load_model
+from lowbit.network.record import record_of
 from lowbit.runtime import int8_layers
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.spec import BitPolicy
@@ -79,6 +80,41 @@ def test_a_loaded_network_is_the_same_to_it_and_the_result_is_an_ordinary_module
     again = copy.deepcopy(fast)
     again.load_state_dict(fast.state_dict())
     assert torch.equal(again(images()), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_saved_in_the_bits_of_its_codes_and_loads_onto_the_kernels(tmp_path: Path) -> None:
+    model = trained("bi_real_net")
+    plain = lowbit.export(model, tmp_path / "plain.lowbit", sample=images())
+    fast = lowbit.compile_runtime(model, sample=images())
+    saved = [
+        lowbit.export(fast, tmp_path / "fast.lowbit", sample=images()),
+        lowbit.export(model, tmp_path / "flag.lowbit", sample=images(), kernels=True),
+    ]
+    for report in saved:
+        assert report.size_bytes - plain.size_bytes < 64  # one entry in the manifest
+        assert report.notes[-1] == fast.report.head
+        loaded = lowbit.load(report.path)
+        assert isinstance(loaded, RuntimeNetwork)
+        assert loaded.report == fast.report
+        assert torch.equal(loaded(images(7)), fast(images(7)))
+        in_float = lowbit.load(report.path, kernels=False)
+        assert not isinstance(in_float, RuntimeNetwork)
+        assert torch.equal(in_float(images()), lowbit.load(plain.path)(images()))
+    assert isinstance(lowbit.load(plain.path, kernels=True), RuntimeNetwork)
+    assert not isinstance(lowbit.load(plain.path), RuntimeNetwork)
+    again = lowbit.export(lowbit.load(saved[0].path), tmp_path / "again.lowbit", sample=images())
+    assert again.path.read_bytes() == saved[0].path.read_bytes()
+    assert record_of(fast) is not None
+
+
+def test_a_file_for_the_kernels_is_not_written_where_nothing_runs_on_them_or_another_runtime_reads_it(tmp_path: Path) -> None:
+    model = lowbit.prepare(load_model("resnet8", num_classes=5), method="lsq", weight_bits=4, activation_bits=None, sample=images())
+    with pytest.raises(LayerError, match="no layer can run on few-bit kernels: conv: float"):
+        lowbit.export(model, tmp_path / "m.lowbit", sample=images(), kernels=True)
+    with pytest.raises(SpecError, match=r"Few-bit kernels need a \.lowbit file"):
+        lowbit.export(model, tmp_path / "m.onnx", sample=images(), kernels=True)
+    assert not list(tmp_path.iterdir())
 
 
 class Signs(nn.Module):

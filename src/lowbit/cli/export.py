@@ -40,6 +40,15 @@ def export(
             rich_help_panel=shared.OUTPUT,
         ),
     ] = "int8",
+    runtime: Annotated[
+        bool,
+        typer.Option(
+            "--runtime",
+            help="For a .lowbit file: 'lowbit run' and lowbit.load put its layers of few bits on few-bit kernels. Each weight still takes its "
+            "bits and no more.",
+            rich_help_panel=shared.OUTPUT,
+        ),
+    ] = False,
     speed: Annotated[
         bool,
         typer.Option(
@@ -57,6 +66,8 @@ def export(
     shared.set_threads(threads)
     if to.suffix not in FORMATS:
         raise SpecError(f"--to {to}: cannot tell the format. Allowed suffixes: {', '.join(FORMATS)}.")
+    if runtime and to.suffix != ".lowbit":
+        raise SpecError(f"--runtime --to {to}: {to.suffix} files are run by other runtimes. Write a .lowbit file.")
     prepare_folder(to.parent, needed_bytes=0, option="--to")
     source = open_source(
         model,
@@ -72,7 +83,10 @@ def export(
     )
     network = source.model if packed is None else load(packed_file(packed))
     is_quantized = packed is not None  # the float network would be timed against itself
-    say(str(export_file(network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed and is_quantized)))
+    report = export_file(
+        network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed and is_quantized, kernels=runtime
+    )
+    say(str(report))
 
 
 def packed_file(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +22,7 @@ from lowbit.export.speed import Speed, compare_speed
 from lowbit.files import replacing
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
+from lowbit.runtime.compile import RuntimeNetwork
 
 FORMATS = (".lowbit", ".onnx")
 
@@ -55,7 +56,13 @@ class ExportReport:
 
 
 def export(
-    model: nn.Module, path: Path | str, *, sample: object, weight_container: WeightContainer = "int8", measure_speed: bool = True
+    model: nn.Module,
+    path: Path | str,
+    *,
+    sample: object,
+    weight_container: WeightContainer = "int8",
+    measure_speed: bool = True,
+    kernels: bool = False,
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.
 
@@ -64,15 +71,18 @@ def export(
     has passed.
 
     Args:
-        model: The quantized network; it is not changed.
+        model: The quantized network, or what ``lowbit.compile_runtime`` made of one; it is not changed.
         path: The file to write.
         sample: Inputs of one call, real ones if possible: the check runs on them.
         weight_container: For ONNX: ``int8`` is fast; ``int4`` takes half a byte for codes of up to 4 bits, but runtimes compute with
             them in float.
         measure_speed: Whether to time the ONNX file.
+        kernels: For ``.lowbit``: let ``lowbit.load`` put the network on few-bit kernels, on whatever processor that is; implied for a network
+            from ``lowbit.compile_runtime``. The size stays the same, and the check compares what the kernels compute.
 
     Raises:
-        SpecError: An unknown suffix or container.
+        SpecError: An unknown suffix or container, or ``kernels`` for an ONNX file.
+        LayerError: ``kernels`` where no layer can run on them; says why for each.
         GraphError: The network has no single graph, or an operation that the format does not have; names it.
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
         OutputError: The file cannot be written.
@@ -83,23 +93,31 @@ def export(
         raise SpecError(f"cannot tell the format from {path.name!r}. Allowed suffixes: {', '.join(FORMATS)}.")
     if weight_container not in ("int8", "int4"):
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
+    if kernels and path.suffix == ".onnx":
+        raise SpecError(f"{path}: an ONNX file is run by other runtimes. Few-bit kernels need a .lowbit file.")
+    if isinstance(model, RuntimeNetwork):
+        model, kernels = model.in_float(), True
     inputs = Inputs.of(sample).to("cpu")
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()
     if path.suffix == ".onnx":
         require_onnx()
         return _export_onnx(model, export_program(model, inputs), path, weight_container, measure_speed)
-    return _export_packed(model, export_program(model, inputs), path)
+    return _export_packed(model, export_program(model, inputs), path, kernels)
 
 
-def _export_packed(model: nn.Module, program: Program, path: Path) -> ExportReport:
+def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:
     with replacing(path) as temporary:
-        size = write_package(package(program, record_of(model)), temporary)
+        size = write_package(replace(package(program, record_of(model)), runs_on_kernels=kernels), temporary)
         stored = read_package(temporary).tensors
         weights = {name: tensor.decode() for name, tensor in stored.items() if isinstance(tensor, PackedTensor)}
-        parity = check_packed_parity(model, program, load(temporary), weights)
+        loaded = load(temporary)
+        if isinstance(loaded, RuntimeNetwork):
+            loaded.require_kernels()
+        parity = check_packed_parity(model, program, loaded, weights)
         parity.require(path)
-    return ExportReport(path, "lowbit", size, parity, notes=program.notes)
+    notes = (*program.notes, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
+    return ExportReport(path, "lowbit", size, parity, notes=notes)
 
 
 def _export_onnx(model: nn.Module, program: Program, path: Path, weight_container: WeightContainer, measure_speed: bool) -> ExportReport:

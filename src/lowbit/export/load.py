@@ -22,11 +22,16 @@ from lowbit.network.record import attach_record
 from lowbit.quantizers import QTensor
 
 
-def load(path: Path | str) -> nn.Module:
+def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
     unpickled, and the file can call no other operators than those of ``lowbit.export.operators``.
+
+    Args:
+        path: The file.
+        kernels: Whether layers of few bits run on few-bit kernels, as ``lowbit.compile_runtime`` puts them there, or all in float; left
+            out, as the file says (see ``lowbit.export``).
 
     Raises:
         DataError: There is no such file, or it cannot be read.
@@ -34,12 +39,13 @@ def load(path: Path | str) -> nn.Module:
     """
     content = read_package(path)
     try:
-        network = PackedNetwork(content)
+        if content.runs_on_kernels if kernels is None else kernels:
+            from lowbit.runtime.compile import RuntimeNetwork  # is built on this module
+
+            return RuntimeNetwork(content).eval()
+        return PackedNetwork(content).eval()
     except KeyError as error:  # torch refuses a name
         raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
-    if content.record is not None:
-        attach_record(network, content.record)
-    return network.eval()
 
 
 class PackedNetwork(nn.Module):
@@ -62,6 +68,8 @@ class PackedNetwork(nn.Module):
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
+        if package.record is not None:
+            attach_record(self, package.record)
 
     def weight_codes(self) -> dict[str, QTensor]:
         """The codes of each quantized weight by parameter name."""

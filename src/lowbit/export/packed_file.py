@@ -9,6 +9,7 @@ The ``manifest`` is JSON too, deflated and written in base 85, with
 - ``tensors``: dtype, shape and BLAKE2b of every tensor;
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
+- ``kernels``: true where the network is to run on few-bit kernels once it is loaded; left out otherwise;
 - ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
 
 All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
@@ -59,12 +60,15 @@ class Package:
         tensors: Every tensor that the graph reads, packed where it is quantized.
         layouts: Memory format of the tensors that are not row-major.
         record: How the network was quantized; ``None`` where it does not say.
+        runs_on_kernels: Whether ``lowbit.load`` puts the network on few-bit kernels. The file holds the same codes either way: how kernels
+            want them is a matter of the processor that loads it.
     """
 
     graph: Graph
     tensors: Mapping[str, Tensor | PackedTensor]
     layouts: Mapping[str, str] = field(default_factory=dict)
     record: QuantizationRecord | None = None
+    runs_on_kernels: bool = False
 
     def layout_of(self, name: str) -> torch.memory_format:
         """Memory format in which the tensor computed when it was exported."""
@@ -115,6 +119,8 @@ def write_package(content: Package, path: Path | str) -> int:
         "numbers": numbers,
         "tensors": {name: [_dtype_name(array), list(array.shape), _checksum(array)] for name, array in arrays.items()},
     }
+    if content.runs_on_kernels:
+        manifest["kernels"] = True
     text = _json(manifest).encode()
     if len(text) > LARGEST_MANIFEST:
         raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
@@ -214,7 +220,10 @@ def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor])
     for name, layout in layouts.items():
         _check_layout(name, layout, tensors)
     graph = graph_from_json(manifest["graph"], frozenset(tensors))
-    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info))
+    runs_on_kernels = manifest.get("kernels", False)
+    if not isinstance(runs_on_kernels, bool):
+        raise FileFormatError(f"its entry 'kernels' must be true or false, got {str(runs_on_kernels)[:80]}")
+    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels)
 
 
 def _number(name: str, value: object) -> Tensor:

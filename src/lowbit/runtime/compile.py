@@ -35,11 +35,15 @@ class RuntimeReport:
     why: str
     layers: tuple[LayerPath, ...]
 
-    def __str__(self) -> str:
+    @property
+    def head(self) -> str:
+        """How many layers run on which kernels, and why on these."""
         few = sum(layer.kernel in ("binary", "ternary") for layer in self.layers)
         whole = sum(layer.kernel == "int8" for layer in self.layers)
-        head = f"of {len(self.layers)} layers {few} on {self.target} kernels, {whole} on 8-bit ones: {self.why}"
-        return "\n".join([head, *map(str, self.layers)])
+        return f"of {len(self.layers)} layers {few} on {self.target} kernels, {whole} on 8-bit ones: {self.why}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *map(str, self.layers)])
 
 
 class RuntimeNetwork(PackedNetwork):
@@ -47,7 +51,7 @@ class RuntimeNetwork(PackedNetwork):
 
     Attributes:
         report: What runs on what.
-        source: The packed network that it was made of; ``lowbit.export`` writes that to a file.
+        source: What it was made of; ``lowbit.export`` writes that to a file.
     """
 
     def __init__(self, content: Package) -> None:
@@ -63,6 +67,20 @@ class RuntimeNetwork(PackedNetwork):
             why = "the kernels could not be compiled, so the reference runs"
         self.report = RuntimeReport(target.name, why, tuple(conversion.paths))
         self.source = content
+
+    def in_float(self) -> PackedNetwork:
+        """The same network with every layer in float: what the kernels are held against."""
+        return PackedNetwork(self.source).eval()
+
+    def require_kernels(self) -> None:
+        """LayerError, with the reason for each layer, where none runs on kernels."""
+        if any(layer.kernel != "float" for layer in self.report.layers):
+            return
+        reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
+        raise LayerError(
+            f"no layer can run on few-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
+            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits."
+        )
 
     def function_of(self, operator: str) -> Callable[..., object]:
         """The runtime's operators beside those of packed files."""
@@ -93,10 +111,5 @@ def compile_runtime(model: nn.Module, *, sample: object = None) -> RuntimeNetwor
     else:
         content = package(export_program(model, sample), record_of(model))
     network = RuntimeNetwork(content).eval()
-    if all(layer.kernel == "float" for layer in network.report.layers):
-        reasons = "; ".join(str(layer) for layer in network.report.layers) or "there is no convolution or linear layer"
-        raise LayerError(
-            f"no layer can run on few-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
-            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits."
-        )
+    network.require_kernels()
     return network
