@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.nn import functional
 
 from lowbit.errors import SpecError
-from lowbit.runtime import binary_conv
+from lowbit.runtime import prepared
 from lowbit.runtime.binary_conv import (
     binary_conv2d,
     binary_conv2d_reference,
@@ -103,7 +103,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         torch.set_num_threads(1)
         alone = binary_conv2d(*arguments)
-        monkeypatch.setattr(binary_conv, "THREAD_WORK", 1)
+        monkeypatch.setattr(prepared, "THREAD_WORK", 1)
         torch.set_num_threads(3)
         assert torch.equal(binary_conv2d(*arguments), alone)
     finally:

@@ -188,6 +188,7 @@ def operator_name(target: object) -> str | None:
 
 
 @functools.cache
+@functools.cache
 def find_operator(name: str) -> Function:
     """The function behind a name in a file; FileFormatError when it is not allowed or this torch does not have it."""
     if name in _ON_SIZES:

@@ -11,27 +11,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.errors import SpecError
-from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
+from lowbit.runtime.bits import pack_signs, words_for
 from lowbit.runtime.operator import register_operator
+from lowbit.runtime.prepared import PreparedLayer, keep_layer, known_layer, unpack_weight
 from lowbit.runtime.target import active_target
 
-THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
-
 Pair = Sequence[int]
-Array = npt.NDArray[np.generic]
 
 
 def pack_conv_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -82,7 +75,7 @@ def binary_conv2d_reference(
     if flip is not None:
         is_one = is_one ^ flip.reshape(-1, 1, 1)
     signs = functional.pad(is_one * 2.0 - 1.0, (padding[1], padding[1], padding[0], padding[0]), value=float(pad_value))
-    weight = _unpacked(words, mask, in_channels // groups).movedim(-1, 1)
+    weight = unpack_weight(words, mask, in_channels // groups).movedim(-1, 1)
     y = functional.conv2d(signs.float(), weight, None, tuple(stride), 0, tuple(dilation), groups).round()
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
@@ -105,7 +98,7 @@ def binary_linear_reference(
     is_one = x >= (0.0 if threshold is None else threshold)
     if flip is not None:
         is_one = is_one ^ flip
-    y = functional.linear(is_one * 2.0 - 1.0, _unpacked(words, mask, in_features)).round()
+    y = functional.linear(is_one * 2.0 - 1.0, unpack_weight(words, mask, in_features)).round()
     return _finished(y * scale, bias, residual, (-1,))
 
 
@@ -177,23 +170,28 @@ def binary_conv2d(
     Raises:
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
     """
-    out = _check(x, words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
+    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    tensors, settings = (
+        (words, mask, scale, bias, threshold, flip),
+        (in_channels, groups, *kernel_size, *stride, *padding, *dilation, pad_value),
+    )
+    layer = None if loops is None else known_layer(tensors, settings)
+    if layer is None:
+        _check(words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
+    _check_input(x, in_channels, 4)
     rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
-    residual = _residual(residual, (x.shape[0], out, rows, columns))
-    loops = compiled_loops() if x.device.type == "cpu" else None
-    if loops is None or not x.numel():
+    residual = _residual(residual, (x.shape[0], words.shape[0], rows, columns))
+    if loops is None:
         return binary_conv2d_reference(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
             input_scaling,
         )  # fmt: skip
-    k_map = _input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1) if input_scaling else x.new_empty(0, 0, 0, 0)
-    y = torch.empty(x.shape[0], out, rows, columns, memory_format=torch.channels_last)
-    shape = (*kernel_size, *stride, *padding, *dilation)
-    _run(
-        loops, _channels_last(x), _tiled(words, mask, in_channels // groups, groups, loops), scale, bias, groups, shape, pad_value, threshold,
-        flip, _channels_last(residual) if residual is not None else x.new_empty(0, 0, 0, 0), k_map.contiguous(), y.movedim(1, -1),
-    )  # fmt: skip
-    return y
+    if layer is None:
+        layer = keep_layer(PreparedLayer(loops, tensors, settings))
+    y = x.new_empty((x.shape[0], rows, columns, words.shape[0]))
+    k_map = _input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1).contiguous() if input_scaling else None
+    layer.run(_channels_last(x), y, None if residual is None else _channels_last(residual), k_map)
+    return y.permute(0, 3, 1, 2)
 
 
 @register_operator(_empty_linear)
@@ -224,18 +222,21 @@ def binary_linear(
     Raises:
         SpecError: An argument of another type or shape.
     """
-    out = _check(x.movedim(-1, 1) if x.dim() > 1 else x[None], words, scale, bias, in_features, 1, None, 0, threshold, flip)
-    shape = (*x.shape[:-1], out)
+    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    tensors, settings = (words, mask, scale, bias, threshold, flip), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
+    layer = None if loops is None else known_layer(tensors, settings)
+    if layer is None:
+        _check(words, scale, bias, in_features, 1, None, 0, threshold, flip)
+    _check_input(x, in_features, None)
+    shape = (*x.shape[:-1], words.shape[0])
     residual = _residual(residual, shape)
-    loops = compiled_loops() if x.device.type == "cpu" else None
-    if loops is None or not x.numel():
+    if loops is None:
         return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual)
-    y = torch.empty(shape)
-    image = x.contiguous().view(1, 1, -1, in_features)
-    none = x.new_empty(0, 0, 0, 0)
-    added = none if residual is None else residual.contiguous().view(1, 1, -1, out)
-    tiled = _tiled(words, mask, in_features, 1, loops)
-    _run(loops, image, tiled, scale, bias, 1, (1, 1, 1, 1, 0, 0, 1, 1), 0, threshold, flip, added, none, y.view(1, 1, -1, out))
+    if layer is None:
+        layer = keep_layer(PreparedLayer(loops, tensors, settings))
+    y = x.new_empty(shape)
+    added = None if residual is None else residual.detach().contiguous().view(1, 1, -1, shape[-1])
+    layer.run(x.detach().contiguous().view(1, 1, -1, in_features), y.view(1, 1, -1, shape[-1]), added, None)
     return y
 
 
@@ -250,117 +251,9 @@ def compiled_loops() -> ModuleType | None:
         return None
 
 
-class _Tiled(NamedTuple):
-    """A weight in the order in which the kernels of the active target read it."""
-
-    words: Array  # [groups, tiles, words, ...]; for the lookup form of the micro-kernel the weights of -1
-    mask: Array  # like it, or empty; for the lookup form the weights of +1
-    total: Array  # [out], products that are counted
-    missing: Array  # [kernel height, kernel width, out], sum of the weights at each place
-
-
-_tiled_weights = WeakTensorKeyDictionary()  # packed weight -> (its version, _Tiled)
-
-
-def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Tiled:
-    version = 0 if words.is_inference() else words._version  # a state dict may be loaded into it
-    known: tuple[int, _Tiled] | None = _tiled_weights.get(words)
-    if known is not None and known[0] == version:
-        return known[1]
-    spread = words if words.dim() == 4 else words[:, None, None]
-    spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
-    weight = _unpacked(spread, spread_mask, per_group)
-    first, second = spread, spread_mask
-    if second is not None and loops.FORM == "lookup":
-        first, second = second & ~spread, second & spread
-    tiled = _Tiled(
-        _in_tiles(first, groups, loops),
-        np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
-        weight.abs().sum((1, 2, 3)).int().numpy(),
-        weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
-    )
-    _tiled_weights[words] = (version, tiled)
-    return tiled
-
-
-def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
-    by_group = words.flatten(1).unflatten(0, (groups, -1))
-    tiles = -(-by_group.shape[1] // loops.CHANNELS)
-    filled = functional.pad(by_group, (0, 0, 0, tiles * loops.CHANNELS - by_group.shape[1]))
-    tiled = filled.unflatten(1, (tiles, loops.CHANNELS)).transpose(2, 3)
-    if loops.FORM == "lookup":
-        tiled = (tiled.unsqueeze(-2) >> torch.arange(0, WORD, 8)[:, None]).to(torch.uint8).flatten(-2)
-    ready: Array = tiled.contiguous().numpy()
-    return ready
-
-
-def _run(
-    loops: ModuleType,
-    x: Tensor,
-    weight: _Tiled,
-    scale: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    shape: tuple[int, ...],
-    pad_value: int,
-    threshold: Tensor | None,
-    flip: Tensor | None,
-    residual: Tensor,
-    k_map: Tensor,
-    y: Tensor,
-) -> None:
-    """Pack the signs of ``x`` ``[N, H, W, C]`` and convolve them into ``y`` ``[N, rows, columns, out]``."""
-    n, height, width, channels = x.shape
-    top, left = shape[4], shape[5]
-    words = words_for(channels // groups)
-    image = _image((n, height + 2 * top, width + 2 * left, groups, words), loops.ROWS * shape[3], loops.IMAGE)
-    limits = x.new_zeros(channels) if threshold is None else threshold.float()
-    flips = torch.zeros(groups, words, dtype=torch.int32) if flip is None else pack_signs(flip.view(groups, -1) * 2 - 1)
-    arrays = [*(t.detach().numpy() for t in (x, limits.contiguous(), flips.contiguous())), image]
-    _shared(lambda first, last: loops.pack(*arrays, top, left, groups, first, last), n * height, x.numel() * 32)
-    arguments = (
-        image, *weight, pad_value + 1 if top or left else 0,
-        scale.detach().float().contiguous().numpy(), (torch.zeros_like(scale) if bias is None else bias).detach().float().contiguous().numpy(),
-        k_map.detach().numpy(), residual.detach().numpy(), y.numpy(), (height, width), shape,
-    )  # fmt: skip
-    work = y.numel() * shape[0] * shape[1] * words * 32
-    _shared(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
-
-
-def _image(shape: tuple[int, ...], positions: int, kind: np.dtype[Any]) -> Array:
-    """A padded image of words without bits; memory behind it for windows of ``positions`` more positions."""
-    n, height, width, groups, words = shape
-    count = n * height * width * groups * words
-    return np.zeros(count + (positions + width) * groups * words, kind)[:count].reshape(shape)
-
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _shared(run: Callable[[int, int], None], rows: int, work: int) -> None:
-    """``run(first, last)`` over ``rows``, in as many threads as torch has and the work is worth."""
-    count = max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
-    if count == 1:
-        run(0, rows)
-        return
-    if count not in _pools:
-        _pools[count] = ThreadPoolExecutor(count - 1, "lowbit-runtime")
-    ends = [rows * piece // count for piece in range(count + 1)]
-    waiting = [_pools[count].submit(run, ends[piece], ends[piece + 1]) for piece in range(1, count)]
-    run(0, ends[1])
-    for done in waiting:
-        done.result()
-
-
 def _channels_last(x: Tensor) -> Tensor:
     """``[N, H, W, C]`` without gaps."""
-    return x.detach().movedim(1, -1).contiguous()
-
-
-def _unpacked(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """float32 -1, 0 and +1 along the last dimension."""
-    signs = unpack_signs(words, count)
-    return signs if mask is None else signs * unpack_bits(mask, count)
+    return x.detach().permute(0, 2, 3, 1).contiguous()
 
 
 def _input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
@@ -392,8 +285,15 @@ def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dila
     return (size[0] - reach[0]) // stride[0] + 1, (size[1] - reach[1]) // stride[1] + 1
 
 
+def _check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
+    """SpecError where an input does not fit; its channels are dimension 1 of images, else the last one."""
+    if x.dtype != torch.float32:
+        raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
+    if (rank is not None and x.dim() != rank) or not x.dim() or x.shape[1 if rank else -1] != in_channels:
+        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
+
+
 def _check(
-    x: Tensor,
     words: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -403,14 +303,10 @@ def _check(
     pad_value: int,
     threshold: Tensor | None,
     flip: Tensor | None,
-) -> int:
-    """The number of output channels, where all fits; channels of ``x`` are its second dimension."""
+) -> None:
+    """SpecError where the parts of a layer do not fit each other."""
     out = words.shape[0]
     expected = (out, *(kernel_size or ()), words_for(in_channels // max(groups, 1)))
-    if x.dtype != torch.float32:
-        raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
-    if (kernel_size is not None and x.dim() != 4) or x.shape[1] != in_channels:
-        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
     if words.dtype != torch.int32 or tuple(words.shape) != expected or in_channels % groups or out % groups:
         raise SpecError(f"packed weights must be int32 {expected} with {groups} groups, got {words.dtype} {tuple(words.shape)}")
     for name, tensor, size in (
@@ -423,4 +319,3 @@ def _check(
             raise SpecError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
     if pad_value not in (-1, 0, 1):
         raise SpecError(f"pad_value must be -1, 0 or 1, got {pad_value}")
-    return out

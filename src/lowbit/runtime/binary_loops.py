@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime import compiled
-from lowbit.runtime.micro_kernel import Tile, finish_outputs, make_micro_kernel, pack_signs_of_32
+from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_signs_of_32
 from lowbit.runtime.target import active_target
 
 Floats = npt.NDArray[np.float32]
@@ -31,6 +31,7 @@ IMAGE, WEIGHT = (np.dtype(np.int64), np.dtype(np.uint8)) if FORM == "lookup" els
 _STEP = IMAGE.itemsize
 _plain = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns))
 _masked = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns, is_masked=True))
+_finish = make_finish(_target.floats)
 
 
 def _spread(word: Any) -> Any:
@@ -171,17 +172,19 @@ def _convolve(
                             start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
                             weight_address, 0, counts.ctypes.data,
                         )  # fmt: skip
-                    for r in range(min(ROWS, columns - ox)):
-                        x = (ox + r) * stride_w - left
-                        if border and (is_outside or x < 0 or x + reach_w > size[1]):
-                            _add_missing(counts[r, :size_out], missing, border, begin, size, shape, y_in, x)
-                        factor = k_map[n, oy, ox + r, g] if has_map else np.float32(1)
-                        place = 4 * ((row * columns + ox + r) * outputs + begin)
-                        finish_outputs(
-                            counts.ctypes.data + 4 * r * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
-                            bias.ctypes.data + 4 * begin, factor, residual.ctypes.data + place if has_residual else 0,
-                            y.ctypes.data + place, size_out,
-                        )  # fmt: skip
+                    positions = min(ROWS, columns - ox)
+                    if border:
+                        for r in range(positions):
+                            x = (ox + r) * stride_w - left
+                            if is_outside or x < 0 or x + reach_w > size[1]:
+                                _add_missing(counts[r, :size_out], missing, border, begin, size, shape, y_in, x)
+                    place = 4 * ((row * columns + ox) * outputs + begin)
+                    factors = k_map.ctypes.data + 4 * ((row * columns + ox) * groups + g) if has_map else 0
+                    _finish(
+                        counts.ctypes.data, 4 * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
+                        bias.ctypes.data + 4 * begin, factors, 4 * groups, residual.ctypes.data + place if has_residual else 0,
+                        y.ctypes.data + place, 4 * outputs, positions, size_out,
+                    )  # fmt: skip
 
 
 _INDEX = types.int64

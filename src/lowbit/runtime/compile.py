@@ -17,7 +17,7 @@ from lowbit.export.packed_file import Package, package
 from lowbit.export.program import export_program
 from lowbit.network.record import record_of
 from lowbit.runtime.binary_conv import compiled_loops
-from lowbit.runtime.convert import FUNCTIONS, Conversion, LayerPath
+from lowbit.runtime.convert import OPERATORS, Conversion, LayerPath
 from lowbit.runtime.target import active_target
 
 
@@ -84,7 +84,10 @@ class RuntimeNetwork(PackedNetwork):
 
     def function_of(self, operator: str) -> Callable[..., object]:
         """The runtime's operators beside those of packed files."""
-        return FUNCTIONS.get(operator) or super().function_of(operator)
+        found = OPERATORS.get(operator)
+        if found is None:
+            return super().function_of(operator)
+        return found if torch.compiler.is_compiling() else found.function
 
 
 def compile_runtime(model: nn.Module, *, sample: object = None) -> RuntimeNetwork:

@@ -7,7 +7,7 @@ the next sign; sums with another tensor of the same shape are computed along wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +21,7 @@ from lowbit.quantizers import QTensor
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, int8_conv2d, int8_linear
+from lowbit.runtime.operator import Operator
 from lowbit.runtime.thresholds import sign_threshold
 
 _SIGN = "lowbit.fake_quantize_codebook.default"
@@ -29,7 +30,7 @@ _NORM = "aten._native_batch_norm_legit_no_training.default"
 _CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
 _BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
 _INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
-FUNCTIONS: dict[str, Callable[..., object]] = {
+OPERATORS: dict[str, Operator[...]] = {
     "lowbit.binary_conv2d.default": binary_conv2d,
     "lowbit.binary_linear.default": binary_linear,
     "lowbit.int8_conv2d.default": int8_conv2d,
@@ -157,9 +158,8 @@ class Conversion:
             return "a grid does not fit 8 bits around 0"
         bias = options.get("bias")
         offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
-        codes = rescaled.codes if node.operator == _CONV else rescaled.codes[:, :, None, None]
         stored = (
-            self._keep(f"{name}.codes", codes),
+            self._keep(f"{name}.codes", rescaled.codes),
             self._keep(f"{name}.scale", rescaled.scale.expand(channels)),
             self._keep(f"{name}.offset", offset * factor + shift),
         )

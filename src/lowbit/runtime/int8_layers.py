@@ -35,10 +35,11 @@ class InputGrid:
 
     def encode(self, x: Tensor) -> Tensor:
         """uint8 ``code - qmin``, by the arithmetic of the quantizers."""
-        codes = x.sub(self.lower).div_(self.step).round_()
-        if self.shift:
-            codes.add_(self.shift)
-        return codes.clamp_(self.qmin, self.qmax).sub_(self.qmin).to(torch.uint8)
+        codes = x.sub(self.lower).div_(self.step) if self.lower else x.div(self.step)
+        codes.round_()
+        if self.shift != self.qmin:  # both are whole numbers, of which float32 holds sums
+            codes.add_(self.shift - self.qmin)
+        return codes.clamp_(0, self.qmax - self.qmin).to(torch.uint8)
 
     @property
     def zero_code(self) -> int:
@@ -135,9 +136,28 @@ def _empty_linear(x: Tensor, codes: Tensor, *_: object) -> Tensor:
 
 @register_operator(_empty_linear)
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
-    """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features, 1, 1]``; gives ``[..., out]``."""
-    y = int8_conv2d(x.reshape(-1, x.shape[-1], 1, 1), codes, scale, bias, grid, [1, 1], [0, 0], [1, 1], 1)
+    """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; gives ``[..., out]``."""
+    inputs = _grid(grid)
+    if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
+        return int8_linear_reference(x, codes, scale, bias, grid)
+    key = (codes._version, x.numel() // x.shape[-1])
+    known = _prepacked.get(codes)
+    if known is None or known[0] != key:
+        packed = torch.ops.onednn.qlinear_prepack(codes, [key[1], x.shape[-1]])
+        known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
+    _, packed, zero_points = known
+    encoded = inputs.encode(x.reshape(-1, x.shape[-1]))
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def int8_linear_reference(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
+    """``int8_linear`` by the float product of the codes."""
+    inputs = _grid(grid)
+    y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (scale * inputs.scale)
+    return y if bias is None else y + bias
 
 
 @functools.cache

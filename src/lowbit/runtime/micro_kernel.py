@@ -24,7 +24,6 @@ from numba.extending import intrinsic
 Form = Literal["count", "lookup"]
 
 LOOKUP_WORDS = 7  # words whose differing bits a byte can add up
-OUTPUTS = 8  # outputs that are scaled at once
 
 _SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
@@ -262,43 +261,59 @@ def _pack_signs(_context: Any, x: Any, threshold: Any) -> Any:
 pack_signs_of_32: Any = intrinsic(_pack_signs)
 
 
-def _finish_outputs(_context, found, total, scale, bias, factor, added, y, count):  # type: ignore[no-untyped-def]
-    """``(found, total, scale, bias, factor, added, y, count)``: ``y = (total - found) * (scale * factor) + bias + added`` for ``count`` outputs.
+def make_finish(lanes: int) -> Any:
+    """A numba intrinsic that turns what a micro-kernel found into outputs, ``lanes`` of them at once.
 
-    Addresses of int32 (``found``, ``total``) and float32, a float32 ``factor``; nothing is added where the address ``added`` is 0.
+    ``(found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count)``:
+    ``y = (total - found) * (scale * factor) + bias + added`` for ``count`` outputs of each of ``rows`` positions.
+
+    All are integers: addresses of int32 (``found``, ``total``) and float32; the bytes from one position to the next of ``found``,
+    ``factors``, and ``y`` and ``added`` (``y_row``). ``factors`` holds one for each position; the factor is 1 and nothing is added where the
+    address is 0.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found, total, scale, bias, factor, added, y, count = arguments
-        whole = builder.and_(count, I64(-OUTPUTS))
+        found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count = arguments
+        whole = builder.and_(count, I64(-lanes))
 
-        def output(place: Any, lanes: int, is_adding: bool) -> None:
-            integers, floats = ir.VectorType(I32, lanes), ir.VectorType(ir.FloatType(), lanes)
+        def outputs(place: Any, width: int, has_factor: bool, is_adding: bool) -> None:
+            integers, floats = ir.VectorType(I32, width), ir.VectorType(ir.FloatType(), width)
+            offset = builder.shl(place, I64(2))
 
-            def at(base: Any, kind: Any) -> Any:
-                return _pointer(builder, builder.add(base, builder.shl(place, I64(2))), kind)
+            def load(base: Any, kind: Any) -> Any:
+                return builder.load(_pointer(builder, builder.add(base, offset), kind), align=4)
 
-            difference = builder.sub(builder.load(at(total, integers), align=4), builder.load(at(found, integers), align=4))
-            single = builder.insert_element(ir.Constant(ir.VectorType(ir.FloatType(), 1), ir.Undefined), factor, I32(0))
-            factors = builder.fmul(builder.load(at(scale, floats), align=4), _repeated(builder, single, lanes))
-            value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), factors), builder.load(at(bias, floats), align=4))
-            if is_adding:
-                value = builder.fadd(value, builder.load(at(added, floats), align=4))
-            builder.store(value, at(y, floats), align=4)
+            totals, scales, biases = load(total, integers), load(scale, floats), load(bias, floats)
+            with cgutils.for_range(builder, rows) as row:
+                there, here = builder.mul(row.index, y_row), builder.mul(row.index, found_row)
+                difference = builder.sub(totals, load(builder.add(found, here), integers))
+                scaled = scales
+                if has_factor:
+                    address = builder.add(factors, builder.mul(row.index, factors_row))
+                    factor = builder.load(_pointer(builder, address, ir.VectorType(ir.FloatType(), 1)), align=4)
+                    scaled = builder.fmul(scales, _repeated(builder, factor, width))
+                value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), scaled), biases)
+                if is_adding:
+                    value = builder.fadd(value, load(builder.add(added, there), floats))
+                builder.store(value, _pointer(builder, builder.add(builder.add(y, there), offset), floats), align=4)
 
-        def outputs(is_adding: bool) -> None:
-            for first, end, lanes in ((I64(0), whole, OUTPUTS), (whole, count, 1)):
-                with cgutils.for_range_slice(builder, first, end, I64(lanes), I64) as (place, _):
-                    output(place, lanes, is_adding)
+        def all_outputs(has_factor: bool, is_adding: bool) -> None:
+            for first, end, width in ((I64(0), whole, lanes), (whole, count, 1)):
+                with cgutils.for_range_slice(builder, first, end, I64(width), I64) as (place, _):
+                    outputs(place, width, has_factor, is_adding)
 
-        with builder.if_else(builder.icmp_signed("!=", added, I64(0))) as (adding, plain):
-            with adding:
-                outputs(True)
-            with plain:
-                outputs(False)
+        for has_factor in (False, True):
+            for is_adding in (False, True):
+                asked = [
+                    builder.icmp_signed("!=" if wanted else "==", base, I64(0))
+                    for wanted, base in ((has_factor, factors), (is_adding, added))
+                ]
+                with builder.if_then(builder.and_(*asked)):
+                    all_outputs(has_factor, is_adding)
         return cgutils.get_null_value(I8.as_pointer())
 
-    return types.void(*[types.intp] * 4, types.float32, *[types.intp] * 3), generate
+    # numba wants the arity spelled out
+    def typed(context, found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count):  # type: ignore[no-untyped-def]
+        return types.void(*[types.intp] * 12), generate
 
-
-finish_outputs: Any = intrinsic(_finish_outputs)
+    return intrinsic(typed)

@@ -25,6 +25,7 @@ class Target:
         lanes: Output channels of a vector; 0 where there is no kernel.
         rows: Output positions that a tile keeps in registers.
         columns: Vectors of output channels of a tile.
+        floats: Numbers in a vector of float32.
         peak: Products of one bit by one bit that a core can do in a cycle, by count of instructions; 0 where it was not counted.
     """
 
@@ -34,16 +35,17 @@ class Target:
     lanes: int = 0
     rows: int = 0
     columns: int = 0
+    floats: int = 1
     peak: float = 0.0
 
 
 REFERENCE = Target("reference")
 TARGETS = (
-    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "count", 16, 7, 2, 512 / 1.5),
-    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), "lookup", 64, 4, 2),
-    Target("avx2", ("avx2",), "lookup", 32, 2, 2, 1024 / 5.5),
-    Target("neon", ("neon",), "count", 4, 4, 4),
-    Target("sse42", ("sse4.2",), "lookup", 16, 2, 2),
+    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "count", 16, 7, 2, 16, 512 / 1.5),
+    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), "lookup", 64, 4, 2, 16),
+    Target("avx2", ("avx2",), "lookup", 32, 2, 2, 8, 1024 / 5.5),
+    Target("neon", ("neon",), "count", 4, 4, 4, 4),
+    Target("sse42", ("sse4.2",), "lookup", 16, 2, 2, 4),
     REFERENCE,
 )
 

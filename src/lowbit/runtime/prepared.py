@@ -1,0 +1,183 @@
+"""Binary layers as the kernels read them: prepared once, kept as long as their tensors stay as they are, run in threads."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
+
+THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
+
+Array = npt.NDArray[np.generic]
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def unpack_weight(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """float32 -1, 0 and +1 along the last dimension."""
+    signs = unpack_signs(words, count)
+    return signs if mask is None else signs * unpack_bits(mask, count)
+
+
+class PreparedLayer:
+    """A binary layer whose weights lie in the order in which the kernels of the active target read them.
+
+    Args:
+        loops: The compiled kernels.
+        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold`` and ``flip`` of ``binary_conv2d``.
+        settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
+    """
+
+    def __init__(self, loops: ModuleType, tensors: Tensors, settings: tuple[int, ...]) -> None:
+        words, mask, scale, bias, threshold, flip = tensors
+        self.loops, self.settings = loops, settings
+        self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
+        self.versions = [_version(tensor) for tensor in tensors]
+        channels, self.groups, *shape, pad_value = settings
+        self.shape = tuple(shape)
+        per_group = channels // self.groups
+        self.words = words_for(per_group)
+        limits = torch.zeros(channels) if threshold is None else threshold
+        flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
+        self.packing = _floats(limits), flips.contiguous().numpy()
+        self.weight = _in_kernel_order(words, mask, per_group, self.groups, loops)
+        border = pad_value + 1 if shape[4] or shape[5] else 0
+        self.finishing = border, _floats(scale), _floats(torch.zeros_like(scale) if bias is None else bias)
+        self.nothing = np.empty((0, 0, 0, 0), np.float32)
+
+    def fits(self, tensors: Tensors, settings: tuple[int, ...]) -> bool:
+        """Whether it was made from these tensors as they are now."""
+        return (
+            all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
+            and self.versions == [_version(tensor) for tensor in tensors]
+            and self.settings == settings
+        )
+
+    def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
+        """Pack the signs of ``x`` ``[N, H, W, C]`` and convolve them into ``y`` ``[N, rows, columns, out]``.
+
+        Args:
+            x: float32 without gaps and gradient, like all of these.
+            y: What is written.
+            residual: Like ``y``.
+            k_map: ``[N, rows, columns, groups]``.
+        """
+        loops, shape = self.loops, self.shape
+        n, height, width, channels = x.shape
+        top, left = shape[4], shape[5]
+        image = _image((n, height + 2 * top, width + 2 * left, self.groups, self.words), loops.ROWS * shape[3], loops.IMAGE)
+        pixels = x.numpy()
+        _shared(
+            lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
+            n * height,
+            n * height * width * channels * 32,
+        )
+        arguments = (
+            image, *self.weight, *self.finishing, self.nothing if k_map is None else k_map.numpy(),
+            self.nothing if residual is None else residual.numpy(), y.numpy(), (height, width), shape,
+        )  # fmt: skip
+        work = y.numel() * shape[0] * shape[1] * self.words * 32
+        _shared(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
+
+
+_layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
+
+
+def known_layer(tensors: Tensors, settings: tuple[int, ...]) -> PreparedLayer | None:
+    """The layer that was prepared from these tensors, if they are as they were."""
+    layer = _layers.get(id(tensors[0]))
+    return layer if layer is not None and layer.fits(tensors, settings) else None
+
+
+def keep_layer(layer: PreparedLayer) -> PreparedLayer:
+    """Keep a layer as long as its packed weight lives."""
+    words = layer.tensors[0]
+    assert words is not None
+    tensor = words()
+    if id(tensor) not in _layers:
+        weakref.finalize(tensor, _layers.pop, id(tensor), None)
+    _layers[id(tensor)] = layer
+    return layer
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Changes when a state dict is loaded into a tensor."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _floats(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().float().contiguous().numpy()
+    return array
+
+
+_ordered = WeakTensorKeyDictionary()  # packed weight -> its version and what ``_in_kernel_order`` gives
+
+
+def _in_kernel_order(
+    words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType
+) -> tuple[Array, Array, Array, Array]:
+    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``."""
+    known: tuple[int, tuple[Array, Array, Array, Array]] | None = _ordered.get(words)
+    if known is not None and known[0] == _version(words):
+        return known[1]
+    spread = words if words.dim() == 4 else words[:, None, None]
+    spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
+    weight = unpack_weight(spread, spread_mask, per_group)
+    first, second = spread, spread_mask
+    if second is not None and loops.FORM == "lookup":  # the weights of -1 and those of +1
+        first, second = second & ~spread, second & spread
+    order = (
+        _in_tiles(first, groups, loops),
+        np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
+        weight.abs().sum((1, 2, 3)).int().numpy(),
+        weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
+    )
+    _ordered[words] = (_version(words), order)
+    return order
+
+
+def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
+    """``[groups, tiles, words, ...]``."""
+    by_group = words.flatten(1).unflatten(0, (groups, -1))
+    tiles = -(-by_group.shape[1] // loops.CHANNELS)
+    filled = functional.pad(by_group, (0, 0, 0, tiles * loops.CHANNELS - by_group.shape[1]))
+    tiled = filled.unflatten(1, (tiles, loops.CHANNELS)).transpose(2, 3)
+    if loops.FORM == "lookup":
+        tiled = (tiled.unsqueeze(-2) >> torch.arange(0, WORD, 8)[:, None]).to(torch.uint8).flatten(-2)
+    ready: Array = tiled.contiguous().numpy()
+    return ready
+
+
+def _image(shape: tuple[int, ...], positions: int, kind: np.dtype[Any]) -> Array:
+    """A padded image of words without bits; memory behind it for windows of ``positions`` more positions."""
+    n, height, width, groups, words = shape
+    count = n * height * width * groups * words
+    return np.zeros(count + (positions + width) * groups * words, kind)[:count].reshape(shape)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _shared(run: Callable[[int, int], None], rows: int, work: int) -> None:
+    """``run(first, last)`` over ``rows``, in as many threads as torch has and the work is worth."""
+    count = max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
+    if count == 1:
+        run(0, rows)
+        return
+    if count not in _pools:
+        _pools[count] = ThreadPoolExecutor(count - 1, "lowbit-runtime")
+    ends = [rows * piece // count for piece in range(count + 1)]
+    waiting = [_pools[count].submit(run, ends[piece], ends[piece + 1]) for piece in range(1, count)]
+    run(0, ends[1])
+    for done in waiting:
+        done.result()
