@@ -122,7 +122,7 @@ def train(
     sample = next(iter(data.epoch(0)))[0]
     name, options = VARIANTS.get(method, (method, {}))
     qat = prepare(model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, sample=sample, seed=SEED, **options).train()
-    optimizer = OptimizerSpec(learning_rate=args.learning_rate, nesterov=True)
+    optimizer = OptimizerSpec(args.optimizer, args.learning_rate, nesterov=True)
     run = TrainRun(
         qat,
         method_of(qat),
@@ -188,12 +188,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
     parser.add_argument("--fresh", action="store_true", help="run again what has a row already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "qat.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    results["setting"] = {key: getattr(args, key) for key in ("network", "images", "epochs", "learning_rate")}
+    results["setting"] = {key: getattr(args, key) for key in ("network", "images", "epochs", "learning_rate", "optimizer")}
     results["float"] = Data(args.images).accuracy(float_start(args.network, args.images))
     print(f"float: {results['float']} %")
     for method, weight_bits, activation_bits in settings(args):

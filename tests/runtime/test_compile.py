@@ -56,7 +56,7 @@ def test_the_compiled_network_computes_what_the_network_computes(method: str) ->
     for batch in (images(), images(7)):
         torch.testing.assert_close(fast(batch), model(batch), rtol=1e-4, atol=1e-4)
     binary = [layer for layer in fast.report.layers if layer.kernel == "binary"]
-    assert len(binary) == (6 if method in ("bi_real_net", "react_net") else 8)
+    assert len(binary) == (8 if method == "xnor_net" else 6)
     assert all("batch norm" in layer.fused for layer in binary)
     assert {layer.name for layer in fast.report.layers} - {layer.name for layer in binary} >= {"conv", "fc"}
     assert "fc: float (its input is neither a sign nor on an affine grid)" in str(fast.report)
@@ -66,7 +66,7 @@ def test_the_compiled_network_computes_what_the_network_computes(method: str) ->
 def test_sums_are_computed_along_with_layers_and_each_by_one_of_them() -> None:
     report = lowbit.compile_runtime(trained("bi_real_net"), sample=images()).report
     assert all(layer.fused == ("batch norm", "sum") for layer in report.layers if layer.kernel == "binary")
-    plain = lowbit.compile_runtime(trained("ir_net"), sample=images()).report
+    plain = lowbit.compile_runtime(trained("xnor_net"), sample=images()).report
     assert sum("sum" in layer.fused for layer in plain.layers) == 3
 
 

@@ -12,17 +12,15 @@ Deviations: zero counts as positive. The default trains as the authors' PyTorch 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowbit.errors import LayerError, SpecError
+from lowbit.errors import SpecError
+from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network import insert
-from lowbit.network.layers import replace_modules
-from lowbit.network.shortcuts import ShortcutBlock, ShortcutUnit, give_shortcuts
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -111,7 +109,7 @@ class BiRealNet(TrainingMethod):
     """
 
     weight_gradient: WeightGradient = "release"
-    shortcuts: Literal["auto", "yes", "no"] = "auto"
+    shortcuts: Shortcuts = "auto"
     weight_init: Literal["keep", "uniform"] = "keep"
     pretraining: float = 0.0
     retrain_norms: int = 0
@@ -162,44 +160,3 @@ def check_share(method: str, name: str, share: float) -> None:
     """SpecError where a share of the epochs leaves none."""
     if not 0 <= share < 1:
         raise SpecError(f"{method}: {name} must be a share of the epochs from 0 to below 1, got {share}")
-
-
-def change_network(job: QatJob, shortcuts: Literal["auto", "yes", "no"], activation: Callable[[int], nn.Module] | None = None) -> None:
-    """Shortcuts around the convolutions of residual blocks, no ReLUs, and shortcuts' 1x1 convolutions in float.
-
-    Args:
-        job: The network, before quantizers are inserted.
-        shortcuts: ``auto``, ``yes`` or ``no``.
-        activation: ``activation(channels)`` makes what follows each sum.
-    """
-    for name, module in job.model.named_modules():
-        for conv in _own_convolutions(module):
-            job.keep_float(f"{name}.{conv}" if name else conv, "a shortcut stays in float")
-    has_blocks = any(isinstance(module, ShortcutBlock | ShortcutUnit) for module in job.model.modules())
-    if shortcuts != "no" and not has_blocks:
-        try:
-            given = give_shortcuts(job.model, job.sample, activation)
-        except LayerError as error:
-            if shortcuts == "yes":
-                raise
-            job.table.note(f"no shortcuts were added: {error}")
-        else:
-            for name in given.own:
-                job.keep_float(name, "a shortcut stays in float")
-            has_blocks = True
-            job.table.note(f"each convolution of {len(given.blocks)} residual blocks has a shortcut of its own")
-            if given.without:
-                job.table.note(
-                    f"without a shortcut of their own, for they are in no residual block that was understood: {', '.join(given.without)}"
-                )
-    if has_blocks:
-        replace_modules(job.model, nn.ReLU, nn.Identity)
-
-
-def _own_convolutions(module: nn.Module) -> list[str]:
-    """Names, within ``module``, of the convolutions of its shortcut."""
-    if isinstance(module, ShortcutBlock):
-        return [module.own_shortcut[0]] if module.own_shortcut else []
-    if isinstance(module, ShortcutUnit):
-        return [f"shortcut.{name}" for name, layer in module.shortcut.named_modules() if name and isinstance(layer, nn.Conv2d)]
-    return []

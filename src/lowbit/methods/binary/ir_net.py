@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network.layers import replace_modules
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
@@ -95,11 +96,14 @@ class IrNet(TrainingMethod):
     Attributes:
         t_min, t_max: Steepness of the estimator in the first epoch and, nearly, in the last. (One of the authors' scripts has 0.001.)
         hardtanh: Where inputs are binary, put Hardtanh in the place of ``nn.ReLU`` modules, as in the paper's networks.
+        shortcuts: Where inputs are binary, give each convolution of a residual block a shortcut of its own, as the paper's ResNet-20 has:
+            ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 
     t_min: float = 0.1
     t_max: float = 10.0
     hardtanh: bool = True
+    shortcuts: Shortcuts = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.t_min <= self.t_max < math.inf:
@@ -114,9 +118,11 @@ class IrNet(TrainingMethod):
         return quantizer
 
     def attach(self, job: QatJob) -> None:
-        if self.hardtanh and job.activation_bits:
-            count = replace_modules(job.model, nn.ReLU, nn.Hardtanh)
-            job.table.note(f"Hardtanh stands in the place of {count} ReLUs")
+        if job.activation_bits:
+            relu = nn.Hardtanh if self.hardtanh else nn.ReLU
+            change_network(job, self.shortcuts, lambda _: relu(), relu)
+            if self.hardtanh and (count := replace_modules(job.model, nn.ReLU, nn.Hardtanh)):
+                job.table.note(f"Hardtanh stands in the place of {count} ReLUs")
         insert_with_norms(job, self.weight_quantizer, self.activation_quantizer, self.initialize_layer)
 
     def before_step(self, run: TrainRun) -> None:

@@ -10,13 +10,13 @@ Deviations: zero counts as positive. Without a teacher the loss is the task's. O
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight, change_network, check_share
+from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight, check_share
+from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
 from lowbit.network.shortcuts import ShiftedPReLU
@@ -78,7 +78,7 @@ class ReactNetMethod(TrainingMethod):
         real_weight_decay: Weight decay of that step; the second has the recipe's own (the paper: none).
     """
 
-    shortcuts: Literal["auto", "yes", "no"] = "auto"
+    shortcuts: Shortcuts = "auto"
     real_weights: float = 0.5
     real_weight_decay: float = 1e-5
 

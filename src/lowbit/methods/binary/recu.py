@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network.layers import replace_modules
 from lowbit.quantizers import Quantizer, SignQuantizer
 from lowbit.quantizers.base import TableQuantizer
@@ -153,12 +154,15 @@ class Recu(TrainingMethod):
         tau_min, tau_max: Probability at which weights are clamped in the first epoch and, nearly, in the last; above 0.5, at most 1.
         scale_init: Scales of filters at the start: ``uniform`` from [0, 1), as the authors do, or ``magnitude``, the mean magnitude.
         hardtanh: Where inputs are binary, put Hardtanh in the place of ``nn.ReLU`` modules, as in the paper's networks.
+        shortcuts: Where inputs are binary, give each convolution of a residual block a shortcut of its own, as the paper's ResNet-20 has:
+            ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 
     tau_min: float = 0.85
     tau_max: float = 0.99
     scale_init: Literal["uniform", "magnitude"] = "uniform"
     hardtanh: bool = True
+    shortcuts: Shortcuts = "auto"
 
     def __post_init__(self) -> None:
         if not 0.5 < self.tau_min <= self.tau_max <= 1:
@@ -173,9 +177,11 @@ class Recu(TrainingMethod):
         return RecuActivation()
 
     def attach(self, job: QatJob) -> None:
-        if self.hardtanh and job.activation_bits:
-            count = replace_modules(job.model, nn.ReLU, nn.Hardtanh)
-            job.table.note(f"Hardtanh stands in the place of {count} ReLUs")
+        if job.activation_bits:
+            relu = nn.Hardtanh if self.hardtanh else nn.ReLU
+            change_network(job, self.shortcuts, lambda _: relu(), relu)
+            if self.hardtanh and (count := replace_modules(job.model, nn.ReLU, nn.Hardtanh)):
+                job.table.note(f"Hardtanh stands in the place of {count} ReLUs")
         weights = functools.partial(self.weight_quantizer, generator=job.generator())
         insert_with_norms(job, weights, self.activation_quantizer, self.initialize_layer)
 
