@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.errors import SpecError
 from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
+from lowbit.runtime.checks import check_input, check_layer, check_residual, check_window, refuse_gradients
 from lowbit.runtime.operator import register_operator
 from lowbit.runtime.target import active_target
 
@@ -176,8 +177,14 @@ def binary_conv2d(
 
     Raises:
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
+        LayerError: A gradient is expected: there is no derivative.
     """
-    out = _check(x, words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
+    refuse_gradients("binary_conv2d", x, scale, bias, residual)
+    check_window(kernel_size, stride, padding, dilation)
+    check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip)
+    check_input(x, in_channels, 4)
+    check_residual(residual, x)
+    out = words.shape[0]
     rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
     residual = _residual(residual, (x.shape[0], out, rows, columns))
     loops = compiled_loops() if x.device.type == "cpu" else None
@@ -223,8 +230,13 @@ def binary_linear(
 
     Raises:
         SpecError: An argument of another type or shape.
+        LayerError: A gradient is expected: there is no derivative.
     """
-    out = _check(x.movedim(-1, 1) if x.dim() > 1 else x[None], words, scale, bias, in_features, 1, None, 0, threshold, flip)
+    refuse_gradients("binary_linear", x, scale, bias, residual)
+    check_layer(words, mask, scale, bias, in_features, 1, None, 0, threshold, flip)
+    check_input(x, in_features, None)
+    check_residual(residual, x)
+    out = words.shape[0]
     shape = (*x.shape[:-1], out)
     residual = _residual(residual, shape)
     loops = compiled_loops() if x.device.type == "cpu" else None
@@ -390,37 +402,3 @@ def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dila
     if size[0] < reach[0] or size[1] < reach[1]:
         raise SpecError(f"an image of {size[0]} x {size[1]} with its padding is smaller than the kernel's reach of {reach[0]} x {reach[1]}")
     return (size[0] - reach[0]) // stride[0] + 1, (size[1] - reach[1]) // stride[1] + 1
-
-
-def _check(
-    x: Tensor,
-    words: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    groups: int,
-    kernel_size: tuple[int, ...] | None,
-    pad_value: int,
-    threshold: Tensor | None,
-    flip: Tensor | None,
-) -> int:
-    """The number of output channels, where all fits; channels of ``x`` are its second dimension."""
-    out = words.shape[0]
-    expected = (out, *(kernel_size or ()), words_for(in_channels // max(groups, 1)))
-    if x.dtype != torch.float32:
-        raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
-    if (kernel_size is not None and x.dim() != 4) or x.shape[1] != in_channels:
-        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
-    if words.dtype != torch.int32 or tuple(words.shape) != expected or in_channels % groups or out % groups:
-        raise SpecError(f"packed weights must be int32 {expected} with {groups} groups, got {words.dtype} {tuple(words.shape)}")
-    for name, tensor, size in (
-        ("scale", scale, out),
-        ("bias", bias, out),
-        ("threshold", threshold, in_channels),
-        ("flip", flip, in_channels),
-    ):
-        if tensor is not None and tensor.shape != (size,):
-            raise SpecError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-    if pad_value not in (-1, 0, 1):
-        raise SpecError(f"pad_value must be -1, 0 or 1, got {pad_value}")
-    return out
