@@ -44,6 +44,8 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
 
             return RuntimeNetwork(content).eval()
         return PackedNetwork(content).eval()
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     except KeyError as error:  # torch refuses a name
         raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
 
@@ -212,6 +214,8 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
 def _call(function: Function, node: Node, args: list[object], kwargs: dict[str, object]) -> object:
     try:
         return function(*args, **kwargs)
+    except SpecError as error:  # inputs have been checked: what the file calls and what it holds do not fit
+        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {error}") from error
     except LowbitError:
         raise
     except Exception as error:  # whatever torch raises

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
-from lowbit.runtime.bits import pack_signs, words_for
+from lowbit.runtime.bits import pack_signs
+from lowbit.runtime.checks import check_input, check_layer, check_residual, check_window, refuse_gradients
 from lowbit.runtime.operator import register_operator
 from lowbit.runtime.prepared import PreparedLayer, keep_layer, known_layer, unpack_weight
 from lowbit.runtime.target import active_target
@@ -169,7 +170,9 @@ def binary_conv2d(
 
     Raises:
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
+        LayerError: A gradient is expected: there is no derivative.
     """
+    refuse_gradients("binary_conv2d", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     tensors, settings = (
         (words, mask, scale, bias, threshold, flip),
@@ -177,8 +180,10 @@ def binary_conv2d(
     )
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
-        _check(words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
-    _check_input(x, in_channels, 4)
+        check_window(kernel_size, stride, padding, dilation)
+        check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip)
+    check_input(x, in_channels, 4)
+    check_residual(residual, x)
     rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
     residual = _residual(residual, (x.shape[0], words.shape[0], rows, columns))
     if loops is None:
@@ -221,13 +226,16 @@ def binary_linear(
 
     Raises:
         SpecError: An argument of another type or shape.
+        LayerError: A gradient is expected: there is no derivative.
     """
+    refuse_gradients("binary_linear", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     tensors, settings = (words, mask, scale, bias, threshold, flip), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
-        _check(words, scale, bias, in_features, 1, None, 0, threshold, flip)
-    _check_input(x, in_features, None)
+        check_layer(words, mask, scale, bias, in_features, 1, None, 0, threshold, flip)
+    check_input(x, in_features, None)
+    check_residual(residual, x)
     shape = (*x.shape[:-1], words.shape[0])
     residual = _residual(residual, shape)
     if loops is None:
@@ -283,39 +291,3 @@ def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dila
     if size[0] < reach[0] or size[1] < reach[1]:
         raise SpecError(f"an image of {size[0]} x {size[1]} with its padding is smaller than the kernel's reach of {reach[0]} x {reach[1]}")
     return (size[0] - reach[0]) // stride[0] + 1, (size[1] - reach[1]) // stride[1] + 1
-
-
-def _check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
-    """SpecError where an input does not fit; its channels are dimension 1 of images, else the last one."""
-    if x.dtype != torch.float32:
-        raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
-    if (rank is not None and x.dim() != rank) or not x.dim() or x.shape[1 if rank else -1] != in_channels:
-        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
-
-
-def _check(
-    words: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    groups: int,
-    kernel_size: tuple[int, ...] | None,
-    pad_value: int,
-    threshold: Tensor | None,
-    flip: Tensor | None,
-) -> None:
-    """SpecError where the parts of a layer do not fit each other."""
-    out = words.shape[0]
-    expected = (out, *(kernel_size or ()), words_for(in_channels // max(groups, 1)))
-    if words.dtype != torch.int32 or tuple(words.shape) != expected or in_channels % groups or out % groups:
-        raise SpecError(f"packed weights must be int32 {expected} with {groups} groups, got {words.dtype} {tuple(words.shape)}")
-    for name, tensor, size in (
-        ("scale", scale, out),
-        ("bias", bias, out),
-        ("threshold", threshold, in_channels),
-        ("flip", flip, in_channels),
-    ):
-        if tensor is not None and tensor.shape != (size,):
-            raise SpecError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-    if pad_value not in (-1, 0, 1):
-        raise SpecError(f"pad_value must be -1, 0 or 1, got {pad_value}")

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lowbit.errors import FileFormatError, SpecError
 from lowbit.export.graph import Graph, Node, Result, Stored
 from lowbit.export.integer_grid import integer_grid
 from lowbit.export.operators import find_operator
@@ -72,6 +73,9 @@ class Conversion:
         graph: The rewritten graph.
         tensors: What it reads beside the tensors that it read before.
         paths: One entry for each layer.
+
+    Raises:
+        FileFormatError: The tensors of a layer do not fit it or each other; names the node.
     """
 
     def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor]) -> None:
@@ -80,7 +84,10 @@ class Conversion:
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
             if node.operator in _BINARY:
-                self.paths.append(self._convert(node))
+                try:
+                    self.paths.append(self._convert(node))
+                except (SpecError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+                    raise FileFormatError(f"graph node {node.name!r}: its settings, weight and batch norm do not fit: {error}") from error
             elif node.operator.startswith(("aten.conv", "aten.matmul", "aten.addmm")):
                 self.paths.append(LayerPath(node.name, "float", reason=f"there is no kernel for {node.operator}"))
         self.graph = self._editor.graph()
