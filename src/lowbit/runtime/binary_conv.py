@@ -4,7 +4,7 @@
 popcount((x ^ w) & m)``. Source: Rastegari et al. 2016, "XNOR-Net", section 3.2.
 
 Each function has a torch reference of the same signature beside it, which unpacks the signs and calls the float layer. Both give the
-same integers; the reference is what runs without numba and on devices other than the CPU.
+same integers; the reference is what runs where there are no kernels: without numba on the CPU, without Triton on CUDA devices, elsewhere.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.errors import SpecError
-from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
-from lowbit.runtime.target import active_target
+from lowbit.runtime.bits import WORD, pack_signs, unpack_weight, words_for
+from lowbit.runtime.prepared import PreparedWeights
+from lowbit.runtime.target import active_target, cuda_target
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
@@ -82,11 +82,11 @@ def binary_conv2d_reference(
     if flip is not None:
         is_one = is_one ^ flip.reshape(-1, 1, 1)
     signs = functional.pad(is_one * 2.0 - 1.0, (padding[1], padding[1], padding[0], padding[0]), value=float(pad_value))
-    weight = _unpacked(words, mask, in_channels // groups).movedim(-1, 1)
+    weight = unpack_weight(words, mask, in_channels // groups).movedim(-1, 1)
     y = functional.conv2d(signs.float(), weight, None, tuple(stride), 0, tuple(dilation), groups).round()
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
-        factor = factor * _input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
+        factor = factor * input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
     return _finished(y * factor, bias, residual, (-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
@@ -105,7 +105,7 @@ def binary_linear_reference(
     is_one = x >= (0.0 if threshold is None else threshold)
     if flip is not None:
         is_one = is_one ^ flip
-    y = functional.linear(is_one * 2.0 - 1.0, _unpacked(words, mask, in_features)).round()
+    y = functional.linear(is_one * 2.0 - 1.0, unpack_weight(words, mask, in_features)).round()
     return _finished(y * scale, bias, residual, (-1,))
 
 
@@ -145,7 +145,7 @@ def _empty_conv2d(
     dilation: Pair,
     *_rest: object,
 ) -> Tensor:
-    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
     out = words.shape[0]
     strides = (rows * columns * out, 1, columns * out, out)
     return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
@@ -201,19 +201,26 @@ def binary_conv2d(
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
     """
     out = _check(x, words, scale, bias, in_channels, groups, tuple(kernel_size), pad_value, threshold, flip)
-    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
     residual = _residual(residual, (x.shape[0], out, rows, columns))
+    if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
+        y: Tensor = kernels.conv2d(
+            x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
+            input_scaling,
+        )  # fmt: skip
+        return y
     loops = compiled_loops() if x.device.type == "cpu" else None
     if loops is None or not x.numel():
         return binary_conv2d_reference(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
             input_scaling,
         )  # fmt: skip
-    k_map = _input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1) if input_scaling else x.new_empty(0, 0, 0, 0)
+    k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1) if input_scaling else x.new_empty(0, 0, 0, 0)
     y = torch.empty(x.shape[0], out, rows, columns, memory_format=torch.channels_last)
     shape = (*kernel_size, *stride, *padding, *dilation)
+    weight = _tiled_weights.get(words, lambda: _tile(words, mask, in_channels // groups, groups, loops))
     _run(
-        loops, _channels_last(x), _tiled(words, mask, in_channels // groups, groups, loops), scale, bias, groups, shape, pad_value, threshold,
+        loops, _channels_last(x), weight, scale, bias, groups, shape, pad_value, threshold,
         flip, _channels_last(residual) if residual is not None else x.new_empty(0, 0, 0, 0), k_map.contiguous(), y.movedim(1, -1),
     )  # fmt: skip
     return y
@@ -250,6 +257,9 @@ def binary_linear(
     out = _check(x.movedim(-1, 1) if x.dim() > 1 else x[None], words, scale, bias, in_features, 1, None, 0, threshold, flip)
     shape = (*x.shape[:-1], out)
     residual = _residual(residual, shape)
+    if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
+        y: Tensor = kernels.linear(x, words, mask, scale, bias, in_features, threshold, flip, residual)
+        return y
     loops = compiled_loops() if x.device.type == "cpu" else None
     if loops is None or not x.numel():
         return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual)
@@ -257,8 +267,8 @@ def binary_linear(
     image = x.contiguous().view(1, 1, -1, in_features)
     none = x.new_empty(0, 0, 0, 0)
     added = none if residual is None else residual.contiguous().view(1, 1, -1, out)
-    tiled = _tiled(words, mask, in_features, 1, loops)
-    _run(loops, image, tiled, scale, bias, 1, (1, 1, 1, 1, 0, 0, 1, 1), 0, threshold, flip, added, none, y.view(1, 1, -1, out))
+    weight = _tiled_weights.get(words, lambda: _tile(words, mask, in_features, 1, loops))
+    _run(loops, image, weight, scale, bias, 1, (1, 1, 1, 1, 0, 0, 1, 1), 0, threshold, flip, added, none, y.view(1, 1, -1, out))
     return y
 
 
@@ -273,6 +283,12 @@ def compiled_loops() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def cuda_kernels() -> ModuleType | None:
+    """The Triton kernels of CUDA devices; ``None`` where the reference is used there."""
+    return importlib.import_module("lowbit.runtime.cuda_kernels") if cuda_target()[0] else None
+
+
 class _Tiled(NamedTuple):
     """A weight in the order in which the kernels of the active target read it."""
 
@@ -282,28 +298,22 @@ class _Tiled(NamedTuple):
     missing: Array  # [kernel height, kernel width, out], sum of the weights at each place
 
 
-_tiled_weights = WeakTensorKeyDictionary()  # packed weight -> (its version, _Tiled)
+_tiled_weights: PreparedWeights[_Tiled] = PreparedWeights()
 
 
-def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Tiled:
-    version = 0 if words.is_inference() else words._version  # a state dict may be loaded into it
-    known: tuple[int, _Tiled] | None = _tiled_weights.get(words)
-    if known is not None and known[0] == version:
-        return known[1]
+def _tile(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Tiled:
     spread = words if words.dim() == 4 else words[:, None, None]
     spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
-    weight = _unpacked(spread, spread_mask, per_group)
+    weight = unpack_weight(spread, spread_mask, per_group)
     first, second = spread, spread_mask
     if second is not None and loops.FORM == "lookup":
         first, second = second & ~spread, second & spread
-    tiled = _Tiled(
+    return _Tiled(
         _in_tiles(first, groups, loops),
         np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
         weight.abs().sum((1, 2, 3)).int().numpy(),
         weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
     )
-    _tiled_weights[words] = (version, tiled)
-    return tiled
 
 
 def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
@@ -380,13 +390,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.detach().movedim(1, -1).contiguous()
 
 
-def _unpacked(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """float32 -1, 0 and +1 along the last dimension."""
-    signs = unpack_signs(words, count)
-    return signs if mask is None else signs * unpack_bits(mask, count)
-
-
-def _input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+def input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
     """``[N, groups, rows, columns]``: the mean of ``|x|`` over a group's channels and the window, places outside counting as 0."""
     mean = x.detach().abs().unflatten(1, (groups, -1)).mean(2)
     kernel = mean.new_full((groups, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
@@ -407,7 +411,8 @@ def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         raise SpecError(f"residual must fit the output's shape {shape}, got {tuple(residual.shape)}") from error
 
 
-def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+def output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+    """Rows and columns that a convolution of ``x`` has; ``SpecError`` where there are none."""
     reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     size = [x.shape[2 + i] + 2 * padding[i] for i in range(2)]
     if size[0] < reach[0] or size[1] < reach[1]:
