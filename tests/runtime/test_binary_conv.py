@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from tests.runtime.binary_cases import any_convolution, signs
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn import functional
@@ -19,36 +20,13 @@ from lowbit.runtime.binary_conv import (
 )
 
 needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are no compiled kernels here")
-pair = st.integers(1, 3)
-
-
-def signs(shape: tuple[int, ...], generator: torch.Generator, *, has_zero: bool = False) -> Tensor:
-    values = torch.randint(0, 3 if has_zero else 2, shape, generator=generator).float()
-    return values - 1 if has_zero else 2 * values - 1
 
 
 @needs_kernels
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
-    draw = data.draw
-    groups, inputs, outputs = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 70)), draw(st.integers(1, 40))
-    kernel, stride, dilation = (draw(st.tuples(pair, pair)) for _ in range(3))
-    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-    least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    size = [n + draw(st.integers(0, 8)) for n in least]
-    pad_value, has_zero = draw(st.sampled_from([-1, 0, 1])), draw(st.booleans())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(draw(st.integers(1, 3)), groups * inputs, *size, generator=generator)
-    if draw(st.booleans()):
-        x = x.contiguous(memory_format=torch.channels_last)
-    threshold = torch.randn(groups * inputs, generator=generator) if draw(st.booleans()) else None
-    flip = torch.rand(groups * inputs, generator=generator) > 0.5 if draw(st.booleans()) else None
-    weight = signs((groups * outputs, inputs, *kernel), generator, has_zero=has_zero)
-    arguments = (
-        x, *pack_conv_weight(weight, groups), torch.ones(groups * outputs), None, groups * inputs, kernel, stride, padding, dilation, groups,
-        pad_value, threshold, flip,
-    )  # fmt: skip
+    arguments = any_convolution(data)
     got = binary_conv2d(*arguments)
     assert torch.equal(got, binary_conv2d_reference(*arguments))
     assert got.is_contiguous(memory_format=torch.channels_last)

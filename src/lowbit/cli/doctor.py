@@ -19,9 +19,9 @@ from lowbit.cli.console import show_table
 from lowbit.errors import LowbitError
 from lowbit.runtime import compiled
 from lowbit.runtime.binary_conv import compiled_loops
-from lowbit.runtime.target import active_target, processor_features
+from lowbit.runtime.target import active_target, cuda_target, processor_features
 
-PACKAGES = ("torch", "numba", "llvmlite", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")
+PACKAGES = ("torch", "numba", "llvmlite", "triton", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")
 FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcntdq", "amx-int8", "neon", "dotprod")
 _FORMS = {"count": "differing bits counted in words", "lookup": "differing bits looked up, four at a time"}
 _FIRST_USE = """
@@ -64,6 +64,8 @@ def _kernels() -> Iterator[tuple[str, object]]:
         yield "processor", ", ".join(name for name in FEATURES if name in found) or None
     except ImportError:
         yield "processor", torch.backends.cpu.get_cpu_capability()
+    on_cuda, why = cuda_target()
+    yield "on CUDA", f"{'triton' if on_cuda else 'reference'}: {why}"
     yield "threads", torch.get_num_threads()
     start = time.perf_counter()
     loops = compiled_loops()

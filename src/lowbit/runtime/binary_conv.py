@@ -4,7 +4,7 @@
 popcount((x ^ w) & m)``. Source: Rastegari et al. 2016, "XNOR-Net", section 3.2.
 
 Each function has a torch reference of the same signature beside it, which unpacks the signs and calls the float layer. Both give the
-same integers; the reference is what runs without numba and on devices other than the CPU.
+same integers; the reference is what runs where there are no kernels: without numba on the CPU, without Triton on CUDA devices, elsewhere.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
-from lowbit.runtime.bits import pack_signs
+from lowbit.runtime.bits import pack_signs, unpack_weight
 from lowbit.runtime.checks import check_input, check_layer, check_residual, check_window, refuse_gradients
 from lowbit.runtime.operator import register_operator
-from lowbit.runtime.prepared import PreparedLayer, keep_layer, known_layer, unpack_weight
-from lowbit.runtime.target import active_target
+from lowbit.runtime.prepared import PreparedLayer, keep_layer, known_layer
+from lowbit.runtime.target import active_target, cuda_target
 
 Pair = Sequence[int]
 
@@ -80,7 +80,7 @@ def binary_conv2d_reference(
     y = functional.conv2d(signs.float(), weight, None, tuple(stride), 0, tuple(dilation), groups).round()
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
-        factor = factor * _input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
+        factor = factor * input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
     return _finished(y * factor, bias, residual, (-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
@@ -116,7 +116,7 @@ def _empty_conv2d(
     dilation: Pair,
     *_rest: object,
 ) -> Tensor:
-    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
     out = words.shape[0]
     strides = (rows * columns * out, 1, columns * out, out)
     return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
@@ -184,8 +184,14 @@ def binary_conv2d(
         check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip)
     check_input(x, in_channels, 4)
     check_residual(residual, x)
-    rows, columns = _output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
     residual = _residual(residual, (x.shape[0], words.shape[0], rows, columns))
+    if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
+        y: Tensor = kernels.conv2d(
+            x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
+            input_scaling,
+        )  # fmt: skip
+        return y
     if loops is None:
         return binary_conv2d_reference(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
@@ -194,7 +200,7 @@ def binary_conv2d(
     if layer is None:
         layer = keep_layer(PreparedLayer(loops, tensors, settings))
     y = x.new_empty((x.shape[0], rows, columns, words.shape[0]))
-    k_map = _input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1).contiguous() if input_scaling else None
+    k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1).contiguous() if input_scaling else None
     layer.run(_channels_last(x), y, None if residual is None else _channels_last(residual), k_map)
     return y.permute(0, 3, 1, 2)
 
@@ -238,6 +244,9 @@ def binary_linear(
     check_residual(residual, x)
     shape = (*x.shape[:-1], words.shape[0])
     residual = _residual(residual, shape)
+    if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
+        y: Tensor = kernels.linear(x, words, mask, scale, bias, in_features, threshold, flip, residual)
+        return y
     if loops is None:
         return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual)
     if layer is None:
@@ -259,12 +268,18 @@ def compiled_loops() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def cuda_kernels() -> ModuleType | None:
+    """The Triton kernels of CUDA devices; ``None`` where the reference is used there."""
+    return importlib.import_module("lowbit.runtime.cuda_kernels") if cuda_target()[0] else None
+
+
 def _channels_last(x: Tensor) -> Tensor:
     """``[N, H, W, C]`` without gaps."""
     return x.detach().permute(0, 2, 3, 1).contiguous()
 
 
-def _input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+def input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
     """``[N, groups, rows, columns]``: the mean of ``|x|`` over a group's channels and the window, places outside counting as 0."""
     mean = x.detach().abs().unflatten(1, (groups, -1)).mean(2)
     kernel = mean.new_full((groups, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
@@ -285,7 +300,8 @@ def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         raise SpecError(f"residual must fit the output's shape {shape}, got {tuple(residual.shape)}") from error
 
 
-def _output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+def output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+    """Rows and columns that a convolution of ``x`` has; ``SpecError`` where there are none."""
     reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     size = [x.shape[2 + i] + 2 * padding[i] for i in range(2)]
     if size[0] < reach[0] or size[1] < reach[1]:

@@ -38,3 +38,9 @@ def unpack_bits(words: Tensor, count: int, dim: int = -1) -> Tensor:
 def unpack_signs(words: Tensor, count: int, dim: int = -1) -> Tensor:
     """The first ``count`` signs along ``dim`` of int32 ``words``, float32 -1 and +1; undoes ``pack_signs``."""
     return unpack_bits(words, count, dim) * 2.0 - 1.0
+
+
+def unpack_weight(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """float32 -1, 0 and +1: the first ``count`` signs along the last dimension, 0 where ``mask`` has no bit."""
+    signs = unpack_signs(words, count)
+    return signs if mask is None else signs * unpack_bits(mask, count)

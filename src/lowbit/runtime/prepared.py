@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,29 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit.runtime.bits import WORD, pack_signs, unpack_bits, unpack_signs, words_for
+from lowbit.runtime.bits import WORD, pack_signs, unpack_weight, words_for
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
+T = TypeVar("T")
 Array = npt.NDArray[np.generic]
 Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def unpack_weight(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """float32 -1, 0 and +1 along the last dimension."""
-    signs = unpack_signs(words, count)
-    return signs if mask is None else signs * unpack_bits(mask, count)
+class PreparedWeights(Generic[T]):
+    """What was made of packed weights, kept as long as they live and nobody writes to them."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()  # packed weight -> (its version, what was made of it)
+
+    def get(self, words: Tensor, prepare: Callable[[], T]) -> T:
+        """What ``prepare`` made of ``words``; a state dict that is loaded into them makes it anew."""
+        version = 0 if words.is_inference() else words._version
+        known: tuple[int, T] | None = self._known.get(words)
+        if known is None or known[0] != version:
+            known = version, prepare()
+            self._known[words] = known
+        return known[1]
 
 
 class PreparedLayer:
@@ -50,7 +61,7 @@ class PreparedLayer:
         limits = torch.zeros(channels) if threshold is None else threshold
         flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
         self.packing = _floats(limits), flips.contiguous().numpy()
-        self.weight = _in_kernel_order(words, mask, per_group, self.groups, loops)
+        self.weight = _ordered.get(words, lambda: _in_kernel_order(words, mask, per_group, self.groups, loops))
         border = pad_value + 1 if shape[4] or shape[5] else 0
         self.finishing = border, _floats(scale), _floats(torch.zeros_like(scale) if bias is None else bias)
         self.nothing = np.empty((0, 0, 0, 0), np.float32)
@@ -120,30 +131,24 @@ def _floats(tensor: Tensor) -> Array:
     return array
 
 
-_ordered = WeakTensorKeyDictionary()  # packed weight -> its version and what ``_in_kernel_order`` gives
+_Ordered = tuple[Array, Array, Array, Array]
+_ordered: PreparedWeights[_Ordered] = PreparedWeights()
 
 
-def _in_kernel_order(
-    words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType
-) -> tuple[Array, Array, Array, Array]:
+def _in_kernel_order(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Ordered:
     """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``."""
-    known: tuple[int, tuple[Array, Array, Array, Array]] | None = _ordered.get(words)
-    if known is not None and known[0] == _version(words):
-        return known[1]
     spread = words if words.dim() == 4 else words[:, None, None]
     spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
     weight = unpack_weight(spread, spread_mask, per_group)
     first, second = spread, spread_mask
     if second is not None and loops.FORM == "lookup":  # the weights of -1 and those of +1
         first, second = second & ~spread, second & spread
-    order = (
+    return (
         _in_tiles(first, groups, loops),
         np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
         weight.abs().sum((1, 2, 3)).int().numpy(),
         weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
     )
-    _ordered[words] = (_version(words), order)
-    return order
 
 
 def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
