@@ -204,3 +204,26 @@ def test_a_network_without_such_layers_is_refused_with_the_reason_for_each() -> 
 def test_a_network_in_memory_needs_a_sample() -> None:
     with pytest.raises(SpecError, match="needs a sample"):
         lowbit.compile_runtime(nn.Linear(3, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_linear_layers_of_packed_weights_keep_no_float_weight(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x = torch.randn(5, 200)
+    small = lowbit.quantize(model, method="round_to_nearest", policy=BitPolicy.uniform(bits, None, first_last=None), calibration=x)
+    with pytest.raises(LayerError, match="weight_only"):
+        lowbit.compile_runtime(small, sample=x)
+    exact, fast = (lowbit.compile_runtime(small, sample=x, weight_only=kind) for kind in ("float", "int8"))
+    assert [layer.kernel for layer in fast.report.layers] == ["packed", "packed"]
+    torch.testing.assert_close(exact(x), small(x), rtol=1e-4, atol=1e-5)
+    error = float((fast(x) - small(x)).norm() / small(x).norm())
+    assert 0 < error < 0.02
+    held = sum(tensor.numel() * tensor.element_size() for tensor in fast.state_dict().values())
+    assert held < 0.5 * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_an_unknown_kind_of_weight_only_is_refused() -> None:
+    with pytest.raises(SpecError, match="none, float, int8"):
+        lowbit.compile_runtime(nn.Linear(3, 4), sample=torch.randn(1, 3), weight_only="int4")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -48,6 +48,14 @@ def run(
         ),
     ] = None,
     preprocess: shared.Preprocess = None,
+    weight_only: Annotated[
+        Literal["none", "float", "int8"],
+        typer.Option(
+            "--weight-only",
+            help="Linear layers whose weights alone are quantized: none: in float; float: decoded while they run, little memory; int8: inputs are "
+            "rounded to 8 bits besides, fast for few samples.",
+        ),
+    ] = "none",
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show for each picture.")] = 3,
     runs: Annotated[int, typer.Option("--runs", min=1, help="How many calls to time.", rich_help_panel=shared.RUN)] = 30,
     batch_size: shared.BatchSize = 1,
@@ -69,7 +77,7 @@ def run(
     plain = load(packed_file(packed))
     assert isinstance(plain, PackedNetwork)
     try:
-        network: PackedNetwork = compile_runtime(plain)
+        network: PackedNetwork = compile_runtime(plain, weight_only=weight_only)
     except LayerError as error:
         network, why = plain, str(error)
     if not quiet:

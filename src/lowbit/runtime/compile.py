@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lowbit.export.packed_file import Package, package
 from lowbit.export.program import export_program
 from lowbit.network.record import record_of
 from lowbit.runtime.binary_conv import compiled_loops
-from lowbit.runtime.convert import OPERATORS, Conversion, LayerPath
+from lowbit.runtime.convert import OPERATORS, Conversion, LayerPath, WeightOnly
 from lowbit.runtime.target import active_target
 
 
@@ -54,9 +55,9 @@ class RuntimeNetwork(PackedNetwork):
         source: What it was made of; ``lowbit.export`` writes that to a file.
     """
 
-    def __init__(self, content: Package) -> None:
+    def __init__(self, content: Package, weight_only: WeightOnly = "none") -> None:
         super().__init__(content)
-        conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes)
+        conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes, weight_only)
         still_read = {name: tensor for name, tensor in content.tensors.items() if name in conversion.graph.tensors}
         super().__init__(replace(content, graph=conversion.graph, tensors={**still_read, **conversion.tensors}))
         for parameter in self.parameters():
@@ -79,7 +80,8 @@ class RuntimeNetwork(PackedNetwork):
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
         raise LayerError(
             f"no layer can run on few-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
-            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits."
+            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits. Linear layers of quantized weights alone: "
+            "weight_only='int8' or 'float'."
         )
 
     def function_of(self, operator: str) -> Callable[..., object]:
@@ -90,29 +92,34 @@ class RuntimeNetwork(PackedNetwork):
         return found if torch.compiler.is_compiling() else found.function
 
 
-def compile_runtime(model: nn.Module, *, sample: object = None) -> RuntimeNetwork:
+def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: WeightOnly = "none") -> RuntimeNetwork:
     """A network that computes what ``model`` computes, its layers of few bits on kernels for few bits.
 
     Args:
         model: A network with quantizers, or one from ``lowbit.load``; it is not changed.
         sample: Inputs of one call, needed for the first kind.
+        weight_only: What becomes of linear layers whose weights are quantized and whose inputs are not: ``none``: they stay in float; ``float``:
+            their weights stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs are rounded to 8
+            bits row by row besides, which is fast for few rows and changes the outputs by about half a percent.
 
     Returns:
         A module in evaluation mode; ``.report`` lists every layer with what it runs on, or why it stayed in float.
 
     Raises:
-        SpecError: ``sample`` is missing.
+        SpecError: ``sample`` is missing, or ``weight_only`` is none of these.
         LayerError: No layer could be converted; says why for each.
         GraphError: The network cannot be exported.
     """
+    if weight_only not in get_args(WeightOnly):
+        raise SpecError(f"weight_only must be one of {', '.join(get_args(WeightOnly))}, got {weight_only!r}")
     if isinstance(model, RuntimeNetwork):
-        return model
-    if isinstance(model, PackedNetwork):
+        content = model.source
+    elif isinstance(model, PackedNetwork):
         content = model.packed_content
     elif sample is None:
         raise SpecError("compile_runtime needs a sample to see what the network computes: compile_runtime(model, sample=images)")
     else:
         content = package(export_program(model, sample), record_of(model))
-    network = RuntimeNetwork(content).eval()
+    network = RuntimeNetwork(content, weight_only).eval()
     network.require_kernels()
     return network

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from lowbit.export.graph import Graph, Node, Result, Stored
 from lowbit.export.integer_grid import integer_grid
 from lowbit.export.operators import find_operator
 from lowbit.quantizers import QTensor
+from lowbit.quantizers.qtensor import SumDecoder
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, int8_conv2d, int8_linear
 from lowbit.runtime.operator import Operator
+from lowbit.runtime.packed_linear import pack_linear_weight, packed_linear
 from lowbit.runtime.thresholds import sign_threshold
 
 _SIGN = "lowbit.fake_quantize_codebook.default"
@@ -30,13 +32,16 @@ _AFFINE, _GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_gr
 _NORM = "aten._native_batch_norm_legit_no_training.default"
 _CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
 _BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
+_PACKED = "lowbit.packed_linear.default"
 _INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
 OPERATORS: dict[str, Operator[...]] = {
     "lowbit.binary_conv2d.default": binary_conv2d,
     "lowbit.binary_linear.default": binary_linear,
     "lowbit.int8_conv2d.default": int8_conv2d,
     "lowbit.int8_linear.default": int8_linear,
+    _PACKED: packed_linear,
 }
+WeightOnly = Literal["none", "float", "int8"]
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
 
@@ -46,7 +51,7 @@ class LayerPath:
 
     Attributes:
         name: Of the layer.
-        kernel: ``binary``, ``ternary`` or ``int8``; ``float`` as before.
+        kernel: ``binary``, ``ternary`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float`` as before.
         fused: What is computed along with it.
         reason: Why it stayed in float.
     """
@@ -68,6 +73,8 @@ class Conversion:
         graph: Of a packed file.
         stored: Its tensors, decoded.
         codes: The codes of quantized weights.
+        weight_only: What becomes of linear layers with quantized weights and other inputs: ``none``: they stay in float; ``float``: weights stay
+            packed and are decoded bit by bit, the arithmetic is float; ``int8``: inputs are rounded to 8 bits besides, row by row.
 
     Attributes:
         graph: The rewritten graph.
@@ -78,7 +85,8 @@ class Conversion:
         FileFormatError: The tensors of a layer do not fit it or each other; names the node.
     """
 
-    def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor]) -> None:
+    def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor], weight_only: WeightOnly = "none") -> None:
+        self._weight_only = weight_only
         self._editor, self._stored, self._codes = GraphEditor(graph), stored, codes
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
@@ -112,6 +120,8 @@ class Conversion:
             reason = path
         else:
             reason = "its input is neither a sign nor on an affine grid"
+        if self._weight_only != "none" and node.operator == _LINEAR and self._to_packed(node, name):
+            return LayerPath(name, "packed", (), f"{self._weight_only} arithmetic")
         return LayerPath(name, "float", self._fold_norm(node, name), reason)
 
     def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
@@ -177,6 +187,22 @@ class Conversion:
         replaced = [node, *(norm or ())]
         self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
         return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
+
+    def _to_packed(self, node: Node, name: str) -> bool:
+        """Let a linear layer read packed codes; whether its codes have a table for each row."""
+        code = self._codes.get(cast(Stored, node.args[1]).name)
+        if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind == "per_group":
+            return False
+        if code.decoder.granularity.kind == "per_channel" and code.decoder.granularity.axis % 2 == 1:
+            return False
+        lowest = -(2 ** (code.bit_width - 1)) if code.codes.dtype.is_signed else 0
+        every = torch.arange(lowest, lowest + 2**code.bit_width).expand(len(code.codes), -1).to(code.codes.dtype)
+        packed = pack_linear_weight(code.codes.short() - lowest, code.decoder.decode(every).float(), code.bit_width)
+        stored = self._keep(f"{name}.words", packed.words), self._keep(f"{name}.table", packed.table)
+        bias, (outputs, inputs) = node.args[2] if len(node.args) > 2 else None, code.codes.shape
+        arguments = (node.args[0], *stored, bias, packed.bit_width, inputs, outputs, self._weight_only)
+        self._editor.fuse([node], Node(node.name, _PACKED, arguments, {}))
+        return True
 
     def _fold_norm(self, node: Node, name: str) -> tuple[str, ...]:
         """Put the batch norm behind a float layer into its weight and bias."""

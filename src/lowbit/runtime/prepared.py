@@ -88,7 +88,7 @@ class PreparedLayer:
         top, left = shape[4], shape[5]
         image = _image((n, height + 2 * top, width + 2 * left, self.groups, self.words), loops.ROWS * shape[3], loops.IMAGE)
         pixels = x.numpy()
-        _shared(
+        share(
             lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
             n * height,
             n * height * width * channels * 32,
@@ -98,7 +98,7 @@ class PreparedLayer:
             self.nothing if residual is None else residual.numpy(), y.numpy(), (height, width), shape,
         )  # fmt: skip
         work = y.numel() * shape[0] * shape[1] * self.words * 32
-        _shared(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
+        share(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
 
 
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
@@ -173,7 +173,7 @@ def _image(shape: tuple[int, ...], positions: int, kind: np.dtype[Any]) -> Array
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def _shared(run: Callable[[int, int], None], rows: int, work: int) -> None:
+def share(run: Callable[[int, int], None], rows: int, work: int) -> None:
     """``run(first, last)`` over ``rows``, in as many threads as torch has and the work is worth."""
     count = max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
     if count == 1:
