@@ -98,7 +98,7 @@ def test_a_linear_layer_of_signs(kernels: ModuleType, shape: tuple[int, ...], ha
 @needs_kernels
 def test_layers_of_one_channel_a_group_and_of_many_channels(kernels: ModuleType) -> None:
     generator = torch.Generator().manual_seed(2)
-    for groups, inputs, outputs in ((33, 1, 1), (33, 1, 2), (1, 300, 150)):
+    for groups, inputs, outputs in ((9, 1, 1), (5, 1, 2), (1, 300, 70)):
         x, weight = torch.randn(2, groups * inputs, 6, 5, generator=generator), signs((groups * outputs, inputs, 3, 3), generator)
         words, mask = pack_conv_weight(weight, groups)
         arguments = there((x, words, mask, torch.ones(len(words)), None, groups * inputs, [3, 3], [1, 1], [1, 1], [1, 1], groups))
