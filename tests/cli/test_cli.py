@@ -66,6 +66,13 @@ def test_every_command_and_every_option_has_help(command: str) -> None:
             assert hint == "None" or "Annotated" in str(hint) or "shared." in str(hint)
 
 
+@pytest.mark.parametrize(("active", "shown"), [(True, "triton: it works"), (False, "reference: it does not")])
+def test_doctor_says_what_layers_on_cuda_run_on(active: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.cli.doctor.cuda_target", lambda: (active, shown.split(": ")[1]))
+    output = run("doctor").output
+    assert shown in next(line for line in output.splitlines() if line.startswith("on CUDA"))
+
+
 def test_methods_list_shows_every_registered_method() -> None:
     output = run("methods", "list").output
     assert all(info.name in output for info in list_methods())

@@ -22,8 +22,9 @@ from lowbit.runtime.binary_conv import input_scale, output_size
 from lowbit.runtime.bits import WORD, unpack_weight, words_for
 from lowbit.runtime.prepared import PreparedWeights
 
-TILE = 4096  # sums that a program keeps in registers
+TILE = 2048  # sums that a program keeps in registers; with twice as many the compiler runs out of them
 TILE_CHANNELS = 64
+THREAD_SUMS = 8
 PACKED_POSITIONS = 64
 
 
@@ -145,13 +146,14 @@ def _convolve(
     n, out, rows, columns = y.shape
     per_group, positions = out // groups, n * rows * columns
     channels = min(triton.next_power_of_2(per_group), TILE_CHANNELS)
-    tile = min(TILE // channels, triton.next_power_of_2(positions), 1024)
+    tile = min(TILE // channels, triton.next_power_of_2(positions))
     with torch.cuda.device_of(x):
         convolve_kernel[(triton.cdiv(positions, tile) * groups * triton.cdiv(per_group, channels),)](
             image, *weight, scale.float().contiguous(), None if bias is None else bias.float().contiguous(), k_map, residual, y,
             positions, image.shape[1], *x.shape[2:], rows, columns, groups, per_group, len(image) // groups, *window,
             *((0, 0, 0, 0) if residual is None else residual.stride()),
             PAD_FACTOR=pad_value + 1 if window[4] or window[5] else 0, POSITIONS=tile, CHANNELS=channels,
+            num_warps=max(tile * channels // (THREAD_SUMS * 32), 1),  # of 32 threads
             enable_fp_fusion=False,  # the reference rounds after each step
         )  # fmt: skip
 
@@ -169,7 +171,7 @@ def _check_devices(x: Tensor, **others: Tensor | None) -> None:
 
 @triton.jit
 def _popcount(words):
-    """Bits that are 1, by masks and shifts; LLVM makes one instruction of it."""
+    """Bits that are 1, by masks and shifts; LLVM makes one instruction of it in a loop."""
     bits = words.to(tl.uint32, bitcast=True)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)

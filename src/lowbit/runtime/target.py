@@ -97,7 +97,7 @@ def cuda_target() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA device"
     if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed: pip install triton"
+        return False, "triton is not installed: pip install 'lowbit[cuda]'"
     try:
         importlib.import_module("lowbit.runtime.cuda_kernels").pack(torch.ones(1, 1, 1, 1, device="cuda"), 1, None, None)
     except Exception as error:  # a triton that does not work on this machine
