@@ -90,10 +90,9 @@ def unpack_linear_weight(words: Tensor, table: Tensor, bit_width: int, out_featu
     parts = words.unflatten(1, (-1, 1, GROUP)) >> shifts[:, None]
     codes = (parts & (2**bit_width - 1)).flatten(1)[:out_features, :in_features]
     if table.shape[1] == 2:
-        lowest, step = table[:, :1], table[:, 1:]
-        return lowest + codes * step
-    levels: Tensor = table.expand(out_features, -1).gather(1, codes.long())
-    return levels
+        values: Tensor = table[:, :1] + codes * table[:, 1:]
+        return values
+    return table.expand(out_features, -1).gather(1, codes.long())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
