@@ -84,6 +84,18 @@ def test_a_linear_layer_of_signs(shape: tuple[int, ...], is_reference: bool) -> 
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_reference_is_right_for_one_channel_and_one_column(is_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 1, 6, 4, generator=generator), signs((1, 1, 2, 3), generator)
+    if is_last:
+        x = torch.empty(x.shape, memory_format=torch.channels_last).copy_(x)
+    arguments = (x, *pack_conv_weight(weight), torch.ones(1), None, 1, [2, 3], [1, 2], [0, 0], [1, 1], 1)
+    expected = functional.conv2d(torch.where(x >= 0, 1.0, -1.0).double().contiguous(), weight.double(), None, (1, 2))
+    for function in (binary_conv2d_reference, binary_conv2d):
+        assert function(*arguments).flatten().tolist() == expected.flatten().tolist()
+
+
 def test_an_empty_batch_gives_an_empty_output() -> None:
     words, mask = pack_conv_weight(torch.ones(4, 3, 3, 3))
     assert binary_conv2d(torch.empty(0, 3, 8, 8), words, mask, torch.ones(4), None, 3, [3, 3], [1, 1], [1, 1], [1, 1], 1).shape == (
