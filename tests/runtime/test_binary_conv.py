@@ -133,6 +133,25 @@ def test_weights_that_are_loaded_in_place_are_used() -> None:
         assert torch.equal(binary_conv2d(x, words.clone(), *rest), -first)
 
 
+@needs_kernels
+def test_the_same_signs_with_another_mask_or_other_groups_are_another_weight() -> None:
+    x, weight = torch.randn(1, 40, 5, 5), torch.ones(4, 40, 3, 3)
+    weight[:, ::2] = 0
+    words, mask = pack_conv_weight(weight)
+    assert mask is not None
+    other = mask.clone()
+    other[1:] = 0
+    rest = (torch.ones(4), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
+    for present in (mask, other, None, mask):
+        assert torch.equal(binary_conv2d(x, words, present, *rest), binary_conv2d_reference(x, words, present, *rest))
+    mask.zero_()
+    assert not binary_conv2d(x, words, mask, *rest).any()
+    words, mask = pack_conv_weight(signs((4, 20, 3, 3), torch.Generator().manual_seed(0)))
+    for groups in (1, 2, 4):
+        arguments = (torch.randn(1, 20 * groups, 5, 5), words, mask, torch.ones(4), None, 20 * groups, *rest[3:-1], groups)
+        assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
+
+
 def test_the_operators_can_be_exported_and_compiled() -> None:
     words, mask = pack_conv_weight(torch.randint(0, 3, (8, 5, 3, 3)).float() - 1)
     opcheck(

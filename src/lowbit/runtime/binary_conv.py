@@ -273,14 +273,14 @@ class _Tiled(NamedTuple):
     missing: Array  # [kernel height, kernel width, out], sum of the weights at each place
 
 
-_tiled_weights = WeakTensorKeyDictionary()  # packed weight -> (its version, _Tiled)
+_tiled_weights = WeakTensorKeyDictionary()  # packed weight -> (its mask, what these are, _Tiled)
 
 
 def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Tiled:
-    version = 0 if words.is_inference() else words._version  # a state dict may be loaded into it
-    known: tuple[int, _Tiled] | None = _tiled_weights.get(words)
-    if known is not None and known[0] == version:
-        return known[1]
+    state = (_version(words), _version(mask), per_group, groups)
+    known: tuple[Tensor | None, tuple[int, ...], _Tiled] | None = _tiled_weights.get(words)
+    if known is not None and known[0] is mask and known[1] == state:
+        return known[2]
     spread = words if words.dim() == 4 else words[:, None, None]
     spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
     weight = _unpacked(spread, spread_mask, per_group)
@@ -293,8 +293,13 @@ def _tiled(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loop
         weight.abs().sum((1, 2, 3)).int().numpy(),
         weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
     )
-    _tiled_weights[words] = (version, tiled)
+    _tiled_weights[words] = (mask, state, tiled)
     return tiled
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Changes when a state dict is loaded into a tensor."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
