@@ -62,6 +62,18 @@ def test_a_linear_layer_of_signs(shape: tuple[int, ...], is_reference: bool) -> 
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_reference_is_right_for_one_channel_and_one_column(is_last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 1, 6, 4, generator=generator), signs((1, 1, 2, 3), generator)
+    if is_last:
+        x = torch.empty(x.shape, memory_format=torch.channels_last).copy_(x)
+    arguments = (x, *pack_conv_weight(weight), torch.ones(1), None, 1, [2, 3], [1, 2], [0, 0], [1, 1], 1)
+    expected = functional.conv2d(torch.where(x >= 0, 1.0, -1.0).double().contiguous(), weight.double(), None, (1, 2))
+    for function in (binary_conv2d_reference, binary_conv2d):
+        assert function(*arguments).flatten().tolist() == expected.flatten().tolist()
+
+
 def test_an_empty_batch_gives_an_empty_output() -> None:
     words, mask = pack_conv_weight(torch.ones(4, 3, 3, 3))
     assert binary_conv2d(torch.empty(0, 3, 8, 8), words, mask, torch.ones(4), None, 3, [3, 3], [1, 1], [1, 1], [1, 1], 1).shape == (
@@ -97,6 +109,25 @@ def test_weights_that_are_loaded_in_place_are_used() -> None:
     assert torch.equal(binary_conv2d(x, words, *rest), -first)
     with torch.inference_mode():
         assert torch.equal(binary_conv2d(x, words.clone(), *rest), -first)
+
+
+@needs_kernels
+def test_the_same_signs_with_another_mask_or_other_groups_are_another_weight() -> None:
+    x, weight = torch.randn(1, 40, 5, 5), torch.ones(4, 40, 3, 3)
+    weight[:, ::2] = 0
+    words, mask = pack_conv_weight(weight)
+    assert mask is not None
+    other = mask.clone()
+    other[1:] = 0
+    rest = (torch.ones(4), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
+    for present in (mask, other, None, mask):
+        assert torch.equal(binary_conv2d(x, words, present, *rest), binary_conv2d_reference(x, words, present, *rest))
+    mask.zero_()
+    assert not binary_conv2d(x, words, mask, *rest).any()
+    words, mask = pack_conv_weight(signs((4, 20, 3, 3), torch.Generator().manual_seed(0)))
+    for groups in (1, 2, 4):
+        arguments = (torch.randn(1, 20 * groups, 5, 5), words, mask, torch.ones(4), None, 20 * groups, *rest[3:-1], groups)
+        assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
 
 
 def test_the_operators_can_be_exported_and_compiled() -> None:

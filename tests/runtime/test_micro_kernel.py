@@ -8,7 +8,7 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
-from lowbit.runtime.micro_kernel import LOOKUP_WORDS, Tile, make_micro_kernel  # noqa: E402
+from lowbit.runtime.micro_kernel import LOOKUP_WORDS, TOGETHER, Tile, make_micro_kernel, subtract_multiple  # noqa: E402
 from lowbit.runtime.target import processor_features  # noqa: E402
 
 TILES = [
@@ -67,3 +67,18 @@ def test_it_counts_the_bits_that_differ(tile: Tile, runs: tuple[int, int], lengt
 def _bytes_apart(words: Any) -> Any:
     """``[words, channels]`` as ``[words, 4, channels]`` bytes."""
     return np.ascontiguousarray(np.moveaxis(words[..., None].view(np.uint8), -1, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, TOGETHER - 1, TOGETHER, 2 * TOGETHER + 3])
+@pytest.mark.parametrize("factor", [0, 1, -2])
+def test_a_multiple_is_subtracted_from_as_many_numbers_as_asked(count: int, factor: int) -> None:
+    @numba.njit
+    def run(target: Any, source: Any, factor: int, count: int) -> None:
+        subtract_multiple(target.ctypes.data, source.ctypes.data, factor, count)
+
+    source = np.arange(-20, 30, dtype=np.int32)
+    target = np.arange(50, dtype=np.int32)
+    expected = target.copy()
+    expected[:count] -= factor * source[:count]
+    run(target, source, factor, count)
+    assert target.tolist() == expected.tolist()

@@ -77,7 +77,9 @@ def binary_conv2d_reference(
         is_one = is_one ^ flip.reshape(-1, 1, 1)
     signs = functional.pad(is_one * 2.0 - 1.0, (padding[1], padding[1], padding[0], padding[0]), value=float(pad_value))
     weight = unpack_weight(words, mask, in_channels // groups).movedim(-1, 1)
-    y = functional.conv2d(signs.float(), weight, None, tuple(stride), 0, tuple(dilation), groups).round()
+    # With one channel both orders of memory look alike, and torch can read one as the other (pytorch issue 82060): copies are unambiguous.
+    signs, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (signs.float(), weight))
+    y = functional.conv2d(signs, weight, None, tuple(stride), 0, tuple(dilation), groups).round()
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
         factor = factor * input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime import compiled
-from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_signs_of_32
+from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_signs_of_32, subtract_multiple
 from lowbit.runtime.target import active_target
 
 Floats = npt.NDArray[np.float32]
@@ -77,24 +77,30 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
 
 
 def _subtract(
-    found: Words,
-    missing: Words,
+    found: int,
+    count: int,
+    missing: int,
+    outputs: int,
     factor: int,
-    begin: int,
     size: tuple[int, int],
     shape: tuple[int, int, int, int, int, int, int, int],
     y: int,
     x: int,
 ) -> None:
-    """Take ``factor * missing`` off ``found`` for every place outside of the window that begins at ``(y, x)``."""
+    """Take ``factor * missing`` off ``found`` for every place outside of the image, of the window that begins at ``(y, x)``.
+
+    Args:
+        found: Address of ``count`` int32.
+        missing: Address of those of the first place; those of the next one are ``outputs`` int32 behind.
+    """
     kernel_h, kernel_w, dilation_h, dilation_w = shape[0], shape[1], shape[6], shape[7]
     for i in range(kernel_h):
+        at_y = y + i * dilation_h
+        is_outside = at_y < 0 or at_y >= size[0]
         for j in range(kernel_w):
-            at_y, at_x = y + i * dilation_h, x + j * dilation_w
-            if at_y < 0 or at_y >= size[0] or at_x < 0 or at_x >= size[1]:
-                lost = missing[i, j, begin : begin + found.size]
-                for c in range(found.size):
-                    found[c] -= factor * lost[c]
+            at_x = x + j * dilation_w
+            if is_outside or at_x < 0 or at_x >= size[1]:
+                subtract_multiple(found, missing + 4 * (i * kernel_w + j) * outputs, factor, count)
 
 
 _add_missing: Any = numba.njit(_subtract)
@@ -177,7 +183,10 @@ def _convolve(
                         for r in range(positions):
                             x = (ox + r) * stride_w - left
                             if is_outside or x < 0 or x + reach_w > size[1]:
-                                _add_missing(counts[r, :size_out], missing, border, begin, size, shape, y_in, x)
+                                _add_missing(
+                                    counts.ctypes.data + 4 * r * CHANNELS, size_out, missing.ctypes.data + 4 * begin, outputs, border,
+                                    size, shape, y_in, x,
+                                )  # fmt: skip
                     place = 4 * ((row * columns + ox) * outputs + begin)
                     factors = k_map.ctypes.data + 4 * ((row * columns + ox) * groups + g) if has_map else 0
                     _finish(

@@ -57,7 +57,7 @@ def conv2d(
     y = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).contiguous() if input_scaling else None
     added = None if residual is None else residual.float().expand(shape)
-    weight = _turned_weights.get(words, lambda: _turn(words, mask, in_channels // groups))
+    weight = _turned_weights.get(words, mask, (in_channels // groups,), lambda: _turn(words, mask, in_channels // groups))
     window = (*kernel_size, *stride, *padding, *dilation)
     _convolve(pack(x, groups, threshold, flip), x, weight, scale, bias, groups, window, pad_value, added, k_map, y)
     return y
@@ -83,7 +83,9 @@ def linear(
     y = torch.empty(*x.shape[:-1], words.shape[0], dtype=torch.float32, device=x.device)
     image = _as_image(x)
     added = None if residual is None else _as_image(residual.float().expand(y.shape))
-    weight = _turned_weights.get(words, lambda: _turn(words[:, None, None], None if mask is None else mask[:, None, None], in_features))
+    weight = _turned_weights.get(
+        words, mask, (in_features,), lambda: _turn(words[:, None, None], None if mask is None else mask[:, None, None], in_features)
+    )
     window = (1, 1, 1, 1, 0, 0, 1, 1)
     _convolve(pack(image, 1, threshold, flip), image, weight, scale, bias, 1, window, 0, added, None, _as_image(y))
     return y

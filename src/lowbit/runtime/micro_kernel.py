@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 Form = Literal["count", "lookup"]
 
 LOOKUP_WORDS = 7  # words whose differing bits a byte can add up
+TOGETHER = 16  # int32 that are subtracted at once
 
 _SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
@@ -245,6 +246,27 @@ def _call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
     """An LLVM function of vectors of one type."""
     function = ir.FunctionType(kind, [kind] * len(arguments))
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+
+def _subtract_multiple(_context: Any, target: Any, source: Any, factor: Any, count: Any) -> Any:
+    """``(target, source, factor, count)``: ``target -= factor * source`` for ``count`` int32 at these addresses."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        target, source, factor, count = arguments
+        whole = builder.and_(count, I64(-TOGETHER))
+        single = builder.insert_element(ir.Constant(ir.VectorType(I32, 1), ir.Undefined), builder.trunc(factor, I32), I32(0))
+        for first, end, lanes in ((I64(0), whole, TOGETHER), (whole, count, 1)):
+            kind, factors = ir.VectorType(I32, lanes), _repeated(builder, single, lanes)
+            with cgutils.for_range_slice(builder, first, end, I64(lanes), I64) as (place, _):
+                there, here = (_pointer(builder, builder.add(base, builder.shl(place, I64(2))), kind) for base in (target, source))
+                product = builder.mul(builder.load(here, align=4), factors)
+                builder.store(builder.sub(builder.load(there, align=4), product), there, align=4)
+        return cgutils.get_null_value(I8.as_pointer())
+
+    return types.void(*[types.intp] * 4), generate
+
+
+subtract_multiple: Any = intrinsic(_subtract_multiple)
 
 
 def _pack_signs(_context: Any, x: Any, threshold: Any) -> Any:

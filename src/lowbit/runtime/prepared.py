@@ -28,16 +28,16 @@ class PreparedWeights(Generic[T]):
     """What was made of packed weights, kept as long as they live and nobody writes to them."""
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()  # packed weight -> (its version, what was made of it)
+        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
 
-    def get(self, words: Tensor, prepare: Callable[[], T]) -> T:
-        """What ``prepare`` made of ``words``; a state dict that is loaded into them makes it anew."""
-        version = 0 if words.is_inference() else words._version
-        known: tuple[int, T] | None = self._known.get(words)
-        if known is None or known[0] != version:
-            known = version, prepare()
+    def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
+        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
+        state = (_version(words), _version(mask), *numbers)
+        known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
+        if known is None or known[0] is not mask or known[1] != state:
+            known = mask, state, prepare()
             self._known[words] = known
-        return known[1]
+        return known[2]
 
 
 class PreparedLayer:
@@ -61,7 +61,9 @@ class PreparedLayer:
         limits = torch.zeros(channels) if threshold is None else threshold
         flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
         self.packing = _floats(limits), flips.contiguous().numpy()
-        self.weight = _ordered.get(words, lambda: _in_kernel_order(words, mask, per_group, self.groups, loops))
+        self.weight = _ordered.get(
+            words, mask, (per_group, self.groups), lambda: _in_kernel_order(words, mask, per_group, self.groups, loops)
+        )
         border = pad_value + 1 if shape[4] or shape[5] else 0
         self.finishing = border, _floats(scale), _floats(torch.zeros_like(scale) if bias is None else bias)
         self.nothing = np.empty((0, 0, 0, 0), np.float32)
