@@ -2,11 +2,13 @@
 
     python benchmarks/binary_conv.py                  # the 3x3 shapes of ResNet-18, batch 1 and 32
     python benchmarks/binary_conv.py --batch 1 --runs 100
-    LOWBIT_KERNELS=avx2 python benchmarks/binary_conv.py --out benchmarks/results/binary_conv_avx2_forced.json
+    LOWBIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/binary_conv.py --out benchmarks/results/binary_conv_avx2_forced.json
 
 Random signs: the time does not depend on them. All variants are timed turn by turn in one process, one thread on one core, each right
 after an untimed call of its own; ratios are medians over the turns. The share of the peak takes the clock from a chain of
 multiplications timed in the same turn. Results: benchmarks/results/binary_conv_<kernels>.json.
+
+``ONEDNN_MAX_CPU_ISA`` keeps torch and OpenVINO from AVX-512 too; ONNX Runtime cannot be kept from it.
 
 What can be reached depends on the processor. A core with VPOPCNTDQ does 341 products of one bit in a cycle; of float32 it does 16 (Zen 4) or 32
 (two units of 512 bits, as in Xeons), of int8 64 or 128 with VNNI, and 1024 with AMX, where 8 bits are faster than one bit can be.
@@ -201,6 +203,7 @@ def main() -> None:
     print(f"{machine()}; kernels {target.name}: {why}; load {load:.1f}", flush=True)
     cycles = None if compiled_loops() is None else clock()
     result = {"threads": 1, "machine": machine(), "load": round(load, 1), "kernels": target.name, "why": why, "runs": args.runs}
+    result["environment"] = {name: os.environ[name] for name in ("LOWBIT_KERNELS", "ONEDNN_MAX_CPU_ISA") if name in os.environ}
     result["first_use_seconds"] = first_use()
     result["shapes"] = [
         measure(channels, size, batch, args.runs if batch == 1 else max(args.runs // 10, 5), cycles)
