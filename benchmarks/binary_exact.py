@@ -1,0 +1,102 @@
+"""Whether a trained binary network on the kernels gives the answers that it gave in training: all 10,000 Fashion-MNIST test images.
+
+    python benchmarks/binary_exact.py                     # some minutes
+    python benchmarks/binary_exact.py --steps 400         # trained longer
+
+A resnet20 is trained with each method for a while (what matters is that its norms and weights are no longer random), compiled, and compared image
+by image with the float simulation that it was trained as. A value within rounding errors of zero can get either sign, and one next to a step of
+an 8-bit grid either code, and then logits move. How often rounding alone does that is seen by simulating in float64: the simulation in
+float32 and the kernels are each held against it. Results: benchmarks/results/binary_exact.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from qat import BATCH, Data, float_start
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.spec import BitPolicy
+from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.train.prepare import method_of, prepare
+
+RESULT = Path(__file__).parent / "results" / "binary_exact.json"
+METHODS = ("bi_real_net", "react_net", "ir_net")
+
+
+def trained(method: str, data: Data, steps: int, *, is_first_last_float: bool) -> nn.Module:
+    """A resnet20 after ``steps`` steps at one bit."""
+    policy = BitPolicy.uniform(1, 1)
+    if is_first_last_float:
+        policy = policy.keep_float("conv").keep_float("fc")
+    sample = next(iter(data.epoch(0)))[0]
+    model = prepare(float_start("resnet20", 60_000), method=method, policy=policy, sample=sample).train()
+    recipe = Recipe(2, BATCH, OptimizerSpec("adam", 2e-3))
+    run = TrainRun(
+        model,
+        method_of(model),
+        Classification(),
+        recipe,
+        steps // 2,
+        batches=lambda n: [b for b, _ in zip(data.epoch(0), range(n), strict=False)],
+    )
+    for epoch in run.each_epoch():
+        for batch, _ in zip(data.epoch(epoch), range(steps // 2), strict=False):
+            run.before_step()
+            run.loss(batch).backward()
+            run.after_backward()
+            run.optimizer_step()
+            run.after_step()
+    return model.eval()
+
+
+@torch.no_grad()
+def compare(model: nn.Module, data: Data) -> dict[str, object]:
+    """The kernels, and the simulations in float32 and float64, on every test image."""
+    network, precise = lowbit.compile_runtime(model, sample=data.test[:4]), copy.deepcopy(model).double()
+    outputs: dict[str, list[Tensor]] = {"kernels": [], "float32": [], "float64": []}
+    for x in data.test.split(500):
+        outputs["kernels"].append(network(x))
+        outputs["float32"].append(model(x))
+        outputs["float64"].append(precise(x.double()).float())
+    found = {name: torch.cat(parts) for name, parts in outputs.items()}
+    row: dict[str, object] = {
+        "images": len(data.test),
+        "accuracy": round(100 * float((found["kernels"].argmax(1) == data.test_labels).float().mean()), 2),
+        "binary_layers": sum(layer.kernel == "binary" for layer in network.report.layers),
+        "kernels": network.report.target,
+    }
+    for a, b in (("kernels", "float32"), ("kernels", "float64"), ("float32", "float64")):
+        difference = (found[a] - found[b]).abs().amax(1)
+        row[f"{a} against {b}"] = {
+            "same_top1": int((found[a].argmax(1) == found[b].argmax(1)).sum()),
+            "within_1e-4": int((difference <= 1e-4).sum()),
+            "median_difference": float(difference.median()),
+            "largest_difference": float(difference.max()),
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    data = Data(60_000)
+    rows = {}
+    for method in args.methods:
+        for is_float in (False, True):
+            key = f"{method}, first and last layer in {'float' if is_float else '8 bits'}"
+            rows[key] = compare(trained(method, data, args.steps, is_first_last_float=is_float), data)
+            print(key, rows[key], flush=True)
+            args.out.write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
