@@ -76,14 +76,16 @@ def run(
         raise SpecError("name a picture or a folder of pictures to classify, or ask for --benchmark")
     plain = load(packed_file(packed))
     assert isinstance(plain, PackedNetwork)
+    classes = None if pictures is None else _Classes.of(plain, data, preprocess)
+    paths = [] if pictures is None else [pictures] if pictures.is_file() else pictures_in(pictures)
     try:
         network: PackedNetwork = compile_runtime(plain, weight_only=weight_only)
     except LayerError as error:
         network, why = plain, str(error)
     if not quiet:
         say(f"{network.report}" if isinstance(network, RuntimeNetwork) else f"in float: {why}")
-    if pictures is not None:
-        _classify(network, pictures, _Classes.of(network, data, preprocess), top, batch_size, out, quiet)
+    if classes is not None:
+        _classify(network, paths, classes, top, batch_size, out, quiet)
     if benchmark:
         _time(plain, network, batch_size, runs)
 
@@ -125,8 +127,9 @@ class _Classes:
         return self.names[label] if label < len(self.names) else str(label)
 
 
-def _classify(network: nn.Module, place: Path, classes: _Classes, top: int, batch_size: int, out: Path | None, quiet: bool) -> None:
-    paths = [place] if place.is_file() else pictures_in(place)
+def _classify(
+    network: nn.Module, paths: Sequence[Path], classes: _Classes, top: int, batch_size: int, out: Path | None, quiet: bool
+) -> None:
     if out is not None:
         prepare_folder(out.parent, needed_bytes=1_000_000, option="--out")
     rows: list[tuple[str, list[tuple[str, float]]]] = []
