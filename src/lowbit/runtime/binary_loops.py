@@ -50,30 +50,62 @@ def _same(word: Any) -> Any:
 _image_word: Any = numba.njit(_spread if FORM == "lookup" else _same)
 
 
-def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
-    """``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has ones.
+def _few_signs(x: Floats, threshold: Floats) -> Any:
+    """``pack_signs_of_32`` for fewer than 32 numbers."""
+    bits = np.uint32(0)
+    for i in range(x.size):
+        bits |= np.uint32(x[i] >= threshold[i]) << np.uint32(i)
+    return np.int32(bits)
 
-    For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+
+_pack_few_signs: Any = numba.njit(_few_signs)
+
+
+def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
+    """The bits of the number of thresholds that each ``x[n, h, w, c]`` reaches, in the padded images of words of each bit.
+
+    With one threshold, ``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has
+    ones. With more of them, in ascending order, ``image[p N + n]`` are bits ``p`` of their number: number ``k`` turns bit ``p`` over if
+    ``2**p`` divides ``k``. For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+
+    Args:
+        x: ``[N, H, W, C]``.
+        threshold: ``[levels, C]``.
+        flip: ``[G, words]``.
+        image: ``[planes * N, ...]``, zeros where ``x`` comes to lie.
+        top, left: Padding of the image.
+        groups: Of the layer.
+        first, last: Which rows.
     """
-    height, width, channels = x.shape[1], x.shape[2], x.shape[3]
+    images, height, width, channels = x.shape
     per_group = channels // groups
-    whole = per_group // 32
-    words = image.shape[4]
+    words, planes = image.shape[4], image.shape[0] // images
     for row in range(first, last):
         n, h = row // height, row % height
         for w in range(width):
             for g in range(groups):
-                values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
-                limits = threshold.ctypes.data + 4 * g * per_group
-                for word in range(whole):
-                    bits = pack_signs_of_32(values + 128 * word, limits + 128 * word)
-                    image[n, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
-                if whole < words:
-                    rest = np.uint32(0)
-                    for i in range(32 * whole, per_group):
-                        is_one = x[n, h, w, g * per_group + i] >= threshold[g * per_group + i]
-                        rest |= np.uint32(is_one) << np.uint32(i - 32 * whole)
-                    image[n, top + h, left + w, g, whole] = _image_word(np.int32(rest) ^ flip[g, whole])
+                for word in range(words):
+                    begin = g * per_group + 32 * word
+                    end = min(begin + 32, (g + 1) * per_group)
+                    values = x.ctypes.data + 4 * ((row * width + w) * channels + begin)
+                    for level in range(threshold.shape[0]):
+                        if end - begin == 32:
+                            bits = pack_signs_of_32(values, threshold.ctypes.data + 4 * (level * channels + begin))
+                        else:
+                            bits = _pack_few_signs(x[n, h, w, begin:end], threshold[level, begin:end])
+                        found = _image_word(bits ^ flip[g, word])
+                        for plane in range(planes):
+                            if (level + 1) % (1 << plane) == 0:
+                                image[plane * images + n, top + h, left + w, g, word] ^= found
+
+
+def _add(total: Words, found: Words, shift: int) -> None:
+    """``total += found * 2**shift``."""
+    for i in range(total.size):
+        total[i] += found[i] << np.int32(shift)
+
+
+_add_shifted: Any = numba.njit(_add)
 
 
 def _subtract(
@@ -120,11 +152,13 @@ def _convolve(
     """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
 
     ``y = dot * (scale * k_map) + bias + residual`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
-    ``border * missing`` of the places outside: the image holds zeros there, that is -1.
+    ``border * missing`` of the places outside: the image holds zeros there, that is -1. With several bits of inputs and weights, ``count`` is
+    the sum of ``2**(p + q)`` times the count of bit ``p`` of the inputs and ``q`` of the weights, and there is no ``border``.
 
     Args:
-        image: ``[N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
-        weight: ``[G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel wants them.
+        image: ``[input bits * N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
+        weight: ``[weight bits * G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel
+            wants them.
         mask: Like ``weight``, or empty.
         total: ``[out]``, what the dot product is if no bit differs.
         missing: ``[kernel height, kernel width, out]``, the sum of the weights at each place.
@@ -147,31 +181,42 @@ def _convolve(
         runs, run_stride, length = 1, 0, kernel_w * words
     reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
     origin = image.ctypes.data
+    input_bits, weight_bits = image.shape[0] // y.shape[0], weight.shape[0] // groups
+    plane = _STEP * y.shape[0] * image.shape[1] * line  # bytes from one bit of the inputs to the next
     counts = np.empty((ROWS, CHANNELS), np.int32)
+    counts_of_bits = np.empty((ROWS, CHANNELS), np.int32)
+    has_planes = input_bits * weight_bits > 1
+    found = counts_of_bits if has_planes else counts
     has_mask, has_map, has_residual = mask.size > 0, k_map.size > 0, residual.size > 0
     outputs = y.shape[3]
     for g in range(groups):
         for tile in range(weight.shape[1]):
             begin = g * channels + tile * CHANNELS
             size_out = min(CHANNELS, (g + 1) * channels - begin)
-            weight_address = weight[g, tile].ctypes.data
-            mask_address = mask[g, tile].ctypes.data if has_mask else 0
             for row in range(first, last):
                 n, oy = row // rows, row % rows
                 y_in = oy * stride_h - top
                 is_outside = y_in < 0 or y_in + reach_h > size[0]
                 for ox in range(0, columns, ROWS):
                     start = origin + _STEP * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
-                    if has_mask:
-                        _masked(
-                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                            weight_address, mask_address, counts.ctypes.data,
-                        )  # fmt: skip
-                    else:
-                        _plain(
-                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                            weight_address, 0, counts.ctypes.data,
-                        )  # fmt: skip
+                    if has_planes:
+                        counts[:] = 0
+                    for p in range(input_bits):
+                        for q in range(weight_bits):
+                            words_of_bits = start + p * plane
+                            weight_address = weight[q * groups + g, tile].ctypes.data
+                            if has_mask:
+                                _masked(
+                                    words_of_bits, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                                    weight_address, mask[q * groups + g, tile].ctypes.data, found.ctypes.data,
+                                )  # fmt: skip
+                            else:
+                                _plain(
+                                    words_of_bits, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                                    weight_address, 0, found.ctypes.data,
+                                )  # fmt: skip
+                            if has_planes:
+                                _add_shifted(counts.ravel(), found.ravel(), p + q)
                     positions = min(ROWS, columns - ox)
                     if border:
                         for r in range(positions):
@@ -197,7 +242,7 @@ def _array(kind: Any, rank: int) -> Any:
 
 _FLOATS, _WORDS = types.float32, types.int32
 _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
-_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
+_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
 _CONVOLVE = types.void(
     _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
     _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
