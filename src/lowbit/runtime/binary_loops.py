@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime import compiled
-from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_signs_of_32
+from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_bits_of_32
 from lowbit.runtime.target import active_target
 
 Floats = npt.NDArray[np.float32]
@@ -50,15 +50,16 @@ def _same(word: Any) -> Any:
 _image_word: Any = numba.njit(_spread if FORM == "lookup" else _same)
 
 
-def _few_signs(x: Floats, threshold: Floats) -> Any:
-    """``pack_signs_of_32`` for fewer than 32 numbers."""
+def _few_bits(x: Floats, threshold: Floats, step: int) -> Any:
+    """``pack_bits_of_32`` for fewer than 32 numbers, from level ``step - 1`` on."""
     bits = np.uint32(0)
-    for i in range(x.size):
-        bits |= np.uint32(x[i] >= threshold[i]) << np.uint32(i)
+    for level in range(step - 1, threshold.shape[0], step):
+        for i in range(x.size):
+            bits ^= np.uint32(x[i] >= threshold[level, i]) << np.uint32(i)
     return np.int32(bits)
 
 
-_pack_few_signs: Any = numba.njit(_few_signs)
+_pack_few_bits: Any = numba.njit(_few_bits)
 
 
 def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
@@ -72,7 +73,7 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
         x: ``[N, H, W, C]``.
         threshold: ``[levels, C]``.
         flip: ``[G, words]``.
-        image: ``[planes * N, ...]``, zeros where ``x`` comes to lie.
+        image: ``[planes * N, ...]``.
         top, left: Padding of the image.
         groups: Of the layer.
         first, last: Which rows.
@@ -88,15 +89,13 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
                     begin = g * per_group + 32 * word
                     end = min(begin + 32, (g + 1) * per_group)
                     values = x.ctypes.data + 4 * ((row * width + w) * channels + begin)
-                    for level in range(threshold.shape[0]):
+                    for plane in range(planes):
                         if end - begin == 32:
-                            bits = pack_signs_of_32(values, threshold.ctypes.data + 4 * (level * channels + begin))
+                            limits = threshold.ctypes.data + 4 * begin
+                            bits = pack_bits_of_32(values, limits, 4 * channels, (1 << plane) - 1, threshold.shape[0], 1 << plane)
                         else:
-                            bits = _pack_few_signs(x[n, h, w, begin:end], threshold[level, begin:end])
-                        found = _image_word(bits ^ flip[g, word])
-                        for plane in range(planes):
-                            if (level + 1) % (1 << plane) == 0:
-                                image[plane * images + n, top + h, left + w, g, word] ^= found
+                            bits = _pack_few_bits(x[n, h, w, begin:end], threshold[:, begin:end], 1 << plane)
+                        image[plane * images + n, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
 
 
 def _add(total: Words, found: Words, shift: int) -> None:

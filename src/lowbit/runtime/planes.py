@@ -2,7 +2,7 @@
 
 An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is ``sum 2**q t_q``
 with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums over a window that the binary
-kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, Eq. 3, here with signs.
+kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, here with signs.
 
 Each function has a torch reference of the same signature beside it. Both give the same integers.
 """
