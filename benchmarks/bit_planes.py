@@ -51,9 +51,7 @@ def variants(x: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
     last = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     codes = torch.randint(-127, 128, (channels, channels, 3, 3), dtype=torch.int8)
     rest = (torch.ones(channels), None, [0.0, 0.02, 0.0, 0.0, 0.02, 0, 255], [1, 1], [1, 1], [1, 1], 1)
-    calls: dict[str, Callable[[], object]] = {
-        f"{weight} x {bits}": planes_call(x_last, WEIGHTS[weight], bits) for weight, bits in PAIRS
-    }
+    calls: dict[str, Callable[[], object]] = {f"{weight} x {bits}": planes_call(x_last, WEIGHTS[weight], bits) for weight, bits in PAIRS}
     if has_exact_kernels():
         calls["int8"] = lambda: int8_conv2d.function(x_last, codes, *rest)
     calls["onnxruntime int8"] = onnx_call(onnx_files(layer, x, folder)[1], x)
@@ -81,9 +79,7 @@ def measure(channels: int, size: int, runs: int) -> dict[str, object]:
         "channels": channels,
         "size": size,
         "ms": {name: round(1e3 * statistics.median(values), 4) for name, values in times.items()},
-        "faster_than": {
-            other: {name: round(ratio(values, times[name]), 2) for name in planes} for other, values in rows.items()
-        },
+        "faster_than": {other: {name: round(ratio(values, times[name]), 2) for name in planes} for other, values in rows.items()},
     }
     print(json.dumps(row), flush=True)
     return row
@@ -101,7 +97,14 @@ def main() -> None:
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     target, limit = active_target()[0].name, os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     print(f"{machine()}; kernels {target}; load {load}", flush=True)
-    result: dict[str, object] = {"threads": 1, "machine": machine(), "load": load, "kernels": target, "onednn_limit": limit, "runs": args.runs}
+    result: dict[str, object] = {
+        "threads": 1,
+        "machine": machine(),
+        "load": load,
+        "kernels": target,
+        "onednn_limit": limit,
+        "runs": args.runs,
+    }
     result["shapes"] = [measure(channels, size, args.runs) for channels, size in SHAPES]
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ Each function has a torch reference of the same signature beside it. Both give t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -32,6 +33,43 @@ MOST_LEVELS = 15  # thresholds of the inputs: codes of 4 bits
 MOST_WEIGHT = 3  # in magnitude: 2 bits
 
 Pair = Sequence[int]
+
+
+def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["planes", "int8", "float"], str]:
+    """What layers of these bits run fastest on here, and why. The cost of planes is that of a binary layer times the pairs of bits.
+
+    Measured by benchmarks/bit_planes.py on the 3x3 convolutions of ResNet-18 against the faster of oneDNN's and ONNX Runtime's 8-bit ones.
+
+    Args:
+        weight_bits: 1 to 8; 1 for weights of -1, 0 and +1 too.
+        activation_bits: 1 to 8.
+
+    Raises:
+        SpecError: Other bits.
+    """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 1 <= bits <= 8:
+            raise SpecError(f"{name} must be 1 to 8, got {bits}")
+    pairs, (most, why) = weight_bits * activation_bits, most_pairs()
+    if pairs <= most and weight_bits <= 2 and activation_bits <= 4:
+        return "planes", f"{pairs} of at most {most} pairs of bits: {why}"
+    reason = f"{pairs} pairs of bits, more than {most}: {why}"
+    return ("int8", reason) if has_exact_kernels() else ("float", f"{reason}; an ONNX file runs it in integers")
+
+
+@functools.cache
+def most_pairs() -> tuple[int, str]:
+    """How many pairs of bits planes are worth on this processor, and why."""
+    target = active_target()[0]
+    if compiled_loops() is None:
+        return 0, "there are no compiled kernels here"
+    if not has_exact_kernels():
+        return 2, "what is left is float32, torch has no exact 8-bit kernels for this processor"
+    if "amx-int8" in processor_features():
+        return 1, "this processor multiplies 8-bit matrices (AMX) as fast as two pairs of bits are counted"
+    if target.form == "lookup":
+        return 1, "looking up bits takes as long as 8-bit products from two pairs on"
+    return 2, "8-bit products take as long as three pairs of bits"
 
 
 def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -231,13 +269,14 @@ class PlanesLayer(PreparedLayer):
         super().__init__(loops, tensors, settings)
         self.zero_code, self.planes = settings[-1], len(self.packing[0]).bit_length()
         weight, mask, counted, missing = self.weight
-        factors = 2 ** np.arange(len(tensors[0]), dtype=np.int32)[:, None]
-        counted, sums = ((factors * part.reshape(len(factors), -1)).sum(0, dtype=np.int32) for part in (counted, missing.sum((0, 1))))
+        factors = 2 ** torch.arange(len(tensors[0]), dtype=torch.int32)[:, None]
+        magnitudes, sums = (
+            (torch.from_numpy(part).view(len(factors), -1) * factors).sum(0) for part in (counted, missing.sum((0, 1), dtype=np.int32))
+        )
         highest = 2**self.planes - 1
-        total = (highest * counted + (highest - 2 * self.zero_code) * sums).astype(np.int32)
-        self.weight = weight, mask, total, missing
-        _, scale, bias = self.finishing
-        self.finishing = 0, scale / np.float32(2), bias  # the image holds the code of 0 around it, and sums are doubled
+        total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
+        self.weight = weight, mask, total.int().numpy(), missing
+        self.finishing = 0, (tensors[2].detach() / 2).contiguous().numpy(), self.finishing[2]  # padding is in the image; sums are doubled
         inputs = np.zeros((1, 1, 1, settings[0]), np.float32)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
         loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)

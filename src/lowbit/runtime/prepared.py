@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +103,6 @@ class PreparedLayer:
         pairs = self.planes * len(self.weight[0]) // self.groups
         work = y.numel() * shape[0] * shape[1] * self.words * 32 * pairs
         _shared(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
-
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
         """Padded images without bits, into which inputs are packed; behind them memory for windows that reach over the end."""
