@@ -1,11 +1,11 @@
 """How fast convolutions of a few bits are plane by plane, against 8-bit convolutions of the same shape.
 
     python benchmarks/bit_planes.py                   # the 3x3 shapes of ResNet-18, batch 1
-    LOWBIT_KERNELS=avx2 python benchmarks/bit_planes.py --name avx2
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python benchmarks/bit_planes.py --name avx512_vnni
+    LOWBIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2_VNNI python benchmarks/bit_planes.py --name avx2_vnni
 
-Weights times inputs: 1 bit, or -1, 0 and +1 (ternary), or 2 bits (-2 to 1, and -3, -1, 1, 3 as odd) times 2 to 4 bits. Float in, float out: all
-variants but torch's float convolution quantize their input. Timed as in benchmarks/binary_conv.py. ``int8`` is lowbit.int8_conv2d, that is
+Weights times inputs: 1 bit, or -1, 0 and +1 (ternary), or 2 bits (-2 to 1, and -3, -1, 1, 3 as odd) times 1 to 4 bits. Float in, float
+out: all variants but torch's float convolution quantize their input. Timed as in benchmarks/binary_conv.py. ``int8`` is lowbit.int8_conv2d, that is
 oneDNN's, which ONEDNN_MAX_CPU_ISA keeps from instructions that other processors lack; it says nothing to ONNX Runtime. Results:
 benchmarks/results/bit_planes.json, one entry for each ``--name``.
 """
@@ -31,7 +31,7 @@ from lowbit.runtime.planes import input_thresholds, pack_planes, planes_conv2d
 
 RESULT = Path(__file__).parent / "results" / "bit_planes.json"
 WEIGHTS = {"1": (-1, 1), "ternary": (-1, 0, 1), "2": (-2, -1, 0, 1), "2 odd": (-3, -1, 1, 3)}
-PAIRS = (("1", 2), ("ternary", 2), ("1", 3), ("ternary", 3), ("1", 4), ("ternary", 4), ("2", 2), ("2 odd", 2))
+PAIRS = (("1", 1), ("1", 2), ("ternary", 2), ("1", 3), ("ternary", 3), ("1", 4), ("ternary", 4), ("2", 2), ("2 odd", 2))
 
 
 def planes_call(x: Tensor, levels: tuple[int, ...], bit_width: int) -> Callable[[], object]:

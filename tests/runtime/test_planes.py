@@ -89,7 +89,9 @@ def test_a_linear_layer_of_planes(shape: tuple[int, ...], is_reference: bool) ->
     torch.testing.assert_close(got, functional.linear(codes.float() - 1, weight) * scale + bias)
 
 
-@pytest.mark.parametrize(("levels", "count", "is_masked"), [((-1, 1), 1, False), ((-1, 0, 1), 1, True), ((-3, -1, 1, 3), 2, False), ((0, 2), 2, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("levels", "count", "is_masked"), [((-1, 1), 1, False), ((-1, 0, 1), 1, True), ((-3, -1, 1, 3), 2, False), ((0, 2), 2, True)]
+)
 def test_weights_take_as_few_planes_as_they_need(levels: tuple[int, ...], count: int, is_masked: bool) -> None:
     weight = whole_numbers(levels, (6, 40, 2, 1), torch.Generator().manual_seed(0))
     words, mask = pack_planes(weight)
@@ -98,7 +100,14 @@ def test_weights_take_as_few_planes_as_they_need(levels: tuple[int, ...], count:
     assert torch.equal(unpack_planes(words, mask, 40).movedim(-1, 1), weight)
 
 
-@pytest.mark.parametrize("grid", [InputGrid(0.0, 0.1, 0.0, 0.0, 0.1, 0, 3), InputGrid(0.0, 0.3, 7.0, 7.0, 0.3, 0, 15), InputGrid(-0.7, 0.2, -4.0, 0.0, 0.2, -4, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "grid",
+    [
+        InputGrid(0.0, 0.1, 0.0, 0.0, 0.1, 0, 3),
+        InputGrid(0.0, 0.3, 7.0, 7.0, 0.3, 0, 15),
+        InputGrid(-0.7, 0.2, -4.0, 0.0, 0.2, -4, 3),
+    ],
+)
 def test_thresholds_give_the_codes_of_a_grid_to_the_last_bit(grid: InputGrid) -> None:
     thresholds = input_thresholds(grid)
     below = torch.nextafter(thresholds, torch.tensor(-torch.inf))

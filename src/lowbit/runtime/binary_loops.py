@@ -65,9 +65,9 @@ _pack_few_bits: Any = numba.njit(_few_bits)
 def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
     """The bits of the number of thresholds that each ``x[n, h, w, c]`` reaches, in the padded images of words of each bit.
 
-    With one threshold, ``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has
-    ones. With more of them, in ascending order, ``image[p N + n]`` are bits ``p`` of their number: number ``k`` turns bit ``p`` over if
-    ``2**p`` divides ``k``. For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+    With one threshold, ``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip``
+    has ones. With more of them, in ascending order, ``image[p N + n]`` are bits ``p`` of their number: threshold ``k`` turns bit ``p``
+    over if ``2**p`` divides ``k``. For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
 
     Args:
         x: ``[N, H, W, C]``.

@@ -1,8 +1,8 @@
 """The graph of a packed network rewritten so that layers run on few-bit kernels, with what stands around them computed along.
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
-becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights or the comparison of
-the next sign; sums with another tensor of the same shape are computed along with binary layers.
+becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
+or the comparison of the next sign; sums with another tensor of the same shape are computed along with binary layers.
 """
 
 from __future__ import annotations

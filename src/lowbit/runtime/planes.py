@@ -1,8 +1,8 @@
 """Layers whose weights and inputs have a few bits each, by the kernels of binary layers: one product of signs for each pair of bits.
 
-An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is ``sum 2**q t_q``
-with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums over a window that the binary
-kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, here with signs.
+An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is
+``sum 2**q t_q`` with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums
+over a window that the binary kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, here with signs.
 
 Each function has a torch reference of the same signature beside it. Both give the same integers.
 """
@@ -114,8 +114,11 @@ def unpack_planes(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
 
 def input_thresholds(grid: InputGrid) -> Tensor:
     """float32 ``[levels, 1]``: ``grid``'s code is the number of thresholds that an input reaches, exactly."""
-    levels = range(grid.qmax - grid.qmin)
-    return torch.stack([sign_threshold(lambda x, level=level: grid.encode(x).float() - level - 0.5, 1)[0] for level in levels])  # type: ignore[misc]
+
+    def threshold(level: int) -> Tensor:
+        return sign_threshold(lambda x: grid.encode(x).float() - level - 0.5, 1)[0]
+
+    return torch.stack([threshold(level) for level in range(grid.qmax - grid.qmin)])
 
 
 def planes_conv2d_reference(
@@ -196,7 +199,7 @@ def planes_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """``y = scale * sum((code(x) - zero_code) w) + bias`` over the window, where ``code(x)`` is the number of thresholds that ``x`` reaches.
+    """``y = scale * sum((code(x) - zero_code) w) + bias`` over the window; ``code(x)`` is the number of thresholds that ``x`` reaches.
 
     The sums are exact. Places outside the image count as ``zero_code``, NaN as code 0.
 

@@ -147,7 +147,7 @@ _ordered: PreparedWeights[_Ordered] = PreparedWeights()
 
 
 def _in_kernel_order(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Ordered:
-    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``; with several bits, these follow one another as groups do."""
+    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``; several bits follow one another as groups do."""
     spread, spread_mask = (None if part is None else part if part.dim() > 3 else part.unsqueeze(-2).unsqueeze(-2) for part in (words, mask))
     assert spread is not None
     if spread.dim() == 5:
