@@ -79,23 +79,39 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
         first, last: Which rows.
     """
     images, height, width, channels = x.shape
-    per_group = channels // groups
-    words, planes = image.shape[4], image.shape[0] // images
+    levels, per_group = threshold.shape[0], channels // groups
+    whole, words, planes = per_group // 32, image.shape[4], image.shape[0] // images
     for row in range(first, last):
         n, h = row // height, row % height
-        for w in range(width):
-            for g in range(groups):
-                for word in range(words):
-                    begin = g * per_group + 32 * word
-                    end = min(begin + 32, (g + 1) * per_group)
-                    values = x.ctypes.data + 4 * ((row * width + w) * channels + begin)
-                    for plane in range(planes):
-                        if end - begin == 32:
-                            limits = threshold.ctypes.data + 4 * begin
-                            bits = pack_bits_of_32(values, limits, 4 * channels, (1 << plane) - 1, threshold.shape[0], 1 << plane)
+        for plane in range(planes):
+            at, step = plane * images + n, 1 << plane
+            for w in range(width):
+                for g in range(groups):
+                    values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
+                    limits = threshold.ctypes.data + 4 * g * per_group
+                    for word in range(whole):
+                        if levels == 1:  # with constants, nothing is left of the loop over levels
+                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 0, 0, 1, 1)
                         else:
-                            bits = _pack_few_bits(x[n, h, w, begin:end], threshold[:, begin:end], 1 << plane)
-                        image[plane * images + n, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
+                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 4 * channels, step - 1, levels, step)
+                        image[at, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
+                    if whole < words:
+                        begin, end = g * per_group + 32 * whole, (g + 1) * per_group
+                        bits = _pack_few_bits(x[n, h, w, begin:end], threshold[:, begin:end], step)
+                        image[at, top + h, left + w, g, whole] = _image_word(bits ^ flip[g, whole])
+
+
+def _differing(
+    x: int, x_row: int, y_runs: int, y_stride: int, x_runs: int, x_stride: int, length: int, weight: int, mask: int, out: int
+) -> None:
+    """The micro-kernel for weights with a mask, and for those without, whose address is 0."""
+    if mask:
+        _masked(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out)
+    else:
+        _plain(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, 0, out)
+
+
+_count: Any = numba.njit(_differing)
 
 
 def _add(total: Words, found: Words, shift: int) -> None:
@@ -185,7 +201,8 @@ def _convolve(
     counts = np.empty((ROWS, CHANNELS), np.int32)
     counts_of_bits = np.empty((ROWS, CHANNELS), np.int32)
     has_planes = input_bits * weight_bits > 1
-    found = counts_of_bits if has_planes else counts
+    flat_counts, flat_counts_of_bits = counts.ravel(), counts_of_bits.ravel()
+    weight_address, mask_address, weight_step, tile_step = weight.ctypes.data, mask.ctypes.data, weight.strides[0], weight.strides[1]
     has_mask, has_map, has_residual = mask.size > 0, k_map.size > 0, residual.size > 0
     outputs = y.shape[3]
     for g in range(groups):
@@ -199,23 +216,21 @@ def _convolve(
                 for ox in range(0, columns, ROWS):
                     start = origin + _STEP * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
                     if has_planes:
-                        counts[:] = 0
-                    for p in range(input_bits):
-                        for q in range(weight_bits):
-                            words_of_bits = start + p * plane
-                            weight_address = weight[q * groups + g, tile].ctypes.data
-                            if has_mask:
-                                _masked(
-                                    words_of_bits, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                                    weight_address, mask[q * groups + g, tile].ctypes.data, found.ctypes.data,
+                        flat_counts[:] = 0
+                        for p in range(input_bits):
+                            for q in range(weight_bits):
+                                at = (q * groups + g) * weight_step + tile * tile_step
+                                _count(
+                                    start + p * plane, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                                    weight_address + at, mask_address + at if has_mask else 0, counts_of_bits.ctypes.data,
                                 )  # fmt: skip
-                            else:
-                                _plain(
-                                    words_of_bits, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                                    weight_address, 0, found.ctypes.data,
-                                )  # fmt: skip
-                            if has_planes:
-                                _add_shifted(counts.ravel(), found.ravel(), p + q)
+                                _add_shifted(flat_counts, flat_counts_of_bits, p + q)
+                    else:
+                        at = g * weight_step + tile * tile_step
+                        _count(
+                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                            weight_address + at, mask_address + at if has_mask else 0, counts.ctypes.data,
+                        )  # fmt: skip
                     positions = min(ROWS, columns - ox)
                     if border:
                         for r in range(positions):
