@@ -77,11 +77,12 @@ def test_classes_of_a_folder_are_those_of_the_network(packed: Path, pictures: Pa
     assert list(rows[0]) == ["picture", "class_1", "share_1", "class_2", "share_2"]
 
 
-def test_one_picture_is_enough_and_the_plain_numbers_are_used_without_data(packed: Path, pictures: Path) -> None:
-    result = run(packed, pictures / "0.png")
+def test_one_picture_is_enough_and_the_plain_numbers_are_used_without_data(packed: Path, pictures: Path, tmp_path: Path) -> None:
+    result = run(packed, pictures / "0.png", "--out", tmp_path / "classes.csv", "--top", "20")
     assert result.exit_code == 0, result.output
-    assert "0.png" in result.output
-    assert "1.png" not in result.output
+    (row,) = csv.DictReader((tmp_path / "classes.csv").open())
+    assert row["picture"] == str(pictures / "0.png")
+    assert sum(float(row[f"share_{place}"]) for place in range(1, 11)) == pytest.approx(1, abs=1e-4)  # all of the ten classes
 
 
 def test_the_benchmark_names_both_sides_and_where_the_time_goes(packed: Path) -> None:

@@ -28,10 +28,10 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def trained(method: str, bits: int = 1, **options: object) -> nn.Module:
+def trained(method: str, bits: int = 1, activation_bits: int | None = None, **options: object) -> nn.Module:
     """A network of few bits whose norms are not those of a new one; first and last layer in float, so that nothing rounds differences away."""
     torch.manual_seed(0)
-    policy = BitPolicy.uniform(bits, bits).keep_float("conv").keep_float("fc")
+    policy = BitPolicy.uniform(bits, activation_bits or bits).keep_float("conv").keep_float("fc")
     model = lowbit.prepare(load_model("resnet8", num_classes=5), method=method, policy=policy, sample=images(), **options).train()
     with torch.no_grad():
         for module in model.modules():

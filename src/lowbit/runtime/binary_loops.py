@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime import compiled
-from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_signs_of_32, subtract_multiple
+from lowbit.runtime.micro_kernel import Tile, make_finish, make_micro_kernel, pack_bits_of_32, subtract_multiple
 from lowbit.runtime.target import active_target
 
 Floats = npt.NDArray[np.float32]
@@ -50,30 +50,77 @@ def _same(word: Any) -> Any:
 _image_word: Any = numba.njit(_spread if FORM == "lookup" else _same)
 
 
-def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
-    """``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip`` has ones.
+def _few_bits(x: Floats, threshold: Floats, step: int) -> Any:
+    """``pack_bits_of_32`` for fewer than 32 numbers, from level ``step - 1`` on."""
+    bits = np.uint32(0)
+    for level in range(step - 1, threshold.shape[0], step):
+        for i in range(x.size):
+            bits ^= np.uint32(x[i] >= threshold[level, i]) << np.uint32(i)
+    return np.int32(bits)
 
-    For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+
+_pack_few_bits: Any = numba.njit(_few_bits)
+
+
+def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
+    """The bits of the number of thresholds that each ``x[n, h, w, c]`` reaches, in the padded images of words of each bit.
+
+    With one threshold, ``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip``
+    has ones. With more of them, in ascending order, ``image[p N + n]`` are bits ``p`` of their number: threshold ``k`` turns bit ``p``
+    over if ``2**p`` divides ``k``. For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
+
+    Args:
+        x: ``[N, H, W, C]``.
+        threshold: ``[levels, C]``.
+        flip: ``[G, words]``.
+        image: ``[planes * N, ...]``.
+        top, left: Padding of the image.
+        groups: Of the layer.
+        first, last: Which rows.
     """
-    height, width, channels = x.shape[1], x.shape[2], x.shape[3]
-    per_group = channels // groups
-    whole = per_group // 32
-    words = image.shape[4]
+    images, height, width, channels = x.shape
+    levels, per_group = threshold.shape[0], channels // groups
+    whole, words, planes = per_group // 32, image.shape[4], image.shape[0] // images
     for row in range(first, last):
         n, h = row // height, row % height
-        for w in range(width):
-            for g in range(groups):
-                values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
-                limits = threshold.ctypes.data + 4 * g * per_group
-                for word in range(whole):
-                    bits = pack_signs_of_32(values + 128 * word, limits + 128 * word)
-                    image[n, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
-                if whole < words:
-                    rest = np.uint32(0)
-                    for i in range(32 * whole, per_group):
-                        is_one = x[n, h, w, g * per_group + i] >= threshold[g * per_group + i]
-                        rest |= np.uint32(is_one) << np.uint32(i - 32 * whole)
-                    image[n, top + h, left + w, g, whole] = _image_word(np.int32(rest) ^ flip[g, whole])
+        for plane in range(planes):
+            at, step = plane * images + n, 1 << plane
+            for w in range(width):
+                for g in range(groups):
+                    values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
+                    limits = threshold.ctypes.data + 4 * g * per_group
+                    for word in range(whole):
+                        if levels == 1:  # with constants, nothing is left of the loop over levels
+                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 0, 0, 1, 1)
+                        else:
+                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 4 * channels, step - 1, levels, step)
+                        image[at, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
+                    if whole < words:
+                        begin, end = g * per_group + 32 * whole, (g + 1) * per_group
+                        bits = _pack_few_bits(x[n, h, w, begin:end], threshold[:, begin:end], step)
+                        image[at, top + h, left + w, g, whole] = _image_word(bits ^ flip[g, whole])
+
+
+def _differing(
+    x: int, x_row: int, y_runs: int, y_stride: int, x_runs: int, x_stride: int, length: int, weight: int, mask: int, out: int
+) -> None:
+    """The micro-kernel for weights with a mask, and for those without, whose address is 0."""
+    if mask:
+        _masked(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out)
+    else:
+        _plain(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, 0, out)
+
+
+_count: Any = numba.njit(_differing)
+
+
+def _add(total: Words, found: Words, shift: int) -> None:
+    """``total += found * 2**shift``."""
+    for i in range(total.size):
+        total[i] += found[i] << np.int32(shift)
+
+
+_add_shifted: Any = numba.njit(_add)
 
 
 def _subtract(
@@ -126,11 +173,13 @@ def _convolve(
     """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
 
     ``y = dot * (scale * k_map) + bias + residual`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
-    ``border * missing`` of the places outside: the image holds zeros there, that is -1.
+    ``border * missing`` of the places outside: the image holds zeros there, that is -1. With several bits of inputs and weights, ``count`` is
+    the sum of ``2**(p + q)`` times the count of bit ``p`` of the inputs and ``q`` of the weights, and there is no ``border``.
 
     Args:
-        image: ``[N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
-        weight: ``[G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel wants them.
+        image: ``[input bits * N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
+        weight: ``[weight bits * G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel
+            wants them.
         mask: Like ``weight``, or empty.
         total: ``[out]``, what the dot product is if no bit differs.
         missing: ``[kernel height, kernel width, out]``, the sum of the weights at each place.
@@ -153,30 +202,40 @@ def _convolve(
         runs, run_stride, length = 1, 0, kernel_w * words
     reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
     origin = image.ctypes.data
+    input_bits, weight_bits = image.shape[0] // y.shape[0], weight.shape[0] // groups
+    plane = _STEP * y.shape[0] * image.shape[1] * line  # bytes from one bit of the inputs to the next
     counts = np.empty((ROWS, CHANNELS), np.int32)
+    counts_of_bits = np.empty((ROWS, CHANNELS), np.int32)
+    has_planes = input_bits * weight_bits > 1
+    flat_counts, flat_counts_of_bits = counts.ravel(), counts_of_bits.ravel()
+    weight_address, mask_address, weight_step, tile_step = weight.ctypes.data, mask.ctypes.data, weight.strides[0], weight.strides[1]
     has_mask, has_map, has_residual = mask.size > 0, k_map.size > 0, residual.size > 0
     outputs = y.shape[3]
     for g in range(groups):
         for tile in range(weight.shape[1]):
             begin = g * channels + tile * CHANNELS
             size_out = min(CHANNELS, (g + 1) * channels - begin)
-            weight_address = weight[g, tile].ctypes.data
-            mask_address = mask[g, tile].ctypes.data if has_mask else 0
             for row in range(first, last):
                 n, oy = row // rows, row % rows
                 y_in = oy * stride_h - top
                 is_outside = y_in < 0 or y_in + reach_h > size[0]
                 for ox in range(0, columns, ROWS):
                     start = origin + _STEP * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
-                    if has_mask:
-                        _masked(
-                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                            weight_address, mask_address, counts.ctypes.data,
-                        )  # fmt: skip
+                    if has_planes:
+                        flat_counts[:] = 0
+                        for p in range(input_bits):
+                            for q in range(weight_bits):
+                                at = (q * groups + g) * weight_step + tile * tile_step
+                                _count(
+                                    start + p * plane, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
+                                    weight_address + at, mask_address + at if has_mask else 0, counts_of_bits.ctypes.data,
+                                )  # fmt: skip
+                                _add_shifted(flat_counts, flat_counts_of_bits, p + q)
                     else:
-                        _plain(
+                        at = g * weight_step + tile * tile_step
+                        _count(
                             start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                            weight_address, 0, counts.ctypes.data,
+                            weight_address + at, mask_address + at if has_mask else 0, counts.ctypes.data,
                         )  # fmt: skip
                     positions = min(ROWS, columns - ox)
                     if border:
@@ -206,7 +265,7 @@ def _array(kind: Any, rank: int) -> Any:
 
 _FLOATS, _WORDS = types.float32, types.int32
 _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
-_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
+_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
 _CONVOLVE = types.void(
     _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
     _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),

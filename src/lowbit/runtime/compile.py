@@ -39,7 +39,7 @@ class RuntimeReport:
     @property
     def head(self) -> str:
         """How many layers run on which kernels, and why on these."""
-        few = sum(layer.kernel in ("binary", "ternary") for layer in self.layers)
+        few = sum(layer.kernel in ("binary", "ternary", "planes") for layer in self.layers)
         whole = sum(layer.kernel == "int8" for layer in self.layers)
         return f"of {len(self.layers)} layers {few} on {self.target} kernels, {whole} on 8-bit ones: {self.why}"
 

@@ -1,8 +1,8 @@
 """The graph of a packed network rewritten so that layers run on few-bit kernels, with what stands around them computed along.
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
-becomes an 8-bit layer where input and weight have affine grids of up to 8 bits. Batch norms go into scales, weights or the comparison of
-the next sign; sums with another tensor of the same shape are computed along with binary layers.
+becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
+or the comparison of the next sign; sums with another tensor of the same shape are computed along with binary layers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.editor import GraphEditor
-from lowbit.runtime.int8_layers import has_exact_kernels, int8_conv2d, int8_linear
+from lowbit.runtime.int8_layers import has_exact_kernels, input_grid, int8_conv2d, int8_linear
 from lowbit.runtime.operator import Operator
 from lowbit.runtime.packed_linear import pack_linear_weight, packed_linear
+from lowbit.runtime.planes import MOST_LEVELS, MOST_WEIGHT, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
 from lowbit.runtime.thresholds import sign_threshold
 
 _SIGN = "lowbit.fake_quantize_codebook.default"
@@ -33,10 +34,13 @@ _NORM = "aten._native_batch_norm_legit_no_training.default"
 _CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
 _BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
 _PACKED = "lowbit.packed_linear.default"
+_PLANES = {_CONV: "lowbit.planes_conv2d.default", _LINEAR: "lowbit.planes_linear.default"}
 _INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
 OPERATORS: dict[str, Operator[...]] = {
     "lowbit.binary_conv2d.default": binary_conv2d,
     "lowbit.binary_linear.default": binary_linear,
+    "lowbit.planes_conv2d.default": planes_conv2d,
+    "lowbit.planes_linear.default": planes_linear,
     "lowbit.int8_conv2d.default": int8_conv2d,
     "lowbit.int8_linear.default": int8_linear,
     _PACKED: packed_linear,
@@ -51,7 +55,7 @@ class LayerPath:
 
     Attributes:
         name: Of the layer.
-        kernel: ``binary``, ``ternary`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float`` as before.
+        kernel: ``binary``, ``ternary``, ``planes`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float`` as before.
         fused: What is computed along with it.
         reason: Why it stayed in float.
     """
@@ -114,7 +118,7 @@ class Conversion:
                 return self._to_binary(node, name, source, *units)
             reason = "its weight has more levels than -s, 0 and s"
         elif source is not None and source.operator in (_AFFINE, _GRID):
-            path = self._to_int8(node, name, source)
+            path = self._to_planes(node, name, source) or self._to_int8(node, name, source)
             if isinstance(path, LayerPath):
                 return path
             reason = path
@@ -127,8 +131,7 @@ class Conversion:
     def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
         """Replace a layer whose weight is ``units * scale``."""
         options = _options(node)
-        bias = options.get("bias")
-        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros_like(scale)
+        offset = self._bias(node, len(scale))
         replaced, fused = [node], []
         norm = self._norm_behind(node)
         if norm is not None:
@@ -148,13 +151,41 @@ class Conversion:
         stored = {part: self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items()}
         arguments: tuple[object, ...] = (source, *(stored[part] for part in ("words", "mask", "scale", "offset")), channels)
         if node.operator == _CONV:
-            sizes = [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
-            arguments = (*arguments, list(units.shape[2:]), *sizes, groups)
+            arguments = (*arguments, list(units.shape[2:]), *_window(options), groups)
         keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip") if stored[part] is not None}
         if residual is not None:
             keywords["residual"] = residual[1]
         self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
         return LayerPath(name, "binary" if mask is None else "ternary", (*before, *fused))
+
+    def _to_planes(self, node: Node, name: str, quantizer: Node) -> LayerPath | None:
+        """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""
+        weight, options = self._whole_numbers(cast(Stored, node.args[1]).name), _options(node)
+        inputs = self._input_grid(quantizer)
+        if weight is None or inputs is None:
+            return None
+        (numbers, scale), grid, groups = weight, input_grid(inputs), cast(int, options.get("groups", 1))
+        if grid.qmax - grid.qmin > MOST_LEVELS:
+            return None
+        words, mask = pack_planes(numbers, groups)
+        if choose_kernel(len(words), (grid.qmax - grid.qmin).bit_length())[0] != "planes":
+            return None
+        norm = self._norm_behind(node)
+        factor, shift = self._norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
+        parts = {
+            "words": words,
+            "mask": mask,
+            "scale": scale * factor * grid.scale,
+            "offset": self._bias(node, len(scale)) * factor + shift,
+            "thresholds": input_thresholds(grid),
+        }
+        stored = (self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items())
+        arguments: tuple[object, ...] = (quantizer.args[0], *stored, grid.zero_code, numbers.shape[1] * groups)
+        if node.operator == _CONV:
+            arguments = (*arguments, list(numbers.shape[2:]), *_window(options), groups)
+        replaced = [node, *(norm or ())]
+        self._editor.fuse(replaced, Node(replaced[-1].name, _PLANES[node.operator], arguments, {}))
+        return LayerPath(name, "planes", ("batch norm",) if norm is not None else ())
 
     def _to_int8(self, node: Node, name: str, quantizer: Node) -> LayerPath | str:
         """Replace a layer on affine grids; else why not."""
@@ -173,17 +204,14 @@ class Conversion:
         rescaled = grid.rescaled(factor.expand(channels))
         if rescaled is None or bool(rescaled.zero_point.any()):
             return "a grid does not fit 8 bits around 0"
-        bias = options.get("bias")
-        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
         stored = (
             self._keep(f"{name}.codes", rescaled.codes),
             self._keep(f"{name}.scale", rescaled.scale.expand(channels)),
-            self._keep(f"{name}.offset", offset * factor + shift),
+            self._keep(f"{name}.offset", self._bias(node, channels) * factor + shift),
         )
         arguments: tuple[object, ...] = (quantizer.args[0], *stored, inputs)
         if node.operator == _CONV:
-            sizes = [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
-            arguments = (*arguments, *sizes, options.get("groups", 1))
+            arguments = (*arguments, *_window(options), options.get("groups", 1))
         replaced = [node, *(norm or ())]
         self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
         return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
@@ -210,8 +238,7 @@ class Conversion:
         if norm is None or node.operator != _CONV:
             return ()
         factor, shift = self._norm_parameters(norm[0])
-        weight, bias = self._stored[cast(Stored, node.args[1]).name].detach().float(), _options(node).get("bias")
-        offset = self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros_like(factor)
+        weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._bias(node, len(factor))
         folded = self._keep(f"{name}.folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(f"{name}.offset", offset * factor + shift)
         self._editor.fuse([node, *norm], Node(norm[-1].name, _CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
         return ("batch norm",)
@@ -228,6 +255,18 @@ class Conversion:
         scale = values.abs().flatten(1).amax(1)
         units = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
         return (units, scale) if bool(((units == 0) | (units.abs() == 1)).all()) else None
+
+    def _whole_numbers(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The weight as whole numbers that planes hold, and the scale of each output channel; ``None`` where it has other levels."""
+        units = self._units(name)
+        if units is not None or name not in self._codes:
+            return units
+        grid = integer_grid(self._codes[name])
+        if grid is None or grid.axis not in (None, 0):
+            return None
+        numbers = grid.centred().codes.float()
+        is_small = bool((numbers.abs() <= MOST_WEIGHT).all()) and not bool(grid.centred().zero_point.any())
+        return (numbers, grid.scale.expand(len(numbers))) if is_small else None
 
     def _is_sign(self, node: Node) -> bool:
         """Whether a node gives -1 below zero and +1 from zero on."""
@@ -282,6 +321,11 @@ class Conversion:
         shape = self._stored[value.name].shape
         return all(size == 1 or (place == axis and size == channels) for place, size in zip(range(-len(shape), 0), shape, strict=True))
 
+    def _bias(self, node: Node, channels: int) -> Tensor:
+        """The bias of a layer; zeros where it has none."""
+        bias = _options(node).get("bias")
+        return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
+
     def _norm_behind(self, node: Node) -> list[Node] | None:
         """A batch norm that alone reads ``node``, and the node that takes its first result."""
         norm = self._editor.only_reader(node)
@@ -320,6 +364,11 @@ class Conversion:
 def _options(node: Node) -> dict[str, object]:
     """The arguments of a layer after its weight, by name."""
     return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
+
+
+def _window(options: dict[str, object]) -> list[list[int]]:
+    """Stride, padding and dilation of a convolution, each vertical and horizontal."""
+    return [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
 
 
 def _pair(value: object) -> list[int]:

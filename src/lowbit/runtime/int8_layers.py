@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.export.onnx_runtime import saturates
 from lowbit.runtime.operator import register_operator
+from lowbit.runtime.prepared import version_of
 
 Pair = Sequence[int]
 
@@ -92,10 +93,10 @@ def int8_conv2d(
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
     """
-    inputs = _grid(grid)
+    inputs = input_grid(grid)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
         return int8_conv2d_reference(x, codes, scale, bias, grid, stride, padding, dilation, groups)
-    key = (codes._version, tuple(x.shape[1:]))
+    key = (version_of(codes), tuple(x.shape[1:]))
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
         packed = torch.ops.onednn.qconv_prepack(
@@ -123,7 +124,7 @@ def int8_conv2d_reference(
     groups: int,
 ) -> Tensor:
     """``int8_conv2d`` by the float convolution of the codes."""
-    inputs = _grid(grid)
+    inputs = input_grid(grid)
     centred = inputs.encode(x).float() - inputs.zero_code
     y = functional.conv2d(centred, codes.float(), None, tuple(stride), tuple(padding), tuple(dilation), groups)
     y = y * (scale * inputs.scale).reshape(-1, 1, 1)
@@ -137,10 +138,10 @@ def _empty_linear(x: Tensor, codes: Tensor, *_: object) -> Tensor:
 @register_operator(_empty_linear)
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
     """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; gives ``[..., out]``."""
-    inputs = _grid(grid)
+    inputs = input_grid(grid)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
         return int8_linear_reference(x, codes, scale, bias, grid)
-    key = (codes._version, x.numel() // x.shape[-1])
+    key = (version_of(codes), x.numel() // x.shape[-1])
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
         packed = torch.ops.onednn.qlinear_prepack(codes, [key[1], x.shape[-1]])
@@ -155,7 +156,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, gr
 
 def int8_linear_reference(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
     """``int8_linear`` by the float product of the codes."""
-    inputs = _grid(grid)
+    inputs = input_grid(grid)
     y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (scale * inputs.scale)
     return y if bias is None else y + bias
 
@@ -172,7 +173,8 @@ def _cached_grid(values: tuple[float, ...]) -> InputGrid:
     return InputGrid(lower, step, shift, zero_point, scale, int(qmin), int(qmax))
 
 
-def _grid(values: Sequence[float]) -> InputGrid:
+def input_grid(values: Sequence[float]) -> InputGrid:
+    """The grid whose values an operator was given."""
     return _cached_grid(tuple(values))
 
 

@@ -269,18 +269,26 @@ def _subtract_multiple(_context: Any, target: Any, source: Any, factor: Any, cou
 subtract_multiple: Any = intrinsic(_subtract_multiple)
 
 
-def _pack_signs(_context: Any, x: Any, threshold: Any) -> Any:
-    """``(x, threshold)``, addresses of 32 floats each: a word whose bit ``i`` is ``x[i] >= threshold[i]``."""
+def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ignore[no-untyped-def]
+    """``(x, threshold, stride, first, levels, step)``: a word whose bit ``i`` is the exclusive or of ``x[i] >= threshold[level, i]``.
+
+    Addresses of 32 floats, the bytes from one level to the next, and which levels: ``first``, ``first + step``, ... below ``levels``.
+    """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        floats = ir.VectorType(ir.FloatType(), 32)
-        values, limits = (builder.load(_pointer(builder, address, floats), align=4) for address in arguments)
-        return builder.bitcast(builder.fcmp_ordered(">=", values, limits), I32)
+        x, threshold, stride, first, levels, step = arguments
+        floats, bits = ir.VectorType(ir.FloatType(), 32), ir.VectorType(ir.IntType(1), 32)
+        values = builder.load(_pointer(builder, x, floats), align=4)
+        found = cgutils.alloca_once_value(builder, ir.Constant(bits, None))
+        with cgutils.for_range_slice(builder, first, levels, step, I64) as (level, _):
+            limits = builder.load(_pointer(builder, builder.add(threshold, builder.mul(level, stride)), floats), align=4)
+            builder.store(builder.xor(builder.load(found), builder.fcmp_ordered(">=", values, limits)), found)
+        return builder.bitcast(builder.load(found), I32)
 
-    return types.int32(types.intp, types.intp), generate
+    return types.int32(*[types.intp] * 6), generate
 
 
-pack_signs_of_32: Any = intrinsic(_pack_signs)
+pack_bits_of_32: Any = intrinsic(_pack_bits)
 
 
 def make_finish(lanes: int) -> Any:

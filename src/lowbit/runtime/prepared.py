@@ -1,12 +1,13 @@
-"""Binary layers as the kernels read them: prepared once, kept as long as their tensors stay as they are, run in threads."""
+"""Layers of few bits as the kernels read them: prepared once, kept as long as their tensors stay as they are, run in threads."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class PreparedWeights(Generic[T]):
 
     def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
         """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
-        state = (_version(words), _version(mask), *numbers)
+        state = (version_of(words), version_of(mask), *numbers)
         known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
         if known is None or known[0] is not mask or known[1] != state:
             known = mask, state, prepare()
@@ -45,7 +46,8 @@ class PreparedLayer:
 
     Args:
         loops: The compiled kernels.
-        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold`` and ``flip`` of ``binary_conv2d``.
+        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold`` and ``flip`` of ``binary_conv2d``. Weights of several bits have one
+            more dimension at the front, and thresholds in ascending order too.
         settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
     """
 
@@ -53,17 +55,18 @@ class PreparedLayer:
         words, mask, scale, bias, threshold, flip = tensors
         self.loops, self.settings = loops, settings
         self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
-        self.versions = [_version(tensor) for tensor in tensors]
+        self.versions = [version_of(tensor) for tensor in tensors]
         channels, self.groups, *shape, pad_value = settings
         self.shape = tuple(shape)
         per_group = channels // self.groups
         self.words = words_for(per_group)
-        limits = torch.zeros(channels) if threshold is None else threshold
+        limits = torch.atleast_2d(torch.zeros(channels) if threshold is None else threshold).expand(-1, channels)
         flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
         self.packing = _floats(limits), flips.contiguous().numpy()
         self.weight = _ordered.get(
             words, mask, (per_group, self.groups), lambda: _in_kernel_order(words, mask, per_group, self.groups, loops)
         )
+        self.planes = 1  # images of words, one for each bit of the inputs
         border = pad_value + 1 if shape[4] or shape[5] else 0
         self.finishing = border, _floats(scale), _floats(torch.zeros_like(scale) if bias is None else bias)
         self.nothing = np.empty((0, 0, 0, 0), np.float32)
@@ -72,7 +75,7 @@ class PreparedLayer:
         """Whether it was made from these tensors as they are now."""
         return (
             all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
-            and self.versions == [_version(tensor) for tensor in tensors]
+            and self.versions == [version_of(tensor) for tensor in tensors]
             and self.settings == settings
         )
 
@@ -88,19 +91,27 @@ class PreparedLayer:
         loops, shape = self.loops, self.shape
         n, height, width, channels = x.shape
         top, left = shape[4], shape[5]
-        image = _image((n, height + 2 * top, width + 2 * left, self.groups, self.words), loops.ROWS * shape[3], loops.IMAGE)
+        image = self.empty_image(n, height, width)
         pixels = x.numpy()
         share(
             lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
             n * height,
-            n * height * width * channels * 32,
+            n * height * width * channels * 32 * len(self.packing[0]),
         )
         arguments = (
             image, *self.weight, *self.finishing, self.nothing if k_map is None else k_map.numpy(),
             self.nothing if residual is None else residual.numpy(), y.numpy(), (height, width), shape,
         )  # fmt: skip
-        work = y.numel() * shape[0] * shape[1] * self.words * 32
+        pairs = self.planes * len(self.weight[0]) // self.groups
+        work = y.numel() * shape[0] * shape[1] * self.words * 32 * pairs
         share(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
+
+    def empty_image(self, n: int, height: int, width: int) -> Array:
+        """Padded images without bits, into which inputs are packed; behind them memory for windows that reach over the end."""
+        top, left = self.shape[4], self.shape[5]
+        shape = (self.planes * n, height + 2 * top, width + 2 * left, self.groups, self.words)
+        reach = self.loops.ROWS * self.shape[3] + shape[2]
+        return np.zeros((math.prod(shape) + reach * shape[3] * shape[4]), self.loops.IMAGE)[: math.prod(shape)].reshape(shape)
 
 
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
@@ -123,7 +134,7 @@ def keep_layer(layer: PreparedLayer) -> PreparedLayer:
     return layer
 
 
-def _version(tensor: Tensor | None) -> int:
+def version_of(tensor: Tensor | None) -> int:
     """Changes when a state dict is loaded into a tensor."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
@@ -138,9 +149,12 @@ _ordered: PreparedWeights[_Ordered] = PreparedWeights()
 
 
 def _in_kernel_order(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Ordered:
-    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``."""
-    spread = words if words.dim() == 4 else words[:, None, None]
-    spread_mask = mask if mask is None or mask.dim() == 4 else mask[:, None, None]
+    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``; several bits follow one another as groups do."""
+    spread, spread_mask = (None if part is None else part if part.dim() > 3 else part.unsqueeze(-2).unsqueeze(-2) for part in (words, mask))
+    assert spread is not None
+    if spread.dim() == 5:
+        groups *= len(spread)
+        spread, spread_mask = spread.flatten(0, 1), None if spread_mask is None else spread_mask.flatten(0, 1)
     weight = unpack_weight(spread, spread_mask, per_group)
     first, second = spread, spread_mask
     if second is not None and loops.FORM == "lookup":  # the weights of -1 and those of +1
@@ -163,13 +177,6 @@ def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
         tiled = (tiled.unsqueeze(-2) >> torch.arange(0, WORD, 8)[:, None]).to(torch.uint8).flatten(-2)
     ready: Array = tiled.contiguous().numpy()
     return ready
-
-
-def _image(shape: tuple[int, ...], positions: int, kind: np.dtype[Any]) -> Array:
-    """A padded image of words without bits; memory behind it for windows of ``positions`` more positions."""
-    n, height, width, groups, words = shape
-    count = n * height * width * groups * words
-    return np.zeros(count + (positions + width) * groups * words, kind)[:count].reshape(shape)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}
