@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -134,16 +134,8 @@ def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[]
     weight = torch.randn(channels, channels, 3, 3, generator=generator)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         calls = convolutions(x, weight, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        rates = []
-        for _ in range(runs):
-            for name, call in calls.items():
-                call()
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-            if cycles is not None:
-                rates.append(cycles())
+        rates: list[float] = []
+        times = turn_by_turn(calls, runs, lambda: None if cycles is None else rates.append(cycles()))
     row: dict[str, object] = {
         "channels": channels,
         "size": size,
@@ -159,6 +151,21 @@ def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[]
             row["share_of_peak"] = round(statistics.median(per_cycle) / active_target()[0].peak, 3)
     print(row, flush=True)
     return row
+
+
+def turn_by_turn(
+    calls: Mapping[str, Callable[[], object]], runs: int, after_turn: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each call in each of ``runs`` turns, right after an untimed call of its own."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        after_turn()
+    return times
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import machine, onnx_call, onnx_files, ratio
+from binary_conv import machine, onnx_call, onnx_files, ratio, turn_by_turn
 from torch import Tensor, nn
 
 import lowbit
@@ -79,13 +79,7 @@ def measure(network: RuntimeNetwork, plain: nn.Module, batch: int, runs: int, fo
         "openvino float32": openvino_call(float_file, x),
         "openvino int8": openvino_call(int8_file, x),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
-        for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+    times = turn_by_turn(calls, runs)
     row: dict[str, object] = {
         "batch": batch,
         "ms": {name: round(1e3 * statistics.median(values), 3) for name, values in times.items()},

@@ -17,12 +17,11 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import SHAPES, machine, onnx_call, onnx_files, ratio
+from binary_conv import SHAPES, machine, onnx_call, onnx_files, ratio, turn_by_turn
 from torch import Tensor, nn
 
 from lowbit.runtime import active_target
@@ -66,13 +65,7 @@ def measure(channels: int, size: int, runs: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         calls = variants(x, Path(folder))
     with torch.inference_mode():
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(runs):
-            for name, call in calls.items():
-                call()
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+        times = turn_by_turn(calls, runs)
     planes = [f"{weight} x {bits}" for weight, bits in PAIRS]
     rows = {name: values for name, values in times.items() if name not in planes}
     row: dict[str, object] = {

@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import machine, ratio
+from binary_conv import machine, ratio, turn_by_turn
 from torch.nn import functional
 
 from lowbit.runtime.packed_linear import pack_linear_weight, packed_linear, packed_loops
@@ -42,14 +41,8 @@ def measure(size: int, rows: int, runs: int) -> dict[str, object]:
         arguments = (packed.words, packed.table, None, packed.bit_width, size, size, "int8")
         calls[f"{bits} bit x int8"] = lambda arguments=arguments: packed_linear(x, *arguments)  # type: ignore[misc]
         sizes[f"{bits} bit x int8"] = packed.words.numel() + 8 * size
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for _ in range(runs):
-            for name, call in calls.items():
-                call()
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+        times = turn_by_turn(calls, runs)
     row: dict[str, object] = {
         "size": size,
         "rows": rows,
