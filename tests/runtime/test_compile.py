@@ -17,10 +17,11 @@ from lowbit.export.packed_tensor import PackedTensor
 from lowbit.export.program import export_program
 from lowbit.models import load_model
 from lowbit.network.record import record_of
-from lowbit.runtime import int8_layers
+from lowbit.runtime import convert, int8_layers
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.spec import BitPolicy
 
+needs_int8 = pytest.mark.skipif(not int8_layers.has_exact_kernels(), reason="torch has no exact 8-bit kernels for this processor")
 METHODS = ["bi_real_net", "react_net", "ir_net", "recu", "xnor_net"]
 
 
@@ -156,9 +157,11 @@ def test_weights_with_zeros_are_ternary() -> None:
     assert not torch.allclose(sparse(images()), network(images()))
 
 
+@needs_int8
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_layers_on_affine_grids_are_computed_in_integers_with_their_norms(bits: int) -> None:
+def test_layers_on_affine_grids_are_computed_in_integers_with_their_norms(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "choose_kernel", lambda *_: ("int8", ""))
     model = trained("lsq", bits)
     fast = lowbit.compile_runtime(model, sample=images())
     torch.testing.assert_close(fast(images(7)), model(images(7)), rtol=1e-4, atol=1e-4)
@@ -174,6 +177,7 @@ def test_layers_on_affine_grids_are_computed_in_integers_with_their_norms(bits: 
     )
 
 
+@needs_int8
 @torch.no_grad()
 def test_first_and_last_layers_of_8_bits_and_their_reference_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=images())
@@ -227,3 +231,11 @@ def test_linear_layers_of_packed_weights_keep_no_float_weight(bits: int) -> None
 def test_an_unknown_kind_of_weight_only_is_refused() -> None:
     with pytest.raises(SpecError, match="none, float, int8"):
         lowbit.compile_runtime(nn.Linear(3, 4), sample=torch.randn(1, 3), weight_only="int4")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_without_exact_8_bit_kernels_such_layers_stay_in_float_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "has_exact_kernels", lambda: False)
+    model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=images())
+    with pytest.raises(LayerError, match="no exact 8-bit kernels for this processor"):
+        lowbit.compile_runtime(model, sample=images())
