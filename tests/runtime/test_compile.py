@@ -140,6 +140,32 @@ def test_linear_layers_run_on_the_kernels_with_their_bias_and_a_sum() -> None:
     assert [(layer.kernel, layer.fused) for layer in fast.report.layers] == [("binary", ()), ("binary", ("sum",))]
 
 
+class Twice(nn.Module):
+    """One convolution that is called twice, with a norm of its own each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(8, 8, 3, padding=1), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            nn.init.normal_(norm.weight) if self.training else None
+            x = norm(self.conv(x))
+        return x
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_twice_keeps_both_its_norms() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 6, 6)
+    model = lowbit.prepare(Twice(), method="xnor_net", policy=BitPolicy.uniform(1, 1, first_last=None), sample=x).train()
+    model(x)
+    model.eval()
+    fast = lowbit.compile_runtime(model, sample=x)
+    assert [layer.kernel for layer in fast.report.layers] == ["binary", "binary"]
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_weights_with_zeros_are_ternary() -> None:
     model = trained("bi_real_net")

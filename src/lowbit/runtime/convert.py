@@ -109,6 +109,8 @@ class Conversion:
         if not isinstance(weight, Stored):
             return LayerPath(node.name, "float", reason="its weight is computed")
         name = weight.name.removesuffix(".weight")
+        if any(path.name == name for path in self.paths):  # a layer that is called twice, with norms of its own perhaps
+            name = f"{name}.{node.name}"
         if isinstance(options.get("padding"), str):
             return LayerPath(name, "float", reason="its padding is given as a word")
         source = self._editor.source(node.args[0])
