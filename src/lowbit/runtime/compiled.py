@@ -38,13 +38,18 @@ def cache_root() -> Path:
 
 
 def cache_folder(target: str, sources: list[Path]) -> Path:
-    """The folder for ``target`` and the present text of ``sources``, with the versions that the code depends on."""
+    """The folder for ``target`` and ``sources``, their text, place and time, with the versions that the code depends on.
+
+    numba reads what it wrote only for a source of the same place and time: installations that shared a folder would overwrite one another's.
+    """
     import llvmlite
     import numba
 
     digest = hashlib.sha256()
-    for part in (target, platform.machine(), sys.version, numba.__version__, llvmlite.__version__, *(p.read_text() for p in sources)):
+    for part in (target, platform.machine(), sys.version, numba.__version__, llvmlite.__version__):
         digest.update(part.encode())
+    for path in sources:
+        digest.update(f"{path.resolve()} {path.stat().st_mtime_ns}\n{path.read_text()}".encode())
     return cache_root() / f"{target}-{digest.hexdigest()[:16]}"
 
 
