@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from lowbit.runtime.binary_conv import pack_conv_weight
 
 pair = st.integers(1, 3)
+Pair = tuple[int, int]
+Draw = Callable[[Any], Any]
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator, *, has_zero: bool = False) -> Tensor:
@@ -18,14 +21,19 @@ def signs(shape: tuple[int, ...], generator: torch.Generator, *, has_zero: bool 
     return values - 1 if has_zero else 2 * values - 1
 
 
-def any_convolution(data: st.DataObject) -> tuple[Any, ...]:
-    """Arguments of ``binary_conv2d`` up to ``flip``, whose scale is 1: its output are the integers."""
-    draw = data.draw
-    groups, inputs, outputs = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 70)), draw(st.integers(1, 40))
+def any_window(draw: Draw) -> tuple[tuple[int, int, int], tuple[Pair, Pair, Pair, Pair], list[int]]:
+    """Groups with input and output channels of each; kernel, stride, padding and dilation; the size of an image that they fit."""
+    channels = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 70)), draw(st.integers(1, 40))
     kernel, stride, dilation = (draw(st.tuples(pair, pair)) for _ in range(3))
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    size = [n + draw(st.integers(0, 8)) for n in least]
+    return channels, (kernel, stride, padding, dilation), [n + draw(st.integers(0, 8)) for n in least]
+
+
+def any_convolution(data: st.DataObject) -> tuple[Any, ...]:
+    """Arguments of ``binary_conv2d`` up to ``flip``, whose scale is 1: its output are the integers."""
+    draw = data.draw
+    (groups, inputs, outputs), (kernel, stride, padding, dilation), size = any_window(draw)
     pad_value, has_zero = draw(st.sampled_from([-1, 0, 1])), draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(draw(st.integers(1, 3)), groups * inputs, *size, generator=generator)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.export.networks import quantized
 from tests.networks import settled
 from torch import Tensor, nn
 
@@ -116,6 +117,15 @@ def test_a_file_for_the_kernels_is_not_written_where_nothing_runs_on_them_or_ano
     with pytest.raises(SpecError, match=r"Few-bit kernels need a \.lowbit file"):
         lowbit.export(model, tmp_path / "m.onnx", sample=images(), kernels=True)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_exported_and_compiled_programs_carry_the_operators() -> None:
+    fast = lowbit.compile_runtime(trained("bi_real_net"), sample=images())
+    program = torch.export.export(fast, (images(),))
+    assert sum(node.target is torch.ops.lowbit.binary_conv2d.default for node in program.graph.nodes) == 6
+    assert torch.equal(program.module()(images()), fast(images()))
+    assert torch.equal(torch.compile(fast, backend="eager")(images()), fast(images()))
 
 
 class Signs(nn.Module):
@@ -265,3 +275,12 @@ def test_without_exact_8_bit_kernels_such_layers_stay_in_float_and_the_reason_is
     model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=images())
     with pytest.raises(LayerError, match="no exact 8-bit kernels for this processor"):
         lowbit.compile_runtime(model, sample=images())
+
+
+@torch.no_grad()
+def test_packed_layers_of_uneven_levels_are_said_to_be_decoded() -> None:
+    x = torch.randn(5, 6)
+    small = quantized(nn.Sequential(nn.Linear(6, 4)), x, weights="codebook")
+    report = lowbit.compile_runtime(small, sample=x, weight_only="int8").report
+    assert "unevenly spaced: decoded in float" in str(report)
+    assert "1 with weights that stay packed" in report.head

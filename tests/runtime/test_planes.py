@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from tests.runtime.binary_cases import any_window
 from tests.runtime.test_compile import images, trained
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -28,7 +29,6 @@ from lowbit.runtime.planes import (
 
 needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are no compiled kernels here")
 WEIGHTS = [(-1, 1), (-1, 0, 1), (-2, -1, 0, 1), (-3, -1, 1, 3), (0,), (-3, -2, -1, 0, 1, 2, 3)]
-pair = st.integers(1, 3)
 
 
 def whole_numbers(levels: tuple[int, ...], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -40,11 +40,7 @@ def whole_numbers(levels: tuple[int, ...], shape: tuple[int, ...], generator: to
 @given(data=st.data())
 def test_the_kernels_give_the_numbers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
     draw = data.draw
-    groups, inputs, outputs = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 70)), draw(st.integers(1, 40))
-    kernel, stride, dilation = (draw(st.tuples(pair, pair)) for _ in range(3))
-    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-    least = [max(d * (k - 1) + 1 - 2 * p, 1) for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    size = [n + draw(st.integers(0, 8)) for n in least]
+    (groups, inputs, outputs), (kernel, stride, padding, dilation), size = any_window(draw)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = whole_numbers(draw(st.sampled_from(WEIGHTS)), (groups * outputs, inputs, *kernel), generator)
     levels, channels = draw(st.integers(1, 15)), draw(st.sampled_from([1, groups * inputs]))

@@ -40,8 +40,9 @@ class RuntimeReport:
     def head(self) -> str:
         """How many layers run on which kernels, and why on these."""
         few = sum(layer.kernel in ("binary", "ternary", "planes") for layer in self.layers)
-        whole = sum(layer.kernel == "int8" for layer in self.layers)
-        return f"of {len(self.layers)} layers {few} on {self.target} kernels, {whole} on 8-bit ones: {self.why}"
+        whole, packed = (sum(layer.kernel == kernel for layer in self.layers) for kernel in ("int8", "packed"))
+        kept = f", {packed} with weights that stay packed" if packed else ""
+        return f"of {len(self.layers)} layers {few} on {self.target} kernels, {whole} on 8-bit ones{kept}: {self.why}"
 
     def __str__(self) -> str:
         return "\n".join([self.head, *map(str, self.layers)])

@@ -2,7 +2,8 @@
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
 becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
-or the comparison of the next sign; sums with another tensor of the same shape are computed along with binary layers.
+or the comparison of the next sign; sums with another tensor of the same shape are computed along with binary layers. Linear layers whose
+weight alone is quantized can read packed codes, if asked to.
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ class Conversion:
             reason = path
         else:
             reason = "its input is neither a sign nor on an affine grid"
-        if self._weight_only != "none" and node.operator == _LINEAR and self._to_packed(node, name):
-            return LayerPath(name, "packed", (), f"{self._weight_only} arithmetic")
+        if self._weight_only != "none" and node.operator == _LINEAR:
+            arithmetic = self._to_packed(node, name)
+            if arithmetic is not None:
+                return LayerPath(name, "packed", (), arithmetic)
         return LayerPath(name, "float", self._fold_norm(node, name), reason)
 
     def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
@@ -218,13 +221,13 @@ class Conversion:
         self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
         return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
 
-    def _to_packed(self, node: Node, name: str) -> bool:
-        """Let a linear layer read packed codes; whether its codes have a table for each row."""
+    def _to_packed(self, node: Node, name: str) -> str | None:
+        """Let a linear layer read packed codes, and say how it computes; ``None`` where its codes have no table for each row."""
         code = self._codes.get(cast(Stored, node.args[1]).name)
         if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind == "per_group":
-            return False
+            return None
         if code.decoder.granularity.kind == "per_channel" and code.decoder.granularity.axis % 2 == 1:
-            return False
+            return None
         lowest = -(2 ** (code.bit_width - 1)) if code.codes.dtype.is_signed else 0
         every = torch.arange(lowest, lowest + 2**code.bit_width).expand(len(code.codes), -1).to(code.codes.dtype)
         packed = pack_linear_weight(code.codes.short() - lowest, code.decoder.decode(every).float(), code.bit_width)
@@ -232,7 +235,8 @@ class Conversion:
         bias, (outputs, inputs) = node.args[2] if len(node.args) > 2 else None, code.codes.shape
         arguments = (node.args[0], *stored, bias, packed.bit_width, inputs, outputs, self._weight_only)
         self._editor.fuse([node], Node(node.name, _PACKED, arguments, {}))
-        return True
+        is_decoded = self._weight_only == "int8" and packed.table.shape[1] > 2
+        return "8-bit inputs, but levels are unevenly spaced: decoded in float" if is_decoded else f"{self._weight_only} arithmetic"
 
     def _fold_norm(self, node: Node, name: str) -> tuple[str, ...]:
         """Put the batch norm behind a float layer into its weight and bias."""
