@@ -70,6 +70,17 @@ def test_rows_are_rounded_to_8_bits_and_rows_of_zeros_stay_zero() -> None:
     assert scale.flatten().tolist() == pytest.approx([2 / 127, 1.0])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_gives_nan_and_the_others_stay(bad: float) -> None:
+    x, arguments, _ = a_layer(4, 100, 8)
+    expected = packed_linear(x, *arguments, "int8")  # type: ignore[arg-type]
+    x[1, 40] = bad
+    for function in (packed_linear, packed_linear_reference):
+        got = function(x, *arguments, "int8")  # type: ignore[operator]
+        assert got[1].isnan().all()
+        torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-4)
+
+
 def test_it_is_an_operator_and_takes_no_rows_too() -> None:
     x, arguments, _ = a_layer(2, 30, 5)
     opcheck(torch.ops.lowbit.packed_linear.default, (x, *arguments), test_utils=("test_schema", "test_faketensor"))

@@ -51,6 +51,8 @@ def make_dot_kernel(bit_width: int, lanes: int, *, has_dot: bool) -> Any:
                 start = builder.add(codes, builder.add(builder.mul(loop.index, I64(GROUP)), I64(first)))
                 inputs = builder.add(x, builder.add(builder.mul(loop.index, I64(GROUP * parts)), I64(first)))
                 loaded = [_load(builder, builder.add(start, builder.mul(row, I64(index))), bytes_) for index in range(ROWS)]
+                for index in range(ROWS, 2 * ROWS):
+                    _prefetch(builder, builder.add(start, builder.mul(row, I64(index))))
                 for part in range(parts):
                     values = _load(builder, builder.add(inputs, I64(part * GROUP)), bytes_)
                     for total, byte in zip(totals, loaded, strict=True):
@@ -72,6 +74,14 @@ def make_dot_kernel(bit_width: int, lanes: int, *, has_dot: bool) -> Any:
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _prefetch(builder: Any, address: Any) -> Any:
+    """Ask for what the next rows read: a processor's own prefetching does not follow several rows at once."""
+    pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
 def _splat(kind: Any, value: int) -> Any:

@@ -96,10 +96,14 @@ def unpack_linear_weight(words: Tensor, table: Tensor, bit_width: int, out_featu
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of each row and their scales ``[rows, 1]``: ``scale = max |x| / 127``, ``code = round(x / scale)``; 1 where a row is 0."""
+    """int8 codes of each row and their scales ``[rows, 1]``: ``scale = max |x| / 127``, ``code = round(x / scale)``.
+
+    The scale is 1 where a row is 0, and NaN where it holds NaN or infinite values; its codes are 0 then.
+    """
     largest = x.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    return (x / scale).round_().clamp_(-127, 127).nan_to_num_().to(torch.int8), scale
 
 
 def packed_linear_reference(
@@ -147,8 +151,8 @@ def packed_linear(
 ) -> Tensor:
     """``y = x W^T + bias`` with ``W[r, k] = table[r, code[r, k]]`` read from packed codes.
 
-    With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row, and where a table is evenly spaced the sums of products of codes are exact
-    integers; other tables are computed by the reference.
+    With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row; rows that are not finite give NaN. Where a table is evenly spaced the
+    sums of products of codes are exact integers; other tables are computed by the reference.
 
     Args:
         x: float32 ``[..., in_features]``.
@@ -167,17 +171,17 @@ def packed_linear(
     loops = packed_loops() if arithmetic == "int8" and x.device.type == "cpu" and x.numel() and out_features else None
     if loops is None or table.shape[1] > 2:
         return packed_linear_reference(x, words, table, bias, bit_width, in_features, out_features, arithmetic)
-    lowest, step = table.unbind(1)
-    codes, scale = quantize_rows(x.detach().reshape(-1, in_features))
-    sums = codes.sum(1, keepdim=True, dtype=torch.int32)
-    inputs = functional.pad(codes, (0, words.shape[1] * (8 // bit_width) - in_features)).contiguous()
-    found = torch.empty(len(inputs), len(words), dtype=torch.int32)
-    arrays = words.detach().numpy(), inputs.numpy(), found.numpy()
+    rows = x.detach().reshape(-1, in_features).contiguous()
+    codes = torch.empty(len(rows), words.shape[1] * (8 // bit_width), dtype=torch.int8)
+    scales, sums = torch.empty(len(rows), 1), torch.empty(len(rows), 1)
+    found, y = torch.empty(len(rows), len(words), dtype=torch.int32), torch.empty(len(rows), out_features)
+    loops.quantize(rows.numpy(), codes.numpy(), scales.numpy(), sums.numpy())
+    arrays = words.detach().numpy(), codes.numpy(), found.numpy()
     units = len(words) // loops.ROWS
-    share(lambda first, last: loops.multiply(*arrays, bit_width, first, last), units, words.numel() * len(inputs) * 8)
-    y = found[:, :out_features] * step + sums * lowest
-    y.mul_(scale)
-    return (y if bias is None else y.add_(bias)).reshape(*x.shape[:-1], out_features)
+    share(lambda first, last: loops.multiply(*arrays, bit_width, first, last), units, words.numel() * len(rows) * 8)
+    added = y.new_empty(1, 0) if bias is None else bias.detach()[None]
+    loops.finish(found.numpy(), table.detach().numpy(), scales.numpy(), sums.numpy(), added.numpy(), y.numpy())
+    return y.reshape(*x.shape[:-1], out_features)
 
 
 @functools.cache
