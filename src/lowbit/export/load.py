@@ -66,7 +66,7 @@ class PackedNetwork(nn.Module):
             _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
         ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
-        self.packed_observer: Callable[[Node, float], None] | None = None  # is told of each call and its seconds
+        self.packed_observer: Callable[[Node, float, object], None] | None = None  # is told of each call, its seconds and its result
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
@@ -78,8 +78,12 @@ class PackedNetwork(nn.Module):
         return dict(self.packed_codes)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+        inputs = _checked(self.packed_graph, Inputs(args, kwargs), self.stored_tensors())
+        return restore(self.packed_graph.structure, self.compute(inputs))
+
+    def compute(self, inputs: Mapping[str, Tensor]) -> list[object]:
+        """The outputs, in order, for inputs by name."""
         graph, stored = self.packed_graph, self.stored_tensors()
-        inputs = _checked(graph, Inputs(args, kwargs), stored)
         device = next(iter(inputs.values())).device
         values: dict[str, object] = dict(inputs)
 
@@ -107,10 +111,10 @@ class PackedNetwork(nn.Module):
                 _check_equal_batches(graph, inputs, error)
                 raise
             if self.packed_observer is not None:
-                self.packed_observer(call.node, time.perf_counter() - start)
+                self.packed_observer(call.node, time.perf_counter() - start, values[call.node.name])
             for name in call.read_last:
                 del values[name]
-        return restore(graph.structure, [value_of(output) for output in graph.outputs])
+        return [value_of(output) for output in graph.outputs]
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The present parameters and buffers by their names in the file."""

@@ -5,20 +5,22 @@ It works on the graph of a packed file, so that a trained network and one that w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import LayerError, SpecError
+from lowbit.export.graph import Node
 from lowbit.export.load import PackedNetwork
 from lowbit.export.packed_file import Package, package
 from lowbit.export.program import export_program
 from lowbit.network.record import record_of
 from lowbit.runtime.binary_conv import compiled_loops
 from lowbit.runtime.convert import OPERATORS, Conversion, LayerPath, WeightOnly
+from lowbit.runtime.pieces import LARGEST_BYTES, Shape, images_are_apart
 from lowbit.runtime.target import active_target
 
 
@@ -51,6 +53,8 @@ class RuntimeReport:
 class RuntimeNetwork(PackedNetwork):
     """A packed network in which layers were replaced by the runtime's operators.
 
+    Large batches are taken piece by piece, so that activations stay in the processor's caches, where no image's result depends on another's.
+
     Attributes:
         report: What runs on what.
         source: What it was made of; ``lowbit.export`` writes that to a file.
@@ -69,6 +73,40 @@ class RuntimeNetwork(PackedNetwork):
             why = "the kernels could not be compiled, so the reference runs"
         self.report = RuntimeReport(target.name, why, tuple(conversion.paths))
         self.source = content
+        self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece of a batch of images of these shapes
+
+    def compute(self, inputs: Mapping[str, Tensor]) -> list[object]:
+        """Large batches piece by piece, where that gives the same."""
+        batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
+        batch = batches.pop()
+        if batches or batch < 2 or torch.compiler.is_compiling() or next(iter(inputs.values())).device.type != "cpu":
+            return super().compute(inputs)
+        key = tuple(tensor.shape[1:] for tensor in inputs.values())
+        if key not in self.packed_pieces:
+            self.packed_pieces[key] = self._images_in_piece(inputs)
+        size = self.packed_pieces[key] * torch.get_num_threads()
+        if not 0 < size < batch:
+            return super().compute(inputs)
+        pieces = [super(RuntimeNetwork, self).compute(piece) for piece in _split(inputs, batch, size)]
+        return [torch.cat(cast("tuple[Tensor, ...]", outputs)) for outputs in zip(*pieces, strict=True)]
+
+    def _images_in_piece(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many images' largest activation fits ``LARGEST_BYTES``; 0 where images cannot be taken apart."""
+        shapes: dict[str, Shape] = {}
+        largest = 1
+
+        def observe(node: Node, _seconds: float, result: object) -> None:
+            nonlocal largest
+            first = result[0] if isinstance(result, (list, tuple)) else result
+            if isinstance(first, Tensor):
+                shapes[node.name], largest = tuple(first.shape), max(largest, first.nbytes)
+
+        observer, self.packed_observer = self.packed_observer, observe
+        try:
+            super().compute({name: tensor[:1] for name, tensor in inputs.items()})
+        finally:
+            self.packed_observer = observer
+        return max(LARGEST_BYTES // largest, 1) if images_are_apart(self.packed_graph, shapes) else 0
 
     def in_float(self) -> PackedNetwork:
         """The same network with every layer in float: what the kernels are held against."""
@@ -91,6 +129,11 @@ class RuntimeNetwork(PackedNetwork):
         if found is None:
             return super().function_of(operator)
         return found if torch.compiler.is_compiling() else found.function
+
+
+def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict[str, Tensor]]:
+    for first in range(0, batch, size):
+        yield {name: tensor[first : first + size] for name, tensor in inputs.items()}
 
 
 def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: WeightOnly = "none") -> RuntimeNetwork:

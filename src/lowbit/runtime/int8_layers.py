@@ -141,10 +141,10 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, gr
     inputs = input_grid(grid)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
         return int8_linear_reference(x, codes, scale, bias, grid)
-    key = (version_of(codes), x.numel() // x.shape[-1])
+    key = version_of(codes), ()
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        packed = torch.ops.onednn.qlinear_prepack(codes, [key[1], x.shape[-1]])
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
     encoded = inputs.encode(x.reshape(-1, x.shape[-1]))
