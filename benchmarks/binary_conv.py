@@ -5,8 +5,9 @@
     LOWBIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/binary_conv.py --out benchmarks/results/binary_conv_avx2_forced.json
 
 Random signs: the time does not depend on them. All variants are timed turn by turn in one process, one thread on one core, each right
-after an untimed call of its own; ratios are medians over the turns. The share of the peak takes the clock from a chain of
-multiplications timed in the same turn. Results: benchmarks/results/binary_conv_<kernels>.json.
+after untimed calls of its own, so that none pays for the caches and the memory that the one before it left; ratios are medians over the turns.
+Shares of the peak take the clock from a chain of multiplications timed in the same turn: once for the whole call, once for its core loop, the
+convolution of packed signs into floats, alone. Results: benchmarks/results/binary_conv_<kernels>.json.
 
 ``ONEDNN_MAX_CPU_ISA`` keeps torch and OpenVINO from AVX-512 too; ONNX Runtime cannot be kept from it.
 
@@ -36,9 +37,12 @@ from torch import Tensor, nn
 from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
 from lowbit.runtime.binary_conv import compiled_loops
 from lowbit.runtime.compiled import VARIABLE
+from lowbit.runtime.prepared import PreparedLayer
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width
 RESULTS = Path(__file__).parent / "results"
+WARMUP, WARMUP_SECONDS = 8, 0.2  # untimed calls before each timed one: so many the caches and the heap take to settle after another runtime
+CORE = "core loop"
 CHAIN = 100_000  # multiplications that wait for one another
 CHAIN_CYCLES = 4  # of each: 3 for the multiplication and 1 for the exclusive or, on x86-64 of the last ten years
 FIRST_USE = (
@@ -61,6 +65,7 @@ def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[
     calls = {
         "binary": lambda: binary_conv2d(x_last, *binary, *rest),
         "ternary": lambda: binary_conv2d(x_last, *masked, *rest),
+        **core_loop(x_last, *binary),
         "torch float32": lambda: layer(x),
         "torch float32 channels-last": lambda: last(x_last),
         "onnxruntime float32": onnx_call(float_file, x),
@@ -71,6 +76,20 @@ def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[
 
         calls["openvino int8"] = openvino_call(int8_file, x)
     return calls
+
+
+def core_loop(x: Tensor, words: Tensor, mask: Tensor | None) -> dict[str, Callable[[], object]]:
+    """The kernel alone, from packed signs to floats; nothing where there are no compiled kernels."""
+    loops = compiled_loops()
+    if loops is None:
+        return {}
+    tensors = words, mask, torch.ones(len(words)), None, None, None
+    layer = PreparedLayer(loops, tensors, (x.shape[1], 1, 3, 3, 1, 1, 1, 1, 1, 1, 0))
+    n, channels, height, width = x.shape
+    image, y = layer.empty_image(n, height, width), np.empty((n, height, width, channels), np.float32)
+    loops.pack(x.permute(0, 2, 3, 1).numpy(), *layer.packing, image, 1, 1, 1, 0, n * height)
+    arguments = image, *layer.weight, *layer.finishing, layer.nothing, layer.nothing, y, (height, width), layer.shape
+    return {CORE: lambda: loops.convolve(*arguments, 0, n * height)}
 
 
 def onnx_files(layer: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]:
@@ -145,10 +164,12 @@ def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[]
         "over_binary": {name: round(ratio(values, times["binary"]), 3) for name, values in times.items() if name != "binary"},
     }
     if rates:
-        per_cycle = [batch * size**2 * channels**2 * 9 / (t * rate) for t, rate in zip(times["binary"], rates, strict=True)]
-        row["products_per_cycle"] = round(statistics.median(per_cycle), 1)
-        if active_target()[0].peak:
-            row["share_of_peak"] = round(statistics.median(per_cycle) / active_target()[0].peak, 3)
+        products, peak = batch * size**2 * channels**2 * 9, active_target()[0].peak
+        for name, prefix in (("binary", ""), (CORE, "core_")):
+            per_cycle = statistics.median(products / (t * rate) for t, rate in zip(times[name], rates, strict=True))
+            row[f"{prefix}products_per_cycle"] = round(per_cycle, 1)
+            if peak:
+                row[f"{prefix}share_of_peak"] = round(per_cycle / peak, 3)
     print(row, flush=True)
     return row
 
@@ -156,11 +177,15 @@ def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[]
 def turn_by_turn(
     calls: Mapping[str, Callable[[], object]], runs: int, after_turn: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each of ``runs`` turns, right after an untimed call of its own."""
+    """Seconds of each call in each of ``runs`` turns, right after untimed calls of its own."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            call()
+            start = time.perf_counter()
+            for _ in range(WARMUP):
+                call()
+                if time.perf_counter() - start > WARMUP_SECONDS:
+                    break
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
