@@ -83,7 +83,7 @@ def core_loop(x: Tensor, words: Tensor, mask: Tensor | None) -> dict[str, Callab
     loops = compiled_loops()
     if loops is None:
         return {}
-    tensors = words, mask, torch.ones(len(words)), None, None, None
+    tensors = words, mask, torch.ones(len(words)), None, None, None, None
     layer = PreparedLayer(loops, tensors, (x.shape[1], 1, 3, 3, 1, 1, 1, 1, 1, 1, 0))
     n, channels, height, width = x.shape
     image, y = layer.empty_image(n, height, width), np.empty((n, height, width, channels), np.float32)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit.runtime.activation import Activation
 from lowbit.runtime.binary_conv import pack_conv_weight
 
 pair = st.integers(1, 3)
@@ -46,3 +47,11 @@ def any_convolution(data: st.DataObject) -> tuple[Any, ...]:
         x, *pack_conv_weight(weight, groups), torch.ones(groups * outputs), None, groups * inputs, kernel, stride, padding, dilation, groups,
         pad_value, threshold, flip,
     )  # fmt: skip
+
+
+def any_activation(data: st.DataObject, channels: int) -> Tensor | None:
+    """The table of an activation for each channel, or none."""
+    if data.draw(st.booleans()):
+        return None
+    before, slope, after, low = torch.randn(4, channels, generator=torch.Generator().manual_seed(channels))
+    return Activation(before, slope, after, 3 * low if data.draw(st.booleans()) else None, 6.0).table(channels)

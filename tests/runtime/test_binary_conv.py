@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.runtime.binary_cases import any_convolution, signs
+from tests.runtime.binary_cases import any_activation, any_convolution, signs
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn import functional
@@ -27,8 +27,9 @@ needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are n
 @given(data=st.data())
 def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
     arguments = any_convolution(data)
-    got = binary_conv2d(*arguments)
-    assert torch.equal(got, binary_conv2d_reference(*arguments))
+    activation = any_activation(data, arguments[1].shape[0])
+    got = binary_conv2d(*arguments, activation=activation)
+    assert torch.equal(got, binary_conv2d_reference(*arguments, activation=activation))
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 

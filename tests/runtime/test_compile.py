@@ -60,6 +60,8 @@ def test_the_compiled_network_computes_what_the_network_computes(method: str) ->
     binary = [layer for layer in fast.report.layers if layer.kernel == "binary"]
     assert len(binary) == (8 if method == "xnor_net" else 6)
     assert all("batch norm" in layer.fused for layer in binary)
+    activations = {"bi_real_net": 0, "react_net": 6, "ir_net": 6, "recu": 6, "xnor_net": 6}  # the shortcuts of xnor_net's have none
+    assert sum("activation" in layer.fused for layer in binary) == activations[method]
     assert {layer.name for layer in fast.report.layers} - {layer.name for layer in binary} >= {"conv", "fc"}
     assert "fc: float (its input is neither a sign nor on an affine grid)" in str(fast.report)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
+from lowbit.runtime.activation import activated
 from lowbit.runtime.bits import pack_signs, unpack_weight
 from lowbit.runtime.checks import check_input, check_layer, check_residual, check_window, refuse_gradients
 from lowbit.runtime.operator import register_operator
@@ -70,6 +71,7 @@ def binary_conv2d_reference(
     flip: Tensor | None = None,
     residual: Tensor | None = None,
     input_scaling: bool = False,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """``binary_conv2d`` by the float convolution of unpacked signs."""
     is_one = x >= (0.0 if threshold is None else threshold.reshape(-1, 1, 1))
@@ -83,7 +85,7 @@ def binary_conv2d_reference(
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
         factor = factor * input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
-    return _finished(y * factor, bias, residual, (-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    return _finished(y * factor, bias, residual, activation, (-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
 def binary_linear_reference(
@@ -96,13 +98,14 @@ def binary_linear_reference(
     threshold: Tensor | None = None,
     flip: Tensor | None = None,
     residual: Tensor | None = None,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """``binary_linear`` by the float product of unpacked signs."""
     is_one = x >= (0.0 if threshold is None else threshold)
     if flip is not None:
         is_one = is_one ^ flip
     y = functional.linear(is_one * 2.0 - 1.0, unpack_weight(words, mask, in_features)).round()
-    return _finished(y * scale, bias, residual, (-1,))
+    return _finished(y * scale, bias, residual, activation, (-1,))
 
 
 def _empty_conv2d(
@@ -146,10 +149,11 @@ def binary_conv2d(
     flip: Tensor | None = None,
     residual: Tensor | None = None,
     input_scaling: bool = False,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """Convolution of the signs of ``x`` with weights of -1, 0 and +1.
 
-    ``y = scale * K * sum(sign(x) w) + bias + residual`` over the window, where ``sign(x)`` is +1 for ``x >= threshold`` and -1 else,
+    ``y = activated(scale * K * sum(sign(x) w) + bias + residual)`` over the window, where ``sign(x)`` is +1 for ``x >= threshold`` and -1 else,
     the other way round where ``flip``; places outside the image count as ``pad_value``. The sums are exact. NaN counts as negative.
 
     Args:
@@ -166,6 +170,7 @@ def binary_conv2d(
         flip: ``[in_channels]`` bool.
         residual: Shaped like the output, or broadcasting to it; float32.
         input_scaling: Multiply by XNOR-Net's ``K``: the mean of ``|x|`` over the channels of a group and the window.
+        activation: ``[5, out]`` float32, see ``lowbit.runtime.activation``.
 
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
@@ -177,13 +182,13 @@ def binary_conv2d(
     refuse_gradients("binary_conv2d", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     tensors, settings = (
-        (words, mask, scale, bias, threshold, flip),
+        (words, mask, scale, bias, threshold, flip, activation),
         (in_channels, groups, *kernel_size, *stride, *padding, *dilation, pad_value),
     )
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
         check_window(kernel_size, stride, padding, dilation)
-        check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip)
+        check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip, activation)
     check_input(x, in_channels, 4)
     check_residual(residual, x)
     rows, columns = output_size(x, kernel_size, stride, padding, dilation)
@@ -193,11 +198,11 @@ def binary_conv2d(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
             input_scaling,
         )  # fmt: skip
-        return y
+        return activated(y, activation, (-1, 1, 1))
     if loops is None:
         return binary_conv2d_reference(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
-            input_scaling,
+            input_scaling, activation,
         )  # fmt: skip
     if layer is None:
         layer = keep_layer(PreparedLayer(loops, tensors, settings))
@@ -218,6 +223,7 @@ def binary_linear(
     threshold: Tensor | None = None,
     flip: Tensor | None = None,
     residual: Tensor | None = None,
+    activation: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on the signs of ``x`` with weights of -1, 0 and +1; see ``binary_conv2d``.
 
@@ -228,6 +234,7 @@ def binary_linear(
         in_features: Of the layer.
         threshold, flip: ``[in_features]``.
         residual: Shaped like the output.
+        activation: ``[5, out]``.
 
     Returns:
         ``[..., out]`` float32.
@@ -238,19 +245,19 @@ def binary_linear(
     """
     refuse_gradients("binary_linear", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors, settings = (words, mask, scale, bias, threshold, flip), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
+    tensors, settings = (words, mask, scale, bias, threshold, flip, activation), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
-        check_layer(words, mask, scale, bias, in_features, 1, None, 0, threshold, flip)
+        check_layer(words, mask, scale, bias, in_features, 1, None, 0, threshold, flip, activation)
     check_input(x, in_features, None)
     check_residual(residual, x)
     shape = (*x.shape[:-1], words.shape[0])
     residual = _residual(residual, shape)
     if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
         y: Tensor = kernels.linear(x, words, mask, scale, bias, in_features, threshold, flip, residual)
-        return y
+        return activated(y, activation, (-1,))
     if loops is None:
-        return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual)
+        return binary_linear_reference(x, words, mask, scale, bias, in_features, threshold, flip, residual, activation)
     if layer is None:
         layer = keep_layer(PreparedLayer(loops, tensors, settings))
     y = x.new_empty(shape)
@@ -288,9 +295,9 @@ def input_scale(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilat
     return functional.conv2d(mean, kernel, None, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _finished(y: Tensor, bias: Tensor | None, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+def _finished(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     y = y if bias is None else y + bias.reshape(shape)
-    return y if residual is None else y + residual
+    return activated(y if residual is None else y + residual, activation, shape)
 
 
 def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

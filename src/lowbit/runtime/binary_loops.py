@@ -162,6 +162,7 @@ def _convolve(
     border: int,
     scale: Floats,
     bias: Floats,
+    activation: Floats,
     k_map: Floats,
     residual: Floats,
     y: Floats,
@@ -172,7 +173,7 @@ def _convolve(
 ) -> None:
     """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
 
-    ``y = dot * (scale * k_map) + bias + residual`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
+    ``y = activated(dot * (scale * k_map) + bias + residual)`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
     ``border * missing`` of the places outside: the image holds zeros there, that is -1. With several bits of inputs and weights, ``count`` is
     the sum of ``2**(p + q)`` times the count of bit ``p`` of the inputs and ``q`` of the weights, and there is no ``border``.
 
@@ -185,6 +186,7 @@ def _convolve(
         missing: ``[kernel height, kernel width, out]``, the sum of the weights at each place.
         border: What the padding counts as, plus 1.
         scale, bias: ``[out]``.
+        activation: ``[5, out]`` or empty.
         k_map: ``[N, rows, columns, G]`` or empty.
         residual: Like ``y`` or empty.
         y: ``[N, rows, columns, out]``.
@@ -209,7 +211,7 @@ def _convolve(
     has_planes = input_bits * weight_bits > 1
     flat_counts, flat_counts_of_bits = counts.ravel(), counts_of_bits.ravel()
     weight_address, mask_address, weight_step, tile_step = weight.ctypes.data, mask.ctypes.data, weight.strides[0], weight.strides[1]
-    has_mask, has_map, has_residual = mask.size > 0, k_map.size > 0, residual.size > 0
+    has_mask, has_map, has_residual, is_active = mask.size > 0, k_map.size > 0, residual.size > 0, activation.size > 0
     outputs = y.shape[3]
     for g in range(groups):
         for tile in range(weight.shape[1]):
@@ -251,7 +253,7 @@ def _convolve(
                     _finish(
                         counts.ctypes.data, 4 * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
                         bias.ctypes.data + 4 * begin, factors, 4 * groups, residual.ctypes.data + place if has_residual else 0,
-                        y.ctypes.data + place, 4 * outputs, positions, size_out,
+                        activation.ctypes.data + 4 * begin if is_active else 0, 4 * outputs, y.ctypes.data + place, 4 * outputs, positions, size_out,
                     )  # fmt: skip
 
 
@@ -268,7 +270,7 @@ _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int
 _PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
 _CONVOLVE = types.void(
     _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
-    _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
+    _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 2), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
     _PAIR, _EIGHT, _INDEX, _INDEX,
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LayerError, SpecError
+from lowbit.runtime.activation import ROWS
 from lowbit.runtime.bits import words_for
 
 
@@ -36,6 +37,7 @@ def check_layer(
     pad_value: int,
     threshold: Tensor | None,
     flip: Tensor | None,
+    activation: Tensor | None = None,
 ) -> None:
     """SpecError where the parts of a layer do not fit each other; ``kernel_size`` is ``None`` for linear layers."""
     out = words.shape[0] if words.dim() else 0
@@ -49,6 +51,7 @@ def check_layer(
         ("bias", bias, (out,), torch.float32),
         ("threshold", threshold, (in_channels,), torch.float32),
         ("flip", flip, (in_channels,), torch.bool),
+        ("activation", activation, (ROWS, out), torch.float32),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")

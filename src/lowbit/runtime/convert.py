@@ -9,7 +9,7 @@ weight alone is quantized can read packed codes, if asked to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -21,6 +21,7 @@ from lowbit.export.integer_grid import integer_grid
 from lowbit.export.operators import find_operator
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
+from lowbit.runtime.activation import Activation
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, input_grid, int8_conv2d, int8_linear
@@ -46,6 +47,7 @@ OPERATORS: dict[str, Operator[...]] = {
     "lowbit.int8_linear.default": int8_linear,
     _PACKED: packed_linear,
 }
+_VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
 WeightOnly = Literal["none", "float", "int8"]
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
@@ -96,7 +98,9 @@ class Conversion:
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
-            if node.operator in _BINARY:
+            if node.operator in _VIEWS:  # layers now give another order of memory, in which views can be impossible
+                self._editor.fuse([node], replace(node, operator="aten.reshape.default"))
+            elif node.operator in _BINARY:
                 try:
                     self.paths.append(self._convert(node))
                 except (SpecError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
@@ -148,16 +152,21 @@ class Conversion:
         if residual is not None:
             replaced.append(residual[0])
             fused.append("sum")
+        activation = self._activation_behind(replaced[-1], len(scale), -3 if node.operator == _CONV else -1)
+        if activation is not None:
+            replaced += activation[0]
+            fused.append("activation")
         groups = cast(int, options.get("groups", 1))
         channels = units.shape[1] * groups
         source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
         words, mask = pack_conv_weight(units, groups)
         parts = {"words": words, "mask": mask, "scale": scale, "offset": offset, "threshold": threshold, "flip": flip}
+        parts["activation"] = None if activation is None else activation[1].table(len(scale))
         stored = {part: self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items()}
         arguments: tuple[object, ...] = (source, *(stored[part] for part in ("words", "mask", "scale", "offset")), channels)
         if node.operator == _CONV:
             arguments = (*arguments, list(units.shape[2:]), *_window(options), groups)
-        keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip") if stored[part] is not None}
+        keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip", "activation") if stored[part] is not None}
         if residual is not None:
             keywords["residual"] = residual[1]
         self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
@@ -353,6 +362,23 @@ class Conversion:
             return None
         others = [value for value in total.args if value != Result(node.name)]
         return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
+
+    def _activation_behind(self, node: Node, channels: int, axis: int) -> tuple[list[Node], Activation] | None:
+        """Operators behind ``node``, each the only reader of the one before it, that are one activation."""
+        found, activation = list[Node](), Activation()
+        while (reader := self._editor.only_reader(([node, *found])[-1])) is not None and not reader.kwargs:
+            values = reader.args[1:]
+            weight = reader.operator == "aten.prelu.default" and isinstance(values[0], Stored)  # of rank 1 whatever the input's
+            if reader.args[0] != Result(([node, *found])[-1].name) or not (
+                weight or all(self._is_per_channel(value, channels, axis) for value in values)
+            ):
+                break
+            longer = activation.followed_by(reader.operator, [cast("Tensor | float", self._evaluated(value, {})) for value in values])
+            if longer is None:
+                break
+            found.append(reader)
+            activation = longer
+        return (found, activation) if found else None
 
     def _input_grid(self, node: Node) -> list[float] | None:
         """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""

@@ -13,6 +13,8 @@ AVX-512 without VPOPCNTDQ): it needs half of the instructions of exclusive or, t
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -294,19 +296,19 @@ pack_bits_of_32: Any = intrinsic(_pack_bits)
 def make_finish(lanes: int) -> Any:
     """A numba intrinsic that turns what a micro-kernel found into outputs, ``lanes`` of them at once.
 
-    ``(found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count)``:
-    ``y = (total - found) * (scale * factor) + bias + added`` for ``count`` outputs of each of ``rows`` positions.
+    ``(found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count)``:
+    ``y = activated((total - found) * (scale * factor) + bias + added)`` for ``count`` outputs of each of ``rows`` positions.
 
     All are integers: addresses of int32 (``found``, ``total``) and float32; the bytes from one position to the next of ``found``,
-    ``factors``, and ``y`` and ``added`` (``y_row``). ``factors`` holds one for each position; the factor is 1 and nothing is added where the
-    address is 0.
+    ``factors``, and ``y`` and ``added`` (``y_row``), and from one row of the table ``activation`` to the next. ``factors`` holds one for each
+    position; the factor is 1, nothing is added and nothing activated where the address is 0.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count = arguments
+        found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count = arguments
         whole = builder.and_(count, I64(-lanes))
 
-        def outputs(place: Any, width: int, has_factor: bool, is_adding: bool) -> None:
+        def outputs(place: Any, width: int, has_factor: bool, is_adding: bool, is_active: bool) -> None:
             integers, floats = ir.VectorType(I32, width), ir.VectorType(ir.FloatType(), width)
             offset = builder.shl(place, I64(2))
 
@@ -314,6 +316,8 @@ def make_finish(lanes: int) -> Any:
                 return builder.load(_pointer(builder, builder.add(base, offset), kind), align=4)
 
             totals, scales, biases = load(total, integers), load(scale, floats), load(bias, floats)
+            places = (builder.add(activation, builder.mul(activation_row, I64(row))) for row in range(5 if is_active else 0))
+            table = [load(row, floats) for row in places]
             with cgutils.for_range(builder, rows) as row:
                 there, here = builder.mul(row.index, y_row), builder.mul(row.index, found_row)
                 difference = builder.sub(totals, load(builder.add(found, here), integers))
@@ -325,25 +329,35 @@ def make_finish(lanes: int) -> Any:
                 value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), scaled), biases)
                 if is_adding:
                     value = builder.fadd(value, load(builder.add(added, there), floats))
+                if is_active:
+                    value = _activated(builder, value, *table)
                 builder.store(value, _pointer(builder, builder.add(builder.add(y, there), offset), floats), align=4)
 
-        def all_outputs(has_factor: bool, is_adding: bool) -> None:
+        def all_outputs(has_factor: bool, is_adding: bool, is_active: bool) -> None:
             for first, end, width in ((I64(0), whole, lanes), (whole, count, 1)):
                 with cgutils.for_range_slice(builder, first, end, I64(width), I64) as (place, _):
-                    outputs(place, width, has_factor, is_adding)
+                    outputs(place, width, has_factor, is_adding, is_active)
 
-        for has_factor in (False, True):
-            for is_adding in (False, True):
-                asked = [
-                    builder.icmp_signed("!=" if wanted else "==", base, I64(0))
-                    for wanted, base in ((has_factor, factors), (is_adding, added))
-                ]
-                with builder.if_then(builder.and_(*asked)):
-                    all_outputs(has_factor, is_adding)
+        for wanted in itertools.product((False, True), repeat=3):
+            pairs = zip(wanted, (factors, added, activation), strict=True)
+            asked = [builder.icmp_signed("!=" if is_wanted else "==", base, I64(0)) for is_wanted, base in pairs]
+            with builder.if_then(functools.reduce(builder.and_, asked)):
+                all_outputs(*wanted)
         return cgutils.get_null_value(I8.as_pointer())
 
     # numba wants the arity spelled out
-    def typed(context, found, found_row, total, scale, bias, factors, factors_row, added, y, y_row, rows, count):  # type: ignore[no-untyped-def]
-        return types.void(*[types.intp] * 12), generate
+    def typed(  # type: ignore[no-untyped-def]
+        context, found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count
+    ):
+        return types.void(*[types.intp] * 14), generate
 
     return intrinsic(typed)
+
+
+def _activated(builder: Any, y: Any, before: Any, slope: Any, after: Any, low: Any, high: Any) -> Any:
+    """``lowbit.runtime.activation.activated`` for vectors."""
+    z = builder.fadd(y, before)
+    is_positive = builder.fcmp_ordered(">=", z, ir.Constant(z.type, None))
+    z = builder.fadd(builder.select(is_positive, z, builder.fmul(z, slope)), after)
+    z = builder.select(builder.fcmp_ordered("<", z, low), low, z)
+    return builder.select(builder.fcmp_ordered(">", z, high), high, z)

@@ -224,7 +224,7 @@ def planes_conv2d(
     """
     refuse_gradients("planes_conv2d", x, scale, bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors: Tensors = (words, mask, scale, bias, thresholds, None)
+    tensors: Tensors = (words, mask, scale, bias, thresholds, None, None)
     settings = (in_channels, groups, *kernel_size, *stride, *padding, *dilation, zero_code)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
@@ -250,7 +250,7 @@ def planes_linear(
     """``planes_conv2d`` for ``x`` ``[..., in_features]`` and weights ``[out, in_features]``; gives ``[..., out]``."""
     refuse_gradients("planes_linear", x, scale, bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors: Tensors = (words, mask, scale, bias, thresholds, None)
+    tensors: Tensors = (words, mask, scale, bias, thresholds, None, None)
     settings = (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, zero_code)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
@@ -279,7 +279,8 @@ class PlanesLayer(PreparedLayer):
         highest = 2**self.planes - 1
         total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
         self.weight = weight, mask, total.int().numpy(), missing
-        self.finishing = 0, (tensors[2].detach() / 2).contiguous().numpy(), self.finishing[2]  # padding is in the image; sums are doubled
+        scale = (tensors[2].detach() / 2).contiguous().numpy()  # sums are doubled
+        self.finishing = 0, scale, *self.finishing[2:]  # padding is in the image
         inputs = np.zeros((1, 1, 1, settings[0]), np.float32)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
         loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)

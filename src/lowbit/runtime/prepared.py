@@ -20,9 +20,11 @@ from lowbit.runtime.bits import WORD, pack_signs, unpack_weight, words_for
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
+NOTHING = torch.empty(0, 0)
+
 T = TypeVar("T")
 Array = npt.NDArray[np.generic]
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class PreparedWeights(Generic[T]):
@@ -46,13 +48,13 @@ class PreparedLayer:
 
     Args:
         loops: The compiled kernels.
-        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold`` and ``flip`` of ``binary_conv2d``. Weights of several bits have one
+        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold``, ``flip`` and ``activation`` of ``binary_conv2d``. Weights of several bits have one
             more dimension at the front, and thresholds in ascending order too.
         settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
     """
 
     def __init__(self, loops: ModuleType, tensors: Tensors, settings: tuple[int, ...]) -> None:
-        words, mask, scale, bias, threshold, flip = tensors
+        words, mask, scale, bias, threshold, flip, activation = tensors
         self.loops, self.settings = loops, settings
         self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
         self.versions = [version_of(tensor) for tensor in tensors]
@@ -68,7 +70,8 @@ class PreparedLayer:
         )
         self.planes = 1  # images of words, one for each bit of the inputs
         border = pad_value + 1 if shape[4] or shape[5] else 0
-        self.finishing = border, _floats(scale), _floats(torch.zeros_like(scale) if bias is None else bias)
+        bias, activation = (empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING)))
+        self.finishing = border, _floats(scale), _floats(bias), _floats(activation)
         self.nothing = np.empty((0, 0, 0, 0), np.float32)
 
     def fits(self, tensors: Tensors, settings: tuple[int, ...]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,13 +30,14 @@ class InputNorm(nn.Module):
         self.dims = len(getattr(layer, "kernel_size", ()))
         weight = insert.float_weight(layer)
         channels = weight.shape[0] if isinstance(layer, TRANSPOSED) else weight.shape[1] * int(getattr(layer, "groups", 1))
-        self.norm = nn.BatchNorm1d(channels, eps=epsilon, device=weight.device)
+        kind = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[self.dims]
+        self.norm = kind(channels, eps=epsilon, device=weight.device)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``[N, channels, positions]``, or ``[N, features]``."""
+        """``x`` as ``[N, channels, ...]`` or ``[N, features]``: a batch stays as it is."""
         if not self.dims:
             return x.reshape(-1, x.shape[-1])
-        return x.reshape(-1, x.shape[-self.dims - 1], math.prod(x.shape[-self.dims :]))
+        return x if x.dim() == self.dims + 2 else x.unsqueeze(0)
 
     @torch.no_grad()
     def set_statistics(self, x: Tensor) -> None:
@@ -53,7 +53,7 @@ class InputNorm(nn.Module):
             y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             y = norm(rows)
-        return y.reshape(x.shape)
+        return y if y.dim() == x.dim() else y.reshape(x.shape)
 
 
 def insert_with_norms(
