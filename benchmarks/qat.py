@@ -9,7 +9,7 @@ A resnet8 of width 16 was trained in float on 12,000 Fashion-MNIST images (start
 epochs: SGD 0.02 with Nesterov momentum and cosine decay, batch 128, shifts and flips, first and last layer at 8 bits. Accuracy is
 on all 10,000 test images. "round_to_nearest" is the float start rounded after the fact. Each run is a process of its own with one
 thread; memory is its peak above the process before training. Results: benchmarks/results/qat.json, row by row, so that a stopped
-run goes on where it was.
+run goes on where it was. "float" in a row is the accuracy of its start, which is chance with --from-scratch.
 """
 
 from __future__ import annotations
@@ -78,8 +78,16 @@ class Data:
         return round(100 * right / len(self.test_labels), 2)
 
 
+def start_of(args: argparse.Namespace) -> nn.Module:
+    """The network that all methods start from: one trained in float, or one with random weights, the same for all."""
+    if args.from_scratch:
+        torch.manual_seed(SEED)
+        return load_model(args.network, in_channels=1, num_classes=10)
+    return float_start(args.network, args.images)
+
+
 def float_start(network: str, images: int) -> nn.Module:
-    """The float network that all methods start from; trained once and kept in starts/ (resnet20: weights/)."""
+    """A float network; trained once and kept in starts/ (resnet20: weights/)."""
     folder = HERE / ("weights" if network == "resnet20" else "starts")
     path = folder / f"{network}_fashion.safetensors"
     torch.manual_seed(SEED)
@@ -112,7 +120,7 @@ def train(
 ) -> None:
     """One run; sends its row."""
     torch.set_num_threads(1)
-    model, data = float_start(args.network, args.images), Data(args.images)
+    model, data = start_of(args), Data(args.images)
     if method == "round_to_nearest":
         calibration = [x for (x, _), _ in zip(data.epoch(0), range(4), strict=False)]
         rounded = lowbit.quantize(model, method=method, weight_bits=weight_bits, activation_bits=activation_bits, calibration=calibration)
@@ -189,13 +197,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
+    parser.add_argument("--from-scratch", action="store_true", help="start from random weights, as many papers do")
     parser.add_argument("--fresh", action="store_true", help="run again what has a row already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "qat.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    results["setting"] = {key: getattr(args, key) for key in ("network", "images", "epochs", "learning_rate", "optimizer")}
-    results["float"] = Data(args.images).accuracy(float_start(args.network, args.images))
+    results["setting"] = {key: getattr(args, key) for key in ("network", "images", "epochs", "learning_rate", "optimizer", "from_scratch")}
+    results["float"] = Data(args.images).accuracy(start_of(args))
     print(f"float: {results['float']} %")
     for method, weight_bits, activation_bits in settings(args):
         key = f"{method} W{weight_bits}A{activation_bits or 32}"

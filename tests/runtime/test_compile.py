@@ -16,6 +16,7 @@ from lowbit.export.load import PackedNetwork
 from lowbit.export.packed_file import package
 from lowbit.export.packed_tensor import PackedTensor
 from lowbit.export.program import export_program
+from lowbit.methods.quantization_aware.xnor_net import InputScale
 from lowbit.models import load_model
 from lowbit.network.record import record_of
 from lowbit.runtime import convert, int8_layers
@@ -72,6 +73,51 @@ def test_sums_are_computed_along_with_layers_and_each_by_one_of_them() -> None:
     assert all(layer.fused == ("batch norm", "sum") for layer in report.layers if layer.kernel == "binary")
     plain = lowbit.compile_runtime(trained("xnor_net"), sample=images()).report
     assert sum("sum" in layer.fused for layer in plain.layers) == 3
+
+
+class Grouped(nn.Module):
+    """Convolutions with groups, with a bias, and with holes in their kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(12)
+        self.dilated, self.last = nn.Conv2d(12, 8, (3, 1), dilation=2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.dilated(self.norm(self.grouped(self.first(x))).relu()).mean((2, 3)))
+        return y
+
+
+@torch.no_grad()
+def test_input_scaling_is_computed_along() -> None:
+    torch.manual_seed(0)
+    for network, in_float, binary in ((load_model("resnet8", num_classes=5), ("conv", "fc"), 8), (Grouped(), ("first", "last"), 2)):
+        policy = BitPolicy.uniform(1, 1).keep_float(in_float[0]).keep_float(in_float[1])
+        model = lowbit.prepare(network, method="xnor_net", policy=policy, sample=images(), input_scaling=True).train()
+        for _ in range(3):
+            model(images())
+        fast = lowbit.compile_runtime(model.eval(), sample=images())
+        assert sum("input scaling" in layer.fused for layer in fast.report.layers) == binary == len(fast.report.layers) - 2
+        torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_looks_like_input_scaling_of_another_window_is_computed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = InputScale.scale_map
+    monkeypatch.setattr(InputScale, "scale_map", lambda self, x, size: plain(self, x.flip(2), size))
+    model = trained("xnor_net", input_scaling=True)
+    fast = lowbit.compile_runtime(model, sample=images())
+    assert not any("input scaling" in layer.fused for layer in fast.report.layers)
+    torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_network_whose_views_need_another_order_of_memory_runs() -> None:
+    torch.manual_seed(0)
+    sample = torch.randn(2, 3, 32, 32)
+    model = lowbit.prepare(load_model("vgg_small", width=32), method="xnor_net", weight_bits=1, activation_bits=1, sample=sample).eval()
+    fast = lowbit.compile_runtime(model, sample=sample)
+    torch.testing.assert_close(fast(sample), model(sample), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ weight alone is quantized can read packed codes, if asked to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -47,7 +48,7 @@ OPERATORS: dict[str, Operator[...]] = {
     "lowbit.int8_linear.default": int8_linear,
     _PACKED: packed_linear,
 }
-_VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
+_VIEWS, _RESHAPE = {"aten.view.default", "aten._unsafe_view.default"}, "aten.reshape.default"
 WeightOnly = Literal["none", "float", "int8"]
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
@@ -98,9 +99,12 @@ class Conversion:
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
-            if node.operator in _VIEWS:  # layers now give another order of memory, in which views can be impossible
-                self._editor.fuse([node], replace(node, operator="aten.reshape.default"))
-            elif node.operator in _BINARY:
+            if node.operator in _VIEWS:  # layers will give another order of memory, in which views can be impossible
+                self._editor.fuse([node], replace(node, operator=_RESHAPE))
+        for node in graph.nodes:
+            if node.name not in self._editor.nodes:
+                continue  # is computed along with a layer
+            if node.operator in _BINARY:
                 try:
                     self.paths.append(self._convert(node))
                 except (SpecError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
@@ -141,8 +145,12 @@ class Conversion:
         """Replace a layer whose weight is ``units * scale``."""
         options = _options(node)
         offset = self._bias(node, len(scale))
-        replaced, fused = [node], []
-        norm = self._norm_behind(node)
+        replaced, fused = [node], list[str]()
+        scaled = self._input_scaling_behind(node, sign.args[0])
+        if scaled is not None:
+            replaced += scaled
+            fused.append("input scaling")
+        norm = self._norm_behind(replaced[-1])
         if norm is not None:
             factor, shift = self._norm_parameters(norm[0])
             scale, offset = scale * factor, offset * factor + shift
@@ -158,7 +166,10 @@ class Conversion:
             fused.append("activation")
         groups = cast(int, options.get("groups", 1))
         channels = units.shape[1] * groups
-        source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
+        if scaled is None:
+            source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
+        else:  # the magnitudes are those of what the sign is taken of
+            source, threshold, flip, before = sign.args[0], None, None, ()
         words, mask = pack_conv_weight(units, groups)
         parts = {"words": words, "mask": mask, "scale": scale, "offset": offset, "threshold": threshold, "flip": flip}
         parts["activation"] = None if activation is None else activation[1].table(len(scale))
@@ -169,6 +180,8 @@ class Conversion:
         keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip", "activation") if stored[part] is not None}
         if residual is not None:
             keywords["residual"] = residual[1]
+        if scaled is not None:
+            keywords["input_scaling"] = True
         self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
         return LayerPath(name, "binary" if mask is None else "ternary", (*before, *fused))
 
@@ -340,6 +353,59 @@ class Conversion:
         """The bias of a layer; zeros where it has none."""
         bias = _options(node).get("bias")
         return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
+
+    def _input_scaling_behind(self, node: Node, x: object) -> list[Node] | None:
+        """The operators behind a convolution that multiply it, without its bias, with XNOR-Net's K for its input ``x``.
+
+        ``xnor_net`` gives them this form: where there is a bias, it is taken off before and added again.
+        """
+        has_bias, found = _options(node).get("bias") is not None, [node]
+        for operator in ("sub", "mul", "add") if has_bias else ("mul",):
+            reader = self._editor.only_reader(found[-1])
+            if node.operator != _CONV or reader is None or reader.operator != f"aten.{operator}.Tensor" or reader.kwargs:
+                return None
+            found.append(reader)
+        product = found[2 if has_bias else 1]
+        others = [value for value in product.args if value != Result(found[found.index(product) - 1].name)]
+        is_bias = all(self._is_bias(value, node) for other in found[1:] if other is not product for value in other.args[1:])
+        return found[1:] if is_bias and len(others) == 1 and self._is_input_scale(others[0], node, x) else None
+
+    def _is_bias(self, value: object, node: Node) -> bool:
+        """Whether ``value`` holds the bias of ``node``."""
+        bias = _options(node)["bias"]
+        return (
+            isinstance(value, Stored)
+            and isinstance(bias, Stored)
+            and torch.equal(self._stored[value.name].flatten(), self._stored[bias.name])
+        )
+
+    def _is_input_scale(self, value: object, node: Node, x: object) -> bool:
+        """Whether ``value`` is the convolution of the mean magnitude of ``x`` with a constant kernel, over the windows of ``node``."""
+        options = _options(node)
+        groups, size = cast(int, options.get("groups", 1)), list(self._stored[cast(Stored, node.args[1]).name].shape[2:])
+        source = self._editor.source(value)
+        if groups > 1 and source is not None and source.operator == "aten.repeat_interleave.self_int":
+            source = self._editor.source(source.args[0])
+        chain: list[Node] = []
+        for operator in (_CONV, "aten.mean.dim", _RESHAPE, "aten.abs.default"):
+            if source is None or source.operator != operator:
+                return False
+            chain.append(source)
+            source = self._editor.source(source.args[0])
+        convolution, mean, by_group, magnitude = chain
+        kernel = self._editor.source(convolution.args[1])
+        ones = None if kernel is None or kernel.operator != "aten.div.Tensor" else self._editor.source(kernel.args[0])
+        if kernel is None or ones is None or ones.operator != "aten.new_ones.default":
+            return False
+        return (
+            magnitude.args[0] == x
+            and cast("list[object]", by_group.args[1])[1] == groups
+            and mean.args[1:] == ([-3],)
+            and ones.args[1] == [groups, 1, *size]
+            and kernel.args[1] == math.prod(size)
+            and _window(_options(convolution)) == _window(options)
+            and _options(convolution).get("bias") is None
+        )
 
     def _norm_behind(self, node: Node) -> list[Node] | None:
         """A batch norm that alone reads ``node``, and the node that takes its first result."""

@@ -30,15 +30,26 @@ class GraphEditor:
         return self.nodes.get(value.name) if isinstance(value, Result) else None
 
     def fuse(self, nodes: Sequence[Node], fused: Node) -> None:
-        """Put ``fused`` where the last of ``nodes`` was, and take the others out."""
-        for node in nodes:
-            for name in _read_by(self.nodes[node.name]):
-                self._readers[name].remove(node.name)
-            if node.name != fused.name:
-                del self.nodes[node.name]
+        """Put ``fused`` where the last of ``nodes`` was, and take the others out, with what only they read."""
+        read = [name for node in nodes for name in self._forget_reads(node.name)]
+        self.nodes[fused.name] = fused  # keeps the place
         for name in _read_by(fused):
             self._readers.setdefault(name, []).append(fused.name)
-        self.nodes[fused.name] = fused
+        for node in nodes:
+            if node.name != fused.name:
+                del self.nodes[node.name]
+        while read:
+            name = read.pop()
+            if name in self.nodes and not self._readers[name] and name not in self._returned:
+                read += self._forget_reads(name)
+                del self.nodes[name]
+
+    def _forget_reads(self, name: str) -> list[str]:
+        """Take a node from the readers of what it reads, and give that."""
+        read = _read_by(self.nodes[name])
+        for source in read:
+            self._readers[source].remove(name)
+        return read
 
     def graph(self) -> Graph:
         """The graph as it is now, without what nothing reads any more."""

@@ -70,7 +70,9 @@ class PreparedLayer:
         )
         self.planes = 1  # images of words, one for each bit of the inputs
         border = pad_value + 1 if shape[4] or shape[5] else 0
-        bias, activation = (empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING)))
+        bias, activation = (
+            empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING))
+        )
         self.finishing = border, _floats(scale), _floats(bias), _floats(activation)
         self.nothing = np.empty((0, 0, 0, 0), np.float32)
 
