@@ -47,8 +47,8 @@ class Activation:
             return replace(self, slope=values[0] if values else 0.01)
         limits = {"aten.relu.default": (0.0, None), "aten.relu6.default": (0.0, 6.0), "aten.hardtanh.default": (-1.0, 1.0)}
         if operator in limits or operator == "aten.clamp.default":
-            low, high = (*values, *limits.get(operator, (None, None))[len(values) :])
-            return replace(self, low=low, high=high)
+            defaults = limits.get(operator, (None, None))
+            return replace(self, low=values[0] if values else defaults[0], high=values[1] if len(values) > 1 else defaults[1])
         return None
 
     def table(self, channels: int) -> Tensor:
