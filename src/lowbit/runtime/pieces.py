@@ -14,112 +14,20 @@ LARGEST_BYTES = 8 * 2**20  # of one activation of a piece, for each thread
 
 Shape = tuple[int, ...]
 
-_EACH_NUMBER = [
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "abs",
-    "neg",
-    "sign",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "reciprocal",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "maximum",
-    "minimum",
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "prelu",
-    "_prelu_kernel",
-    "elu",
-    "selu",
-    "celu",
-    "gelu",
-    "silu",
-    "mish",
-    "hardtanh",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "tanh",
-    "softplus",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "where",
-    "alias",
-    "detach",
-    "clone",
-    "contiguous",
-    "to",
-    "_to_copy",
-    "fake_quantize_affine",
-    "fake_quantize_grid",
-    "fake_quantize_codebook",
-]
-_EACH_IMAGE = [
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "linear",
-    "layer_norm",
-    "_native_batch_norm_legit_no_training",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "constant_pad_nd",
-    "reflection_pad2d",
-    "replication_pad2d",
-    "binary_conv2d",
-    "binary_linear",
-    "planes_conv2d",
-    "planes_linear",
-    "int8_conv2d",
-    "int8_linear",
-    "packed_linear",
-]
-_ALONG_AXES = [
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "flatten",
-    "cat",
-    "unsqueeze",
-    "squeeze",
-    "select",
-    "slice",
-    "split",
-    "chunk",
-]
-_RESHAPING = ["view", "reshape", "_unsafe_view"]
+_NUMBER_NAMES = """
+    add sub rsub mul div abs neg sign exp log sqrt rsqrt square reciprocal clamp clamp_min clamp_max maximum minimum
+    relu relu6 leaky_relu prelu _prelu_kernel elu selu celu gelu silu mish hardtanh hardswish hardsigmoid sigmoid tanh softplus
+    eq ne lt le gt ge where alias detach clone contiguous to _to_copy fake_quantize_affine fake_quantize_grid fake_quantize_codebook
+"""
+_IMAGE_NAMES = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear layer_norm _native_batch_norm_legit_no_training
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d pixel_shuffle pixel_unshuffle constant_pad_nd reflection_pad2d replication_pad2d
+    binary_conv2d binary_linear planes_conv2d planes_linear int8_conv2d int8_linear packed_linear packed_conv2d
+"""
+_AXIS_NAMES = "mean sum amax amin softmax log_softmax _softmax _log_softmax flatten cat unsqueeze squeeze select slice split chunk"
+_EACH_NUMBER, _EACH_IMAGE, _ALONG_AXES = (frozenset(names.split()) for names in (_NUMBER_NAMES, _IMAGE_NAMES, _AXIS_NAMES))
+_RESHAPING = frozenset({"view", "reshape", "_unsafe_view"})
 
 
 def images_are_apart(graph: Graph, shapes: Mapping[str, Shape]) -> bool:
@@ -197,9 +105,9 @@ def _item(node: Node, ranks: Mapping[str, int]) -> bool:
     return isinstance(node.args[0], Result)
 
 
-_RULES: tuple[tuple[list[str], Callable[[Node, Mapping[str, int]], bool]], ...] = (
+_RULES: tuple[tuple[frozenset[str], Callable[[Node, Mapping[str, int]], bool]], ...] = (
     (_EACH_NUMBER, _for_each_number),
     (_EACH_IMAGE, _for_each_image),
     (_ALONG_AXES, _along_axes),
-    (["getitem"], _item),
+    (frozenset({"getitem"}), _item),
 )
