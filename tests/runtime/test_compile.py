@@ -312,6 +312,29 @@ def test_linear_layers_of_packed_weights_keep_no_float_weight(bits: int) -> None
     assert held < 0.5 * 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["round_to_nearest", "lq_nets", "binary_connect"])
+def test_convolutions_of_packed_weights_keep_no_float_weight(method: str) -> None:
+    torch.manual_seed(0)
+    bits = 1 if method == "binary_connect" else 3
+    policy = BitPolicy.uniform(bits, None, first_last=None)
+    network = load_model("resnet8", num_classes=5)
+    if method == "round_to_nearest":
+        small = lowbit.quantize(network, method=method, policy=policy, calibration=images())
+    else:
+        small = lowbit.prepare(network, method=method, policy=policy, sample=images()).eval()
+    with torch.no_grad():
+        fast = lowbit.compile_runtime(small, sample=images(), weight_only="float")
+        expected = small(images(5))
+        torch.testing.assert_close(fast(images(5)), expected, rtol=1e-4, atol=1e-5)
+    packed = [layer.name for layer in fast.report.layers if layer.kernel == "packed"]
+    assert len(packed) == 10
+    held = sum(tensor.numel() * tensor.element_size() for name, tensor in fast.state_dict().items() if name.endswith(".words"))
+    weights = sum(module.weight.numel() for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+    assert held < 4 * weights / (8 if bits == 1 else 4)  # rows of small layers are filled up
+    text = torch.export.export(fast, (images(),)).graph_module.code
+    assert "packed_conv2d" in text
+
+
 def test_an_unknown_kind_of_weight_only_is_refused() -> None:
     with pytest.raises(SpecError, match="none, float, int8"):
         lowbit.compile_runtime(nn.Linear(3, 4), sample=torch.randn(1, 3), weight_only="int4")  # type: ignore[arg-type]

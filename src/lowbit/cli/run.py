@@ -52,8 +52,8 @@ def run(
         Literal["none", "float", "int8"],
         typer.Option(
             "--weight-only",
-            help="Linear layers whose weights alone are quantized: none: in float; float: decoded while they run, little memory; int8: inputs are "
-            "rounded to 8 bits besides, fast for few samples.",
+            help="Layers whose weights alone are quantized: none: in float; float: decoded while they run, little memory; int8: inputs of "
+            "linear layers are rounded to 8 bits besides, fast for few samples.",
         ),
     ] = "none",
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show for each picture.")] = 3,

@@ -119,7 +119,7 @@ class RuntimeNetwork(PackedNetwork):
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
         raise LayerError(
             f"no layer can run on few-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
-            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits. Linear layers of quantized weights alone: "
+            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits. Layers of quantized weights alone: "
             "weight_only='int8' or 'float'."
         )
 
@@ -142,9 +142,9 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
     Args:
         model: A network with quantizers, or one from ``lowbit.load``; it is not changed.
         sample: Inputs of one call, needed for the first kind.
-        weight_only: What becomes of linear layers whose weights are quantized and whose inputs are not: ``none``: they stay in float; ``float``:
-            their weights stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs are rounded to 8
-            bits row by row besides, which is fast for few rows and changes the outputs by about half a percent.
+        weight_only: What becomes of layers whose weights are quantized and whose inputs are not: ``none``: they stay in float; ``float``:
+            their weights stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs of linear layers
+            are rounded to 8 bits row by row besides, which is fast for few rows and changes the outputs by about half a percent.
 
     Returns:
         A module in evaluation mode; ``.report`` lists every layer with what it runs on, or why it stayed in float.

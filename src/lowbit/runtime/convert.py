@@ -2,8 +2,8 @@
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
 becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
-or the comparison of the next sign; sums with another tensor of the same shape are computed along with binary layers. Linear layers whose
-weight alone is quantized can read packed codes, if asked to.
+or the comparison of the next sign; sums with another tensor of the same shape, activations and XNOR-Net's K are computed along with binary
+layers. Layers whose weight alone is quantized can read packed codes, if asked to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_w
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, input_grid, int8_conv2d, int8_linear
 from lowbit.runtime.operator import Operator
-from lowbit.runtime.packed_linear import pack_linear_weight, packed_linear
+from lowbit.runtime.packed_linear import pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.planes import MOST_LEVELS, MOST_WEIGHT, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
 from lowbit.runtime.thresholds import sign_threshold
 
@@ -36,7 +36,7 @@ _AFFINE, _GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_gr
 _NORM = "aten._native_batch_norm_legit_no_training.default"
 _CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
 _BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
-_PACKED = "lowbit.packed_linear.default"
+_PACKED = {_CONV: "lowbit.packed_conv2d.default", _LINEAR: "lowbit.packed_linear.default"}
 _PLANES = {_CONV: "lowbit.planes_conv2d.default", _LINEAR: "lowbit.planes_linear.default"}
 _INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
 OPERATORS: dict[str, Operator[...]] = {
@@ -46,7 +46,8 @@ OPERATORS: dict[str, Operator[...]] = {
     "lowbit.planes_linear.default": planes_linear,
     "lowbit.int8_conv2d.default": int8_conv2d,
     "lowbit.int8_linear.default": int8_linear,
-    _PACKED: packed_linear,
+    "lowbit.packed_linear.default": packed_linear,
+    "lowbit.packed_conv2d.default": packed_conv2d,
 }
 _VIEWS, _RESHAPE = {"aten.view.default", "aten._unsafe_view.default"}, "aten.reshape.default"
 WeightOnly = Literal["none", "float", "int8"]
@@ -81,8 +82,8 @@ class Conversion:
         graph: Of a packed file.
         stored: Its tensors, decoded.
         codes: The codes of quantized weights.
-        weight_only: What becomes of linear layers with quantized weights and other inputs: ``none``: they stay in float; ``float``: weights stay
-            packed and are decoded bit by bit, the arithmetic is float; ``int8``: inputs are rounded to 8 bits besides, row by row.
+        weight_only: What becomes of layers with quantized weights and other inputs: ``none``: they stay in float; ``float``: weights stay
+            packed and are decoded bit by bit, the arithmetic is float; ``int8``: inputs of linear layers are rounded to 8 bits besides, row by row.
 
     Attributes:
         graph: The rewritten graph.
@@ -135,7 +136,7 @@ class Conversion:
             reason = path
         else:
             reason = "its input is neither a sign nor on an affine grid"
-        if self._weight_only != "none" and node.operator == _LINEAR:
+        if self._weight_only != "none":
             arithmetic = self._to_packed(node, name)
             if arithmetic is not None:
                 return LayerPath(name, "packed", (), arithmetic)
@@ -244,19 +245,24 @@ class Conversion:
         return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
 
     def _to_packed(self, node: Node, name: str) -> str | None:
-        """Let a linear layer read packed codes, and say how it computes; ``None`` where its codes have no table for each row."""
+        """Let a layer read packed codes, and say how it computes; ``None`` where its codes have no table for each output."""
         code = self._codes.get(cast(Stored, node.args[1]).name)
         if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind == "per_group":
             return None
-        if code.decoder.granularity.kind == "per_channel" and code.decoder.granularity.axis % 2 == 1:
+        if code.decoder.granularity.kind == "per_channel" and code.decoder.granularity.axis % code.codes.dim() != 0:
             return None
-        lowest = -(2 ** (code.bit_width - 1)) if code.codes.dtype.is_signed else 0
+        lowest, shape = -(2 ** (code.bit_width - 1)) if code.codes.dtype.is_signed else 0, code.codes.shape
         every = torch.arange(lowest, lowest + 2**code.bit_width).expand(len(code.codes), -1).to(code.codes.dtype)
-        packed = pack_linear_weight(code.codes.short() - lowest, code.decoder.decode(every).float(), code.bit_width)
+        levels = code.decoder.decode(every.reshape(*every.shape, *(1,) * (len(shape) - 2))).float().flatten(1)
+        packed = pack_linear_weight(code.codes.flatten(1).short() - lowest, levels, code.bit_width)
         stored = self._keep(f"{name}.words", packed.words), self._keep(f"{name}.table", packed.table)
-        bias, (outputs, inputs) = node.args[2] if len(node.args) > 2 else None, code.codes.shape
-        arguments = (node.args[0], *stored, bias, packed.bit_width, inputs, outputs, self._weight_only)
-        self._editor.fuse([node], Node(node.name, _PACKED, arguments, {}))
+        arguments: tuple[object, ...] = (node.args[0], *stored, _options(node).get("bias"), packed.bit_width)
+        if node.operator == _CONV:
+            arguments = (*arguments, list(shape), *_window(_options(node)), _options(node).get("groups", 1))
+            self._editor.fuse([node], Node(node.name, _PACKED[_CONV], arguments, {}))
+            return "decoded for each call, float arithmetic"
+        arguments = (*arguments, shape[1], shape[0], self._weight_only)
+        self._editor.fuse([node], Node(node.name, _PACKED[_LINEAR], arguments, {}))
         is_decoded = self._weight_only == "int8" and packed.table.shape[1] > 2
         return "8-bit inputs, but levels are unevenly spaced: decoded in float" if is_decoded else f"{self._weight_only} arithmetic"
 

@@ -1,14 +1,16 @@
-"""Linear layers whose weights stay packed in 1 to 8 bits while they run.
+"""Layers whose weights stay packed in 1 to 8 bits while they run.
 
-``arithmetic="int8"``: inputs are rounded to 8 bits for each row (``scale = max |x| / 127``), and codes are unpacked in registers and multiplied
+Linear layers, ``arithmetic="int8"``: inputs are rounded to 8 bits for each row (``scale = max |x| / 127``), and codes are unpacked in registers and multiplied
 by them: the time is that of reading the packed weight. ``arithmetic="float"``: a few rows of the weight at a time are decoded and multiplied
-in float32: exact, and no more memory than those rows.
+in float32: exact, and no more memory than those rows. Convolutions are of the second kind.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -184,6 +186,68 @@ def packed_linear(
     return y.reshape(*x.shape[:-1], out_features)
 
 
+def _empty_conv2d(
+    x: Tensor,
+    words: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    bit_width: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    weight = x.new_empty(list(shape))
+    return functional.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+@register_operator(_empty_conv2d)
+def packed_conv2d(
+    x: Tensor,
+    words: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    bit_width: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of ``x`` with a weight that is decoded from packed codes for this call, ``ROWS_AT_ONCE`` output channels at a time.
+
+    Args:
+        x: float32 ``[N, in_channels, H, W]``.
+        words, table, bit_width: Of a ``PackedWeight`` whose rows are the output channels.
+        bias: ``[out_channels]``.
+        shape: Of the weight, ``[out_channels, in_channels / groups, kernel height, kernel width]``.
+        stride, padding, dilation: Each vertical and horizontal.
+        groups: Of the layer.
+
+    Returns:
+        float32 ``[N, out_channels, rows, columns]``, channels-last.
+
+    Raises:
+        SpecError: An argument of another type or shape.
+    """
+    outputs, per_group = shape[0], math.prod(shape[1:])
+    if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != shape[1] * groups:
+        raise SpecError(f"packed_conv2d takes float32 [N, {shape[1] * groups}, H, W], got {x.dtype} {tuple(x.shape)}")
+    _check_weight(words, table, bias, bit_width, per_group, outputs)
+    size = ROWS_AT_ONCE if groups == 1 else outputs
+    pieces = []
+    for start in range(0, outputs, size):
+        stop = min(start + size, outputs)
+        part = table if len(table) == 1 else table[start:stop]
+        weight = unpack_linear_weight(words[start:stop], part, bit_width, stop - start, per_group).view(-1, *shape[1:])
+        added = None if bias is None else bias[start:stop]
+        pieces.append(functional.conv2d(x, weight, added, tuple(stride), tuple(padding), tuple(dilation), groups))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache
 def packed_loops() -> ModuleType | None:
     """The compiled loops; ``None`` where the reference is used."""
@@ -202,6 +266,10 @@ def _check(
         raise SpecError(f"packed_linear takes float32 [..., {in_features}], got {x.dtype} {tuple(x.shape)}")
     if arithmetic not in ("float", "int8"):
         raise SpecError(f"arithmetic must be 'float' or 'int8', got {arithmetic!r}")
+    _check_weight(words, table, bias, bit_width, in_features, out_features)
+
+
+def _check_weight(words: Tensor, table: Tensor, bias: Tensor | None, bit_width: int, in_features: int, out_features: int) -> None:
     if bit_width not in (1, 2, 4, 8):
         raise SpecError(f"codes lie in containers of 1, 2, 4 or 8 bits, got {bit_width}")
     expected = (out_features + -out_features % 4, -(-in_features * bit_width // (8 * GROUP)) * GROUP)
