@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
 from lowbit.runtime.binary_conv import compiled_loops
 from lowbit.runtime.compiled import VARIABLE
-from lowbit.runtime.prepared import PreparedLayer
+from lowbit.runtime.prepared import LayerTensors, PreparedLayer
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width
 RESULTS = Path(__file__).parent / "results"
@@ -83,12 +83,12 @@ def core_loop(x: Tensor, words: Tensor, mask: Tensor | None) -> dict[str, Callab
     loops = compiled_loops()
     if loops is None:
         return {}
-    tensors = words, mask, torch.ones(len(words)), None, None, None, None
-    layer = PreparedLayer(loops, tensors, (x.shape[1], 1, 3, 3, 1, 1, 1, 1, 1, 1, 0))
+    layer = PreparedLayer(loops, LayerTensors(words, mask, torch.ones(len(words)), None, None), (x.shape[1], 1, 3, 3, 1, 1, 1, 1, 1, 1, 0))
     n, channels, height, width = x.shape
     image, y = layer.empty_image(n, height, width), np.empty((n, height, width, channels), np.float32)
     loops.pack(x.permute(0, 2, 3, 1).numpy(), *layer.packing, image, 1, 1, 1, 0, n * height)
-    arguments = image, *layer.weight, *layer.finishing, layer.nothing, layer.nothing, y, (height, width), layer.shape
+    outputs = layer.nothing, layer.nothing, y, *layer.signing, layer.no_signs, y.shape
+    arguments = image, *layer.weight, *layer.finishing, *outputs, (height, width), layer.shape
     return {CORE: lambda: loops.convolve(*arguments, 0, n * height)}
 
 

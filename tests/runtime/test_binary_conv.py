@@ -33,6 +33,43 @@ def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.D
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_kernels
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_packed_signs_of_outputs_are_those_of_the_numbers_and_the_next_layer_takes_them(data: st.DataObject) -> None:
+    arguments = any_convolution(data)
+    out, generator = arguments[1].shape[0], torch.Generator().manual_seed(0)
+    limits = {"out_threshold": 3 * torch.randn(out, generator=generator).round()}
+    if data.draw(st.booleans()):
+        limits["out_flip"] = torch.rand(out, generator=generator) > 0.5
+    residual = torch.randn(binary_conv2d(*arguments).shape, generator=generator) if data.draw(st.booleans()) else None
+    more = {"activation": any_activation(data, out), "residual": residual}
+    found = binary_conv2d(*arguments, **more, **limits)
+    assert torch.equal(found, binary_conv2d_reference(*arguments, **more, **limits))
+    numbers = binary_conv2d(*arguments, **more)
+    weight = signs((5, out, 3, 2), generator)
+    rest = (*pack_conv_weight(weight), torch.ones(5), None, out, [3, 2], [2, 1], [2, 1], [1, 1], 1, data.draw(st.sampled_from([-1, 0, 1])))
+    expected = binary_conv2d_reference(numbers, *rest, limits["out_threshold"], limits.get("out_flip"))
+    assert torch.equal(binary_conv2d(found, *rest), expected)
+    assert torch.equal(binary_conv2d_reference(found, *rest), expected)
+
+
+@needs_kernels
+def test_packed_signs_go_into_groups_of_whole_words() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, next_weight = torch.randn(2, 40, 6, 6), signs((64, 40, 3, 3), generator), signs((8, 32, 3, 3), generator)
+    window = ([3, 3], [1, 1], [1, 1], [1, 1])
+    first = (x, *pack_conv_weight(weight), torch.ones(64), None, 40, *window, 1)
+    second = (*pack_conv_weight(next_weight, 2), torch.ones(8), None, 64, *window, 2)
+    packed = binary_conv2d(*first, out_threshold=torch.zeros(64))
+    assert torch.equal(binary_conv2d(packed, *second), binary_conv2d_reference(binary_conv2d(*first), *second))
+    third = (*pack_conv_weight(signs((8, 16, 3, 3), generator), 4), torch.ones(8), None, 64, *window, 4)
+    with pytest.raises(SpecError, match="whole words for each group"):
+        binary_conv2d(packed, *third)
+    with pytest.raises(SpecError, match="have no threshold"):
+        binary_conv2d(packed, *second, threshold=torch.zeros(64))
+
+
 @pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
 @pytest.mark.parametrize("pad_value", [-1, 0, 1])
 def test_it_is_the_convolution_of_signs_with_scale_bias_residual_and_input_scale(is_reference: bool, pad_value: int) -> None:
@@ -137,6 +174,10 @@ def test_the_operators_can_be_exported_and_compiled() -> None:
         torch.ops.lowbit.binary_conv2d.default,
         (torch.randn(2, 5, 9, 9), words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1),
     )
+    layer = (words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1)
+    more = {"activation": torch.rand(5, 8), "out_threshold": torch.rand(8)}
+    opcheck(torch.ops.lowbit.binary_conv2d.default, (torch.randn(2, 5, 9, 9), *layer), more)
+    opcheck(torch.ops.lowbit.binary_conv2d.default, (torch.zeros(2, 9, 9, 1, dtype=torch.int32), *layer))
     opcheck(torch.ops.lowbit.binary_linear.default, (torch.randn(4, 40), *pack_conv_weight(torch.ones(7, 40)), torch.rand(7), None, 40))
 
     class Layer(nn.Module):
@@ -159,6 +200,10 @@ def test_the_operators_can_be_exported_and_compiled() -> None:
         ({"pad_value": 2}, "pad_value must be -1, 0 or 1"),
         ({"threshold": torch.ones(4)}, r"threshold must be float32 \(5,\)"),
         ({"residual": torch.ones(1, 8, 3, 3)}, "residual must fit the output's shape"),
+        ({"activation": torch.ones(8)}, r"activation must be float32 \(5, 8\)"),
+        ({"out_threshold": torch.ones(5)}, r"out_threshold must be float32 \(8,\)"),
+        ({"out_flip": torch.ones(8) > 0}, "out_flip needs out_threshold"),
+        ({"x": torch.zeros(1, 8, 8, 2, dtype=torch.int32)}, "packed signs of 5 channels"),
         ({"groups": 2}, "5 input and 8 output channels cannot be divided into 2 groups"),
     ],
 )

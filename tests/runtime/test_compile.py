@@ -75,6 +75,49 @@ def test_sums_are_computed_along_with_layers_and_each_by_one_of_them() -> None:
     assert sum("sum" in layer.fused for layer in plain.layers) == 3
 
 
+@torch.no_grad()
+def test_between_layers_without_a_shortcut_signs_are_packed_and_sums_compared_with_whole_numbers() -> None:
+    model = trained("xnor_net")
+    fast = lowbit.compile_runtime(model, sample=images())
+    packed = [layer.name for layer in fast.report.layers if "packed input" in layer.fused]
+    assert packed == ["layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2"]
+    state = fast.state_dict()
+    for name in packed:
+        assert f"{name}.in_threshold" in state
+        assert bool((state[f"{name}.in_scale"] == 1).all())
+        assert f"{name.replace('conv2', 'conv1')}.activation" not in state
+    torch.testing.assert_close(fast(images(7)), model(images(7)), rtol=1e-4, atol=1e-4)
+
+
+class Row(nn.Module):
+    """Convolutions in a row, with slopes that can be negative between them, and a last one in two groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 32, 3, groups=groups)])
+        self.acts, self.last = nn.ModuleList([nn.PReLU(64), nn.PReLU(64)]), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.acts[0](self.convs[0](x))
+        y = self.acts[1](self.convs[1](y))
+        out: Tensor = self.last(self.convs[2](y).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("groups", "slope", "is_packed"), [(1, 0.2, True), (1, -0.5, True), (2, 0.2, True), (4, 0.2, False)])
+@torch.no_grad()
+def test_packed_signs_behind_any_slope_and_into_groups(groups: int, slope: float, is_packed: bool) -> None:
+    torch.manual_seed(0)
+    network = Row(groups)
+    for act in network.acts:
+        nn.init.constant_(act.weight, slope)  # type: ignore[arg-type]
+    policy = BitPolicy.uniform(1, 1).keep_float("convs.0").keep_float("last")
+    model = lowbit.prepare(network, method="xnor_net", policy=policy, sample=images(), input_norm="never").eval()
+    fast = lowbit.compile_runtime(model, sample=images())
+    assert ("packed input" in fast.report.layers[2].fused) is is_packed
+    torch.testing.assert_close(fast(images(3)), model(images(3)), rtol=1e-4, atol=1e-4)
+
+
 class Grouped(nn.Module):
     """Convolutions with groups, with a bias, and with holes in their kernel."""
 

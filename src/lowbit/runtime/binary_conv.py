@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from lowbit.errors import SpecError
 from lowbit.runtime.activation import activated
-from lowbit.runtime.bits import pack_signs, unpack_weight
-from lowbit.runtime.checks import check_input, check_layer, check_residual, check_window, refuse_gradients
+from lowbit.runtime.bits import pack_signs, unpack_signs, unpack_weight, words_for
+from lowbit.runtime.checks import check_input, check_layer, check_packed_input, check_residual, check_window, refuse_gradients
 from lowbit.runtime.operator import register_operator
-from lowbit.runtime.prepared import PreparedLayer, keep_layer, known_layer
+from lowbit.runtime.prepared import LayerTensors, PreparedLayer, keep_layer, known_layer
 from lowbit.runtime.target import active_target, cuda_target
 
 Pair = Sequence[int]
@@ -72,8 +72,12 @@ def binary_conv2d_reference(
     residual: Tensor | None = None,
     input_scaling: bool = False,
     activation: Tensor | None = None,
+    out_threshold: Tensor | None = None,
+    out_flip: Tensor | None = None,
 ) -> Tensor:
     """``binary_conv2d`` by the float convolution of unpacked signs."""
+    if x.dtype == torch.int32:
+        x = unpack_signs(x, in_channels).permute(0, 3, 1, 2)
     is_one = x >= (0.0 if threshold is None else threshold.reshape(-1, 1, 1))
     if flip is not None:
         is_one = is_one ^ flip.reshape(-1, 1, 1)
@@ -85,7 +89,10 @@ def binary_conv2d_reference(
     factor = scale.reshape(-1, 1, 1)
     if input_scaling:
         factor = factor * input_scale(x, kernel_size, stride, padding, dilation, groups).repeat_interleave(len(words) // groups, 1)
-    return _finished(y * factor, bias, residual, activation, (-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    y = _finished(y * factor, bias, residual, activation, (-1, 1, 1))
+    if out_threshold is not None:
+        return _packed(y, out_threshold, out_flip)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def binary_linear_reference(
@@ -119,10 +126,20 @@ def _empty_conv2d(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    groups: int,
+    pad_value: int = 0,
+    threshold: Tensor | None = None,
+    flip: Tensor | None = None,
+    residual: Tensor | None = None,
+    input_scaling: bool = False,
+    activation: Tensor | None = None,
+    out_threshold: Tensor | None = None,
     *_rest: object,
 ) -> Tensor:
-    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(_image_size(x), kernel_size, stride, padding, dilation)
     out = words.shape[0]
+    if out_threshold is not None:
+        return torch.empty((x.shape[0], rows, columns, words_for(out)), dtype=torch.int32, device=x.device)
     strides = (rows * columns * out, 1, columns * out, out)
     return torch.empty_strided((x.shape[0], out, rows, columns), strides, dtype=torch.float32, device=x.device)
 
@@ -150,14 +167,19 @@ def binary_conv2d(
     residual: Tensor | None = None,
     input_scaling: bool = False,
     activation: Tensor | None = None,
+    out_threshold: Tensor | None = None,
+    out_flip: Tensor | None = None,
 ) -> Tensor:
     """Convolution of the signs of ``x`` with weights of -1, 0 and +1.
 
     ``y = activated(scale * K * sum(sign(x) w) + bias + residual)`` over the window, where ``sign(x)`` is +1 for ``x >= threshold`` and -1 else,
     the other way round where ``flip``; places outside the image count as ``pad_value``. The sums are exact. NaN counts as negative.
 
+    With ``out_threshold`` it gives packed signs, +1 for ``y >= out_threshold`` or the other way round where ``out_flip``, as the next layer can
+    take them in place of ``x``: int32 ``[N, H, W, words]``.
+
     Args:
-        x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
+        x: ``[N, in_channels, H, W]`` float32, channels-last is fastest; or packed signs, of whole words for each group.
         words: From ``pack_conv_weight``.
         mask: From there too.
         scale: ``[out]`` float32.
@@ -171,9 +193,11 @@ def binary_conv2d(
         residual: Shaped like the output, or broadcasting to it; float32.
         input_scaling: Multiply by XNOR-Net's ``K``: the mean of ``|x|`` over the channels of a group and the window.
         activation: ``[5, out]`` float32, see ``lowbit.runtime.activation``.
+        out_threshold: ``[out]`` float32.
+        out_flip: ``[out]`` bool.
 
     Returns:
-        ``[N, out, rows, columns]`` float32, channels-last.
+        ``[N, out, rows, columns]`` float32, channels-last; with ``out_threshold`` int32 ``[N, rows, columns, ceil(out / 32)]``.
 
     Raises:
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
@@ -181,34 +205,42 @@ def binary_conv2d(
     """
     refuse_gradients("binary_conv2d", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors, settings = (
-        (words, mask, scale, bias, threshold, flip, activation),
-        (in_channels, groups, *kernel_size, *stride, *padding, *dilation, pad_value),
-    )
+    tensors = LayerTensors(words, mask, scale, bias, threshold, flip, activation, out_threshold, out_flip)
+    settings = in_channels, groups, *kernel_size, *stride, *padding, *dilation, pad_value
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
         check_window(kernel_size, stride, padding, dilation)
-        check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, threshold, flip, activation)
-    check_input(x, in_channels, 4)
+        check_layer(words, mask, scale, bias, in_channels, groups, kernel_size, pad_value, *tensors[4:])
+    if x.dtype == torch.int32:
+        check_packed_input(x, in_channels, groups, threshold, flip, input_scaling)
+    else:
+        check_input(x, in_channels, 4)
     check_residual(residual, x)
-    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(_image_size(x), kernel_size, stride, padding, dilation)
     residual = _residual(residual, (x.shape[0], words.shape[0], rows, columns))
     if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
+        numbers = unpack_signs(x, in_channels).permute(0, 3, 1, 2) if x.dtype == torch.int32 else x
         y: Tensor = kernels.conv2d(
-            x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
+            numbers, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
             input_scaling,
         )  # fmt: skip
-        return activated(y, activation, (-1, 1, 1))
+        y = activated(y, activation, (-1, 1, 1))
+        return y if out_threshold is None else _packed(y, out_threshold, out_flip)
     if loops is None:
         return binary_conv2d_reference(
             x, words, mask, scale, bias, in_channels, kernel_size, stride, padding, dilation, groups, pad_value, threshold, flip, residual,
-            input_scaling, activation,
+            input_scaling, activation, out_threshold, out_flip,
         )  # fmt: skip
     if layer is None:
         layer = keep_layer(PreparedLayer(loops, tensors, settings))
-    y = x.new_empty((x.shape[0], rows, columns, words.shape[0]))
     k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).movedim(1, -1).contiguous() if input_scaling else None
-    layer.run(_channels_last(x), y, None if residual is None else _channels_last(residual), k_map)
+    pixels, added = x if x.dtype == torch.int32 else _channels_last(x), None if residual is None else _channels_last(residual)
+    if out_threshold is not None:
+        signs = torch.zeros((x.shape[0], rows, columns, words_for(len(words))), dtype=torch.int32)
+        layer.run(pixels.contiguous(), signs, added, k_map)
+        return signs
+    y = torch.empty((x.shape[0], rows, columns, words.shape[0]))
+    layer.run(pixels.contiguous(), y, added, k_map)
     return y.permute(0, 3, 1, 2)
 
 
@@ -245,7 +277,7 @@ def binary_linear(
     """
     refuse_gradients("binary_linear", x, scale, bias, residual)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors, settings = (words, mask, scale, bias, threshold, flip, activation), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
+    tensors, settings = LayerTensors(words, mask, scale, bias, threshold, flip, activation), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
         check_layer(words, mask, scale, bias, in_features, 1, None, 0, threshold, flip, activation)
@@ -300,6 +332,19 @@ def _finished(y: Tensor, bias: Tensor | None, residual: Tensor | None, activatio
     return activated(y if residual is None else y + residual, activation, shape)
 
 
+def _packed(y: Tensor, threshold: Tensor, flip: Tensor | None) -> Tensor:
+    """The signs of ``y`` ``[N, C, H, W]`` as int32 ``[N, H, W, words]``."""
+    is_one = y >= threshold.reshape(-1, 1, 1)
+    if flip is not None:
+        is_one = is_one ^ flip.reshape(-1, 1, 1)
+    return pack_signs(is_one.permute(0, 2, 3, 1) * 2 - 1).contiguous()
+
+
+def _image_size(x: Tensor) -> tuple[int, int]:
+    """Height and width of an image or of packed signs."""
+    return (x.shape[1], x.shape[2]) if x.dtype == torch.int32 else (x.shape[2], x.shape[3])
+
+
 def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     if residual is None or residual.shape == shape:
         return residual
@@ -309,10 +354,10 @@ def _residual(residual: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         raise SpecError(f"residual must fit the output's shape {shape}, got {tuple(residual.shape)}") from error
 
 
-def output_size(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
-    """Rows and columns that a convolution of ``x`` has; ``SpecError`` where there are none."""
+def output_size(image: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+    """Rows and columns that a convolution of an image of this height and width has; ``SpecError`` where there are none."""
     reach = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
-    size = [x.shape[2 + i] + 2 * padding[i] for i in range(2)]
+    size = [image[i] + 2 * padding[i] for i in range(2)]
     if size[0] < reach[0] or size[1] < reach[1]:
         raise SpecError(f"an image of {size[0]} x {size[1]} with its padding is smaller than the kernel's reach of {reach[0]} x {reach[1]}")
     return (size[0] - reach[0]) // stride[0] + 1, (size[1] - reach[1]) // stride[1] + 1

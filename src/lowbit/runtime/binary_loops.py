@@ -153,6 +153,34 @@ def _subtract(
 _add_missing: Any = numba.njit(_subtract)
 
 
+def _signs(y: Floats, limits: Floats, flips: Words, begin: int, signs: Words) -> None:
+    """Put the signs of outputs from ``begin`` on into their words of one position."""
+    c = begin
+    while c < begin + y.size:
+        word = c // 32
+        if c % 32 == 0 and c + 32 <= begin + y.size:
+            signs[word] = pack_bits_of_32(y.ctypes.data + 4 * (c - begin), limits.ctypes.data + 4 * c, 0, 0, 1, 1) ^ flips[word]
+            c += 32
+        else:
+            bit = np.uint32(y[c - begin] >= limits[c]) << np.uint32(c % 32)
+            signs[word] ^= np.int32(bit ^ (np.uint32(flips[word]) & (np.uint32(1) << np.uint32(c % 32))))
+            c += 1
+
+
+_add_signs: Any = numba.njit(_signs)
+
+
+def _place(signs: Words, image: Image, top: int, left: int, first: int, last: int) -> None:
+    """Signs ``[N, H, W, words]`` into a padded image of words, for rows ``first`` to ``last`` of all images."""
+    height, groups, words = signs.shape[1], image.shape[3], image.shape[4]
+    for row in range(first, last):
+        n, h = row // height, row % height
+        for w in range(signs.shape[2]):
+            for g in range(groups):
+                for word in range(words):
+                    image[n, top + h, left + w, g, word] = _image_word(signs[n, h, w, g * words + word])
+
+
 def _convolve(
     image: Image,
     weight: Weight,
@@ -166,6 +194,10 @@ def _convolve(
     k_map: Floats,
     residual: Floats,
     y: Floats,
+    limits: Floats,
+    flips: Words,
+    signs: Words,
+    out_shape: tuple[int, int, int, int],
     size: tuple[int, int],
     shape: tuple[int, int, int, int, int, int, int, int],
     first: int,
@@ -188,15 +220,18 @@ def _convolve(
         scale, bias: ``[out]``.
         activation: ``[5, out]`` or empty.
         k_map: ``[N, rows, columns, G]`` or empty.
-        residual: Like ``y`` or empty.
-        y: ``[N, rows, columns, out]``.
+        residual: ``[N, rows, columns, out]`` or empty.
+        y: ``[N, rows, columns, out]``, or empty where only signs are asked for.
+        limits, flips: ``[out]`` and ``[out words]``, of signs: ``(y >= limit) ^ flip``; or empty.
+        signs: ``[N, rows, columns, out words]`` full of zeros, or empty.
+        out_shape: ``N, rows, columns, out``.
         size: Height and width of the input without its padding.
         shape: Kernel, stride, padding (top, left) and dilation, each vertical and horizontal.
         first, last: Which rows.
     """
     kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w = shape
     groups, words = image.shape[3], image.shape[4]
-    rows, columns, channels = y.shape[1], y.shape[2], y.shape[3] // groups
+    rows, columns, channels = out_shape[1], out_shape[2], out_shape[3] // groups
     pixel = groups * words
     line = image.shape[2] * pixel
     runs, run_stride, length = kernel_w, dilation_w * pixel, words
@@ -204,15 +239,16 @@ def _convolve(
         runs, run_stride, length = 1, 0, kernel_w * words
     reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
     origin = image.ctypes.data
-    input_bits, weight_bits = image.shape[0] // y.shape[0], weight.shape[0] // groups
-    plane = _STEP * y.shape[0] * image.shape[1] * line  # bytes from one bit of the inputs to the next
+    input_bits, weight_bits = image.shape[0] // out_shape[0], weight.shape[0] // groups
+    plane = _STEP * out_shape[0] * image.shape[1] * line  # bytes from one bit of the inputs to the next
     counts = np.empty((ROWS, CHANNELS), np.int32)
     counts_of_bits = np.empty((ROWS, CHANNELS), np.int32)
     has_planes = input_bits * weight_bits > 1
     flat_counts, flat_counts_of_bits = counts.ravel(), counts_of_bits.ravel()
     weight_address, mask_address, weight_step, tile_step = weight.ctypes.data, mask.ctypes.data, weight.strides[0], weight.strides[1]
     has_mask, has_map, has_residual, is_active = mask.size > 0, k_map.size > 0, residual.size > 0, activation.size > 0
-    outputs = y.shape[3]
+    outputs, has_signs = out_shape[3], signs.size > 0
+    values = np.empty((ROWS, CHANNELS), np.float32)
     for g in range(groups):
         for tile in range(weight.shape[1]):
             begin = g * channels + tile * CHANNELS
@@ -252,9 +288,14 @@ def _convolve(
                     factors = k_map.ctypes.data + 4 * ((row * columns + ox) * groups + g) if has_map else 0
                     _finish(
                         counts.ctypes.data, 4 * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
-                        bias.ctypes.data + 4 * begin, factors, 4 * groups, residual.ctypes.data + place if has_residual else 0,
-                        activation.ctypes.data + 4 * begin if is_active else 0, 4 * outputs, y.ctypes.data + place, 4 * outputs, positions, size_out,
+                        bias.ctypes.data + 4 * begin, factors, 4 * groups, residual.ctypes.data + place if has_residual else 0, 4 * outputs,
+                        activation.ctypes.data + 4 * begin if is_active else 0, 4 * outputs,
+                        values.ctypes.data if has_signs else y.ctypes.data + place, 4 * (CHANNELS if has_signs else outputs), positions,
+                        size_out,
                     )  # fmt: skip
+                    if has_signs:
+                        for r in range(positions):
+                            _add_signs(values[r, :size_out], limits, flips, begin, signs[n, oy, ox + r])
 
 
 _INDEX = types.int64
@@ -268,13 +309,15 @@ def _array(kind: Any, rank: int) -> Any:
 _FLOATS, _WORDS = types.float32, types.int32
 _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
 _PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
+_PLACE = types.void(_array(_WORDS, 4), _array(_IMAGE, 5), *[_INDEX] * 4)
 _CONVOLVE = types.void(
     _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
     _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 2), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
-    _PAIR, _EIGHT, _INDEX, _INDEX,
+    _array(_FLOATS, 1), _array(_WORDS, 1), _array(_WORDS, 4), types.UniTuple(_INDEX, 4), _PAIR, _EIGHT, _INDEX, _INDEX,
 )  # fmt: skip
 
 FOLDER = compiled.cache_folder(_target.name, [Path(__file__), Path(__file__).with_name("micro_kernel.py")])
 with compiled.cached_in(FOLDER) as is_cached:
     pack = numba.njit([_PACK], nogil=True, cache=is_cached)(_pack)
+    place = numba.njit([_PLACE], nogil=True, cache=is_cached)(_place)
     convolve = numba.njit([_CONVOLVE], nogil=True, cache=is_cached)(_convolve)

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from lowbit.errors import LayerError, SpecError
 from lowbit.runtime.activation import ROWS
-from lowbit.runtime.bits import words_for
+from lowbit.runtime.bits import WORD, words_for
+
+
+def check_packed_input(x: Tensor, in_channels: int, groups: int, *others: object) -> None:
+    """SpecError where packed signs do not fit a layer, or what needs numbers is asked of them too."""
+    if x.dim() != 4 or x.shape[3] != words_for(in_channels) or (groups > 1 and in_channels // groups % WORD):
+        raise SpecError(
+            f"packed signs of {in_channels} channels in {groups} groups must be int32 [N, H, W, {words_for(in_channels)}] with whole words for "
+            f"each group, got {tuple(x.shape)}"
+        )
+    if any(other is not None and other is not False for other in others):
+        raise SpecError("packed signs have no threshold, flip or input scaling: these need the numbers")
 
 
 def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
@@ -38,6 +49,8 @@ def check_layer(
     threshold: Tensor | None,
     flip: Tensor | None,
     activation: Tensor | None = None,
+    out_threshold: Tensor | None = None,
+    out_flip: Tensor | None = None,
 ) -> None:
     """SpecError where the parts of a layer do not fit each other; ``kernel_size`` is ``None`` for linear layers."""
     out = words.shape[0] if words.dim() else 0
@@ -52,11 +65,15 @@ def check_layer(
         ("threshold", threshold, (in_channels,), torch.float32),
         ("flip", flip, (in_channels,), torch.bool),
         ("activation", activation, (ROWS, out), torch.float32),
+        ("out_threshold", out_threshold, (out,), torch.float32),
+        ("out_flip", out_flip, (out,), torch.bool),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")
         if tensor is not None and tensor.device != words.device:
             raise SpecError(f"{name} must be on {words.device} with the packed weights, got {tensor.device}")
+    if out_flip is not None and out_threshold is None:
+        raise SpecError("out_flip needs out_threshold")
     if pad_value not in (-1, 0, 1):
         raise SpecError(f"pad_value must be -1, 0 or 1, got {pad_value}")
 

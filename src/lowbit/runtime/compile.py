@@ -63,8 +63,9 @@ class RuntimeNetwork(PackedNetwork):
     def __init__(self, content: Package, weight_only: WeightOnly = "none") -> None:
         super().__init__(content)
         conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes, weight_only)
-        still_read = {name: tensor for name, tensor in content.tensors.items() if name in conversion.graph.tensors}
-        super().__init__(replace(content, graph=conversion.graph, tensors={**still_read, **conversion.tensors}))
+        tensors = {**content.tensors, **conversion.tensors}
+        read = {name: tensor for name, tensor in tensors.items() if name in conversion.graph.tensors}
+        super().__init__(replace(content, graph=conversion.graph, tensors=read))
         for parameter in self.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

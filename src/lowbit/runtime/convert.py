@@ -22,8 +22,9 @@ from lowbit.export.integer_grid import integer_grid
 from lowbit.export.operators import find_operator
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
-from lowbit.runtime.activation import Activation
+from lowbit.runtime.activation import Activation, activated
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
+from lowbit.runtime.bits import WORD
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, input_grid, int8_conv2d, int8_linear
 from lowbit.runtime.operator import Operator
@@ -50,6 +51,7 @@ OPERATORS: dict[str, Operator[...]] = {
     "lowbit.packed_conv2d.default": packed_conv2d,
 }
 _VIEWS, _RESHAPE = {"aten.view.default", "aten._unsafe_view.default"}, "aten.reshape.default"
+MOST_PRODUCTS = 2.0**24  # of a sum; float32 holds all whole numbers up to it
 WeightOnly = Literal["none", "float", "int8"]
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
@@ -171,6 +173,9 @@ class Conversion:
             source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
         else:  # the magnitudes are those of what the sign is taken of
             source, threshold, flip, before = sign.args[0], None, None, ()
+        if scaled is None and self._gives_signs(source, node, groups, threshold, flip, name):
+            threshold = flip = None
+            before = ("packed input",)
         words, mask = pack_conv_weight(units, groups)
         parts = {"words": words, "mask": mask, "scale": scale, "offset": offset, "threshold": threshold, "flip": flip}
         parts["activation"] = None if activation is None else activation[1].table(len(scale))
@@ -185,6 +190,41 @@ class Conversion:
             keywords["input_scaling"] = True
         self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
         return LayerPath(name, "binary" if mask is None else "ternary", (*before, *fused))
+
+    def _gives_signs(self, source: object, node: Node, groups: int, threshold: Tensor | None, flip: Tensor | None, name: str) -> bool:
+        """Let a binary convolution give the packed signs that ``node`` takes, if nothing else reads its numbers, and say whether it does."""
+        producer, reader = self._editor.source(source), self._editor.source(source)
+        while reader is not None and reader.name != node.name:
+            reader = self._editor.only_reader(reader)
+        if producer is None or reader is None or {producer.operator, _BINARY[node.operator]} != {_BINARY[_CONV]}:
+            return False
+        scale = self.tensors[cast(Stored, producer.args[3]).name]
+        if groups > 1 and len(scale) // groups % WORD:
+            return False
+        limit, arguments, keywords = torch.zeros_like(scale) if threshold is None else threshold, list(producer.args), dict(producer.kwargs)
+        whole = self._whole_threshold(producer, limit, flip)
+        if whole is not None:
+            limit, flip = whole
+            arguments[3:5] = self._keep(f"{name}.in_scale", torch.ones_like(scale)), None
+            keywords.pop("activation", None)
+        keywords["out_threshold"], keywords["out_flip"] = self._keep(f"{name}.in_threshold", limit), self._keep(f"{name}.in_flip", flip)
+        self._editor.fuse([producer], Node(producer.name, producer.operator, tuple(arguments), keywords))
+        return True
+
+    def _whole_threshold(self, producer: Node, limit: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """What its sums of products are compared with in place of its outputs; ``None`` where these depend on more, or do not only rise or fall."""
+        table = producer.kwargs.get("activation")
+        activation = self.tensors[table.name] if isinstance(table, Stored) else None
+        if {"residual", "input_scaling"} & set(producer.kwargs) or (activation is not None and bool((activation[1] < 0).any())):
+            return None
+        scale, offset = (self.tensors[cast(Stored, value).name] for value in producer.args[3:5])
+
+        def function(total: Tensor) -> Tensor:
+            y = activated(total.clamp(-MOST_PRODUCTS, MOST_PRODUCTS) * scale + offset, activation, (-1,))
+            is_one = y >= limit
+            return torch.where(is_one if flip is None else is_one ^ flip, 1.0, -1.0)
+
+        return sign_threshold(function, len(scale))
 
     def _to_planes(self, node: Node, name: str, quantizer: Node) -> LayerPath | None:
         """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""

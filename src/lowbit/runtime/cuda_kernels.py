@@ -52,7 +52,7 @@ def conv2d(
         SpecError: A tensor is on another device than ``x``.
     """
     _check_devices(x, words=words, mask=mask, scale=scale, bias=bias, threshold=threshold, flip=flip, residual=residual)
-    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     shape = (x.shape[0], words.shape[0], rows, columns)
     y = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).contiguous() if input_scaling else None

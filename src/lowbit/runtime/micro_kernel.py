@@ -296,16 +296,18 @@ pack_bits_of_32: Any = intrinsic(_pack_bits)
 def make_finish(lanes: int) -> Any:
     """A numba intrinsic that turns what a micro-kernel found into outputs, ``lanes`` of them at once.
 
-    ``(found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count)``:
+    ``(found, found_row, total, scale, bias, factors, factors_row, added, added_row, activation, activation_row, y, y_row, rows, count)``:
     ``y = activated((total - found) * (scale * factor) + bias + added)`` for ``count`` outputs of each of ``rows`` positions.
 
     All are integers: addresses of int32 (``found``, ``total``) and float32; the bytes from one position to the next of ``found``,
-    ``factors``, and ``y`` and ``added`` (``y_row``), and from one row of the table ``activation`` to the next. ``factors`` holds one for each
+    ``factors``, ``added`` and ``y``, and from one row of the table ``activation`` to the next. ``factors`` holds one for each
     position; the factor is 1, nothing is added and nothing activated where the address is 0.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count = arguments
+        found, found_row, total, scale, bias, factors, factors_row, added, added_row, activation, activation_row, y, y_row, rows, count = (
+            arguments
+        )
         whole = builder.and_(count, I64(-lanes))
 
         def outputs(place: Any, width: int, has_factor: bool, is_adding: bool, is_active: bool) -> None:
@@ -320,6 +322,7 @@ def make_finish(lanes: int) -> Any:
             table = [load(row, floats) for row in places]
             with cgutils.for_range(builder, rows) as row:
                 there, here = builder.mul(row.index, y_row), builder.mul(row.index, found_row)
+                other = builder.mul(row.index, added_row)
                 difference = builder.sub(totals, load(builder.add(found, here), integers))
                 scaled = scales
                 if has_factor:
@@ -328,7 +331,7 @@ def make_finish(lanes: int) -> Any:
                     scaled = builder.fmul(scales, _repeated(builder, factor, width))
                 value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), scaled), biases)
                 if is_adding:
-                    value = builder.fadd(value, load(builder.add(added, there), floats))
+                    value = builder.fadd(value, load(builder.add(added, other), floats))
                 if is_active:
                     value = _activated(builder, value, *table)
                 builder.store(value, _pointer(builder, builder.add(builder.add(y, there), offset), floats), align=4)
@@ -347,9 +350,24 @@ def make_finish(lanes: int) -> Any:
 
     # numba wants the arity spelled out
     def typed(  # type: ignore[no-untyped-def]
-        context, found, found_row, total, scale, bias, factors, factors_row, added, activation, activation_row, y, y_row, rows, count
+        context,
+        found,
+        found_row,
+        total,
+        scale,
+        bias,
+        factors,
+        factors_row,
+        added,
+        added_row,
+        activation,
+        activation_row,
+        y,
+        y_row,
+        rows,
+        count,
     ):
-        return types.void(*[types.intp] * 14), generate
+        return types.void(*[types.intp] * 15), generate
 
     return intrinsic(typed)
 

@@ -25,7 +25,7 @@ from lowbit.runtime.bits import pack_signs, unpack_weight
 from lowbit.runtime.checks import check_input, check_layer, check_window, refuse_gradients
 from lowbit.runtime.int8_layers import InputGrid, has_exact_kernels
 from lowbit.runtime.operator import register_operator
-from lowbit.runtime.prepared import Array, PreparedLayer, Tensors, keep_layer, known_layer
+from lowbit.runtime.prepared import Array, LayerTensors, PreparedLayer, keep_layer, known_layer
 from lowbit.runtime.target import active_target, processor_features
 from lowbit.runtime.thresholds import sign_threshold
 
@@ -175,7 +175,7 @@ def _empty_conv2d(
     dilation: Pair,
     *_rest: object,
 ) -> Tensor:
-    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     return x.new_empty((x.shape[0], rows, columns, words.shape[1])).permute(0, 3, 1, 2)
 
 
@@ -224,14 +224,14 @@ def planes_conv2d(
     """
     refuse_gradients("planes_conv2d", x, scale, bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors: Tensors = (words, mask, scale, bias, thresholds, None, None)
+    tensors = LayerTensors(words, mask, scale, bias, thresholds)
     settings = (in_channels, groups, *kernel_size, *stride, *padding, *dilation, zero_code)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
         check_window(kernel_size, stride, padding, dilation)
         _check(words, mask, scale, bias, thresholds, zero_code, in_channels, groups, kernel_size)
     check_input(x, in_channels, 4)
-    rows, columns = output_size(x, kernel_size, stride, padding, dilation)
+    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     if loops is None:
         return planes_conv2d_reference(
             x, words, mask, scale, bias, thresholds, zero_code, in_channels, kernel_size, stride, padding, dilation, groups
@@ -250,7 +250,7 @@ def planes_linear(
     """``planes_conv2d`` for ``x`` ``[..., in_features]`` and weights ``[out, in_features]``; gives ``[..., out]``."""
     refuse_gradients("planes_linear", x, scale, bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors: Tensors = (words, mask, scale, bias, thresholds, None, None)
+    tensors = LayerTensors(words, mask, scale, bias, thresholds)
     settings = (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, zero_code)
     layer = None if loops is None else known_layer(tensors, settings)
     if layer is None:
@@ -268,7 +268,7 @@ def planes_linear(
 class PlanesLayer(PreparedLayer):
     """A layer of several bits as the kernels read it; see ``PreparedLayer``. The last of the settings is ``zero_code``."""
 
-    def __init__(self, loops: ModuleType, tensors: Tensors, settings: tuple[int, ...]) -> None:
+    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
         super().__init__(loops, tensors, settings)
         self.zero_code, self.planes = settings[-1], len(self.packing[0]).bit_length()
         weight, mask, counted, missing = self.weight

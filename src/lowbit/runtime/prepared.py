@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,20 @@ NOTHING = torch.empty(0, 0)
 
 T = TypeVar("T")
 Array = npt.NDArray[np.generic]
-Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a binary layer, see ``binary_conv2d``."""
+
+    words: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    threshold: Tensor | None
+    flip: Tensor | None = None
+    activation: Tensor | None = None
+    out_threshold: Tensor | None = None
+    out_flip: Tensor | None = None
 
 
 class PreparedWeights(Generic[T]):
@@ -48,13 +61,12 @@ class PreparedLayer:
 
     Args:
         loops: The compiled kernels.
-        tensors: ``words``, ``mask``, ``scale``, ``bias``, ``threshold``, ``flip`` and ``activation`` of ``binary_conv2d``. Weights of several bits have one
-            more dimension at the front, and thresholds in ascending order too.
+        tensors: Of the layer. Weights of several bits have one more dimension at the front, and thresholds in ascending order too.
         settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
     """
 
-    def __init__(self, loops: ModuleType, tensors: Tensors, settings: tuple[int, ...]) -> None:
-        words, mask, scale, bias, threshold, flip, activation = tensors
+    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
+        words, mask, scale, bias, threshold, flip, activation, out_threshold, out_flip = tensors
         self.loops, self.settings = loops, settings
         self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
         self.versions = [version_of(tensor) for tensor in tensors]
@@ -74,9 +86,12 @@ class PreparedLayer:
             empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING))
         )
         self.finishing = border, _floats(scale), _floats(bias), _floats(activation)
-        self.nothing = np.empty((0, 0, 0, 0), np.float32)
+        limits = torch.empty(0) if out_threshold is None else out_threshold
+        out_flips = torch.zeros(words_for(len(limits)), dtype=torch.int32) if out_flip is None else pack_signs(out_flip * 2 - 1)
+        self.signing = _floats(limits), out_flips.contiguous().numpy()
+        self.nothing, self.no_signs = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.int32)
 
-    def fits(self, tensors: Tensors, settings: tuple[int, ...]) -> bool:
+    def fits(self, tensors: LayerTensors, settings: tuple[int, ...]) -> bool:
         """Whether it was made from these tensors as they are now."""
         return (
             all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
@@ -85,12 +100,12 @@ class PreparedLayer:
         )
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
-        """Pack the signs of ``x`` ``[N, H, W, C]`` and convolve them into ``y`` ``[N, rows, columns, out]``.
+        """Convolve the signs of ``x`` into ``y``.
 
         Args:
-            x: float32 without gaps and gradient, like all of these.
-            y: What is written.
-            residual: Like ``y``.
+            x: float32 ``[N, H, W, C]``, or packed signs ``[N, H, W, words]``, without gaps and gradient like all of these.
+            y: What is written: float32 ``[N, rows, columns, out]``, or packed signs ``[N, rows, columns, words]`` full of zeros.
+            residual: float32 ``[N, rows, columns, out]``.
             k_map: ``[N, rows, columns, groups]``.
         """
         loops, shape = self.loops, self.shape
@@ -98,17 +113,23 @@ class PreparedLayer:
         top, left = shape[4], shape[5]
         image = self.empty_image(n, height, width)
         pixels = x.numpy()
-        share(
-            lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
-            n * height,
-            n * height * width * channels * 32 * len(self.packing[0]),
-        )
+        if x.dtype == torch.int32:
+            loops.place(pixels, image, top, left, 0, n * height)
+        else:
+            share(
+                lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
+                n * height,
+                n * height * width * channels * 32 * len(self.packing[0]),
+            )
+        outputs = len(self.finishing[1])
+        are_signs = y.dtype == torch.int32
         arguments = (
             image, *self.weight, *self.finishing, self.nothing if k_map is None else k_map.numpy(),
-            self.nothing if residual is None else residual.numpy(), y.numpy(), (height, width), shape,
+            self.nothing if residual is None else residual.numpy(), self.nothing if are_signs else y.numpy(), *self.signing,
+            y.numpy() if are_signs else self.no_signs, (*y.shape[:3], outputs), (height, width), shape,
         )  # fmt: skip
         pairs = self.planes * len(self.weight[0]) // self.groups
-        work = y.numel() * shape[0] * shape[1] * self.words * 32 * pairs
+        work = math.prod(y.shape[:3]) * outputs * shape[0] * shape[1] * self.words * 32 * pairs
         share(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
@@ -122,7 +143,7 @@ class PreparedLayer:
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
 
 
-def known_layer(tensors: Tensors, settings: tuple[int, ...]) -> PreparedLayer | None:
+def known_layer(tensors: LayerTensors, settings: tuple[int, ...]) -> PreparedLayer | None:
     """The layer that was prepared from these tensors, if they are as they were."""
     layer = _layers.get(id(tensors[0]))
     return layer if layer is not None and layer.fits(tensors, settings) else None
