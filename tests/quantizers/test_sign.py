@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from lowbit.quantizers import ScaledSignQuantizer, SignQuantizer
+from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder
+from lowbit.runtime.binary_conv import binary_linear, pack_conv_weight
 from lowbit.spec import Granularity
 from lowbit.surrogates import make_surrogate
 
@@ -68,3 +70,13 @@ def test_bfloat16_keeps_its_type_and_sums_in_float32() -> None:
     y = ScaledSignQuantizer()(x)
     assert y.dtype == torch.bfloat16 and torch.equal(y, x)
     assert SignQuantizer()(x).dtype == torch.bfloat16
+
+
+def test_nan_counts_as_below_all_boundaries_everywhere() -> None:
+    x = torch.tensor([float("nan"), -1.0, 0.0, 1.0, float("inf"), float("-inf")])
+    boundary, levels = torch.tensor([-torch.finfo(torch.float32).tiny / 2]), torch.tensor([-1.0, 1.0])
+    expected = [-1.0, -1.0, 1.0, 1.0, 1.0, -1.0]
+    assert fake_quantize_codebook(x, boundary, levels).tolist() == SignQuantizer()(x).tolist() == expected
+    three = fake_quantize_codebook(x, torch.tensor([-0.5, 0.5]), torch.tensor([-1.0, 0.0, 1.0]))
+    assert three.tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0, -1.0]
+    assert binary_linear(x[:, None], *pack_conv_weight(torch.ones(1, 1)), torch.ones(1), None, 1).flatten().tolist() == expected

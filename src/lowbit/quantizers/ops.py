@@ -35,8 +35,10 @@ def _(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor,
 
 @torch.library.custom_op("lowbit::fake_quantize_codebook", mutates_args=())
 def fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
-    """``levels[number of boundaries below x]``; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""
-    return levels[torch.bucketize(x, boundaries)]
+    """``levels[number of boundaries below x]``, of which NaN has none; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""
+    if len(boundaries) == 1:
+        return torch.where(x > boundaries, levels[1], levels[0])
+    return levels[torch.bucketize(x, boundaries) * (x == x)]
 
 
 @fake_quantize_codebook.register_fake
