@@ -8,7 +8,6 @@ layers. Layers whose weight alone is quantized can read packed codes, if asked t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -17,29 +16,25 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FileFormatError, SpecError
-from lowbit.export.graph import Graph, Node, Result, Stored
+from lowbit.export.graph import Graph, Node, Stored
 from lowbit.export.integer_grid import integer_grid
-from lowbit.export.operators import find_operator
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
-from lowbit.runtime.activation import Activation, activated
+from lowbit.runtime.activation import activated
 from lowbit.runtime.binary_conv import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.bits import WORD
 from lowbit.runtime.editor import GraphEditor
 from lowbit.runtime.int8_layers import has_exact_kernels, input_grid, int8_conv2d, int8_linear
 from lowbit.runtime.operator import Operator
-from lowbit.runtime.packed_linear import pack_linear_weight, packed_conv2d, packed_linear
-from lowbit.runtime.planes import MOST_LEVELS, MOST_WEIGHT, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
+from lowbit.runtime.packed_layers import pack_linear_weight, packed_conv2d, packed_linear
+from lowbit.runtime.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
+from lowbit.runtime.surroundings import AFFINE, CONV, GRID, LINEAR, RESHAPE, Surroundings, options_of, window_of
 from lowbit.runtime.thresholds import sign_threshold
 
-_SIGN = "lowbit.fake_quantize_codebook.default"
-_AFFINE, _GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
-_NORM = "aten._native_batch_norm_legit_no_training.default"
-_CONV, _LINEAR = "aten.conv2d.default", "aten.linear.default"
-_BINARY = {_CONV: "lowbit.binary_conv2d.default", _LINEAR: "lowbit.binary_linear.default"}
-_PACKED = {_CONV: "lowbit.packed_conv2d.default", _LINEAR: "lowbit.packed_linear.default"}
-_PLANES = {_CONV: "lowbit.planes_conv2d.default", _LINEAR: "lowbit.planes_linear.default"}
-_INT8 = {_CONV: "lowbit.int8_conv2d.default", _LINEAR: "lowbit.int8_linear.default"}
+_BINARY = {CONV: "lowbit.binary_conv2d.default", LINEAR: "lowbit.binary_linear.default"}
+_PACKED = {CONV: "lowbit.packed_conv2d.default", LINEAR: "lowbit.packed_linear.default"}
+_PLANES = {CONV: "lowbit.planes_conv2d.default", LINEAR: "lowbit.planes_linear.default"}
+_INT8 = {CONV: "lowbit.int8_conv2d.default", LINEAR: "lowbit.int8_linear.default"}
 OPERATORS: dict[str, Operator[...]] = {
     "lowbit.binary_conv2d.default": binary_conv2d,
     "lowbit.binary_linear.default": binary_linear,
@@ -50,10 +45,9 @@ OPERATORS: dict[str, Operator[...]] = {
     "lowbit.packed_linear.default": packed_linear,
     "lowbit.packed_conv2d.default": packed_conv2d,
 }
-_VIEWS, _RESHAPE = {"aten.view.default", "aten._unsafe_view.default"}, "aten.reshape.default"
+_VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
 MOST_PRODUCTS = 2.0**24  # of a sum; float32 holds all whole numbers up to it
 WeightOnly = Literal["none", "float", "int8"]
-_MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
 
 @dataclass(frozen=True)
@@ -99,11 +93,12 @@ class Conversion:
     def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor], weight_only: WeightOnly = "none") -> None:
         self._weight_only = weight_only
         self._editor, self._stored, self._codes = GraphEditor(graph), stored, codes
+        self._find = Surroundings(self._editor, stored, codes)
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
             if node.operator in _VIEWS:  # layers will give another order of memory, in which views can be impossible
-                self._editor.fuse([node], replace(node, operator=_RESHAPE))
+                self._editor.fuse([node], replace(node, operator=RESHAPE))
         for node in graph.nodes:
             if node.name not in self._editor.nodes:
                 continue  # is computed along with a layer
@@ -117,7 +112,7 @@ class Conversion:
         self.graph = self._editor.graph()
 
     def _convert(self, node: Node) -> LayerPath:
-        weight, options = node.args[1], _options(node)
+        weight, options = node.args[1], options_of(node)
         if not isinstance(weight, Stored):
             return LayerPath(node.name, "float", reason="its weight is computed")
         name = weight.name.removesuffix(".weight")
@@ -126,12 +121,12 @@ class Conversion:
         if isinstance(options.get("padding"), str):
             return LayerPath(name, "float", reason="its padding is given as a word")
         source = self._editor.source(node.args[0])
-        if source is not None and self._is_sign(source):
-            units = self._units(weight.name)
+        if source is not None and self._find.is_sign(source):
+            units = self._find.units(weight.name)
             if units is not None:
                 return self._to_binary(node, name, source, *units)
             reason = "its weight has more levels than -s, 0 and s"
-        elif source is not None and source.operator in (_AFFINE, _GRID):
+        elif source is not None and source.operator in (AFFINE, GRID):
             path = self._to_planes(node, name, source) or self._to_int8(node, name, source)
             if isinstance(path, LayerPath):
                 return path
@@ -146,31 +141,31 @@ class Conversion:
 
     def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
         """Replace a layer whose weight is ``units * scale``."""
-        options = _options(node)
-        offset = self._bias(node, len(scale))
+        options = options_of(node)
+        offset = self._find.bias(node, len(scale))
         replaced, fused = [node], list[str]()
-        scaled = self._input_scaling_behind(node, sign.args[0])
+        scaled = self._find.input_scaling_behind(node, sign.args[0])
         if scaled is not None:
             replaced += scaled
             fused.append("input scaling")
-        norm = self._norm_behind(replaced[-1])
+        norm = self._find.norm_behind(replaced[-1])
         if norm is not None:
-            factor, shift = self._norm_parameters(norm[0])
+            factor, shift = self._find.norm_parameters(norm[0])
             scale, offset = scale * factor, offset * factor + shift
             replaced += norm
             fused.append("batch norm")
-        residual = self._sum_behind(replaced[-1])
+        residual = self._find.sum_behind(replaced[-1])
         if residual is not None:
             replaced.append(residual[0])
             fused.append("sum")
-        activation = self._activation_behind(replaced[-1], len(scale), -3 if node.operator == _CONV else -1)
+        activation = self._find.activation_behind(replaced[-1], len(scale), -3 if node.operator == CONV else -1)
         if activation is not None:
             replaced += activation[0]
             fused.append("activation")
         groups = cast(int, options.get("groups", 1))
         channels = units.shape[1] * groups
         if scaled is None:
-            source, threshold, flip, before = self._sign_chain(sign, channels, -3 if node.operator == _CONV else -1)
+            source, threshold, flip, before = self._find.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
         else:  # the magnitudes are those of what the sign is taken of
             source, threshold, flip, before = sign.args[0], None, None, ()
         if scaled is None and self._gives_signs(source, node, groups, threshold, flip, name):
@@ -181,8 +176,8 @@ class Conversion:
         parts["activation"] = None if activation is None else activation[1].table(len(scale))
         stored = {part: self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items()}
         arguments: tuple[object, ...] = (source, *(stored[part] for part in ("words", "mask", "scale", "offset")), channels)
-        if node.operator == _CONV:
-            arguments = (*arguments, list(units.shape[2:]), *_window(options), groups)
+        if node.operator == CONV:
+            arguments = (*arguments, list(units.shape[2:]), *window_of(options), groups)
         keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip", "activation") if stored[part] is not None}
         if residual is not None:
             keywords["residual"] = residual[1]
@@ -196,7 +191,7 @@ class Conversion:
         producer, reader = self._editor.source(source), self._editor.source(source)
         while reader is not None and reader.name != node.name:
             reader = self._editor.only_reader(reader)
-        if producer is None or reader is None or {producer.operator, _BINARY[node.operator]} != {_BINARY[_CONV]}:
+        if producer is None or reader is None or {producer.operator, _BINARY[node.operator]} != {_BINARY[CONV]}:
             return False
         scale = self.tensors[cast(Stored, producer.args[3]).name]
         if groups > 1 and len(scale) // groups % WORD:
@@ -228,8 +223,8 @@ class Conversion:
 
     def _to_planes(self, node: Node, name: str, quantizer: Node) -> LayerPath | None:
         """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""
-        weight, options = self._whole_numbers(cast(Stored, node.args[1]).name), _options(node)
-        inputs = self._input_grid(quantizer)
+        weight, options = self._find.whole_numbers(cast(Stored, node.args[1]).name), options_of(node)
+        inputs = self._find.input_grid(quantizer)
         if weight is None or inputs is None:
             return None
         (numbers, scale), grid, groups = weight, input_grid(inputs), cast(int, options.get("groups", 1))
@@ -238,36 +233,36 @@ class Conversion:
         words, mask = pack_planes(numbers, groups)
         if choose_kernel(len(words), (grid.qmax - grid.qmin).bit_length())[0] != "planes":
             return None
-        norm = self._norm_behind(node)
-        factor, shift = self._norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
+        norm = self._find.norm_behind(node)
+        factor, shift = self._find.norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
         parts = {
             "words": words,
             "mask": mask,
             "scale": scale * factor * grid.scale,
-            "offset": self._bias(node, len(scale)) * factor + shift,
+            "offset": self._find.bias(node, len(scale)) * factor + shift,
             "thresholds": input_thresholds(grid),
         }
         stored = (self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items())
         arguments: tuple[object, ...] = (quantizer.args[0], *stored, grid.zero_code, numbers.shape[1] * groups)
-        if node.operator == _CONV:
-            arguments = (*arguments, list(numbers.shape[2:]), *_window(options), groups)
+        if node.operator == CONV:
+            arguments = (*arguments, list(numbers.shape[2:]), *window_of(options), groups)
         replaced = [node, *(norm or ())]
         self._editor.fuse(replaced, Node(replaced[-1].name, _PLANES[node.operator], arguments, {}))
         return LayerPath(name, "planes", ("batch norm",) if norm is not None else ())
 
     def _to_int8(self, node: Node, name: str, quantizer: Node) -> LayerPath | str:
         """Replace a layer on affine grids; else why not."""
-        weight, options = cast(Stored, node.args[1]), _options(node)
+        weight, options = cast(Stored, node.args[1]), options_of(node)
         if weight.name not in self._codes:
             return "its weight is not quantized"
         if not has_exact_kernels():
             return "torch has no exact 8-bit kernels for this processor; an ONNX file runs it in integers"
-        inputs, grid = self._input_grid(quantizer), integer_grid(self._codes[weight.name])
+        inputs, grid = self._find.input_grid(quantizer), integer_grid(self._codes[weight.name])
         if grid is None or inputs is None:
             return "a grid does not fit 8 bits around 0"
         grid = grid.centred()
-        norm = self._norm_behind(node)
-        factor, shift = self._norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
+        norm = self._find.norm_behind(node)
+        factor, shift = self._find.norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
         channels = grid.codes.shape[0]
         rescaled = grid.rescaled(factor.expand(channels))
         if rescaled is None or bool(rescaled.zero_point.any()):
@@ -275,11 +270,11 @@ class Conversion:
         stored = (
             self._keep(f"{name}.codes", rescaled.codes),
             self._keep(f"{name}.scale", rescaled.scale.expand(channels)),
-            self._keep(f"{name}.offset", self._bias(node, channels) * factor + shift),
+            self._keep(f"{name}.offset", self._find.bias(node, channels) * factor + shift),
         )
         arguments: tuple[object, ...] = (quantizer.args[0], *stored, inputs)
-        if node.operator == _CONV:
-            arguments = (*arguments, *_window(options), options.get("groups", 1))
+        if node.operator == CONV:
+            arguments = (*arguments, *window_of(options), options.get("groups", 1))
         replaced = [node, *(norm or ())]
         self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
         return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
@@ -296,25 +291,25 @@ class Conversion:
         levels = code.decoder.decode(every.reshape(*every.shape, *(1,) * (len(shape) - 2))).float().flatten(1)
         packed = pack_linear_weight(code.codes.flatten(1).short() - lowest, levels, code.bit_width)
         stored = self._keep(f"{name}.words", packed.words), self._keep(f"{name}.table", packed.table)
-        arguments: tuple[object, ...] = (node.args[0], *stored, _options(node).get("bias"), packed.bit_width)
-        if node.operator == _CONV:
-            arguments = (*arguments, list(shape), *_window(_options(node)), _options(node).get("groups", 1))
-            self._editor.fuse([node], Node(node.name, _PACKED[_CONV], arguments, {}))
+        arguments: tuple[object, ...] = (node.args[0], *stored, options_of(node).get("bias"), packed.bit_width)
+        if node.operator == CONV:
+            arguments = (*arguments, list(shape), *window_of(options_of(node)), options_of(node).get("groups", 1))
+            self._editor.fuse([node], Node(node.name, _PACKED[CONV], arguments, {}))
             return "decoded for each call, float arithmetic"
         arguments = (*arguments, shape[1], shape[0], self._weight_only)
-        self._editor.fuse([node], Node(node.name, _PACKED[_LINEAR], arguments, {}))
+        self._editor.fuse([node], Node(node.name, _PACKED[LINEAR], arguments, {}))
         is_decoded = self._weight_only == "int8" and packed.table.shape[1] > 2
         return "8-bit inputs, but levels are unevenly spaced: decoded in float" if is_decoded else f"{self._weight_only} arithmetic"
 
     def _fold_norm(self, node: Node, name: str) -> tuple[str, ...]:
         """Put the batch norm behind a float layer into its weight and bias."""
-        norm = self._norm_behind(node)
-        if norm is None or node.operator != _CONV:
+        norm = self._find.norm_behind(node)
+        if norm is None or node.operator != CONV:
             return ()
-        factor, shift = self._norm_parameters(norm[0])
-        weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._bias(node, len(factor))
+        factor, shift = self._find.norm_parameters(norm[0])
+        weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._find.bias(node, len(factor))
         folded = self._keep(f"{name}.folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(f"{name}.offset", offset * factor + shift)
-        self._editor.fuse([node, *norm], Node(norm[-1].name, _CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
+        self._editor.fuse([node, *norm], Node(norm[-1].name, CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
         return ("batch norm",)
 
     def _keep(self, name: str, tensor: Tensor | None) -> Stored | None:
@@ -322,198 +317,3 @@ class Conversion:
             return None
         self.tensors[name] = tensor.contiguous()
         return Stored(name)
-
-    def _units(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` where it has other levels."""
-        values = self._stored[name].detach().float()
-        scale = values.abs().flatten(1).amax(1)
-        units = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
-        return (units, scale) if bool(((units == 0) | (units.abs() == 1)).all()) else None
-
-    def _whole_numbers(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The weight as whole numbers that planes hold, and the scale of each output channel; ``None`` where it has other levels."""
-        units = self._units(name)
-        if units is not None or name not in self._codes:
-            return units
-        grid = integer_grid(self._codes[name])
-        if grid is None or grid.axis not in (None, 0):
-            return None
-        numbers = grid.centred().codes.float()
-        is_small = bool((numbers.abs() <= MOST_WEIGHT).all()) and not bool(grid.centred().zero_point.any())
-        return (numbers, grid.scale.expand(len(numbers))) if is_small else None
-
-    def _is_sign(self, node: Node) -> bool:
-        """Whether a node gives -1 below zero and +1 from zero on."""
-        if node.operator != _SIGN or not all(isinstance(value, Stored) for value in node.args[1:3]):
-            return False
-        boundaries, levels = (self._stored[cast(Stored, value).name].flatten().tolist() for value in node.args[1:3])
-        smallest = torch.finfo(torch.float32).smallest_normal
-        return levels == [-1.0, 1.0] and len(boundaries) == 1 and -smallest < boundaries[0] < 0
-
-    def _sign_chain(self, sign: Node, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, tuple[str, ...]]:
-        """What a sign is really taken of, the threshold and flip that stand for the operators in between, and what these were."""
-        chain: list[Node] = []
-        value = sign.args[0]
-        while (node := self._editor.source(value)) is not None and self._is_monotone(node, channels, axis):
-            chain.insert(0, node)
-            value = node.args[0]
-        if not chain:
-            return value, None, None, ()
-        shape = [1, channels, 1, 1] if axis == -3 else [1, channels]
-
-        def function(x: Tensor) -> Tensor:
-            results: dict[str, object] = {value.name: x.reshape(shape)} if isinstance(value, Result) else {}
-            for node in chain:
-                arguments = [self._evaluated(argument, results) for argument in node.args]
-                results[node.name] = find_operator(node.operator)(*arguments)
-            return cast(Tensor, results[chain[-1].name]).reshape(channels)
-
-        with torch.no_grad():
-            threshold, flip = sign_threshold(function, channels)
-        names = ("batch norm before" if any(node.operator == _NORM for node in chain) else "shift or clip before",)
-        return value, threshold, flip, names
-
-    def _evaluated(self, argument: object, results: Mapping[str, object]) -> object:
-        if isinstance(argument, Stored):
-            return self._stored[argument.name].detach()
-        return results[argument.name] if isinstance(argument, Result) else argument
-
-    def _is_monotone(self, node: Node, channels: int, axis: int) -> bool:
-        """Whether a node's result rises or falls with its first argument in each channel and depends on nothing else."""
-        if node.kwargs or not isinstance(node.args[0], Result):
-            return False
-        if node.operator == _NORM:
-            return all(isinstance(value, Stored) for value in node.args[1:5])
-        if node.operator == "getitem":
-            source = self._editor.source(node.args[0])
-            return node.args[1] == 0 and source is not None and source.operator == _NORM
-        return node.operator in _MONOTONE and all(self._is_per_channel(value, channels, axis) for value in node.args[1:])
-
-    def _is_per_channel(self, value: object, channels: int, axis: int) -> bool:
-        if not isinstance(value, Stored):
-            return not isinstance(value, Result)
-        shape = self._stored[value.name].shape
-        return all(size == 1 or (place == axis and size == channels) for place, size in zip(range(-len(shape), 0), shape, strict=True))
-
-    def _bias(self, node: Node, channels: int) -> Tensor:
-        """The bias of a layer; zeros where it has none."""
-        bias = _options(node).get("bias")
-        return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
-
-    def _input_scaling_behind(self, node: Node, x: object) -> list[Node] | None:
-        """The operators behind a convolution that multiply it, without its bias, with XNOR-Net's K for its input ``x``.
-
-        ``xnor_net`` gives them this form: where there is a bias, it is taken off before and added again.
-        """
-        has_bias, found = _options(node).get("bias") is not None, [node]
-        for operator in ("sub", "mul", "add") if has_bias else ("mul",):
-            reader = self._editor.only_reader(found[-1])
-            if node.operator != _CONV or reader is None or reader.operator != f"aten.{operator}.Tensor" or reader.kwargs:
-                return None
-            found.append(reader)
-        product = found[2 if has_bias else 1]
-        others = [value for value in product.args if value != Result(found[found.index(product) - 1].name)]
-        is_bias = all(self._is_bias(value, node) for other in found[1:] if other is not product for value in other.args[1:])
-        return found[1:] if is_bias and len(others) == 1 and self._is_input_scale(others[0], node, x) else None
-
-    def _is_bias(self, value: object, node: Node) -> bool:
-        """Whether ``value`` holds the bias of ``node``."""
-        bias = _options(node)["bias"]
-        return (
-            isinstance(value, Stored)
-            and isinstance(bias, Stored)
-            and torch.equal(self._stored[value.name].flatten(), self._stored[bias.name])
-        )
-
-    def _is_input_scale(self, value: object, node: Node, x: object) -> bool:
-        """Whether ``value`` is the convolution of the mean magnitude of ``x`` with a constant kernel, over the windows of ``node``."""
-        options = _options(node)
-        groups, size = cast(int, options.get("groups", 1)), list(self._stored[cast(Stored, node.args[1]).name].shape[2:])
-        source = self._editor.source(value)
-        if groups > 1 and source is not None and source.operator == "aten.repeat_interleave.self_int":
-            source = self._editor.source(source.args[0])
-        chain: list[Node] = []
-        for operator in (_CONV, "aten.mean.dim", _RESHAPE, "aten.abs.default"):
-            if source is None or source.operator != operator:
-                return False
-            chain.append(source)
-            source = self._editor.source(source.args[0])
-        convolution, mean, by_group, magnitude = chain
-        kernel = self._editor.source(convolution.args[1])
-        ones = None if kernel is None or kernel.operator != "aten.div.Tensor" else self._editor.source(kernel.args[0])
-        if kernel is None or ones is None or ones.operator != "aten.new_ones.default":
-            return False
-        return (
-            magnitude.args[0] == x
-            and cast("list[object]", by_group.args[1])[1] == groups
-            and mean.args[1:] == ([-3],)
-            and ones.args[1] == [groups, 1, *size]
-            and kernel.args[1] == math.prod(size)
-            and _window(_options(convolution)) == _window(options)
-            and _options(convolution).get("bias") is None
-        )
-
-    def _norm_behind(self, node: Node) -> list[Node] | None:
-        """A batch norm that alone reads ``node``, and the node that takes its first result."""
-        norm = self._editor.only_reader(node)
-        if norm is None or norm.operator != _NORM or not all(isinstance(value, Stored) for value in norm.args[1:5]):
-            return None
-        item = self._editor.only_reader(norm)
-        return [norm, item] if item is not None and item.operator == "getitem" and item.args[1] == 0 else None
-
-    def _norm_parameters(self, norm: Node) -> tuple[Tensor, Tensor]:
-        """Factor and shift of a batch norm."""
-        weight, bias, mean, variance = (self._stored[cast(Stored, value).name].detach().float() for value in norm.args[1:5])
-        factor = weight / torch.sqrt(variance + cast(float, norm.args[6]))
-        return factor, bias - mean * factor
-
-    def _sum_behind(self, node: Node) -> tuple[Node, Result] | None:
-        """A sum that alone reads ``node``, and what is added."""
-        total = self._editor.only_reader(node)
-        if total is None or total.operator != "aten.add.Tensor" or total.kwargs or len(total.args) != 2:
-            return None
-        others = [value for value in total.args if value != Result(node.name)]
-        return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
-
-    def _activation_behind(self, node: Node, channels: int, axis: int) -> tuple[list[Node], Activation] | None:
-        """Operators behind ``node``, each the only reader of the one before it, that are one activation."""
-        found, activation = list[Node](), Activation()
-        while (reader := self._editor.only_reader(([node, *found])[-1])) is not None and not reader.kwargs:
-            values = reader.args[1:]
-            weight = reader.operator == "aten.prelu.default" and isinstance(values[0], Stored)  # of rank 1 whatever the input's
-            if reader.args[0] != Result(([node, *found])[-1].name) or not (
-                weight or all(self._is_per_channel(value, channels, axis) for value in values)
-            ):
-                break
-            longer = activation.followed_by(reader.operator, [cast("Tensor | float", self._evaluated(value, {})) for value in values])
-            if longer is None:
-                break
-            found.append(reader)
-            activation = longer
-        return (found, activation) if found else None
-
-    def _input_grid(self, node: Node) -> list[float] | None:
-        """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""
-        parts = [self._stored[value.name] for value in node.args[1:] if isinstance(value, Stored)]
-        qmin, qmax = cast(int, node.args[-2]), cast(int, node.args[-1])
-        if len(parts) != len(node.args) - 3 or any(part.numel() != 1 for part in parts) or qmax - qmin > 255:
-            return None
-        numbers = [float(part) for part in parts]
-        lower, step, scale, zero_point = numbers if node.operator == _GRID else (0.0, numbers[0], numbers[0], numbers[1])
-        shift = 0.0 if node.operator == _GRID else zero_point
-        is_byte = zero_point == round(zero_point) and qmin <= zero_point <= qmax and step > 0
-        return [lower, step, shift, zero_point, scale, float(qmin), float(qmax)] if is_byte else None
-
-
-def _options(node: Node) -> dict[str, object]:
-    """The arguments of a layer after its weight, by name."""
-    return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
-
-
-def _window(options: dict[str, object]) -> list[list[int]]:
-    """Stride, padding and dilation of a convolution, each vertical and horizontal."""
-    return [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
-
-
-def _pair(value: object) -> list[int]:
-    return list(value) if isinstance(value, (list, tuple)) else [cast(int, value)] * 2

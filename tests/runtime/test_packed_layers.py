@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.library import opcheck
 
 from lowbit.errors import SpecError
-from lowbit.runtime.packed_linear import (
+from lowbit.runtime.packed_layers import (
     pack_linear_weight,
     packed_linear,
     packed_linear_reference,
