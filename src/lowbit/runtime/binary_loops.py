@@ -34,20 +34,26 @@ _masked = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns, is_
 _finish = make_finish(_target.floats)
 
 
-def _spread(word: Any) -> Any:
-    """Four bits into the upper half of each byte of 64 bits: the order of the ``lookup`` form."""
-    bits = np.uint64(np.uint32(word))
+def _spread(bits: Any) -> Any:
+    """Four bits of 32, in uint64, into the upper half of each byte: the order of the ``lookup`` form."""
     bits = (bits | bits << np.uint64(16)) & np.uint64(0x0000FFFF0000FFFF)
     bits = (bits | bits << np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)
     bits = (bits | bits << np.uint64(4)) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64(bits << np.uint64(4))
+    return bits << np.uint64(4)
+
+
+_spread_compiled: Any = numba.njit(_spread)
+
+
+def _spread_word(word: Any) -> Any:
+    return np.int64(_spread_compiled(np.uint64(np.uint32(word))))
 
 
 def _same(word: Any) -> Any:
     return word
 
 
-_image_word: Any = numba.njit(_spread if FORM == "lookup" else _same)
+_image_word: Any = numba.njit(_spread_word if FORM == "lookup" else _same)
 
 
 def _few_bits(x: Floats, threshold: Floats, step: int) -> Any:
@@ -170,15 +176,12 @@ def _signs(y: Floats, limits: Floats, flips: Words, begin: int, signs: Words) ->
 _add_signs: Any = numba.njit(_signs)
 
 
-def _place(signs: Words, image: Image, top: int, left: int, first: int, last: int) -> None:
-    """Signs ``[N, H, W, words]`` into a padded image of words, for rows ``first`` to ``last`` of all images."""
-    height, groups, words = signs.shape[1], image.shape[3], image.shape[4]
-    for row in range(first, last):
-        n, h = row // height, row % height
-        for w in range(signs.shape[2]):
-            for g in range(groups):
-                for word in range(words):
-                    image[n, top + h, left + w, g, word] = _image_word(signs[n, h, w, g * words + word])
+def place(signs: Words, image: Image, top: int, left: int) -> None:
+    """Signs ``[N, H, W, words]`` into a padded image of words."""
+    images, height, width, _ = signs.shape
+    words = signs.reshape(images, height, width, *image.shape[3:])
+    inner = image[:, top : top + height, left : left + width]
+    inner[...] = _spread(words.view(np.uint32).astype(np.uint64)).view(np.int64) if FORM == "lookup" else words
 
 
 def _convolve(
@@ -309,7 +312,6 @@ def _array(kind: Any, rank: int) -> Any:
 _FLOATS, _WORDS = types.float32, types.int32
 _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
 _PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
-_PLACE = types.void(_array(_WORDS, 4), _array(_IMAGE, 5), *[_INDEX] * 4)
 _CONVOLVE = types.void(
     _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
     _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 2), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
@@ -319,5 +321,4 @@ _CONVOLVE = types.void(
 FOLDER = compiled.cache_folder(_target.name, [Path(__file__), Path(__file__).with_name("micro_kernel.py")])
 with compiled.cached_in(FOLDER) as is_cached:
     pack = numba.njit([_PACK], nogil=True, cache=is_cached)(_pack)
-    place = numba.njit([_PLACE], nogil=True, cache=is_cached)(_place)
     convolve = numba.njit([_CONVOLVE], nogil=True, cache=is_cached)(_convolve)

@@ -114,7 +114,7 @@ class PreparedLayer:
         image = self.empty_image(n, height, width)
         pixels = x.numpy()
         if x.dtype == torch.int32:
-            loops.place(pixels, image, top, left, 0, n * height)
+            loops.place(pixels, image, top, left)
         else:
             share(
                 lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
