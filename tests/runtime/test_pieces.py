@@ -85,9 +85,9 @@ def test_a_batch_in_pieces_gives_what_the_whole_batch_gives(monkeypatch: pytest.
     pieces = lowbit.compile_runtime(model, sample=images())
     plain_compute = PackedNetwork.compute
 
-    def compute(self: PackedNetwork, inputs: dict[str, Tensor]) -> list[object]:
+    def compute(self: PackedNetwork, inputs: dict[str, Tensor], stored: dict[str, Tensor]) -> list[object]:
         sizes.extend(tensor.shape[0] for tensor in inputs.values())
-        return plain_compute(self, inputs)
+        return plain_compute(self, inputs, stored)
 
     monkeypatch.setattr(PackedNetwork, "compute", compute)
     found = pieces(images(7))

@@ -78,12 +78,13 @@ class PackedNetwork(nn.Module):
         return dict(self.packed_codes)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
-        inputs = _checked(self.packed_graph, Inputs(args, kwargs), self.stored_tensors())
-        return restore(self.packed_graph.structure, self.compute(inputs))
+        stored = self.stored_tensors()
+        inputs = _checked(self.packed_graph, Inputs(args, kwargs), stored)
+        return restore(self.packed_graph.structure, self.compute(inputs, stored))
 
-    def compute(self, inputs: Mapping[str, Tensor]) -> list[object]:
-        """The outputs, in order, for inputs by name."""
-        graph, stored = self.packed_graph, self.stored_tensors()
+    def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
+        """The outputs, in order, for inputs and stored tensors by name."""
+        graph = self.packed_graph
         device = next(iter(inputs.values())).device
         values: dict[str, object] = dict(inputs)
 

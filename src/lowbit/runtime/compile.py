@@ -76,22 +76,22 @@ class RuntimeNetwork(PackedNetwork):
         self.source = content
         self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece of a batch of images of these shapes
 
-    def compute(self, inputs: Mapping[str, Tensor]) -> list[object]:
+    def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
         """Large batches piece by piece, where that gives the same."""
         batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
         batch = batches.pop()
         if batches or batch < 2 or torch.compiler.is_compiling() or next(iter(inputs.values())).device.type != "cpu":
-            return super().compute(inputs)
+            return super().compute(inputs, stored)
         key = tuple(tensor.shape[1:] for tensor in inputs.values())
         if key not in self.packed_pieces:
-            self.packed_pieces[key] = self._images_in_piece(inputs)
+            self.packed_pieces[key] = self._images_in_piece(inputs, stored)
         size = self.packed_pieces[key] * torch.get_num_threads()
         if not 0 < size < batch:
-            return super().compute(inputs)
-        pieces = [super(RuntimeNetwork, self).compute(piece) for piece in _split(inputs, batch, size)]
+            return super().compute(inputs, stored)
+        pieces = [super(RuntimeNetwork, self).compute(piece, stored) for piece in _split(inputs, batch, size)]
         return [torch.cat(cast("tuple[Tensor, ...]", outputs)) for outputs in zip(*pieces, strict=True)]
 
-    def _images_in_piece(self, inputs: Mapping[str, Tensor]) -> int:
+    def _images_in_piece(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> int:
         """How many images' largest activation fits ``LARGEST_BYTES``; 0 where images cannot be taken apart."""
         shapes: dict[str, Shape] = {}
         largest = 1
@@ -104,7 +104,7 @@ class RuntimeNetwork(PackedNetwork):
 
         observer, self.packed_observer = self.packed_observer, observe
         try:
-            super().compute({name: tensor[:1] for name, tensor in inputs.items()})
+            super().compute({name: tensor[:1] for name, tensor in inputs.items()}, stored)
         finally:
             self.packed_observer = observer
         return max(LARGEST_BYTES // largest, 1) if images_are_apart(self.packed_graph, shapes) else 0
