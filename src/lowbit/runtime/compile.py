@@ -78,9 +78,11 @@ class RuntimeNetwork(PackedNetwork):
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
         """Large batches piece by piece, where that gives the same."""
+        if torch.compiler.is_compiling() or next(iter(inputs.values())).device.type != "cpu" or self.packed_graph.batch_range[0] > 1:
+            return super().compute(inputs, stored)
         batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
         batch = batches.pop()
-        if batches or batch < 2 or torch.compiler.is_compiling() or next(iter(inputs.values())).device.type != "cpu":
+        if batches or batch < 2:
             return super().compute(inputs, stored)
         key = tuple(tensor.shape[1:] for tensor in inputs.values())
         if key not in self.packed_pieces:
