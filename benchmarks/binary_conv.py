@@ -4,10 +4,11 @@
     python benchmarks/binary_conv.py --batch 1 --runs 100
     LOWBIT_KERNELS=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/binary_conv.py --out benchmarks/results/binary_conv_avx2_forced.json
 
-Random signs: the time does not depend on them. All variants are timed turn by turn in one process, one thread on one core, each right
-after untimed calls of its own, so that none pays for the caches and the memory that the one before it left; ratios are medians over the turns.
-Shares of the peak take the clock from a chain of multiplications timed in the same turn: once for the whole call, once for its core loop, the
-convolution of packed signs into floats, alone. Results: benchmarks/results/binary_conv_<kernels>.json.
+Random signs: the time does not depend on them. Ours are called as a compiled network calls them. All variants are timed turn by turn in one
+process, one thread on one core, each right after untimed calls of its own, so that none pays for the caches and the memory that the one before
+it left; ratios are medians over the turns. Shares of the peak take the clock from a chain of multiplications timed in the same turn: once for the
+whole call, once for its core loop, the convolution of packed signs into floats, alone. Results: benchmarks/results/binary_conv_<kernels>.json;
+binary_conv_xeon_amx.json was made by the same script with one untimed call, on a processor with AMX.
 
 ``ONEDNN_MAX_CPU_ISA`` keeps torch and OpenVINO from AVX-512 too; ONNX Runtime cannot be kept from it.
 
@@ -63,8 +64,8 @@ def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[
     rest = (torch.ones(weight.shape[0]), None, channels, [3, 3], [1, 1], [1, 1], [1, 1], 1)
     binary, masked = pack_conv_weight(signs), pack_conv_weight(ternary)
     calls = {
-        "binary": lambda: binary_conv2d(x_last, *binary, *rest),
-        "ternary": lambda: binary_conv2d(x_last, *masked, *rest),
+        "binary": lambda: binary_conv2d.function(x_last, *binary, *rest),
+        "ternary": lambda: binary_conv2d.function(x_last, *masked, *rest),
         **core_loop(x_last, *binary),
         "torch float32": lambda: layer(x),
         "torch float32 channels-last": lambda: last(x_last),

@@ -6,7 +6,8 @@
 The network is bi_real_net's form of ResNet-18 for 224-pixel images: 16 binary 3x3 convolutions with a shortcut each, 1x1 convolutions of
 shortcuts in float, first and last layer in 8 bits. Weights are random: the time does not depend on them. The float and the 8-bit network are
 the same one without binary layers, in ONNX Runtime and OpenVINO, the 8-bit file by ONNX Runtime's static quantizer. All variants are timed
-turn by turn in one process, one thread on one core; ratios are medians over the turns. Results: benchmarks/results/binary_network.json.
+turn by turn in one process, one thread on one core; ratios are medians over the turns. Results: benchmarks/results/binary_network.json,
+and binary_network_xeon_amx.json on a processor with AMX.
 """
 
 from __future__ import annotations

@@ -176,9 +176,12 @@ class _Lookup(_Form):
         for total in self.totals.values():
             builder.store(ir.Constant(total.type.pointee, None), total, align=4)
         self.filled = cgutils.alloca_once_value(builder, I64(0))  # words in the bytes
-        # weights without a mask differ where x ^ w; of those with one, -1 differs where x, and +1 where not x
-        differing = [lambda x, w: x & w, lambda x, w: ~x & w] if tile.is_masked else [lambda x, w: x ^ w]
-        self.tables = [self._table([(f(x, w) & 15).bit_count() for x in range(16) for w in range(16)]) for f in differing]
+        ones = [bits.bit_count() for bits in range(16)]
+        if tile.is_masked:
+            self.inputs = self._table([x for x in range(16) for _ in range(16)])
+            self.ones = _repeated(builder, ir.Constant(ir.VectorType(I8, 16), ones), tile.lanes)
+        else:
+            self.differing = self._table([ones[x ^ w] for x in range(16) for w in range(16)])
 
     def _table(self, counts: list[int]) -> Any:
         constant = ir.Constant(ir.ArrayType(I8, 256), bytearray(counts))
@@ -207,11 +210,16 @@ class _Lookup(_Form):
                 for row in range(self.tile.rows):
                     address = builder.add(builder.add(x, builder.mul(row_bytes, I64(row))), I64(2 * byte + half))
                     which = builder.zext(builder.load(_pointer(builder, address, I8)), I64)
-                    for table, columns in zip(self.tables, nibbles, strict=True):
-                        entries = builder.load(_pointer(builder, builder.add(table, which), ir.VectorType(I8, 16)), align=16)
-                        entries = _repeated(builder, entries, lanes)
-                        for column, index in enumerate(columns):
-                            self.increase(self.sums[row, column], _call(builder, _SHUFFLES[lanes], self.kind, entries, index))
+                    table = self.inputs if self.tile.is_masked else self.differing
+                    entries = builder.load(_pointer(builder, builder.add(table, which), ir.VectorType(I8, 16)), align=16)
+                    entries = _repeated(builder, entries, lanes)
+                    for column in range(self.tile.columns):
+                        if self.tile.is_masked:  # weights of -1 differ where x, and those of +1 where not x
+                            negative, positive = (columns[column] for columns in nibbles)
+                            table, index = self.ones, builder.xor(builder.and_(entries, builder.or_(negative, positive)), positive)
+                        else:
+                            table, index = entries, nibbles[0][column]
+                        self.increase(self.sums[row, column], _call(builder, _SHUFFLES[lanes], self.kind, table, index))
 
     def _nibble(self, bits: Any, half: int) -> Any:
         shifted = self.builder.lshr(bits, _splat(self.kind, 4)) if half else bits
