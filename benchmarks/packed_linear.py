@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from binary_conv import machine, ratio, turn_by_turn
-from lowbit.runtime.packed_layers import pack_linear_weight, packed_linear, packed_loops
 from torch.nn import functional
 
+from lowbit.runtime.packed_layers import pack_linear_weight, packed_linear, packed_loops
 from lowbit.runtime.target import active_target
 
 RESULT = Path(__file__).parent / "results" / "packed_linear.json"

@@ -9,8 +9,10 @@ A resnet8 of width 16 was trained in float on 12,000 Fashion-MNIST images (start
 epochs: SGD 0.02 with Nesterov momentum and cosine decay, batch 128, shifts and flips, first and last layer at 8 bits. Accuracy is
 on all 10,000 test images. "round_to_nearest" is the float start rounded after the fact. Each run is a process of its own with one
 thread; memory is its peak above the process before training. Results: benchmarks/results/qat.json, row by row, so that a stopped
-run goes on where it was. Binary networks: qat_binary.json (--network resnet20 --images 60000 --epochs 3), qat_binary_adam.json (--images 12000
---epochs 4 --optimizer adam --learning-rate 0.002) and qat_binary_scratch.json (the same --from-scratch), all with --bits 1. "float" in a row is the accuracy of its start, which is chance with --from-scratch.
+run goes on where it was. "float" in a row is the accuracy of its start, which is chance with --from-scratch.
+
+Binary networks, all with --network resnet20 --bits 1: qat_binary.json (--images 60000 --epochs 3), qat_binary_adam.json (--images 12000 --epochs 4
+--optimizer adam --learning-rate 0.002) and qat_binary_scratch.json (the same --from-scratch).
 """
 
 from __future__ import annotations
