@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "pact+sawb": ("pact", {"weights": "sawb", "clip_init": "least_error"}),
     "pact+least_error": ("pact", {"clip_init": "least_error"}),
     "xnor_net+size": ("xnor_net", {"multiply_by_size": True}),
+    "react_net+quarter": ("react_net", {"real_weights": 0.25}),
+    "react_net+one_step": ("react_net", {"real_weights": 0.0}),
 }
 Row = dict[str, object]
 
