@@ -83,10 +83,12 @@ def _for_each_number(node: Node, ranks: Mapping[str, int]) -> bool:
 
 
 def _for_each_image(node: Node, ranks: Mapping[str, int]) -> bool:
-    """Its first argument has axes beside that of the batch, and what is added has the result's."""
+    """Its first argument has axes beside that of the batch, its weights are stored, and what is added has the result's rank."""
     first, *others = node.args
-    added = (r for value in (*others, *node.kwargs.values()) for r in references(value) if isinstance(r, Result))
-    return isinstance(first, Result) and ranks.get(first.name, 0) > 1 and all(ranks.get(r.name) == ranks.get(node.name) for r in added)
+    weights = [r for value in others for r in references(value) if isinstance(r, Result)]
+    added = (r for value in node.kwargs.values() for r in references(value) if isinstance(r, Result))
+    has_axes = isinstance(first, Result) and ranks.get(first.name, 0) > 1
+    return has_axes and not weights and all(ranks.get(r.name) == ranks.get(node.name) for r in added)
 
 
 def _along_axes(node: Node, ranks: Mapping[str, int]) -> bool:
