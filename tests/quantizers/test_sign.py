@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowbit.quantizers import ScaledSignQuantizer, SignQuantizer
+from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder
 from lowbit.runtime.binary_conv import binary_linear, pack_conv_weight
@@ -79,4 +80,5 @@ def test_nan_counts_as_below_all_boundaries_everywhere() -> None:
     assert fake_quantize_codebook(x, boundary, levels).tolist() == SignQuantizer()(x).tolist() == expected
     three = fake_quantize_codebook(x, torch.tensor([-0.5, 0.5]), torch.tensor([-1.0, 0.0, 1.0]))
     assert three.tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0, -1.0]
+    assert nearest_level(x[None], torch.tensor([[-1.0, 0.0, 1.0]])).tolist() == [[0, 0, 1, 2, 2, 0]]
     assert binary_linear(x[:, None], *pack_conv_weight(torch.ones(1, 1)), torch.ones(1), None, 1).flatten().tolist() == expected

@@ -8,6 +8,7 @@ from tests.runtime.test_compile import images, trained
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.errors import FileFormatError
 from lowbit.export.graph import Node
 from lowbit.export.load import PackedNetwork
 from lowbit.export.packed_file import package
@@ -118,6 +119,24 @@ def test_batches_whose_images_meet_stay_whole(monkeypatch: pytest.MonkeyPatch) -
     content = package(export_program(model, images()), None)
     fast = compiling.RuntimeNetwork(content).eval()
     torch.testing.assert_close(fast(images(9)), model(images(9)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_network_that_cannot_take_a_single_image_takes_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LARGEST_BYTES", 1)
+    model = trained("bi_real_net")
+    fast = lowbit.compile_runtime(model, sample=images())
+    plain_compute = PackedNetwork.compute
+
+    def compute(self: PackedNetwork, inputs: dict[str, Tensor], stored: dict[str, Tensor]) -> list[object]:
+        if any(len(tensor) == 1 for tensor in inputs.values()):
+            raise FileFormatError("it needs two images")
+        return plain_compute(self, inputs, stored)
+
+    monkeypatch.setattr(PackedNetwork, "compute", compute)
+    torch.testing.assert_close(fast(images(5)), model(images(5)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileFormatError, match="two images"):
+        fast(images(1))
 
 
 @torch.no_grad()

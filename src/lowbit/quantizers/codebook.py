@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lowbit.errors import SpecError
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
 
 
 def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each value; a value midway takes the lower level.
+    """Index of the level nearest to each value; a value midway takes the lower level, NaN the lowest.
 
     Args:
         x: ``[rows, n]``.
@@ -23,8 +23,7 @@ def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
     Returns:
         int64 ``[rows, n]``, 0 to ``k - 1``.
     """
-    boundaries = (levels[:, 1:] + levels[:, :-1]) / 2
-    return torch.searchsorted(boundaries.contiguous(), x.contiguous())
+    return count_below(x, (levels[:, 1:] + levels[:, :-1]) / 2)
 
 
 class CodebookQuantizer(TableQuantizer):

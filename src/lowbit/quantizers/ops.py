@@ -33,12 +33,20 @@ def _(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor,
     return torch.empty_like(x)
 
 
+def count_below(x: Tensor, boundaries: Tensor) -> Tensor:
+    """How many boundaries lie below each value, none below NaN: int64, shaped like ``x``.
+
+    Args:
+        x: Any shape, or ``[rows, n]``.
+        boundaries: Ascending, ``[k]``, or ``[rows, k]`` for each row.
+    """
+    return torch.searchsorted(boundaries.contiguous(), x.contiguous()) * (x == x)
+
+
 @torch.library.custom_op("lowbit::fake_quantize_codebook", mutates_args=())
 def fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     """``levels[number of boundaries below x]``, of which NaN has none; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""
-    if len(boundaries) == 1:
-        return torch.where(x > boundaries, levels[1], levels[0])
-    return levels[torch.bucketize(x, boundaries) * (x == x)]
+    return levels[count_below(x, boundaries)]
 
 
 @fake_quantize_codebook.register_fake

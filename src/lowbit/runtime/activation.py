@@ -1,6 +1,6 @@
 """Activations that are computed along with binary layers: a shift, a slope for what is negative, another shift, and a clip.
 
-ReLU, leaky and parametric ReLU, ReLU6, hardtanh and ReActNet's RPReLU (Liu et al. 2020, Eq. 5) are of this form.
+ReLU, leaky and parametric ReLU, ReLU6, hardtanh and ReActNet's RPReLU (Liu et al. 2020, section 4.2) are of this form.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def binary_conv2d(
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
         LayerError: A gradient is expected: there is no derivative.
     """
-    refuse_gradients("binary_conv2d", x, scale, bias, residual)
+    refuse_gradients("binary_conv2d", x, scale, bias, residual, activation)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     tensors = LayerTensors(words, mask, scale, bias, threshold, flip, activation, out_threshold, out_flip)
     settings = in_channels, groups, *kernel_size, *stride, *padding, *dilation, pad_value
@@ -275,7 +275,7 @@ def binary_linear(
         SpecError: An argument of another type or shape.
         LayerError: A gradient is expected: there is no derivative.
     """
-    refuse_gradients("binary_linear", x, scale, bias, residual)
+    refuse_gradients("binary_linear", x, scale, bias, residual, activation)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     tensors, settings = LayerTensors(words, mask, scale, bias, threshold, flip, activation), (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0)
     layer = None if loops is None else known_layer(tensors, settings)

@@ -12,7 +12,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LayerError, SpecError
+from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.export.graph import Node
 from lowbit.export.load import PackedNetwork
 from lowbit.export.packed_file import Package, package
@@ -107,6 +107,8 @@ class RuntimeNetwork(PackedNetwork):
         observer, self.packed_observer = self.packed_observer, observe
         try:
             super().compute({name: tensor[:1] for name, tensor in inputs.items()}, stored)
+        except FileFormatError:  # it cannot take a single image; whether it takes the batch is still to be seen
+            return 0
         finally:
             self.packed_observer = observer
         return max(LARGEST_BYTES // largest, 1) if images_are_apart(self.packed_graph, shapes) else 0

@@ -165,7 +165,7 @@ def _assign(weight: Tensor, alphas: Tensor, *, greedy: bool) -> Tensor:
         return torch.stack(planes)
     levels, codes = _sums(alphas)
     levels = levels.expand(len(weight), -1).contiguous()
-    nearest = torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), weight.contiguous())
+    nearest = nearest_level(weight, levels)
     chosen = codes.expand(len(weight), -1, -1).gather(1, nearest.unsqueeze(2).expand(-1, -1, alphas.shape[1]))
     return chosen.permute(2, 0, 1)
 

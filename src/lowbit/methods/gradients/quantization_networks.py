@@ -24,7 +24,7 @@ from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -177,7 +177,7 @@ class StairsQuantizer(TableQuantizer):
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
         boundaries, levels = self._table()
-        codes = torch.bucketize(x.detach().float(), boundaries)
+        codes = count_below(x.detach().float(), boundaries)
         return QTensor(codes.to(torch.uint8), CodebookDecoder(levels.reshape(1, -1), self.granularity), self.bit_width)
 
     @torch.no_grad()

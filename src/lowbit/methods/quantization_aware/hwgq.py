@@ -28,7 +28,7 @@ from torch import Tensor
 from lowbit.errors import SpecError
 from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
@@ -217,7 +217,7 @@ def quantize_half_wave(x: Tensor, positive: Tensor, backward: Backward = "clippe
     """
     boundaries, levels = half_wave_table(positive)
     factor = gradient_factor(x.detach(), positive[-1], torch.ones_like(positive[-1]), backward)
-    return pass_gradient(x * factor, levels[torch.bucketize(x.detach(), boundaries)])
+    return pass_gradient(x * factor, levels[count_below(x.detach(), boundaries)])
 
 
 class GaussianQuantizer(TableQuantizer):
@@ -273,7 +273,7 @@ class GaussianQuantizer(TableQuantizer):
         if torch.compiler.is_exporting():
             marked: Tensor = fake_quantize_codebook(values, boundaries, levels)
             return marked.to(x.dtype)
-        y = levels[torch.bucketize(values.detach(), boundaries)]
+        y = levels[count_below(values.detach(), boundaries)]
         if not (torch.is_grad_enabled() and x.requires_grad):
             return y.to(x.dtype)
         factor = gradient_factor(values.detach(), levels[-1], self.scale, self.backward, is_symmetric=self.is_symmetric)
@@ -282,7 +282,7 @@ class GaussianQuantizer(TableQuantizer):
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
         boundaries, levels = self.table()
-        codes = torch.bucketize(x.detach().float(), boundaries).to(torch.uint8)
+        codes = count_below(x.detach().float(), boundaries).to(torch.uint8)
         return QTensor(codes, CodebookDecoder(levels[None], self.granularity), self.bit_width)
 
 

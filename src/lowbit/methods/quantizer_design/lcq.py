@@ -20,7 +20,7 @@ from lowbit.errors import SpecError
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.observers import least_error_clip
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -127,7 +127,7 @@ class CompandingQuantizer(TableQuantizer):
     def encode(self, x: Tensor) -> QTensor:
         values, std = self._normalized(x.detach().float())
         boundaries, levels = self._table()
-        codes = torch.bucketize(values, boundaries)
+        codes = count_below(values, boundaries)
         levels = levels if std is None else levels * std
         return QTensor(codes.to(torch.uint8), CodebookDecoder(levels.reshape(1, -1), self.granularity), self.bit_width)
 

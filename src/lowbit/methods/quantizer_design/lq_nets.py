@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.errors import SpecError
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
@@ -125,7 +126,7 @@ class LearnedBasis(TableQuantizer):
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the present basis."""
         levels, codes = self.levels()
-        return _normal_equations(rows, _level_index(rows, levels), codes)
+        return _normal_equations(rows, nearest_level(rows, levels), codes)
 
     def solve(self, gram: Tensor, moment: Tensor) -> Tensor:
         """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the present one where that is not finite."""
@@ -164,7 +165,7 @@ class LearnedBasis(TableQuantizer):
             return marked.to(x.dtype)
         values = x.float()
         rows = self.granularity.flatten(values.detach())
-        index = _level_index(rows, levels)
+        index = nearest_level(rows, levels)
         y = self.granularity.unflatten(levels.gather(1, index), x.shape)
         if self.training and torch.is_grad_enabled():
             gram, moment = _normal_equations(rows, index, codes)
@@ -179,14 +180,9 @@ class LearnedBasis(TableQuantizer):
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
         levels, _ = self.levels()
-        rows = _level_index(self.granularity.flatten(x.detach().float()), levels)
+        rows = nearest_level(self.granularity.flatten(x.detach().float()), levels)
         codes = self.granularity.unflatten(rows, x.shape).to(torch.uint8)
         return QTensor(codes, CodebookDecoder(levels.contiguous(), self.granularity), self.bit_width)
-
-
-def _level_index(rows: Tensor, levels: Tensor) -> Tensor:
-    """How many thresholds, midway between neighbouring levels, each value lies above."""
-    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
 
 
 def _normal_equations(rows: Tensor, index: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
