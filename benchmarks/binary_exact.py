@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.spec import BitPolicy
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of, prepare
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of, prepare
 
 RESULT = Path(__file__).parent / "results" / "binary_exact.json"
 METHODS = ("bi_real_net", "ir_net")

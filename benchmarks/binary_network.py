@@ -26,7 +26,7 @@ from binary_conv import machine, onnx_call, onnx_files, ratio, turn_by_turn
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.network.shortcuts import shortcut_block
+from lowbit.network.surgery.shortcuts import shortcut_block
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.runtime.profile import profile
 from lowbit.spec import BitPolicy

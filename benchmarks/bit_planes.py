@@ -25,8 +25,8 @@ from binary_conv import SHAPES, machine, onnx_call, onnx_files, ratio, turn_by_t
 from torch import Tensor, nn
 
 from lowbit.runtime import active_target
-from lowbit.runtime.int8_layers import InputGrid, has_exact_kernels, int8_conv2d
-from lowbit.runtime.planes import input_thresholds, pack_planes, planes_conv2d
+from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels, int8_conv2d
+from lowbit.runtime.layers.planes import input_thresholds, pack_planes, planes_conv2d
 
 RESULT = Path(__file__).parent / "results" / "bit_planes.json"
 WEIGHTS = {"1": (-1, 1), "ternary": (-1, 0, 1), "2": (-2, -1, 0, 1), "2 odd": (-3, -1, 1, 3)}

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration
-from lowbit.methods.post_training.pipeline import PtqJob
+from lowbit.inputs import Calibration
+from lowbit.post_training.pipeline import PtqJob
 from lowbit.methods.post_training.round_to_nearest import RoundToNearest
-from lowbit.methods.quantize import quantize
+from lowbit.workflows.quantize import quantize
 from lowbit.models import load_model
-from lowbit.quantizers.range_search import shrink_search
-from lowbit.quantizers.scale_search import mmse_scale
+from lowbit.quantizers.ranges.range_search import shrink_search
+from lowbit.quantizers.ranges.scale_search import mmse_scale
 from lowbit.spec import BitPolicy
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"

@@ -37,8 +37,8 @@ from lowbit.data.augment import flip, pad_crop
 from lowbit.data.image_data import TensorImages
 from lowbit.models import load_model
 from lowbit.registry import list_methods
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of, prepare
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of, prepare
 
 HERE = Path(__file__).parent
 BATCH, SEED, FLOAT_EPOCHS = 128, 0, 30

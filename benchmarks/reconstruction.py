@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration
+from lowbit.inputs import Calibration
 from lowbit.methods.post_training.adaround import Adaround
-from lowbit.methods.post_training.descent import Descent
-from lowbit.methods.post_training.objective import Objective, rounding_loss
-from lowbit.methods.post_training.pipeline import PtqJob
-from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule
-from lowbit.methods.post_training.unit_data import CallCache, TensorCache, UnitData
-from lowbit.methods.post_training.units import PlannedUnit
+from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.objective import Objective, rounding_loss
+from lowbit.post_training.pipeline import PtqJob
+from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
+from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
+from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.models.mobilenet import InvertedResidual
 from lowbit.models.resnet import ResidualBlock
 from lowbit.network.insert import float_weight, set_weight_quantizer

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowbit.kernels import are_available, fused_kernels
+from lowbit.quantizers.fused import are_available, fused_kernels
 from lowbit.models.resnet import resnet20
 from lowbit.spec import BitPolicy
-from lowbit.train.prepare import prepare
+from lowbit.qat.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 METHODS = ("lsq", "pact", "dorefa", "ewgs")

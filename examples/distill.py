@@ -14,7 +14,7 @@ import lowbit
 from lowbit.data import load_data, loader
 from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
-from lowbit.train import Recipe
+from lowbit.qat import Recipe
 
 
 def main(arguments: list[str] | None = None) -> float:

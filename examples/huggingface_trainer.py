@@ -18,7 +18,7 @@ import lowbit
 from lowbit.data import load_data, loader
 from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
-from lowbit.train.callbacks.huggingface import LowbitCallback
+from lowbit.qat.loops.huggingface import LowbitCallback
 
 
 class Digits(nn.Module):

@@ -17,7 +17,7 @@ import lowbit
 from lowbit.data import load_data, loader
 from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
-from lowbit.train.callbacks.lightning import LowbitCallback
+from lowbit.qat.loops.lightning import LowbitCallback
 
 
 class Digits(pl.LightningModule):

@@ -3,18 +3,18 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from lowbit import errors
-from lowbit.export.export import ExportReport, export
-from lowbit.export.load import load
 from lowbit.measure.diagnose import diagnose
-from lowbit.methods.quantize import quantize
+from lowbit.qat.loops.manual import parameter_groups, training
+from lowbit.qat.prepare import prepare
+from lowbit.qat.run import penalty
 from lowbit.registry import MethodInfo, get_method, list_methods
 from lowbit.report.summary import summary
 from lowbit.runtime.compile import compile_runtime
 from lowbit.spec import BitPolicy, Budget, Granularity
-from lowbit.train.loop import parameter_groups, training
-from lowbit.train.prepare import prepare
-from lowbit.train.run import penalty
-from lowbit.train.train import train
+from lowbit.workflows.export import ExportReport, export
+from lowbit.workflows.load import load
+from lowbit.workflows.quantize import quantize
+from lowbit.workflows.train import train
 
 try:
     __version__ = version("lowbit")

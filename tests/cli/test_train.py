@@ -21,12 +21,12 @@ from typer.testing import CliRunner, Result
 from lowbit.cli import app
 from lowbit.cli.train_recipe import TrainRecipe
 from lowbit.errors import SpecError, UnknownNameError
-from lowbit.export.load import load
 from lowbit.files import read_tensors
 from lowbit.measure import measure_accuracy
 from lowbit.models import default_weights, load_default
+from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.spec import BitPolicy
-from lowbit.train import OptimizerSpec, Recipe
+from lowbit.workflows.load import load
 
 ONLY_TRAIN = ["--no-onnx", "--no-packed", "--no-tensorboard"]
 SHORT = ["--epochs", "1", *ONLY_TRAIN]

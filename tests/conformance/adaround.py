@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit.methods.post_training.descent import Descent
-from lowbit.methods.post_training.objective import Objective, rounding_loss, set_beta, weighted_penalty
-from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
-from lowbit.methods.post_training.unit_data import CallCache, TensorCache, UnitData
-from lowbit.methods.post_training.units import PlannedUnit
 from lowbit.network.insert import set_weight_quantizer
+from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.objective import Objective, rounding_loss, set_beta, weighted_penalty
+from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
+from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
+from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
 from lowbit.spec import Granularity
 

@@ -12,8 +12,8 @@ from lowbit.methods.binary.bi_real_net import BiRealNet
 from lowbit.methods.binary.react_net import ChannelShift, ReactNetMethod, distribution_loss
 from lowbit.models.reactnet import ReactBlock
 from lowbit.network import insert
-from lowbit.network.shortcuts import ShiftedPReLU, ShortcutUnit, pooled_shortcut
-from lowbit.train import Classification, Slot, TrainingMethod
+from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutUnit, pooled_shortcut
+from lowbit.qat import Classification, Slot, TrainingMethod
 
 
 def slot(layer: nn.Module) -> Slot:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.methods.binary.binary_connect import BinaryConnect, BinaryConnectWeight, fans, glorot_scales, squared_hinge
 from lowbit.network import insert
-from lowbit.train import Classification, Recipe, Slot, TrainRun
+from lowbit.qat import Classification, Recipe, Slot, TrainRun
 
 
 def binarize(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

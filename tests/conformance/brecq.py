@@ -7,21 +7,21 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration import Inputs
-from lowbit.methods.post_training import objective as objectives, rounding as roundings_of
+from lowbit.inputs import Inputs
 from lowbit.methods.post_training.brecq import Brecq, released_layers
-from lowbit.methods.post_training.descent import Descent
-from lowbit.methods.post_training.objective import Objective, released_weight, rounding_loss, unit_loss
-from lowbit.methods.post_training.pipeline import PtqJob
-from lowbit.methods.post_training.rounding import AdaptiveRounding, BetaSchedule
-from lowbit.methods.post_training.unit_data import CallCache, TensorCache, UnitData, call_of
-from lowbit.methods.post_training.units import PlannedUnit
 from lowbit.models.resnet import ResidualBlock
-from lowbit.network.fold import fold_batch_norm
 from lowbit.network.insert import set_output_quantizer, set_weight_quantizer
 from lowbit.network.layers import evaluating
+from lowbit.network.surgery.fold import fold_batch_norm
+from lowbit.post_training.pipeline import PtqJob
+from lowbit.post_training.reconstruction import objective as objectives, rounding as roundings_of
+from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.objective import Objective, released_weight, rounding_loss, unit_loss
+from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
+from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData, call_of
+from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.spec import BitPolicy, Granularity
 
 PADDING = {1: 0, 3: 1}  # by kernel size

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.post_training.dfq import channel_mean, corrected_bias, empirically_corrected_bias
-from lowbit.network import moments
-from lowbit.network.equalize import LayerState, absorb_bias, chain_sets, channel_kind, equalize, equalize_set, pair_scales
-from lowbit.network.fold import fold_batch_norm
-from lowbit.network.moments import Moments, clipped
+from lowbit.network.graph import moments
+from lowbit.network.graph.moments import Moments, clipped
+from lowbit.network.surgery.equalize import LayerState, absorb_bias, chain_sets, channel_kind, equalize, equalize_set, pair_scales
+from lowbit.network.surgery.fold import fold_batch_norm
 from lowbit.quantizers.uniform import affine_parameters, fake_quantize, fake_quantize_offset, qrange
 from lowbit.surrogates import straight_through
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowbit.methods.quantization_aware.dorefa import Dorefa, DorefaActivation, GradientQuantizer
 from lowbit.network import insert
-from lowbit.train import Slot
+from lowbit.qat import Slot
 
 
 class Injected(GradientQuantizer):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lowbit.methods.quantization_aware.hwgq import Hwgq, half_wave_table, quantize_half_wave
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import Quantizer, SignQuantizer
-from lowbit.train import Slot
 
 
 def activation(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

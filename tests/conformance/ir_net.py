@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lowbit.methods.binary.ir_net import IrNet, LibraWeight
 from lowbit.models.resnet import ResidualBlock
 from lowbit.network import insert
-from lowbit.network.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.network.surgery.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.qat import Slot
 from lowbit.spec import Granularity
 from lowbit.surrogates import ErrorDecay
 from lowbit.surrogates.ede import error_decay
-from lowbit.train import Slot
 
 
 def ede_schedule(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:

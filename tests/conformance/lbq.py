@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quantizers import UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 
 
 def _quantizer(params: dict[str, object], observer: str, *, symmetric: bool) -> UniformQuantizer:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.methods.quantizer_design.lq_nets import LearnedBasis, LqNets, initial_activation_basis, initial_weight_basis
+from lowbit.qat import Slot
 from lowbit.spec import Granularity
-from lowbit.train import Slot
 
 
 def activation_init(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

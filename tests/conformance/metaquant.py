@@ -19,8 +19,8 @@ from lowbit.methods.gradients.metaquant import (
     share_meta_network,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
 
 BASES = {"dorefa": "dorefa", "BWN": "bwn", "BWN-F": "bwn_f"}
 

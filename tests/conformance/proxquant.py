@@ -20,8 +20,8 @@ from lowbit.methods.gradients.proxquant import (
     ternary,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
 
 
 def prox_binary(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

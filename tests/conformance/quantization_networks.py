@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer
 from lowbit.network import insert
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 
 BITS = {2: 1, 3: 2, 4: 2, 5: 3, 7: 3, 8: 3, 15: 4, 16: 4, 31: 5}
 

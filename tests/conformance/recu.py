@@ -11,9 +11,9 @@ from torch.nn.functional import mse_loss
 
 from lowbit.methods.binary.recu import Recu, RecuActivation, clamp_tails, laplace_quantile, standardize, tau_at
 from lowbit.network import insert
-from lowbit.network.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.network.surgery.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.qat import Slot
 from lowbit.spec import Granularity
-from lowbit.train import Slot
 
 
 def tau_schedule(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowbit.methods.quantization_aware.twn import TernaryQuantizer, Twn, pack_ternary, unpack_ternary
 from lowbit.network import insert
-from lowbit.train import Slot
+from lowbit.qat import Slot
 
 
 def weight(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

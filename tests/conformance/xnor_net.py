@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from lowbit.methods.quantization_aware.xnor_net import InputScale, XnorNet, sign_with_zero
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import SignQuantizer
-from lowbit.train import Slot
 
 
 def layer_of(weight: Tensor, stride: int = 1, padding: int = 0) -> nn.Module:

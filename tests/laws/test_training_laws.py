@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import SpecError
 from lowbit.network.insert import activation_quantizers, bake_weights
+from lowbit.qat.prepare import prepare
 from lowbit.registry import get_method
 from lowbit.surrogates import SURROGATES
-from lowbit.train.prepare import prepare
 
 every_method = pytest.mark.parametrize("name", training.TRAINING)
 

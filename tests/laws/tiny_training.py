@@ -8,9 +8,9 @@ import functools
 from tests.laws import tiny
 from torch import Tensor, nn
 
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of, prepare
 from lowbit.registry import get_method, list_methods
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of, prepare
 
 TRAINING = [info.name for info in list_methods(kind="training")]
 STEPS, EPOCHS = 10, 6

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.calibration import Inputs
 from lowbit.errors import DataError
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import labelled, output_tensor, pieces
 
 LOGITS = torch.tensor([[1.0, 2.0]])

@@ -12,7 +12,7 @@ from lowbit.models import BUILT_IN, load_model
 from lowbit.models.digits import SeparableBlock
 from lowbit.models.mobilenet import InvertedResidual
 from lowbit.models.resnet import ResidualBlock, resnet8, resnet20
-from lowbit.network.shortcuts import ShortcutBlock
+from lowbit.network.surgery.shortcuts import ShortcutBlock
 
 
 def parameters(model: nn.Module) -> int:

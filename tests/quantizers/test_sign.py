@@ -8,7 +8,7 @@ from lowbit.quantizers import ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.ops import fake_quantize_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder
-from lowbit.runtime.binary_conv import binary_linear, pack_conv_weight
+from lowbit.runtime.layers.binary import binary_linear, pack_conv_weight
 from lowbit.spec import Granularity
 from lowbit.surrogates import make_surrogate
 

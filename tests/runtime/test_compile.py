@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.export.networks import quantized
+from tests.formats.networks import quantized
 from tests.networks import settled
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import LayerError, SpecError
-from lowbit.export.load import PackedNetwork
-from lowbit.export.packed_file import package
-from lowbit.export.packed_tensor import PackedTensor
-from lowbit.export.program import export_program
+from lowbit.formats.packed.file import package
+from lowbit.formats.packed.tensor import PackedTensor
+from lowbit.formats.program.program import export_program
 from lowbit.methods.quantization_aware.xnor_net import InputScale
 from lowbit.models import load_model
 from lowbit.network.record import record_of
-from lowbit.runtime import convert, int8_layers
 from lowbit.runtime.compile import RuntimeNetwork
+from lowbit.runtime.layers import int8 as int8_layers
+from lowbit.runtime.lowering import convert
 from lowbit.spec import BitPolicy
+from lowbit.workflows.load import PackedNetwork
 
 needs_int8 = pytest.mark.skipif(not int8_layers.has_exact_kernels(), reason="torch has no exact 8-bit kernels for this processor")
 METHODS = ["bi_real_net", "react_net", "ir_net", "recu", "xnor_net"]

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import FileFormatError
-from lowbit.export.graph import Node
-from lowbit.export.load import PackedNetwork
-from lowbit.export.packed_file import package
-from lowbit.export.program import export_program
+from lowbit.formats.packed.file import package
+from lowbit.formats.program.calls import Node
+from lowbit.formats.program.program import export_program
 from lowbit.runtime import compile as compiling
 from lowbit.runtime.pieces import images_are_apart
 from lowbit.runtime.profile import profile
+from lowbit.workflows.load import PackedNetwork
 
 Function = Callable[[Tensor], Tensor]
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
+from lowbit.qat import Classification, Recipe, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers import SignQuantizer
 from lowbit.surrogates import ErrorDecay, make_surrogate
 from lowbit.surrogates.ede import error_decay
-from lowbit.train import Classification, Recipe, TrainRun
-from lowbit.train.prepare import method_of
 
 
 def at(steepness: float) -> ErrorDecay:

@@ -15,9 +15,9 @@ from lowbit.cli.source import open_source
 from lowbit.files import write_text
 from lowbit.measure import measure_accuracy
 from lowbit.measure.diagnose import diagnose as walk_chart
-from lowbit.methods.quantize import run_job
 from lowbit.progress import Progress
 from lowbit.report.results import to_json
+from lowbit.workflows.quantize import run_job
 
 
 def diagnose(

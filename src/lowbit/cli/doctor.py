@@ -17,9 +17,9 @@ import typer
 
 from lowbit.cli.console import show_table
 from lowbit.errors import LowbitError
-from lowbit.runtime import compiled
-from lowbit.runtime.binary_conv import compiled_loops
-from lowbit.runtime.target import active_target, cuda_target, processor_features
+from lowbit.runtime.cpu import compiled
+from lowbit.runtime.cpu.target import active_target, cuda_target, processor_features
+from lowbit.runtime.layers.binary import compiled_loops
 
 PACKAGES = ("torch", "numba", "llvmlite", "triton", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")
 FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcntdq", "amx-int8", "neon", "dotprod")

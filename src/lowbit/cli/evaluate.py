@@ -9,20 +9,20 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
-from lowbit.calibration import Inputs
 from lowbit.cli import options as shared
 from lowbit.cli.console import say, show_table
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import open_source
 from lowbit.cli.workflow import FILES
 from lowbit.errors import FileFormatError
-from lowbit.export.load import load
-from lowbit.export.onnx_runtime import load_onnx
 from lowbit.files import write_text
+from lowbit.formats.onnx.sessions import load_onnx
+from lowbit.inputs import Inputs
 from lowbit.measure import measure_accuracy, measure_agreement, measure_latency
 from lowbit.progress import Progress
 from lowbit.report.results import to_json
 from lowbit.report.words import bytes_word, db_word, percent_word
+from lowbit.workflows.load import load
 
 
 class OnnxModule(nn.Module):

@@ -12,8 +12,8 @@ from lowbit.cli.console import say
 from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import open_source
 from lowbit.errors import FileFormatError, SpecError
-from lowbit.export.export import FORMATS, export as export_file
-from lowbit.export.load import load
+from lowbit.workflows.export import FORMATS, export as export_file
+from lowbit.workflows.load import load
 
 
 def export(

@@ -13,11 +13,11 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.options import key_values
 from lowbit.data import Preprocessing, load_data, loader
 from lowbit.data.image_data import Sample
 from lowbit.errors import CalibrationError, SpecError, unknown_name
+from lowbit.inputs import Calibration, Inputs
 from lowbit.models import default_weights, load_default, load_model
 from lowbit.options import convert_option
 

@@ -27,12 +27,12 @@ from lowbit.measure import tensor_bytes
 from lowbit.network.record import record_of
 from lowbit.options import build_method
 from lowbit.progress import Progress
+from lowbit.qat import TrainingMethod
+from lowbit.qat.engine.stopping import Terminated
+from lowbit.qat.engine.trainer import Trainer
 from lowbit.spec import BitPolicy, parse_bits
 from lowbit.surrogates import SURROGATES, make_surrogate
-from lowbit.train import TrainingMethod
-from lowbit.train.stopping import Terminated
-from lowbit.train.train import Trained, train_network
-from lowbit.train.trainer import Trainer
+from lowbit.workflows.train import Trained, train_network
 
 
 def option(panel: str, help: str, *names: str) -> object:

@@ -14,11 +14,11 @@ import yaml
 from lowbit.cli.request import make_policy
 from lowbit.errors import SpecError, unknown_name
 from lowbit.options import convert_option
+from lowbit.qat.engine.feed import AugmentName
+from lowbit.qat.engine.trainer import PrecisionName, Selection
+from lowbit.qat.recipe import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, method_of_kind
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
-from lowbit.train.feed import AugmentName
-from lowbit.train.recipe import OptimizerSpec, Recipe
-from lowbit.train.trainer import PrecisionName, Selection
 
 DEFAULT_BITS = 4
 MAPPINGS = ("model_options", "preprocess", "options", "teacher_options", "policy")

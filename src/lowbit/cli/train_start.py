@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.calibration import Calibration
 from lowbit.cli.source import DEFAULT, Source, make_network, preprocessing_of, stacked
 from lowbit.cli.train_recipe import TrainRecipe
 from lowbit.data import ImageData, Split, load_data
 from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
+from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
-from lowbit.train.feed import evaluation_batches
+from lowbit.qat.engine.feed import evaluation_batches
 
 SAMPLES = 256  # that the report looks at where there are no labels
 BATCH = 32  # of these at a time: exported files are timed with so many

@@ -12,14 +12,12 @@ from rich.markup import escape
 from torch import nn
 
 import lowbit
-from lowbit.calibration import Calibration, Inputs
 from lowbit.cli.console import errors, results, say, show_table
 from lowbit.cli.source import Source
 from lowbit.errors import GraphError, MissingExtraError, ParityError
-from lowbit.export.export import ExportReport, export
 from lowbit.files import write_text
+from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
-from lowbit.methods.quantize import run_job
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.progress import Progress
@@ -29,6 +27,8 @@ from lowbit.report.results import Parity, Report, write_json
 from lowbit.report.summary import layer_results
 from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
 from lowbit.spec import BitPolicy, Position
+from lowbit.workflows.export import ExportReport, export
+from lowbit.workflows.quantize import run_job
 from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
 
 FILES = ("model.lowbit", "model.onnx")

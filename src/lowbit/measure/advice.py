@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from lowbit.measure.diagnosis import Diagnosis, Remedy, Suspect
 from lowbit.quantizers import Quantizer, UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.spec import Granularity
 
 FLOAT_DB = 60.0  # from here on two networks differ by rounding of float32 only

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.calibration import Calibration, Inputs
 from lowbit.errors import DataError
+from lowbit.inputs import Calibration, Inputs
 from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import batch_count, class_dimension, device_of, output_tensor
 from lowbit.network.layers import evaluating

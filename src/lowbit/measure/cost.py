@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowbit.calibration import Inputs
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
 from lowbit.network.insert import (
     Coded,

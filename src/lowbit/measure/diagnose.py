@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration
 from lowbit.errors import LayerError
+from lowbit.inputs import Calibration
 from lowbit.measure.advice import candidates, findings
 from lowbit.measure.agreement import AgreementMeter, run_output
 from lowbit.measure.diagnosis import Diagnosis, Remedy, Setting, Suspect

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sized
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration, Inputs
 from lowbit.errors import DataError
+from lowbit.inputs import Calibration, Inputs
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 

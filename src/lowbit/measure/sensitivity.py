@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration
 from lowbit.errors import LayerError
+from lowbit.inputs import Calibration
 from lowbit.measure.noise import Noise, sqnr_db
 from lowbit.measure.outputs import batch_count, device_of, pieces
 from lowbit.network.insert import float_weight, quantization_enabled, quantized_layers, weight_quantizer

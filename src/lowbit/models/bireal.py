@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lowbit.calibration import Inputs
+from lowbit.inputs import Inputs
 from lowbit.models.resnet import resnet18, resnet20
 from lowbit.network.layers import replace_modules
-from lowbit.network.shortcuts import give_shortcuts
+from lowbit.network.surgery.shortcuts import give_shortcuts
 
 
 def bireal_resnet18(num_classes: int = 1000, in_channels: int = 3, width: int = 64) -> nn.Module:

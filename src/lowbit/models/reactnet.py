@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit.network.shortcuts import ShiftedPReLU, ShortcutUnit
+from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutUnit
 
 WIDTHS = (2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)  # of the blocks, in units of the stem's
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lowbit.calibration import Inputs
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
+from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.placement import Placement

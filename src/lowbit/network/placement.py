@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lowbit.network.graph import Dataflow, Node
+from lowbit.network.graph.dataflow import Dataflow, Node
 
 MERGE_BIT_WIDTH = 8  # tensors that only feed adds, concatenations and average pooling
 MERGES = frozenset({"add", "cat"})

@@ -1,7 +1,7 @@
 """Trained quantizers with evenly spaced levels: the grid is a differentiable function of their parameters.
 
 Levels may lie elsewhere than the values they stand for: a code is found on one grid and decoded on another, as in methods that
-work on normalised values. On a CPU both directions run in one fused loop each where ``lowbit.kernels`` can.
+work on normalised values. On a CPU both directions run in one fused loop each where ``lowbit.quantizers.fused`` can.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.kernels import fake_quantize as fused, is_fusing
 from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.fused import fake_quantize as fused, is_fusing
 from lowbit.quantizers.ops import fake_quantize_grid as marked_fake_quantize
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
 from lowbit.spec import Granularity
@@ -54,7 +54,7 @@ def fake_quantize_grid(x: Tensor, grid: Grid, qmin: int, qmax: int, surrogate: S
 
     Returns:
         Tensor shaped like ``x``. It is computed by fused loops (float32 on a CPU, clipped straight-through or element-wise scaled
-        gradients) unless ``lowbit.kernels.fused_kernels(False)`` forbids them; equal bit for bit, gradients up to rounding.
+        gradients) unless ``lowbit.quantizers.fused.fused_kernels(False)`` forbids them; equal bit for bit, gradients up to rounding.
     """
     if is_fusing() and (strength := _fused_strength(surrogate)) is not None:
         parts: tuple[Tensor, ...] = (grid.lower, grid.step, grid.scale, grid.zero_point, *(grid.ends or ()))

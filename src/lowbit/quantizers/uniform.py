@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.observers import MinMaxObserver, Observer
 from lowbit.quantizers.ops import fake_quantize_affine
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
+from lowbit.quantizers.ranges.observers import MinMaxObserver, Observer
 from lowbit.spec import Granularity
 from lowbit.surrogates import Surrogate, clipped_straight_through, straight_through
 

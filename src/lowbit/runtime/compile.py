@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError, LayerError, SpecError
-from lowbit.export.graph import Node
-from lowbit.export.load import PackedNetwork
-from lowbit.export.packed_file import Package, package
-from lowbit.export.program import export_program
+from lowbit.formats.packed.file import Package, package
+from lowbit.formats.program.calls import Node
+from lowbit.formats.program.program import export_program
 from lowbit.network.record import record_of
-from lowbit.runtime.binary_conv import compiled_loops
-from lowbit.runtime.convert import OPERATORS, Conversion, LayerPath, WeightOnly
+from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.layers.binary import compiled_loops
+from lowbit.runtime.lowering.convert import OPERATORS, Conversion, LayerPath, WeightOnly
 from lowbit.runtime.pieces import LARGEST_BYTES, Shape, images_are_apart
-from lowbit.runtime.target import active_target
+from lowbit.workflows.load import PackedNetwork
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lowbit.export.graph import Graph, Node, Result, references
+from lowbit.formats.program.calls import Graph, Node, Result, references
 
 LARGEST_BYTES = 8 * 2**20  # of one activation of a piece, for each thread
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.calibration import Inputs
-from lowbit.export.graph import Node
-from lowbit.export.load import PackedNetwork
+from lowbit.formats.program.calls import Node
+from lowbit.inputs import Inputs
+from lowbit.workflows.load import PackedNetwork
 
 WARMUP = 2
 

@@ -10,10 +10,10 @@ from lowbit.errors import LayerError, SpecError
 from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealNet, BiRealWeight, leaky_clip
 from lowbit.models import load_model
 from lowbit.network import insert
-from lowbit.network.shortcuts import ShortcutBlock
+from lowbit.network.surgery.shortcuts import ShortcutBlock
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of
 
 
 def images(count: int = 4, channels: int = 3) -> Tensor:

@@ -21,9 +21,9 @@ from lowbit.methods.binary.binary_connect import (
 )
 from lowbit.network import insert
 from lowbit.network.record import record_of
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.spec import BitPolicy
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,13 +10,13 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.binary.ir_net import IrNet, LibraWeight, standardize
 from lowbit.network import insert
+from lowbit.qat import Classification, Recipe, Slot, TrainRun
+from lowbit.qat.attach.input_norm import InputNorm
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.spec import Granularity
 from lowbit.surrogates import ErrorDecay
 from lowbit.surrogates.ede import error_decay
-from lowbit.train import Classification, Recipe, Slot, TrainRun
-from lowbit.train.input_norm import InputNorm
-from lowbit.train.prepare import method_of
 
 FILTERS = Granularity.channel()
 

@@ -12,9 +12,9 @@ from lowbit.methods.binary.react_net import ChannelShift, ReactNetMethod, distri
 from lowbit.models import load_model
 from lowbit.models.reactnet import ReactBlock, reactnet_a
 from lowbit.network import insert
-from lowbit.network.shortcuts import ShiftedPReLU, ShortcutBlock
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of
+from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutBlock
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of
 
 
 def images() -> Tensor:

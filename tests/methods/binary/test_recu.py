@@ -11,10 +11,10 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.binary.recu import Recu, RecuActivation, RecuWeight, clamp_tails, laplace_quantile, standardize, tau_at
 from lowbit.network import insert
+from lowbit.qat import Classification, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.spec import Granularity
-from lowbit.train import Classification, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 FILTERS = Granularity.channel()
 

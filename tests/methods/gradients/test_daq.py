@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.methods.gradients.daq import Daq, DaqActivation, DaqWeight
 from lowbit.network import insert
+from lowbit.qat.prepare import prepare
 from lowbit.surrogates import DistanceAwareRounding
-from lowbit.train.prepare import prepare
 
 
 def weights(bit_width: int = 2) -> DaqWeight:

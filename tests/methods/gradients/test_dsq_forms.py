@@ -14,9 +14,9 @@ import lowbit
 from lowbit.errors import LayerError, SpecError
 from lowbit.methods.gradients.dsq import Dsq, DsqQuantizer, ObservedDsqQuantizer, spread_range
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.spec import Granularity
 from lowbit.surrogates import SoftTanh
-from lowbit.train import Slot
 
 W = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 

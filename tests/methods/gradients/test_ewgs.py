@@ -18,9 +18,9 @@ from lowbit.methods.gradients.ewgs import (
     scaled_quantizers,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, Recipe, TrainRun
+from lowbit.qat.prepare import method_of, prepare
 from lowbit.surrogates import ElementwiseGradientScaling, bounded_straight_through
-from lowbit.train import Classification, Recipe, TrainRun
-from lowbit.train.prepare import method_of, prepare
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(2))

@@ -24,9 +24,9 @@ from lowbit.methods.gradients.metaquant import (
     refined_gradient,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.spec import BitPolicy, Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 META: dict[str, Callable[[], nn.Module]] = {
     "fc_grad": lambda: FcGrad(7),

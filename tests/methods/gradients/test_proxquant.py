@@ -19,9 +19,9 @@ from lowbit.methods.gradients.proxquant import (
     ternary,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of, prepare
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of, prepare
 
 W = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 

@@ -14,9 +14,9 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.gradients.proxquant import DRAWN, ProxQuant, ProxQuantizer, alternating, prox_binary, prox_mean, prox_towards
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of
 
 KINDS = [("binary", 1), ("ternary", 2), ("mean", 2), ("mean", 3), ("mean", 5), ("median", 2), ("median", 4)]
 every_kind = pytest.mark.parametrize("kind, bit_width", KINDS)

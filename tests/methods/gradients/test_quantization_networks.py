@@ -6,7 +6,7 @@ from torch import nn
 
 from lowbit.errors import SpecError
 from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, weight_values
-from lowbit.train import Classification, Recipe, TrainRun
+from lowbit.qat import Classification, Recipe, TrainRun
 
 
 def stairs(

@@ -14,9 +14,9 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, weight_values
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers.ops import fake_quantize_codebook
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 W = 0.3 * torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 X, LABELS = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 4

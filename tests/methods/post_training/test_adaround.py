@@ -10,12 +10,12 @@ from tests.networks import DictOutputNet, LoopNet, TwoInputNet, settled
 from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, SpecError
-from lowbit.methods.quantize import quantize, run_job
 from lowbit.models.resnet import resnet8
 from lowbit.network.insert import bake_weights, float_weight, quantized_layers, weight_quantizer
 from lowbit.network.layers import output_channel_axis
 from lowbit.network.record import record_of
 from lowbit.spec import BitPolicy
+from lowbit.workflows.quantize import quantize, run_job
 
 QUICK = {"iterations": 300, "learning_rate": 0.02, "batch_size": 16}
 

@@ -8,18 +8,18 @@ from tests.networks import TinyNet, settled
 from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, SpecError
-from lowbit.methods.post_training import reconstruction
 from lowbit.methods.post_training.brecq import Brecq, ReleasedLayer, released_layers
-from lowbit.methods.post_training.objective import UnitReport
-from lowbit.methods.post_training.phases import LearnScales
-from lowbit.methods.post_training.unit_data import UnitData
-from lowbit.methods.quantize import quantize
 from lowbit.models.mobilenet import mobilenet_v2_small
 from lowbit.models.resnet import resnet8
 from lowbit.network.insert import activation_quantizers, bake_weights, weight_quantizer
 from lowbit.network.record import record_of
-from lowbit.quantizers.range_search import shrink_search
+from lowbit.post_training.reconstruction import engine as reconstruction
+from lowbit.post_training.reconstruction.objective import UnitReport
+from lowbit.post_training.reconstruction.phases import LearnScales
+from lowbit.post_training.reconstruction.unit_data import UnitData
+from lowbit.quantizers.ranges.range_search import shrink_search
 from lowbit.spec import BitPolicy
+from lowbit.workflows.quantize import quantize
 
 QUICK = {"iterations": 200, "learning_rate": 0.02, "batch_size": 16, "activation_iterations": 0}
 

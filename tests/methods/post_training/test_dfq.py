@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import lowbit
 from lowbit.errors import CalibrationError, GraphError, SpecError
 from lowbit.methods.post_training.dfq import channel_mean, corrected_bias, empirically_corrected_bias
+from lowbit.network.graph.moments import clipped_normal_moments
 from lowbit.network.insert import activation_quantizers, quantized_layers, weight_quantizer
-from lowbit.network.moments import clipped_normal_moments
 from lowbit.quantizers import UniformQuantizer
 
 X = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,16 +11,16 @@ import torch
 from tests.networks import SharedWeightNet, TinyNet, settled
 from torch import Tensor, nn
 
-from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
+from lowbit.inputs import Inputs
 from lowbit.methods.post_training.lbq import DualQuantizer, ScaleRefinement, dual_scales, key_layers, nearest_sum, relative_error
-from lowbit.methods.quantize import quantize
 from lowbit.network.insert import bake_weights, float_weight, set_weight_quantizer, weight_quantizer
 from lowbit.network.record import record_of
 from lowbit.quantizers import UniformQuantizer
-from lowbit.quantizers.observers import make_observer
-from lowbit.quantizers.scale_search import mmse_scale
+from lowbit.quantizers.ranges.observers import make_observer
+from lowbit.quantizers.ranges.scale_search import mmse_scale
 from lowbit.spec import Granularity
+from lowbit.workflows.quantize import quantize
 
 GRANULARITIES = [Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(9)]
 GRIDS = [(-2, 1), (-8, 7), (0, 3), (0, 15)]

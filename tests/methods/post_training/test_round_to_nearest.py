@@ -9,15 +9,15 @@ import torch
 from tests.networks import BranchNet, TinyNet, settled
 from torch import nn
 
-from lowbit.calibration import Inputs
 from lowbit.errors import CalibrationError, LayerError, SpecError, UnknownNameError
-from lowbit.methods.quantize import quantize
-from lowbit.network.fold import fold_batch_norms
-from lowbit.network.graph import capture
+from lowbit.inputs import Inputs
+from lowbit.network.graph.dataflow import capture
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
 from lowbit.network.record import record_of
+from lowbit.network.surgery.fold import fold_batch_norms
 from lowbit.quantizers import UniformQuantizer, fake_quantize
-from lowbit.quantizers.observers import OBSERVERS
+from lowbit.quantizers.ranges.observers import OBSERVERS
+from lowbit.workflows.quantize import quantize
 
 
 def network() -> tuple[nn.Module, torch.Tensor]:

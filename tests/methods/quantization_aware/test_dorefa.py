@@ -13,10 +13,10 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.quantization_aware.dorefa import Dorefa, DorefaActivation, DorefaWeight, GradientQuantizer, largest_tanh, squash
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers import Quantizer
 from lowbit.spec import BitPolicy
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 3),

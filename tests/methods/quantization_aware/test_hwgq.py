@@ -22,8 +22,8 @@ from lowbit.methods.quantization_aware.hwgq import (
     uniform_levels,
 )
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import ScaledSignQuantizer
-from lowbit.train import Slot
 
 
 def error_of(levels: tuple[float, ...]) -> float:

@@ -17,10 +17,10 @@ from lowbit.methods.quantization_aware.twn import (
     unpack_ternary,
 )
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import LearnedScaleQuantizer, QTensor, ScaledSignQuantizer
 from lowbit.spec import BitPolicy, Granularity
 from lowbit.surrogates import make_surrogate
-from lowbit.train import Slot
 
 
 def test_weights_beyond_the_threshold_become_their_mean_magnitude_and_others_zero() -> None:

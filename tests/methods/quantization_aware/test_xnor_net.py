@@ -21,11 +21,11 @@ from lowbit.methods.quantization_aware.xnor_net import (
 )
 from lowbit.network import insert
 from lowbit.network.layers import output_channel_axis
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.attach.input_norm import InputNorm
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers import LearnedScaleQuantizer, SignQuantizer
 from lowbit.spec import BitPolicy, Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.input_norm import InputNorm
-from lowbit.train.prepare import method_of
 
 LAYERS = {
     "linear": lambda: nn.Linear(5, 3),

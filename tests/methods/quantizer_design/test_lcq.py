@@ -9,9 +9,9 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.methods.quantizer_design.lcq import SMALLEST_CLIP, SMALLEST_SLOPE, CompandingQuantizer, Lcq, compress, curve, expand
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.quantizers.qtensor import CodebookDecoder
-from lowbit.train import Slot
 
 
 def random_logits(count: int = 16, size: float = 0.8, seed: int = 0) -> Tensor:

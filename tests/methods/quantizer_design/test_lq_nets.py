@@ -20,10 +20,10 @@ from lowbit.methods.quantizer_design.lq_nets import (
     initial_weight_basis,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.quantizers.qtensor import CodebookDecoder
 from lowbit.spec import Granularity
-from lowbit.train import Classification, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.train.prepare import method_of
 
 
 def at(*basis: float, signed: bool = False, **options: object) -> LearnedBasis:

@@ -19,9 +19,9 @@ from lowbit.methods.quantizer_design.pact import (
     SawbWeight,
 )
 from lowbit.network import insert
+from lowbit.qat import Slot
 from lowbit.quantizers import ScaledSignQuantizer
 from lowbit.spec import Granularity
-from lowbit.train import Slot
 
 
 def gradients(quantizer: PactActivation, x: Tensor, upstream: Tensor) -> tuple[list[float], float]:

@@ -20,9 +20,9 @@ from lowbit.methods.quantizer_design.qil import (
     transform_magnitudes,
 )
 from lowbit.network import insert
+from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat.prepare import method_of
 from lowbit.surrogates import SURROGATES
-from lowbit.train import Classification, OptimizerSpec, Recipe, TrainRun
-from lowbit.train.prepare import method_of
 
 
 def at(q: IntervalQuantizer, center: float, distance: float) -> IntervalQuantizer:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network import insert
+from lowbit.qat import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.attach.input_norm import insert_with_norms
+from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import ApproxSign
-from lowbit.train import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
-from lowbit.train.input_norm import insert_with_norms
 
 WeightGradient = Literal["release", "magnitude_aware", "caffe"]
 LEAK = 0.1

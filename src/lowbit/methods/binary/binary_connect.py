@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
+from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
-from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
 
 Binarization = Literal["deterministic", "stochastic"]
 Evaluation = Literal["binary", "real"]

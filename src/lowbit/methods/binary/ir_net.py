@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network.layers import replace_modules
+from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.qat.attach.input_norm import insert_with_norms
+from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import ErrorDecay, Surrogate
-from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
-from lowbit.train.input_norm import insert_with_norms
 
 
 def standardize(weight: Tensor, granularity: Granularity) -> Tensor:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight, check_share
-from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
-from lowbit.network.shortcuts import ShiftedPReLU
+from lowbit.network.surgery.shortcuts import ShiftedPReLU
+from lowbit.qat import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.attach.input_norm import insert_with_norms
+from lowbit.qat.attach.shortcuts import Shortcuts, change_network
+from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
-from lowbit.train.input_norm import insert_with_norms
-from lowbit.train.task import Batch
 
 
 def distribution_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.binary.surgery import Shortcuts, change_network
 from lowbit.network.layers import replace_modules
+from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.qat.attach.input_norm import insert_with_norms
+from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, SignQuantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
@@ -28,8 +30,6 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
 from lowbit.surrogates.approx_sign import approx_sign
-from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
-from lowbit.train.input_norm import insert_with_norms
 
 EPSILON = 1e-5
 E = 2.71828  # as in the authors' program

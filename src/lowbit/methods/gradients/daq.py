@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
+from lowbit.qat import Slot
+from lowbit.qat.attach.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import DistanceAwareRounding
 from lowbit.surrogates.daq import LARGEST_GAMMA
-from lowbit.train import Slot
 
 
 class DaqWeight(NormalizedQuantizer):

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.quantizers.uniform import affine_parameters, fake_quantize
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import SoftTanh
 from lowbit.surrogates.dsq import SHARPEST, SOFTEST
-from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_WIDTH = 1e-4
 WEIGHT_SPREAD = 2.6  # standard deviations

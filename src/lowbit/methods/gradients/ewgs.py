@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.network import insert
+from lowbit.qat import Slot, TrainRun
+from lowbit.qat.attach.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import ElementwiseGradientScaling
-from lowbit.train import Slot, TrainRun
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |N(0, 1)|, as after a ReLU
 Probes = Callable[[int, int, torch.Size], Iterable[Tensor]]

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.recipe import Role
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
-from lowbit.train import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
-from lowbit.train.recipe import Role
 
 Base = Literal["dorefa", "bwn", "bwn_f"]
 META = "meta"  # the role of the meta network's parameters

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.qat import OptimizerSpec, Phase, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.recipe import Role
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.qtensor import BinaryDecoder, CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import OptimizerSpec, Phase, Recipe, Slot, TrainingMethod, TrainRun
-from lowbit.train.recipe import Role
 
 Kind = Literal["binary", "ternary", "mean", "median"]
 REFINEMENTS = 3  # rounds of the alternating quantizer

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.recipe import Role
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
-from lowbit.train.recipe import Role
 
 LARGEST_WEIGHT_TEMPERATURE = 2000.0
 WEIGHT_SCALES, ACTIVATION_SCALES = "weight_scales", "activation_scales"  # roles of their own where phases treat them apart

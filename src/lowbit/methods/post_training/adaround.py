@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from lowbit.methods.post_training.objective import Objective, rounding_learning_rate
-from lowbit.methods.post_training.phases import Phase, RoundWeights
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.methods.post_training.reconstruction import Reconstruction
-from lowbit.methods.post_training.rounding import BetaSchedule
-from lowbit.methods.post_training.unit_data import CacheKind
-from lowbit.methods.post_training.units import PlannedUnit, layer_units, plan_units
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.post_training.reconstruction.engine import Reconstruction
+from lowbit.post_training.reconstruction.objective import Objective, rounding_learning_rate
+from lowbit.post_training.reconstruction.phases import Phase, RoundWeights
+from lowbit.post_training.reconstruction.rounding import BetaSchedule
+from lowbit.post_training.reconstruction.unit_data import CacheKind
+from lowbit.post_training.reconstruction.units import PlannedUnit, layer_units, plan_units
 from lowbit.registry import MethodInfo, register
 
 PAPER_ITERATIONS = 10_000

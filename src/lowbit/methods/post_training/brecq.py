@@ -19,15 +19,15 @@ from typing import Literal
 from torch import nn
 
 from lowbit.methods.post_training.adaround import reconstruct
-from lowbit.methods.post_training.objective import FisherKind, Objective, rounding_learning_rate
-from lowbit.methods.post_training.phases import LearnScales, RoundWeights
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.methods.post_training.rounding import BetaSchedule, LossKind
-from lowbit.methods.post_training.unit_data import CacheKind
-from lowbit.methods.post_training.units import PlannedUnit, block_units, plan_units
 from lowbit.network.layers import output_channel_axis
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.post_training.reconstruction.objective import FisherKind, Objective, rounding_learning_rate
+from lowbit.post_training.reconstruction.phases import LearnScales, RoundWeights
+from lowbit.post_training.reconstruction.rounding import BetaSchedule, LossKind
+from lowbit.post_training.reconstruction.unit_data import CacheKind
+from lowbit.post_training.reconstruction.units import PlannedUnit, block_units, plan_units
 from lowbit.quantizers import Quantizer, UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 

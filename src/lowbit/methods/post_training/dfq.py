@@ -1,13 +1,13 @@
 """DFQ: ranges of weights equalized across layers, high biases absorbed, biases corrected, ranges from batch norms. No data, no training.
 
 Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV.
-    Section 4.1 (equalization, absorption: ``lowbit.network.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
+    Section 4.1 (equalization, absorption: ``lowbit.network.surgery.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
 Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
 Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
     biases are absorbed only where the next layer adds no zeros, because it is wrong at borders (``absorb_bias=all``);
     ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose their accuracy
     with the paper's ReLU (``relu6=replace``); where no batch norm tells the distribution of a
-    tensor it is propagated through the layers (``lowbit.network.moments``); with calibration data ranges come from that.
+    tensor it is propagated through the layers (``lowbit.network.graph.dataflow.moments``); with calibration data ranges come from that.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration import Calibration
 from lowbit.errors import CalibrationError, SpecError
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.methods.post_training.unit_data import call_of
-from lowbit.network.channels import by_output_channel, groups_of, response
-from lowbit.network.equalize import (
+from lowbit.inputs import Calibration
+from lowbit.network.graph.channels import by_output_channel, groups_of, response
+from lowbit.network.graph.moments import Moments, MomentsWalk
+from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.layers import TRANSPOSED, evaluating, output_channel_axis
+from lowbit.network.placement import Placement
+from lowbit.network.surgery.equalize import (
     ClipKind,
     RangeKind,
     absorb_bias,
@@ -37,12 +39,10 @@ from lowbit.network.equalize import (
     sets_of,
     write_states,
 )
-from lowbit.network.insert import float_weight, weight_quantizer
-from lowbit.network.layers import TRANSPOSED, evaluating, output_channel_axis
-from lowbit.network.moments import Moments, MomentsWalk
-from lowbit.network.placement import Placement
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.post_training.reconstruction.unit_data import call_of
 from lowbit.quantizers import Quantizer, UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 

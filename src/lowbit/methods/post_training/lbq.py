@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowbit.calibration import Inputs
 from lowbit.errors import SpecError
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor, pieces
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob, run
-from lowbit.methods.post_training.resume import RunState, fingerprint
 from lowbit.network.insert import float_weight, quantization_enabled, set_weight_quantizer, weight_quantizer
 from lowbit.network.layers import output_channel_axis
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob, run
+from lowbit.post_training.reconstruction.resume import RunState, fingerprint
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, SumDecoder
-from lowbit.quantizers.scale_search import mmse_scale
+from lowbit.quantizers.ranges.scale_search import mmse_scale
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 

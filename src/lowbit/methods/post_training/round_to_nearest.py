@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.registry import MethodInfo, register
 
 

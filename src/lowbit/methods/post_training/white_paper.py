@@ -13,8 +13,8 @@ from typing import Literal
 
 from lowbit.methods.post_training.adaround import PAPER_ITERATIONS, Adaround
 from lowbit.methods.post_training.dfq import check_ranges, correct_biases, equalize_layers, input_moments, ranges_from_statistics
-from lowbit.methods.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.methods.post_training.unit_data import CacheKind
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.post_training.reconstruction.unit_data import CacheKind
 from lowbit.registry import MethodInfo, register
 
 WIDE = 8  # weight bits at which rounding to nearest is enough

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.binary import ScaledSignQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.registry import MethodInfo, register
-from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
 
 _NOTHING = 1e-20  # weights below it count as zeros: dividing by their maximum would make their gradients infinite
 

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
-from lowbit.train import Slot, TrainingMethod
 
 Backward = Literal["clipped", "vanilla", "log_tailed"]
 Levels = Literal["uniform", "non_uniform", "authors", "authors_non_uniform"]

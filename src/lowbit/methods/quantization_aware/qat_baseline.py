@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
-from lowbit.quantizers.observers import make_observer
+from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import Slot, TrainingMethod
 
 
 @register(

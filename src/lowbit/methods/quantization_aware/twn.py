@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Grid, GridQuantizer, LearnedScaleQuantizer, Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, straight_through
-from lowbit.train import Slot, TrainingMethod
 
 LARGEST_THRESHOLD = 100.0  # of the authors' program
 WEIGHTS_PER_WORD = 16

@@ -29,12 +29,12 @@ from torch.nn import functional
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
+from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.qat.attach.input_norm import NormPlaces, insert_with_norms
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, scale_gradient
-from lowbit.train import QatJob, Slot, TrainingMethod, TrainRun
-from lowbit.train.input_norm import NormPlaces, insert_with_norms
 
 WeightGradient = Literal["corrected", "paper", "ste"]
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.observers import least_error_clip
 from lowbit.quantizers.ops import count_below, fake_quantize_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
+from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, round_straight_through
-from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_SLOPE = 1e-3
 SMALLEST_CLIP = 1e-4

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
+from lowbit.qat import Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.codebook import nearest_level
@@ -26,7 +27,6 @@ from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
-from lowbit.train import Slot, TrainingMethod, TrainRun
 
 QUARTILE = 0.6745  # of the standard normal
 WEIGHT_PULL = 1e-4

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.train import Slot, TrainingMethod
 
 
 @register(

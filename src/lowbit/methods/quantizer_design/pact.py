@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.methods.quantization_aware.dorefa import DorefaWeight
+from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.binary import ScaledSignQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.observers import least_error_clip
+from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import bounded_straight_through, straight_through
-from lowbit.train import Slot, TrainingMethod
 
 SMALLEST_CLIP = 1e-4
 ClipInit = float | Literal["max", "least_error"]

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
+from lowbit.qat.attach.output_ratio import output_ratio
+from lowbit.qat.recipe import Role
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.observers import least_error_clip
+from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
 from lowbit.surrogates import pass_gradient, scale_gradient
-from lowbit.train import OptimizerSpec, Recipe, Slot, TrainingMethod
-from lowbit.train.output_ratio import output_ratio
-from lowbit.train.recipe import Role
 
 SMALLEST_DISTANCE = 1e-4
 _SMALLEST_BASE = 1e-12

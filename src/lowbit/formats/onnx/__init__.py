@@ -1,0 +1,1 @@
+"""ONNX files that run on integer kernels."""

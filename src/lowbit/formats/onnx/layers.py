@@ -1,0 +1,198 @@
+"""Quantized weights of a translated graph as integer codes, and the biases that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lowbit.formats.onnx.activations import MOVES, Grid
+from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
+from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
+from lowbit.formats.onnx.translate import WeightContainer
+from lowbit.quantizers import QTensor
+
+LARGEST_BIAS = 2**30  # leaves the sum of products as much again
+_LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
+
+
+@dataclass(frozen=True)
+class DecodedWeight:
+    """A weight as it is in the file: the parameter's name, the grid, and whether two codes share a byte."""
+
+    name: str
+    grid: IntegerGrid
+    is_int4: bool = False
+
+
+def decode_weight(
+    node: ir.Node,
+    name: str,
+    weight: QTensor,
+    container: WeightContainer,
+    decoded: dict[ir.Value, DecodedWeight],
+    reasons: Reasons,
+    folded: IntegerGrid | None = None,
+) -> None:
+    """Replace a weight node by DequantizeLinear of its codes, or by its float values where no integer grid holds them.
+
+    ``folded`` is the grid to use where something was folded into it.
+    """
+    grid = folded or integer_grid(weight)
+    if grid is None:
+        reasons.setdefault(f"integer kernels cannot hold {why_no_integer_grid(weight)}", []).append(name.rpartition(".")[0])
+        ir.convenience.replace_all_uses_with(node.outputs[0], input_of(node, 0))
+        graph_of(node).remove(node, safe=True)
+        return
+    for use in list(node.outputs[0].uses()):
+        reader = use.node
+        if reader.op_type == "Transpose" and reader.domain == "":
+            order = tuple(reader.attributes["perm"].as_ints()) if "perm" in reader.attributes else tuple(reversed(range(grid.codes.dim())))
+            take_place_of(reader, _insert(node, f"{name}.transposed", DecodedWeight(name, grid.permute(order)), container, decoded))
+    if node.outputs[0].uses():
+        take_place_of(node, _insert(node, name, DecodedWeight(name, grid), container, decoded))
+
+
+def _insert(
+    anchor: ir.Node, name: str, weight: DecodedWeight, container: WeightContainer, decoded: dict[ir.Value, DecodedWeight]
+) -> ir.Value:
+    is_int4 = container == "int4" and weight.grid.fits_int4
+    dtype, grid = (ir.DataType.INT4, weight.grid) if is_int4 else (ir.DataType.INT8, weight.grid.centred().widened())
+    # ONNX Runtime fuses a linear layer only where the zero point is written out, zeros too
+    contents = (("codes", grid.codes, dtype), ("scale", grid.scale, None), ("zero_point", grid.zero_point, dtype))
+    value = _insert_decoder(anchor, name, {part: (content.numpy(), kind) for part, content, kind in contents}, grid.axis)
+    decoded[value] = DecodedWeight(weight.name, grid, is_int4)
+    return value
+
+
+def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight]) -> None:
+    """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias.
+
+    A channel with next to no weights (a dead one) can have a scale at which its bias exceeds 32 bits. Its weights go to the finest
+    grid at which the bias fits; that moves the result by less than the bias times ``inputs * 2**-23``.
+    """
+    if len(node.inputs) < 3 or why_in_float(node, grids, decoded) is not None:
+        return
+    x, weight, bias_value = (node.inputs[index] for index in range(3))
+    bias = constant_of(bias_value)
+    if x not in grids or weight not in decoded or bias is None or bias.ndim != 1:
+        return
+    assert x is not None and weight is not None
+    x_scale, parameter = torch.tensor(grids[x].scale).double(), decoded[weight]
+    magnitudes = torch.from_numpy(np.abs(bias)).double()
+    least = (magnitudes if parameter.grid.axis is not None else magnitudes.max()) / (x_scale * LARGEST_BIAS)
+    if bool((parameter.grid.scale < least).any()):
+        parameter = DecodedWeight(parameter.name, parameter.grid.coarsened(least))
+        contents = {part: (getattr(parameter.grid, part).numpy(), None) for part in ("codes", "scale", "zero_point")}
+        weight = _insert_decoder(node, f"{node.outputs[0].name}.weight", contents, parameter.grid.axis)
+        decoded[weight] = parameter
+        node.replace_input_with(1, weight)
+    scale = (x_scale * parameter.grid.scale).float().expand(bias.shape[0]).contiguous().numpy()
+    codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+    bias_contents: dict[str, tuple[Array, ir.DataType | None]] = {"codes": (codes, None), "scale": (scale, None)}
+    node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", bias_contents, 0))
+
+
+def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
+    """Keep a layer in float that has no integer weight although its input is quantized.
+
+    ONNX Runtime would quantize its weight to 8 bits by itself. A clip to the range that the input is in anyway hides the codes.
+    """
+    if node.domain != "" or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.inputs[1] in decoded:
+        return
+    x = node.inputs[0]
+    if x is None or x not in grids or (constant_of(node.inputs[1]) is None and not _is_decoded(node.inputs[1])):
+        return
+    grid, name = grids[x], f"{node.outputs[0].name}.input"
+    lowest, highest = ((np.float32(code) - np.float32(grid.zero_point)) * grid.scale for code in (0, 255))
+    ends = [add_initializer(graph_of(node), f"{name}.{end}", np.asarray(v)) for end, v in (("lowest", lowest), ("highest", highest))]
+    clip = ir.node("Clip", [x, *ends])
+    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = name, x.shape, x.type
+    graph_of(node).insert_before(node, clip)
+    node.replace_input_with(0, clip.outputs[0])
+
+
+def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
+    """Let a layer that is computed in float have its weight as a cast and a product, which runtimes compute once, when loading.
+
+    They leave DequantizeLinear to be computed in every call. Not done where ONNX Runtime would then quantize the weight again.
+    """
+    if why_in_float(node, grids, decoded) is None or (node.inputs[0] in grids and _may_end_in_quantizer(node.outputs[0])):
+        return
+    weight = input_of(node, 1)
+    source = weight.producer()
+    assert source is not None
+    codes = input_of(source, 0)
+    graph, name, grid = graph_of(node), f"{node.outputs[0].name}.weight", decoded[weight].grid
+    shape = [-1 if axis == grid.axis else 1 for axis in range(grid.codes.dim())]
+    steps = [ir.node("Cast", [codes], {"to": FLOAT})]
+    if bool(grid.zero_point.any()):
+        zeros = add_initializer(graph, f"{name}.zeros", grid.zero_point.float().reshape(shape).numpy())
+        steps.append(ir.node("Sub", [steps[0].outputs[0], zeros]))
+    factors = add_initializer(graph, f"{name}.factors", grid.scale.reshape(shape).numpy())
+    steps.append(ir.node("Mul", [steps[-1].outputs[0], factors]))
+    for step in steps:
+        step.outputs[0].name = f"{name}.{step.op_type}"
+        step.outputs[0].shape, step.outputs[0].type = ir.Shape(grid.codes.shape), ir.TensorType(FLOAT)
+    graph.insert_before(node, steps)
+    node.replace_input_with(1, steps[-1].outputs[0])
+
+
+def _may_end_in_quantizer(value: ir.Value) -> bool:
+    """Whether a runtime that merges neighbouring operators into a layer or swaps them may see a quantizer right behind it."""
+    uses = list(value.uses())
+    merged = {"Relu", "Clip", *MOVES} | (_LINEAR if len(uses) == 1 else set())
+    return any(
+        use.node.op_type == "QuantizeLinear" or (use.node.op_type in merged and _may_end_in_quantizer(use.node.outputs[0])) for use in uses
+    )
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear" and constant_of(producer.inputs[0]) is not None
+
+
+def _insert_decoder(anchor: ir.Node, name: str, contents: Mapping[str, tuple[Array, ir.DataType | None]], axis: int | None) -> ir.Value:
+    """DequantizeLinear of new initializers in front of ``anchor``."""
+    graph = graph_of(anchor)
+    inputs = [add_initializer(graph, f"{name}.{part}", content, dtype) for part, (content, dtype) in contents.items()]
+    step = ir.node("DequantizeLinear", inputs, {} if axis is None else {"axis": axis})
+    value = step.outputs[0]
+    value.name, value.shape, value.type = f"{name}.decoded", ir.Shape(contents["codes"][0].shape), ir.TensorType(FLOAT)
+    graph.insert_before(anchor, step)
+    return value
+
+
+def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> str | None:
+    """Why runtimes cannot compute a layer in integers although its weight is; ``None`` if they can, or if it is no such layer."""
+    if node.domain != "" or len(node.inputs) < 2 or (weight := node.inputs[1]) is None or weight not in decoded:
+        return None
+    if decoded[weight].is_int4:
+        return "runtimes decode 4-bit codes"
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return f"{node.op_type} has no integer kernel"
+    if node.inputs[0] not in grids:
+        return "the input is not quantized"
+    if node.op_type == "Conv":  # linear layers may end in float
+        if node.outputs[0].is_graph_output():
+            return "the result is the network's output"
+        after = sorted({use.node.op_type for use in node.outputs[0].uses()} - {"QuantizeLinear"})
+        if after:
+            return f"the result is not quantized before {', '.join(after)}"
+        if len(node.outputs[0].uses()) > 1:
+            return "the result is quantized in several ways"
+    return None
+
+
+def note_layers_in_float(
+    graph: ir.Graph, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight], reasons: Reasons
+) -> None:
+    """Add the layers with integer weights that are computed in float."""
+    for node in graph:
+        why = why_in_float(node, grids, decoded)
+        weight = node.inputs[1] if why is not None else None
+        if why is not None and weight is not None:
+            reasons.setdefault(why, []).append(decoded[weight].name.rpartition(".")[0])

@@ -1,0 +1,264 @@
+"""ONNX files in ONNX Runtime and OpenVINO: running them, and counting what is really computed in integers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import DataError, FileFormatError, SpecError, missing_extra
+from lowbit.inputs import Inputs
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+Runtime = Literal["onnxruntime", "openvino"]
+
+# Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate. With this entry of its session's settings ONNX Runtime
+# uses exact, slower instructions there; where there is VNNI it changes nothing.
+PRECISE_PRODUCTS = ("session.x64quantprecision", "1")
+
+SATURATION_NOTE = (
+    "this processor has no VNNI: run the file in ONNX Runtime with the session setting session.x64quantprecision = 1, as was done here; "
+    "without it sums of 8-bit products saturate"
+)
+
+_INTEGER_CONVOLUTIONS = frozenset({"QLinearConv", "ConvInteger"})
+_FLOAT_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "ConvTranspose"})
+_INTEGER_PRODUCTS = frozenset({"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"})
+_FLOAT_PRODUCTS = frozenset({"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits", "DynamicQuantizeMatMul"})
+
+
+@dataclass(frozen=True)
+class IntegerCount:
+    """Convolutions and linear layers in ONNX Runtime's optimized graph, and how many of them have an integer kernel.
+
+    Products of two activations, as in attention, are not counted. ``operators`` has the number of nodes of each kind.
+    """
+
+    conv_integer: int
+    conv_total: int
+    linear_integer: int
+    linear_total: int
+    operators: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        convolutions, linear = f"{self.conv_integer} of {self.conv_total}", f"{self.linear_integer} of {self.linear_total}"
+        return f"{convolutions} convolutions and {linear} linear layers in integers"
+
+
+def count_integer_kernels(path: Path | str) -> IntegerCount:
+    """Let ONNX Runtime optimize the file fully for this machine and count the kernels that it chose.
+
+    Raises:
+        MissingExtraError: onnx or onnxruntime is not installed.
+        FileFormatError: ONNX Runtime does not accept the file.
+    """
+    onnx = _onnx()
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        _session(str(path), threads=1, optimized=optimized)
+        graph = onnx.load(optimized).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # a weight that is decoded when the network runs is a weight still
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            constants.update(node.output)
+    kinds = [
+        node.op_type
+        for node in graph.node
+        if node.op_type not in _FLOAT_PRODUCTS | _INTEGER_PRODUCTS or constants.intersection(_weight_inputs(node))
+    ]
+    counts = Counter(kinds)
+
+    def total(group: frozenset[str]) -> int:
+        return sum(counts[kind] for kind in group)
+
+    conv, linear = total(_INTEGER_CONVOLUTIONS), total(_INTEGER_PRODUCTS)
+    operators = dict(Counter(node.op_type for node in graph.node).most_common())
+    return IntegerCount(conv, conv + total(_FLOAT_CONVOLUTIONS), linear, linear + total(_FLOAT_PRODUCTS), operators)
+
+
+def _weight_inputs(node: onnx.NodeProto) -> tuple[str, ...]:
+    """The two factors of a product; in the quantized linear operators the second stands behind the scales of the first."""
+    position = 3 if node.op_type in ("QGemm", "QLinearMatMul") else 1
+    return node.input[0], node.input[position]
+
+
+class Network(Protocol):
+    """A file that a runtime has loaded."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The outputs by name, in the order of the file."""
+
+    def prepare(self, inputs: Inputs) -> object:
+        """Inputs in the form that ``run`` takes."""
+
+    def run(self, prepared: object) -> object:
+        """One call without any conversion: what is timed."""
+
+
+def load_onnx(path: Path | str, *, runtime: Runtime = "onnxruntime", threads: int = 1, observe: tuple[str, ...] = ()) -> Network:
+    """Load an ONNX file with all optimizations on.
+
+    Args:
+        path: The file.
+        runtime: ``onnxruntime`` or ``openvino``.
+        threads: Processor threads for one call.
+        observe: Inner values to return behind the outputs (ONNX Runtime only); those the file does not have are left out.
+
+    Raises:
+        MissingExtraError: The runtime is not installed.
+        DataError: There is no such file.
+        FileFormatError: The runtime does not accept the file.
+        SpecError: An unknown runtime, or ``threads`` below 1.
+    """
+    if threads < 1:
+        raise SpecError(f"threads must be at least 1, got {threads}")
+    if not Path(path).is_file():
+        raise DataError(f"there is no file {path}")
+    if runtime == "onnxruntime":
+        return _OnnxRuntimeNetwork(path, threads, observe)
+    if runtime == "openvino":
+        return _OpenVinoNetwork(path, threads)
+    raise SpecError(f"unknown runtime {runtime!r}. Allowed: onnxruntime, openvino.")
+
+
+def saturates() -> bool:
+    """Whether this processor's plain 8-bit products saturate, so that ``PRECISE_PRODUCTS`` makes a difference: x86 without VNNI."""
+    found = torch.cpu.get_capabilities()
+    return found["architecture"] == "x86_64" and not (found["avx512_vnni"] or found["avx_vnni"])
+
+
+class _OnnxRuntimeNetwork:
+    def __init__(self, path: Path | str, threads: int, observe: tuple[str, ...]) -> None:
+        self._session = _session(_with_outputs(path, observe) if observe else str(path), threads)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def prepare(self, inputs: Inputs) -> object:
+        return {name: tensor.detach().cpu().numpy() for name, tensor in name_inputs(self._inputs, inputs).items()}
+
+    def run(self, prepared: object) -> object:
+        return self._session.run(None, prepared)
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        values = self._session.run(None, self.prepare(inputs))
+        return {name: torch.as_tensor(value) for name, value in zip(self._outputs, values, strict=True)}
+
+
+class _OpenVinoNetwork:
+    def __init__(self, path: Path | str, threads: int) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise missing_extra("openvino", "openvino", "running a file in OpenVINO") from error
+        # float32, because OpenVINO would compute in bfloat16 where the processor can
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise FileFormatError(f"{path}: OpenVINO does not accept it: {str(error).strip().splitlines()[0]}") from error
+        self._request = self._compiled.create_infer_request()
+
+    def prepare(self, inputs: Inputs) -> object:
+        named = name_inputs([port.get_any_name() for port in self._compiled.inputs], inputs)
+        return {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}
+
+    def run(self, prepared: object) -> object:
+        return self._request.infer(prepared, share_inputs=True, share_outputs=True)
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        values = self._request.infer(self.prepare(inputs))
+        return {port.get_any_name(): torch.as_tensor(values[index].copy()) for index, port in enumerate(self._compiled.outputs)}
+
+
+def name_inputs(names: list[str], inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs by the names that a file gives them: keyword inputs by their own, the others in order.
+
+    Raises:
+        DataError: Their number or names do not fit.
+    """
+    named = {name: tensor for name, tensor in inputs.kwargs.items() if name in names}
+    rest = [name for name in names if name not in named]
+    if len(named) != len(inputs.kwargs) or len(rest) != len(inputs.args):
+        given = [*(f"input {index}" for index in range(len(inputs.args))), *inputs.kwargs]
+        raise DataError(f"the file takes {', '.join(names) or 'no input'}; given were {', '.join(given) or 'none'}")
+    return named | dict(zip(rest, inputs.args, strict=True))
+
+
+def _with_outputs(path: Path | str, names: tuple[str, ...]) -> bytes:
+    """The file with inner values as further outputs."""
+    onnx = _onnx()
+    model = onnx.load(path)
+    made = {name for node in model.graph.node for name in node.output} - {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name in made)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _session(source: str | bytes, threads: int, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("onnxruntime", "onnx", "running an ONNX file") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if saturates():
+        options.add_session_config_entry(*PRECISE_PRODUCTS)
+    options.log_severity_level = 4  # what there is to say is in the exceptions
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:
+            if "Attempt to replace the existing tensor" not in str(error):
+                raise
+            return onnxruntime.InferenceSession(_without_sharing(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no base class
+        name = source if isinstance(source, str) else "the file"
+        raise FileFormatError(f"{name}: ONNX Runtime does not accept it: {str(error).strip().splitlines()[0]}") from error
+
+
+def _without_sharing(source: str | bytes) -> bytes:
+    """The file with decoded weights of its own for each node that reads some: ``PRECISE_PRODUCTS`` fails on weights that layers share."""
+    onnx = _onnx()
+    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    decoders = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and set(node.input) <= set(stored)}
+    read: set[str] = set()
+    copies: list[Any] = []
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in decoders and name in read:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(decoders[name])
+                ending = f".{len(copies)}"
+                copy.name, copy.output[0], node.input[index] = copy.name + ending, name + ending, name + ending
+                for place, tensor in enumerate(copy.input):
+                    graph.initializer.add().CopyFrom(stored[tensor])
+                    graph.initializer[-1].name = copy.input[place] = tensor + ending
+                copies.append(copy)
+            read.add(name)
+    nodes = [*copies, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_extra("onnx", "onnx", "reading an ONNX file") from error
+    return onnx

@@ -1,0 +1,155 @@
+"""A program as an ONNX graph in which quantizers and quantized weights are still single nodes of our own.
+
+Torch's exporter and ONNX's optimizer work on this graph: nodes of a domain they do not know keep them from folding a
+quantizer or a weight's codes away. ``onnx_rewrite`` then turns the nodes into ONNX's own operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lowbit.errors import GraphError, missing_extra
+from lowbit.formats.program.program import Program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WeightContainer = Literal["int8", "int4"]
+
+DOMAIN = "lowbit"
+QUANTIZE = "FakeQuantize"  # (x, lower, step, scale, zero_point) {qmin, qmax}
+WEIGHT = "QuantizedWeight"  # (decoded weight) {name}
+OPSET = 18  # what torch's operator library is written in: newer versions go through a converter
+INT4_OPSET = 21  # the first with 4-bit integers
+
+
+def require_onnx() -> None:
+    """MissingExtraError unless ``onnx``, ``onnxscript`` and ``onnxruntime`` can be imported."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise missing_extra(package, "onnx", "the ONNX format") from error
+
+
+def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
+    """``program`` as an optimized ONNX model with ``lowbit::FakeQuantize`` and ``lowbit::QuantizedWeight`` nodes.
+
+    Values keep the names of the program's nodes, and initializers those of its parameters.
+
+    Raises:
+        GraphError: An operator of the network has no ONNX form.
+    """
+    _register_schemas()
+    with _quiet():
+        try:
+            converted = torch.onnx.export(
+                program.exported, dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=_translations()
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export it to .lowbit, or rewrite that operation.") from error
+        assert converted is not None
+        _name_batch(converted)
+        for name in reversed(list(program.weights)):  # each goes to the front
+            _mark_weight(converted.model.graph, name)
+        converted.optimize()
+    return converted.model
+
+
+def _translations() -> dict[Any, Any]:
+    from onnxscript import opset18, values
+
+    ours, op = values.Opset(DOMAIN, 1), opset18  # type: Any, Any
+
+    # torch reads the annotations to tell attributes from inputs
+    def affine(x, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
+        return ours.FakeQuantize(x, op.Neg(op.Mul(zero_point, scale)), scale, scale, zero_point, qmin=qmin, qmax=qmax)
+
+    def grid(x, lower, step, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
+        return ours.FakeQuantize(x, lower, step, scale, zero_point, qmin=qmin, qmax=qmax)
+
+    def codebook(x, boundaries, levels):  # type: ignore[no-untyped-def]
+        above = op.Cast(op.Greater(op.Unsqueeze(x, [-1]), boundaries), to=7)  # int64; bucketize counts the boundaries below x
+        return op.Gather(levels, op.ReduceSum(above, [-1], keepdims=0))
+
+    return {
+        torch.ops.lowbit.fake_quantize_affine.default: affine,
+        torch.ops.lowbit.fake_quantize_grid.default: grid,
+        torch.ops.lowbit.fake_quantize_codebook.default: codebook,
+    }
+
+
+def _register_schemas() -> None:
+    from onnx.defs import OpSchema, has, register_schema
+
+    floats = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "any float")]
+
+    kinds = OpSchema.AttrType
+    quantize = [OpSchema.Attribute(name, kinds.INT, required=True) for name in ("qmin", "qmax")]
+    weight = [OpSchema.Attribute("name", kinds.STRING, required=True)]
+    for name, inputs, attributes in ((QUANTIZE, ("x", "lower", "step", "scale", "zero_point"), quantize), (WEIGHT, ("decoded",), weight)):
+        if not has(name, DOMAIN):
+            parameters = [OpSchema.FormalParameter(parameter, "T") for parameter in inputs]
+            outputs = [OpSchema.FormalParameter("y", "T")]
+            register_schema(
+                OpSchema(name, DOMAIN, 1, "", inputs=parameters, outputs=outputs, type_constraints=floats, attributes=attributes)
+            )
+
+
+def _mark_weight(graph: ir.Graph, name: str) -> None:
+    import onnx_ir as ir
+
+    weight = graph.initializers.get(name)
+    uses = [] if weight is None else list(weight.uses())
+    if weight is None or not uses:
+        return
+    marker = ir.Node(DOMAIN, WEIGHT, [weight], [ir.AttrString("name", name)])
+    marker.outputs[0].name = f"{name}.quantized"
+    marker.outputs[0].shape, marker.outputs[0].type = weight.shape, weight.type
+    graph.insert_before(next(iter(graph)), marker)
+    for use in uses:
+        use.node.replace_input_with(use.idx, marker.outputs[0])
+
+
+def _name_batch(converted: torch.onnx.ONNXProgram) -> None:
+    """Call the open size ``batch`` and not ``s77``."""
+    import onnx_ir as ir
+
+    sizes: set[str | ir.SymbolicDim] = set()
+    for value in converted.model.graph.inputs:
+        sizes.update(dim.value for dim in (value.shape or ())[:1] if isinstance(dim, ir.SymbolicDim) and dim.value)
+    if len(sizes) == 1:
+        converted.rename_axes({sizes.pop(): "batch"})
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    node = next((line for line in str(error.__cause__ or error).splitlines() if "translating node" in line), "")
+    return f"{str(cause).strip().splitlines()[0]}{' at ' + node.partition('translating node ')[2] if node else ''}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress lines; what goes wrong is in the exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,346 @@
+"""The ``.lowbit`` file: a quantized network in one safetensors file, with codes packed to exactly their bits.
+
+It holds the packed codes (``conv1.weight``), the tables that decode them (``conv1.weight.scale``) and everything that stayed float, one
+behind the other in the order of their names: one vector for each dtype, because an entry in safetensors' header takes as much as a
+small table. The header's metadata has one entry, ``lowbit``: a JSON object with ``version``, ``manifest`` and the manifest's ``checksum``.
+The ``manifest`` is JSON too, deflated and written in base 85, with
+
+- ``graph``: the operator calls (``lowbit.formats.program.calls``); reading it evaluates nothing and names no class;
+- ``tensors``: dtype, shape and BLAKE2b of every tensor;
+- ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
+- ``numbers``: tensors of one element, such as the scale of an activation quantizer;
+- ``kernels``: true where the network is to run on few-bit kernels once it is loaded; left out otherwise;
+- ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
+
+All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
+Checksums find damage; they are no signature.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowbit.errors import DataError, FileFormatError, GraphError
+from lowbit.files import replacing
+from lowbit.formats.packed.tensor import PackedTensor, packed_tensor_from
+from lowbit.formats.program.calls import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
+from lowbit.formats.program.program import Program
+from lowbit.formats.program.structure import Json
+from lowbit.network.record import QuantizationRecord
+from lowbit.network.table import LayerRecord, LayerTable
+from lowbit.spec import BitPolicy, parse_bits
+
+VERSION = "1"
+LARGEST_MANIFEST = 2**24  # bytes of JSON; the largest networks of timm need less than a tenth of it
+DEEPEST_NAME = 64  # modules within modules; beyond it torch's recursion over modules ends in an error of Python's
+_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a packed file holds.
+
+    Attributes:
+        graph: The operator calls.
+        tensors: Every tensor that the graph reads, packed where it is quantized.
+        layouts: Memory format of the tensors that are not row-major.
+        record: How the network was quantized; ``None`` where it does not say.
+        runs_on_kernels: Whether ``lowbit.load`` puts the network on few-bit kernels. The file holds the same codes either way: how kernels
+            want them is a matter of the processor that loads it.
+    """
+
+    graph: Graph
+    tensors: Mapping[str, Tensor | PackedTensor]
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    record: QuantizationRecord | None = None
+    runs_on_kernels: bool = False
+
+    def layout_of(self, name: str) -> torch.memory_format:
+        """Memory format in which the tensor computed when it was exported."""
+        return _LAYOUTS[self.layouts[name]] if name in self.layouts else torch.contiguous_format
+
+
+def package(program: Program, record: QuantizationRecord | None = None) -> Package:
+    """Pack an exported program; tensors of equal content are kept once.
+
+    Raises:
+        GraphError: An operator or argument that a file cannot hold.
+    """
+    exported = program.exported
+    values: dict[str, Tensor] = {**exported.state_dict, **{k: v for k, v in exported.constants.items() if isinstance(v, Tensor)}}
+    used = graph_from_exported(exported, program.structure, {}).tensors
+    tensors: dict[str, Tensor | PackedTensor] = {}
+    names: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for name in (name for name in values if name in used):
+        tensor = PackedTensor.of(program.weights[name]) if name in program.weights else values[name].detach()
+        layout = _layout(values[name])
+        names[name] = kept.setdefault(_fingerprint(name, tensor) + layout, name)
+        if names[name] == name:
+            tensors[name] = tensor
+    layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
+    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, record)
+
+
+def write_package(content: Package, path: Path | str) -> int:
+    """Write a packed file, complete or not at all, and return its size in bytes.
+
+    Raises:
+        OutputError: The file cannot be written; a file that was there before is unchanged.
+    """
+    arrays: dict[str, Tensor] = {}
+    numbers: dict[str, Json] = {}
+    for name, tensor in content.tensors.items():
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.numel() == 1 and bool(torch.isfinite(tensor)):
+            numbers[name] = [float(tensor), tensor.dim()]
+        else:
+            arrays |= _arrays(name, tensor)
+    manifest: dict[str, Json] = {
+        "lowbit": _lowbit_version(),
+        "info": _info(content.record),
+        "graph": graph_to_json(content.graph),
+        "packed": {name: dict(tensor.describe()) for name, tensor in content.tensors.items() if isinstance(tensor, PackedTensor)},
+        "layouts": dict(content.layouts),
+        "numbers": numbers,
+        "tensors": {name: [_dtype_name(array), list(array.shape), _checksum(array)] for name, array in arrays.items()},
+    }
+    if content.runs_on_kernels:
+        manifest["kernels"] = True
+    text = _json(manifest).encode()
+    if len(text) > LARGEST_MANIFEST:
+        raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
+    header: Json = {"version": VERSION, "manifest": base64.b85encode(zlib.compress(text, 9)).decode(), "checksum": _digest(text)}
+    data = safetensors.torch.save(_joined(arrays), {"lowbit": _json(header)})
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(data)
+
+
+def read_package(path: Path | str) -> Package:
+    """Read a packed file; everything in it is checked before it is used.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+    """
+    try:
+        with open(path, "rb"):
+            pass  # a missing file is not a broken one
+        with safe_open(path, "pt") as file:
+            manifest = _manifest(file.metadata() or {})
+            vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _package_from(manifest, vectors)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise FileFormatError(f"{path}: not a safetensors file, or a truncated one ({error}). Copy or export it again.") from error
+    except RecursionError as error:
+        raise FileFormatError(f"{path}: its manifest is nested too deeply") from error
+    except ValueError as error:  # FileFormatError, and what refuses bits and policies
+        raise FileFormatError(f"{path}: {error}") from error
+
+
+def _manifest(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    if "lowbit" not in metadata:
+        raise FileFormatError("a safetensors file, but not one that lowbit wrote")
+    header = _parsed(metadata["lowbit"], "header")
+    if header.get("version") != VERSION:
+        written = f"{header.get('version')!r:.20}"
+        raise FileFormatError(f"format version {written}, this lowbit reads version {VERSION!r}. Install a matching lowbit.")
+    try:
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(base64.b85decode(str(header.get("manifest", ""))), LARGEST_MANIFEST)
+    except (ValueError, zlib.error) as error:
+        raise FileFormatError(f"its manifest cannot be decoded ({error})") from error
+    if not inflate.eof:
+        raise FileFormatError(f"its manifest is truncated or larger than {LARGEST_MANIFEST} bytes")
+    if header.get("checksum") != _digest(text):
+        raise FileFormatError("the checksum of its manifest does not match: the file is damaged")
+    manifest = _parsed(text, "manifest")
+    if not all(isinstance(manifest.get(key), dict) for key in _SECTIONS):
+        raise FileFormatError(f"its manifest must hold the sections {', '.join(_SECTIONS)}")
+    return manifest
+
+
+_SECTIONS = ("info", "graph", "tensors", "packed", "layouts", "numbers")
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, sort_keys=True)
+
+
+def _parsed(text: str | bytes, what: str) -> dict[str, object]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"its {what} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"its {what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor]) -> Package:
+    described, packed, layouts, numbers, info = (
+        cast(dict[str, object], manifest[key]) for key in ("tensors", "packed", "layouts", "numbers", "info")
+    )
+    arrays = _separated(described, vectors)
+    tensors: dict[str, Tensor | PackedTensor] = {name: _number(name, value) for name, value in numbers.items()}
+    for name, description in packed.items():
+        if name not in arrays or name in numbers:
+            raise FileFormatError(f"tensor {name[:80]!r}: {'it appears twice' if name in arrays else 'its codes are missing'}")
+        tables = {key.removeprefix(f"{name}."): arrays.pop(key) for key in list(arrays) if key.startswith(f"{name}.")}
+        tensors[name] = packed_tensor_from(name, description, arrays.pop(name), tables)
+    if both := sorted(set(arrays) & set(tensors)):
+        raise FileFormatError(f"tensor {both[0][:80]!r}: it appears twice")
+    tensors |= arrays
+    for name in tensors:
+        if name.count(".") > DEEPEST_NAME:
+            raise FileFormatError(f"tensor {name[:80]!r}: its name has more than {DEEPEST_NAME} parts")
+    for name, layout in layouts.items():
+        _check_layout(name, layout, tensors)
+    graph = graph_from_json(manifest["graph"], frozenset(tensors))
+    runs_on_kernels = manifest.get("kernels", False)
+    if not isinstance(runs_on_kernels, bool):
+        raise FileFormatError(f"its entry 'kernels' must be true or false, got {str(runs_on_kernels)[:80]}")
+    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels)
+
+
+def _number(name: str, value: object) -> Tensor:
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], float) and is_size(value[1]) and value[1] <= LARGEST_RANK):
+        raise FileFormatError(f"number {name!r}: expected [value, dimensions], got {str(value)[:80]}")
+    return torch.tensor(value[0], dtype=torch.float32).reshape((1,) * value[1])
+
+
+def _check_layout(name: str, layout: object, tensors: Mapping[str, Tensor | PackedTensor]) -> None:
+    rank = {"channels_last": 4, "channels_last_3d": 5}.get(layout) if isinstance(layout, str) else None
+    if name not in tensors or rank is None:
+        raise FileFormatError(f"layout of {name!r}: unknown tensor or memory format {str(layout)[:80]!r}")
+    tensor = tensors[name]
+    shape = tensor.decoded_shape if isinstance(tensor, PackedTensor) else tuple(tensor.shape)
+    if len(shape) != rank:
+        raise FileFormatError(f"layout of {name!r}: {layout} needs {rank} dimensions, the tensor has {len(shape)}")
+
+
+def _arrays(name: str, tensor: Tensor | PackedTensor) -> dict[str, Tensor]:
+    """The tensors that a file stores for ``tensor``."""
+    if isinstance(tensor, PackedTensor):
+        tables = {f"{name}.{key}": table for key, table in tensor.stored_tables().items()}
+        return {key: value.detach().cpu().contiguous() for key, value in {name: tensor.packed, **tables}.items()}
+    return {name: tensor.cpu().contiguous()}
+
+
+def _joined(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One vector for each dtype."""
+    vectors: dict[str, list[Tensor]] = {}
+    for name in sorted(arrays):
+        vectors.setdefault(_dtype_name(arrays[name]), []).append(arrays[name].reshape(-1))
+    return {dtype: torch.cat(parts) for dtype, parts in vectors.items()}
+
+
+def _separated(described: Mapping[str, object], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``_joined``, with every checksum compared."""
+    arrays: dict[str, Tensor] = {}
+    read = dict.fromkeys(vectors, 0)
+    for name in sorted(described):
+        entry, where = described[name], f"tensor {name[:80]!r}"
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and is_shape(entry[1])):
+            raise FileFormatError(f"{where}: it must be described by [dtype, shape, checksum], got {str(entry)[:80]}")
+        dtype, shape, checksum = entry
+        vector, first, count = vectors.get(dtype, torch.empty(0)), read.get(dtype, 0), math.prod(shape)
+        if vector.dim() != 1 or first + count > vector.numel():
+            raise FileFormatError(f"{where}: the file holds fewer values than its shape {shape} needs")
+        arrays[name] = vector[first : first + count].reshape(shape).clone()
+        read[dtype] = first + count
+        if checksum != _checksum(arrays[name]):
+            raise FileFormatError(f"{where}: its checksum does not match, the file is damaged")
+    for dtype, vector in vectors.items():
+        if read[dtype] != vector.numel():
+            raise FileFormatError(f"{vector.numel() - read[dtype]} values of {dtype[:80]!r} belong to no tensor")
+    return arrays
+
+
+def _dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _fingerprint(name: str, tensor: Tensor | PackedTensor) -> str:
+    parts = [_checksum(array) for array in _arrays(name, tensor).values()]
+    return repr((parts, tensor.describe() if isinstance(tensor, PackedTensor) else None))
+
+
+def _layout(tensor: Tensor) -> str:
+    """Name of the memory format in which the strides differ from row-major, or ``""``."""
+    for name, layout in _LAYOUTS.items():
+        if tensor.dim() == (4 if name == "channels_last" else 5):
+            strides = torch.empty(tensor.shape, memory_format=layout, device="meta").stride()
+            if tensor.stride() == strides != torch.empty(tensor.shape, device="meta").stride():
+                return name
+    return ""
+
+
+def _checksum(array: Tensor) -> str:
+    raw = array.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _digest(f"{array.dtype}{list(array.shape)}".encode() + raw)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _info(record: QuantizationRecord | None) -> dict[str, Json]:
+    if record is None:
+        return {}
+    facts = {
+        "method": record.method, "options": dict(record.options), "seed": record.seed, "policy": record.policy.to_dict(),
+        "layers": [list(astuple(row)) for row in record.table], "notes": record.table.notes,
+    }  # fmt: skip
+    return cast(dict[str, Json], json.loads(json.dumps(facts, default=str)))
+
+
+def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
+    """The inverse of ``_info``; values of options that are not JSON's come back as text."""
+    if not info:
+        return None
+    method, options, seed, rows, notes = (info.get(key) for key in ("method", "options", "seed", "layers", "notes"))
+    if not (_are_texts([method]) and isinstance(options, dict) and isinstance(seed, int) and isinstance(rows, list) and _are_texts(notes)):
+        raise FileFormatError(f"cannot understand how the network was quantized: {str(info)[:80]}")
+    table = LayerTable()
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 6 and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
+            raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason], got {str(row)[:80]}")
+        weight_bits, activation_bits = (parse_bits(bits, f"layer {row[0][:80]!r}") for bits in row[2:4])
+        table.add(LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5]))
+    table.notes.extend(cast(list[str], notes))
+    return QuantizationRecord(cast(str, method), options, BitPolicy.from_dict(info.get("policy")), seed, table)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _lowbit_version() -> str:
+    try:
+        return version("lowbit")
+    except PackageNotFoundError:
+        return "0.0.0"

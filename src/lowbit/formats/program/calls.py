@@ -1,0 +1,312 @@
+"""The graph of a packed file: a list of operator calls, each reading only what stands before it, as plain JSON.
+
+Arguments are numbers, text, ``null`` and lists, or one of: ``{"node": name}`` the result of an earlier call or an input,
+``{"tensor": name}`` a stored tensor, ``{"dtype": name}``, ``{"memory_format": name}``, ``{"device": null}`` wherever the inputs are,
+``{"float": "inf" | "-inf" | "nan"}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from lowbit.errors import FileFormatError, GraphError
+from lowbit.formats.program.operators import check_arguments, find_operator, operator_name
+from lowbit.formats.program.structure import Json, check_structure
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    )
+}  # fmt: skip
+_MEMORY_FORMATS = {
+    str(layout).removeprefix("torch."): layout
+    for layout in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+}
+LARGEST_RANK = 16  # dimensions of a stored tensor
+_DEEPEST = 6  # nesting of lists in an argument; torch's operators need 2
+
+
+@dataclass(frozen=True)
+class Result:
+    """The value that an earlier node or an input of that name has."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The stored tensor of that name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class InputDevice:
+    """The device of the inputs."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call."""
+
+    name: str
+    operator: str
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input: its name, shape (``None`` where the size is open) and whether it is floating point."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join('batch' if size is None else str(size) for size in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Inputs, operator calls in order, and the values returned with how they are nested.
+
+    ``batch_range`` holds the smallest and largest open size, ``None`` where there is no limit.
+    """
+
+    inputs: tuple[GraphInput, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[object, ...]
+    structure: Json
+    batch_range: tuple[int, int | None] = (1, None)
+    tensors: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = (reference.name for value in self._values() for reference in references(value) if isinstance(reference, Stored))
+        object.__setattr__(self, "tensors", frozenset(found))
+
+    def _values(self) -> Iterator[object]:
+        for node in self.nodes:
+            yield node.args
+            yield tuple(node.kwargs.values())
+        yield self.outputs
+
+
+def references(value: object) -> Iterator[Result | Stored]:
+    """The names that an argument refers to."""
+    if isinstance(value, (Result, Stored)):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from references(item)
+
+
+def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mapping[str, str]) -> Graph:
+    """The graph of an exported program.
+
+    Args:
+        exported: Functional program.
+        structure: How its outputs are nested.
+        names: For each parameter, buffer and constant, the name of the stored tensor that holds it.
+
+    Raises:
+        GraphError: It uses an operator or an argument that a packed file cannot hold; names the module.
+    """
+    known: dict[fx.Node, object] = {}
+    inputs: list[GraphInput] = []
+    nodes: list[Node] = []
+    kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = kinds[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                inputs.append(_graph_input(node))
+                known[node] = Result(node.name)
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                known[node] = Stored(names.get(cast(str, spec.target), cast(str, spec.target)))
+        elif node.op == "call_function":
+            name = operator_name(node.target)
+            if name is None:
+                raise GraphError(f"a packed file cannot hold the operator {node.target} (used by {_module_of(node)}). Rewrite that part.")
+            args = tuple(_argument(arg, known, node) for arg in node.args)
+            # where memory lies and how tensors are laid out is torch's default everywhere
+            kwargs = {key: _argument(arg, known, node) for key, arg in node.kwargs.items() if key not in ("layout", "pin_memory")}
+            nodes.append(Node(node.name, name, args, kwargs))
+            known[node] = Result(node.name)
+        elif node.op == "output":
+            outputs = tuple(_argument(arg, known, node) for arg in cast(tuple[object, ...], node.args[0]))
+        else:
+            raise GraphError(f"a packed file cannot hold {node.op} of {node.target} (used by {_module_of(node)}). Rewrite that part.")
+    specs = exported.graph_signature.output_specs
+    results = [output for output, spec in zip(outputs, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+    return Graph(tuple(inputs), tuple(nodes), tuple(results), structure, _batch_range(exported))
+
+
+def _batch_range(exported: ExportedProgram) -> tuple[int, int | None]:
+    lowest, highest = 1, math.inf
+    for constraint in exported.range_constraints.values():
+        if constraint.lower > 2:  # 2 is where torch starts: it sets sizes 0 and 1 apart
+            lowest = max(lowest, int(constraint.lower))
+        highest = min(highest, float(constraint.upper))
+    return lowest, None if math.isinf(highest) else int(highest)
+
+
+def _graph_input(node: fx.Node) -> GraphInput:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise GraphError(f"input {node.name!r} is a {type(value).__name__}; a packed file takes tensors only")
+    return GraphInput(node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
+
+
+def _argument(value: object, known: Mapping[fx.Node, object], node: fx.Node) -> object:
+    if isinstance(value, fx.Node):
+        return known[value]
+    if isinstance(value, (list, tuple)):
+        return [_argument(item, known, node) for item in value]
+    if isinstance(value, torch.device):
+        return InputDevice()
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
+        return value
+    raise GraphError(f"a packed file cannot hold the argument {value!r} of {node.target} (used by {_module_of(node)})")
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"module {stack[-1][0]!r}" if stack and stack[-1][0] else "the network itself"
+
+
+def graph_to_json(graph: Graph) -> Json:
+    """Plain JSON values; ``graph_from_json`` reads them."""
+    return {
+        "inputs": [[i.name, list(i.shape), str(i.dtype).removeprefix("torch.")] for i in graph.inputs],
+        "batch": list(graph.batch_range),
+        "nodes": [[n.name, n.operator, _to_json(n.args), {key: _to_json(arg) for key, arg in n.kwargs.items()}] for n in graph.nodes],
+        "outputs": _to_json(graph.outputs),
+        "structure": graph.structure,
+    }
+
+
+def _to_json(value: object) -> Json:
+    if isinstance(value, Result):
+        return {"node": value.name}
+    if isinstance(value, Stored):
+        return {"tensor": value.name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if isinstance(value, InputDevice):
+        return {"device": None}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return cast(Json, value)
+
+
+def graph_from_json(data: object, tensors: frozenset[str]) -> Graph:
+    """The graph that a file holds, checked: known operators, and only references to what stands before.
+
+    Args:
+        data: What ``graph_to_json`` returned.
+        tensors: Names of the stored tensors.
+
+    Raises:
+        FileFormatError: Anything else than a graph that can be run.
+    """
+    fields = _typed(data, dict, "graph")
+    inputs = tuple(_input_from_json(item) for item in _typed(fields.get("inputs"), list, "graph inputs"))
+    known = {item.name for item in inputs}
+    if len(known) != len(inputs) or not inputs:
+        raise FileFormatError("graph inputs: there must be at least one, and each name once")
+    nodes: list[Node] = []
+    for item in _typed(fields.get("nodes"), list, "graph nodes"):
+        node = _node_from_json(item, known, tensors)
+        if node.name in known:
+            raise FileFormatError(f"graph: the name {node.name!r} appears twice")
+        known.add(node.name)
+        nodes.append(node)
+    outputs = tuple(_from_json(value, known, tensors, "graph outputs") for value in _typed(fields.get("outputs"), list, "graph outputs"))
+    check_structure(fields.get("structure"), len(outputs))
+    return Graph(inputs, tuple(nodes), outputs, cast(Json, fields.get("structure")), _range_from_json(fields.get("batch")))
+
+
+def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> Node:
+    if not (isinstance(item, list) and len(item) == 4 and isinstance(item[0], str) and isinstance(item[1], str)):
+        raise FileFormatError(f"graph: a node must be [name, operator, arguments, options], got {str(item)[:80]}")
+    where = f"graph node {item[0][:80]!r}"
+    find_operator(item[1])
+    args = tuple(_from_json(value, known, tensors, where) for value in _typed(item[2], list, where))
+    options = {key: _from_json(value, known, tensors, where) for key, value in _typed(item[3], dict, where).items()}
+    check_arguments(item[1], args, options)
+    return Node(item[0], item[1], args, options)
+
+
+def _input_from_json(item: object) -> GraphInput:
+    kinds = [str, list, str]
+    if not (isinstance(item, list) and [type(part) for part in item] == kinds and item[2] in _DTYPES):
+        raise FileFormatError(f"graph inputs: an input must be [name, shape, dtype], got {str(item)[:80]}")
+    if not all(size is None or is_size(size) for size in item[1]):
+        raise FileFormatError(f"graph input {item[0][:80]!r}: its shape must be sizes or null, got {str(item[1])[:80]}")
+    return GraphInput(item[0], tuple(item[1]), _DTYPES[item[2]])
+
+
+def _range_from_json(item: object) -> tuple[int, int | None]:
+    if not (isinstance(item, list) and len(item) == 2 and is_size(item[0]) and (item[1] is None or is_size(item[1]))):
+        raise FileFormatError(f"graph: the range of the batch size must be two sizes, got {str(item)[:80]}")
+    return item[0], item[1]
+
+
+def _from_json(value: object, known: set[str], tensors: frozenset[str], where: str, depth: int = 0) -> object:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list) and depth < _DEEPEST:
+        return [_from_json(item, known, tensors, where, depth + 1) for item in value]
+    kind, content = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (None, None)
+    if kind == "device" and content is None:
+        return InputDevice()
+    if isinstance(content, str):
+        if kind == "node":
+            if content not in known:
+                raise FileFormatError(f"{where}: it reads {content[:80]!r}, which no earlier node makes")
+            return Result(content)
+        if kind == "tensor":
+            if content not in tensors:
+                raise FileFormatError(f"{where}: it reads the tensor {content[:80]!r}, which the file does not hold")
+            return Stored(content)
+        if kind == "dtype" and content in _DTYPES:
+            return _DTYPES[content]
+        if kind == "memory_format" and content in _MEMORY_FORMATS:
+            return _MEMORY_FORMATS[content]
+        if kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+    raise FileFormatError(f"{where}: cannot understand the argument {str(value)[:80]}")
+
+
+def is_size(value: object) -> bool:
+    """Whether a value from a file can be the size of a dimension."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def is_shape(value: object) -> bool:
+    """Whether a value from a file can be the shape of a tensor."""
+    return isinstance(value, list) and len(value) <= LARGEST_RANK and all(is_size(size) for size in value)
+
+
+T = TypeVar("T")
+
+
+def _typed(value: object, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind):
+        raise FileFormatError(f"{where}: expected a {kind.__name__}, got {type(value).__name__}")
+    return value

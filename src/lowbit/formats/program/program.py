@@ -1,0 +1,213 @@
+"""A quantized network as one functional graph: what both file formats are written from."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import OutputKind
+
+from lowbit.errors import GraphError
+from lowbit.formats.program.constants import constant_of, fold_constants
+from lowbit.formats.program.structure import Json, flatten
+from lowbit.inputs import Inputs
+from lowbit.network.graph.dataflow import quiet_export
+from lowbit.network.insert import bake_weights
+from lowbit.network.layers import evaluating
+from lowbit.quantizers import QTensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Program:
+    """A quantized network in evaluation mode as a graph.
+
+    Attributes:
+        exported: The graph: functional, weights baked, each activation quantizer one ``lowbit::fake_quantize_*`` node. Its outputs
+            are the tensors of the network's output, flattened.
+        weights: The codes of each quantized weight by parameter name (a value of ``graph_signature.inputs_to_parameters``).
+        sample: The inputs it was exported with.
+        structure: How the flattened outputs are nested.
+        notes: What the user should know, for example that the batch size is fixed and why.
+    """
+
+    exported: ExportedProgram
+    weights: dict[str, QTensor]
+    sample: Inputs
+    structure: Json
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_batch_dynamic(self) -> bool:
+        """Whether the graph takes any batch size."""
+        return _is_batch_dynamic(self.exported)
+
+
+def export_program(model: nn.Module, sample: object) -> Program:
+    """Export ``model`` in evaluation mode with its weights decoded.
+
+    The batch size is left open where the model allows it, else fixed to the sample's, and a note says so. Checks that only guard
+    shapes, copies that change nothing and identity batch norms are removed, and what quantizers compute from their parameters alone is
+    computed once.
+
+    Args:
+        model: A quantized (or float) network; it is not changed.
+        sample: Inputs of one call: a tensor, a tuple of tensors, a dict of keyword tensors, or ``Inputs``.
+
+    Raises:
+        GraphError: The model cannot be exported; names the line of its code that blocks.
+    """
+    inputs = Inputs.of(sample)
+    baked, weights = bake_weights(model)
+    structure: list[Json] = [None]
+    baked.register_forward_hook(_flattening(structure))
+    with evaluating(baked):
+        exported, notes = _export(baked, inputs)
+    _refuse_state(exported)
+    _simplify(exported)
+    fold_constants(exported)
+    return Program(exported, weights, inputs, structure[0], notes)
+
+
+def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """With an open batch size if possible, else with that of ``inputs``, and why."""
+    reason = "the inputs have no batch dimension"
+    if any(_has_batch(t, inputs.batch_size) for t in inputs.tensors):
+        # sizes 0 and 1 are always taken as fixed, so an open size has to be traced with at least 2
+        traced = inputs if inputs.batch_size > 1 else _doubled(inputs)
+        shapes = ShapesCollection()
+        for tensor in traced.tensors:
+            if _has_batch(tensor, traced.batch_size):
+                shapes[tensor] = {0: Dim.AUTO}
+        try:
+            exported = _trace(model, traced, shapes)
+        except Exception as error:
+            reason = _first_line(error)
+        else:
+            if _is_batch_dynamic(exported):
+                return exported, ()
+            reason = "its code computes with the size as a constant"
+    try:
+        exported = _trace(model, inputs, None)
+    except GraphError:
+        raise
+    except Exception as error:
+        raise GraphError(
+            f"{type(model).__name__} cannot be exported: {blocking_line(error)}: {_first_line(error)}. "
+            "A file needs one graph for all inputs: rewrite that line without depending on tensor values, or export a part of the model."
+        ) from error
+    return exported, (f"the batch size is fixed to {inputs.batch_size}: {reason}",)
+
+
+def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) -> ExportedProgram:
+    dynamic = None if shapes is None else shapes.dynamic_shapes(model, inputs.args, dict(inputs.kwargs))
+    with quiet_export():
+        exported: ExportedProgram = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
+        # makes it functional; the empty table keeps convolution, linear and attention whole
+        return cast(ExportedProgram, exported.run_decompositions({}))
+
+
+def _has_batch(tensor: Tensor, size: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == size
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    def double(t: Tensor) -> Tensor:
+        return torch.cat([t, t]) if _has_batch(t, 1) else t
+
+    return Inputs(tuple(double(t) for t in inputs.args), {name: double(t) for name, t in inputs.kwargs.items()})
+
+
+def _is_batch_dynamic(exported: ExportedProgram) -> bool:
+    inputs = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return any(isinstance(value.shape[0], torch.SymInt) for value in values if isinstance(value, Tensor) and value.dim())
+
+
+def _flattening(structure: list[Json]) -> Callable[[nn.Module, object, object], object]:
+    """A forward hook that returns the tensors of the output and keeps how they were nested."""
+
+    def hook(_module: nn.Module, _args: object, output: object) -> object:
+        leaves: list[Tensor | torch.SymInt] = []
+        structure[0] = flatten(output, leaves)
+        if not leaves:
+            raise GraphError("the model returns no tensor, so there is nothing to export")
+        return tuple(leaves)
+
+    return hook
+
+
+def blocking_line(error: BaseException) -> str:
+    """``file:line: source`` of the innermost line outside torch and lowbit that led to ``error``."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    if not frames:
+        return "inside torch"
+    frame = frames[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}: `{frame.line}`"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _refuse_state(exported: ExportedProgram) -> None:
+    kept = (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION)
+    for output in exported.graph_signature.output_specs:
+        if output.kind not in kept:
+            raise GraphError(
+                f"the model changes {output.target!r} while it runs ({output.kind.name.lower()}), but a file has no memory between calls. "
+                "Switch that off in evaluation mode."
+            )
+
+
+def _simplify(exported: ExportedProgram) -> None:
+    """Remove shape checks, copies that change nothing, identity batch norms and whatever nothing reads."""
+    graph = exported.graph_module.graph
+    outputs = set(graph.output_node().all_input_nodes)
+    state = {node: constant_of(exported, node) for node in graph.nodes if node.op == "placeholder"}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _CHECKS:
+            graph.erase_node(node)
+        elif node not in outputs and _is_copy(node):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten._native_batch_norm_legit_no_training.default and _is_identity_norm(node, state):
+            for reader in [user for user in node.users if user.target is operator.getitem and user.args[1] == 0 and user not in outputs]:
+                reader.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+
+
+_CHECKS = frozenset({
+    aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.default, aten._assert_async.msg,
+    aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
+})  # fmt: skip
+
+
+def _is_copy(node: fx.Node) -> bool:
+    """A node that returns its input, laid out in memory as it was."""
+    if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+        return True
+    if node.target is not aten.clone.default or node.kwargs.get("memory_format") not in (None, torch.preserve_format):
+        return False
+    before, after = cast(fx.Node, node.args[0]).meta["val"], node.meta["val"]
+    return bool(before.stride() == after.stride())
+
+
+def _is_identity_norm(node: fx.Node, state: dict[fx.Node, Tensor | None]) -> bool:
+    weight, bias, mean, var = (None if arg is None else state.get(cast(fx.Node, arg)) for arg in node.args[1:5])
+    if mean is None or var is None or node.args[6] != 0:
+        return False
+    plain = (weight is None or bool((weight == 1).all())) and (bias is None or bool((bias == 0).all()))
+    return plain and bool((mean == 0).all()) and bool((var == 1).all())

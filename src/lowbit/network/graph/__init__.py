@@ -1,0 +1,1 @@
+"""The dataflow of a network and what follows from it: channels, moments, blocks."""

@@ -1,0 +1,291 @@
+"""The dataflow of a network: which operation reads which tensor, and which modules a tensor passes through.
+
+It comes from ``torch.export``. While exporting, hooks on every module send the tensors that enter and leave it through an
+identity operator that carries the module's name, so that graph nodes map to modules whatever the network's code looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import operator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from lowbit.errors import GraphError
+from lowbit.inputs import Inputs
+from lowbit.network.layers import QUANTIZABLE, evaluating
+
+LAYER_OPS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
+)
+_RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
+
+
+@torch.library.custom_op("lowbit::mark", mutates_args=())
+def _mark(x: Tensor, module: str, call: int, side: str, position: int) -> Tensor:
+    return x.clone()
+
+
+@_mark.register_fake
+def _(x: Tensor, module: str, call: int, side: str, position: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass
+class Node:
+    """One tensor of the network and the operation that makes it.
+
+    Attributes:
+        name: Unique name.
+        op: Short operator name (``conv2d``, ``add``, ``relu``; in-place forms count as the plain ones), ``input`` or ``constant``.
+        inputs: Names of the tensors it reads, in argument order.
+        consumers: Names of the tensors made from it, in execution order.
+        owner: Name of the innermost module whose forward ran the operation ("" is the network itself).
+        layer: Name of the quantizable layer whose own computation this is, else ``None``.
+        shape: Shape for the sample.
+        is_activation: Floating point and computed from the network's inputs.
+        returned_by: Modules that return this tensor, innermost first.
+        received_by: Modules whose first floating-point positional input it is, innermost first.
+        arguments: The operator's arguments as written, tensors by name.
+    """
+
+    name: str
+    op: str
+    inputs: list[str]
+    owner: str
+    shape: tuple[int, ...]
+    is_activation: bool
+    layer: str | None = None
+    consumers: list[str] = field(default_factory=list)
+    returned_by: list[str] = field(default_factory=list)
+    received_by: list[str] = field(default_factory=list)
+    arguments: tuple[object, ...] = ()
+
+
+class Dataflow:
+    """The nodes of a network in execution order."""
+
+    def __init__(self, nodes: list[Node], outputs: set[str], calls: dict[str, int], containers: set[str]) -> None:
+        self.nodes = nodes
+        self._by_name = {node.name: node for node in nodes}
+        self._outputs, self._calls, self._containers = outputs, calls, containers
+
+    def __getitem__(self, name: str) -> Node:
+        return self._by_name[name]
+
+    def calls(self, module: str) -> int:
+        """How often the module runs in one pass."""
+        return self._calls.get(module, 0)
+
+    def can_hold_quantizer(self, module: str) -> bool:
+        """Whether a submodule may be added: the module runs once, and is no container whose forward runs all its children."""
+        return self.calls(module) == 1 and module not in self._containers
+
+    def is_output(self, node: Node) -> bool:
+        """Whether the network returns this tensor."""
+        return node.name in self._outputs
+
+    def of_layer(self, layer: str) -> list[Node]:
+        """The nodes that are the computation of ``layer``, one for each call."""
+        return [node for node in self.nodes if node.layer == layer]
+
+    def consumers(self, node: Node) -> list[Node]:
+        """The nodes that read ``node``."""
+        return [self[name] for name in node.consumers]
+
+    def producers(self, node: Node) -> list[Node]:
+        """The activations that ``node`` reads, in argument order."""
+        return [self[name] for name in node.inputs if self[name].is_activation]
+
+    def order(self) -> list[str]:
+        """Layer names in execution order, each once."""
+        return list(dict.fromkeys(node.layer for node in self.nodes if node.layer is not None))
+
+    def forget(self, norm: str) -> None:
+        """Turn the batch norm of module ``norm`` into the identity (it has been folded away)."""
+        for node in self.nodes:
+            if node.op == "batch_norm" and node.owner == norm:
+                node.op = "identity"
+        self._containers.add(norm)
+
+
+def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
+    """The dataflow of ``model`` in evaluation mode for the shapes of ``sample``.
+
+    Raises:
+        GraphError: The model cannot be exported (it branches on values, or calls what export does not know); the message
+            names the line of the model that blocks.
+    """
+    sample = Inputs.of(sample)
+    names = {id(module): name for name, module in model.named_modules()}
+    calls: Counter[str] = Counter()
+    try:
+        with evaluating(model), _marking(model, calls), quiet_export():
+            exported = torch.export.export(model, sample.args, dict(sample.kwargs))
+            if _mutates(exported.graph):
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise GraphError(_explain(model, error)) from error
+    return _build(model, exported, names, dict(calls))
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without the graph listings that torch prints before it raises; the error says what is needed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _marking(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(_mark_inputs(name, calls)))
+            handles.append(module.register_forward_hook(_mark_output(name, calls)))
+        else:
+            handles.append(module.register_forward_pre_hook(lambda _module, _args: calls.clear()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mark_inputs(name: str, calls: Counter[str]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        calls[name] += 1
+        marked, position = [], 0
+        for value in args:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = torch.ops.lowbit.mark(value, name, calls[name] - 1, "in", position)
+                position += 1
+            marked.append(value)
+        return tuple(marked)
+
+    return hook
+
+
+def _mark_output(name: str, calls: Counter[str]) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            return torch.ops.lowbit.mark(output, name, calls[name] - 1, "out", 0)
+        return output
+
+    return hook
+
+
+def _mutates(graph: fx.Graph) -> bool:
+    """Whether an in-place operation changes a tensor that is read again afterwards."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _op_name(node).endswith("_") and isinstance(node.args[0], fx.Node):
+            changed = node.args[0]
+            if not node.users or len(changed.users) > 1 or (changed.op == "call_function" and "view" in str(changed.target)):
+                return True
+    return False
+
+
+def _op_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict[int, str], calls: dict[str, int]) -> Dataflow:
+    user_inputs = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    nodes: dict[str, Node] = {}
+    alias: dict[str, str] = {}  # marks and tuple picks stand for the node behind them
+    outputs: set[str] = set()
+    for fx_node in exported.graph.nodes:
+        if fx_node.op == "output":
+            outputs = {alias[arg.name] for arg in fx_node.all_input_nodes if arg.name in alias}
+            continue
+        op = "constant" if fx_node.op == "placeholder" else _op_name(fx_node)
+        if op == "mark":
+            source = nodes[alias[fx_node.args[0].name]]
+            _, module, _call, side, position = fx_node.args
+            if side == "out":
+                source.returned_by.append(module)
+            elif position == 0:
+                source.received_by.append(module)
+            alias[fx_node.name] = source.name
+            continue
+        value = fx_node.meta.get("val")
+        if fx_node.target is operator.getitem and not isinstance(value, Tensor):
+            alias[fx_node.name] = alias[fx_node.args[0].name]
+            continue
+        if fx_node.target is operator.getitem and nodes[alias[fx_node.args[0].name]].op == "batch_norm":
+            alias[fx_node.name] = alias[fx_node.args[0].name]
+            nodes[alias[fx_node.name]].shape = tuple(value.shape)
+            continue
+        inputs = [alias[arg.name] for arg in fx_node.all_input_nodes if arg.name in alias]
+        op = op.rstrip("_") if not op.startswith("__") else op.strip("_")
+        op = _RENAMED.get(op, op)
+        made = value if isinstance(value, (tuple, list)) else (value,)
+        is_float = any(isinstance(part, Tensor) and part.is_floating_point() for part in made)
+        is_input = fx_node.name in user_inputs
+        owner = _owner(model, fx_node, names)
+        node = Node(
+            name=fx_node.name,
+            op="input" if is_input else op,
+            inputs=inputs,
+            owner=owner,
+            shape=tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else (),
+            is_activation=is_float and (is_input or any(nodes[name].is_activation for name in inputs)),
+            layer=owner if op in LAYER_OPS and isinstance(model.get_submodule(owner), QUANTIZABLE) else None,
+            arguments=tuple(alias.get(a.name, a.name) if isinstance(a, fx.Node) else a for a in fx_node.args),
+        )
+        nodes[node.name] = node
+        alias[fx_node.name] = node.name
+        for name in dict.fromkeys(inputs):
+            nodes[name].consumers.append(node.name)
+    for node in nodes.values():
+        node.received_by.sort(key=lambda module: -module.count("."))
+    containers = {name for name, module in model.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))}
+    return Dataflow(list(nodes.values()), outputs, calls, containers)
+
+
+def _owner(model: nn.Module, node: fx.Node, names: dict[int, str]) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else entry
+    path = ".".join(part.partition("@")[0] for part in path.split("."))
+    try:
+        return names.get(id(model.get_submodule(path)), path)
+    except AttributeError:
+        return ""
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    here = Path(inspect.getfile(nn.Module)).parents[2], Path(__file__).parents[1]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in here)
+    ]
+    frames = [frame for frame in frames if not frame.filename.startswith("<")]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the dataflow of {type(model).__name__} cannot be captured because of {place} ({type(error).__name__}: {reason}). "
+        "Quantizing layer by layer works without it; batch-norm folding, equalization, quantized adds and export need it: make that line independent of tensor values."
+    )

@@ -1,0 +1,176 @@
+"""The steps that post-training methods are made of, and the state that they share.
+
+A method is the order in which it takes these steps, plus what it does between them::
+
+    job.fold(); job.insert_weights(...); <round the weights>; job.insert_activations(...); job.calibrate_activations()
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.errors import CalibrationError, GraphError
+from lowbit.inputs import Calibration, Inputs
+from lowbit.network import insert
+from lowbit.network.graph.dataflow import Dataflow, capture
+from lowbit.network.job import NetworkJob
+from lowbit.network.layers import evaluating, output_channel_axis
+from lowbit.network.placement import Placement, place_at_layers, place_at_tensors
+from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
+from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
+from lowbit.quantizers.ranges.observers import make_observer
+from lowbit.quantizers.uniform import affine_parameters
+from lowbit.registry import MethodInfo
+from lowbit.spec import Granularity
+
+ActivationFactory = Callable[[str, int], Quantizer]
+
+
+@dataclass
+class PostTrainingMethod(ABC):
+    """Quantizes a trained network; the fields of a subclass are the paper's hyper-parameters.
+
+    Attributes:
+        weight_granularity: ``per_channel``, ``per_tensor`` or ``group:SIZE``.
+        weight_observer: How the weight range is chosen.
+        activation_observer: How activation ranges are chosen from calibration data.
+        quantize_adds: Also put quantizers on the operands and results of residual adds and concatenations (8 bits), so that
+            runtimes can compute them in integers.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    weight_granularity: str = "per_channel"
+    weight_observer: str = "mse"
+    activation_observer: str = "mse"
+    quantize_adds: bool = True
+
+    @abstractmethod
+    def quantize(self, job: PtqJob) -> None:
+        """Quantize ``job.model`` in place."""
+
+    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
+        """The default weight quantizer: symmetric and signed; two levels at 1 bit."""
+        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
+        if bit_width == 1:
+            return BinaryQuantizer(granularity=granularity)
+        return UniformQuantizer(
+            bit_width, signed=True, symmetric=True, granularity=granularity, observer=make_observer(self.weight_observer, granularity)
+        )
+
+    def activation_quantizer(self, name: str, bit_width: int) -> Quantizer:
+        """The default activation quantizer: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
+        granularity = Granularity.tensor()
+        return UniformQuantizer(
+            bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
+        )
+
+
+@dataclass
+class PtqJob(NetworkJob):
+    """One network on its way from float to quantized after training.
+
+    Attributes:
+        calibration: Unlabelled data, or ``None``.
+        reference: The float network that the quantized one must follow; batch norm folded once ``fold`` has run.
+        graph: The dataflow, or ``None`` with ``graph_error`` saying why.
+        statistics: Mean and standard deviation of each output channel before the activation, from folded batch norms.
+    """
+
+    calibration: Calibration | None = None
+    work_dir: Path | None = None
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.graph, self.graph_error = self._capture()
+        self.reference = copy.deepcopy(self.model)
+
+    def need_calibration(self, why: str) -> Calibration:
+        """The calibration data, or CalibrationError saying what needs it."""
+        if self.calibration is None:
+            raise CalibrationError(
+                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples), or --calibration on the command line."
+            )
+        return self.calibration
+
+    def need_graph(self, why: str) -> Dataflow:
+        """The dataflow, or GraphError saying what needs it and what blocks."""
+        if self.graph is None:
+            raise GraphError(f"{why} needs the network's dataflow, which cannot be captured: {self.graph_error}")
+        return self.graph
+
+    def fold(self) -> None:
+        """Fold batch norms into the layers before them; the float reference is the folded network."""
+        if self.graph is None:
+            if any(isinstance(module, EXACT_NORMS) for module in self.model.modules()):
+                self.table.note(f"batch norms were not folded: {self.graph_error}")
+            return
+        for folded in fold_batch_norms(self.model, self.graph):
+            self.statistics[folded.layer] = (folded.out_mean, folded.out_std)
+        self.update_reference()
+
+    def update_reference(self) -> None:
+        """Make the present float network the one to follow (after a step that keeps its function)."""
+        self.reference = copy.deepcopy(self.model)
+
+    def insert_activations(self, factory: ActivationFactory, *, merges: bool = True) -> None:
+        """Put activation quantizers of ``factory(name, bit_width)`` where the policy asks for them (see ``placement``)."""
+        wanted = self.activation_bits
+        if not wanted:
+            return
+        if self.graph is None:
+            placements = place_at_layers(wanted)
+            self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
+        else:
+            placements = place_at_tensors(self.graph, wanted, merges=merges)
+        for placement in placements:
+            self.place(placement, factory(placement.name, placement.bit_width))
+
+    def set_activation_ranges(self, ranges: Callable[[Placement], tuple[Tensor, Tensor]]) -> None:
+        """Give every activation quantizer the range, lower and upper end, that ``ranges`` finds for its placement without data."""
+        for placement in self.placements:
+            site = placement.sites[0]
+            module = self.model.get_submodule(site.module)
+            quantizer = insert.input_quantizer(module) if site.side == "input" else insert.output_quantizer(module)
+            if isinstance(quantizer, UniformQuantizer):
+                scale, zero_point = affine_parameters(*ranges(placement), quantizer.qmin, quantizer.qmax, symmetric=quantizer.symmetric)
+                quantizer.set_parameters(scale.to(quantizer.scale.device), zero_point.to(quantizer.scale.device))
+
+    def calibrate_activations(self) -> None:
+        """Run the calibration data through the network and let every activation quantizer set its range from what it saw."""
+        quantizers = {name: q for name, q in insert.activation_quantizers(self.model).items() if isinstance(q, UniformQuantizer)}
+        if not quantizers:
+            return
+        calibration = self.need_calibration("setting activation ranges")
+        for quantizer in quantizers.values():
+            quantizer.start_calibration()
+        with self.progress.stage("activation ranges", total=calibration.samples) as stage, parametrize.cached(), evaluating(self.model):
+            for inputs in calibration:
+                self.model(*inputs.args, **inputs.kwargs)
+                stage.advance(inputs.batch_size)
+        for name, quantizer in quantizers.items():
+            try:
+                quantizer.finish_calibration()
+            except CalibrationError as error:
+                raise CalibrationError(f"activation {name!r}: {error}") from error
+
+    def _capture(self) -> tuple[Dataflow | None, str]:
+        try:
+            return capture(self.model, self.sample), ""
+        except GraphError as error:
+            return None, str(error)
+
+
+def run(model: nn.Module, inputs: Inputs) -> object:
+    """One evaluation pass without gradients."""
+    with evaluating(model):
+        return model(*inputs.args, **inputs.kwargs)

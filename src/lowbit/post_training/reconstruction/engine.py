@@ -1,0 +1,240 @@
+"""The engine behind adaround and brecq: units of a network, one after the other, are made to give the float network's outputs.
+
+A unit, a layer or a block, sees the inputs that the already quantized part of the network gives it; its target is the float network's
+output. Where the dataflow says that a unit's input is exactly what the unit before puts out, cached samples are carried forward
+through that unit; elsewhere the network runs up to the unit.
+
+Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3; Li et al. 2021, "BRECQ", section 3.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from lowbit.errors import SpecError
+from lowbit.measure.outputs import pieces
+from lowbit.network.layers import evaluating
+from lowbit.post_training.pipeline import PtqJob
+from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.objective import UnitReport, fisher_gradient, released_weight
+from lowbit.post_training.reconstruction.phases import Loss, Phase
+from lowbit.post_training.reconstruction.resume import Facts, RunState, fingerprint
+from lowbit.post_training.reconstruction.unit_data import (
+    CacheKind,
+    CacheSpace,
+    CallCache,
+    TensorCache,
+    UnitData,
+    batches,
+    call_of,
+    growing,
+    resized,
+)
+from lowbit.post_training.reconstruction.units import PlannedUnit
+from lowbit.progress import Stage
+
+STEP_NOTES = 25  # iterations between two updates of the progress bar
+
+
+class Reconstruction:
+    """Runs phases over planned units, keeps caches bounded and state on disk.
+
+    At any time the caches hold the inputs and targets of one unit, of two while samples are carried forward: ``space.peak`` bytes
+    at most, in memory or in mapped files.
+
+    Args:
+        job: The network on its way; weights are quantized already.
+        units: From ``plan_units``.
+        facts: The method and its options, for the fingerprint of the run.
+        cache: ``ram`` or ``disk`` (under ``job.work_dir``, else a temporary folder).
+        save_every: Iterations between two states saved within a unit, where the job has a ``work_dir``.
+    """
+
+    def __init__(
+        self, job: PtqJob, units: Sequence[PlannedUnit], facts: Mapping[str, object], *, cache: CacheKind = "ram", save_every: int = 500
+    ) -> None:
+        if save_every < 1:
+            raise SpecError(f"save_every must be at least 1, got {save_every}")
+        self.job, self.units, self.save_every = job, list(units), save_every
+        self.calibration = job.need_calibration("reconstruction")
+        self._facts = dict(facts)
+        self._folder = None if job.work_dir is None else job.work_dir / "reconstruction"
+        self.space = CacheSpace(cache, self._folder)
+        self.state = RunState(None, "")
+
+    def run(self, phase: Phase) -> list[UnitReport]:
+        """Learn every unit, or take it from an earlier run of the same job; reports in execution order."""
+        self.state = self._state(phase)
+        units = [unit for unit in self.units if phase.has_work(unit)]
+        keys = [f"{phase.name}-{index:03d}" for index in range(len(units))]
+        is_carried = [unit.is_carried and index > 0 and self._follows(units[index - 1], unit) for index, unit in enumerate(units)]
+        is_done = [self.state.has(key) for key in keys]
+        unfinished = is_done.index(False) if False in is_done else len(units)
+        chain_start = max((index for index in range(min(unfinished, len(units) - 1) + 1) if not is_carried[index]), default=0)
+        if unfinished:
+            self.job.progress.say(f"{phase.name}: {unfinished} of {len(units)} units taken from the earlier run in {self.state.folder}")
+        costs = self._costs(units, phase.objective.iterations)
+        reports: list[UnitReport] = []
+        data: UnitData | None = None
+        with self.job.progress.stage(f"reconstructing {phase.name}", total=sum(costs)) as stage:
+            for index, (unit, key, cost) in enumerate(zip(units, keys, costs, strict=True)):
+                if chain_start <= index and unfinished < len(units):
+                    stage.advance(0, note=f"{unit.name}: caching")
+                    data = (
+                        self._carry(phase, units[index - 1], unit, data)
+                        if is_carried[index] and data is not None
+                        else self._collect(phase, unit, data)
+                    )
+                saved = self.state.load(key)
+                if saved is not None:
+                    phase.restore(unit, saved[0])
+                    reports.append(_report(saved[1]))
+                    stage.advance(cost, note=unit.name)
+                else:
+                    assert data is not None
+                    reports.append(self._learn(phase, unit, key, data, stage, cost))
+        if data is not None:
+            data.release()
+        return reports
+
+    def close(self) -> None:
+        """Tell how much the caches took, and remove temporary files."""
+        if self.space.peak:
+            where = "memory" if self.space.kind == "ram" else "files"
+            self.job.progress.say(f"reconstruction cached at most {self.space.peak / 1e6:.1f} MB of activations in {where}")
+        self.space.close()
+
+    def _learn(self, phase: Phase, unit: PlannedUnit, key: str, data: UnitData, stage: Stage, cost: float) -> UnitReport:
+        part = f"{key}-part"
+
+        def run(descent: Descent, loss: Loss) -> None:
+            saved = self.state.load(part)
+            if saved is not None:
+                descent.load(saved[0], int(saved[1]["iteration"]))
+                stage.advance(cost * descent.iteration / descent.iterations)
+                self.job.progress.say(f"{unit.name}: going on at iteration {descent.iteration} of {descent.iterations}")
+            shown = descent.iteration
+            while not descent.is_finished:
+                descent.step(loss)
+                if descent.iteration % self.save_every == 0 and not descent.is_finished:
+                    self.state.save(part, descent.state(), {"iteration": descent.iteration})
+                if descent.iteration % STEP_NOTES == 0 or descent.is_finished:
+                    stage.advance(cost * (descent.iteration - shown) / descent.iterations, note=unit.name)
+                    shown = descent.iteration
+
+        result, report = phase.learn(unit, data, run, zlib.crc32(f"{self.job.seed} {phase.name} {unit.name}".encode()))
+        self.state.save(key, result, {**asdict(report)})
+        self.state.drop(part)
+        self.job.progress.say(str(report))
+        return report
+
+    def _collect(self, phase: Phase, unit: PlannedUnit, old: UnitData | None) -> UnitData:
+        """Cache a unit's data by running the network up to it; ``old`` is released first."""
+        if old is not None:
+            old.release()
+        model, reference, samples = self.job.model, self.job.reference, self.calibration.samples
+        module = reference.get_submodule(unit.name)
+        calls: CallCache | None = None
+        target: TensorCache | None = None
+        start = 0
+        with parametrize.cached():
+            for inputs in self.calibration:
+                size = inputs.batch_size
+                float_call = call_of(reference, unit.name, inputs)
+                call = float_call if phase.is_symmetric else call_of(model, unit.name, inputs)
+                calls = calls or CallCache(call, growing(call, call_of(reference, unit.name, resized(inputs))), size, samples, self.space)
+                calls.write(start, size, call)
+                with evaluating(reference):
+                    output = unit.call(module, *float_call)
+                target = _write(target, output, start, size, samples, self.space)
+                start += size
+        assert calls is not None and target is not None
+        return UnitData(calls, target, self._gradients(phase, unit))
+
+    def _carry(self, phase: Phase, before: PlannedUnit, unit: PlannedUnit, old: UnitData) -> UnitData:
+        """Cache a unit's data from the data of the unit whose output it reads; ``old`` is released."""
+        samples, size = old.target.samples, phase.objective.batch_size
+        calls: TensorCache | None = None
+        target: TensorCache | None = None
+        module, quantized = self.job.reference.get_submodule(unit.name), self.job.model.get_submodule(before.name)
+        with evaluating(self.job.reference), parametrize.cached():
+            start = 0
+            for index in batches(samples, size):
+                if not phase.is_symmetric:
+                    calls = _write(calls, before.call(quantized, *old.inputs.read(index)), start, len(index), samples, self.space)
+                target = _write(target, unit.call(module, (old.target.read(index),), {}), start, len(index), samples, self.space)
+                start += len(index)
+        assert target is not None
+        old.inputs.release()
+        if old.gradient is not None:
+            old.gradient.release()
+        if calls is not None:
+            old.target.release()
+        return UnitData(CallCache.of(calls or old.target), target, self._gradients(phase, unit))
+
+    def _gradients(self, phase: Phase, unit: PlannedUnit) -> TensorCache | None:
+        """The weights of the Fisher losses; see ``Objective.fisher``."""
+        objective, cache, start = phase.objective, None, 0
+        if objective.loss == "mse":
+            return None
+        names = list(self.job.layers)
+        layers = [self.job.layers[name] for name in names[: max(names.index(name) for name in unit.layers) + 1]]
+        squares = 0.0
+        for inputs in self.calibration:
+            for piece in pieces(inputs, objective.batch_size):
+                gradient = fisher_gradient(self.job.model, self.job.reference, unit.name, layers, piece)
+                squares += float(gradient.double().square().mean()) * piece.batch_size
+                weight = released_weight(gradient) if objective.fisher == "released" else gradient
+                cache = _write(cache, weight, start, piece.batch_size, self.calibration.samples, self.space)
+                start += piece.batch_size
+        assert cache is not None
+        if objective.fisher == "paper":
+            cache.scale((squares / start) ** -0.5 if squares else 1.0)
+        return cache
+
+    def _follows(self, before: PlannedUnit, unit: PlannedUnit) -> bool:
+        return self.units.index(unit) == self.units.index(before) + 1
+
+    def _costs(self, units: Sequence[PlannedUnit], iterations: int) -> list[float]:
+        """Each unit's share of the work in the unit of the progress bar, iterations of an average unit."""
+        total = sum(unit.cost for unit in units) or 1.0
+        return [max(iterations, 1) * len(units) * (unit.cost or 1.0) / total for unit in units]
+
+    def _state(self, phase: Phase) -> RunState:
+        """The phase's own state: the network that a later phase starts from is made by the earlier ones."""
+        if self._folder is None:
+            return RunState(None, "")
+        state = RunState(self._folder / phase.name, self._fingerprint())
+        if state.is_stale:
+            self.job.progress.say(
+                f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting anew"
+            )
+        return state
+
+    def _fingerprint(self) -> str:
+        job = self.job
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            yield from job.model.state_dict().items()
+            for number, inputs in enumerate(self.calibration):
+                yield from ((f"calibration {number} {position}", tensor) for position, tensor in enumerate(inputs.tensors))
+
+        bits = {name: str(job.bits(name)) for name in job.layers}
+        units = [(unit.name, unit.layers, unit.is_carried) for unit in self.units]
+        return fingerprint(tensors(), {"facts": self._facts, "seed": job.seed, "bits": bits, "units": units, "model": repr(job.model)})
+
+
+def _write(cache: TensorCache | None, x: Tensor, start: int, size: int, samples: int, space: CacheSpace) -> TensorCache:
+    """Write samples into the cache, which the first ones make."""
+    cache = cache or TensorCache(x, size, samples, space)
+    cache.write(start, size, x)
+    return cache
+
+
+def _report(facts: Facts) -> UnitReport:
+    return UnitReport(str(facts["unit"]), float(facts["before"]), float(facts["after"]), float(facts["undecided"]), bool(facts["is_kept"]))

@@ -1,0 +1,1 @@
+"""Trainable quantizers put into a network."""

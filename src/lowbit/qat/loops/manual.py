@@ -1,0 +1,429 @@
+"""``lowbit.training``: the hooks of a method for a training loop of one's own, whose optimizer and schedule belong to the user."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import FileFormatError, LoopError, SpecError
+from lowbit.network import insert
+from lowbit.qat.engine.processes import mean_over_processes
+from lowbit.qat.engine.snapshot import Restoration, Snapshot
+from lowbit.qat.method import TrainingMethod
+from lowbit.qat.prepare import method_of, prepared_network
+from lowbit.qat.recipe import OptimizerSpec, Recipe, Role
+from lowbit.qat.run import TrainRun
+from lowbit.qat.task import Batch, Classification, Task
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class OwnLoop(TrainRun):
+    """A training run whose loop, optimizer and learning-rate schedule are the user's; ``lowbit.training`` makes it.
+
+    Three calls for each optimizer step, in this order::
+
+        run = lowbit.training(model, steps_per_epoch=len(loader), epochs=10)
+        optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.02), momentum=0.9)
+        for epoch in range(10):
+            for x, y in loader:
+                run.before_step(optimizer)                         # also clears the network's gradients
+                loss = criterion(model(x), y) + run.penalty()      # or run.loss((x, y))
+                loss.backward()
+                run.after_backward()
+                optimizer.step()
+                run.after_step()
+
+    Phases and epochs of the method start by themselves, counted in steps. At the start of a phase the parameters it does not train
+    are frozen (``requires_grad``; those that were frozen when the run was made stay so), parameters that the method replaced are
+    replaced in the optimizer, and its momentum is forgotten, as the new optimizers of ``lowbit.train`` would have none. Learning
+    rates and kinds of optimizers are the user's, also where a method wants others (``kind`` and ``lr`` of ``parameter_groups``). Whoever
+    wants to follow it in later phases makes a new optimizer when ``phase_index`` changes.
+
+    With gradient accumulation the three calls belong around each optimizer step, not around each backward pass. With a gradient
+    scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
+
+    Attributes:
+        next_hook: Which of the three has to be called next.
+    """
+
+    next_hook: Literal["before_step", "after_backward", "after_step"] = field(default="before_step", init=False)
+    _has_entered: bool = field(default=False, init=False, repr=False)
+    _has_called_loss: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._known = dict(self.model.named_parameters())
+        self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
+
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the weights in the user's optimizer; before the first step the recipe's."""
+        return super().learning_rate if self._rate is None else float(self._rate["lr"])  # type: ignore[arg-type]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return self.epochs * self.steps_per_epoch
+
+    def parameter_groups(self, learning_rate: float | None = None, weight_decay: float | None = None) -> list[dict[str, object]]:
+        """Parameter groups for any ``torch.optim`` optimizer, one for each role, with the method's rates for quantizers.
+
+        Args:
+            learning_rate: Of the weights; default: the recipe's.
+            weight_decay: Of the weights; default: the recipe's.
+
+        Returns:
+            Groups with ``params``, ``lr``, ``weight_decay``, ``role``, and ``kind``: the optimizer that the method wants for the role
+            (the recipe's where it has no wish).
+        """
+        optimizer = self.recipe.optimizer
+        optimizer = replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate if learning_rate is None else learning_rate,
+            weight_decay=optimizer.weight_decay if weight_decay is None else weight_decay,
+        )
+        frozen = set(map(id, self._frozen))
+        return _groups(self.method, replace(self.recipe, optimizer=optimizer), ((r, p) for r, p in self.roles() if id(p) not in frozen))
+
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Before the forward pass: phases and epochs that start here, schedules, the method's hook.
+
+        Args:
+            *optimizers: Those that the step will use; may be left out once they are known.
+
+        Raises:
+            LoopError: The step before was not ended, or the optimizers do not hold the network's parameters.
+        """
+        self._expect("before_step", "before_step")
+        if optimizers:
+            self.optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
+            self._follow_parameters()
+        if not self.optimizers:
+            raise LoopError("before_step needs the optimizer of the loop: run.before_step(optimizer)")
+        if optimizers:
+            self._find_learning_rate()
+        has_changed = self._enter()
+        if optimizers or has_changed:
+            self._check_optimizers()
+        super().before_step()
+        self.next_hook, self._has_called_loss = "after_backward", False
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The method's loss of one batch, penalties included: the task's, mixed with the teacher's where there is one."""
+        self._has_called_loss = True
+        return super().loss(batch)
+
+    def after_backward(self) -> None:
+        """After the last backward pass of the step and before the optimizer's step (and before clipping gradients).
+
+        Raises:
+            LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
+        """
+        self._expect("after_backward", "after_backward")
+        if not self._has_called_loss and type(self.method).loss is not TrainingMethod.loss:
+            raise LoopError(
+                f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
+            )
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            raise LoopError(
+                "no parameter has a gradient. Call after_backward() after loss.backward(), and zero_grad() before the forward pass."
+            )
+        super().after_backward()
+        self.next_hook = "after_step"
+
+    def after_step(self) -> None:
+        """After the optimizer's step: the method's hook, projections, the count of steps.
+
+        Raises:
+            LoopError: Called out of order.
+        """
+        self._expect("after_step", "after_step")
+        super().after_step()
+        self.next_hook = "before_step"
+        if self.step == self.total_steps:
+            self._start_phases(len(self.phases) - 1)  # phases without an epoch that end the training
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the run stands, with the network and all that the method holds, but not the user's optimizer.
+
+        Copies of tensors and plain values: ``torch.load(..., weights_only=True)`` takes it. A step under way is not counted.
+        """
+        snapshot = Snapshot(ignoring=(self, self.recipe, self.task, self.teacher))
+        objects = {name: snapshot.take(value, name) for name, value in self._objects().items()}
+        position = {"phase_index": self.phase_index, "epoch": self.epoch, "step": self.step}
+        return {"position": position, "has_entered": self._has_entered, "objects": objects, "tensors": snapshot.owned()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken by a run of the same settings.
+
+        Comes before the optimizer is made and loaded; one that exists already follows the network at the next ``before_step``.
+
+        Raises:
+            FileFormatError: The state is of another network or method.
+        """
+        self._expect("before_step", "load_state_dict")
+        try:
+            if state["has_entered"]:
+                # twice, as from the trainer's checkpoints: what a method does when a phase starts may depend on its state, and changes it
+                self._put(state, strict=False)
+                self.return_to(**state["position"])
+            self._put(state, strict=True)
+            self._has_entered = state["has_entered"]
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise FileFormatError(
+                f"this is no state of {self.method.info.name!r} on this network ({type(error).__name__}: {error})"
+            ) from error
+
+    def resume(self, step: int) -> None:
+        """Go on after ``step`` steps of which only the network's ``state_dict`` was kept, and loaded.
+
+        The method's generator starts from the recipe's seed, and what it keeps outside of the network's ``state_dict`` as well.
+        """
+        self._expect("before_step", "resume")
+        if step > 0:
+            loaded = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.return_to(*self._place(step - 1), step)
+            self.model.load_state_dict(loaded)
+            self._has_entered = True
+
+    def return_to(self, phase_index: int, epoch: int, step: int) -> None:
+        super().return_to(phase_index, epoch, step)
+        self._has_returned = False  # epochs start by the count of steps
+
+    def _objects(self) -> dict[str, object]:
+        return {"generator": self.generator, "model": self.model, "method": vars(self.method)}
+
+    def _put(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        restoration = Restoration(state["tensors"], strict=strict)
+        for name, value in self._objects().items():
+            restoration.put(state["objects"][name], value, name)
+
+    def _expect(self, hook: str, called: str) -> None:
+        if self.next_hook != hook:
+            raise LoopError(
+                f"{called} was called where {self.next_hook} is next (step {self.step}). The order of a step is: run.before_step(optimizer), "
+                "loss.backward(), run.after_backward(), optimizer.step(), run.after_step()."
+            )
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Phase and epoch in it of a step; those of the last step for any later one."""
+        epoch = min(step // self.steps_per_epoch, self.epochs - 1)
+        for index, phase in enumerate(self.phases):
+            if epoch < phase.epochs:
+                return index, epoch
+            epoch -= phase.epochs
+        raise AssertionError("an epoch lies in a phase")
+
+    def _enter(self) -> bool:
+        """Start the phases and the epoch that begin with this step; says whether one does."""
+        phase_index, epoch = self._place(self.step)
+        is_new = not self._has_entered or (phase_index, epoch) > (self.phase_index, self.epoch)
+        if is_new:
+            self._start_phases(phase_index)
+            self.epoch = epoch
+            self.start_epoch()
+        return is_new
+
+    def _start_phases(self, last: int) -> None:
+        for index in range(self.phase_index + 1 if self._has_entered else 0, last + 1):
+            self.phase_index, self.epoch, self._has_entered = index, 0, True
+            self.start_phase()
+
+    def _ready_optimizers(self) -> None:
+        """Gradients are cleared, also those of a method that looked at data; learning rates are the user's."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _build_optimizers(self) -> None:
+        self._freeze()
+        self._follow_parameters()
+        for optimizer in self.optimizers:
+            for parameter in self._known.values():
+                optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
+        self._follow_weight_decay()
+
+    def _follow_weight_decay(self) -> None:
+        """The weight decay of the phase that starts, where it differs from that of the phase before; else it stays the user's."""
+        before = self.phases[self.phase_index - 1].optimizers if self.phase_index else self.phase.optimizers
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            old, new = before.get(group.get("role", "")), self.phase.optimizers.get(group.get("role", ""))  # a user's own group has no role
+            if old is not None and new is not None and new.weight_decay != old.weight_decay:
+                group["weight_decay"] = new.weight_decay
+
+    def _follow_parameters(self) -> None:
+        """Take parameters that the method removed out of the user's optimizers, and put those it added where their role lies."""
+        if not self.optimizers:
+            return  # those of the network as it was may come yet
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        now = {id(p) for p in self.model.parameters()}
+        gone = {id(p): p for p in self._known.values() if id(p) not in now}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for optimizer in self.optimizers:
+            for parameter in gone.values():
+                optimizer.state.pop(parameter, None)
+        there = {id(p) for p in self._known.values()} | {id(p) for group in groups for p in group["params"]}
+        added = [(role, p) for role, p in self.roles() if id(p) not in there and role in self.phase.optimizers]
+        for new in _groups(self.method, self.recipe, added):
+            mine = next((group for group in groups if group.get("role") == new["role"]), None)
+            if mine is None:
+                self.optimizers[0].add_param_group(new)
+            else:
+                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
+        self._known = dict(self.model.named_parameters())
+
+    def _find_learning_rate(self) -> None:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        weights = {id(insert.float_weight(layer)) for layer in insert.quantized_layers(self.model).values()}
+        others = set(map(id, self.model.parameters()))
+        for wanted in (weights, others):
+            for group in groups:
+                if any(id(p) in wanted for p in group["params"]):
+                    self._rate = group
+                    return
+        raise LoopError(
+            "the optimizer holds no parameter of the prepared network. Make it after lowbit.prepare, from run.parameter_groups()."
+        )
+
+    def _check_optimizers(self) -> None:
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, p in self._known.items() if id(p) not in held and p.requires_grad and self._role_of(n, p) == "quantizers"]
+        if missing:
+            raise LoopError(
+                f"no optimizer holds {len(missing)} parameters of the quantizers, {missing[0]!r} among them: they would stay as they are. "
+                "Make the optimizer from run.parameter_groups(), or freeze them with requires_grad_(False) before lowbit.training."
+            )
+
+    def _role_of(self, name: str, parameter: nn.Parameter) -> Role:
+        return self.method.role(name, parameter, self.model.get_submodule(name.rpartition(".")[0]))
+
+
+@dataclass(frozen=True)
+class CriterionTask(Task):
+    """A task that knows nothing but a loss.
+
+    Attributes:
+        criterion: ``criterion(output, target)``, a scalar; it is the metric as well.
+    """
+
+    criterion: Criterion
+    metric_name = "loss"
+    higher_is_better = False
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return self.criterion(output, batch[1])
+
+    def distillation_loss(self, output: Tensor, teacher_output: Tensor) -> Tensor:
+        """Mean squared difference of the outputs."""
+        return nn.functional.mse_loss(output, teacher_output)
+
+    def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
+        count = len(batch[1])
+        return float(self.loss(output, batch)) * count, count
+
+
+def training(
+    model: nn.Module,
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    task: Task | Criterion | None = None,
+    recipe: Recipe | None = None,
+    teacher: nn.Module | None = None,
+    batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
+    reduce_mean: Callable[[Tensor], None] | None = None,
+) -> OwnLoop:
+    """The hooks of the method that ``model`` was prepared with, for a training loop of one's own.
+
+    Args:
+        model: What ``lowbit.prepare`` returned, or a wrapper around it (``DistributedDataParallel``, ``torch.compile``, a module that
+            has it as a submodule).
+        steps_per_epoch: Optimizer steps of an epoch.
+        epochs: Of the whole training; schedules of methods are laid over them.
+        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
+        recipe: Weight and temperature of distillation, seed, learning rate for ``run.parameter_groups``.
+        teacher: A network for soft targets in ``run.loss``; it is set to evaluation mode.
+        batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
+        reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
+
+    Raises:
+        SpecError: ``model`` was not prepared, a number is out of range, or the method needs more epochs.
+    """
+    for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs)):
+        if value < 1:
+            raise SpecError(f"{name} must be 1 or more, got {value}")
+    network = prepared_network(model)
+    recipe = replace(recipe or Recipe(), epochs=epochs)
+    if task is None:
+        task = Classification(recipe.label_smoothing, recipe.temperature)
+    elif not isinstance(task, Task):
+        task = CriterionTask(task)
+    run = OwnLoop(
+        network,
+        method_of(network),
+        task,
+        recipe,
+        steps_per_epoch,
+        teacher=None if teacher is None else teacher.eval(),
+        batches=batches if batches is None or callable(batches) else _first_of(batches),
+        reduce_mean=reduce_mean or mean_over_processes,
+        wrapped=model if model is not network and _calls_alike(model, network) else None,
+    )
+    if run.epochs > epochs:
+        raise SpecError(
+            f"{run.method.info.name!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={epochs}"
+        )
+    return run
+
+
+def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_decay: float = 1e-4) -> list[dict[str, object]]:
+    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, where no run is at hand yet; see ``OwnLoop``.
+
+    Args:
+        model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.
+        learning_rate: Of the weights.
+        weight_decay: Of the weights.
+    """
+    network = prepared_network(model)
+    return OwnLoop(network, method_of(network), Classification(), Recipe(), 1).parameter_groups(learning_rate, weight_decay)
+
+
+def _groups(method: TrainingMethod, recipe: Recipe, roles: Iterable[tuple[Role, nn.Parameter]]) -> list[dict[str, object]]:
+    """A group for each role that some phase trains, with the rates of the first such phase."""
+    specs: dict[Role, OptimizerSpec] = {}
+    for phase in method.phases(recipe):
+        specs = {**phase.optimizers, **specs}
+    found: dict[Role, list[nn.Parameter]] = {}
+    for role, parameter in roles:
+        found.setdefault(role, []).append(parameter)
+    return [
+        {"params": found[role], "lr": spec.learning_rate, "weight_decay": spec.weight_decay, "role": role, "kind": spec.kind}
+        for role, spec in specs.items()
+        if role in found
+    ]
+
+
+def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
+    return lambda count: itertools.islice(iter(batches), count)
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's: methods look at what kind it is."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _calls_alike(wrapper: nn.Module, network: nn.Module) -> bool:
+    """Whether ``wrapper`` is called in the network's place, as those of torch are, and does not merely contain it."""
+    inner: object = wrapper
+    while isinstance(inner, nn.Module) and inner is not network:
+        is_parallel = isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        inner = inner._modules.get("module" if is_parallel else "_orig_mod")
+    return inner is network

@@ -1,0 +1,61 @@
+"""What the callbacks for other trainers share: how a run is made once the trainer knows how long it will train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from lowbit.errors import LoopError, SpecError
+from lowbit.qat.loops.manual import Criterion, OwnLoop, training
+from lowbit.qat.recipe import Recipe
+from lowbit.qat.task import Batch, Task
+
+
+class Planned:
+    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts.
+
+    Args:
+        task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
+        recipe: Weight and temperature of distillation, seed.
+        teacher: A network for soft targets in ``run.loss``.
+        batches: Training batches for methods that look at data between epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task | Criterion | None = None,
+        recipe: Recipe | None = None,
+        teacher: nn.Module | None = None,
+        batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task, self.recipe, self.teacher, self.batches = task, recipe, teacher, batches
+        self._run: OwnLoop | None = None
+
+    @property
+    def run(self) -> OwnLoop:
+        """The run; LoopError before training has started."""
+        if self._run is None:
+            raise LoopError("the run is made when training starts: use it in the training step, not before")
+        return self._run
+
+    def start(self, model: nn.Module, steps: float, epochs: int) -> OwnLoop:
+        """Make the run for ``steps`` optimizer steps in ``epochs``."""
+        if not math.isfinite(steps) or steps < 1 or epochs < 1:
+            raise SpecError(
+                f"schedules of quantizers need the length of training, got {steps} steps in {epochs} epochs. "
+                "Give the trainer a number of epochs or of steps."
+            )
+        self._run = training(
+            model,
+            steps_per_epoch=math.ceil(steps / epochs),
+            epochs=epochs,
+            task=self.task,
+            recipe=self.recipe,
+            teacher=self.teacher,
+            batches=self.batches,
+        )
+        return self._run

@@ -1,0 +1,129 @@
+"""``lowbit.prepare``: a float network in, a copy with trainable quantizers out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from lowbit.errors import SpecError
+from lowbit.inputs import Inputs
+from lowbit.network.graph.dataflow import capture
+from lowbit.network.job import check_method_bits
+from lowbit.network.record import QuantizationRecord, attach_record, record_of
+from lowbit.options import build_method
+from lowbit.qat.attach.job import QatJob
+from lowbit.qat.method import TrainingMethod
+from lowbit.quantizers import Quantizer
+from lowbit.registry import method_of_kind
+from lowbit.spec import BitPolicy, check_bit_width
+from lowbit.surrogates import make_surrogate
+
+_ATTRIBUTE = "lowbit_method"
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    method: str = "lsq",
+    weight_bits: int | None = 4,
+    activation_bits: int | None = 4,
+    sample: object,
+    policy: BitPolicy | None = None,
+    surrogate: str | None = None,
+    merge_bits: int | None = None,
+    seed: int = 0,
+    **options: object,
+) -> nn.Module:
+    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a loop of one's own.
+
+    Args:
+        model: Any network; it is not changed.
+        method: Name of a training method (``lowbit.list_methods(kind="training")``).
+        weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+            in the first and last layer.
+        surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
+        merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
+            nothing); ``None`` leaves them in float, as the papers do. With them an exported residual network runs in integers from
+            end to end, which is several times faster. Needs a network that can be exported.
+        seed: Makes the result reproducible.
+        **options: The method's hyper-parameters.
+
+    Returns:
+        The network in the training mode of ``model``; ``lowbit.summary`` shows what was done to each layer.
+
+    Raises:
+        UnknownNameError: No such method, option or surrogate.
+        SpecError: Bits, policy or an option out of range, or a surrogate that the method cannot use.
+        CalibrationError: A sample that does not fit the network.
+        LayerError: Nothing to quantize, or a layer that cannot be.
+        GraphError: ``merge_bits`` for a network that cannot be exported.
+    """
+    info = method_of_kind(method, "training")
+    chosen = build_method(info, dict(options))
+    assert isinstance(chosen, TrainingMethod)
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        job = QatJob(model=copy.deepcopy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        check_method_bits(info, policy, job)
+        dataflow = None if merge_bits is None else capture(job.model, job.sample)
+        chosen.attach(job)
+        if merge_bits is not None and dataflow is not None:
+            job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
+        if surrogate is not None:
+            set_surrogate(job, surrogate, method)
+        table = job.finish()
+    used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    if surrogate is not None:
+        used["surrogate"] = surrogate
+    if merge_bits is not None:
+        used["merge_bits"] = merge_bits
+    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    setattr(job.model, _ATTRIBUTE, chosen)
+    return job.model
+
+
+def method_of(model: nn.Module) -> TrainingMethod:
+    """The method that ``model`` was prepared with; SpecError for any other network."""
+    method = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(method, TrainingMethod):
+        record = record_of(model)
+        came = "it is not quantized" if record is None else f"it was quantized by {record.method}"
+        raise SpecError(f"{type(model).__name__} was not made by lowbit.prepare: {came}. Prepare the float network first.")
+    return method
+
+
+def prepared_network(model: nn.Module) -> nn.Module:
+    """The one network that ``lowbit.prepare`` made among ``model`` and its submodules, so that wrappers may lie around it.
+
+    Raises:
+        SpecError: There is none, or more than one.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(vars(module).get(_ATTRIBUTE), TrainingMethod)}
+    if len(found) > 1:
+        raise SpecError(f"{type(model).__name__} holds {len(found)} prepared networks: {', '.join(found)}. Pass the one to train.")
+    if not found:
+        method_of(model)  # raises with what is known of the network
+    network: nn.Module = next(iter(found.values()))
+    return network
+
+
+def set_surrogate(job: QatJob, name: str, method: str) -> None:
+    """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none of the method's own has."""
+    everything = [module for module in job.model.modules() if isinstance(module, Quantizer)]
+    own = {id(q): layer for layer, q in job.inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in job.inserted}
+    rigid = dict.fromkeys(own[id(q)] for q in everything if id(q) in own and not hasattr(q, "surrogate"))
+    if not any(id(q) in own and hasattr(q, "surrogate") for q in everything):
+        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave --surrogate out.")
+    for quantizer in everything:
+        if hasattr(quantizer, "surrogate"):
+            del quantizer.surrogate
+            quantizer.surrogate = make_surrogate(name)  # type: ignore[assignment]
+    if rigid:
+        job.table.note(f"{len(rigid)} layers have a quantizer that defines its own gradient and takes no surrogate: {', '.join(rigid)}")

@@ -1,0 +1,1 @@
+"""How ranges and scales are chosen from data: observers and searches."""

@@ -1,0 +1,116 @@
+"""Which kernels this processor gets, and CUDA devices."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lowbit.errors import SpecError
+
+VARIABLE = "LOWBIT_KERNELS"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of processor and the shape of the micro-kernels that suit it.
+
+    Attributes:
+        name: ``reference`` is plain torch.
+        features: What a processor must have, in LLVM's words.
+        form: How products are added up: ``count`` or ``lookup`` of ``micro_kernel``.
+        lanes: Output channels of a vector; 0 where there is no kernel.
+        rows: Output positions that a tile keeps in registers.
+        columns: Vectors of output channels of a tile.
+        floats: Numbers in a vector of float32.
+        peak: Products of one bit by one bit that a core can do in a cycle, by count of instructions; 0 where it was not counted.
+    """
+
+    name: str
+    features: tuple[str, ...] = ()
+    form: Literal["count", "lookup"] = "count"
+    lanes: int = 0
+    rows: int = 0
+    columns: int = 0
+    floats: int = 1
+    peak: float = 0.0
+
+
+REFERENCE = Target("reference")
+TARGETS = (
+    Target("avx512_vpopcntdq", ("avx512f", "avx512bw", "avx512vl", "avx512vpopcntdq"), "count", 16, 7, 2, 16, 512 / 1.5),
+    Target("avx512", ("avx512f", "avx512bw", "avx512vl"), "lookup", 64, 4, 2, 16),
+    Target("avx2", ("avx2",), "lookup", 32, 2, 2, 8, 1024 / 5.5),
+    Target("neon", ("neon",), "count", 4, 4, 4, 4),
+    Target("sse42", ("sse4.2",), "lookup", 16, 2, 2, 4),
+    REFERENCE,
+)
+
+
+@functools.cache
+def active_target() -> tuple[Target, str]:
+    """The target in use and why, found at the first call.
+
+    The first of ``TARGETS`` that the processor can run; the environment variable ``LOWBIT_KERNELS`` names another one.
+
+    Raises:
+        SpecError: ``LOWBIT_KERNELS`` names no target, or one that this processor cannot run.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    names = [target.name for target in TARGETS]
+    if wanted and wanted not in names:
+        raise SpecError(f"{VARIABLE}={wanted}: there are no such kernels. Allowed: {', '.join(names)}.")
+    if wanted == REFERENCE.name:
+        return REFERENCE, f"{VARIABLE} asks for it"
+    if importlib.util.find_spec("numba") is None:
+        return REFERENCE, "numba is not installed: pip install 'lowbit[kernels]'"
+    try:
+        found = processor_features()
+    except Exception as error:  # a numba or llvmlite that does not work on this machine
+        warnings.warn(f"numba does not work here ({type(error).__name__}: {error}), few-bit layers run in float", stacklevel=2)
+        return REFERENCE, f"numba does not work here ({type(error).__name__})"
+    able = [target for target in TARGETS if found.issuperset(target.features)]
+    if wanted:
+        chosen = next(target for target in TARGETS if target.name == wanted)
+        if chosen not in able:
+            raise SpecError(f"{VARIABLE}={wanted}: this processor lacks {', '.join(sorted(set(chosen.features) - found))}.")
+        return chosen, f"{VARIABLE} asks for it"
+    return able[0], f"this processor has {', '.join(able[0].features)}" if able[
+        0
+    ].features else "this processor has no vector unit known here"
+
+
+@functools.cache
+def cuda_target() -> tuple[bool, str]:
+    """Whether binary layers on CUDA devices run on the Triton kernels, and why, found at the first call.
+
+    ``LOWBIT_KERNELS=reference`` turns them off. They are tried once: Triton also needs a C compiler and a device that it supports.
+    """
+    if os.environ.get(VARIABLE) == REFERENCE.name:
+        return False, f"{VARIABLE} asks for the reference"
+    if not torch.cuda.is_available():
+        return False, "torch finds no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed: pip install 'lowbit[cuda]'"
+    try:
+        importlib.import_module("lowbit.runtime.cuda.kernels").pack(torch.ones(1, 1, 1, 1, device="cuda"), 1, None, None)
+    except Exception as error:  # a triton that does not work on this machine
+        warnings.warn(f"triton does not work here ({type(error).__name__}: {error}), binary layers on CUDA run in float", stacklevel=2)
+        return False, f"triton does not work here ({type(error).__name__})"
+    return True, f"triton works on {torch.cuda.get_device_name()}"
+
+
+def processor_features() -> frozenset[str]:
+    """Names of what this processor can do, as LLVM spells them."""
+    import llvmlite.binding as llvm
+
+    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    if llvm.get_default_triple().startswith(("aarch64", "arm64")):
+        features.add("neon")  # part of the architecture
+    return frozenset(features)

@@ -1,0 +1,324 @@
+"""Layers whose weights and inputs have a few bits each, by the kernels of binary layers: one product of signs for each pair of bits.
+
+An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is
+``sum 2**q t_q`` with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums
+over a window that the binary kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, here with signs.
+
+Each function has a torch reference of the same signature beside it. Both give the same integers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.errors import SpecError
+from lowbit.runtime.cpu.bits import pack_signs, unpack_weight
+from lowbit.runtime.cpu.target import active_target, processor_features
+from lowbit.runtime.layers.binary import compiled_loops, output_size
+from lowbit.runtime.layers.checks import check_input, check_layer, check_window, refuse_gradients
+from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels
+from lowbit.runtime.layers.prepared import Array, LayerTensors, PreparedLayer, keep_layer, known_layer
+from lowbit.runtime.lowering.operator import register_operator
+from lowbit.runtime.lowering.thresholds import sign_threshold
+
+MOST_LEVELS = 15  # thresholds of the inputs: codes of 4 bits
+MOST_WEIGHT = 3  # in magnitude: 2 bits
+
+Pair = Sequence[int]
+
+
+def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["planes", "int8", "float"], str]:
+    """What layers of these bits run fastest on here, and why. The cost of planes is that of a binary layer times the pairs of bits.
+
+    Measured by benchmarks/bit_planes.py on the 3x3 convolutions of ResNet-18 against the faster of oneDNN's and ONNX Runtime's 8-bit ones.
+
+    Args:
+        weight_bits: 1 to 8; 1 for weights of -1, 0 and +1 too.
+        activation_bits: 1 to 8.
+
+    Raises:
+        SpecError: Other bits.
+    """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not 1 <= bits <= 8:
+            raise SpecError(f"{name} must be 1 to 8, got {bits}")
+    pairs, (most, why) = weight_bits * activation_bits, most_pairs()
+    if pairs <= most and weight_bits <= 2 and activation_bits <= 4:
+        return "planes", f"{pairs} of at most {most} pairs of bits: {why}"
+    reason = f"{pairs} pairs of bits, more than {most}: {why}"
+    return ("int8", reason) if has_exact_kernels() else ("float", f"{reason}; an ONNX file runs it in integers")
+
+
+@functools.cache
+def most_pairs() -> tuple[int, str]:
+    """How many pairs of bits planes are worth on this processor, and why."""
+    target = active_target()[0]
+    if compiled_loops() is None:
+        return 0, "there are no compiled kernels here"
+    if not has_exact_kernels():
+        return 2, "what is left is float32, torch has no exact 8-bit kernels for this processor"
+    if "amx-int8" in processor_features():
+        return 1, "this processor multiplies 8-bit matrices (AMX) as fast as two pairs of bits are counted"
+    if target.form == "lookup":
+        return 1, "looking up bits takes as long as 8-bit products from two pairs on"
+    return 2, "8-bit products take as long as three pairs of bits"
+
+
+def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
+    """The bits of whole-numbered weights as words.
+
+    Where all weights are odd, bits are -1 and +1 (``2 q - (2**planes - 1)`` with ``q = 0, 1, ...``); else they are the binary digits of the
+    magnitude with the sign of the weight, and need a mask.
+
+    Args:
+        weight: ``[out, in / groups, kernel height, kernel width]`` or ``[out, in]``, whole numbers from -3 to 3.
+        groups: Of the layer; ``out`` must be a multiple of it.
+
+    Returns:
+        int32 ``[planes, out, kernel height, kernel width, words]`` or ``[planes, out, words]`` with ``words = ceil(in / groups / 32)``, the
+        lowest bit first, and a mask of the same shape, ``None`` where no digit is zero.
+
+    Raises:
+        SpecError: Another value or shape.
+    """
+    if weight.dim() not in (2, 4) or weight.shape[0] % groups:
+        raise SpecError(
+            f"a weight in planes needs a shape [out, in] or [out, in / groups, h, w], got {tuple(weight.shape)} and {groups} groups"
+        )
+    values = weight.round().long()
+    if not bool((weight == values).all()) or not bool((values.abs() <= MOST_WEIGHT).all()):
+        raise SpecError(f"a weight in planes holds whole numbers from -{MOST_WEIGHT} to {MOST_WEIGHT}; divide by its scale first")
+    count = max(int(values.abs().max()) if values.numel() else 1, 1).bit_length()
+    is_odd = bool((values % 2 != 0).all())
+    source = (values + 2**count - 1) // 2 if is_odd else values.abs()
+    bits = torch.stack([(source >> plane) & 1 for plane in range(count)]).movedim(2, -1)
+    if is_odd:
+        return pack_signs(bits * 2 - 1), None
+    signs = bits * values.sign().movedim(1, -1)
+    return pack_signs(signs), pack_signs(bits * 2 - 1)
+
+
+def unpack_planes(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """float32 whole numbers, ``count`` along the last dimension; undoes ``pack_planes``, whose channels are last."""
+    digits = unpack_weight(words, mask, count)
+    return torch.stack([digits[plane] * 2**plane for plane in range(len(digits))]).sum(0)
+
+
+def input_thresholds(grid: InputGrid) -> Tensor:
+    """float32 ``[levels, 1]``: ``grid``'s code is the number of thresholds that an input reaches, exactly."""
+
+    def threshold(level: int) -> Tensor:
+        return sign_threshold(lambda x: grid.encode(x).float() - level - 0.5, 1)[0]
+
+    return torch.stack([threshold(level) for level in range(grid.qmax - grid.qmin)])
+
+
+def planes_conv2d_reference(
+    x: Tensor,
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    zero_code: int,
+    in_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """``planes_conv2d`` by the float convolution of the codes."""
+    codes = functional.pad(_codes(x, thresholds[:, :, None, None]) - zero_code, (padding[1], padding[1], padding[0], padding[0]))
+    weight = unpack_planes(words, mask, in_channels // groups).movedim(-1, 1)
+    # with one channel, torch can read one order of memory as the other
+    codes, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, weight))
+    y = functional.conv2d(codes, weight, None, tuple(stride), 0, tuple(dilation), groups).round() * scale.reshape(-1, 1, 1)
+    return (y if bias is None else y + bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+
+
+def planes_linear_reference(
+    x: Tensor, words: Tensor, mask: Tensor | None, scale: Tensor, bias: Tensor | None, thresholds: Tensor, zero_code: int, in_features: int
+) -> Tensor:
+    """``planes_linear`` by the float product of the codes."""
+    y = functional.linear(_codes(x, thresholds) - zero_code, unpack_planes(words, mask, in_features)).round() * scale
+    return y if bias is None else y + bias
+
+
+def _codes(x: Tensor, thresholds: Tensor) -> Tensor:
+    codes = torch.zeros_like(x)
+    for threshold in thresholds:
+        codes += x >= threshold
+    return codes
+
+
+def _empty_conv2d(
+    x: Tensor,
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    zero_code: int,
+    in_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *_rest: object,
+) -> Tensor:
+    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[0], rows, columns, words.shape[1])).permute(0, 3, 1, 2)
+
+
+def _empty_linear(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], words.shape[1]))
+
+
+@register_operator(_empty_conv2d)
+def planes_conv2d(
+    x: Tensor,
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    zero_code: int,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``y = scale * sum((code(x) - zero_code) w) + bias`` over the window; ``code(x)`` is the number of thresholds that ``x`` reaches.
+
+    The sums are exact. Places outside the image count as ``zero_code``, NaN as code 0.
+
+    Args:
+        x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
+        words: From ``pack_planes``.
+        mask: From there too.
+        scale: ``[out]`` float32, the product of those of weight and input.
+        bias: ``[out]`` float32.
+        thresholds: ``[levels, in_channels]`` or ``[levels, 1]`` float32 in ascending order, 1 to 15 levels.
+        zero_code: 0 to ``levels``.
+        in_channels: Of the layer.
+        kernel_size, stride, padding, dilation: Each vertical and horizontal.
+        groups: Of the layer.
+
+    Returns:
+        ``[N, out, rows, columns]`` float32, channels-last.
+
+    Raises:
+        SpecError: An argument of another type or shape, or an image smaller than the kernel.
+        LayerError: A gradient is expected: there is no derivative.
+    """
+    refuse_gradients("planes_conv2d", x, scale, bias)
+    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    tensors = LayerTensors(words, mask, scale, bias, thresholds)
+    settings = (in_channels, groups, *kernel_size, *stride, *padding, *dilation, zero_code)
+    layer = None if loops is None else known_layer(tensors, settings)
+    if layer is None:
+        check_window(kernel_size, stride, padding, dilation)
+        _check(words, mask, scale, bias, thresholds, zero_code, in_channels, groups, kernel_size)
+    check_input(x, in_channels, 4)
+    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    if loops is None:
+        return planes_conv2d_reference(
+            x, words, mask, scale, bias, thresholds, zero_code, in_channels, kernel_size, stride, padding, dilation, groups
+        )
+    if layer is None:
+        layer = keep_layer(PlanesLayer(loops, tensors, settings))
+    y = x.new_empty((x.shape[0], rows, columns, words.shape[1]))
+    layer.run(x.detach().permute(0, 2, 3, 1).contiguous(), y, None, None)
+    return y.permute(0, 3, 1, 2)
+
+
+@register_operator(_empty_linear)
+def planes_linear(
+    x: Tensor, words: Tensor, mask: Tensor | None, scale: Tensor, bias: Tensor | None, thresholds: Tensor, zero_code: int, in_features: int
+) -> Tensor:
+    """``planes_conv2d`` for ``x`` ``[..., in_features]`` and weights ``[out, in_features]``; gives ``[..., out]``."""
+    refuse_gradients("planes_linear", x, scale, bias)
+    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    tensors = LayerTensors(words, mask, scale, bias, thresholds)
+    settings = (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, zero_code)
+    layer = None if loops is None else known_layer(tensors, settings)
+    if layer is None:
+        _check(words, mask, scale, bias, thresholds, zero_code, in_features, 1, None)
+    check_input(x, in_features, None)
+    if loops is None:
+        return planes_linear_reference(x, words, mask, scale, bias, thresholds, zero_code, in_features)
+    if layer is None:
+        layer = keep_layer(PlanesLayer(loops, tensors, settings))
+    y = x.new_empty((*x.shape[:-1], words.shape[1]))
+    layer.run(x.detach().contiguous().view(1, 1, -1, in_features), y.view(1, 1, -1, words.shape[1]), None, None)
+    return y
+
+
+class PlanesLayer(PreparedLayer):
+    """A layer of several bits as the kernels read it; see ``PreparedLayer``. The last of the settings is ``zero_code``."""
+
+    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
+        super().__init__(loops, tensors, settings)
+        self.zero_code, self.planes = settings[-1], len(self.packing[0]).bit_length()
+        weight, mask, counted, missing = self.weight
+        factors = 2 ** torch.arange(len(tensors[0]), dtype=torch.int32)[:, None]
+        magnitudes, sums = (
+            (torch.from_numpy(part).view(len(factors), -1) * factors).sum(0) for part in (counted, missing.sum((0, 1), dtype=np.int32))
+        )
+        highest = 2**self.planes - 1
+        total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
+        self.weight = weight, mask, total.int().numpy(), missing
+        scale = (tensors[2].detach() / 2).contiguous().numpy()  # sums are doubled
+        self.finishing = 0, scale, *self.finishing[2:]  # padding is in the image
+        inputs = np.zeros((1, 1, 1, settings[0]), np.float32)
+        self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
+        loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)
+
+    def empty_image(self, n: int, height: int, width: int) -> Array:
+        """An image for each bit, with the bits of ``zero_code`` as padding."""
+        image = super().empty_image(n, height, width)
+        top, left = self.shape[4], self.shape[5]
+        for plane in range(self.planes if top or left else 0):
+            if self.zero_code >> plane & 1:
+                padded = image[plane * n : (plane + 1) * n]
+                padded[:] = self.ones
+                padded[:, top : top + height, left : left + width] = 0
+        return image
+
+
+def _check(
+    words: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    thresholds: Tensor,
+    zero_code: int,
+    in_channels: int,
+    groups: int,
+    kernel_size: Sequence[int] | None,
+) -> None:
+    """SpecError where the parts of a layer do not fit each other."""
+    if words.dim() != (3 if kernel_size is None else 5) or not 1 <= len(words) <= 2 or (mask is not None and mask.shape != words.shape):
+        masks = "" if mask is None else f" and a mask of {tuple(mask.shape)}"
+        raise SpecError(f"weights must be 1 or 2 planes of words as pack_planes gives them, got {tuple(words.shape)}{masks}")
+    check_layer(words[0], None if mask is None else mask[0], scale, bias, in_channels, groups, kernel_size, 0, None, None)
+    shape = tuple(thresholds.shape)
+    if thresholds.dim() != 2 or not 1 <= shape[0] <= MOST_LEVELS or shape[1] not in (1, in_channels) or thresholds.dtype != torch.float32:
+        raise SpecError(f"thresholds must be float32 [1..{MOST_LEVELS}, 1 or {in_channels}], got {thresholds.dtype} {shape}")
+    if thresholds.device != words.device:
+        raise SpecError(f"thresholds must be on {words.device} with the packed weights, got {thresholds.device}")
+    if bool(thresholds.isnan().any()) or not bool((thresholds.diff(dim=0) >= 0).all()):
+        raise SpecError("thresholds must ascend in each channel")
+    if not 0 <= zero_code <= shape[0]:
+        raise SpecError(f"zero_code must lie in 0..{shape[0]}, the codes of {shape[0]} thresholds, got {zero_code}")

@@ -1,0 +1,223 @@
+"""Layers of few bits as the kernels read them: prepared once, kept as long as their tensors stay as they are, run in threads."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowbit.runtime.cpu.bits import WORD, pack_signs, unpack_weight, words_for
+
+THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
+
+NOTHING = torch.empty(0, 0)
+
+T = TypeVar("T")
+Array = npt.NDArray[np.generic]
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a binary layer, see ``binary_conv2d``."""
+
+    words: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    threshold: Tensor | None
+    flip: Tensor | None = None
+    activation: Tensor | None = None
+    out_threshold: Tensor | None = None
+    out_flip: Tensor | None = None
+
+
+class PreparedWeights(Generic[T]):
+    """What was made of packed weights, kept as long as they live and nobody writes to them."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
+
+    def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
+        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
+        state = (version_of(words), version_of(mask), *numbers)
+        known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
+        if known is None or known[0] is not mask or known[1] != state:
+            known = mask, state, prepare()
+            self._known[words] = known
+        return known[2]
+
+
+class PreparedLayer:
+    """A binary layer whose weights lie in the order in which the kernels of the active target read them.
+
+    Args:
+        loops: The compiled kernels.
+        tensors: Of the layer. Weights of several bits have one more dimension at the front, and thresholds in ascending order too.
+        settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
+    """
+
+    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
+        words, mask, scale, bias, threshold, flip, activation, out_threshold, out_flip = tensors
+        self.loops, self.settings = loops, settings
+        self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
+        self.versions = [version_of(tensor) for tensor in tensors]
+        channels, self.groups, *shape, pad_value = settings
+        self.shape = tuple(shape)
+        per_group = channels // self.groups
+        self.words = words_for(per_group)
+        limits = torch.atleast_2d(torch.zeros(channels) if threshold is None else threshold).expand(-1, channels)
+        flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
+        self.packing = _floats(limits), flips.contiguous().numpy()
+        self.weight = _ordered.get(
+            words, mask, (per_group, self.groups), lambda: _in_kernel_order(words, mask, per_group, self.groups, loops)
+        )
+        self.planes = 1  # images of words, one for each bit of the inputs
+        border = pad_value + 1 if shape[4] or shape[5] else 0
+        bias, activation = (
+            empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING))
+        )
+        self.finishing = border, _floats(scale), _floats(bias), _floats(activation)
+        limits = torch.empty(0) if out_threshold is None else out_threshold
+        out_flips = torch.zeros(words_for(len(limits)), dtype=torch.int32) if out_flip is None else pack_signs(out_flip * 2 - 1)
+        self.signing = _floats(limits), out_flips.contiguous().numpy()
+        self.nothing, self.no_signs = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.int32)
+
+    def fits(self, tensors: LayerTensors, settings: tuple[int, ...]) -> bool:
+        """Whether it was made from these tensors as they are now."""
+        return (
+            all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
+            and self.versions == [version_of(tensor) for tensor in tensors]
+            and self.settings == settings
+        )
+
+    def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
+        """Convolve the signs of ``x`` into ``y``.
+
+        Args:
+            x: float32 ``[N, H, W, C]``, or packed signs ``[N, H, W, words]``, without gaps and gradient like all of these.
+            y: What is written: float32 ``[N, rows, columns, out]``, or packed signs ``[N, rows, columns, words]`` full of zeros.
+            residual: float32 ``[N, rows, columns, out]``.
+            k_map: ``[N, rows, columns, groups]``.
+        """
+        loops, shape = self.loops, self.shape
+        n, height, width, channels = x.shape
+        top, left = shape[4], shape[5]
+        image = self.empty_image(n, height, width)
+        pixels = x.numpy()
+        if x.dtype == torch.int32:
+            loops.place(pixels, image, top, left)
+        else:
+            share(
+                lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
+                n * height,
+                n * height * width * channels * 32 * len(self.packing[0]),
+            )
+        outputs = len(self.finishing[1])
+        are_signs = y.dtype == torch.int32
+        arguments = (
+            image, *self.weight, *self.finishing, self.nothing if k_map is None else k_map.numpy(),
+            self.nothing if residual is None else residual.numpy(), self.nothing if are_signs else y.numpy(), *self.signing,
+            y.numpy() if are_signs else self.no_signs, (*y.shape[:3], outputs), (height, width), shape,
+        )  # fmt: skip
+        pairs = self.planes * len(self.weight[0]) // self.groups
+        work = math.prod(y.shape[:3]) * outputs * shape[0] * shape[1] * self.words * 32 * pairs
+        share(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
+
+    def empty_image(self, n: int, height: int, width: int) -> Array:
+        """Padded images without bits, into which inputs are packed; behind them memory for windows that reach over the end."""
+        top, left = self.shape[4], self.shape[5]
+        shape = (self.planes * n, height + 2 * top, width + 2 * left, self.groups, self.words)
+        reach = self.loops.ROWS * self.shape[3] + shape[2]
+        return np.zeros((math.prod(shape) + reach * shape[3] * shape[4]), self.loops.IMAGE)[: math.prod(shape)].reshape(shape)
+
+
+_layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
+
+
+def known_layer(tensors: LayerTensors, settings: tuple[int, ...]) -> PreparedLayer | None:
+    """The layer that was prepared from these tensors, if they are as they were."""
+    layer = _layers.get(id(tensors[0]))
+    return layer if layer is not None and layer.fits(tensors, settings) else None
+
+
+def keep_layer(layer: PreparedLayer) -> PreparedLayer:
+    """Keep a layer as long as its packed weight lives."""
+    words = layer.tensors[0]
+    assert words is not None
+    tensor = words()
+    if id(tensor) not in _layers:
+        weakref.finalize(tensor, _layers.pop, id(tensor), None)
+    _layers[id(tensor)] = layer
+    return layer
+
+
+def version_of(tensor: Tensor | None) -> int:
+    """Changes when a state dict is loaded into a tensor."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _floats(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().float().contiguous().numpy()
+    return array
+
+
+_Ordered = tuple[Array, Array, Array, Array]
+_ordered: PreparedWeights[_Ordered] = PreparedWeights()
+
+
+def _in_kernel_order(words: Tensor, mask: Tensor | None, per_group: int, groups: int, loops: ModuleType) -> _Ordered:
+    """What ``convolve`` takes as ``weight``, ``mask``, ``total`` and ``missing``; several bits follow one another as groups do."""
+    spread, spread_mask = (None if part is None else part if part.dim() > 3 else part.unsqueeze(-2).unsqueeze(-2) for part in (words, mask))
+    assert spread is not None
+    if spread.dim() == 5:
+        groups *= len(spread)
+        spread, spread_mask = spread.flatten(0, 1), None if spread_mask is None else spread_mask.flatten(0, 1)
+    weight = unpack_weight(spread, spread_mask, per_group)
+    first, second = spread, spread_mask
+    if second is not None and loops.FORM == "lookup":  # the weights of -1 and those of +1
+        first, second = second & ~spread, second & spread
+    return (
+        _in_tiles(first, groups, loops),
+        np.empty((0,) * 4, loops.WEIGHT) if second is None else _in_tiles(second, groups, loops),
+        weight.abs().sum((1, 2, 3)).int().numpy(),
+        weight.sum(3).permute(1, 2, 0).int().contiguous().numpy(),
+    )
+
+
+def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
+    """``[groups, tiles, words, ...]``."""
+    by_group = words.flatten(1).unflatten(0, (groups, -1))
+    tiles = -(-by_group.shape[1] // loops.CHANNELS)
+    filled = functional.pad(by_group, (0, 0, 0, tiles * loops.CHANNELS - by_group.shape[1]))
+    tiled = filled.unflatten(1, (tiles, loops.CHANNELS)).transpose(2, 3)
+    if loops.FORM == "lookup":
+        tiled = (tiled.unsqueeze(-2) >> torch.arange(0, WORD, 8)[:, None]).to(torch.uint8).flatten(-2)
+    ready: Array = tiled.contiguous().numpy()
+    return ready
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def share(run: Callable[[int, int], None], rows: int, work: int) -> None:
+    """``run(first, last)`` over ``rows``, in as many threads as torch has and the work is worth."""
+    count = max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
+    if count == 1:
+        run(0, rows)
+        return
+    if count not in _pools:
+        _pools[count] = ThreadPoolExecutor(count - 1, "lowbit-runtime")
+    ends = [rows * piece // count for piece in range(count + 1)]
+    waiting = [_pools[count].submit(run, ends[piece], ends[piece + 1]) for piece in range(1, count)]
+    run(0, ends[1])
+    for done in waiting:
+        done.result()

@@ -1,0 +1,1 @@
+"""Graphs rewritten so that layers run on low-bit kernels."""

@@ -1,0 +1,66 @@
+"""A graph that is being rewritten: which nodes read which, what stands in the place of a node, and what is left in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lowbit.formats.program.calls import Graph, Node, Result, references
+
+
+class GraphEditor:
+    """The nodes of a graph by name, in order; replaced ones keep their place."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.nodes = {node.name: node for node in graph.nodes}
+        self._returned = {r.name for output in graph.outputs for r in references(output) if isinstance(r, Result)}
+        self._readers: dict[str, list[str]] = {}
+        for node in graph.nodes:
+            for name in _read_by(node):
+                self._readers.setdefault(name, []).append(node.name)
+
+    def only_reader(self, node: Node) -> Node | None:
+        """The node that alone reads ``node``, once."""
+        readers = self._readers.get(node.name, [])
+        return self.nodes[readers[0]] if len(readers) == 1 and node.name not in self._returned else None
+
+    def source(self, value: object) -> Node | None:
+        """The node whose result ``value`` is; ``None`` for inputs and what is no result."""
+        return self.nodes.get(value.name) if isinstance(value, Result) else None
+
+    def fuse(self, nodes: Sequence[Node], fused: Node) -> None:
+        """Put ``fused`` where the last of ``nodes`` was, and take the others out, with what only they read."""
+        read = [name for node in nodes for name in self._forget_reads(node.name)]
+        self.nodes[fused.name] = fused  # keeps the place
+        for name in _read_by(fused):
+            self._readers.setdefault(name, []).append(fused.name)
+        for node in nodes:
+            if node.name != fused.name:
+                del self.nodes[node.name]
+        while read:
+            name = read.pop()
+            if name in self.nodes and not self._readers[name] and name not in self._returned:
+                read += self._forget_reads(name)
+                del self.nodes[name]
+
+    def _forget_reads(self, name: str) -> list[str]:
+        """Take a node from the readers of what it reads, and give that."""
+        read = _read_by(self.nodes[name])
+        for source in read:
+            self._readers[source].remove(name)
+        return read
+
+    def graph(self) -> Graph:
+        """The graph as it is now, without what nothing reads any more."""
+        kept: list[Node] = []
+        needed = set(self._returned)
+        for node in reversed(self.nodes.values()):
+            if node.name in needed:
+                kept.append(node)
+                needed.update(_read_by(node))
+        return replace(self._graph, nodes=tuple(reversed(kept)))
+
+
+def _read_by(node: Node) -> list[str]:
+    return [r.name for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)]

@@ -1,0 +1,232 @@
+"""What stands around a layer in a graph and can be computed along with it, and what its weight and its input hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.onnx.integer_grid import integer_grid
+from lowbit.formats.program.calls import Node, Result, Stored
+from lowbit.formats.program.operators import find_operator
+from lowbit.quantizers import QTensor
+from lowbit.runtime.layers.planes import MOST_WEIGHT
+from lowbit.runtime.lowering.activation import Activation
+from lowbit.runtime.lowering.editor import GraphEditor
+from lowbit.runtime.lowering.thresholds import sign_threshold
+
+SIGN = "lowbit.fake_quantize_codebook.default"
+AFFINE, GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
+NORM = "aten._native_batch_norm_legit_no_training.default"
+CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
+RESHAPE = "aten.reshape.default"
+_MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
+
+
+class Surroundings:
+    """Finds things in a graph.
+
+    Args:
+        editor: The graph, which may be rewritten meanwhile.
+        stored: Its tensors, decoded.
+        codes: The codes of quantized weights.
+    """
+
+    def __init__(self, editor: GraphEditor, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor]) -> None:
+        self._editor, self._stored, self._codes = editor, stored, codes
+
+    def units(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` where it has other levels."""
+        values = self._stored[name].detach().float()
+        scale = values.abs().flatten(1).amax(1)
+        units = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
+        return (units, scale) if bool(((units == 0) | (units.abs() == 1)).all()) else None
+
+    def whole_numbers(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The weight as whole numbers that planes hold, and the scale of each output channel; ``None`` where it has other levels."""
+        units = self.units(name)
+        if units is not None or name not in self._codes:
+            return units
+        grid = integer_grid(self._codes[name])
+        if grid is None or grid.axis not in (None, 0):
+            return None
+        numbers = grid.centred().codes.float()
+        is_small = bool((numbers.abs() <= MOST_WEIGHT).all()) and not bool(grid.centred().zero_point.any())
+        return (numbers, grid.scale.expand(len(numbers))) if is_small else None
+
+    def is_sign(self, node: Node) -> bool:
+        """Whether a node gives -1 below zero and +1 from zero on."""
+        if node.operator != SIGN or not all(isinstance(value, Stored) for value in node.args[1:3]):
+            return False
+        boundaries, levels = (self._stored[cast(Stored, value).name].flatten().tolist() for value in node.args[1:3])
+        smallest = torch.finfo(torch.float32).smallest_normal
+        return levels == [-1.0, 1.0] and len(boundaries) == 1 and -smallest < boundaries[0] < 0
+
+    def sign_chain(self, sign: Node, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, tuple[str, ...]]:
+        """What a sign is really taken of, the threshold and flip that stand for the operators in between, and what these were."""
+        chain: list[Node] = []
+        value = sign.args[0]
+        while (node := self._editor.source(value)) is not None and self._is_monotone(node, channels, axis):
+            chain.insert(0, node)
+            value = node.args[0]
+        if not chain:
+            return value, None, None, ()
+        shape = [1, channels, 1, 1] if axis == -3 else [1, channels]
+
+        def function(x: Tensor) -> Tensor:
+            results: dict[str, object] = {value.name: x.reshape(shape)} if isinstance(value, Result) else {}
+            for node in chain:
+                arguments = [self._evaluated(argument, results) for argument in node.args]
+                results[node.name] = find_operator(node.operator)(*arguments)
+            return cast(Tensor, results[chain[-1].name]).reshape(channels)
+
+        with torch.no_grad():
+            threshold, flip = sign_threshold(function, channels)
+        names = ("batch norm before" if any(node.operator == NORM for node in chain) else "shift or clip before",)
+        return value, threshold, flip, names
+
+    def _evaluated(self, argument: object, results: Mapping[str, object]) -> object:
+        if isinstance(argument, Stored):
+            return self._stored[argument.name].detach()
+        return results[argument.name] if isinstance(argument, Result) else argument
+
+    def _is_monotone(self, node: Node, channels: int, axis: int) -> bool:
+        """Whether a node's result rises or falls with its first argument in each channel and depends on nothing else."""
+        if node.kwargs or not isinstance(node.args[0], Result):
+            return False
+        if node.operator == NORM:
+            return all(isinstance(value, Stored) for value in node.args[1:5])
+        if node.operator == "getitem":
+            source = self._editor.source(node.args[0])
+            return node.args[1] == 0 and source is not None and source.operator == NORM
+        return node.operator in _MONOTONE and all(self._is_per_channel(value, channels, axis) for value in node.args[1:])
+
+    def _is_per_channel(self, value: object, channels: int, axis: int) -> bool:
+        if not isinstance(value, Stored):
+            return not isinstance(value, Result)
+        shape = self._stored[value.name].shape
+        return all(size == 1 or (place == axis and size == channels) for place, size in zip(range(-len(shape), 0), shape, strict=True))
+
+    def bias(self, node: Node, channels: int) -> Tensor:
+        """The bias of a layer; zeros where it has none."""
+        bias = options_of(node).get("bias")
+        return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
+
+    def input_scaling_behind(self, node: Node, x: object) -> list[Node] | None:
+        """The operators behind a convolution that multiply it, without its bias, with XNOR-Net's K for its input ``x``.
+
+        ``xnor_net`` gives them this form: where there is a bias, it is taken off before and added again.
+        """
+        has_bias, found = options_of(node).get("bias") is not None, [node]
+        for operator in ("sub", "mul", "add") if has_bias else ("mul",):
+            reader = self._editor.only_reader(found[-1])
+            if node.operator != CONV or reader is None or reader.operator != f"aten.{operator}.Tensor" or reader.kwargs:
+                return None
+            found.append(reader)
+        product = found[2 if has_bias else 1]
+        others = [value for value in product.args if value != Result(found[found.index(product) - 1].name)]
+        is_bias = all(self._is_bias(value, node) for other in found[1:] if other is not product for value in other.args[1:])
+        return found[1:] if is_bias and len(others) == 1 and self._is_input_scale(others[0], node, x) else None
+
+    def _is_bias(self, value: object, node: Node) -> bool:
+        """Whether ``value`` holds the bias of ``node``."""
+        bias = options_of(node)["bias"]
+        return (
+            isinstance(value, Stored)
+            and isinstance(bias, Stored)
+            and torch.equal(self._stored[value.name].flatten(), self._stored[bias.name])
+        )
+
+    def _is_input_scale(self, value: object, node: Node, x: object) -> bool:
+        """Whether ``value`` is the convolution of the mean magnitude of ``x`` with a constant kernel, over the windows of ``node``."""
+        options = options_of(node)
+        groups, size = cast(int, options.get("groups", 1)), list(self._stored[cast(Stored, node.args[1]).name].shape[2:])
+        source = self._editor.source(value)
+        if groups > 1 and source is not None and source.operator == "aten.repeat_interleave.self_int":
+            source = self._editor.source(source.args[0])
+        chain: list[Node] = []
+        for operator in (CONV, "aten.mean.dim", RESHAPE, "aten.abs.default"):
+            if source is None or source.operator != operator:
+                return False
+            chain.append(source)
+            source = self._editor.source(source.args[0])
+        convolution, mean, by_group, magnitude = chain
+        kernel = self._editor.source(convolution.args[1])
+        ones = None if kernel is None or kernel.operator != "aten.div.Tensor" else self._editor.source(kernel.args[0])
+        if kernel is None or ones is None or ones.operator != "aten.new_ones.default":
+            return False
+        return (
+            magnitude.args[0] == x
+            and cast("list[object]", by_group.args[1])[1] == groups
+            and mean.args[1:] == ([-3],)
+            and ones.args[1] == [groups, 1, *size]
+            and kernel.args[1] == math.prod(size)
+            and window_of(options_of(convolution)) == window_of(options)
+            and options_of(convolution).get("bias") is None
+        )
+
+    def norm_behind(self, node: Node) -> list[Node] | None:
+        """A batch norm that alone reads ``node``, and the node that takes its first result."""
+        norm = self._editor.only_reader(node)
+        if norm is None or norm.operator != NORM or not all(isinstance(value, Stored) for value in norm.args[1:5]):
+            return None
+        item = self._editor.only_reader(norm)
+        return [norm, item] if item is not None and item.operator == "getitem" and item.args[1] == 0 else None
+
+    def norm_parameters(self, norm: Node) -> tuple[Tensor, Tensor]:
+        """Factor and shift of a batch norm."""
+        weight, bias, mean, variance = (self._stored[cast(Stored, value).name].detach().float() for value in norm.args[1:5])
+        factor = weight / torch.sqrt(variance + cast(float, norm.args[6]))
+        return factor, bias - mean * factor
+
+    def sum_behind(self, node: Node) -> tuple[Node, Result] | None:
+        """A sum that alone reads ``node``, and what is added."""
+        total = self._editor.only_reader(node)
+        if total is None or total.operator != "aten.add.Tensor" or total.kwargs or len(total.args) != 2:
+            return None
+        others = [value for value in total.args if value != Result(node.name)]
+        return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
+
+    def activation_behind(self, node: Node, channels: int, axis: int) -> tuple[list[Node], Activation] | None:
+        """Operators behind ``node``, each the only reader of the one before it, that are one activation."""
+        found, activation, last = list[Node](), Activation(), node
+        while (reader := self._editor.only_reader(last)) is not None and not reader.kwargs and reader.args[0] == Result(last.name):
+            slopes = reader.operator == "aten.prelu.default" and isinstance(reader.args[1], Stored)  # of rank 1 whatever the input's
+            if not slopes and not all(self._is_per_channel(value, channels, axis) for value in reader.args[1:]):
+                break
+            values = [cast("Tensor | float", self._evaluated(value, {})) for value in reader.args[1:]]
+            longer = activation.followed_by(reader.operator, values)
+            if longer is None:
+                break
+            found.append(reader)
+            activation, last = longer, reader
+        return (found, activation) if found else None
+
+    def input_grid(self, node: Node) -> list[float] | None:
+        """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""
+        parts = [self._stored[value.name] for value in node.args[1:] if isinstance(value, Stored)]
+        qmin, qmax = cast(int, node.args[-2]), cast(int, node.args[-1])
+        if len(parts) != len(node.args) - 3 or any(part.numel() != 1 for part in parts) or qmax - qmin > 255:
+            return None
+        numbers = [float(part) for part in parts]
+        lower, step, scale, zero_point = numbers if node.operator == GRID else (0.0, numbers[0], numbers[0], numbers[1])
+        shift = 0.0 if node.operator == GRID else zero_point
+        is_byte = zero_point == round(zero_point) and qmin <= zero_point <= qmax and step > 0
+        return [lower, step, shift, zero_point, scale, float(qmin), float(qmax)] if is_byte else None
+
+
+def options_of(node: Node) -> dict[str, object]:
+    """The arguments of a layer after its weight, by name."""
+    return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
+
+
+def window_of(options: dict[str, object]) -> list[list[int]]:
+    """Stride, padding and dilation of a convolution, each vertical and horizontal."""
+    return [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+
+
+def _pair(value: object) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [cast(int, value)] * 2

@@ -1,0 +1,146 @@
+"""``lowbit.export``: a quantized network as a file that has been checked against it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from lowbit.errors import SpecError
+from lowbit.files import replacing
+from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
+from lowbit.formats.checks.speed import Speed, compare_speed
+from lowbit.formats.onnx.sessions import SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
+from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
+from lowbit.formats.packed.file import package, read_package, write_package
+from lowbit.formats.packed.tensor import PackedTensor
+from lowbit.formats.program.program import Program, export_program
+from lowbit.inputs import Inputs
+from lowbit.measure.outputs import device_of
+from lowbit.network.record import record_of
+from lowbit.runtime.compile import RuntimeNetwork
+from lowbit.workflows.load import load
+
+FORMATS = (".lowbit", ".onnx")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A written file and what its checks found.
+
+    Attributes:
+        path: The file.
+        format: ``lowbit`` or ``onnx``.
+        size_bytes: Its size.
+        parity: How its outputs compare with the quantized network's; it has passed, else there would be no file.
+        speed: Time against the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
+        integer: What ONNX Runtime computes in integers; ``None`` for a packed file.
+        notes: What was left in float and why, and what else the user should know.
+    """
+
+    path: Path
+    format: str
+    size_bytes: int
+    parity: Parity
+    speed: Speed | None = None
+    integer: IntegerCount | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.size_bytes:,} bytes", f"parity {self.parity}"]
+        lines += [str(part) for part in (self.integer, self.speed) if part is not None]
+        return "\n".join([*lines, *self.notes])
+
+
+def export(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    sample: object,
+    weight_container: WeightContainer = "int8",
+    measure_speed: bool = True,
+    kernels: bool = False,
+) -> ExportReport:
+    """Write a quantized network to a file, check it against the network, and time it against the float network.
+
+    The suffix chooses the format: ``.lowbit`` stores exactly the bits of the codes and loads without the network's code;
+    ``.onnx`` holds codes that ONNX Runtime and OpenVINO compute with in integers. A file that was there stays until the new one
+    has passed.
+
+    Args:
+        model: The quantized network, or what ``lowbit.compile_runtime`` made of one; it is not changed.
+        path: The file to write.
+        sample: Inputs of one call, real ones if possible: the check runs on them.
+        weight_container: For ONNX: ``int8`` is fast; ``int4`` takes half a byte for codes of up to 4 bits, but runtimes compute with
+            them in float.
+        measure_speed: Whether to time the ONNX file.
+        kernels: For ``.lowbit``: let ``lowbit.load`` put the network on few-bit kernels, on whatever processor that is; implied for a network
+            from ``lowbit.compile_runtime``. The size stays the same, and the check compares what the kernels compute.
+
+    Raises:
+        SpecError: An unknown suffix or container, or ``kernels`` for an ONNX file.
+        LayerError: ``kernels`` where no layer can run on them; says why for each.
+        GraphError: The network has no single graph, or an operation that the format does not have; names it.
+        ParityError: The file does not compute what the network computes; names the first layer that diverges.
+        OutputError: The file cannot be written.
+        MissingExtraError: A package for ONNX is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise SpecError(f"cannot tell the format from {path.name!r}. Allowed suffixes: {', '.join(FORMATS)}.")
+    if weight_container not in ("int8", "int4"):
+        raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
+    if kernels and path.suffix == ".onnx":
+        raise SpecError(f"{path}: an ONNX file is run by other runtimes. Few-bit kernels need a .lowbit file.")
+    if isinstance(model, RuntimeNetwork):
+        model, kernels = model.in_float(), True
+    inputs = Inputs.of(sample).to("cpu")
+    if device_of(model).type != "cpu":
+        model = copy.deepcopy(model).cpu()
+    if path.suffix == ".onnx":
+        require_onnx()
+        return _export_onnx(model, export_program(model, inputs), path, weight_container, measure_speed)
+    return _export_packed(model, export_program(model, inputs), path, kernels)
+
+
+def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:
+    with replacing(path) as temporary:
+        size = write_package(replace(package(program, record_of(model)), runs_on_kernels=kernels), temporary)
+        stored = read_package(temporary).tensors
+        weights = {name: tensor.decode() for name, tensor in stored.items() if isinstance(tensor, PackedTensor)}
+        loaded = load(temporary)
+        if isinstance(loaded, RuntimeNetwork):
+            loaded.require_kernels()
+        parity = check_packed_parity(model, program, loaded, weights)
+        parity.require(path)
+    notes = (*program.notes, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
+    return ExportReport(path, "lowbit", size, parity, notes=notes)
+
+
+def _export_onnx(model: nn.Module, program: Program, path: Path, weight_container: WeightContainer, measure_speed: bool) -> ExportReport:
+    import onnx_ir as ir
+
+    from lowbit.formats.onnx.rewrite import float_network, integer_network
+
+    marked = translate(program, opset=INT4_OPSET if weight_container == "int4" else OPSET)
+    rewritten = integer_network(marked, program.weights, weight_container=weight_container)
+    notes = [*program.notes, *rewritten.notes]
+    speed = None
+    with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
+        ir.save(rewritten.model, temporary)
+        parity = check_onnx_parity(model, program, temporary)
+        parity.require(path)
+        integer = count_integer_kernels(temporary)
+        if integer.conv_integer + integer.linear_integer and saturates():
+            notes.append(SATURATION_NOTE)
+        if measure_speed:
+            unquantized = Path(folder) / "float.onnx"
+            ir.save(float_network(marked), unquantized)
+            speed = compare_speed(unquantized, temporary, program.sample)
+            if not speed.is_faster:
+                notes.append("the file is not faster than the float network on this machine")
+        size = temporary.stat().st_size
+    return ExportReport(path, "onnx", size, parity, speed, integer, tuple(notes))

@@ -1,0 +1,111 @@
+"""``lowbit.quantize``: a trained network in, a quantized copy out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowbit.errors import CalibrationError
+from lowbit.inputs import Calibration, Inputs
+from lowbit.network.job import check_method_bits
+from lowbit.network.record import QuantizationRecord, attach_record
+from lowbit.options import build_method
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.progress import Progress
+from lowbit.registry import method_of_kind
+from lowbit.spec import BitPolicy
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    method: str = "white_paper",
+    weight_bits: int | None = 8,
+    activation_bits: int | None = 8,
+    calibration: object = None,
+    policy: BitPolicy | None = None,
+    sample: object = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    work_dir: Path | str | None = None,
+    **options: object,
+) -> nn.Module:
+    """Quantize a trained network without training it again.
+
+    Args:
+        model: Any network; it is not changed. Layers in training mode are put in evaluation mode in the copy.
+        method: Name of a post-training method (``lowbit.list_methods(kind="post_training")``).
+        weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+            in the first and last layer.
+        sample: Inputs of one call, where no calibration data is given.
+        seed: Makes the result reproducible.
+        progress: Where to show progress; silent when left out.
+        work_dir: Folder for caches and for resuming after a kill.
+        **options: The method's hyper-parameters.
+
+    Returns:
+        A quantized copy in evaluation mode. ``lowbit.summary`` shows what was done to each layer.
+
+    Raises:
+        UnknownNameError: No such method or option.
+        SpecError: Bits, policy or an option out of range.
+        CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
+        LayerError: Nothing to quantize, or a layer that cannot be.
+    """
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    return run_job(
+        model, method, options, policy=policy, calibration=calibration, sample=sample, seed=seed, progress=progress, work_dir=work_dir
+    ).model
+
+
+def run_job(
+    model: nn.Module,
+    method: str,
+    options: Mapping[str, object],
+    *,
+    policy: BitPolicy,
+    calibration: object = None,
+    sample: object = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    work_dir: Path | str | None = None,
+) -> PtqJob:
+    """What ``quantize`` does, with everything known afterwards.
+
+    Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
+    equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.
+    """
+    info = method_of_kind(method, "post_training")
+    chosen = build_method(info, dict(options))
+    assert isinstance(chosen, PostTrainingMethod)
+    data = None if calibration is None else Calibration.of(calibration)
+    if data is None and "calibration" in info.needs:
+        raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
+    if data is None and sample is None:
+        raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
+    first = Inputs.of(sample) if sample is not None else data.sample  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        job = PtqJob(
+            model=copy.deepcopy(model).eval(),
+            policy=policy,
+            sample=first,
+            calibration=data,
+            seed=seed,
+            progress=progress or Progress.silent(),
+            work_dir=None if work_dir is None else Path(work_dir),
+        )
+        check_method_bits(info, policy, job)
+        chosen.quantize(job)
+        table = job.finish()
+    used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    return job

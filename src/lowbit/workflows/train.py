@@ -1,0 +1,298 @@
+"""``lowbit.train``: a float network and data in, a trained low-bit network out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lowbit.errors import DataError, LowbitError, SpecError
+from lowbit.inputs import Inputs
+from lowbit.measure.outputs import device_of
+from lowbit.network.record import record_of
+from lowbit.progress import Progress
+from lowbit.qat.engine.checkpoint import Checkpoints
+from lowbit.qat.engine.curve import Curve, TrainingLog, versions
+from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_feed
+from lowbit.qat.engine.trainer import Selection, Trainer
+from lowbit.qat.prepare import method_of, prepare
+from lowbit.qat.recipe import Recipe
+from lowbit.qat.run import TrainRun
+from lowbit.qat.task import Classification, Task
+from lowbit.spec import BitPolicy
+from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
+
+WORK = ".work"  # the folder of checkpoints in the output folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives.
+
+    Attributes:
+        model: The low-bit network in evaluation mode.
+        curve: One result for each epoch.
+        sample: The inputs that quantizers were initialized from.
+        recipe: As it was used.
+        is_main: Whether this is the process that goes on with the result; the others have the same network.
+    """
+
+    model: nn.Module
+    curve: Curve
+    sample: Inputs
+    recipe: Recipe
+    is_main: bool = True
+
+
+def train(
+    model: nn.Module,
+    train_data: object,
+    *,
+    method: str = "lsq",
+    weight_bits: int | None = 4,
+    activation_bits: int | None = 4,
+    test_data: object = None,
+    recipe: Recipe | None = None,
+    out: Path | str | None = None,
+    policy: BitPolicy | None = None,
+    surrogate: str | None = None,
+    merge_bits: int | None = None,
+    teacher: nn.Module | None = None,
+    task: Task | None = None,
+    augment: AugmentName = "auto",
+    sample: object = None,
+    workers: int = 0,
+    device: str | None = None,
+    devices: int | None = None,
+    nodes: int | None = None,
+    strategy: str = "auto",
+    precision: str | int = "32",
+    save_every: str | float = "5m",
+    select: Selection = "last",
+    resume: bool = True,
+    tensorboard: bool | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> nn.Module:
+    """Train a low-bit copy of ``model``.
+
+    Args:
+        model: Any network; it is not changed. Its weights are where training starts.
+        train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, a pair of tensors ``(inputs, labels)``, or a loader (its data
+            set is taken, shuffled anew in every epoch; a loader with a sampler of its own, or other batches, are used as they come).
+        method: Name of a training method (``lowbit.list_methods(kind="training")``).
+        weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
+        activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        test_data: What the task's metric is measured on after every epoch; the same kinds of data.
+        recipe: Epochs, batch size, optimizer and so on. Default: ``Recipe()``, with the batch size of a loader.
+        out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``.
+        surrogate: Gradient surrogate to use in place of the method's.
+        merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
+        teacher: A float network whose outputs are soft targets.
+        task: Loss and metric. Default: classification.
+        augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
+        sample: Inputs that quantizers are initialized from. Default: the first batch in a fixed random order.
+        workers: Processes that fetch samples.
+        device: ``cpu``, ``cuda``, ``mps`` or ``auto``. Default: where ``model`` is.
+        devices: Processes on this machine, one for each device; the script is run again for each.
+        nodes: Machines.
+        strategy: How processes are started, see ``Trainer``.
+        precision: ``32``, or ``bf16`` / ``fp16`` for mixed precision.
+        save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
+        select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
+        resume: Go on with a stopped run of the same settings in ``out``; False starts over.
+        tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
+        progress: Where to show progress; silent when left out.
+        **options: The method's hyper-parameters.
+
+    Returns:
+        The trained network in evaluation mode, for ``lowbit.export`` and ``lowbit.summary``.
+
+    Raises:
+        UnknownNameError: No such method, option or surrogate.
+        SpecError: Something out of range, or a stopped run with other settings in ``out``.
+        DataError: Data without labels, or labels beyond the network's outputs.
+        LayerError: A layer that cannot be quantized.
+        DivergedError: The loss or a weight became NaN or infinite.
+        OutputError: Files cannot be written, or another run works in ``out``.
+        MissingExtraError: Lightning Fabric is not installed.
+    """
+    if recipe is None:
+        batch_size = getattr(train_data, "batch_size", None)
+        recipe = Recipe(batch_size=batch_size) if isinstance(batch_size, int) else Recipe()
+    trainer = Trainer(
+        device=device or str(device_of(model)),
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        save_every=save_every,
+        select=select,
+        progress=progress or Progress.silent(),
+    )
+    return train_network(
+        model,
+        train_data,
+        trainer,
+        method=method,
+        policy=policy,
+        bits=(weight_bits, activation_bits),
+        test_data=test_data,
+        recipe=recipe,
+        out=None if out is None else Path(out),
+        surrogate=surrogate,
+        merge_bits=merge_bits,
+        teacher=teacher,
+        task=task,
+        augment=augment,
+        sample=sample,
+        workers=workers,
+        resume=resume,
+        tensorboard=tensorboard,
+        options=options,
+    ).model
+
+
+def train_network(
+    model: nn.Module,
+    train_data: object,
+    trainer: Trainer,
+    *,
+    method: str,
+    recipe: Recipe,
+    bits: tuple[int | None, int | None] = (4, 4),
+    policy: BitPolicy | None = None,
+    test_data: object = None,
+    out: Path | None = None,
+    surrogate: str | None = None,
+    merge_bits: int | None = None,
+    teacher: nn.Module | None = None,
+    task: Task | None = None,
+    augment: AugmentName = "auto",
+    sample: object = None,
+    workers: int = 0,
+    resume: bool = True,
+    tensorboard: bool | None = None,
+    options: Mapping[str, object] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Trained:
+    """What ``train`` does, with everything known afterwards.
+
+    Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
+    """
+    check_recipe(recipe)
+    trainer.launch()
+    feed = make_feed(
+        train_data, recipe, augment=augment, rank=trainer.fabric.global_rank, processes=trainer.fabric.world_size, workers=workers
+    )
+    inputs = Inputs.of(sample) if sample is not None else _first_inputs(feed, trainer.fabric.world_size)
+    own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
+    teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
+    quantized = prepare(
+        own,
+        method=method,
+        weight_bits=bits[0],
+        activation_bits=bits[1],
+        sample=inputs.to("cpu"),
+        policy=policy,
+        surrogate=surrogate,
+        merge_bits=merge_bits,
+        seed=recipe.seed,
+        **cast(dict[str, Any], options or {}),
+    )
+    task = task or Classification(recipe.label_smoothing, recipe.temperature)
+    run = TrainRun(
+        quantized,
+        method_of(quantized),
+        task,
+        recipe,
+        feed.steps,
+        teacher=teacher,
+        batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(feed.first(count), count)],
+    )
+    if run.epochs > recipe.epochs:
+        raise SpecError(f"{method!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={recipe.epochs}")
+    test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
+    if out is None:
+        return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, trainer.is_main)
+    used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
+    with only_run_in(out) if trainer.is_main else contextlib.nullcontext():
+        if trainer.is_main:
+            fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
+            fingerprint["teacher"] = None if teacher is None else weights_digest(teacher)
+            work = open_work_folder(out / WORK, fingerprint, resume=resume, replaces=False)
+            if work.is_resumed:
+                trainer.progress.say("going on with the run that is in this folder")
+        trainer.fabric.barrier()
+        told = {**(settings or {}), **used, "threads": torch.get_num_threads()}
+        log = TrainingLog(out, told, tensorboard=tensorboard) if trainer.is_main else None
+        try:
+            curve = trainer.fit(run, feed, test, checkpoints=Checkpoints(out / WORK), log=log)
+        except LowbitError:
+            if trainer.is_main:
+                work.remove_if_useless()
+            raise
+        if trainer.is_main:
+            work.mark_done()
+        trainer.fabric.barrier()
+    return Trained(quantized, curve, inputs, recipe, trainer.is_main)
+
+
+def _first_inputs(feed: Feed, count: int) -> Inputs:
+    """The inputs of the first ``count`` batches as one: as many samples as the processes take in a step."""
+    found = [Inputs.of(batch) for batch in feed.first(count)]
+    if not found:
+        raise DataError("the training data hold no batch")
+    first = found[0]
+    return Inputs(
+        tuple(torch.cat([inputs.args[index] for inputs in found]) for index in range(len(first.args))),
+        {key: torch.cat([inputs.kwargs[key] for inputs in found]) for key in first.kwargs},
+    )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """SpecError when a number of ``recipe`` is out of range."""
+    for name in ("epochs", "batch_size", "accumulate"):
+        if getattr(recipe, name) < 1:
+            raise SpecError(f"{name} must be 1 or more, got {getattr(recipe, name)}")
+    for name in ("label_smoothing", "average_weights"):
+        value = getattr(recipe, name)
+        if value is not None and not 0 <= value < 1:
+            raise SpecError(f"{name} must be from 0 to below 1, got {value}")
+    if not 0 <= recipe.distillation <= 1:
+        raise SpecError(f"distillation is the teacher's part of the loss, 0 to 1, got {recipe.distillation}")
+    for name in ("temperature", "clip_norm"):
+        value = getattr(recipe, name)
+        if value is not None and not value > 0:
+            raise SpecError(f"{name} must be positive, got {value}")
+
+
+def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
+    """Everything that the resulting weights depend on, but for the weights and data themselves."""
+    record = record_of(run.model)
+    assert record is not None
+    return {
+        "kind": "train",
+        "version": versions()["lowbit"],
+        "method": record.method,
+        "options": dict(record.options),
+        "surrogate": surrogate,
+        "policy": record.policy.to_dict(),
+        "recipe": dataclasses.asdict(run.recipe),
+        "seed": run.recipe.seed,
+        "data": feed.facts(),
+        "augment": augment,
+        "precision": trainer.precision,
+        "device": trainer.fabric.device.type,
+        "processes": trainer.fabric.world_size,
+        "select": trainer.select,
+    }

@@ -1,0 +1,94 @@
+"""Two processes give the weights of one process with twice the batch, and a kill of both loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.qat.training import RECIPE, data, network, state, train
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import pytest
+import torch
+from safetensors.torch import save_file
+from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered
+from tests.qat.training import RECIPE, Killed, Killing, data, network, state, train
+
+torch.set_num_threads(1)
+out, kill = Path(sys.argv[1]), int(sys.argv[2])
+arguments = dict(recipe=replace(RECIPE, batch_size=8), test_data=data(50, 5), out=out, save_every="1", devices=2)
+if kill:
+    arguments["progress"] = Killing(kill)
+try:
+    trained = train(network(norm=False), **arguments)
+except Killed:
+    os._exit(9)
+rank = torch.distributed.get_rank()
+found = {name: value.detach().clone() for name, value in state(trained).items()}
+
+layers = torch.nn.ModuleList([torch.nn.BatchNorm1d(2), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+layers[0].running_mean.fill_(rank + 1.0)
+layers[0].num_batches_tracked.fill_(rank)
+average_buffers(layers)
+if rank == 0:
+    layers[1].weight.grad = torch.full((1, 1), 3.0)  # the other process has none
+layers[0].weight.grad = torch.full((2,), 2.0 * rank)
+average_gradients(layers.parameters())
+flags = any_process([rank == 1, False], torch.device("cpu"))
+found |= {
+    "check.mean": layers[0].running_mean, "check.count": layers[0].num_batches_tracked, "check.gradient": layers[0].weight.grad,
+    "check.one": layers[1].weight.grad, "check.none": torch.tensor(layers[2].weight.grad is None), "check.flags": torch.tensor(flags),
+    "check.gathered": torch.stack(gathered(torch.tensor([rank]), torch.device("cpu"))),
+}
+save_file(found, out / f"rank{rank}.safetensors")
+torch.distributed.barrier()
+"""
+
+
+def two_processes(out: Path, kill: int = 0) -> int:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT)
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, str(out), str(kill)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0 or kill, done.stderr
+    return done.returncode
+
+
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch_even_after_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert two_processes(out, kill=7) != 0
+    assert not (out / "rank0.safetensors").exists()
+    assert two_processes(out) == 0
+
+    first, second = (load_file(out / f"rank{rank}.safetensors") for rank in (0, 1))
+    single = train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=tmp_path / "single")
+    for name, value in state(single).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5, msg=name)
+
+    curves = [json.loads((folder / "train.json").read_text())["curve"] for folder in (out, tmp_path / "single")]
+    for together, alone in zip(*curves, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert together["metric"] == alone["metric"]  # each process measured on half of the test data
+
+    for rank, found in enumerate((first, second)):
+        checks = {name.removeprefix("check."): value.tolist() for name, value in found.items() if name.startswith("check.")}
+        assert checks == {
+            "mean": [1.5, 1.5], "count": rank, "gradient": [1.0, 1.0], "one": [[1.5]], "none": True, "flags": [True, False],
+            "gathered": [[0], [1]],
+        }  # fmt: skip
