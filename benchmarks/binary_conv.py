@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
-from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.cpu.compiled import VARIABLE
+from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.layers.prepared import LayerTensors, PreparedLayer
 
 SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width

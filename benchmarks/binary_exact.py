@@ -17,13 +17,13 @@ import json
 from pathlib import Path
 
 import torch
-from qat import BATCH, Data, float_start
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.spec import BitPolicy
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of, prepare
+from lowbit.spec import BitPolicy
+from qat import BATCH, Data, float_start
 
 RESULT = Path(__file__).parent / "results" / "binary_exact.json"
 METHODS = ("bi_real_net", "ir_net")

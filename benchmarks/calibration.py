@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.inputs import Calibration
-from lowbit.post_training.pipeline import PtqJob
 from lowbit.methods.post_training.round_to_nearest import RoundToNearest
-from lowbit.workflows.quantize import quantize
 from lowbit.models import load_model
+from lowbit.post_training.pipeline import PtqJob
 from lowbit.quantizers.ranges.range_search import shrink_search
 from lowbit.quantizers.ranges.scale_search import mmse_scale
 from lowbit.spec import BitPolicy
+from lowbit.workflows.quantize import quantize
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 IMAGES = 300

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.inputs import Inputs
+from lowbit.formats.checks.speed import time_interleaved
 from lowbit.formats.onnx.rewrite import float_network
 from lowbit.formats.onnx.sessions import Runtime, count_integer_kernels, load_onnx
 from lowbit.formats.onnx.translate import translate
 from lowbit.formats.program.program import export_program
-from lowbit.formats.checks.speed import time_interleaved
+from lowbit.inputs import Inputs
 from lowbit.models import load_model
 
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")

@@ -20,8 +20,8 @@ import torch
 from binary_conv import machine, ratio, turn_by_turn
 from torch.nn import functional
 
-from lowbit.runtime.layers.packed import pack_linear_weight, packed_linear, packed_loops
 from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.layers.packed import pack_linear_weight, packed_linear, packed_loops
 
 RESULT = Path(__file__).parent / "results" / "packed_linear.json"
 BITS = (1, 2, 4, 8)

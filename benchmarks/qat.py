@@ -36,9 +36,9 @@ from lowbit.data import load_data
 from lowbit.data.augment import flip, pad_crop
 from lowbit.data.image_data import TensorImages
 from lowbit.models import load_model
-from lowbit.registry import list_methods
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of, prepare
+from lowbit.registry import list_methods
 
 HERE = Path(__file__).parent
 BATCH, SEED, FLOAT_EPOCHS = 128, 0, 30

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 from lowbit.inputs import Calibration
 from lowbit.methods.post_training.adaround import Adaround
-from lowbit.post_training.reconstruction.descent import Descent
-from lowbit.post_training.reconstruction.objective import Objective, rounding_loss
-from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
-from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
-from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.models.mobilenet import InvertedResidual
 from lowbit.models.resnet import ResidualBlock
 from lowbit.network.insert import float_weight, set_weight_quantizer
 from lowbit.network.layers import quantizable_layers
+from lowbit.post_training.pipeline import PtqJob
+from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.objective import Objective, rounding_loss
+from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
+from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
+from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
 from lowbit.spec import BitPolicy
 

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowbit.quantizers.fused import are_available, fused_kernels
 from lowbit.models.resnet import resnet20
-from lowbit.spec import BitPolicy
 from lowbit.qat.prepare import prepare
+from lowbit.quantizers.fused import are_available, fused_kernels
+from lowbit.spec import BitPolicy
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 METHODS = ("lsq", "pact", "dorefa", "ewgs")

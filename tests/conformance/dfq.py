@@ -12,7 +12,7 @@ from lowbit.network.graph import moments
 from lowbit.network.graph.moments import Moments, clipped
 from lowbit.network.surgery.equalize import LayerState, absorb_bias, chain_sets, channel_kind, equalize, equalize_set, pair_scales
 from lowbit.network.surgery.fold import fold_batch_norm
-from lowbit.quantizers.uniform import affine_parameters, fake_quantize, fake_quantize_offset, qrange
+from lowbit.quantizers.affine import affine_parameters, fake_quantize, fake_quantize_offset, qrange
 from lowbit.surrogates import straight_through
 
 CLIPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0), "no_activation": (float("-inf"), float("inf"))}

@@ -26,8 +26,8 @@ from lowbit.network.layers import evaluating, output_channel_axis
 from lowbit.network.placement import Placement, place_at_layers, place_at_tensors
 from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
+from lowbit.quantizers.affine import affine_parameters
 from lowbit.quantizers.ranges.observers import make_observer
-from lowbit.quantizers.uniform import affine_parameters
 from lowbit.registry import MethodInfo
 from lowbit.spec import Granularity
 

@@ -1,5 +1,6 @@
 """Quantizers: tensors in, values on a grid out. They know nothing of layers or networks."""
 
+from lowbit.quantizers.affine import affine_parameters, dequantize, fake_quantize, qrange, quantize
 from lowbit.quantizers.base import Quantizer
 from lowbit.quantizers.binary import BinaryQuantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.codebook import CodebookQuantizer
@@ -17,7 +18,7 @@ from lowbit.quantizers.qtensor import (
     decoder_from,
 )
 from lowbit.quantizers.sum import SumQuantizer
-from lowbit.quantizers.uniform import UniformQuantizer, affine_parameters, dequantize, fake_quantize, qrange, quantize
+from lowbit.quantizers.uniform import UniformQuantizer
 
 __all__ = [
     "AffineDecoder", "BinaryDecoder", "BinaryQuantizer", "CodebookDecoder", "CodebookQuantizer", "Decoder", "Grid", "GridQuantizer",

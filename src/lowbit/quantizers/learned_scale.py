@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lowbit.quantizers.affine import SMALLEST_SCALE, affine_parameters, qrange
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.uniform import SMALLEST_SCALE, affine_parameters, qrange
 from lowbit.spec import Granularity
 from lowbit.surrogates import Surrogate, bounded_straight_through, round_straight_through, scale_gradient
 

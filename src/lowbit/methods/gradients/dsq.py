@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
+from lowbit.quantizers.affine import affine_parameters, fake_quantize
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
-from lowbit.quantizers.uniform import affine_parameters, fake_quantize
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import SoftTanh

@@ -82,7 +82,7 @@ class Observer(nn.Module, ABC):
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``(scale, zero_point)``, each ``[scales]``; CalibrationError when nothing was seen."""
-        from lowbit.quantizers.uniform import affine_parameters
+        from lowbit.quantizers.affine import affine_parameters
 
         lo, hi = self.range(qmin, qmax)
         return affine_parameters(lo, hi, qmin, qmax, symmetric=symmetric)
