@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LayerError, SpecError
 from lowbit.formats.packed.file import package
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import export_program
 from lowbit.methods.quantization_aware.xnor_net import InputScale
@@ -22,7 +23,6 @@ from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.runtime.layers import int8 as int8_layers
 from lowbit.runtime.lowering import convert
 from lowbit.spec import BitPolicy
-from lowbit.workflows.load import PackedNetwork
 
 needs_int8 = pytest.mark.skipif(not int8_layers.has_exact_kernels(), reason="torch has no exact 8-bit kernels for this processor")
 METHODS = ["bi_real_net", "react_net", "ir_net", "recu", "xnor_net"]

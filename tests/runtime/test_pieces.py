@@ -10,12 +10,12 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import FileFormatError
 from lowbit.formats.packed.file import package
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.program.calls import Node
 from lowbit.formats.program.program import export_program
 from lowbit.runtime import compile as compiling
 from lowbit.runtime.pieces import images_are_apart
 from lowbit.runtime.profile import profile
-from lowbit.workflows.load import PackedNetwork
 
 Function = Callable[[Tensor], Tensor]
 

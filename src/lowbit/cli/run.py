@@ -24,10 +24,11 @@ from lowbit.data.folders import pictures_in
 from lowbit.data.images import read_picture
 from lowbit.errors import LayerError, SpecError
 from lowbit.files import write_text
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.progress import Progress
 from lowbit.runtime.compile import RuntimeNetwork, compile_runtime
 from lowbit.runtime.profile import profile
-from lowbit.workflows.load import PackedNetwork, load
+from lowbit.workflows.load import load
 
 
 def run(

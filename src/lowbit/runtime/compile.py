@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.formats.packed.file import Package, package
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.program.calls import Node
 from lowbit.formats.program.program import export_program
 from lowbit.network.record import record_of
@@ -21,7 +22,6 @@ from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.lowering.convert import OPERATORS, Conversion, LayerPath, WeightOnly
 from lowbit.runtime.pieces import LARGEST_BYTES, Shape, images_are_apart
-from lowbit.workflows.load import PackedNetwork
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.program.calls import Node
 from lowbit.inputs import Inputs
-from lowbit.workflows.load import PackedNetwork
 
 WARMUP = 2
 

@@ -1,0 +1,212 @@
+"""A packed file as a network that runs without the code of the original one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import FileFormatError, LowbitError, SpecError
+from lowbit.formats.onnx.sessions import name_inputs
+from lowbit.formats.packed.file import Package
+from lowbit.formats.packed.tensor import PackedTensor
+from lowbit.formats.program.calls import Graph, GraphInput, InputDevice, Node, Result, Stored, references
+from lowbit.formats.program.operators import Function, find_operator
+from lowbit.formats.program.structure import restore
+from lowbit.inputs import Inputs
+from lowbit.network.record import attach_record
+from lowbit.quantizers import QTensor
+
+
+class PackedNetwork(nn.Module):
+    """Runs the operator calls of a packed file on its decoded tensors.
+
+    Takes and returns what the original network did, and carries the record of its quantization.
+    """
+
+    def __init__(self, package: Package) -> None:
+        super().__init__()
+        # long names: what the file calls its modules becomes attributes beside these
+        self.packed_content = package
+        self.packed_graph = package.graph
+        self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
+        self.packed_calls = [
+            _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
+        ]
+        self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
+        self.packed_observer: Callable[[Node, float, object], None] | None = None  # is told of each call, its seconds and its result
+        for name, tensor in package.tensors.items():
+            values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
+            self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
+        if package.record is not None:
+            attach_record(self, package.record)
+
+    def weight_codes(self) -> dict[str, QTensor]:
+        """The codes of each quantized weight by parameter name."""
+        return dict(self.packed_codes)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+        stored = self.stored_tensors()
+        inputs = _checked(self.packed_graph, Inputs(args, kwargs), stored)
+        return restore(self.packed_graph.structure, self.compute(inputs, stored))
+
+    def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
+        """The outputs, in order, for inputs and stored tensors by name."""
+        graph = self.packed_graph
+        device = next(iter(inputs.values())).device
+        values: dict[str, object] = dict(inputs)
+
+        def value_of(argument: object) -> object:
+            if isinstance(argument, Result):
+                return values[argument.name]
+            if isinstance(argument, Stored):
+                return stored[argument.name]
+            if isinstance(argument, InputDevice):
+                return device
+            if isinstance(argument, (list, tuple)):
+                return [value_of(item) for item in argument]
+            return argument
+
+        for call in self.packed_calls:
+            arguments, options = call.arguments.copy(), call.options.copy()
+            for index in call.open_arguments:
+                arguments[index] = value_of(arguments[index])
+            for key in call.open_options:
+                options[key] = value_of(options[key])
+            start = time.perf_counter() if self.packed_observer is not None else 0.0
+            try:
+                values[call.node.name] = _call(self.function_of(call.node.operator), call.node, arguments, options)
+            except FileFormatError as error:
+                _check_equal_batches(graph, inputs, error)
+                raise
+            if self.packed_observer is not None:
+                self.packed_observer(call.node, time.perf_counter() - start, values[call.node.name])
+            for name in call.read_last:
+                del values[name]
+        return [value_of(output) for output in graph.outputs]
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The present parameters and buffers by their names in the file."""
+        found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
+        return {name: tensor for name, *either in found for tensor in either if tensor is not None}
+
+    def function_of(self, operator: str) -> Function:
+        """The function that an operator of the graph names."""
+        return find_operator(operator)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        """Register a tensor under its full name, in modules made for the parts of that name."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            inner = module._modules[part]
+            assert inner is not None
+            module = inner
+        if values.is_floating_point() and values.dim():
+            module.register_parameter(last, nn.Parameter(values, requires_grad=False))
+        else:
+            module.register_buffer(last, values)
+        self.packed_owners[name] = module, last
+
+
+@dataclass(frozen=True)
+class _PreparedCall:
+    """A node with its arguments as lists, which of them refer to values, and the results that nothing reads after it."""
+
+    node: Node
+    arguments: list[object]
+    options: dict[str, object]
+    open_arguments: tuple[int, ...]
+    open_options: tuple[str, ...]
+    read_last: tuple[str, ...]
+
+    @staticmethod
+    def of(node: Node, read_last: tuple[str, ...]) -> _PreparedCall:
+        arguments, options = [_as_lists(value) for value in node.args], {key: _as_lists(value) for key, value in node.kwargs.items()}
+        return _PreparedCall(
+            node,
+            arguments,
+            options,
+            tuple(index for index, value in enumerate(arguments) if _is_open(value)),
+            tuple(key for key, value in options.items() if _is_open(value)),
+            read_last,
+        )
+
+
+def _as_lists(value: object) -> object:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_open(value: object) -> bool:
+    return any(map(_is_open, value)) if isinstance(value, list) else isinstance(value, (Result, Stored, InputDevice))
+
+
+def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by name, each of the dtype and shape that the file expects, on the network's device."""
+    expected = {item.name: item for item in graph.inputs}
+    if len(inputs.tensors) != len(expected) or not set(inputs.kwargs) <= set(expected):
+        wanted = ", ".join(f"{name}: {item}" for name, item in expected.items())
+        given = [*("a tensor" for _ in inputs.args), *inputs.kwargs]
+        raise SpecError(f"the network takes {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
+    named = name_inputs(list(expected), inputs)
+    lowest, highest = graph.batch_range
+    devices = {tensor.device for tensor in stored.values()}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise SpecError(f"input {name!r} must be a tensor: {expected[name]}; got {type(tensor).__name__}")
+        if tensor.dtype != expected[name].dtype or not _fits(expected[name], tensor):
+            raise SpecError(f"input {name!r} must be {expected[name]}, got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+        sizes = _open_sizes(expected[name], tensor)
+        if any(size < lowest or (highest is not None and size > highest) for size in sizes):
+            raise SpecError(f"input {name!r}: the batch size must be {lowest} to {highest or 'any'}, got {sizes[0]}")
+        if devices and tensor.device not in devices:
+            where = ", ".join(map(str, devices))
+            raise SpecError(f"input {name!r} is on {tensor.device}, the network on {where}. Move one of them with .to().")
+    return named
+
+
+def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: FileFormatError) -> None:
+    """SpecError where inputs of different batch sizes may be why a node cannot be computed."""
+    sizes = {item.name: _open_sizes(item, inputs[item.name]) for item in graph.inputs}
+    if len({size for found in sizes.values() for size in found}) > 1:
+        batches = ", ".join(f"{name} {size}" for name, found in sizes.items() for size in found)
+        raise SpecError(f"the inputs differ in their batch size: {batches}. {error}") from error
+
+
+def _open_sizes(expected: GraphInput, tensor: Tensor) -> list[int]:
+    return [size for size, fixed in zip(tensor.shape, expected.shape, strict=True) if fixed is None]
+
+
+def _fits(expected: GraphInput, tensor: Tensor) -> bool:
+    sizes = zip(expected.shape, tensor.shape, strict=False)
+    return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
+
+
+def _call(function: Function, node: Node, args: list[object], kwargs: dict[str, object]) -> object:
+    try:
+        return function(*args, **kwargs)
+    except SpecError as error:  # inputs have been checked: what the file calls and what it holds do not fit
+        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {error}") from error
+    except LowbitError:
+        raise
+    except Exception as error:  # whatever torch raises
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            raise
+        reason, _, _ = str(error).partition("\n")
+        raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {reason}") from error
+
+
+def _last_reads(graph: Graph) -> list[tuple[str, ...]]:
+    """For each node, the results that nothing reads after it."""
+    waiting = {reference.name for output in graph.outputs for reference in references(output) if isinstance(reference, Result)}
+    finished: list[tuple[str, ...]] = []
+    for node in reversed(graph.nodes):
+        read = {r.name for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)} | {node.name}
+        finished.append(tuple(sorted(read - waiting)))
+        waiting |= read
+    return finished[::-1]
