@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from lowbit.errors import SpecError, UnknownNameError
-from lowbit.options import build_method, convert_option
+from lowbit.options import Above, AtLeast, CheckedSettings, Interval, build_method, convert_option, settings_of
 from lowbit.registry import MethodInfo, get_method
 
 
@@ -101,3 +102,59 @@ def test_an_option_of_other_methods_says_which_have_it() -> None:
 def test_what_the_method_itself_refuses_reaches_the_user() -> None:
     with pytest.raises(SpecError, match="daq: gamma must be above 0"):
         build_method(get_method("daq"), {"gamma": "0"})
+
+
+@dataclass
+class Ranged(CheckedSettings):
+    """Settings with ranges.
+
+    Attributes:
+        share: Share of the epochs.
+        rates: Learning rates.
+    """
+
+    share: Annotated[float, Interval(0, 1, closed="left")] = 0.5
+    rates: Annotated[tuple[float, ...], Above(0)] = (0.1,)
+    epochs: Annotated[int | None, AtLeast(1)] = None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share": 1.0}, "Ranged: share must be from 0 to below 1, got 1.0"),
+        ({"share": float("nan")}, "share must be from 0 to below 1, got nan"),
+        ({"rates": (0.1, 0.0)}, r"rates must be above 0, got \(0.1, 0.0\)"),
+        ({"rates": (math.inf,)}, "rates must be above 0"),
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+    ],
+)
+def test_numbers_outside_their_declared_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Ranged(**changes)
+
+
+def test_numbers_at_closed_ends_and_none_are_taken() -> None:
+    assert Ranged(share=0.0, epochs=1).epochs == 1
+    assert Ranged().epochs is None
+
+
+def test_a_setting_is_known_with_its_type_default_range_and_meaning() -> None:
+    found = settings_of(Ranged)
+    assert list(found) == ["share", "rates", "epochs"]
+    assert (found["share"].type, found["share"].default, found["share"].meaning) == (float, 0.5, "Share of the epochs.")
+    assert found["epochs"].interval == AtLeast(1)
+
+
+@pytest.mark.parametrize(
+    ("interval", "words", "inside", "outside"),
+    [
+        (Interval(0, 1), "from 0 to 1", [0, 0.5, 1], [-0.1, 1.1]),
+        (Interval(0, 1, closed="right"), "above 0 to 1", [0.1, 1], [0]),
+        (AtLeast(2), "2 or more", [2, 9], [1.9, math.inf]),
+        (Above(0), "above 0", [1e-9], [0, math.inf, math.nan]),
+    ],
+)
+def test_intervals(interval: Interval, words: str, inside: list[float], outside: list[float]) -> None:
+    assert str(interval) == words
+    assert all(map(interval.contains, inside))
+    assert not any(map(interval.contains, outside))

@@ -1,14 +1,133 @@
-"""Hyper-parameters of a method from what a user gave: names checked, text converted to the type of the field."""
+"""Settings declared once, as fields of a dataclass: name, type, default, range, and meaning.
+
+A field's type may carry its range, ``share: Annotated[float, Interval(0, 1, closed="left")] = 0.5``; what it means stands in the ``Attributes``
+section of the class's docstring. The command line, recipe files, ``lowbit methods show`` and the check of values all read this one place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+import re
 import types
 import typing
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from lowbit.errors import SpecError, unknown_name
 from lowbit.registry import MethodInfo, list_methods
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers from ``low`` to ``high``; NaN lies in none, and infinity only where it is a closed end.
+
+    Attributes:
+        low, high: The ends.
+        closed: Which ends belong to it.
+
+    >>> Interval(0, 1, closed="left").contains(1.0), str(Interval(0, 1, closed="left"))
+    (False, 'from 0 to below 1')
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    closed: Literal["both", "left", "right", "neither"] = "both"
+
+    def contains(self, value: float) -> bool:
+        """Whether ``value`` lies in it."""
+        above = value >= self.low if self.closed in ("both", "left") and math.isfinite(self.low) else value > self.low
+        below = value <= self.high if self.closed in ("both", "right") and math.isfinite(self.high) else value < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        has_low, has_high = self.closed in ("both", "left"), self.closed in ("both", "right")
+        if math.isfinite(self.high):
+            end = f"{'to' if has_high else 'to below'} {self.high:g}"
+            return f"{'from' if has_low else 'above'} {self.low:g} {end}" if math.isfinite(self.low) else f"up {end}"
+        return f"{self.low:g} or more" if has_low else f"above {self.low:g}"
+
+
+class AtLeast(Interval):
+    """Finite numbers from ``low`` on."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__(low, closed="left")
+
+
+class Above(Interval):
+    """Finite numbers greater than ``low``."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__(low, closed="neither")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass of settings.
+
+    Attributes:
+        name: What users type.
+        type: Its type, without its range.
+        default: Its default; ``dataclasses.MISSING`` where it has none.
+        interval: The range of numbers, of each one where there are several; ``None`` where nothing is said.
+        meaning: What it is for, from the ``Attributes`` section.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    interval: Interval | None
+    meaning: str
+
+
+def settings_of(cls: type) -> dict[str, Setting]:
+    """The settings that the dataclass ``cls`` and its bases declare, by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    meanings = field_meanings(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind, *facts = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is Annotated else [hints[field.name]]
+        interval = next((fact for fact in facts if isinstance(fact, Interval)), None)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[field.name] = Setting(field.name, kind, default, interval, meanings.get(field.name, ""))
+    return found
+
+
+def field_meanings(cls: type) -> dict[str, str]:
+    """What each field means, read from the ``Attributes`` sections of the class's and its bases' docstrings."""
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:\n")
+        for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE):
+            meanings |= {name.strip(): " ".join(text.replace("`", "").split()) for name in names.split(",")}
+    return meanings
+
+
+class CheckedSettings:
+    """Base of dataclasses whose numbers are held to their declared ranges when an object is made."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(settings: object, where: str | None = None) -> None:
+    """SpecError when a number of ``settings`` lies outside of its declared range; text and ``None`` are left to the type.
+
+    Args:
+        settings: An object of a dataclass.
+        where: What the error calls it; default: the method's name, or the class's.
+    """
+    info = getattr(settings, "info", None)
+    where = where or getattr(info, "name", None) or type(settings).__name__
+    for setting in settings_of(type(settings)).values():
+        value = getattr(settings, setting.name)
+        if setting.interval is None:
+            continue
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not setting.interval.contains(number):
+                raise SpecError(f"{where}: {setting.name} must be {setting.interval}, got {value}")
 
 
 def build_method(info: MethodInfo, options: dict[str, object]) -> object:

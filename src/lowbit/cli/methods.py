@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
 import types
 import typing
 from typing import Annotated, Literal
@@ -14,6 +11,7 @@ import typer
 from lowbit import registry
 from lowbit.cli.console import results, show_table
 from lowbit.errors import unknown_name
+from lowbit.options import settings_of
 
 app = typer.Typer(help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
@@ -59,13 +57,7 @@ def show_method(name: Annotated[str, typer.Argument(help="Name of the method, as
 def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str]]:
     """Name, type, default and meaning of each hyper-parameter of a method."""
     assert info.method is not None
-    meanings = field_meanings(info.method)
-    hints = typing.get_type_hints(info.method)
-    defaults = info.method()
-    return [
-        (f.name, type_word(hints[f.name]), value_word(getattr(defaults, f.name)), meanings.get(f.name, ""))
-        for f in dataclasses.fields(info.method)
-    ]
+    return [(s.name, type_word(s.type), value_word(s.default), s.meaning) for s in settings_of(info.method).values()]
 
 
 def type_word(hint: object) -> str:
@@ -85,16 +77,6 @@ def value_word(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(value_word, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def field_meanings(cls: type) -> dict[str, str]:
-    """What each field means, read from the ``Attributes`` sections of the class's and its bases' docstrings."""
-    meanings: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        _, _, section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:\n")
-        for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE):
-            meanings |= {name.strip(): " ".join(text.replace("`", "").split()) for name in names.split(",")}
-    return meanings
 
 
 def span(bits: range | None) -> str:
