@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.qat.training import RECIPE, data, network, state, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import os, sys
 from dataclasses import replace

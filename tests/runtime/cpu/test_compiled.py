@@ -33,7 +33,7 @@ HITS = sum(double.stats.cache_hits.values())
 KERNELS = """
 import json
 import torch
-from lowbit.runtime.binary_conv import binary_conv2d, binary_conv2d_reference, compiled_loops, pack_conv_weight
+from lowbit.runtime.layers.binary import binary_conv2d, binary_conv2d_reference, compiled_loops, pack_conv_weight
 arguments = (torch.randn(1, 40, 6, 6), *pack_conv_weight(torch.ones(8, 40, 3, 3)), torch.ones(8), None, 40, [3, 3], [1, 1], [1, 1], [1, 1], 1)
 assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
 loops = compiled_loops()
