@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from lowbit.errors import OutputError
-from lowbit.files import replacing, write_text
+from lowbit.errors import DataError, FileFormatError, OutputError
+from lowbit.files import check_readable, replacing, write_text
 
 
 def test_a_file_is_replaced_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -38,3 +39,22 @@ def test_a_folder_in_the_place_of_the_file_is_an_output_error(tmp_path: Path) ->
 def test_text_is_written_as_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "Größe ×")
     assert (tmp_path / "a.txt").read_bytes().decode() == "Größe ×"
+
+
+def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "large").write_bytes(b"12345")
+    for path, words in (
+        (pipe, "a pipe or a device, expected a file"),
+        (tmp_path, "a folder, expected a file"),
+        (tmp_path / "none", "there is no such file"),
+        (tmp_path / ("n" * 5000), "File name too long"),
+        (tmp_path / "large", "5 bytes, at most 4 are read"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            check_readable(path, max_bytes=4)
+        assert len(str(caught.value)) < 400
+    assert check_readable(tmp_path / "large", max_bytes=5) == tmp_path / "large"
+    with pytest.raises(FileFormatError, match="no such file"):
+        check_readable(tmp_path / "none", error=FileFormatError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.errors import FileFormatError, OutputError
+from lowbit.errors import DataError, FileFormatError, LowbitError, OutputError
 
 _FACTS = "facts"  # the entry of a safetensors header that holds JSON
+
+
+def check_readable(path: Path | str, *, max_bytes: int | None = None, error: type[LowbitError] = DataError) -> Path:
+    """``path`` if it is an ordinary file of at most ``max_bytes`` bytes; reading a pipe or a device could wait or go on for ever.
+
+    Raises:
+        LowbitError: Of the class ``error``: there is no such file, it is none to read from, or it is too large.
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+        is_allowed = os.access(path, os.R_OK)
+    except OSError as problem:
+        name = str(path) if len(str(path)) < 300 else f"{str(path)[:100]}..."
+        what = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror or str(problem)
+        raise error(f"{name}: {what}") from problem
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, expected a file")
+    if not is_allowed:
+        raise error(f"{path}: no permission to read it")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise error(f"{path}: {found.st_size:,} bytes, at most {max_bytes:,} are read")
+    return path
 
 
 @contextmanager

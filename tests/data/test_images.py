@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lowbit.data.images import Preprocessing, read_picture
+from lowbit.data import load_data
+from lowbit.data.images import Preprocessing, read_input, read_picture
 from lowbit.errors import DataError, SpecError
 
 PLAIN = Preprocessing(size=4, crop_fraction=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -124,3 +126,21 @@ def test_too_many_bytes_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(DataError, match="bytes, at most 10 are read"):
         read_picture(path, max_bytes=10)
+
+
+def test_a_narrow_picture_is_refused_before_it_is_enlarged(tmp_path: Path) -> None:
+    path = save(tmp_path / "thin.png", np.zeros((60_000, 1), np.uint8))
+    with pytest.raises(DataError, match=r"thin\.png: a picture of 1 x 60000 pixels is too narrow.*256 x 15,360,000"):
+        read_input(path, Preprocessing())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "a.npy"])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read_picture(tmp_path / name) if name.endswith("png") else load_data(str(tmp_path / name))
+
+
+def test_a_path_that_no_file_system_takes_is_an_error_of_data() -> None:
+    with pytest.raises(DataError, match="File name too long"):
+        load_data("x" * 5000)

@@ -111,3 +111,33 @@ def test_networks_of_timm_and_torchvision(spec: str, count: int) -> None:
         load_model(f"{package}:resnet18x")
     with pytest.raises(SpecError, match="nonsense"):
         load_model(spec, nonsense=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "spec", "words"),
+    [
+        ("import sys\ndef build():\n    sys.exit(0)\n", ":build", "calling the factory with no options failed with SystemExit: 0"),
+        ("import sys\nsys.exit(0)\n", ":build", "failed with SystemExit: 0"),
+        (
+            "class E(Exception):\n    def __str__(self): raise ValueError('in str')\ndef build():\n    raise E\n",
+            ":build",
+            "failed with E, which cannot say what it is about",
+        ),
+        ("import torch\ndef build():\n    return torch.nn.Linear(1, 1)\n", "", r"name the function or class in it.*It has: build\."),
+    ],
+)
+def test_code_of_the_user_that_exits_or_is_not_named_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, spec: str, words: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "exiting_net.py").write_text(source)
+    try:
+        with pytest.raises(SpecError, match=words):
+            load_model(f"{tmp_path / 'exiting_net.py'}{spec}")
+    finally:
+        sys.modules.pop("exiting_net", None)
+
+
+def test_a_file_of_weights_is_no_network() -> None:
+    with pytest.raises(SpecError, match=r"net\.pt: a file of weights. Name the network as file\.py:factory"):
+        load_model("net.pt")

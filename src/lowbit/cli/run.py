@@ -21,7 +21,7 @@ from lowbit.cli.output import prepare_folder
 from lowbit.cli.source import preprocessing_of
 from lowbit.data import Preprocessing, load_data
 from lowbit.data.folders import pictures_in
-from lowbit.data.images import read_picture
+from lowbit.data.images import read_input
 from lowbit.errors import LayerError, SpecError
 from lowbit.files import write_text
 from lowbit.formats.packed.network import PackedNetwork
@@ -136,7 +136,7 @@ def _classify(
     rows: list[tuple[str, list[tuple[str, float]]]] = []
     with Progress(quiet=quiet).stage("pictures", len(paths)) as stage, torch.no_grad():
         for batch in _batches(paths, batch_size):
-            inputs = torch.stack([classes.preprocessing(read_picture(path)) for path in batch])
+            inputs = torch.stack([read_input(path, classes.preprocessing) for path in batch])
             scores = network(inputs)
             if not isinstance(scores, Tensor) or scores.dim() != 2:
                 raise SpecError("the network's output is no table of class scores: only --benchmark can run it")

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from lowbit.data.image_data import ImageData, Sample, TensorImages
 from lowbit.data.images import Preprocessing
 from lowbit.errors import DataError
+from lowbit.files import check_readable
 
 SAMPLE_KEYS, LABEL_KEYS = ("images", "x", "samples"), ("labels", "y")
-MAX_BYTES = 2**34  # a small .npz can unpack to any size
+MAX_BYTES = 2**32  # a small .npz can unpack to any size
 
 
 class PreparedSamples(Dataset[Sample]):
@@ -68,6 +69,7 @@ def load_arrays(path: Path, preprocessing: Preprocessing | None = None) -> Image
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    check_readable(path, max_bytes=MAX_BYTES)
     try:
         if path.suffix == ".npy":
             return np.atleast_1d(np.load(path, allow_pickle=False)), None

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from lowbit.data.image_data import ImageData, Sample, Split
-from lowbit.data.images import SUFFIXES, Preprocessing, read_picture
+from lowbit.data.images import SUFFIXES, Preprocessing, read_input
 from lowbit.errors import DataError
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
@@ -28,7 +28,7 @@ class PictureFiles(Dataset[Sample]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        image = self.preprocessing(read_picture(self.paths[index]))
+        image = read_input(self.paths[index], self.preprocessing)
         return image if self.labels is None else (image, self.labels[index])
 
 
@@ -66,7 +66,7 @@ def load_folder(folder: Path, split: Split, preprocessing: Preprocessing, *, str
         raise DataError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in it, {ignored} other file(s)")
     skipped: list[Path] = []
     if not strict:
-        skipped = [path for path in paths if not _is_readable(path)]
+        skipped = [path for path in paths if not _is_readable(path, preprocessing)]
         kept = [index for index, path in enumerate(paths) if path not in set(skipped)]
         if not kept:
             raise DataError(f"{folder}: none of the {len(paths)} pictures can be decoded, {paths[0]} among them")
@@ -106,19 +106,27 @@ def _split_folder(folder: Path, split: Split) -> Path:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def _pictures(folder: Path, *, deep: bool) -> tuple[list[Path], int]:
     """Picture files in order of their names, and how many other files there are; hidden files count as neither."""
-    files = sorted(path for path in (folder.rglob("*") if deep else folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    try:
+        files = sorted(
+            path for path in (folder.rglob("*") if deep else folder.iterdir()) if path.is_file() and not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     return pictures, len(files) - len(pictures)
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(path: Path, preprocessing: Preprocessing) -> bool:
     try:
-        read_picture(path)
+        read_input(path, preprocessing)
     except DataError:
         return False
     return True

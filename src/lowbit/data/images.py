@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lowbit.errors import DataError, SpecError
+from lowbit.files import check_readable
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other decoder of Pillow sees a file
@@ -60,10 +61,15 @@ class Preprocessing:
         return 1 if self.grey else 3
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """float32 ``[channels, size, size]``."""
+        """float32 ``[channels, size, size]``; DataError where resizing would make more than ``MAX_PIXELS`` pixels of it."""
         shorter = int(self.size / self.crop_fraction)
         scale = shorter / min(picture.size)
         width, height = (max(shorter, round(side * scale)) for side in picture.size)
+        if width * height > MAX_PIXELS:
+            raise DataError(
+                f"a picture of {picture.width} x {picture.height} pixels is too narrow: its shorter side at {shorter} pixels makes "
+                f"{width:,} x {height:,}, at most {MAX_PIXELS:,} pixels are computed. Cut it to its subject."
+            )
         picture = picture.convert("L" if self.grey else "RGB").resize((width, height), _FILTERS[self.interpolation])
         left, top = (width - self.size) // 2, (height - self.size) // 2
         pixels = torch.from_numpy(np.array(picture.crop((left, top, left + self.size, top + self.size)), dtype=np.float32))
@@ -78,10 +84,8 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
     Raises:
         DataError: It is too large, truncated, corrupt, or no picture.
     """
+    check_readable(path, max_bytes=max_bytes)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise DataError(f"{path}: {size:,} bytes, at most {max_bytes:,} are read")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata, and about size, which max_pixels decides
             with Image.open(path, formats=FORMATS) as picture:
@@ -96,6 +100,19 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
         raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
     except Exception as error:  # a damaged file can make a decoder stumble in any way
         raise DataError(f"{path}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error
+
+
+def read_input(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """The picture in ``path`` as a network takes it, float32 ``[channels, size, size]``.
+
+    Raises:
+        DataError: It cannot be decoded, or is too large or too narrow.
+    """
+    picture = read_picture(path)
+    try:
+        return preprocessing(picture)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

@@ -103,10 +103,16 @@ def loader(data: ImageData, batch_size: int = 64, *, shuffle: bool = False, seed
 
 
 def _from_path(path: Path, split: Split, preprocessing: Preprocessing | None, strict: bool) -> ImageData:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise unknown_name(
+            "data", str(path), SUITES, "Or NAME:FOLDER, a folder of pictures, a .npy or .npz file; there is no such path."
+        ) from None
+    except OSError as error:  # a name that is too long, a folder that must not be read
+        raise DataError(f"{str(path)[:100]}: {error.strerror}") from error
     if path.is_dir():
         return load_folder(path, split, preprocessing or Preprocessing(), strict=strict)
-    if path.suffix in (".npy", ".npz") and path.is_file():
+    if path.suffix in (".npy", ".npz"):
         return load_arrays(path, preprocessing)
-    if path.exists():
-        raise DataError(f"{path}: expected a folder of pictures or a .npy/.npz file")
-    raise unknown_name("data", str(path), SUITES, "Or NAME:FOLDER, a folder of pictures, a .npy or .npz file; there is no such path.")
+    raise DataError(f"{path}: expected a folder of pictures or a .npy/.npz file")

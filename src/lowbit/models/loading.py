@@ -55,6 +55,10 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
         MissingExtraError: timm or torchvision is not installed.
     """
     source, colon, name = spec.rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise SpecError(f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(_factories_of_file(spec)) or 'none'}.")
+    if not colon and Path(spec).suffix in (".pt", ".pth", ".safetensors", ".ckpt"):
+        raise SpecError(f"model {spec}: a file of weights. Name the network as file.py:factory or a built-in one, and this file as its weights.")
     if not colon:
         if spec not in BUILT_IN:
             raise unknown_name(
@@ -81,13 +85,34 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
 def _factory(source: str, name: str) -> Callable[..., nn.Module]:
     try:
         module = _module_of_file(Path(source)) if source.endswith(".py") else _module_named(source)
-    except Exception as error:  # whatever the user's code raises
-        raise SpecError(f"model {source}:{name}: importing {source} failed with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise SpecError(f"model {source}:{name}: importing {source} failed with {_description(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        known = factories_in(module)
         raise unknown_name(f"factory in {source}", name, known)
     return cast(Callable[..., nn.Module], factory)
+
+
+def _factories_of_file(source: str) -> list[str]:
+    try:
+        return factories_in(_module_of_file(Path(source)))
+    except (Exception, SystemExit) as error:
+        raise SpecError(f"model {source}: importing it failed with {_description(error)}") from error
+
+
+def factories_in(module: ModuleType) -> list[str]:
+    """Names of the functions, classes and networks that a module defines itself."""
+    defined = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    return [key for key, value in defined.items() if getattr(value, "__module__", None) == module.__name__ or isinstance(value, nn.Module)]
+
+
+def _description(error: BaseException) -> str:
+    """The error in words, whatever it does when it is asked for its own."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, which cannot say what it is about"
 
 
 def _module_named(name: str) -> ModuleType:
@@ -115,9 +140,9 @@ def _call(factory: Callable[..., nn.Module], spec: str, options: dict[str, objec
         return factory
     try:
         model: object = factory(**options)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise SpecError(
-            f"model {spec}: calling the factory with {options or 'no options'} failed with {type(error).__name__}: {error}. "
+            f"model {spec}: calling the factory with {options or 'no options'} failed with {_description(error)}. "
             f"It takes {_signature(factory)}."
         ) from error
     if not isinstance(model, nn.Module):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError
+from lowbit.files import check_readable
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema")  # keys that checkpoints keep the weights under
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and compile put before each name
@@ -44,8 +45,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         FileFormatError: There is no such file, it is damaged, or it holds anything but tensors.
     """
-    if not path.is_file():
-        raise FileFormatError(f"weights {path}: there is no such file")
+    check_readable(path, error=FileFormatError)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
     except Exception as error:  # a damaged or hostile file can make a reader stumble in any way

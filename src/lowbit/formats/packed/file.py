@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import DataError, FileFormatError, GraphError
-from lowbit.files import replacing
+from lowbit.files import check_readable, replacing
 from lowbit.formats.packed.tensor import PackedTensor, packed_tensor_from
 from lowbit.formats.program.calls import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
 from lowbit.formats.program.program import Program
@@ -140,9 +140,8 @@ def read_package(path: Path | str) -> Package:
         DataError: There is no such file, or it cannot be read.
         FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
     """
+    check_readable(path)  # a missing file is not a broken one
     try:
-        with open(path, "rb"):
-            pass  # a missing file is not a broken one
         with safe_open(path, "pt") as file:
             manifest = _manifest(file.metadata() or {})
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
