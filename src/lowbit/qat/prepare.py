@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import torch
@@ -13,6 +12,7 @@ from lowbit.inputs import Inputs
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
+from lowbit.network.unwrap import plain_copy
 from lowbit.options import build_method
 from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
@@ -70,7 +70,7 @@ def prepare(
     policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(model=copy.deepcopy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        job = QatJob(model=plain_copy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
         check_method_bits(info, policy, job)
         dataflow = None if merge_bits is None else capture(job.model, job.sample)
         chosen.attach(job)

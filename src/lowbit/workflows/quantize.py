@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from lowbit.errors import CalibrationError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record
+from lowbit.network.unwrap import plain_copy
 from lowbit.options import build_method
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
@@ -95,7 +95,7 @@ def run_job(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         job = PtqJob(
-            model=copy.deepcopy(model).eval(),
+            model=plain_copy(model).eval(),
             policy=policy,
             sample=first,
             calibration=data,
