@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit.runtime.activation import Activation
 from lowbit.runtime.layers.binary import pack_conv_weight
-from lowbit.runtime.lowering.activation import Activation
 
 pair = st.integers(1, 3)
 Pair = tuple[int, int]

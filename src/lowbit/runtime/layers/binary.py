@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
+from lowbit.runtime.activation import activated
 from lowbit.runtime.cpu.bits import pack_signs, unpack_signs, unpack_weight, words_for
 from lowbit.runtime.cpu.target import active_target, cuda_target
 from lowbit.runtime.layers.checks import check_input, check_layer, check_packed_input, check_residual, check_window, refuse_gradients
+from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import LayerTensors, PreparedLayer, keep_layer, known_layer
-from lowbit.runtime.lowering.activation import activated
-from lowbit.runtime.lowering.operator import register_operator
 
 Pair = Sequence[int]
 
@@ -192,7 +192,7 @@ def binary_conv2d(
         flip: ``[in_channels]`` bool.
         residual: Shaped like the output, or broadcasting to it; float32.
         input_scaling: Multiply by XNOR-Net's ``K``: the mean of ``|x|`` over the channels of a group and the window.
-        activation: ``[5, out]`` float32, see ``lowbit.runtime.lowering.activation``.
+        activation: ``[5, out]`` float32, see ``lowbit.runtime.activation``.
         out_threshold: ``[out]`` float32.
         out_flip: ``[out]`` bool.
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LayerError, SpecError
+from lowbit.runtime.activation import ROWS
 from lowbit.runtime.cpu.bits import WORD, words_for
-from lowbit.runtime.lowering.activation import ROWS
 
 
 def check_packed_input(x: Tensor, in_channels: int, groups: int, *others: object) -> None:

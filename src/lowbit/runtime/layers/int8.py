@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.formats.onnx.sessions import saturates
+from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import version_of
-from lowbit.runtime.lowering.operator import register_operator
 
 Pair = Sequence[int]
 

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from lowbit.errors import SpecError
 from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import share
-from lowbit.runtime.lowering.operator import register_operator
 
 ROWS_AT_ONCE = 256  # of a weight, decoded together
 GROUP = 64  # bytes whose parts are neighbouring codes; a row is filled up to whole groups

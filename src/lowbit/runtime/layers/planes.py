@@ -25,9 +25,9 @@ from lowbit.runtime.cpu.target import active_target, processor_features
 from lowbit.runtime.layers.binary import compiled_loops, output_size
 from lowbit.runtime.layers.checks import check_input, check_layer, check_window, refuse_gradients
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels
+from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import Array, LayerTensors, PreparedLayer, keep_layer, known_layer
-from lowbit.runtime.lowering.operator import register_operator
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.thresholds import sign_threshold
 
 MOST_LEVELS = 15  # thresholds of the inputs: codes of 4 bits
 MOST_WEIGHT = 3  # in magnitude: 2 bits

@@ -20,16 +20,16 @@ from lowbit.formats.onnx.integer_grid import integer_grid
 from lowbit.formats.program.calls import Graph, Node, Stored
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
+from lowbit.runtime.activation import activated
 from lowbit.runtime.cpu.bits import WORD
 from lowbit.runtime.layers.binary import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2d, int8_linear
+from lowbit.runtime.layers.operator import Operator
 from lowbit.runtime.layers.packed import pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
-from lowbit.runtime.lowering.activation import activated
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.operator import Operator
 from lowbit.runtime.lowering.surroundings import AFFINE, CONV, GRID, LINEAR, RESHAPE, Surroundings, options_of, window_of
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.thresholds import sign_threshold
 
 _BINARY = {CONV: "lowbit.binary_conv2d.default", LINEAR: "lowbit.binary_linear.default"}
 _PACKED = {CONV: "lowbit.packed_conv2d.default", LINEAR: "lowbit.packed_linear.default"}

@@ -13,10 +13,10 @@ from lowbit.formats.onnx.integer_grid import integer_grid
 from lowbit.formats.program.calls import Node, Result, Stored
 from lowbit.formats.program.operators import find_operator
 from lowbit.quantizers import QTensor
+from lowbit.runtime.activation import Activation
 from lowbit.runtime.layers.planes import MOST_WEIGHT
-from lowbit.runtime.lowering.activation import Activation
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.thresholds import sign_threshold
 
 SIGN = "lowbit.fake_quantize_codebook.default"
 AFFINE, GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
