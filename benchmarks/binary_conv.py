@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
+from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.cpu.compiled import VARIABLE
 from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.layers.prepared import LayerTensors, PreparedLayer

@@ -24,7 +24,7 @@ import torch
 from binary_conv import SHAPES, machine, onnx_call, onnx_files, ratio, turn_by_turn
 from torch import Tensor, nn
 
-from lowbit.runtime import active_target
+from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels, int8_conv2d
 from lowbit.runtime.layers.planes import input_thresholds, pack_planes, planes_conv2d
 

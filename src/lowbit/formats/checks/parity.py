@@ -27,7 +27,8 @@ from torch import Tensor, fx, nn
 
 from lowbit.errors import ParityError
 from lowbit.formats.checks.tolerance import accumulator_unit, excess_of, is_quantizer, since_quantizers
-from lowbit.formats.onnx.sessions import load_onnx, name_inputs
+from lowbit.formats.onnx.sessions import load_onnx
+from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import flatten
 from lowbit.inputs import Inputs
