@@ -21,33 +21,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import SHAPES, machine, onnx_call, onnx_files, openvino_call, ratio, turn_by_turn
 from torch import Tensor, nn
 
-from lowbit.runtime import active_target, binary_conv2d, pack_conv_weight
+from lowbit.runtime.arguments import Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.compiled import VARIABLE
-from lowbit.runtime.layers.binary import compiled_loops
-from lowbit.runtime.layers.prepared import LayerTensors, PreparedLayer
+from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.layers.binary import binary_conv2d, compiled_loops, pack_conv_weight
+from lowbit.runtime.layers.prepared import PreparedLayer
 
-SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, height and width
 RESULTS = Path(__file__).parent / "results"
-WARMUP, WARMUP_SECONDS = 8, 0.2  # untimed calls before each timed one: so many the caches and the heap take to settle after another runtime
 CORE = "core loop"
+WINDOW = Window((3, 3), padding=(1, 1))
 CHAIN = 100_000  # multiplications that wait for one another
 CHAIN_CYCLES = 4  # of each: 3 for the multiplication and 1 for the exclusive or, on x86-64 of the last ten years
 FIRST_USE = (
-    "import time; s = time.perf_counter(); from lowbit.runtime.binary_conv import *; compiled_loops(); print(time.perf_counter() - s)"
+    "import time; s = time.perf_counter(); from lowbit.runtime.layers.binary import *; compiled_loops(); print(time.perf_counter() - s)"
 )
 
 
@@ -60,71 +60,39 @@ def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[
     x_last = x.contiguous(memory_format=torch.channels_last)
     float_file, int8_file = onnx_files(layer, x, folder)
     signs, ternary = torch.where(weight >= 0, 1.0, -1.0), torch.where(weight.abs() < 0.5, 0.0, weight.sign())
-    channels = weight.shape[1]
-    rest = (torch.ones(weight.shape[0]), None, channels, [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    binary, masked = pack_conv_weight(signs), pack_conv_weight(ternary)
+    epilogue = Epilogue(torch.ones(len(weight)))
+    calls_of = {name: binary_conv2d.flatten(x_last, layer_of(w), WINDOW, epilogue) for name, w in (("binary", signs), ("ternary", ternary))}
     calls = {
-        "binary": lambda: binary_conv2d.function(x_last, *binary, *rest),
-        "ternary": lambda: binary_conv2d.function(x_last, *masked, *rest),
-        **core_loop(x_last, *binary),
+        "binary": lambda: binary_conv2d.flat(**calls_of["binary"]),
+        "ternary": lambda: binary_conv2d.flat(**calls_of["ternary"]),
+        **core_loop(x_last, layer_of(signs)),
         "torch float32": lambda: layer(x),
         "torch float32 channels-last": lambda: last(x_last),
         "onnxruntime float32": onnx_call(float_file, x),
         "onnxruntime int8": onnx_call(int8_file, x),
     }
     if find_spec("openvino") is not None:
-        from binary_network import openvino_call
-
         calls["openvino int8"] = openvino_call(int8_file, x)
     return calls
 
 
-def core_loop(x: Tensor, words: Tensor, mask: Tensor | None) -> dict[str, Callable[[], object]]:
+def layer_of(weight: Tensor) -> SignLayer[Tensor]:
+    words, mask = pack_conv_weight(weight)
+    return SignLayer(words, weight.shape[1], mask)
+
+
+def core_loop(x: Tensor, signs: SignLayer[Tensor]) -> dict[str, Callable[[], object]]:
     """The kernel alone, from packed signs to floats; nothing where there are no compiled kernels."""
     loops = compiled_loops()
     if loops is None:
         return {}
-    layer = PreparedLayer(loops, LayerTensors(words, mask, torch.ones(len(words)), None, None), (x.shape[1], 1, 3, 3, 1, 1, 1, 1, 1, 1, 0))
+    layer = PreparedLayer(loops, signs, WINDOW, Epilogue(torch.ones(len(signs.words))))
     n, channels, height, width = x.shape
     image, y = layer.empty_image(n, height, width), np.empty((n, height, width, channels), np.float32)
     loops.pack(x.permute(0, 2, 3, 1).numpy(), *layer.packing, image, 1, 1, 1, 0, n * height)
     outputs = layer.nothing, layer.nothing, y, *layer.signing, layer.no_signs, y.shape
     arguments = image, *layer.weight, *layer.finishing, *outputs, (height, width), layer.shape
     return {CORE: lambda: loops.convolve(*arguments, 0, n * height)}
-
-
-def onnx_files(layer: nn.Module, x: Tensor, folder: Path) -> tuple[Path, Path]:
-    """The layer in float, and by ONNX Runtime's static quantizer: per channel, uint8 activations, int8 weights."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = [{"x": x.numpy()}]
-
-        def get_next(self) -> dict[str, object] | None:
-            return self.left.pop() if self.left else None
-
-    paths = folder / "float.onnx", folder / "int8.onnx"
-    torch.onnx.export(layer, (x,), paths[0], input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
-    quantize_static(
-        paths[0],
-        paths[1],
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    return paths
-
-
-def onnx_call(path: Path, x: Tensor) -> Callable[[], object]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"x": x.numpy()})
 
 
 def clock() -> Callable[[], float]:
@@ -175,30 +143,6 @@ def measure(channels: int, size: int, batch: int, runs: int, cycles: Callable[[]
     return row
 
 
-def turn_by_turn(
-    calls: Mapping[str, Callable[[], object]], runs: int, after_turn: Callable[[], object] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of each call in each of ``runs`` turns, right after untimed calls of its own."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(WARMUP):
-                call()
-                if time.perf_counter() - start > WARMUP_SECONDS:
-                    break
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        after_turn()
-    return times
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios of calls that stood side by side."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 def first_use() -> dict[str, float]:
     """Seconds until the kernels can be called in a new process, torch's import left out, without and with a filled cache."""
     with tempfile.TemporaryDirectory() as folder:
@@ -209,17 +153,6 @@ def first_use() -> dict[str, float]:
             found[state] = round(float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout), 2)
     print("first use", found, flush=True)
     return found
-
-
-def machine() -> str:
-    """The processor by name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    units = ", ".join(unit for unit, flag in (("VNNI", "avx512_vnni"), ("AMX", "amx_int8")) if flag in flags)
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}{f' with {units}' if units else ''}, {os.cpu_count()} cores"
 
 
 def main() -> None:

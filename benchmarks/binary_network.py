@@ -18,11 +18,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import machine, onnx_call, onnx_files, ratio, turn_by_turn
+from timing import machine, onnx_call, onnx_files, openvino_call, ratio, turn_by_turn
 from torch import Tensor, nn
 
 import lowbit
@@ -55,16 +54,6 @@ def binary(model: nn.Sequential, sample: Tensor) -> nn.Module:
     for _ in range(2):
         prepared(sample)
     return prepared.eval()
-
-
-def openvino_call(path: Path, x: Tensor) -> Callable[[], object]:
-    """The file in OpenVINO, in float32 where it is not in integers."""
-    import openvino
-
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda: request.infer({"x": x.numpy()})
 
 
 def measure(network: RuntimeNetwork, plain: nn.Module, batch: int, runs: int, folder: Path) -> dict[str, object]:

@@ -21,13 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import SHAPES, machine, onnx_call, onnx_files, ratio, turn_by_turn
+from timing import SHAPES, machine, onnx_call, onnx_files, ratio, turn_by_turn
 from torch import Tensor, nn
 
-from lowbit.runtime import active_target
+from lowbit.runtime.arguments import Affine, PlanesLayer, Window
+from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels, int8_conv2d
 from lowbit.runtime.layers.planes import input_thresholds, pack_planes, planes_conv2d
 
+WINDOW = Window((3, 3), padding=(1, 1))
 RESULT = Path(__file__).parent / "results" / "bit_planes.json"
 WEIGHTS = {"1": (-1, 1), "ternary": (-1, 0, 1), "2": (-2, -1, 0, 1), "2 odd": (-3, -1, 1, 3)}
 PAIRS = (("1", 1), ("1", 2), ("ternary", 2), ("1", 3), ("ternary", 3), ("1", 4), ("ternary", 4), ("2", 2), ("2 odd", 2))
@@ -38,8 +40,9 @@ def planes_call(x: Tensor, levels: tuple[int, ...], bit_width: int) -> Callable[
     channels = x.shape[1]
     weight = torch.tensor(levels)[torch.randint(len(levels), (channels, channels, 3, 3))]
     thresholds = input_thresholds(InputGrid(0.0, 0.25, 0.0, 0.0, 0.25, 0, 2**bit_width - 1))
-    parts = (*pack_planes(weight), torch.ones(channels), None, thresholds, 0, channels)
-    return lambda: planes_conv2d.function(x, *parts, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    words, mask = pack_planes(weight)
+    layer, epilogue = PlanesLayer(words, channels, thresholds, 0, mask), Affine(torch.ones(channels))
+    return lambda: planes_conv2d.function(x, layer, WINDOW, epilogue)
 
 
 def variants(x: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
@@ -49,7 +52,7 @@ def variants(x: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     last = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
     codes = torch.randint(-127, 128, (channels, channels, 3, 3), dtype=torch.int8)
-    rest = (torch.ones(channels), None, [0.0, 0.02, 0.0, 0.0, 0.02, 0, 255], [1, 1], [1, 1], [1, 1], 1)
+    rest = [0.0, 0.02, 0.0, 0.0, 0.02, 0, 255], WINDOW, Affine(torch.ones(channels))
     calls: dict[str, Callable[[], object]] = {f"{weight} x {bits}": planes_call(x_last, WEIGHTS[weight], bits) for weight, bits in PAIRS}
     if has_exact_kernels():
         calls["int8"] = lambda: int8_conv2d.function(x_last, codes, *rest)

@@ -10,6 +10,7 @@ and packed_linear_xeon_amx.json on a processor with AMX.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from binary_conv import machine, ratio, turn_by_turn
+from timing import machine, ratio, turn_by_turn
 from torch.nn import functional
 
 from lowbit.runtime.cpu.target import active_target
@@ -39,8 +40,7 @@ def measure(size: int, rows: int, runs: int) -> dict[str, object]:
     for bits in BITS:
         table = (torch.rand(size, 1) * torch.arange(2.0**bits)).contiguous()
         packed = pack_linear_weight(torch.randint(0, 2**bits, (size, size)), table, bits)
-        arguments = (packed.words, packed.table, None, packed.bit_width, size, size, "int8")
-        calls[f"{bits} bit x int8"] = lambda arguments=arguments: packed_linear(x, *arguments)  # type: ignore[misc]
+        calls[f"{bits} bit x int8"] = functools.partial(packed_linear, x, packed, None, "int8")
         sizes[f"{bits} bit x int8"] = packed.words.numel() + 8 * size
     with torch.inference_mode():
         times = turn_by_turn(calls, runs)

@@ -31,6 +31,19 @@ ORDER = (
     ("cli",),
     ("__main__", ""),
 )
+# The same within a room.
+WINGS = {
+    "formats": (("program",), ("packed", "onnx"), ("checks",)),
+    "runtime": (
+        ("arguments", "activation", "thresholds", "kept"),
+        ("cpu",),
+        ("cuda",),
+        ("layers",),
+        ("lowering",),
+        ("pieces", "profile"),
+        ("compile",),
+    ),
+}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 
@@ -73,6 +86,19 @@ def upward(imports: dict[str, set[str]]) -> list[str]:
     return sorted(wrong)
 
 
+def upward_within(room: str, imports: dict[str, set[str]]) -> list[str]:
+    """Imports between wings of a room that do not run downwards; the package itself imports nothing of the room."""
+    level = {wing: index for index, wings in enumerate(WINGS[room]) for wing in wings} | {"": -1}
+    wrong = []
+    for name, others in imports.items():
+        for other in others:
+            if name.split(".")[0] == other.split(".")[0] == room:
+                above, below = ([*module.split("."), ""][1] for module in (name, other))
+                if above != below and level[below] >= level[above]:
+                    wrong.append(f"{name} imports {other}")
+    return sorted(wrong)
+
+
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     """Modules that import each other, directly or through others."""
     reached = {name: set(others) for name, others in imports.items()}
@@ -90,6 +116,35 @@ def test_every_room_has_its_place_in_the_order() -> None:
 
 def test_imports_run_downwards() -> None:
     assert upward(graph(SOURCE)) == []
+
+
+@pytest.mark.parametrize("room", WINGS)
+def test_imports_run_downwards_between_wings(room: str) -> None:
+    assert {name.split(".")[1] for name in modules(SOURCE) if name.startswith(f"{room}.")} == {
+        wing for wings in WINGS[room] for wing in wings
+    }
+    assert upward_within(room, graph(SOURCE)) == []
+
+
+def test_an_import_upwards_between_wings_would_be_found() -> None:
+    imports = {
+        "runtime.cpu.bits": {"runtime.layers.binary", "errors"},
+        "runtime": {"runtime.cpu"},
+        "runtime.layers.binary": {"runtime.kept"},
+    }
+    assert upward_within("runtime", imports) == ["runtime imports runtime.cpu", "runtime.cpu.bits imports runtime.layers.binary"]
+
+
+def test_no_benchmarks_import_each_other() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    names = {path.stem: path for path in folder.glob("*.py")}
+    imports = {}
+    for name, path in names.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        imports[name] = found & set(names)
+    assert circles(imports) == []
 
 
 def test_no_files_import_each_other() -> None:

@@ -11,7 +11,7 @@ import lowbit
 from lowbit.errors import FileFormatError
 from lowbit.formats.packed.file import package
 from lowbit.formats.packed.network import PackedNetwork
-from lowbit.formats.program.calls import Node
+from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.program import export_program
 from lowbit.runtime import compile as compiling
 from lowbit.runtime.pieces import images_are_apart
@@ -35,7 +35,7 @@ def verdict(function: Function) -> bool:
     network = PackedNetwork(package(export_program(Of(function).eval(), images()), None))
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def observe(node: Node, _seconds: float, result: object) -> None:
+    def observe(node: OperatorCall, _seconds: float, result: object) -> None:
         if isinstance(result, Tensor):
             shapes[node.name] = tuple(result.shape)
 

@@ -18,7 +18,8 @@ import typer
 from lowbit.cli.console import show_table
 from lowbit.errors import LowbitError
 from lowbit.runtime.cpu import compiled
-from lowbit.runtime.cpu.target import active_target, cuda_target, processor_features
+from lowbit.runtime.cpu.target import active_target, processor_features
+from lowbit.runtime.cuda.target import cuda_target
 from lowbit.runtime.layers.binary import compiled_loops
 
 PACKAGES = ("torch", "numba", "llvmlite", "triton", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")

@@ -23,7 +23,7 @@ from lowbit.network.record import record_of
 from lowbit.progress import Progress
 from lowbit.report.histograms import weight_histograms
 from lowbit.report.html import write_html
-from lowbit.report.results import Parity, Report, write_json
+from lowbit.report.results import ParityResult, Report, write_json
 from lowbit.report.summary import layer_results
 from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
 from lowbit.spec import BitPolicy, Position
@@ -191,7 +191,7 @@ def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None
 
 
 def _with_export(report: Report, name: str, written: ExportReport) -> Report:
-    parity = Parity(written.parity.max_abs_error, written.parity.top1_agreement, written.parity.passed)
+    parity = ParityResult(written.parity.max_abs_error, written.parity.top1_agreement, written.parity.passed)
     report = dataclasses.replace(report, notes=[*report.notes, *(note for note in written.notes if note not in report.notes)])
     if name == "model.lowbit":
         return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity)

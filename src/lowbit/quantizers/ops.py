@@ -1,12 +1,16 @@
-"""Activation quantizers as single operators, so that an exported graph has one node for each.
+"""Activation quantizers and what scales outputs by inputs, as single operators, so that an exported graph has one node for each.
 
-``torch.export`` sees these; eager code uses the quantizers, whose arithmetic is the same. Both quantize per tensor.
+``torch.export`` sees the operators; eager code uses quantizers and functions whose arithmetic is the same. All quantize per tensor.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @torch.library.custom_op("lowbit::fake_quantize_affine", mutates_args=())
@@ -52,3 +56,32 @@ def fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Ten
 @fake_quantize_codebook.register_fake
 def _(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+def input_scale(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """XNOR-Net's K: the mean of ``|x|`` over the channels of a group and over a window, places beyond the border counting as 0.
+
+    Args:
+        x: ``[N, channels, ...]`` with as many further dimensions as ``kernel_size`` has numbers.
+        kernel_size, stride, padding, dilation: A number for each dimension of space.
+        groups: Number of groups; ``channels`` must be a multiple of it.
+
+    Returns:
+        ``[N, groups, ...]``.
+
+    Source: Rastegari et al. 2016, "XNOR-Net", section 3.2, Eq. 11.
+
+        >>> input_scale(torch.tensor([[[1.0, -3.0, 2.0]]]), [3], [1], [1], [1], 1)
+        tensor([[[1.3333, 2.0000, 1.6667]]])
+    """
+    dims = len(kernel_size)
+    mean = x.abs().unflatten(-dims - 1, (groups, -1)).mean(-dims - 1)
+    kernel = mean.new_full((groups, 1, *kernel_size), 1 / math.prod(kernel_size))
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
+    return convolve(mean, kernel, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+marked_input_scale = torch.library.custom_op("lowbit::input_scale", input_scale, mutates_args=())
+marked_input_scale.register_fake(input_scale)

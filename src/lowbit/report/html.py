@@ -15,7 +15,7 @@ from lowbit.files import write_text
 from lowbit.measure.diagnosis import Diagnosis
 from lowbit.report import svg
 from lowbit.report.histograms import WeightHistogram
-from lowbit.report.results import LayerResult, Parity, Report
+from lowbit.report.results import LayerResult, ParityResult, Report
 from lowbit.report.words import NOTHING, bits_word, bytes_word, count_word, db_word, number_word, percent_word, ratio_word
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
@@ -151,7 +151,7 @@ def _parity_card(report: Report) -> Card:
     )
 
 
-def _parity_word(parity: Parity) -> str:
+def _parity_word(parity: ParityResult) -> str:
     return "exact" if parity.max_abs_error == 0 else number_word(parity.max_abs_error)
 
 

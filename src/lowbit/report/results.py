@@ -50,7 +50,7 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class Parity:
+class ParityResult:
     """How an exported file's outputs compare with the quantized network's."""
 
     max_abs_error: float | None = None
@@ -92,8 +92,8 @@ class Report:
     size_float: int | None = None
     size_packed: int | None = None
     size_onnx: int | None = None
-    parity_packed: Parity = Parity()
-    parity_onnx: Parity = Parity()
+    parity_packed: ParityResult = ParityResult()
+    parity_onnx: ParityResult = ParityResult()
     latency_float_onnx: float | None = None
     latency_quantized_onnx: float | None = None
     latency_setting: str = ""

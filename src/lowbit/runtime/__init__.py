@@ -1,6 +1,9 @@
-"""Layers of few bits computed with few bits."""
+"""Layers of few bits computed with few bits.
 
-from lowbit.runtime.cpu.target import active_target
-from lowbit.runtime.layers.binary import binary_conv2d, binary_linear, pack_conv_weight
+Imports run down: ``compile`` -> ``lowering`` -> ``layers`` -> ``cuda``, ``cpu`` -> ``arguments``, ``activation``, ``thresholds``, ``kept``.
 
-__all__ = ["active_target", "binary_conv2d", "binary_linear", "pack_conv_weight"]
+- ``compile`` puts layers of a network on kernels, ``profile`` says where its time goes;
+- ``lowering`` finds the layers in a graph, with what can be computed along with them;
+- ``layers`` are torch operators, one file for each kind of layer, with a reference in plain torch;
+- ``cpu`` and ``cuda`` are the kernels.
+"""

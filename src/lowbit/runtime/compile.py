@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.formats.packed.file import Package, package
 from lowbit.formats.packed.network import PackedNetwork
-from lowbit.formats.program.calls import Node
+from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.program import export_program
 from lowbit.network.record import record_of
 from lowbit.runtime.cpu.target import active_target
@@ -98,7 +98,7 @@ class RuntimeNetwork(PackedNetwork):
         shapes: dict[str, Shape] = {}
         largest = 1
 
-        def observe(node: Node, _seconds: float, result: object) -> None:
+        def observe(node: OperatorCall, _seconds: float, result: object) -> None:
             nonlocal largest
             first = result[0] if isinstance(result, (list, tuple)) else result
             if isinstance(first, Tensor):
@@ -133,7 +133,7 @@ class RuntimeNetwork(PackedNetwork):
         found = OPERATORS.get(operator)
         if found is None:
             return super().function_of(operator)
-        return found if torch.compiler.is_compiling() else found.function
+        return found.overload if torch.compiler.is_compiling() or torch.compiler.is_exporting() else found.flat
 
 
 def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from lowbit.formats.program.calls import Graph, Node, Result, references
+from lowbit.formats.program.calls import Graph, OperatorCall, Result, references
 
 LARGEST_BYTES = 8 * 2**20  # of one activation of a piece, for each thread
 
@@ -23,7 +23,7 @@ _IMAGE_NAMES = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear layer_norm _native_batch_norm_legit_no_training
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     _adaptive_avg_pool2d pixel_shuffle pixel_unshuffle constant_pad_nd reflection_pad2d replication_pad2d
-    binary_conv2d binary_linear planes_conv2d planes_linear int8_conv2d int8_linear packed_linear packed_conv2d
+    input_scale binary_conv2d binary_linear planes_conv2d planes_linear int8_conv2d int8_linear packed_linear packed_conv2d
 """
 _AXIS_NAMES = "mean sum amax amin softmax log_softmax _softmax _log_softmax flatten cat unsqueeze squeeze select slice split chunk"
 _EACH_NUMBER, _EACH_IMAGE, _ALONG_AXES = (frozenset(names.split()) for names in (_NUMBER_NAMES, _IMAGE_NAMES, _AXIS_NAMES))
@@ -67,7 +67,7 @@ def _short(operator: str) -> str:
     return operator.split(".")[1] if "." in operator else operator
 
 
-def _keeps_images(node: Node, sizes: set[str]) -> bool:
+def _keeps_images(node: OperatorCall, sizes: set[str]) -> bool:
     shape = node.args[1] if len(node.args) > 1 else None
     if not isinstance(shape, (list, tuple)) or not shape:
         return False
@@ -76,13 +76,13 @@ def _keeps_images(node: Node, sizes: set[str]) -> bool:
     return is_batch and all(isinstance(size, int) for size in rest)
 
 
-def _for_each_number(node: Node, ranks: Mapping[str, int]) -> bool:
+def _for_each_number(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
     """No broadcasting that pairs images: results of the same rank."""
     found = [ranks.get(r.name) for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)]
     return len(set(found)) == 1 and found[0] == ranks.get(node.name)
 
 
-def _for_each_image(node: Node, ranks: Mapping[str, int]) -> bool:
+def _for_each_image(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
     """Its first argument has axes beside that of the batch, its weights are stored, and what is added has the result's rank."""
     first, *others = node.args
     weights = [r for value in others for r in references(value) if isinstance(r, Result)]
@@ -91,7 +91,7 @@ def _for_each_image(node: Node, ranks: Mapping[str, int]) -> bool:
     return has_axes and not weights and all(ranks.get(r.name) == ranks.get(node.name) for r in added)
 
 
-def _along_axes(node: Node, ranks: Mapping[str, int]) -> bool:
+def _along_axes(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
     """The axes are given and the first one is not among them."""
     name = _short(node.operator)
     place = 2 if name in ("split", "chunk") else 1
@@ -103,11 +103,11 @@ def _along_axes(node: Node, ranks: Mapping[str, int]) -> bool:
     return bool(listed) and rank > 0 and all(isinstance(axis, int) and axis % rank > 0 for axis in listed)
 
 
-def _item(node: Node, ranks: Mapping[str, int]) -> bool:
+def _item(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
     return isinstance(node.args[0], Result)
 
 
-_RULES: tuple[tuple[frozenset[str], Callable[[Node, Mapping[str, int]], bool]], ...] = (
+_RULES: tuple[tuple[frozenset[str], Callable[[OperatorCall, Mapping[str, int]], bool]], ...] = (
     (_EACH_NUMBER, _for_each_number),
     (_EACH_IMAGE, _for_each_image),
     (_ALONG_AXES, _along_axes),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.formats.packed.network import PackedNetwork
-from lowbit.formats.program.calls import Node
+from lowbit.formats.program.calls import OperatorCall
 from lowbit.inputs import Inputs
 
 WARMUP = 2
@@ -58,7 +58,7 @@ def profile(network: PackedNetwork, sample: object, *, runs: int = 20) -> Profil
     seconds: dict[str, list[float]] = {}
     operators: dict[str, str] = {}
 
-    def observe(node: Node, passed: float, _result: object) -> None:
+    def observe(node: OperatorCall, passed: float, _result: object) -> None:
         found = seconds.setdefault(node.name, [0.0] * runs)
         found[turn] += passed
         operators[node.name] = node.operator.removesuffix(".default").partition(".")[2] or node.operator

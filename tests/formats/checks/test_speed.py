@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from lowbit.errors import DataError, FileFormatError, SpecError
 from lowbit.formats.checks.speed import WARMUP, Speed, compare_speed, latency, time_interleaved
-from lowbit.formats.onnx.sessions import load_onnx, name_inputs
+from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.inputs import Inputs
 
 
@@ -89,12 +89,3 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     broken.write_bytes(b"not a model")
     with pytest.raises(FileFormatError, match="ONNX Runtime does not accept it"):
         load_onnx(broken)
-
-
-def test_inputs_are_named_in_order_and_keywords_by_their_own_name() -> None:
-    a, b, c = (torch.full((1,), float(i)) for i in range(3))
-    assert name_inputs(["x", "y", "z"], Inputs((a, b), {"y": c})) == {"y": c, "x": a, "z": b}
-    with pytest.raises(DataError, match="the file takes x, y; given were input 0"):
-        name_inputs(["x", "y"], Inputs((a,)))
-    with pytest.raises(DataError, match="the file takes x; given were w"):
-        name_inputs(["x"], Inputs((), {"w": a}))

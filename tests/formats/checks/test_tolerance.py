@@ -8,7 +8,7 @@ import torch
 from tests.networks import settled
 from torch import Tensor, fx, nn
 
-from lowbit.formats.checks.tolerance import accumulator_unit, excess_of, is_quantizer
+from lowbit.formats.checks.tolerance import accumulator_step, excess_of, is_quantizer
 from lowbit.formats.program.program import export_program
 from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
 from lowbit.quantizers import UniformQuantizer
@@ -96,7 +96,7 @@ def unit_behind(rest: nn.Module) -> float:
     set_weight_quantizer(model.first, weights)  # type: ignore[arg-type]
     program = export_program(model, torch.randn(2, 2, 4, 4))
     last: fx.Node = [node for node in program.exported.graph.nodes if is_quantizer(node)][-1]
-    return accumulator_unit(program, last)
+    return accumulator_step(program, last)
 
 
 class Times(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lowbit.errors import SpecError
 from lowbit.models.mobilenet import mobilenet_v2_small
 from lowbit.models.resnet import resnet20
-from lowbit.network.graph.blocks import Unit, find_blocks
+from lowbit.network.graph.blocks import Block, find_blocks
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.layers import quantizable_layers
 
@@ -69,7 +69,7 @@ class TinyTransformer(nn.Module):
         return self.head(x.mean(1))
 
 
-def units(model: nn.Module, *, patterns: tuple[str, ...] = (), with_graph: bool = True) -> list[Unit]:
+def units(model: nn.Module, *, patterns: tuple[str, ...] = (), with_graph: bool = True) -> list[Block]:
     """The units of a network for 8x8 images; each layer is in exactly one."""
     graph = capture(model.eval(), torch.randn(2, 3, 8, 8)) if with_graph else None
     found = find_blocks(model, graph, patterns)
@@ -78,7 +78,7 @@ def units(model: nn.Module, *, patterns: tuple[str, ...] = (), with_graph: bool 
     return found
 
 
-def blocks(found: list[Unit]) -> list[str]:
+def blocks(found: list[Block]) -> list[str]:
     return [unit.name for unit in found if unit.kind == "block"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowbit.errors import LayerError
 from lowbit.inputs import Inputs
 from lowbit.models.resnet import ResidualBlock, resnet8
-from lowbit.network.graph.blocks import Unit
+from lowbit.network.graph.blocks import Block
 from lowbit.post_training.pipeline import PtqJob
 from lowbit.post_training.reconstruction.units import PlannedUnit, block_units, layer_units, plan_units
 from lowbit.spec import BitPolicy
@@ -193,6 +193,6 @@ def test_what_stands_between_two_units_or_comes_in_beside_prevents_carrying() ->
 
     job = job_of(Between(), image())
     units = plan_units(
-        job, [Unit("a", ("a",), "layer"), Unit("b", ("b",), "layer"), Unit("block", ("block.conv1", "block.conv2"), "block")]
+        job, [Block("a", ("a",), "layer"), Block("b", ("b",), "layer"), Block("block", ("block.conv1", "block.conv2"), "block")]
     )
     assert [unit.is_carried for unit in units] == [False, False, True]

@@ -33,8 +33,10 @@ HITS = sum(double.stats.cache_hits.values())
 KERNELS = """
 import json
 import torch
+from lowbit.runtime.arguments import Epilogue, SignLayer, Window
 from lowbit.runtime.layers.binary import binary_conv2d, binary_conv2d_reference, compiled_loops, pack_conv_weight
-arguments = (torch.randn(1, 40, 6, 6), *pack_conv_weight(torch.ones(8, 40, 3, 3)), torch.ones(8), None, 40, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+layer, window = SignLayer(pack_conv_weight(torch.ones(8, 40, 3, 3))[0], 40), Window((3, 3), padding=(1, 1))
+arguments = torch.randn(1, 40, 6, 6), layer, window, Epilogue(torch.ones(8))
 assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
 loops = compiled_loops()
 print(json.dumps([str(loops.FOLDER), sum(loops.convolve.stats.cache_hits.values()), sum(loops.pack.stats.cache_hits.values())]))

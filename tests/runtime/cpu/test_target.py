@@ -1,25 +1,20 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from lowbit.errors import SpecError
 from lowbit.runtime.cpu import target
-from lowbit.runtime.cpu.target import REFERENCE, TARGETS, active_target, cuda_target
+from lowbit.runtime.cpu.target import REFERENCE, TARGETS, active_target
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(target.VARIABLE, raising=False)
     active_target.cache_clear()
-    cuda_target.cache_clear()
     yield
     active_target.cache_clear()
-    cuda_target.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -76,31 +71,3 @@ def test_a_numba_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatch
 def test_tables_are_for_processors_that_count_no_words() -> None:
     forms = {t.name: t.form for t in TARGETS if t.lanes}
     assert forms == {"avx512_vpopcntdq": "count", "avx512": "lookup", "avx2": "lookup", "neon": "count", "sse42": "lookup"}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "has_device", "told"),
-    [
-        ("reference", True, "LOWBIT_KERNELS asks for the reference"),
-        ("", False, "torch finds no CUDA device"),
-        ("", True, "triton is not installed: pip install 'lowbit[cuda]'"),
-    ],
-)
-def test_why_layers_on_cuda_run_in_float(wanted: str, has_device: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(target.VARIABLE, wanted)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
-    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
-    assert cuda_target() == (False, told)
-
-
-def test_a_triton_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no C compiler here")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
-    monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "lowbit.runtime.cuda.kernels", SimpleNamespace(pack=broken))
-    with pytest.warns(UserWarning, match="no C compiler here"):
-        assert cuda_target() == (False, "triton does not work here (RuntimeError)")
-    assert cuda_target()[0] is False

@@ -6,18 +6,20 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.runtime.binary_cases import any_convolution, signs
+from tests.runtime.binary_cases import any_convolution, sign_layer, signs
 from torch import Tensor
 
 from lowbit.errors import SpecError
+from lowbit.runtime.arguments import Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import pack_signs
-from lowbit.runtime.cpu.target import cuda_target
+from lowbit.runtime.cuda.target import cuda_target
 from lowbit.runtime.layers.binary import binary_conv2d, binary_conv2d_reference, binary_linear_reference, cuda_kernels, pack_conv_weight
 
 has_triton = importlib.util.find_spec("triton") is not None
@@ -35,16 +37,22 @@ def kernels() -> ModuleType:
     return cuda_kernels
 
 
-def there(arguments: tuple[Any, ...]) -> list[Any]:
-    """The arguments with their tensors on the device that is tested, strides kept."""
-    return [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
+def there(*arguments: Any) -> list[Any]:
+    """The arguments and their parts with tensors on the device that is tested, strides kept."""
+    return [_there(argument) for argument in arguments]
+
+
+def _there(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.to(device)
+    return replace(argument, **{name: _there(value) for name, value in vars(argument).items() if isinstance(value, Tensor)})
 
 
 @needs_kernels
 @settings(max_examples=60 if is_interpreted else 300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(kernels: ModuleType, data: st.DataObject) -> None:
-    arguments = there(any_convolution(data))
+    arguments = there(*any_convolution(data))
     got = kernels.conv2d(*arguments)
     assert torch.equal(got, binary_conv2d_reference(*arguments))
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -61,25 +69,9 @@ def test_scale_bias_residual_and_input_scale_round_as_in_the_reference(
     x, weight = torch.randn(2, 36, 7, 6, generator=generator), signs((10, 18, 3, 3), generator, has_zero=has_zero)
     scale, bias, residual = (torch.randn(*shape, generator=generator) for shape in ((10,), (10,), (2, 10, 4, 3)))
     threshold, flip = torch.randn(36, generator=generator), torch.arange(36) % 3 == 0
-    arguments = there(
-        (
-            x,
-            *pack_conv_weight(weight, 2),
-            scale,
-            bias,
-            36,
-            [3, 3],
-            [2, 2],
-            [1, 1],
-            [1, 1],
-            2,
-            pad_value,
-            threshold,
-            flip,
-            residual,
-            input_scaling,
-        )
-    )
+    window = Window((3, 3), (2, 2), (1, 1), groups=2, pad_value=pad_value)
+    epilogue = Epilogue(scale, bias, residual, input_scaling=input_scaling)
+    arguments = there(x, sign_layer(weight, 2, threshold, flip), window, epilogue)
     assert torch.equal(kernels.conv2d(*arguments), binary_conv2d_reference(*arguments))
 
 
@@ -91,7 +83,7 @@ def test_a_linear_layer_of_signs(kernels: ModuleType, shape: tuple[int, ...], ha
     x, weight = torch.randn(shape, generator=generator), signs((70, shape[-1]), generator, has_zero=has_zero)
     scale, bias, residual = (torch.randn(s, generator=generator) for s in ((70,), (70,), (*shape[:-1], 70)))
     threshold, flip = torch.randn(shape[-1], generator=generator), torch.arange(shape[-1]) % 3 == 0
-    arguments = there((x, *pack_conv_weight(weight), scale, bias, shape[-1], threshold, flip, residual))
+    arguments = there(x, sign_layer(weight, 1, threshold, flip), Epilogue(scale, bias, residual))
     assert torch.equal(kernels.linear(*arguments), binary_linear_reference(*arguments))
 
 
@@ -100,8 +92,8 @@ def test_layers_of_one_channel_a_group_and_of_many_channels(kernels: ModuleType)
     generator = torch.Generator().manual_seed(2)
     for groups, inputs, outputs in ((9, 1, 1), (5, 1, 2), (1, 300, 70)):
         x, weight = torch.randn(2, groups * inputs, 6, 5, generator=generator), signs((groups * outputs, inputs, 3, 3), generator)
-        words, mask = pack_conv_weight(weight, groups)
-        arguments = there((x, words, mask, torch.ones(len(words)), None, groups * inputs, [3, 3], [1, 1], [1, 1], [1, 1], groups))
+        window, epilogue = Window((3, 3), padding=(1, 1), groups=groups), Epilogue(torch.ones(groups * outputs))
+        arguments = there(x, sign_layer(weight, groups), window, epilogue)
         assert torch.equal(kernels.conv2d(*arguments), binary_conv2d_reference(*arguments))
 
 
@@ -111,8 +103,9 @@ def test_inputs_and_residuals_of_any_strides(kernels: ModuleType) -> None:
     weight = signs((8, 40, 3, 3), generator)
     wide, row = torch.randn(2, 50, 9, 14, generator=generator).to(device), torch.randn(8, 1, 1, generator=generator).to(device)
     x = wide[:, 3:43, :, ::2].transpose(2, 3)
-    rest = there((*pack_conv_weight(weight), torch.ones(8), None, 40, [3, 3], [1, 1], [1, 1], [1, 1], 1, 0, None, None))
-    assert torch.equal(kernels.conv2d(x, *rest, row.expand(2, 8, 7, 9)), binary_conv2d_reference(x, *rest, row))
+    layer, window, epilogue = there(sign_layer(weight), Window((3, 3), padding=(1, 1)), Epilogue(torch.ones(8), residual=row))
+    whole = replace(epilogue, residual=row.expand(2, 8, 7, 9))
+    assert torch.equal(kernels.conv2d(x, layer, window, whole), binary_conv2d_reference(x, layer, window, epilogue))
 
 
 @needs_kernels
@@ -126,41 +119,30 @@ def test_bits_are_packed_as_on_the_cpu_and_nan_counts_as_negative(kernels: Modul
 
 @needs_kernels
 def test_weights_that_are_loaded_in_place_are_used(kernels: ModuleType) -> None:
-    x, words = torch.randn(1, 40, 5, 5).to(device), pack_conv_weight(torch.ones(8, 40, 3, 3))[0].to(device)
-    rest = there((None, torch.ones(8), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1))
-    first = kernels.conv2d(x, words, *rest)
-    words.copy_(pack_conv_weight(-torch.ones(8, 40, 3, 3))[0])
-    assert torch.equal(kernels.conv2d(x, words, *rest), -first)
+    arguments = there(torch.randn(1, 40, 5, 5), sign_layer(torch.ones(8, 40, 3, 3)), Window((3, 3)), Epilogue(torch.ones(8)))
+    first = kernels.conv2d(*arguments)
+    arguments[1].words.copy_(pack_conv_weight(-torch.ones(8, 40, 3, 3))[0])
+    assert torch.equal(kernels.conv2d(*arguments), -first)
 
 
 @needs_kernels
 def test_tensors_on_other_devices_are_refused(kernels: ModuleType) -> None:
-    x, words = torch.randn(1, 40, 5, 5).to(device), torch.empty(8, 3, 3, 2, dtype=torch.int32, device="meta")
+    x, epilogue = there(torch.randn(1, 40, 5, 5), Epilogue(torch.ones(8)))
+    elsewhere = SignLayer(torch.empty(8, 3, 3, 2, dtype=torch.int32, device="meta"), 40)
     with pytest.raises(SpecError, match="its words on meta"):
-        kernels.conv2d(x, words, None, torch.ones(8).to(device), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
+        kernels.conv2d(x, elsewhere, Window((3, 3)), epilogue)
 
 
 @pytest.mark.skipif(not cuda_target()[0], reason=cuda_target()[1])
 def test_the_operator_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (
-        torch.randn(1, 40, 5, 5),
-        *pack_conv_weight(torch.ones(8, 40, 3, 3)),
-        torch.ones(8),
-        None,
-        40,
-        [3, 3],
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        1,
-    )
+    arguments = (torch.randn(1, 40, 5, 5), sign_layer(torch.ones(8, 40, 3, 3)), Window((3, 3)), Epilogue(torch.ones(8)))
     expected = binary_conv2d(*arguments)
     loaded = cuda_kernels()
     assert loaded is not None
     calls: list[int] = []
     conv2d = loaded.conv2d
     monkeypatch.setattr(loaded, "conv2d", lambda *given: calls.append(1) or conv2d(*given))
-    assert torch.equal(binary_conv2d(*there(arguments)).cpu(), expected)
+    assert torch.equal(binary_conv2d(*there(*arguments)).cpu(), expected)
     assert calls == [1]
 
 
@@ -168,8 +150,9 @@ _COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from lowbit.runtime import cuda_kernels
-from lowbit.runtime.binary_conv import pack_conv_weight
+from lowbit.runtime.arguments import Epilogue, SignLayer, Window
+from lowbit.runtime.cuda import kernels
+from lowbit.runtime.layers.binary import pack_conv_weight
 
 class Absent:
     get_current_target = lambda self: GPUTarget("cuda", 80, 32)
@@ -184,18 +167,20 @@ class Compiled:
         self.ptx = ptx
 
 driver.set_active(Absent())
-cuda_kernels.pack_kernel, cuda_kernels.convolve_kernel = map(Compiled, (cuda_kernels.pack_kernel, cuda_kernels.convolve_kernel))
+kernels.pack_kernel, kernels.convolve_kernel = map(Compiled, (kernels.pack_kernel, kernels.convolve_kernel))
 
-def counts(function, x, weight, *rest, **options):
-    function(x, *pack_conv_weight(weight), torch.ones(len(weight)), torch.ones(len(weight)), x.shape[1], *rest, **options)
-    ptx = cuda_kernels.convolve_kernel.ptx
+def counts(function, x, weight, *window, threshold=None, flip=None, **more):
+    words, mask = pack_conv_weight(weight)
+    epilogue = Epilogue(torch.ones(len(weight)), torch.ones(len(weight)), **more)
+    function(x, SignLayer(words, x.shape[1], mask, threshold, flip), *window, epilogue)
+    ptx = kernels.convolve_kernel.ptx
     print(ptx.count("popc.b32"), ptx.count("fma.rn.f32"))
 
-pair = [1, 1]
-counts(cuda_kernels.conv2d, torch.ones(2, 64, 9, 9), torch.ones(64, 64, 3, 3), [3, 3], pair, pair, pair, 1)
-counts(cuda_kernels.conv2d, torch.ones(2, 64, 9, 9), torch.eye(64)[..., None, None].expand(64, 64, 3, 3), [3, 3], pair, pair, pair, 1, 1,
-       torch.ones(64), torch.ones(64) > 0, torch.ones(64, 1, 1), True)
-counts(cuda_kernels.linear, torch.ones(1, 100), torch.ones(64, 100))
+counts(kernels.conv2d, torch.ones(2, 64, 9, 9), torch.ones(64, 64, 3, 3), Window((3, 3), padding=(1, 1)))
+counts(kernels.conv2d, torch.ones(2, 64, 9, 9), torch.eye(64)[..., None, None].expand(64, 64, 3, 3),
+       Window((3, 3), padding=(1, 1), pad_value=1), threshold=torch.ones(64), flip=torch.ones(64) > 0, residual=torch.ones(64, 1, 1),
+       input_scaling=True)
+counts(kernels.linear, torch.ones(1, 100), torch.ones(64, 100))
 """
 
 

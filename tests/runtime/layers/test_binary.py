@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.runtime.binary_cases import any_activation, any_convolution, signs
+from tests.runtime.binary_cases import any_activation, any_convolution, sign_layer, signs
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn import functional
 
 from lowbit.errors import SpecError
+from lowbit.runtime.arguments import Epilogue, Window
 from lowbit.runtime.layers import prepared
 from lowbit.runtime.layers.binary import (
     binary_conv2d,
@@ -19,6 +22,7 @@ from lowbit.runtime.layers.binary import (
     pack_conv_weight,
 )
 
+PADDED = Window((3, 3), padding=(1, 1))
 needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are no compiled kernels here")
 
 
@@ -26,10 +30,10 @@ needs_kernels = pytest.mark.skipif(compiled_loops() is None, reason="there are n
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
-    arguments = any_convolution(data)
-    activation = any_activation(data, arguments[1].shape[0])
-    got = binary_conv2d(*arguments, activation=activation)
-    assert torch.equal(got, binary_conv2d_reference(*arguments, activation=activation))
+    *arguments, epilogue = any_convolution(data)
+    epilogue = replace(epilogue, activation=any_activation(data, len(epilogue.scale)))
+    got = binary_conv2d(*arguments, epilogue)
+    assert torch.equal(got, binary_conv2d_reference(*arguments, epilogue))
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -37,37 +41,37 @@ def test_the_kernel_gives_the_integers_of_the_reference_for_any_shape(data: st.D
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_packed_signs_of_outputs_are_those_of_the_numbers_and_the_next_layer_takes_them(data: st.DataObject) -> None:
-    arguments = any_convolution(data)
-    out, generator = arguments[1].shape[0], torch.Generator().manual_seed(0)
-    limits = {"out_threshold": 3 * torch.randn(out, generator=generator).round()}
-    if data.draw(st.booleans()):
-        limits["out_flip"] = torch.rand(out, generator=generator) > 0.5
-    residual = torch.randn(binary_conv2d(*arguments).shape, generator=generator) if data.draw(st.booleans()) else None
-    more = {"activation": any_activation(data, out), "residual": residual}
-    found = binary_conv2d(*arguments, **more, **limits)
-    assert torch.equal(found, binary_conv2d_reference(*arguments, **more, **limits))
-    numbers = binary_conv2d(*arguments, **more)
-    weight = signs((5, out, 3, 2), generator)
-    rest = (*pack_conv_weight(weight), torch.ones(5), None, out, [3, 2], [2, 1], [2, 1], [1, 1], 1, data.draw(st.sampled_from([-1, 0, 1])))
-    expected = binary_conv2d_reference(numbers, *rest, limits["out_threshold"], limits.get("out_flip"))
-    assert torch.equal(binary_conv2d(found, *rest), expected)
-    assert torch.equal(binary_conv2d_reference(found, *rest), expected)
+    *arguments, epilogue = any_convolution(data)
+    out, generator = len(epilogue.scale), torch.Generator().manual_seed(0)
+    limit = 3 * torch.randn(out, generator=generator).round()
+    flip = torch.rand(out, generator=generator) > 0.5 if data.draw(st.booleans()) else None
+    residual = torch.randn(binary_conv2d(*arguments, epilogue).shape, generator=generator) if data.draw(st.booleans()) else None
+    of_numbers = replace(epilogue, activation=any_activation(data, out), residual=residual)
+    of_signs = replace(of_numbers, out_threshold=limit, out_flip=flip)
+    found = binary_conv2d(*arguments, of_signs)
+    assert torch.equal(found, binary_conv2d_reference(*arguments, of_signs))
+    numbers = binary_conv2d(*arguments, of_numbers)
+    layer = sign_layer(signs((5, out, 3, 2), generator))
+    rest = Window((3, 2), (2, 1), (2, 1), pad_value=data.draw(st.sampled_from([-1, 0, 1]))), Epilogue(torch.ones(5))
+    expected = binary_conv2d_reference(numbers, replace(layer, threshold=limit, flip=flip), *rest)
+    assert torch.equal(binary_conv2d(found, layer, *rest), expected)
+    assert torch.equal(binary_conv2d_reference(found, layer, *rest), expected)
 
 
 @needs_kernels
 def test_packed_signs_go_into_groups_of_whole_words() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, next_weight = torch.randn(2, 40, 6, 6), signs((64, 40, 3, 3), generator), signs((8, 32, 3, 3), generator)
-    window = ([3, 3], [1, 1], [1, 1], [1, 1])
-    first = (x, *pack_conv_weight(weight), torch.ones(64), None, 40, *window, 1)
-    second = (*pack_conv_weight(next_weight, 2), torch.ones(8), None, 64, *window, 2)
-    packed = binary_conv2d(*first, out_threshold=torch.zeros(64))
-    assert torch.equal(binary_conv2d(packed, *second), binary_conv2d_reference(binary_conv2d(*first), *second))
-    third = (*pack_conv_weight(signs((8, 16, 3, 3), generator), 4), torch.ones(8), None, 64, *window, 4)
+    first = (x, sign_layer(weight), PADDED)
+    second = (sign_layer(next_weight, 2), replace(PADDED, groups=2), Epilogue(torch.ones(8)))
+    packed = binary_conv2d(*first, Epilogue(torch.ones(64), out_threshold=torch.zeros(64)))
+    expected = binary_conv2d_reference(binary_conv2d(*first, Epilogue(torch.ones(64))), *second)
+    assert torch.equal(binary_conv2d(packed, *second), expected)
+    third = sign_layer(signs((8, 16, 3, 3), generator), 4)
     with pytest.raises(SpecError, match="whole words for each group"):
-        binary_conv2d(packed, *third)
+        binary_conv2d(packed, third, replace(PADDED, groups=4), Epilogue(torch.ones(8)))
     with pytest.raises(SpecError, match="have no threshold"):
-        binary_conv2d(packed, *second, threshold=torch.zeros(64))
+        binary_conv2d(packed, replace(second[0], threshold=torch.zeros(64)), *second[1:])
 
 
 @pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
@@ -78,9 +82,8 @@ def test_it_is_the_convolution_of_signs_with_scale_bias_residual_and_input_scale
     scale, bias, residual = (torch.randn(*shape, generator=generator) for shape in ((10,), (10,), (2, 10, 4, 3)))
     threshold, flip = torch.randn(36, generator=generator), torch.arange(36) % 3 == 0
     function = binary_conv2d_reference if is_reference else binary_conv2d
-    got = function(
-        x, *pack_conv_weight(weight, 2), scale, bias, 36, [3, 3], [2, 2], [1, 1], [1, 1], 2, pad_value, threshold, flip, residual, True
-    )
+    window = Window((3, 3), (2, 2), (1, 1), groups=2, pad_value=pad_value)
+    got = function(x, sign_layer(weight, 2, threshold, flip), window, Epilogue(scale, bias, residual, input_scaling=True))
     binary = torch.where(x >= threshold[:, None, None], 1.0, -1.0) * torch.where(flip, -1.0, 1.0)[:, None, None]
     dot = functional.conv2d(functional.pad(binary, (1, 1, 1, 1), value=pad_value), weight, None, 2, groups=2)
     means = functional.conv2d(x.abs().unflatten(1, (2, 18)).mean(2), torch.full((2, 1, 3, 3), 1 / 9), None, 2, 1, groups=2)
@@ -95,7 +98,7 @@ def test_a_linear_layer_of_signs(shape: tuple[int, ...], is_reference: bool) -> 
     x, weight = torch.randn(shape, generator=generator), signs((7, shape[-1]), generator)
     scale, bias, residual = (torch.randn(s, generator=generator) for s in ((7,), (7,), (*shape[:-1], 7)))
     function = binary_linear_reference if is_reference else binary_linear
-    got = function(x, *pack_conv_weight(weight), scale, bias, shape[-1], None, None, residual)
+    got = function(x, sign_layer(weight), Epilogue(scale, bias, residual))
     expected = functional.linear(torch.where(x >= 0, 1.0, -1.0), weight) * scale + bias + residual
     torch.testing.assert_close(got, expected)
 
@@ -106,27 +109,22 @@ def test_the_reference_is_right_for_one_channel_and_one_column(is_last: bool) ->
     x, weight = torch.randn(3, 1, 6, 4, generator=generator), signs((1, 1, 2, 3), generator)
     if is_last:
         x = torch.empty(x.shape, memory_format=torch.channels_last).copy_(x)
-    arguments = (x, *pack_conv_weight(weight), torch.ones(1), None, 1, [2, 3], [1, 2], [0, 0], [1, 1], 1)
+    arguments = (x, sign_layer(weight), Window((2, 3), (1, 2)), Epilogue(torch.ones(1)))
     expected = functional.conv2d(torch.where(x >= 0, 1.0, -1.0).double().contiguous(), weight.double(), None, (1, 2))
     for function in (binary_conv2d_reference, binary_conv2d):
         assert function(*arguments).flatten().tolist() == expected.flatten().tolist()
 
 
 def test_an_empty_batch_gives_an_empty_output() -> None:
-    words, mask = pack_conv_weight(torch.ones(4, 3, 3, 3))
-    assert binary_conv2d(torch.empty(0, 3, 8, 8), words, mask, torch.ones(4), None, 3, [3, 3], [1, 1], [1, 1], [1, 1], 1).shape == (
-        0,
-        4,
-        8,
-        8,
-    )
+    layer = sign_layer(torch.ones(4, 3, 3, 3))
+    assert binary_conv2d(torch.empty(0, 3, 8, 8), layer, PADDED, Epilogue(torch.ones(4))).shape == (0, 4, 8, 8)
 
 
 @needs_kernels
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     x, weight = torch.randn(3, 40, 9, 9, generator=generator), signs((24, 40, 3, 3), generator)
-    arguments = (x, *pack_conv_weight(weight), torch.ones(24), None, 40, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    arguments = (x, sign_layer(weight), PADDED, Epilogue(torch.ones(24)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -140,49 +138,49 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 def test_weights_that_are_loaded_in_place_are_used() -> None:
-    x, words = torch.randn(1, 40, 5, 5), pack_conv_weight(torch.ones(8, 40, 3, 3))[0]
-    rest = (None, torch.ones(8), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
-    first = binary_conv2d(x, words, *rest)
-    words.copy_(pack_conv_weight(-torch.ones(8, 40, 3, 3))[0])
-    assert torch.equal(binary_conv2d(x, words, *rest), -first)
+    x, layer = torch.randn(1, 40, 5, 5), sign_layer(torch.ones(8, 40, 3, 3))
+    rest = Window((3, 3)), Epilogue(torch.ones(8))
+    first = binary_conv2d(x, layer, *rest)
+    layer.words.copy_(pack_conv_weight(-torch.ones(8, 40, 3, 3))[0])
+    assert torch.equal(binary_conv2d(x, layer, *rest), -first)
     with torch.inference_mode():
-        assert torch.equal(binary_conv2d(x, words.clone(), *rest), -first)
+        assert torch.equal(binary_conv2d(x, replace(layer, words=layer.words.clone()), *rest), -first)
 
 
 @needs_kernels
 def test_the_same_signs_with_another_mask_or_other_groups_are_another_weight() -> None:
     x, weight = torch.randn(1, 40, 5, 5), torch.ones(4, 40, 3, 3)
     weight[:, ::2] = 0
-    words, mask = pack_conv_weight(weight)
-    assert mask is not None
-    other = mask.clone()
+    layer, rest = sign_layer(weight), (Window((3, 3)), Epilogue(torch.ones(4)))
+    assert layer.mask is not None
+    other = layer.mask.clone()
     other[1:] = 0
-    rest = (torch.ones(4), None, 40, [3, 3], [1, 1], [0, 0], [1, 1], 1)
-    for present in (mask, other, None, mask):
-        assert torch.equal(binary_conv2d(x, words, present, *rest), binary_conv2d_reference(x, words, present, *rest))
-    mask.zero_()
-    assert not binary_conv2d(x, words, mask, *rest).any()
-    words, mask = pack_conv_weight(signs((4, 20, 3, 3), torch.Generator().manual_seed(0)))
+    for present in (layer.mask, other, None, layer.mask):
+        masked = replace(layer, mask=present)
+        assert torch.equal(binary_conv2d(x, masked, *rest), binary_conv2d_reference(x, masked, *rest))
+    layer.mask.zero_()
+    assert not binary_conv2d(x, layer, *rest).any()
+    layer = sign_layer(signs((4, 20, 3, 3), torch.Generator().manual_seed(0)))
     for groups in (1, 2, 4):
-        arguments = (torch.randn(1, 20 * groups, 5, 5), words, mask, torch.ones(4), None, 20 * groups, *rest[3:-1], groups)
-        assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
+        grouped = replace(layer, in_channels=20 * groups), replace(rest[0], groups=groups), rest[1]
+        x = torch.randn(1, 20 * groups, 5, 5)
+        assert torch.equal(binary_conv2d(x, *grouped), binary_conv2d_reference(x, *grouped))
 
 
 def test_the_operators_can_be_exported_and_compiled() -> None:
-    words, mask = pack_conv_weight(torch.randint(0, 3, (8, 5, 3, 3)).float() - 1)
-    opcheck(
-        torch.ops.lowbit.binary_conv2d.default,
-        (torch.randn(2, 5, 9, 9), words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1),
-    )
-    layer = (words, mask, torch.rand(8), None, 5, [3, 3], [2, 1], [1, 1], [1, 1], 1)
-    more = {"activation": torch.rand(5, 8), "out_threshold": torch.rand(8)}
-    opcheck(torch.ops.lowbit.binary_conv2d.default, (torch.randn(2, 5, 9, 9), *layer), more)
-    opcheck(torch.ops.lowbit.binary_conv2d.default, (torch.zeros(2, 9, 9, 1, dtype=torch.int32), *layer))
-    opcheck(torch.ops.lowbit.binary_linear.default, (torch.randn(4, 40), *pack_conv_weight(torch.ones(7, 40)), torch.rand(7), None, 40))
+    layer, window = sign_layer(torch.randint(0, 3, (8, 5, 3, 3)).float() - 1), Window((3, 3), (2, 1), (1, 1))
+    for x, epilogue in (
+        (torch.randn(2, 5, 9, 9), Epilogue(torch.rand(8))),
+        (torch.randn(2, 5, 9, 9), Epilogue(torch.rand(8), activation=torch.rand(5, 8), out_threshold=torch.rand(8))),
+        (torch.zeros(2, 9, 9, 1, dtype=torch.int32), Epilogue(torch.rand(8))),
+    ):
+        opcheck(torch.ops.lowbit.binary_conv2d.default, (), binary_conv2d.flatten(x, layer, window, epilogue))
+    linear = binary_linear.flatten(torch.randn(4, 40), sign_layer(torch.ones(7, 40)), Epilogue(torch.rand(7)))
+    opcheck(torch.ops.lowbit.binary_linear.default, (), linear)
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return binary_conv2d(x, words, mask, torch.ones(8), None, 5, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+            return binary_conv2d(x, layer, PADDED, Epilogue(torch.ones(8)))
 
     x = torch.randn(2, 5, 9, 9)
     exported = torch.export.export(Layer(), (x,)).module()
@@ -214,7 +212,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], told: str) -> N
         "kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1,
     }  # fmt: skip
     with pytest.raises(SpecError, match=told):
-        binary_conv2d(**{**arguments, **change})
+        binary_conv2d.flat(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(("weight", "told"), [(torch.full((4, 3), 0.5), "holds -1, 0 and"), (torch.ones(4, 3, 3), "needs a shape")])

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.runtime.binary_cases import sign_layer
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.formats.packed.file import Package, package, write_package
-from lowbit.formats.program.calls import Node
+from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.program import export_program
+from lowbit.runtime.arguments import Epilogue
 from lowbit.runtime.compile import compile_runtime
 from lowbit.runtime.layers.binary import binary_conv2d, binary_conv2d_reference, binary_linear, binary_linear_reference, pack_conv_weight
 from lowbit.runtime.layers.checks import check_layer
@@ -43,17 +45,15 @@ def test_numbers_that_are_not_finite_count_as_they_do_in_the_reference(threshold
     values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38])
     x.view(-1)[: 8 * 400 : 2] = values.repeat(200)
     arguments = layer(x=x, threshold=threshold, flip=flip)
-    assert torch.equal(binary_conv2d(**arguments), binary_conv2d_reference(**arguments))
+    assert torch.equal(binary_conv2d.flat(**arguments), binary_conv2d_reference(*binary_conv2d.rebuild(**arguments)))
     rows = x.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
-    words, mask = pack_conv_weight(torch.ones(OUT, CHANNELS))
-    linear = (words, mask, torch.ones(OUT), None, CHANNELS, threshold, flip)
+    linear = sign_layer(torch.ones(OUT, CHANNELS), 1, threshold, flip), Epilogue(torch.ones(OUT))
     assert torch.equal(binary_linear(rows, *linear), binary_linear_reference(rows, *linear))
 
 
 def test_without_a_threshold_nan_is_negative_and_negative_zero_is_positive() -> None:
-    words, mask = pack_conv_weight(torch.ones(1, 6))
     x = torch.tensor([math.nan, -math.nan, 0.0, -0.0, math.inf, -math.inf]).diag().where(torch.eye(6) == 1, torch.ones(6, 6))
-    found = binary_linear(x, words, mask, torch.ones(1), None, 6).flatten()
+    found = binary_linear(x, sign_layer(torch.ones(1, 6)), Epilogue(torch.ones(1))).flatten()
     assert found.tolist() == [4.0, 4.0, 6.0, 6.0, 6.0, 4.0]
 
 
@@ -61,8 +61,8 @@ def test_nan_in_what_is_added_and_in_scales_stays() -> None:
     residual, scale = torch.zeros(2, OUT, 7, 6), torch.ones(OUT)
     residual[0, 1, 2, 3], scale[5] = math.nan, math.nan
     arguments = layer(residual=residual, scale=scale)
-    found = binary_conv2d(**arguments)
-    torch.testing.assert_close(found, binary_conv2d_reference(**arguments), rtol=0, atol=0, equal_nan=True)
+    found = binary_conv2d.flat(**arguments)
+    torch.testing.assert_close(found, binary_conv2d_reference(*binary_conv2d.rebuild(**arguments)), rtol=0, atol=0, equal_nan=True)
     assert bool(found[:, 5].isnan().all())
     assert int(found.isnan().sum()) == 2 * 7 * 6 + 1
 
@@ -81,9 +81,9 @@ def test_nan_in_what_is_added_and_in_scales_stays() -> None:
 def test_any_layout_of_inputs_and_what_is_added_gives_the_same(change: Callable[[Tensor], Tensor]) -> None:
     x = change(torch.randn(2, CHANNELS, 7, 6))
     residual = change(torch.randn(2, OUT, 7, 6))
-    found = binary_conv2d(**layer(x=x, residual=residual))
-    assert torch.equal(found, binary_conv2d(**layer(x=x.contiguous(), residual=residual.contiguous())))
-    torch.testing.assert_close(found, binary_conv2d_reference(**layer(x=x, residual=residual)))
+    found = binary_conv2d.flat(**layer(x=x, residual=residual))
+    assert torch.equal(found, binary_conv2d.flat(**layer(x=x.contiguous(), residual=residual.contiguous())))
+    torch.testing.assert_close(found, binary_conv2d_reference(*binary_conv2d.rebuild(**layer(x=x, residual=residual))))
 
 
 @pytest.mark.parametrize(
@@ -109,18 +109,17 @@ def test_any_layout_of_inputs_and_what_is_added_gives_the_same(change: Callable[
 )
 def test_what_compiled_loops_must_not_see_is_refused(change: dict[str, object], told: str) -> None:
     with pytest.raises(SpecError, match=told):
-        binary_conv2d(**layer(**change))
+        binary_conv2d.flat(**layer(**change))
 
 
 def test_parts_of_a_layer_on_several_devices_are_refused() -> None:
-    words, _ = pack_conv_weight(torch.ones(3, 5))
     with pytest.raises(SpecError, match="scale must be on cpu with the packed weights, got meta"):
-        check_layer(words, None, torch.ones(3, device="meta"), None, 5, 1, None, 0, None, None)
+        check_layer(sign_layer(torch.ones(3, 5)), None, Epilogue(torch.ones(3, device="meta")))
 
 
 def test_a_number_is_no_input_of_a_linear_layer() -> None:
     with pytest.raises(SpecError, match=r"got an input of shape \(\)"):
-        binary_linear(torch.tensor(1.0), *pack_conv_weight(torch.ones(3, 5)), torch.ones(3), None, 5)
+        binary_linear(torch.tensor(1.0), sign_layer(torch.ones(3, 5)), Epilogue(torch.ones(3)))
 
 
 def test_a_gradient_that_is_expected_is_refused_and_none_is_without_a_warning() -> None:
@@ -131,13 +130,13 @@ def test_a_gradient_that_is_expected_is_refused_and_none_is_without_a_warning() 
             assert isinstance(tensor, Tensor)
             wanting = layer(**{name: tensor.clone().requires_grad_()})
             with pytest.raises(LayerError, match=r"binary_conv2d has no derivative.*torch\.no_grad"):
-                binary_conv2d(**wanting)
+                binary_conv2d.flat(**wanting)
             with torch.no_grad():
-                found = binary_conv2d(**wanting)
+                found = binary_conv2d.flat(**wanting)
             assert not found.requires_grad
-            assert torch.equal(found, binary_conv2d(**layer(**{name: tensor})))
+            assert torch.equal(found, binary_conv2d.flat(**layer(**{name: tensor})))
         with pytest.raises(LayerError, match="binary_linear has no derivative"):
-            binary_linear(torch.ones(2, 5, requires_grad=True), *pack_conv_weight(torch.ones(3, 5)), torch.ones(3), None, 5)
+            binary_linear(torch.ones(2, 5, requires_grad=True), sign_layer(torch.ones(3, 5)), Epilogue(torch.ones(3)))
 
 
 class Net(nn.Module):
@@ -174,7 +173,7 @@ def test_a_compiled_network_names_the_layer_that_has_no_gradient_and_refuses_an_
 def with_setting(content: Package, index: int, value: object) -> Package:
     """The first convolution with another argument, counted as ``aten.conv2d`` does."""
 
-    def changed(node: Node) -> Node:
+    def changed(node: OperatorCall) -> OperatorCall:
         if node.name != first.name:
             return node
         arguments = [*node.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :]]

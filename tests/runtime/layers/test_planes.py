@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import lowbit
 from lowbit.errors import LayerError, SpecError
+from lowbit.runtime.arguments import Affine, PlanesLayer, Window
 from lowbit.runtime.layers import planes
 from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels
@@ -36,23 +37,27 @@ def whole_numbers(levels: tuple[int, ...], shape: tuple[int, ...], generator: to
     return torch.tensor(levels)[torch.randint(len(levels), shape, generator=generator)].float()
 
 
+def planes_layer(weight: Tensor, thresholds: Tensor, zero_code: int, groups: int = 1) -> PlanesLayer[Tensor]:
+    words, mask = pack_planes(weight, groups)
+    return PlanesLayer(words, weight.shape[1] * groups, thresholds, zero_code, mask)
+
+
 @needs_kernels
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_kernels_give_the_numbers_of_the_reference_for_any_shape(data: st.DataObject) -> None:
     draw = data.draw
-    (groups, inputs, outputs), (kernel, stride, padding, dilation), size = any_window(draw)
+    (inputs, outputs), window, size = any_window(draw)
+    groups = window.groups
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    weight = whole_numbers(draw(st.sampled_from(WEIGHTS)), (groups * outputs, inputs, *kernel), generator)
+    weight = whole_numbers(draw(st.sampled_from(WEIGHTS)), (groups * outputs, inputs, *window.kernel_size), generator)
     levels, channels = draw(st.integers(1, 15)), draw(st.sampled_from([1, groups * inputs]))
     thresholds = torch.randn(levels, channels, generator=generator).sort(0).values
     x = torch.randn(draw(st.integers(0, 3)), groups * inputs, *size, generator=generator)
     if draw(st.booleans()):
         x = x.contiguous(memory_format=torch.channels_last)
-    arguments = (
-        x, *pack_planes(weight, groups), torch.rand(groups * outputs), torch.randn(groups * outputs), thresholds,
-        draw(st.integers(0, levels)), groups * inputs, kernel, stride, padding, dilation, groups,
-    )  # fmt: skip
+    layer = planes_layer(weight, thresholds, draw(st.integers(0, levels)), groups)
+    arguments = x, layer, window, Affine(torch.rand(groups * outputs), torch.randn(groups * outputs))
     got = planes_conv2d(*arguments)
     assert torch.equal(got, planes_conv2d_reference(*arguments))
     assert got.is_contiguous(memory_format=torch.channels_last) or not x.numel()
@@ -67,8 +72,8 @@ def test_it_is_the_convolution_of_what_the_codes_stand_for(zero_point: int, leve
     scale, bias = torch.rand(10, generator=generator), torch.randn(10, generator=generator)
     grid = InputGrid(0.0, 0.4, float(zero_point), float(zero_point), 0.4, 0, 7)
     function = planes_conv2d_reference if is_reference else planes_conv2d
-    window = [3, 3], [2, 1], [1, 2], [1, 1]
-    got = function(x, *pack_planes(weight, 2), scale * 0.4, bias, input_thresholds(grid), grid.zero_code, 36, *window, 2)
+    window = Window((3, 3), (2, 1), (1, 2), groups=2)
+    got = function(x, planes_layer(weight, input_thresholds(grid), grid.zero_code, 2), window, Affine(scale * 0.4, bias))
     values = ((x / 0.4).round() + zero_point).clamp(0, 7).sub(zero_point).mul(0.4)
     expected = functional.conv2d(values, weight * scale.reshape(-1, 1, 1, 1), bias, (2, 1), (1, 2), groups=2)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -81,7 +86,7 @@ def test_a_linear_layer_of_planes(shape: tuple[int, ...], is_reference: bool) ->
     x, weight = torch.randn(shape, generator=generator), whole_numbers((-2, -1, 0, 1), (7, shape[-1]), generator)
     scale, bias = torch.rand(7, generator=generator), torch.randn(7, generator=generator)
     function = planes_linear_reference if is_reference else planes_linear
-    got = function(x, *pack_planes(weight), scale, bias, torch.tensor([[0.5], [1.5], [2.5]]), 1, shape[-1])
+    got = function(x, planes_layer(weight, torch.tensor([[0.5], [1.5], [2.5]]), 1), Affine(scale, bias))
     codes = torch.bucketize(x, torch.tensor([0.5, 1.5, 2.5]))
     torch.testing.assert_close(got, functional.linear(codes.float() - 1, weight) * scale + bias)
 
@@ -113,32 +118,31 @@ def test_thresholds_give_the_codes_of_a_grid_to_the_last_bit(grid: InputGrid) ->
 
 
 def test_what_is_no_number_has_code_0() -> None:
-    words, mask = pack_planes(torch.ones(1, 32))
+    layer = planes_layer(torch.ones(1, 32), torch.tensor([[0.0], [1.0]]), 0)
     x = torch.full((1, 32), torch.nan)
-    assert planes_linear(x, words, mask, torch.ones(1), None, torch.tensor([[0.0], [1.0]]), 0, 32).item() == 0
+    assert planes_linear(x, layer, Affine(torch.ones(1))).item() == 0
 
 
 @needs_kernels
 def test_weights_that_are_loaded_in_place_are_used() -> None:
-    x, (words, mask) = torch.rand(3, 40), pack_planes(torch.full((8, 40), 3.0))
-    rest = (mask, torch.ones(8), None, torch.tensor([[0.5]]), 0, 40)
-    first = planes_linear(x, words, *rest)
-    words.copy_(pack_planes(torch.full((8, 40), -3.0))[0])
-    assert torch.equal(planes_linear(x, words, *rest), -first)
+    x, layer, epilogue = torch.rand(3, 40), planes_layer(torch.full((8, 40), 3.0), torch.tensor([[0.5]]), 0), Affine(torch.ones(8))
+    first = planes_linear(x, layer, epilogue)
+    layer.words.copy_(pack_planes(torch.full((8, 40), -3.0))[0])
+    assert torch.equal(planes_linear(x, layer, epilogue), -first)
 
 
 def test_the_operators_can_be_exported_and_compiled() -> None:
     thresholds = torch.tensor([[0.0], [1.0]])
     generator = torch.Generator().manual_seed(0)
-    words, mask = pack_planes(whole_numbers((-2, -1, 0, 1), (8, 5, 3, 3), generator))
-    x, window = torch.randn(2, 5, 9, 9, generator=generator), ([3, 3], [2, 1], [1, 1], [1, 1])
-    opcheck(torch.ops.lowbit.planes_conv2d.default, (x, words, mask, torch.rand(8), None, thresholds, 1, 5, *window, 1))
-    linear = pack_planes(torch.ones(7, 40))
-    opcheck(torch.ops.lowbit.planes_linear.default, (torch.randn(4, 40), *linear, torch.rand(7), None, thresholds, 0, 40))
+    layer = planes_layer(whole_numbers((-2, -1, 0, 1), (8, 5, 3, 3), generator), thresholds, 1)
+    x, window = torch.randn(2, 5, 9, 9, generator=generator), Window((3, 3), (2, 1), (1, 1))
+    opcheck(torch.ops.lowbit.planes_conv2d.default, (), planes_conv2d.flatten(x, layer, window, Affine(torch.rand(8))))
+    linear = planes_linear.flatten(torch.randn(4, 40), planes_layer(torch.ones(7, 40), thresholds, 0), Affine(torch.rand(7)))
+    opcheck(torch.ops.lowbit.planes_linear.default, (), linear)
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return planes_conv2d(x, words, mask, torch.ones(8), None, thresholds, 1, 5, *window, 1)
+            return planes_conv2d(x, layer, window, Affine(torch.ones(8)))
 
     assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), Layer()(x))
 
@@ -159,6 +163,7 @@ def test_the_operators_can_be_exported_and_compiled() -> None:
         ({"zero_code": 4}, r"zero_code must lie in 0..3"),
         ({"stride": [0, 1]}, "stride must be two whole numbers"),
         ({"groups": 2}, "cannot be divided into 2 groups"),
+        ({"pad_value": 1}, "only layers of signs have a pad_value, got 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], told: str) -> None:
@@ -169,13 +174,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], told: str) -> N
         "kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1,
     }  # fmt: skip
     with pytest.raises(SpecError, match=told):
-        planes_conv2d(**{**arguments, **change})
+        planes_conv2d.flat(**{**arguments, **change})
 
 
 def test_gradients_are_refused() -> None:
-    words, mask = pack_planes(torch.ones(8, 5))
+    layer = planes_layer(torch.ones(8, 5), torch.zeros(1, 1), 0)
     with pytest.raises(LayerError, match="planes_linear has no derivative"):
-        planes_linear(torch.randn(1, 5, requires_grad=True), words, mask, torch.ones(8), None, torch.zeros(1, 1), 0, 5)
+        planes_linear(torch.randn(1, 5, requires_grad=True), layer, Affine(torch.ones(8)))
 
 
 @pytest.mark.parametrize(

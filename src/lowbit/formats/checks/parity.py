@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit.errors import ParityError
-from lowbit.formats.checks.tolerance import accumulator_unit, excess_of, is_quantizer, since_quantizers
-from lowbit.formats.onnx.sessions import load_onnx, name_inputs
+from lowbit.formats.checks.tolerance import accumulator_step, excess_of, is_quantizer, since_quantizers
+from lowbit.formats.onnx.sessions import load_onnx
+from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import flatten
 from lowbit.inputs import Inputs
@@ -178,7 +179,7 @@ class _Follower(fx.Interpreter):
         if ours.shape == theirs.shape:
             tables = [self._value(argument) for argument in node.args[1:] if isinstance(argument, fx.Node)]
             excess, step = excess_of(node, x, tables, theirs)
-        if self.diverging is None and excess > EXCESS_LIMIT + accumulator_unit(self.program, node) / step:
+        if self.diverging is None and excess > EXCESS_LIMIT + accumulator_step(self.program, node) / step:
             self.diverging = f"{describe(self.program, node)}: {excess:.2f} quantization steps off"
         self.changed = max(self.changed, (ours != theirs).float().mean().item())
         self.excess = max(self.excess, excess)
@@ -201,7 +202,7 @@ def _diverging_output(program: Program, wanted: Sequence[Tensor], got: Sequence[
             continue
         error, limit = (
             float((want - theirs).abs().max()),
-            OUTPUT_LIMIT * float(want.abs().max()) + accumulator_unit(program, nodes[name]) / 2,
+            OUTPUT_LIMIT * float(want.abs().max()) + accumulator_step(program, nodes[name]) / 2,
         )
         if not error <= limit:  # a NaN fails, too
             return f"{describe(program, nodes[name])}: its output is off by {error:.3g}"

@@ -74,8 +74,8 @@ def _largest(distances: Tensor) -> float:
     return math.inf if math.isnan(largest) else max(largest, 0.0)
 
 
-def accumulator_unit(program: Program, node: fx.Node) -> float:
-    """What one unit of the integer accumulators is worth at ``node``, summed over the layers since the quantizers before it.
+def accumulator_step(program: Program, node: fx.Node) -> float:
+    """What one step of the integer accumulators is worth at ``node``, summed over the layers since the quantizers before it.
 
     Through batch norms, products with constants, and operators that do not enlarge differences; behind others, layers are computed in
     float with exact biases.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import DataError, FileFormatError, SpecError, missing_extra
+from lowbit.formats.program.naming import name_inputs
 from lowbit.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -177,20 +178,6 @@ class _OpenVinoNetwork:
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         values = self._request.infer(self.prepare(inputs))
         return {port.get_any_name(): torch.as_tensor(values[index].copy()) for index, port in enumerate(self._compiled.outputs)}
-
-
-def name_inputs(names: list[str], inputs: Inputs) -> dict[str, Tensor]:
-    """Inputs by the names that a file gives them: keyword inputs by their own, the others in order.
-
-    Raises:
-        DataError: Their number or names do not fit.
-    """
-    named = {name: tensor for name, tensor in inputs.kwargs.items() if name in names}
-    rest = [name for name in names if name not in named]
-    if len(named) != len(inputs.kwargs) or len(rest) != len(inputs.args):
-        given = [*(f"input {index}" for index in range(len(inputs.args))), *inputs.kwargs]
-        raise DataError(f"the file takes {', '.join(names) or 'no input'}; given were {', '.join(given) or 'none'}")
-    return named | dict(zip(rest, inputs.args, strict=True))
 
 
 def _with_outputs(path: Path | str, names: tuple[str, ...]) -> bytes:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from lowbit.errors import GraphError, missing_extra
@@ -65,6 +67,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
 
 
 def _translations() -> dict[Any, Any]:
+    import onnx_ir as ir
     from onnxscript import opset18, values
 
     ours, op = values.Opset(DOMAIN, 1), opset18  # type: Any, Any
@@ -80,7 +83,18 @@ def _translations() -> dict[Any, Any]:
         above = op.Cast(op.Greater(op.Unsqueeze(x, [-1]), boundaries), to=7)  # int64; bucketize counts the boundaries below x
         return op.Gather(levels, op.ReduceSum(above, [-1], keepdims=0))
 
+    def input_scale(x, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int):  # type: ignore[no-untyped-def]
+        size, window = op.Abs(x), {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups}
+        channels = 1
+        if groups == 1:
+            size = op.ReduceMean(size, [1], keepdims=1)
+        else:  # one convolution takes both means, whatever the height and width
+            channels = x.shape[1] // groups
+        kernel = np.full((groups, channels, *kernel_size), 1 / (channels * math.prod(kernel_size)), np.float32)
+        return op.Conv(size, op.CastLike(op.Constant(value=ir.tensor(kernel)), size), **window)
+
     return {
+        torch.ops.lowbit.input_scale.default: input_scale,
         torch.ops.lowbit.fake_quantize_affine.default: affine,
         torch.ops.lowbit.fake_quantize_grid.default: grid,
         torch.ops.lowbit.fake_quantize_codebook.default: codebook,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError, LowbitError, SpecError
-from lowbit.formats.onnx.sessions import name_inputs
 from lowbit.formats.packed.file import Package
 from lowbit.formats.packed.tensor import PackedTensor
-from lowbit.formats.program.calls import Graph, GraphInput, InputDevice, Node, Result, Stored, references
+from lowbit.formats.program.calls import Graph, GraphInput, InputDevice, OperatorCall, Result, Stored, references
+from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.operators import Function, find_operator
 from lowbit.formats.program.structure import restore
 from lowbit.inputs import Inputs
@@ -37,7 +37,9 @@ class PackedNetwork(nn.Module):
             _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
         ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
-        self.packed_observer: Callable[[Node, float, object], None] | None = None  # is told of each call, its seconds and its result
+        self.packed_observer: Callable[[OperatorCall, float, object], None] | None = (
+            None  # is told of each call, its seconds and its result
+        )
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
@@ -118,7 +120,7 @@ class PackedNetwork(nn.Module):
 class _PreparedCall:
     """A node with its arguments as lists, which of them refer to values, and the results that nothing reads after it."""
 
-    node: Node
+    node: OperatorCall
     arguments: list[object]
     options: dict[str, object]
     open_arguments: tuple[int, ...]
@@ -126,7 +128,7 @@ class _PreparedCall:
     read_last: tuple[str, ...]
 
     @staticmethod
-    def of(node: Node, read_last: tuple[str, ...]) -> _PreparedCall:
+    def of(node: OperatorCall, read_last: tuple[str, ...]) -> _PreparedCall:
         arguments, options = [_as_lists(value) for value in node.args], {key: _as_lists(value) for key, value in node.kwargs.items()}
         return _PreparedCall(
             node,
@@ -187,7 +189,7 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
     return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
 
 
-def _call(function: Function, node: Node, args: list[object], kwargs: dict[str, object]) -> object:
+def _call(function: Function, node: OperatorCall, args: list[object], kwargs: dict[str, object]) -> object:
     try:
         return function(*args, **kwargs)
     except SpecError as error:  # inputs have been checked: what the file calls and what it holds do not fit

@@ -56,7 +56,7 @@ class InputDevice:
 
 
 @dataclass(frozen=True)
-class Node:
+class OperatorCall:
     """One operator call."""
 
     name: str
@@ -85,7 +85,7 @@ class Graph:
     """
 
     inputs: tuple[GraphInput, ...]
-    nodes: tuple[Node, ...]
+    nodes: tuple[OperatorCall, ...]
     outputs: tuple[object, ...]
     structure: Json
     batch_range: tuple[int, int | None] = (1, None)
@@ -124,7 +124,7 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
     """
     known: dict[fx.Node, object] = {}
     inputs: list[GraphInput] = []
-    nodes: list[Node] = []
+    nodes: list[OperatorCall] = []
     kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     for node in exported.graph.nodes:
         if node.op == "placeholder":
@@ -141,7 +141,7 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
             args = tuple(_argument(arg, known, node) for arg in node.args)
             # where memory lies and how tensors are laid out is torch's default everywhere
             kwargs = {key: _argument(arg, known, node) for key, arg in node.kwargs.items() if key not in ("layout", "pin_memory")}
-            nodes.append(Node(node.name, name, args, kwargs))
+            nodes.append(OperatorCall(node.name, name, args, kwargs))
             known[node] = Result(node.name)
         elif node.op == "output":
             outputs = tuple(_argument(arg, known, node) for arg in cast(tuple[object, ...], node.args[0]))
@@ -229,7 +229,7 @@ def graph_from_json(data: object, tensors: frozenset[str]) -> Graph:
     known = {item.name for item in inputs}
     if len(known) != len(inputs) or not inputs:
         raise FileFormatError("graph inputs: there must be at least one, and each name once")
-    nodes: list[Node] = []
+    nodes: list[OperatorCall] = []
     for item in _typed(fields.get("nodes"), list, "graph nodes"):
         node = _node_from_json(item, known, tensors)
         if node.name in known:
@@ -241,7 +241,7 @@ def graph_from_json(data: object, tensors: frozenset[str]) -> Graph:
     return Graph(inputs, tuple(nodes), outputs, cast(Json, fields.get("structure")), _range_from_json(fields.get("batch")))
 
 
-def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> Node:
+def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> OperatorCall:
     if not (isinstance(item, list) and len(item) == 4 and isinstance(item[0], str) and isinstance(item[1], str)):
         raise FileFormatError(f"graph: a node must be [name, operator, arguments, options], got {str(item)[:80]}")
     where = f"graph node {item[0][:80]!r}"
@@ -249,7 +249,7 @@ def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> N
     args = tuple(_from_json(value, known, tensors, where) for value in _typed(item[2], list, where))
     options = {key: _from_json(value, known, tensors, where) for key, value in _typed(item[3], dict, where).items()}
     check_arguments(item[1], args, options)
-    return Node(item[0], item[1], args, options)
+    return OperatorCall(item[0], item[1], args, options)
 
 
 def _input_from_json(item: object) -> GraphInput:

@@ -53,7 +53,7 @@ _ATEN_NAMES = """
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
 _NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # only their overload for plain batches, not that for packed sequences
-_LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook"})
+_LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook", "input_scale"})
 
 _LARGEST = 2**62  # sizes beyond it cannot be sizes; repeated products of hostile files would fill the memory
 
@@ -187,7 +187,6 @@ def operator_name(target: object) -> str | None:
     return str(target) if isinstance(target, _OpOverload) and _is_listed(str(target)) and _is_function(target) else None
 
 
-@functools.cache
 @functools.cache
 def find_operator(name: str) -> Function:
     """The function behind a name in a file; FileFormatError when it is not allowed or this torch does not have it."""

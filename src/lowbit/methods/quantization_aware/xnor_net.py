@@ -32,6 +32,7 @@ from lowbit.network.layers import TRANSPOSED
 from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import NormPlaces, insert_with_norms
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
+from lowbit.quantizers.ops import input_scale, marked_input_scale
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, scale_gradient
@@ -151,19 +152,22 @@ class InputScale(nn.Module):
 
     def scale_map(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """K for the input ``x``: ``[N, groups, *size]``, ``size`` being the dimensions of space of the output; linear ``[..., 1]``."""
-        magnitude = (x if self.has_gradient else x.detach()).abs()
+        x = x if self.has_gradient else x.detach()
         dims = len(self.kernel_size)
         if not dims:
-            return magnitude.mean(-1, keepdim=True)
-        by_group = magnitude.unflatten(-dims - 1, (self.groups, -1)).mean(-dims - 1)
-        ones = by_group.new_ones(self.groups, 1, *self.kernel_size)
+            return x.abs().mean(-1, keepdim=True)
         if self.is_transposed:
+            by_group = x.abs().unflatten(-dims - 1, (self.groups, -1)).mean(-dims - 1)
+            ones = by_group.new_ones(self.groups, 1, *self.kernel_size)
             return self._spread(by_group, ones, size) / self._spread(torch.ones_like(by_group), ones, size).clamp(min=1)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            by_group, padding = functional.pad(by_group, self._pads(), mode=self.padding_mode), (0,) * dims
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-        return convolve(by_group, ones / math.prod(self.kernel_size), None, self.stride, padding, self.dilation, self.groups)
+        sides = self._sides()
+        if self.padding_mode != "zeros" or any(first != last for first, last in sides):
+            mode = self.padding_mode if self.padding_mode != "zeros" else "constant"
+            x, sides = functional.pad(x, [pad for pair in reversed(sides) for pad in pair], mode=mode), [(0, 0)] * dims
+        scale = marked_input_scale if torch.compiler.is_exporting() else input_scale
+        padding = [first for first, _ in sides]
+        found: Tensor = scale(x, list(self.kernel_size), list(self.stride), padding, list(self.dilation), self.groups)
+        return found
 
     def forward(self, output: Tensor, x: Tensor) -> Tensor:
         dims = len(self.kernel_size)
@@ -180,14 +184,12 @@ class InputScale(nn.Module):
         convolve = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[len(size) - 1]
         return convolve(x, kernel, None, self.stride, self.padding, extra, self.groups, self.dilation)
 
-    def _pads(self) -> list[int]:
-        """What ``functional.pad`` takes: both sides of the last dimension first."""
+    def _sides(self) -> list[tuple[int, int]]:
+        """Padding before and behind, for each dimension of space."""
         if isinstance(self.padding, str):
             totals = [d * (k - 1) if self.padding == "same" else 0 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-            sides = [(total // 2, total - total // 2) for total in totals]
-        else:
-            sides = [(padding, padding) for padding in self.padding]
-        return [pad for pair in reversed(sides) for pad in pair]
+            return [(total // 2, total - total // 2) for total in totals]
+        return [(padding, padding) for padding in self.padding]
 
 
 @register(

@@ -20,7 +20,7 @@ SHOWN = 12  # names listed in an error
 
 
 @dataclass(frozen=True)
-class Unit:
+class Block:
     """A block, or a layer that is in none.
 
     Attributes:
@@ -34,7 +34,7 @@ class Unit:
     kind: Literal["block", "layer"]
 
 
-def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[str] | None = None) -> list[Unit]:
+def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[str] | None = None) -> list[Block]:
     """The network's blocks and the layers between them, in definition order; every layer is in exactly one unit.
 
     With ``patterns`` the blocks are the outermost modules whose names match one of them. Else they are the innermost modules that
@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[
         chosen = chosen or _repeated(model, held)
     of_layer = {layer: block for block in chosen for layer in held[block]}
     names = dict.fromkeys(of_layer.get(layer, layer) for layer in layers)
-    return [Unit(name, held[name], "block") if name in chosen else Unit(name, (name,), "layer") for name in names]
+    return [Block(name, held[name], "block") if name in chosen else Block(name, (name,), "layer") for name in names]
 
 
 def _named(held: dict[str, tuple[str, ...]], patterns: Sequence[str]) -> set[str]:

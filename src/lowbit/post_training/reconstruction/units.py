@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LayerError
-from lowbit.network.graph.blocks import Unit, find_blocks
+from lowbit.network.graph.blocks import Block, find_blocks
 from lowbit.network.graph.dataflow import Dataflow, Node
 from lowbit.network.layers import TRANSPOSED, evaluating
 from lowbit.post_training.pipeline import PtqJob
@@ -59,12 +59,12 @@ class _Facts:
     cost: float = 0.0
 
 
-def layer_units(job: PtqJob) -> list[Unit]:
+def layer_units(job: PtqJob) -> list[Block]:
     """Every layer on its own."""
-    return [Unit(name, (name,), "layer") for name in job.layers]
+    return [Block(name, (name,), "layer") for name in job.layers]
 
 
-def block_units(job: PtqJob, patterns: Sequence[str]) -> list[Unit]:
+def block_units(job: PtqJob, patterns: Sequence[str]) -> list[Block]:
     """The network's blocks (or the modules that ``patterns`` name) and the layers between them; layers, with a note, where there is no block."""
     units = find_blocks(job.model, job.graph, patterns or None)
     if not any(unit.kind == "block" for unit in units):
@@ -76,7 +76,7 @@ def block_units(job: PtqJob, patterns: Sequence[str]) -> list[Unit]:
     return units
 
 
-def plan_units(job: PtqJob, units: Sequence[Unit], *, use_activations: bool = True) -> list[PlannedUnit]:
+def plan_units(job: PtqJob, units: Sequence[Block], *, use_activations: bool = True) -> list[PlannedUnit]:
     """The units that can be reconstructed, in execution order.
 
     A block that runs several times, or does not return one tensor, is taken apart into its layers. A layer that runs several

@@ -381,7 +381,7 @@ def make_finish(lanes: int) -> Any:
 
 
 def _activated(builder: Any, y: Any, before: Any, slope: Any, after: Any, low: Any, high: Any) -> Any:
-    """``lowbit.runtime.lowering.activation.activated`` for vectors."""
+    """``lowbit.runtime.activation.activated`` for vectors."""
     z = builder.fadd(y, before)
     is_positive = builder.fcmp_ordered(">=", z, ir.Constant(z.type, None))
     z = builder.fadd(builder.select(is_positive, z, builder.fmul(z, slope)), after)

@@ -32,10 +32,10 @@ def _multiply(
 ) -> None:
     """``out[m, r] = sum_k codes[r, k] x[m, k]`` for rows ``ROWS * first`` to ``ROWS * last``."""
     groups = codes.shape[1] // GROUP
-    for unit in range(first, last):
-        start = codes[unit * ROWS].ctypes.data
+    for tile in range(first, last):
+        start = codes[tile * ROWS].ctypes.data
         for m in range(x.shape[0]):
-            inputs, outputs = x[m].ctypes.data, out[m].ctypes.data + 4 * unit * ROWS
+            inputs, outputs = x[m].ctypes.data, out[m].ctypes.data + 4 * tile * ROWS
             if bit_width == 1:
                 _dot1(start, codes.shape[1], inputs, groups, outputs)
             elif bit_width == 2:

@@ -1,4 +1,4 @@
-"""Which kernels this processor gets, and CUDA devices."""
+"""Which kernels this processor gets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import os
 import warnings
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from lowbit.errors import SpecError
 
@@ -84,26 +82,6 @@ def active_target() -> tuple[Target, str]:
     return able[0], f"this processor has {', '.join(able[0].features)}" if able[
         0
     ].features else "this processor has no vector unit known here"
-
-
-@functools.cache
-def cuda_target() -> tuple[bool, str]:
-    """Whether binary layers on CUDA devices run on the Triton kernels, and why, found at the first call.
-
-    ``LOWBIT_KERNELS=reference`` turns them off. They are tried once: Triton also needs a C compiler and a device that it supports.
-    """
-    if os.environ.get(VARIABLE) == REFERENCE.name:
-        return False, f"{VARIABLE} asks for the reference"
-    if not torch.cuda.is_available():
-        return False, "torch finds no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed: pip install 'lowbit[cuda]'"
-    try:
-        importlib.import_module("lowbit.runtime.cuda.kernels").pack(torch.ones(1, 1, 1, 1, device="cuda"), 1, None, None)
-    except Exception as error:  # a triton that does not work on this machine
-        warnings.warn(f"triton does not work here ({type(error).__name__}: {error}), binary layers on CUDA run in float", stacklevel=2)
-        return False, f"triton does not work here ({type(error).__name__})"
-    return True, f"triton works on {torch.cuda.get_device_name()}"
 
 
 def processor_features() -> frozenset[str]:

@@ -1,15 +1,14 @@
 """Binary and ternary layers on CUDA devices: signs packed to words, and words compared, in Triton.
 
-``sum x w = popcount(m) - 2 popcount((x ^ w) & m)`` as in ``binary_conv``, whose references compute the same integers. A place outside the
+``sum x w = popcount(m) - 2 popcount((x ^ w) & m)`` as in ``layers.binary``, whose references compute the same integers. A place outside the
 image has no bits, that is, it counts as -1; ``(pad_value + 1) * sum(w)`` over the weights that meet such places puts that right.
 
-Importing this file needs Triton, which comes with CUDA builds of torch; ``target.cuda_target`` says whether it is used. With
+Importing this file needs Triton, which comes with CUDA builds of torch; ``cuda.target`` says whether it is used. With
 ``TRITON_INTERPRET=1`` in the environment the kernels run in Triton's interpreter, on tensors of the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.errors import SpecError
+from lowbit.quantizers.ops import input_scale
+from lowbit.runtime.arguments import POINT, Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import WORD, unpack_weight, words_for
-from lowbit.runtime.layers.binary import input_scale, output_size
-from lowbit.runtime.layers.prepared import PreparedWeights
+from lowbit.runtime.kept import PreparedWeights
 
 TILE = 2048  # sums that a program keeps in registers; with twice as many the compiler runs out of them
 TILE_CHANNELS = 64
@@ -28,66 +28,40 @@ THREAD_SUMS = 8
 PACKED_POSITIONS = 64
 
 
-def conv2d(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad_value: int = 0,
-    threshold: Tensor | None = None,
-    flip: Tensor | None = None,
-    residual: Tensor | None = None,
-    input_scaling: bool = False,
-) -> Tensor:
-    """``binary_conv2d`` of arguments that were checked, on one device.
+def conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> Tensor:
+    """``binary_conv2d`` of arguments that were checked, on one device, without activation and packed outputs.
 
     Raises:
         SpecError: A tensor is on another device than ``x``.
     """
-    _check_devices(x, words=words, mask=mask, scale=scale, bias=bias, threshold=threshold, flip=flip, residual=residual)
-    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    shape = (x.shape[0], words.shape[0], rows, columns)
+    _check_devices(x, layer, epilogue)
+    shape = (x.shape[0], layer.words.shape[0], *window.output_size(x.shape[2:]))
     y = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-    k_map = input_scale(x, kernel_size, stride, padding, dilation, groups).contiguous() if input_scaling else None
-    added = None if residual is None else residual.float().expand(shape)
-    weight = _turned_weights.get(words, mask, (in_channels // groups,), lambda: _turn(words, mask, in_channels // groups))
-    window = (*kernel_size, *stride, *padding, *dilation)
-    _convolve(pack(x, groups, threshold, flip), x, weight, scale, bias, groups, window, pad_value, added, k_map, y)
+    k_map = None
+    if epilogue.input_scaling:
+        k_map = input_scale(x.detach(), window.kernel_size, window.stride, window.padding, window.dilation, window.groups).contiguous()
+    added = None if epilogue.residual is None else epilogue.residual.float().expand(shape)
+    per_group = layer.in_channels // window.groups
+    weight = _turned_weights.get(layer.words, layer.mask, (per_group,), lambda: _turn(layer.words, layer.mask, per_group))
+    _convolve(pack(x, window.groups, layer.threshold, layer.flip), x, weight, window, epilogue, added, k_map, y)
     return y
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    threshold: Tensor | None = None,
-    flip: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor]) -> Tensor:
     """``binary_linear`` of arguments that were checked: the convolution of an image of one row.
 
     Raises:
         SpecError: A tensor is on another device than ``x``.
     """
-    _check_devices(x, words=words, mask=mask, scale=scale, bias=bias, threshold=threshold, flip=flip, residual=residual)
+    _check_devices(x, layer, epilogue)
+    words, mask, features = layer.words, layer.mask, layer.in_channels
     y = torch.empty(*x.shape[:-1], words.shape[0], dtype=torch.float32, device=x.device)
     image = _as_image(x)
-    added = None if residual is None else _as_image(residual.float().expand(y.shape))
+    added = None if epilogue.residual is None else _as_image(epilogue.residual.float().expand(y.shape))
     weight = _turned_weights.get(
-        words, mask, (in_features,), lambda: _turn(words[:, None, None], None if mask is None else mask[:, None, None], in_features)
+        words, mask, (features,), lambda: _turn(words[:, None, None], None if mask is None else mask[:, None, None], features)
     )
-    window = (1, 1, 1, 1, 0, 0, 1, 1)
-    _convolve(pack(image, 1, threshold, flip), image, weight, scale, bias, 1, window, 0, added, None, _as_image(y))
+    _convolve(pack(image, 1, layer.threshold, layer.flip), image, weight, POINT, epilogue, added, None, _as_image(y))
     return y
 
 
@@ -135,26 +109,24 @@ def _convolve(
     image: Tensor,
     x: Tensor,
     weight: _Turned,
-    scale: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    window: tuple[int, ...],
-    pad_value: int,
+    window: Window,
+    epilogue: Epilogue[Tensor],
     residual: Tensor | None,
     k_map: Tensor | None,
     y: Tensor,
 ) -> None:
     """Convolve the packed signs of ``x`` into ``y`` ``[N, out, rows, columns]``, channels-last."""
     n, out, rows, columns = y.shape
+    groups, scale, bias = window.groups, epilogue.scale, epilogue.bias
     per_group, positions = out // groups, n * rows * columns
     channels = min(triton.next_power_of_2(per_group), TILE_CHANNELS)
     tile = min(TILE // channels, triton.next_power_of_2(positions))
     with torch.cuda.device_of(x):
         convolve_kernel[(triton.cdiv(positions, tile) * groups * triton.cdiv(per_group, channels),)](
             image, *weight, scale.float().contiguous(), None if bias is None else bias.float().contiguous(), k_map, residual, y,
-            positions, image.shape[1], *x.shape[2:], rows, columns, groups, per_group, len(image) // groups, *window,
+            positions, image.shape[1], *x.shape[2:], rows, columns, groups, per_group, len(image) // groups, *window.numbers,
             *((0, 0, 0, 0) if residual is None else residual.stride()),
-            PAD_FACTOR=pad_value + 1 if window[4] or window[5] else 0, POSITIONS=tile, CHANNELS=channels,
+            PAD_FACTOR=window.pad_value + 1 if any(window.padding) else 0, POSITIONS=tile, CHANNELS=channels,
             num_warps=max(tile * channels // (THREAD_SUMS * 32), 1),  # of 32 threads
             enable_fp_fusion=False,  # the reference rounds after each step
         )  # fmt: skip
@@ -165,10 +137,11 @@ def _as_image(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).t()[None, :, None]
 
 
-def _check_devices(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise SpecError(f"a binary layer's input is on {x.device} and its {name} on {tensor.device}; move the layer or the input")
+def _check_devices(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor]) -> None:
+    for part in (layer, epilogue):
+        for name, tensor in vars(part).items():
+            if isinstance(tensor, Tensor) and tensor.device != x.device:
+                raise SpecError(f"a binary layer's input is on {x.device} and its {name} on {tensor.device}; move the layer or the input")
 
 
 @triton.jit

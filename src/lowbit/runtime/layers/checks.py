@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lowbit.errors import LayerError, SpecError
+from lowbit.runtime.activation import ROWS
+from lowbit.runtime.arguments import Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import WORD, words_for
-from lowbit.runtime.lowering.activation import ROWS
 
 
-def check_packed_input(x: Tensor, in_channels: int, groups: int, *others: object) -> None:
+def check_packed_input(x: Tensor, layer: SignLayer[Tensor], groups: int, input_scaling: bool) -> None:
     """SpecError where packed signs do not fit a layer, or what needs numbers is asked of them too."""
-    if x.dim() != 4 or x.shape[3] != words_for(in_channels) or (groups > 1 and in_channels // groups % WORD):
+    channels = layer.in_channels
+    if x.dim() != 4 or x.shape[3] != words_for(channels) or (groups > 1 and channels // groups % WORD):
         raise SpecError(
-            f"packed signs of {in_channels} channels in {groups} groups must be int32 [N, H, W, {words_for(in_channels)}] with whole words for "
+            f"packed signs of {channels} channels in {groups} groups must be int32 [N, H, W, {words_for(channels)}] with whole words for "
             f"each group, got {tuple(x.shape)}"
         )
-    if any(other is not None and other is not False for other in others):
+    if layer.threshold is not None or layer.flip is not None or input_scaling:
         raise SpecError("packed signs have no threshold, flip or input scaling: these need the numbers")
 
 
@@ -28,7 +28,7 @@ def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
 
     Args:
         x: Channels are dimension 1 of an image, else the last one.
-        in_channels: Of the layer.
+        in_channels: Number of channels that the layer takes.
         rank: 4 for images; ``None`` where any number of dimensions will do.
     """
     if x.dtype != torch.float32:
@@ -37,52 +37,32 @@ def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
         raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
 
 
-def check_layer(
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_channels: int,
-    groups: int,
-    kernel_size: Sequence[int] | None,
-    pad_value: int,
-    threshold: Tensor | None,
-    flip: Tensor | None,
-    activation: Tensor | None = None,
-    out_threshold: Tensor | None = None,
-    out_flip: Tensor | None = None,
-) -> None:
-    """SpecError where the parts of a layer do not fit each other; ``kernel_size`` is ``None`` for linear layers."""
-    out = words.shape[0] if words.dim() else 0
-    if groups < 1 or in_channels < 1 or in_channels % groups or out % groups:
-        raise SpecError(f"{in_channels} input and {out} output channels cannot be divided into {groups} groups")
-    expected = (out, *(kernel_size or ()), words_for(in_channels // groups))
+def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilogue[Tensor]) -> None:
+    """SpecError where the parts of a layer do not fit each other; there is no window for linear layers."""
+    channels, groups, kernel = layer.in_channels, 1 if window is None else window.groups, () if window is None else window.kernel_size
+    out = layer.words.shape[0] if layer.words.dim() else 0
+    if groups < 1 or channels < 1 or channels % groups or out % groups:
+        raise SpecError(f"{channels} input and {out} output channels cannot be divided into {groups} groups")
+    expected = (out, *kernel, words_for(channels // groups))
     for name, tensor, shape, dtype in (
-        ("packed weights", words, expected, torch.int32),
-        ("mask", mask, expected, torch.int32),
-        ("scale", scale, (out,), torch.float32),
-        ("bias", bias, (out,), torch.float32),
-        ("threshold", threshold, (in_channels,), torch.float32),
-        ("flip", flip, (in_channels,), torch.bool),
-        ("activation", activation, (ROWS, out), torch.float32),
-        ("out_threshold", out_threshold, (out,), torch.float32),
-        ("out_flip", out_flip, (out,), torch.bool),
+        ("packed weights", layer.words, expected, torch.int32),
+        ("mask", layer.mask, expected, torch.int32),
+        ("scale", epilogue.scale, (out,), torch.float32),
+        ("bias", epilogue.bias, (out,), torch.float32),
+        ("threshold", layer.threshold, (channels,), torch.float32),
+        ("flip", layer.flip, (channels,), torch.bool),
+        ("activation", epilogue.activation, (ROWS, out), torch.float32),
+        ("out_threshold", epilogue.out_threshold, (out,), torch.float32),
+        ("out_flip", epilogue.out_flip, (out,), torch.bool),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != words.device:
-            raise SpecError(f"{name} must be on {words.device} with the packed weights, got {tensor.device}")
-    if out_flip is not None and out_threshold is None:
+        if tensor is not None and tensor.device != layer.words.device:
+            raise SpecError(f"{name} must be on {layer.words.device} with the packed weights, got {tensor.device}")
+    if epilogue.out_flip is not None and epilogue.out_threshold is None:
         raise SpecError("out_flip needs out_threshold")
-    if pad_value not in (-1, 0, 1):
-        raise SpecError(f"pad_value must be -1, 0 or 1, got {pad_value}")
-
-
-def check_window(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
-    """SpecError unless each has a vertical and a horizontal number, padding of at least 0 and the others of at least 1."""
-    for name, pair, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if len(pair) != 2 or min(pair) < least:
-            raise SpecError(f"{name} must be two whole numbers of at least {least}, got {list(pair)}")
+    if window is None and (epilogue.input_scaling or epilogue.out_threshold is not None):
+        raise SpecError("a linear layer has no input scaling, and gives numbers: leave out input_scaling and out_threshold")
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:

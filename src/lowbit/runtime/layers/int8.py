@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowbit.errors import SpecError
 from lowbit.formats.onnx.sessions import saturates
-from lowbit.runtime.layers.prepared import version_of
-from lowbit.runtime.lowering.operator import register_operator
-
-Pair = Sequence[int]
+from lowbit.runtime.arguments import Affine, Window
+from lowbit.runtime.kept import version_of
+from lowbit.runtime.layers.operator import register_operator
 
 
 @dataclass(frozen=True)
@@ -48,117 +48,97 @@ class InputGrid:
         return int(self.zero_point) - self.qmin
 
 
-def _empty_conv2d(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Sequence[float],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *_: object,
-) -> Tensor:
-    sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (codes.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]  # fmt: skip
+def _empty_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window, epilogue: Affine[Tensor]) -> Tensor:
+    rows, columns = window.output_size(x.shape[2:])
     out = codes.shape[0]
-    strides = (sizes[0] * sizes[1] * out, 1, sizes[1] * out, out)
-    return torch.empty_strided((x.shape[0], out, *sizes), strides, dtype=torch.float32, device=x.device)
+    return torch.empty_strided(
+        (x.shape[0], out, rows, columns), (rows * columns * out, 1, columns * out, out), dtype=torch.float32, device=x.device
+    )
 
 
 @register_operator(_empty_conv2d)
-def int8_conv2d(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Sequence[float],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``y = scale * input_scale * sum((code(x) - zero_point) * codes) + bias``.
 
     Args:
         x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
         codes: int8 ``[out, in_channels / groups, kernel height, kernel width]``.
-        scale: ``[out]``, of the weight.
-        bias: ``[out]``.
         grid: The values of an ``InputGrid``.
-        stride, padding, dilation: Each vertical and horizontal; padding counts as 0.
-        groups: Of the layer.
+        window: What an output reads; its kernel size is that of ``codes``, its ``pad_value`` 0.
+        epilogue: The scale is that of the weight.
 
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
+
+    Raises:
+        SpecError: A window that is none, or that does not fit the image or the codes.
+
+        >>> grid = [0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 255.0]
+        >>> int8_conv2d(torch.full((1, 1, 1, 2), 1.3), torch.full((1, 1, 1, 1), 3, dtype=torch.int8), grid, Window((1, 1)), Affine(torch.ones(1)))
+        tensor([[[[4.5000, 4.5000]]]])
     """
     inputs = input_grid(grid)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
-        return int8_conv2d_reference(x, codes, scale, bias, grid, stride, padding, dilation, groups)
+        return int8_conv2d_reference(x, codes, grid, window, epilogue)
+    scale, pads = epilogue.scale, (window.stride, window.padding, window.dilation, window.groups)
     key = (version_of(codes), tuple(x.shape[1:]))
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        packed = torch.ops.onednn.qconv_prepack(
-            codes, scale, inputs.scale, inputs.zero_code, stride, padding, dilation, groups, list(x.shape)
-        )  # fmt: skip
+        _check_window(codes, window)
+        packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
     encoded = inputs.encode(x.contiguous(memory_format=torch.channels_last))
     y: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, bias, stride, padding, dilation, groups,
-        1.0, 0, torch.float32, "none", [], "",
+        encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, epilogue.bias, *pads, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y
 
 
-def int8_conv2d_reference(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    grid: Sequence[float],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def int8_conv2d_reference(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``int8_conv2d`` by the float convolution of the codes."""
+    _check_window(codes, window)
     inputs = input_grid(grid)
     centred = inputs.encode(x).float() - inputs.zero_code
-    y = functional.conv2d(centred, codes.float(), None, tuple(stride), tuple(padding), tuple(dilation), groups)
-    y = y * (scale * inputs.scale).reshape(-1, 1, 1)
-    return (y if bias is None else y + bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    settings = tuple(window.stride), tuple(window.padding), tuple(window.dilation), window.groups
+    y = functional.conv2d(centred, codes.float(), None, *settings) * (epilogue.scale * inputs.scale).reshape(-1, 1, 1)
+    return (y if epilogue.bias is None else y + epilogue.bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def _empty_linear(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+def _check_window(codes: Tensor, window: Window) -> None:
+    window.check_zero_padding()
+    if tuple(codes.shape[2:]) != tuple(window.kernel_size):
+        raise SpecError(f"codes of kernel size {list(codes.shape[2:])} do not fit a window of {list(window.kernel_size)}")
+
+
+def _empty_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
 
 
 @register_operator(_empty_linear)
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
+def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
     """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; gives ``[..., out]``."""
     inputs = input_grid(grid)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
-        return int8_linear_reference(x, codes, scale, bias, grid)
+        return int8_linear_reference(x, codes, grid, epilogue)
     key = version_of(codes), ()
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
+        known = _prepacked[codes] = (key, packed, torch.zeros(len(epilogue.scale), dtype=torch.int64))
     _, packed, zero_points = known
     encoded = inputs.encode(x.reshape(-1, x.shape[-1]))
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], "",
+        encoded, inputs.scale, inputs.zero_code, packed, epilogue.scale, zero_points, epilogue.bias, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
-def int8_linear_reference(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Sequence[float]) -> Tensor:
+def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
     """``int8_linear`` by the float product of the codes."""
     inputs = input_grid(grid)
-    y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (scale * inputs.scale)
-    return y if bias is None else y + bias
+    y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (epilogue.scale * inputs.scale)
+    return y if epilogue.bias is None else y + epilogue.bias
 
 
 @functools.cache

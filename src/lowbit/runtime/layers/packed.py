@@ -10,37 +10,44 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
+from lowbit.runtime.arguments import Window
 from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import share
-from lowbit.runtime.lowering.operator import register_operator
 
 ROWS_AT_ONCE = 256  # of a weight, decoded together
 GROUP = 64  # bytes whose parts are neighbouring codes; a row is filled up to whole groups
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """A weight ``[out, in_features]`` in its packed form.
+class PackedWeight(Generic[T]):
+    """A weight ``[out_features, in_features]`` in its packed form.
 
     Attributes:
         words: uint8 ``[rows, bytes]``: codes in containers of 1, 2, 4 or 8 bits; rows filled up to a multiple of 4.
-        table: float32 ``[rows, 2**bit_width]``, ``rows`` being ``out`` or 1: what each code stands for. Where that is evenly spaced ``[rows, 2]``:
-            the lowest level and the step.
-        bit_width: Of the container.
+        table: float32 ``[rows, 2**bit_width]``, ``rows`` being ``out_features`` or 1: what each code stands for. Where that is evenly spaced
+            ``[rows, 2]``: the lowest level and the step.
+        bit_width: Bits of the container.
+        out_features, in_features: Size of the weight.
     """
 
-    words: Tensor
-    table: Tensor
+    words: T
+    table: T
     bit_width: int
+    out_features: int
+    in_features: int
 
 
 def container_bits(bit_width: int) -> int:
@@ -48,7 +55,7 @@ def container_bits(bit_width: int) -> int:
     return next(bits for bits in (1, 2, 4, 8) if bit_width <= bits)
 
 
-def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWeight:
+def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWeight[Tensor]:
     """Pack unsigned codes ``[out, in_features]``.
 
     In each ``GROUP`` bytes, part ``s`` (bits ``s b`` to ``s b + b - 1``) of byte ``i`` is code ``s * GROUP + i``.
@@ -75,7 +82,7 @@ def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWe
     words = torch.zeros_like(parts[:, :, 0])
     for part in range(8 // bits):
         words |= parts[:, :, part] << (part * bits)
-    return PackedWeight(words.flatten(1).contiguous(), _shortened(table.float(), bits), bits)
+    return PackedWeight(words.flatten(1).contiguous(), _shortened(table.float(), bits), bits, *codes.shape)
 
 
 def _shortened(table: Tensor, bit_width: int) -> Tensor:
@@ -86,15 +93,16 @@ def _shortened(table: Tensor, bit_width: int) -> Tensor:
     return torch.cat([lowest, step], 1) if is_even else functional.pad(table, (0, 2**bit_width - table.shape[1]))
 
 
-def unpack_linear_weight(words: Tensor, table: Tensor, bit_width: int, out_features: int, in_features: int) -> Tensor:
+def unpack_linear_weight(weight: PackedWeight[Tensor]) -> Tensor:
     """float32 ``[out_features, in_features]``."""
-    shifts = torch.arange(8 // bit_width, device=words.device, dtype=torch.uint8) * bit_width
+    words, table, bits = weight.words, weight.table, weight.bit_width
+    shifts = torch.arange(8 // bits, device=words.device, dtype=torch.uint8) * bits
     parts = words.unflatten(1, (-1, 1, GROUP)) >> shifts[:, None]
-    codes = (parts & (2**bit_width - 1)).flatten(1)[:out_features, :in_features]
+    codes = (parts & (2**bits - 1)).flatten(1)[: weight.out_features, : weight.in_features]
     if table.shape[1] == 2:
         values: Tensor = table[:, :1] + codes * table[:, 1:]
         return values
-    return table.expand(out_features, -1).gather(1, codes.long())
+    return table.expand(weight.out_features, -1).gather(1, codes.long())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,49 +116,33 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().clamp_(-127, 127).nan_to_num_().to(torch.int8), scale
 
 
-def packed_linear_reference(
-    x: Tensor,
-    words: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    bit_width: int,
-    in_features: int,
-    out_features: int,
-    arithmetic: str = "float",
-) -> Tensor:
+def packed_linear_reference(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
     """``packed_linear`` by the float product with the decoded weight, some rows of it at a time."""
-    rows = x.reshape(-1, in_features)
+    rows = x.reshape(-1, weight.in_features)
     scale = None
     if arithmetic == "int8":
         codes, scale = quantize_rows(rows)
         rows = codes.float()
-    pieces = []
-    for start in range(0, out_features, ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, out_features)
-        part = table if len(table) == 1 else table[start:stop]
-        pieces.append(rows @ unpack_linear_weight(words[start:stop], part, bit_width, stop - start, in_features).t())
+    pieces = [rows @ part.t() for _, part in _decoded(weight, ROWS_AT_ONCE)]
     y = torch.cat(pieces, 1) if pieces else rows.new_empty(len(rows), 0)
     y = y if scale is None else y * scale
-    return (y if bias is None else y + bias).reshape(*x.shape[:-1], out_features)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.out_features)
 
 
-def _empty(
-    x: Tensor, words: Tensor, table: Tensor, bias: Tensor | None, bit_width: int, in_features: int, out_features: int, *_: object
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features), dtype=torch.float32)
+def _decoded(weight: PackedWeight[Tensor], size: int) -> Iterator[tuple[slice, Tensor]]:
+    """``size`` outputs at a time and their rows of the weight."""
+    for start in range(0, weight.out_features, size):
+        part = slice(start, min(start + size, weight.out_features))
+        table = weight.table if len(weight.table) == 1 else weight.table[part]
+        yield part, unpack_linear_weight(replace(weight, words=weight.words[part], table=table, out_features=part.stop - part.start))
 
 
-@register_operator(_empty)
-def packed_linear(
-    x: Tensor,
-    words: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    bit_width: int,
-    in_features: int,
-    out_features: int,
-    arithmetic: str = "float",
-) -> Tensor:
+def _empty_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.out_features), dtype=torch.float32)
+
+
+@register_operator(_empty_linear)
+def packed_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
     """``y = x W^T + bias`` with ``W[r, k] = table[r, code[r, k]]`` read from packed codes.
 
     With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row; rows that are not finite give NaN. Where a table is evenly spaced the
@@ -158,9 +150,8 @@ def packed_linear(
 
     Args:
         x: float32 ``[..., in_features]``.
-        words, table, bit_width: Of a ``PackedWeight``.
+        weight: From ``pack_linear_weight``.
         bias: ``[out_features]``.
-        in_features, out_features: Of the layer.
         arithmetic: ``float`` or ``int8``.
 
     Returns:
@@ -168,83 +159,69 @@ def packed_linear(
 
     Raises:
         SpecError: An argument of another type or shape.
+
+        >>> weight = pack_linear_weight(torch.tensor([[0, 1, 3]]), torch.tensor([[-1.0, 0.0, 1.0, 2.0]]), 2)
+        >>> packed_linear(torch.tensor([[1.0, 5.0, 10.0]]), weight, None)
+        tensor([[19.]])
     """
-    _check(x, words, table, bias, bit_width, in_features, out_features, arithmetic)
-    loops = packed_loops() if arithmetic == "int8" and x.device.type == "cpu" and x.numel() and out_features else None
+    _check(x, weight, bias, arithmetic)
+    words, table, outputs = weight.words, weight.table, weight.out_features
+    loops = packed_loops() if arithmetic == "int8" and x.device.type == "cpu" and x.numel() and outputs else None
     if loops is None or table.shape[1] > 2:
-        return packed_linear_reference(x, words, table, bias, bit_width, in_features, out_features, arithmetic)
-    rows = x.detach().reshape(-1, in_features).contiguous()
-    codes = torch.empty(len(rows), words.shape[1] * (8 // bit_width), dtype=torch.int8)
+        return packed_linear_reference(x, weight, bias, arithmetic)
+    rows = x.detach().reshape(-1, weight.in_features).contiguous()
+    codes = torch.empty(len(rows), words.shape[1] * (8 // weight.bit_width), dtype=torch.int8)
     scales, sums = torch.empty(len(rows), 1), torch.empty(len(rows), 1)
-    found, y = torch.empty(len(rows), len(words), dtype=torch.int32), torch.empty(len(rows), out_features)
+    found, y = torch.empty(len(rows), len(words), dtype=torch.int32), torch.empty(len(rows), outputs)
     loops.quantize(rows.numpy(), codes.numpy(), scales.numpy(), sums.numpy())
     arrays = words.detach().numpy(), codes.numpy(), found.numpy()
-    units = len(words) // loops.ROWS
-    share(lambda first, last: loops.multiply(*arrays, bit_width, first, last), units, words.numel() * len(rows) * 8)
+    share(
+        lambda first, last: loops.multiply(*arrays, weight.bit_width, first, last), len(words) // loops.ROWS, words.numel() * len(rows) * 8
+    )
     added = y.new_empty(1, 0) if bias is None else bias.detach()[None]
     loops.finish(found.numpy(), table.detach().numpy(), scales.numpy(), sums.numpy(), added.numpy(), y.numpy())
-    return y.reshape(*x.shape[:-1], out_features)
+    return y.reshape(*x.shape[:-1], outputs)
 
 
-def _empty_conv2d(
-    x: Tensor,
-    words: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    bit_width: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    weight = x.new_empty(list(shape))
-    return functional.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups).contiguous(
-        memory_format=torch.channels_last
-    )
+def _empty_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, window: Window) -> Tensor:
+    rows, columns = window.output_size(x.shape[2:])
+    y = x.new_empty((x.shape[0], weight.out_features, rows, columns))
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 @register_operator(_empty_conv2d)
-def packed_conv2d(
-    x: Tensor,
-    words: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    bit_width: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def packed_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, window: Window) -> Tensor:
     """The convolution of ``x`` with a weight that is decoded from packed codes for this call, ``ROWS_AT_ONCE`` output channels at a time.
 
     Args:
         x: float32 ``[N, in_channels, H, W]``.
-        words, table, bit_width: Of a ``PackedWeight`` whose rows are the output channels.
+        weight: From ``pack_linear_weight``: its rows are the output channels, each with ``in_channels / groups`` kernels in a row.
         bias: ``[out_channels]``.
-        shape: Of the weight, ``[out_channels, in_channels / groups, kernel height, kernel width]``.
-        stride, padding, dilation: Each vertical and horizontal.
-        groups: Of the layer.
+        window: What an output reads; its ``pad_value`` is 0.
 
     Returns:
         float32 ``[N, out_channels, rows, columns]``, channels-last.
 
     Raises:
         SpecError: An argument of another type or shape.
+
+        >>> weight = pack_linear_weight(torch.tensor([[1, 0]]), torch.tensor([[-1.0, 1.0]]), 1)
+        >>> packed_conv2d(torch.tensor([[[[5.0, 2.0, 1.0]]]]), weight, None, Window((1, 2)))
+        tensor([[[[3., 1.]]]])
     """
-    outputs, per_group = shape[0], math.prod(shape[1:])
-    if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != shape[1] * groups:
-        raise SpecError(f"packed_conv2d takes float32 [N, {shape[1] * groups}, H, W], got {x.dtype} {tuple(x.shape)}")
-    _check_weight(words, table, bias, bit_width, per_group, outputs)
-    size = ROWS_AT_ONCE if groups == 1 else outputs
+    window.check_zero_padding()
+    kernel = math.prod(window.kernel_size)
+    if weight.in_features % kernel or window.groups < 1:
+        raise SpecError(f"rows of {weight.in_features} weights do not fit a window of {list(window.kernel_size)} in {window.groups} groups")
+    per_group = weight.in_features // kernel
+    if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != per_group * window.groups:
+        raise SpecError(f"packed_conv2d takes float32 [N, {per_group * window.groups}, H, W], got {x.dtype} {tuple(x.shape)}")
+    _check_weight(weight, bias)
+    settings = tuple(window.stride), tuple(window.padding), tuple(window.dilation), window.groups
     pieces = []
-    for start in range(0, outputs, size):
-        stop = min(start + size, outputs)
-        part = table if len(table) == 1 else table[start:stop]
-        weight = unpack_linear_weight(words[start:stop], part, bit_width, stop - start, per_group).view(-1, *shape[1:])
-        added = None if bias is None else bias[start:stop]
-        pieces.append(functional.conv2d(x, weight, added, tuple(stride), tuple(padding), tuple(dilation), groups))
+    for part, rows in _decoded(weight, ROWS_AT_ONCE if window.groups == 1 else weight.out_features):
+        added = None if bias is None else bias[part]
+        pieces.append(functional.conv2d(x, rows.view(-1, per_group, *window.kernel_size), added, *settings))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).contiguous(memory_format=torch.channels_last)
 
 
@@ -259,23 +236,22 @@ def packed_loops() -> ModuleType | None:
         return None
 
 
-def _check(
-    x: Tensor, words: Tensor, table: Tensor, bias: Tensor | None, bit_width: int, in_features: int, out_features: int, arithmetic: str
-) -> None:
-    if x.dtype != torch.float32 or not x.dim() or x.shape[-1] != in_features:
-        raise SpecError(f"packed_linear takes float32 [..., {in_features}], got {x.dtype} {tuple(x.shape)}")
+def _check(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str) -> None:
+    if x.dtype != torch.float32 or not x.dim() or x.shape[-1] != weight.in_features:
+        raise SpecError(f"packed_linear takes float32 [..., {weight.in_features}], got {x.dtype} {tuple(x.shape)}")
     if arithmetic not in ("float", "int8"):
         raise SpecError(f"arithmetic must be 'float' or 'int8', got {arithmetic!r}")
-    _check_weight(words, table, bias, bit_width, in_features, out_features)
+    _check_weight(weight, bias)
 
 
-def _check_weight(words: Tensor, table: Tensor, bias: Tensor | None, bit_width: int, in_features: int, out_features: int) -> None:
-    if bit_width not in (1, 2, 4, 8):
-        raise SpecError(f"codes lie in containers of 1, 2, 4 or 8 bits, got {bit_width}")
-    expected = (out_features + -out_features % 4, -(-in_features * bit_width // (8 * GROUP)) * GROUP)
+def _check_weight(weight: PackedWeight[Tensor], bias: Tensor | None) -> None:
+    words, table, bits, out = weight.words, weight.table, weight.bit_width, weight.out_features
+    if bits not in (1, 2, 4, 8):
+        raise SpecError(f"codes lie in containers of 1, 2, 4 or 8 bits, got {bits}")
+    expected = (out + -out % 4, -(-weight.in_features * bits // (8 * GROUP)) * GROUP)
     if words.dtype != torch.uint8 or tuple(words.shape) != expected:
         raise SpecError(f"packed weights must be uint8 {expected}, got {words.dtype} {tuple(words.shape)}")
-    if table.dim() != 2 or table.shape[0] not in (1, out_features) or table.shape[1] not in (2, 2**bit_width):
-        raise SpecError(f"table must be [{out_features} or 1, 2 or {2**bit_width}], got {tuple(table.shape)}")
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise SpecError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
+    if table.dim() != 2 or table.shape[0] not in (1, out) or table.shape[1] not in (2, 2**bits):
+        raise SpecError(f"table must be [{out} or 1, 2 or {2**bits}], got {tuple(table.shape)}")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise SpecError(f"bias must be [{out}], got {tuple(bias.shape)}")

@@ -10,7 +10,6 @@ Each function has a torch reference of the same signature beside it. Both give t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -20,19 +19,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
+from lowbit.runtime.arguments import POINT, Affine, Epilogue, PlanesLayer, SignLayer, Window
 from lowbit.runtime.cpu.bits import pack_signs, unpack_weight
 from lowbit.runtime.cpu.target import active_target, processor_features
-from lowbit.runtime.layers.binary import compiled_loops, output_size
-from lowbit.runtime.layers.checks import check_input, check_layer, check_window, refuse_gradients
+from lowbit.runtime.layers.binary import compiled_loops
+from lowbit.runtime.layers.checks import check_input, check_layer, refuse_gradients
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels
-from lowbit.runtime.layers.prepared import Array, LayerTensors, PreparedLayer, keep_layer, known_layer
-from lowbit.runtime.lowering.operator import register_operator
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.layers.operator import register_operator
+from lowbit.runtime.layers.prepared import Array, PreparedLayer, keep_layer, known_layer
+from lowbit.runtime.thresholds import sign_threshold
 
 MOST_LEVELS = 15  # thresholds of the inputs: codes of 4 bits
 MOST_WEIGHT = 3  # in magnitude: 2 bits
-
-Pair = Sequence[int]
 
 
 def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["planes", "int8", "float"], str]:
@@ -80,7 +78,7 @@ def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]
 
     Args:
         weight: ``[out, in / groups, kernel height, kernel width]`` or ``[out, in]``, whole numbers from -3 to 3.
-        groups: Of the layer; ``out`` must be a multiple of it.
+        groups: Number of groups; ``out`` must be a multiple of it.
 
     Returns:
         int32 ``[planes, out, kernel height, kernel width, words]`` or ``[planes, out, words]`` with ``words = ceil(in / groups / 32)``, the
@@ -121,36 +119,23 @@ def input_thresholds(grid: InputGrid) -> Tensor:
     return torch.stack([threshold(level) for level in range(grid.qmax - grid.qmin)])
 
 
-def planes_conv2d_reference(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    thresholds: Tensor,
-    zero_code: int,
-    in_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def planes_conv2d_reference(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``planes_conv2d`` by the float convolution of the codes."""
-    codes = functional.pad(_codes(x, thresholds[:, :, None, None]) - zero_code, (padding[1], padding[1], padding[0], padding[0]))
-    weight = unpack_planes(words, mask, in_channels // groups).movedim(-1, 1)
+    top, left = window.padding
+    codes = functional.pad(_codes(x, layer.thresholds[:, :, None, None]) - layer.zero_code, (left, left, top, top))
+    weight = unpack_planes(layer.words, layer.mask, layer.in_channels // window.groups).movedim(-1, 1)
     # with one channel, torch can read one order of memory as the other
     codes, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, weight))
-    y = functional.conv2d(codes, weight, None, tuple(stride), 0, tuple(dilation), groups).round() * scale.reshape(-1, 1, 1)
-    return (y if bias is None else y + bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
+    y = functional.conv2d(codes, weight, None, tuple(window.stride), 0, tuple(window.dilation), window.groups).round()
+    y = y * epilogue.scale.reshape(-1, 1, 1)
+    return (y if epilogue.bias is None else y + epilogue.bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def planes_linear_reference(
-    x: Tensor, words: Tensor, mask: Tensor | None, scale: Tensor, bias: Tensor | None, thresholds: Tensor, zero_code: int, in_features: int
-) -> Tensor:
+def planes_linear_reference(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor]) -> Tensor:
     """``planes_linear`` by the float product of the codes."""
-    y = functional.linear(_codes(x, thresholds) - zero_code, unpack_planes(words, mask, in_features)).round() * scale
-    return y if bias is None else y + bias
+    weight = unpack_planes(layer.words, layer.mask, layer.in_channels)
+    y = functional.linear(_codes(x, layer.thresholds) - layer.zero_code, weight).round() * epilogue.scale
+    return y if epilogue.bias is None else y + epilogue.bias
 
 
 def _codes(x: Tensor, thresholds: Tensor) -> Tensor:
@@ -160,60 +145,26 @@ def _codes(x: Tensor, thresholds: Tensor) -> Tensor:
     return codes
 
 
-def _empty_conv2d(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    thresholds: Tensor,
-    zero_code: int,
-    in_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *_rest: object,
-) -> Tensor:
-    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return x.new_empty((x.shape[0], rows, columns, words.shape[1])).permute(0, 3, 1, 2)
+def _empty_conv2d(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> Tensor:
+    rows, columns = window.output_size(x.shape[2:])
+    return x.new_empty((x.shape[0], rows, columns, layer.words.shape[1])).permute(0, 3, 1, 2)
 
 
-def _empty_linear(x: Tensor, words: Tensor, *_rest: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], words.shape[1]))
+def _empty_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], layer.words.shape[1]))
 
 
 @register_operator(_empty_conv2d)
-def planes_conv2d(
-    x: Tensor,
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    thresholds: Tensor,
-    zero_code: int,
-    in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def planes_conv2d(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``y = scale * sum((code(x) - zero_code) w) + bias`` over the window; ``code(x)`` is the number of thresholds that ``x`` reaches.
 
     The sums are exact. Places outside the image count as ``zero_code``, NaN as code 0.
 
     Args:
         x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
-        words: From ``pack_planes``.
-        mask: From there too.
-        scale: ``[out]`` float32, the product of those of weight and input.
-        bias: ``[out]`` float32.
-        thresholds: ``[levels, in_channels]`` or ``[levels, 1]`` float32 in ascending order, 1 to 15 levels.
-        zero_code: 0 to ``levels``.
-        in_channels: Of the layer.
-        kernel_size, stride, padding, dilation: Each vertical and horizontal.
-        groups: Of the layer.
+        layer: The weight, and what the codes of ``x`` are.
+        window: What an output reads; its ``pad_value`` is 0.
+        epilogue: The scale is the product of those of weight and input.
 
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
@@ -221,67 +172,66 @@ def planes_conv2d(
     Raises:
         SpecError: An argument of another type or shape, or an image smaller than the kernel.
         LayerError: A gradient is expected: there is no derivative.
+
+        >>> words, mask = pack_planes(torch.full((1, 1, 1, 1), 3.0))
+        >>> layer = PlanesLayer(words, 1, torch.tensor([[0.5], [1.5]]), 0, mask)
+        >>> planes_conv2d(torch.tensor([[[[0.2, 1.0, 9.0]]]]), layer, Window((1, 1)), Affine(torch.ones(1)))
+        tensor([[[[0., 3., 6.]]]])
     """
-    refuse_gradients("planes_conv2d", x, scale, bias)
+    refuse_gradients("planes_conv2d", x, epilogue.scale, epilogue.bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors = LayerTensors(words, mask, scale, bias, thresholds)
-    settings = (in_channels, groups, *kernel_size, *stride, *padding, *dilation, zero_code)
-    layer = None if loops is None else known_layer(tensors, settings)
-    if layer is None:
-        check_window(kernel_size, stride, padding, dilation)
-        _check(words, mask, scale, bias, thresholds, zero_code, in_channels, groups, kernel_size)
-    check_input(x, in_channels, 4)
-    rows, columns = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    prepared = None if loops is None else known_layer(layer, window, epilogue)
+    if prepared is None:
+        window.check_zero_padding()
+        _check(layer, window, epilogue)
+    check_input(x, layer.in_channels, 4)
+    rows, columns = window.output_size(x.shape[2:])
     if loops is None:
-        return planes_conv2d_reference(
-            x, words, mask, scale, bias, thresholds, zero_code, in_channels, kernel_size, stride, padding, dilation, groups
-        )
-    if layer is None:
-        layer = keep_layer(PlanesLayer(loops, tensors, settings))
-    y = x.new_empty((x.shape[0], rows, columns, words.shape[1]))
-    layer.run(x.detach().permute(0, 2, 3, 1).contiguous(), y, None, None)
+        return planes_conv2d_reference(x, layer, window, epilogue)
+    if prepared is None:
+        prepared = keep_layer(PreparedPlanes(loops, layer, window, epilogue))
+    y = x.new_empty((x.shape[0], rows, columns, layer.words.shape[1]))
+    prepared.run(x.detach().permute(0, 2, 3, 1).contiguous(), y, None, None)
     return y.permute(0, 3, 1, 2)
 
 
 @register_operator(_empty_linear)
-def planes_linear(
-    x: Tensor, words: Tensor, mask: Tensor | None, scale: Tensor, bias: Tensor | None, thresholds: Tensor, zero_code: int, in_features: int
-) -> Tensor:
-    """``planes_conv2d`` for ``x`` ``[..., in_features]`` and weights ``[out, in_features]``; gives ``[..., out]``."""
-    refuse_gradients("planes_linear", x, scale, bias)
+def planes_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor]) -> Tensor:
+    """``planes_conv2d`` for ``x`` ``[..., in_channels]`` and weights ``[out, in_channels]``; gives ``[..., out]``."""
+    refuse_gradients("planes_linear", x, epilogue.scale, epilogue.bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
-    tensors = LayerTensors(words, mask, scale, bias, thresholds)
-    settings = (in_features, 1, 1, 1, 1, 1, 0, 0, 1, 1, zero_code)
-    layer = None if loops is None else known_layer(tensors, settings)
-    if layer is None:
-        _check(words, mask, scale, bias, thresholds, zero_code, in_features, 1, None)
-    check_input(x, in_features, None)
+    prepared = None if loops is None else known_layer(layer, POINT, epilogue)
+    if prepared is None:
+        _check(layer, None, epilogue)
+    check_input(x, layer.in_channels, None)
     if loops is None:
-        return planes_linear_reference(x, words, mask, scale, bias, thresholds, zero_code, in_features)
-    if layer is None:
-        layer = keep_layer(PlanesLayer(loops, tensors, settings))
-    y = x.new_empty((*x.shape[:-1], words.shape[1]))
-    layer.run(x.detach().contiguous().view(1, 1, -1, in_features), y.view(1, 1, -1, words.shape[1]), None, None)
+        return planes_linear_reference(x, layer, epilogue)
+    if prepared is None:
+        prepared = keep_layer(PreparedPlanes(loops, layer, POINT, epilogue))
+    y = x.new_empty((*x.shape[:-1], layer.words.shape[1]))
+    prepared.run(x.detach().contiguous().view(1, 1, -1, layer.in_channels), y.view(1, 1, -1, layer.words.shape[1]), None, None)
     return y
 
 
-class PlanesLayer(PreparedLayer):
-    """A layer of several bits as the kernels read it; see ``PreparedLayer``. The last of the settings is ``zero_code``."""
+class PreparedPlanes(PreparedLayer):
+    """A layer of several bits as the kernels read it; see ``PreparedLayer``."""
 
-    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
-        super().__init__(loops, tensors, settings)
-        self.zero_code, self.planes = settings[-1], len(self.packing[0]).bit_length()
+    def __init__(self, loops: ModuleType, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> None:
+        signs = SignLayer(layer.words, layer.in_channels, layer.mask, layer.thresholds)
+        super().__init__(loops, signs, window, Epilogue(epilogue.scale, epilogue.bias))
+        self.made_of(layer, window, epilogue)
+        self.zero_code, self.planes = layer.zero_code, len(self.packing[0]).bit_length()
         weight, mask, counted, missing = self.weight
-        factors = 2 ** torch.arange(len(tensors[0]), dtype=torch.int32)[:, None]
+        factors = 2 ** torch.arange(len(layer.words), dtype=torch.int32)[:, None]
         magnitudes, sums = (
             (torch.from_numpy(part).view(len(factors), -1) * factors).sum(0) for part in (counted, missing.sum((0, 1), dtype=np.int32))
         )
         highest = 2**self.planes - 1
         total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
         self.weight = weight, mask, total.int().numpy(), missing
-        scale = (tensors[2].detach() / 2).contiguous().numpy()  # sums are doubled
+        scale = (epilogue.scale.detach() / 2).contiguous().numpy()  # sums are doubled
         self.finishing = 0, scale, *self.finishing[2:]  # padding is in the image
-        inputs = np.zeros((1, 1, 1, settings[0]), np.float32)
+        inputs = np.zeros((1, 1, 1, layer.in_channels), np.float32)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
         loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)
 
@@ -297,28 +247,23 @@ class PlanesLayer(PreparedLayer):
         return image
 
 
-def _check(
-    words: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    thresholds: Tensor,
-    zero_code: int,
-    in_channels: int,
-    groups: int,
-    kernel_size: Sequence[int] | None,
-) -> None:
-    """SpecError where the parts of a layer do not fit each other."""
-    if words.dim() != (3 if kernel_size is None else 5) or not 1 <= len(words) <= 2 or (mask is not None and mask.shape != words.shape):
+def _check(layer: PlanesLayer[Tensor], window: Window | None, epilogue: Affine[Tensor]) -> None:
+    """SpecError where the parts of a layer do not fit each other; there is no window for linear layers."""
+    words, mask, thresholds = layer.tensors
+    assert words is not None
+    assert thresholds is not None
+    if words.dim() != (3 if window is None else 5) or not 1 <= len(words) <= 2 or (mask is not None and mask.shape != words.shape):
         masks = "" if mask is None else f" and a mask of {tuple(mask.shape)}"
         raise SpecError(f"weights must be 1 or 2 planes of words as pack_planes gives them, got {tuple(words.shape)}{masks}")
-    check_layer(words[0], None if mask is None else mask[0], scale, bias, in_channels, groups, kernel_size, 0, None, None)
+    plane = SignLayer(words[0], layer.in_channels, None if mask is None else mask[0])
+    check_layer(plane, window, Epilogue(epilogue.scale, epilogue.bias))
     shape = tuple(thresholds.shape)
-    if thresholds.dim() != 2 or not 1 <= shape[0] <= MOST_LEVELS or shape[1] not in (1, in_channels) or thresholds.dtype != torch.float32:
-        raise SpecError(f"thresholds must be float32 [1..{MOST_LEVELS}, 1 or {in_channels}], got {thresholds.dtype} {shape}")
+    is_table = thresholds.dim() == 2 and 1 <= shape[0] <= MOST_LEVELS and shape[1] in (1, layer.in_channels)
+    if not is_table or thresholds.dtype != torch.float32:
+        raise SpecError(f"thresholds must be float32 [1..{MOST_LEVELS}, 1 or {layer.in_channels}], got {thresholds.dtype} {shape}")
     if thresholds.device != words.device:
         raise SpecError(f"thresholds must be on {words.device} with the packed weights, got {thresholds.device}")
     if bool(thresholds.isnan().any()) or not bool((thresholds.diff(dim=0) >= 0).all()):
         raise SpecError("thresholds must ascend in each channel")
-    if not 0 <= zero_code <= shape[0]:
-        raise SpecError(f"zero_code must lie in 0..{shape[0]}, the codes of {shape[0]} thresholds, got {zero_code}")
+    if not 0 <= layer.zero_code <= shape[0]:
+        raise SpecError(f"zero_code must lie in 0..{shape[0]}, the codes of {shape[0]} thresholds, got {layer.zero_code}")

@@ -7,96 +7,74 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowbit.runtime.arguments import Affine, Epilogue, PlanesLayer, SignLayer, Window
 from lowbit.runtime.cpu.bits import WORD, pack_signs, unpack_weight, words_for
+from lowbit.runtime.kept import PreparedWeights, version_of
 
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
 NOTHING = torch.empty(0, 0)
 
-T = TypeVar("T")
 Array = npt.NDArray[np.generic]
-
-
-class LayerTensors(NamedTuple):
-    """The tensors of a binary layer, see ``binary_conv2d``."""
-
-    words: Tensor
-    mask: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-    threshold: Tensor | None
-    flip: Tensor | None = None
-    activation: Tensor | None = None
-    out_threshold: Tensor | None = None
-    out_flip: Tensor | None = None
-
-
-class PreparedWeights(Generic[T]):
-    """What was made of packed weights, kept as long as they live and nobody writes to them."""
-
-    def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
-
-    def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
-        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
-        state = (version_of(words), version_of(mask), *numbers)
-        known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
-        if known is None or known[0] is not mask or known[1] != state:
-            known = mask, state, prepare()
-            self._known[words] = known
-        return known[2]
+AnyLayer = SignLayer[Tensor] | PlanesLayer[Tensor]
 
 
 class PreparedLayer:
-    """A binary layer whose weights lie in the order in which the kernels of the active target read them.
+    """A layer of signs whose weights lie in the order in which the kernels of the active target read them.
 
     Args:
         loops: The compiled kernels.
-        tensors: Of the layer. Weights of several bits have one more dimension at the front, and thresholds in ascending order too.
-        settings: Input channels, groups, kernel size, stride, padding and dilation, each vertical and horizontal, and ``pad_value``.
+        layer: The weight, and what the signs of inputs are. Weights of several bits have one more dimension at the front, and thresholds in
+            ascending order too.
+        window: What an output reads.
+        epilogue: What happens to the sums; its residual is given to ``run``.
     """
 
-    def __init__(self, loops: ModuleType, tensors: LayerTensors, settings: tuple[int, ...]) -> None:
-        words, mask, scale, bias, threshold, flip, activation, out_threshold, out_flip = tensors
-        self.loops, self.settings = loops, settings
-        self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
-        self.versions = [version_of(tensor) for tensor in tensors]
-        channels, self.groups, *shape, pad_value = settings
-        self.shape = tuple(shape)
+    def __init__(self, loops: ModuleType, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> None:
+        self.loops = loops
+        self.made_of(layer, window, epilogue)
+        self.shape, self.groups = window.numbers, window.groups
+        channels = layer.in_channels
         per_group = channels // self.groups
         self.words = words_for(per_group)
-        limits = torch.atleast_2d(torch.zeros(channels) if threshold is None else threshold).expand(-1, channels)
-        flips = torch.zeros(self.groups, self.words, dtype=torch.int32) if flip is None else pack_signs(flip.view(self.groups, -1) * 2 - 1)
-        self.packing = _floats(limits), flips.contiguous().numpy()
+        limits = torch.atleast_2d(torch.zeros(channels) if layer.threshold is None else layer.threshold).expand(-1, channels)
+        self.packing = _floats(limits), _flipped_bits(layer.flip, self.groups, self.words)
         self.weight = _ordered.get(
-            words, mask, (per_group, self.groups), lambda: _in_kernel_order(words, mask, per_group, self.groups, loops)
+            layer.words,
+            layer.mask,
+            (per_group, self.groups),
+            lambda: _in_kernel_order(layer.words, layer.mask, per_group, self.groups, loops),
         )
         self.planes = 1  # images of words, one for each bit of the inputs
-        border = pad_value + 1 if shape[4] or shape[5] else 0
-        bias, activation = (
-            empty if tensor is None else tensor for tensor, empty in ((bias, torch.zeros_like(scale)), (activation, NOTHING))
-        )
-        self.finishing = border, _floats(scale), _floats(bias), _floats(activation)
-        limits = torch.empty(0) if out_threshold is None else out_threshold
-        out_flips = torch.zeros(words_for(len(limits)), dtype=torch.int32) if out_flip is None else pack_signs(out_flip * 2 - 1)
-        self.signing = _floats(limits), out_flips.contiguous().numpy()
+        border = window.pad_value + 1 if any(window.padding) else 0
+        bias = torch.zeros_like(epilogue.scale) if epilogue.bias is None else epilogue.bias
+        activation = NOTHING if epilogue.activation is None else epilogue.activation
+        self.finishing = border, _floats(epilogue.scale), _floats(bias), _floats(activation)
+        limits = torch.empty(0) if epilogue.out_threshold is None else epilogue.out_threshold
+        self.signing = _floats(limits), _flipped_bits(epilogue.out_flip, 1, words_for(len(limits)))[0]
         self.nothing, self.no_signs = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.int32)
 
-    def fits(self, tensors: LayerTensors, settings: tuple[int, ...]) -> bool:
-        """Whether it was made from these tensors as they are now."""
+    def made_of(self, layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> None:
+        """Keep in mind what it was made of."""
+        tensors = (*layer.tensors, *epilogue.tensors)
+        self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
+        self.versions = [version_of(tensor) for tensor in tensors]
+        self.numbers = (*layer.numbers, *window.numbers, window.groups, window.pad_value)
+
+    def fits(self, layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> bool:
+        """Whether it was made of this as it is now."""
+        tensors = (*layer.tensors, *epilogue.tensors)
         return (
             all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
             and self.versions == [version_of(tensor) for tensor in tensors]
-            and self.settings == settings
+            and self.numbers == (*layer.numbers, *window.numbers, window.groups, window.pad_value)
         )
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
@@ -143,10 +121,10 @@ class PreparedLayer:
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
 
 
-def known_layer(tensors: LayerTensors, settings: tuple[int, ...]) -> PreparedLayer | None:
-    """The layer that was prepared from these tensors, if they are as they were."""
-    layer = _layers.get(id(tensors[0]))
-    return layer if layer is not None and layer.fits(tensors, settings) else None
+def known_layer(layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> PreparedLayer | None:
+    """The layer that was prepared from this, if it is as it was."""
+    known = _layers.get(id(layer.words))
+    return known if known is not None and known.fits(layer, window, epilogue) else None
 
 
 def keep_layer(layer: PreparedLayer) -> PreparedLayer:
@@ -160,9 +138,11 @@ def keep_layer(layer: PreparedLayer) -> PreparedLayer:
     return layer
 
 
-def version_of(tensor: Tensor | None) -> int:
-    """Changes when a state dict is loaded into a tensor."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _flipped_bits(flip: Tensor | None, groups: int, words: int) -> Array:
+    """int32 ``[groups, words]``: ones where a sign is the other way round."""
+    bits = torch.zeros(groups, words, dtype=torch.int32) if flip is None else pack_signs(flip.view(groups, -1) * 2 - 1)
+    array: Array = bits.contiguous().numpy()
+    return array
 
 
 def _floats(tensor: Tensor) -> Array:

@@ -8,8 +8,9 @@ layers. Layers whose weight alone is quantized can read packed codes, if asked t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -17,34 +18,27 @@ from torch import Tensor
 
 from lowbit.errors import FileFormatError, SpecError
 from lowbit.formats.onnx.integer_grid import integer_grid
-from lowbit.formats.program.calls import Graph, Node, Stored
+from lowbit.formats.program.calls import Graph, OperatorCall, Result, Stored
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import SumDecoder
+from lowbit.runtime.activation import Activation, activated
+from lowbit.runtime.arguments import POINT, Affine, Epilogue, PlanesLayer, SignLayer
 from lowbit.runtime.cpu.bits import WORD
 from lowbit.runtime.layers.binary import binary_conv2d, binary_linear, pack_conv_weight
 from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2d, int8_linear
-from lowbit.runtime.layers.packed import pack_linear_weight, packed_conv2d, packed_linear
+from lowbit.runtime.layers.operator import Operator
+from lowbit.runtime.layers.packed import PackedWeight, pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
-from lowbit.runtime.lowering.activation import activated
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.operator import Operator
-from lowbit.runtime.lowering.surroundings import AFFINE, CONV, GRID, LINEAR, RESHAPE, Surroundings, options_of, window_of
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.lowering.surroundings import AFFINE, CONV, GRID, LINEAR, RESHAPE, Surroundings, options_of
+from lowbit.runtime.thresholds import sign_threshold
 
-_BINARY = {CONV: "lowbit.binary_conv2d.default", LINEAR: "lowbit.binary_linear.default"}
-_PACKED = {CONV: "lowbit.packed_conv2d.default", LINEAR: "lowbit.packed_linear.default"}
-_PLANES = {CONV: "lowbit.planes_conv2d.default", LINEAR: "lowbit.planes_linear.default"}
-_INT8 = {CONV: "lowbit.int8_conv2d.default", LINEAR: "lowbit.int8_linear.default"}
 OPERATORS: dict[str, Operator[...]] = {
-    "lowbit.binary_conv2d.default": binary_conv2d,
-    "lowbit.binary_linear.default": binary_linear,
-    "lowbit.planes_conv2d.default": planes_conv2d,
-    "lowbit.planes_linear.default": planes_linear,
-    "lowbit.int8_conv2d.default": int8_conv2d,
-    "lowbit.int8_linear.default": int8_linear,
-    "lowbit.packed_linear.default": packed_linear,
-    "lowbit.packed_conv2d.default": packed_conv2d,
-}
+    operator.name: operator
+    for operator in (
+        binary_conv2d, binary_linear, planes_conv2d, planes_linear, int8_conv2d, int8_linear, packed_conv2d, packed_linear,
+    )
+}  # fmt: skip
 _VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
 MOST_PRODUCTS = 2.0**24  # of a sum; float32 holds all whole numbers up to it
 WeightOnly = Literal["none", "float", "int8"]
@@ -55,7 +49,7 @@ class LayerPath:
     """What a layer runs on.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         kernel: ``binary``, ``ternary``, ``planes`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float`` as before.
         fused: What is computed along with it.
         reason: Why it stayed in float.
@@ -69,6 +63,28 @@ class LayerPath:
     def __str__(self) -> str:
         along = f" with {', '.join(self.fused)}" if self.fused else ""
         return f"{self.name}: {self.kernel}{along}{f' ({self.reason})' if self.reason else ''}"
+
+
+@dataclass
+class _Behind:
+    """What is computed along with a binary layer.
+
+    Attributes:
+        calls: The layer and the calls behind it that are replaced.
+        scale, offset: The layer's scale and bias with what was folded into them.
+        residual: What is added.
+        input_scaling: Whether outputs are multiplied by XNOR-Net's K.
+        activation: What follows the sum.
+        fused: All of this in words.
+    """
+
+    calls: list[OperatorCall]
+    scale: Tensor
+    offset: Tensor
+    residual: Result | None = None
+    input_scaling: bool = False
+    activation: Activation | None = None
+    fused: list[str] = field(default_factory=list)
 
 
 class Conversion:
@@ -102,7 +118,7 @@ class Conversion:
         for node in graph.nodes:
             if node.name not in self._editor.nodes:
                 continue  # is computed along with a layer
-            if node.operator in _BINARY:
+            if node.operator in (CONV, LINEAR):
                 try:
                     self.paths.append(self._convert(node))
                 except (SpecError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
@@ -111,7 +127,7 @@ class Conversion:
                 self.paths.append(LayerPath(node.name, "float", reason=f"there is no kernel for {node.operator}"))
         self.graph = self._editor.graph()
 
-    def _convert(self, node: Node) -> LayerPath:
+    def _convert(self, node: OperatorCall) -> LayerPath:
         weight, options = node.args[1], options_of(node)
         if not isinstance(weight, Stored):
             return LayerPath(node.name, "float", reason="its weight is computed")
@@ -122,9 +138,9 @@ class Conversion:
             return LayerPath(name, "float", reason="its padding is given as a word")
         source = self._editor.source(node.args[0])
         if source is not None and self._find.is_sign(source):
-            units = self._find.units(weight.name)
-            if units is not None:
-                return self._to_binary(node, name, source, *units)
+            signs = self._find.signs_and_scale(weight.name)
+            if signs is not None:
+                return self._to_binary(node, name, source, *signs)
             reason = "its weight has more levels than -s, 0 and s"
         elif source is not None and source.operator in (AFFINE, GRID):
             path = self._to_planes(node, name, source) or self._to_int8(node, name, source)
@@ -139,80 +155,89 @@ class Conversion:
                 return LayerPath(name, "packed", (), arithmetic)
         return LayerPath(name, "float", self._fold_norm(node, name), reason)
 
-    def _to_binary(self, node: Node, name: str, sign: Node, units: Tensor, scale: Tensor) -> LayerPath:
-        """Replace a layer whose weight is ``units * scale``."""
-        options = options_of(node)
-        offset = self._find.bias(node, len(scale))
-        replaced, fused = [node], list[str]()
+    def _to_binary(self, node: OperatorCall, name: str, sign: OperatorCall, signs: Tensor, scale: Tensor) -> LayerPath:
+        """Replace a layer whose weight is ``signs * scale``."""
+        behind = self._behind_binary(node, sign, scale)
+        window = self._find.window(node) if node.operator == CONV else POINT
+        channels = signs.shape[1] * window.groups
+        if behind.input_scaling:  # the magnitudes are those of what the sign is taken of
+            source, threshold, flip, before = sign.args[0], None, None, list[str]()
+        else:
+            source, threshold, flip, before = self._find.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
+            if self._gives_signs(source, node, window.groups, threshold, flip, name):
+                threshold, flip, before = None, None, ["packed input"]
+        words, mask = pack_conv_weight(signs, window.groups)
+        keep = functools.partial(self._keep, name)
+        layer = SignLayer[object](keep("words", words), channels, keep("mask", mask), keep("threshold", threshold), keep("flip", flip))
+        epilogue = Epilogue[object](
+            keep("scale", behind.scale),
+            keep("offset", behind.offset),
+            residual=behind.residual,
+            input_scaling=behind.input_scaling,
+            activation=keep("activation", None if behind.activation is None else behind.activation.table(len(scale))),
+        )
+        if node.operator == CONV:
+            self._replace(behind.calls, binary_conv2d, source, layer, window, epilogue)
+        else:
+            self._replace(behind.calls, binary_linear, source, layer, epilogue)
+        return LayerPath(name, "binary" if mask is None else "ternary", (*before, *behind.fused))
+
+    def _behind_binary(self, node: OperatorCall, sign: OperatorCall, scale: Tensor) -> _Behind:
+        """What stands behind a layer on ``sign`` and is computed along: K, a batch norm, a sum and an activation, in this order."""
+        found = _Behind([node], scale, self._find.bias(node, len(scale)))
         scaled = self._find.input_scaling_behind(node, sign.args[0])
         if scaled is not None:
-            replaced += scaled
-            fused.append("input scaling")
-        norm = self._find.norm_behind(replaced[-1])
+            found.calls += scaled
+            found.input_scaling = True
+            found.fused.append("input scaling")
+        norm = self._find.norm_behind(found.calls[-1])
         if norm is not None:
             factor, shift = self._find.norm_parameters(norm[0])
-            scale, offset = scale * factor, offset * factor + shift
-            replaced += norm
-            fused.append("batch norm")
-        residual = self._find.sum_behind(replaced[-1])
-        if residual is not None:
-            replaced.append(residual[0])
-            fused.append("sum")
-        activation = self._find.activation_behind(replaced[-1], len(scale), -3 if node.operator == CONV else -1)
+            found.scale, found.offset = scale * factor, found.offset * factor + shift
+            found.calls += norm
+            found.fused.append("batch norm")
+        total = self._find.sum_behind(found.calls[-1])
+        if total is not None:
+            found.calls.append(total[0])
+            found.residual = total[1]
+            found.fused.append("sum")
+        activation = self._find.activation_behind(found.calls[-1], len(scale), -3 if node.operator == CONV else -1)
         if activation is not None:
-            replaced += activation[0]
-            fused.append("activation")
-        groups = cast(int, options.get("groups", 1))
-        channels = units.shape[1] * groups
-        if scaled is None:
-            source, threshold, flip, before = self._find.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
-        else:  # the magnitudes are those of what the sign is taken of
-            source, threshold, flip, before = sign.args[0], None, None, ()
-        if scaled is None and self._gives_signs(source, node, groups, threshold, flip, name):
-            threshold = flip = None
-            before = ("packed input",)
-        words, mask = pack_conv_weight(units, groups)
-        parts = {"words": words, "mask": mask, "scale": scale, "offset": offset, "threshold": threshold, "flip": flip}
-        parts["activation"] = None if activation is None else activation[1].table(len(scale))
-        stored = {part: self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items()}
-        arguments: tuple[object, ...] = (source, *(stored[part] for part in ("words", "mask", "scale", "offset")), channels)
-        if node.operator == CONV:
-            arguments = (*arguments, list(units.shape[2:]), *window_of(options), groups)
-        keywords: dict[str, object] = {part: stored[part] for part in ("threshold", "flip", "activation") if stored[part] is not None}
-        if residual is not None:
-            keywords["residual"] = residual[1]
-        if scaled is not None:
-            keywords["input_scaling"] = True
-        self._editor.fuse(replaced, Node(replaced[-1].name, _BINARY[node.operator], arguments, keywords))
-        return LayerPath(name, "binary" if mask is None else "ternary", (*before, *fused))
+            found.calls += activation[0]
+            found.activation = activation[1]
+            found.fused.append("activation")
+        return found
 
-    def _gives_signs(self, source: object, node: Node, groups: int, threshold: Tensor | None, flip: Tensor | None, name: str) -> bool:
+    def _gives_signs(
+        self, source: object, node: OperatorCall, groups: int, threshold: Tensor | None, flip: Tensor | None, name: str
+    ) -> bool:
         """Let a binary convolution give the packed signs that ``node`` takes, if nothing else reads its numbers, and say whether it does."""
         producer, reader = self._editor.source(source), self._editor.source(source)
         while reader is not None and reader.name != node.name:
             reader = self._editor.only_reader(reader)
-        if producer is None or reader is None or {producer.operator, _BINARY[node.operator]} != {_BINARY[CONV]}:
+        if producer is None or reader is None or (producer.operator, node.operator) != (binary_conv2d.name, CONV):
             return False
-        scale = self.tensors[cast(Stored, producer.args[3]).name]
+        x, layer, window, epilogue = binary_conv2d.rebuild(*producer.args, **producer.kwargs)
+        scale = self.tensors[epilogue.scale.name]
         if groups > 1 and len(scale) // groups % WORD:
             return False
-        limit, arguments, keywords = torch.zeros_like(scale) if threshold is None else threshold, list(producer.args), dict(producer.kwargs)
-        whole = self._whole_threshold(producer, limit, flip)
+        limit = torch.zeros_like(scale) if threshold is None else threshold
+        keep = functools.partial(self._keep, name)
+        whole = self._whole_threshold(epilogue, limit, flip)
         if whole is not None:
             limit, flip = whole
-            arguments[3:5] = self._keep(f"{name}.in_scale", torch.ones_like(scale)), None
-            keywords.pop("activation", None)
-        keywords["out_threshold"], keywords["out_flip"] = self._keep(f"{name}.in_threshold", limit), self._keep(f"{name}.in_flip", flip)
-        self._editor.fuse([producer], Node(producer.name, producer.operator, tuple(arguments), keywords))
+            epilogue = Epilogue[object](keep("in_scale", torch.ones_like(scale)))
+        epilogue = replace(epilogue, out_threshold=keep("in_threshold", limit), out_flip=keep("in_flip", flip))
+        self._replace([producer], binary_conv2d, x, layer, window, epilogue)
         return True
 
-    def _whole_threshold(self, producer: Node, limit: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """What its sums of products are compared with in place of its outputs; ``None`` where these depend on more, or do not only rise or fall."""
-        table = producer.kwargs.get("activation")
-        activation = self.tensors[table.name] if isinstance(table, Stored) else None
-        if {"residual", "input_scaling"} & set(producer.kwargs) or (activation is not None and bool((activation[1] < 0).any())):
+    def _whole_threshold(self, epilogue: Epilogue[Stored], limit: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """What sums of products are compared with in place of outputs; ``None`` where these depend on more, or do not only rise or fall."""
+        activation = None if epilogue.activation is None else self.tensors[epilogue.activation.name]
+        if epilogue.residual is not None or epilogue.input_scaling or (activation is not None and bool((activation[1] < 0).any())):
             return None
-        scale, offset = (self.tensors[cast(Stored, value).name] for value in producer.args[3:5])
+        assert epilogue.bias is not None
+        scale, offset = self.tensors[epilogue.scale.name], self.tensors[epilogue.bias.name]
 
         def function(total: Tensor) -> Tensor:
             y = activated(total.clamp(-MOST_PRODUCTS, MOST_PRODUCTS) * scale + offset, activation, (-1,))
@@ -221,38 +246,35 @@ class Conversion:
 
         return sign_threshold(function, len(scale))
 
-    def _to_planes(self, node: Node, name: str, quantizer: Node) -> LayerPath | None:
+    def _to_planes(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | None:
         """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""
-        weight, options = self._find.whole_numbers(cast(Stored, node.args[1]).name), options_of(node)
-        inputs = self._find.input_grid(quantizer)
+        weight, inputs = self._find.whole_numbers(cast(Stored, node.args[1]).name), self._find.input_grid(quantizer)
         if weight is None or inputs is None:
             return None
-        (numbers, scale), grid, groups = weight, input_grid(inputs), cast(int, options.get("groups", 1))
+        (numbers, scale), grid = weight, input_grid(inputs)
         if grid.qmax - grid.qmin > MOST_LEVELS:
             return None
-        words, mask = pack_planes(numbers, groups)
+        window = self._find.window(node) if node.operator == CONV else POINT
+        words, mask = pack_planes(numbers, window.groups)
         if choose_kernel(len(words), (grid.qmax - grid.qmin).bit_length())[0] != "planes":
             return None
-        norm = self._find.norm_behind(node)
-        factor, shift = self._find.norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
-        parts = {
-            "words": words,
-            "mask": mask,
-            "scale": scale * factor * grid.scale,
-            "offset": self._find.bias(node, len(scale)) * factor + shift,
-            "thresholds": input_thresholds(grid),
-        }
-        stored = (self._keep(f"{name}.{part}", tensor) for part, tensor in parts.items())
-        arguments: tuple[object, ...] = (quantizer.args[0], *stored, grid.zero_code, numbers.shape[1] * groups)
+        norm, factor, shift = self._norm(node)
+        keep = functools.partial(self._keep, name)
+        thresholds = keep("thresholds", input_thresholds(grid))
+        layer = PlanesLayer[object](
+            keep("words", words), numbers.shape[1] * window.groups, thresholds, grid.zero_code, keep("mask", mask)
+        )  # fmt: skip
+        offset = self._find.bias(node, len(scale)) * factor + shift
+        epilogue = Affine[object](keep("scale", scale * factor * grid.scale), keep("offset", offset))
         if node.operator == CONV:
-            arguments = (*arguments, list(numbers.shape[2:]), *window_of(options), groups)
-        replaced = [node, *(norm or ())]
-        self._editor.fuse(replaced, Node(replaced[-1].name, _PLANES[node.operator], arguments, {}))
-        return LayerPath(name, "planes", ("batch norm",) if norm is not None else ())
+            self._replace([node, *norm], planes_conv2d, quantizer.args[0], layer, window, epilogue)
+        else:
+            self._replace([node, *norm], planes_linear, quantizer.args[0], layer, epilogue)
+        return LayerPath(name, "planes", ("batch norm",) if norm else ())
 
-    def _to_int8(self, node: Node, name: str, quantizer: Node) -> LayerPath | str:
+    def _to_int8(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | str:
         """Replace a layer on affine grids; else why not."""
-        weight, options = cast(Stored, node.args[1]), options_of(node)
+        weight = cast(Stored, node.args[1])
         if weight.name not in self._codes:
             return "its weight is not quantized"
         if not has_exact_kernels():
@@ -261,25 +283,27 @@ class Conversion:
         if grid is None or inputs is None:
             return "a grid does not fit 8 bits around 0"
         grid = grid.centred()
-        norm = self._find.norm_behind(node)
-        factor, shift = self._find.norm_parameters(norm[0]) if norm is not None else (torch.ones(1), torch.zeros(1))
+        norm, factor, shift = self._norm(node)
         channels = grid.codes.shape[0]
         rescaled = grid.rescaled(factor.expand(channels))
         if rescaled is None or bool(rescaled.zero_point.any()):
             return "a grid does not fit 8 bits around 0"
-        stored = (
-            self._keep(f"{name}.codes", rescaled.codes),
-            self._keep(f"{name}.scale", rescaled.scale.expand(channels)),
-            self._keep(f"{name}.offset", self._find.bias(node, channels) * factor + shift),
-        )
-        arguments: tuple[object, ...] = (quantizer.args[0], *stored, inputs)
+        keep = functools.partial(self._keep, name)
+        codes = keep("codes", rescaled.codes)
+        offset = self._find.bias(node, channels) * factor + shift
+        epilogue = Affine[object](keep("scale", rescaled.scale.expand(channels)), keep("offset", offset))
         if node.operator == CONV:
-            arguments = (*arguments, *window_of(options), options.get("groups", 1))
-        replaced = [node, *(norm or ())]
-        self._editor.fuse(replaced, Node(replaced[-1].name, _INT8[node.operator], arguments, {}))
-        return LayerPath(name, "int8", ("batch norm",) if norm is not None else ())
+            self._replace([node, *norm], int8_conv2d, quantizer.args[0], codes, inputs, self._find.window(node), epilogue)
+        else:
+            self._replace([node, *norm], int8_linear, quantizer.args[0], codes, inputs, epilogue)
+        return LayerPath(name, "int8", ("batch norm",) if norm else ())
 
-    def _to_packed(self, node: Node, name: str) -> str | None:
+    def _norm(self, node: OperatorCall) -> tuple[list[OperatorCall], Tensor, Tensor]:
+        """The batch norm behind a layer with its factor and shift; nothing, 1 and 0 where there is none."""
+        norm = self._find.norm_behind(node)
+        return ([], torch.ones(1), torch.zeros(1)) if norm is None else (norm, *self._find.norm_parameters(norm[0]))
+
+    def _to_packed(self, node: OperatorCall, name: str) -> str | None:
         """Let a layer read packed codes, and say how it computes; ``None`` where its codes have no table for each output."""
         code = self._codes.get(cast(Stored, node.args[1]).name)
         if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind == "per_group":
@@ -290,30 +314,34 @@ class Conversion:
         every = torch.arange(lowest, lowest + 2**code.bit_width).expand(len(code.codes), -1).to(code.codes.dtype)
         levels = code.decoder.decode(every.reshape(*every.shape, *(1,) * (len(shape) - 2))).float().flatten(1)
         packed = pack_linear_weight(code.codes.flatten(1).short() - lowest, levels, code.bit_width)
-        stored = self._keep(f"{name}.words", packed.words), self._keep(f"{name}.table", packed.table)
-        arguments: tuple[object, ...] = (node.args[0], *stored, options_of(node).get("bias"), packed.bit_width)
+        stored = self._keep(name, "words", packed.words), self._keep(name, "table", packed.table)
+        weight = PackedWeight[object](*stored, packed.bit_width, packed.out_features, packed.in_features)
+        bias = options_of(node).get("bias")
         if node.operator == CONV:
-            arguments = (*arguments, list(shape), *window_of(options_of(node)), options_of(node).get("groups", 1))
-            self._editor.fuse([node], Node(node.name, _PACKED[CONV], arguments, {}))
+            self._replace([node], packed_conv2d, node.args[0], weight, bias, self._find.window(node))
             return "decoded for each call, float arithmetic"
-        arguments = (*arguments, shape[1], shape[0], self._weight_only)
-        self._editor.fuse([node], Node(node.name, _PACKED[LINEAR], arguments, {}))
+        self._replace([node], packed_linear, node.args[0], weight, bias, self._weight_only)
         is_decoded = self._weight_only == "int8" and packed.table.shape[1] > 2
         return "8-bit inputs, but levels are unevenly spaced: decoded in float" if is_decoded else f"{self._weight_only} arithmetic"
 
-    def _fold_norm(self, node: Node, name: str) -> tuple[str, ...]:
+    def _fold_norm(self, node: OperatorCall, name: str) -> tuple[str, ...]:
         """Put the batch norm behind a float layer into its weight and bias."""
         norm = self._find.norm_behind(node)
         if norm is None or node.operator != CONV:
             return ()
         factor, shift = self._find.norm_parameters(norm[0])
         weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._find.bias(node, len(factor))
-        folded = self._keep(f"{name}.folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(f"{name}.offset", offset * factor + shift)
-        self._editor.fuse([node, *norm], Node(norm[-1].name, CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
+        folded = self._keep(name, "folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(name, "offset", offset * factor + shift)
+        self._editor.fuse([node, *norm], OperatorCall(norm[-1].name, CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
         return ("batch norm",)
 
-    def _keep(self, name: str, tensor: Tensor | None) -> Stored | None:
+    def _replace(self, calls: Sequence[OperatorCall], operator: Operator[...], x: object, *parts: object) -> None:
+        """Put a call of ``operator`` in the place of ``calls``, the last of which gives its result."""
+        arguments = operator.flatten(x, *parts)
+        self._editor.fuse(calls, OperatorCall(calls[-1].name, operator.name, (arguments.pop("x"),), arguments))
+
+    def _keep(self, layer: str, part: str, tensor: Tensor | None) -> Stored | None:
         if tensor is None:
             return None
-        self.tensors[name] = tensor.contiguous()
-        return Stored(name)
+        self.tensors[f"{layer}.{part}"] = tensor.contiguous()
+        return Stored(f"{layer}.{part}")

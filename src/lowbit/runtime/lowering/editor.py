@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lowbit.formats.program.calls import Graph, Node, Result, references
+from lowbit.formats.program.calls import Graph, OperatorCall, Result, references
 
 
 class GraphEditor:
@@ -20,16 +20,16 @@ class GraphEditor:
             for name in _read_by(node):
                 self._readers.setdefault(name, []).append(node.name)
 
-    def only_reader(self, node: Node) -> Node | None:
+    def only_reader(self, node: OperatorCall) -> OperatorCall | None:
         """The node that alone reads ``node``, once."""
         readers = self._readers.get(node.name, [])
         return self.nodes[readers[0]] if len(readers) == 1 and node.name not in self._returned else None
 
-    def source(self, value: object) -> Node | None:
+    def source(self, value: object) -> OperatorCall | None:
         """The node whose result ``value`` is; ``None`` for inputs and what is no result."""
         return self.nodes.get(value.name) if isinstance(value, Result) else None
 
-    def fuse(self, nodes: Sequence[Node], fused: Node) -> None:
+    def fuse(self, nodes: Sequence[OperatorCall], fused: OperatorCall) -> None:
         """Put ``fused`` where the last of ``nodes`` was, and take the others out, with what only they read."""
         read = [name for node in nodes for name in self._forget_reads(node.name)]
         self.nodes[fused.name] = fused  # keeps the place
@@ -53,7 +53,7 @@ class GraphEditor:
 
     def graph(self) -> Graph:
         """The graph as it is now, without what nothing reads any more."""
-        kept: list[Node] = []
+        kept: list[OperatorCall] = []
         needed = set(self._returned)
         for node in reversed(self.nodes.values()):
             if node.name in needed:
@@ -62,5 +62,5 @@ class GraphEditor:
         return replace(self._graph, nodes=tuple(reversed(kept)))
 
 
-def _read_by(node: Node) -> list[str]:
+def _read_by(node: OperatorCall) -> list[str]:
     return [r.name for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,19 +9,21 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.onnx.integer_grid import integer_grid
-from lowbit.formats.program.calls import Node, Result, Stored
+from lowbit.formats.program.calls import OperatorCall, Result, Stored
 from lowbit.formats.program.operators import find_operator
 from lowbit.quantizers import QTensor
+from lowbit.runtime.activation import Activation
+from lowbit.runtime.arguments import Window
 from lowbit.runtime.layers.planes import MOST_WEIGHT
-from lowbit.runtime.lowering.activation import Activation
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.thresholds import sign_threshold
 
 SIGN = "lowbit.fake_quantize_codebook.default"
 AFFINE, GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
 NORM = "aten._native_batch_norm_legit_no_training.default"
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
 RESHAPE = "aten.reshape.default"
+INPUT_SCALE = "lowbit.input_scale.default"
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
 
@@ -38,18 +39,18 @@ class Surroundings:
     def __init__(self, editor: GraphEditor, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor]) -> None:
         self._editor, self._stored, self._codes = editor, stored, codes
 
-    def units(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def signs_and_scale(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` where it has other levels."""
         values = self._stored[name].detach().float()
         scale = values.abs().flatten(1).amax(1)
-        units = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
-        return (units, scale) if bool(((units == 0) | (units.abs() == 1)).all()) else None
+        signs = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
+        return (signs, scale) if bool(((signs == 0) | (signs.abs() == 1)).all()) else None
 
     def whole_numbers(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The weight as whole numbers that planes hold, and the scale of each output channel; ``None`` where it has other levels."""
-        units = self.units(name)
-        if units is not None or name not in self._codes:
-            return units
+        signs = self.signs_and_scale(name)
+        if signs is not None or name not in self._codes:
+            return signs
         grid = integer_grid(self._codes[name])
         if grid is None or grid.axis not in (None, 0):
             return None
@@ -57,7 +58,7 @@ class Surroundings:
         is_small = bool((numbers.abs() <= MOST_WEIGHT).all()) and not bool(grid.centred().zero_point.any())
         return (numbers, grid.scale.expand(len(numbers))) if is_small else None
 
-    def is_sign(self, node: Node) -> bool:
+    def is_sign(self, node: OperatorCall) -> bool:
         """Whether a node gives -1 below zero and +1 from zero on."""
         if node.operator != SIGN or not all(isinstance(value, Stored) for value in node.args[1:3]):
             return False
@@ -65,15 +66,15 @@ class Surroundings:
         smallest = torch.finfo(torch.float32).smallest_normal
         return levels == [-1.0, 1.0] and len(boundaries) == 1 and -smallest < boundaries[0] < 0
 
-    def sign_chain(self, sign: Node, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, tuple[str, ...]]:
+    def sign_chain(self, sign: OperatorCall, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, list[str]]:
         """What a sign is really taken of, the threshold and flip that stand for the operators in between, and what these were."""
-        chain: list[Node] = []
+        chain: list[OperatorCall] = []
         value = sign.args[0]
         while (node := self._editor.source(value)) is not None and self._is_monotone(node, channels, axis):
             chain.insert(0, node)
             value = node.args[0]
         if not chain:
-            return value, None, None, ()
+            return value, None, None, []
         shape = [1, channels, 1, 1] if axis == -3 else [1, channels]
 
         def function(x: Tensor) -> Tensor:
@@ -85,15 +86,14 @@ class Surroundings:
 
         with torch.no_grad():
             threshold, flip = sign_threshold(function, channels)
-        names = ("batch norm before" if any(node.operator == NORM for node in chain) else "shift or clip before",)
-        return value, threshold, flip, names
+        return value, threshold, flip, ["batch norm before" if any(node.operator == NORM for node in chain) else "shift or clip before"]
 
     def _evaluated(self, argument: object, results: Mapping[str, object]) -> object:
         if isinstance(argument, Stored):
             return self._stored[argument.name].detach()
         return results[argument.name] if isinstance(argument, Result) else argument
 
-    def _is_monotone(self, node: Node, channels: int, axis: int) -> bool:
+    def _is_monotone(self, node: OperatorCall, channels: int, axis: int) -> bool:
         """Whether a node's result rises or falls with its first argument in each channel and depends on nothing else."""
         if node.kwargs or not isinstance(node.args[0], Result):
             return False
@@ -110,15 +110,15 @@ class Surroundings:
         shape = self._stored[value.name].shape
         return all(size == 1 or (place == axis and size == channels) for place, size in zip(range(-len(shape), 0), shape, strict=True))
 
-    def bias(self, node: Node, channels: int) -> Tensor:
+    def bias(self, node: OperatorCall, channels: int) -> Tensor:
         """The bias of a layer; zeros where it has none."""
         bias = options_of(node).get("bias")
         return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
 
-    def input_scaling_behind(self, node: Node, x: object) -> list[Node] | None:
+    def input_scaling_behind(self, node: OperatorCall, x: object) -> list[OperatorCall] | None:
         """The operators behind a convolution that multiply it, without its bias, with XNOR-Net's K for its input ``x``.
 
-        ``xnor_net`` gives them this form: where there is a bias, it is taken off before and added again.
+        Where there is a bias, it is taken off before and added again.
         """
         has_bias, found = options_of(node).get("bias") is not None, [node]
         for operator in ("sub", "mul", "add") if has_bias else ("mul",):
@@ -131,7 +131,7 @@ class Surroundings:
         is_bias = all(self._is_bias(value, node) for other in found[1:] if other is not product for value in other.args[1:])
         return found[1:] if is_bias and len(others) == 1 and self._is_input_scale(others[0], node, x) else None
 
-    def _is_bias(self, value: object, node: Node) -> bool:
+    def _is_bias(self, value: object, node: OperatorCall) -> bool:
         """Whether ``value`` holds the bias of ``node``."""
         bias = options_of(node)["bias"]
         return (
@@ -140,35 +140,23 @@ class Surroundings:
             and torch.equal(self._stored[value.name].flatten(), self._stored[bias.name])
         )
 
-    def _is_input_scale(self, value: object, node: Node, x: object) -> bool:
-        """Whether ``value`` is the convolution of the mean magnitude of ``x`` with a constant kernel, over the windows of ``node``."""
-        options = options_of(node)
-        groups, size = cast(int, options.get("groups", 1)), list(self._stored[cast(Stored, node.args[1]).name].shape[2:])
-        source = self._editor.source(value)
-        if groups > 1 and source is not None and source.operator == "aten.repeat_interleave.self_int":
-            source = self._editor.source(source.args[0])
-        chain: list[Node] = []
-        for operator in (CONV, "aten.mean.dim", RESHAPE, "aten.abs.default"):
-            if source is None or source.operator != operator:
-                return False
-            chain.append(source)
-            source = self._editor.source(source.args[0])
-        convolution, mean, by_group, magnitude = chain
-        kernel = self._editor.source(convolution.args[1])
-        ones = None if kernel is None or kernel.operator != "aten.div.Tensor" else self._editor.source(kernel.args[0])
-        if kernel is None or ones is None or ones.operator != "aten.new_ones.default":
+    def _is_input_scale(self, value: object, node: OperatorCall, x: object) -> bool:
+        """Whether ``value`` is K of ``x`` over the windows of ``node``, for each output channel where there are groups."""
+        scale, window = self._editor.source(value), self.window(node)
+        if window.groups > 1 and scale is not None and scale.operator == "aten.repeat_interleave.self_int":
+            scale = self._editor.source(scale.args[0])
+        if scale is None or scale.operator != INPUT_SCALE or scale.kwargs or scale.args[0] != x:
             return False
-        return (
-            magnitude.args[0] == x
-            and cast("list[object]", by_group.args[1])[1] == groups
-            and mean.args[1:] == ([-3],)
-            and ones.args[1] == [groups, 1, *size]
-            and kernel.args[1] == math.prod(size)
-            and window_of(options_of(convolution)) == window_of(options)
-            and options_of(convolution).get("bias") is None
-        )
+        pairs = [list(pair) for pair in (window.kernel_size, window.stride, window.padding, window.dilation)]
+        return list(scale.args[1:]) == [*pairs, window.groups]
 
-    def norm_behind(self, node: Node) -> list[Node] | None:
+    def window(self, node: OperatorCall) -> Window:
+        """What a convolution reads."""
+        kernel, options = self._stored[cast(Stored, node.args[1]).name].shape[2:], options_of(node)
+        stride, padding, dilation = (_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
+        return Window(list(kernel), stride, padding, dilation, cast(int, options.get("groups", 1)))
+
+    def norm_behind(self, node: OperatorCall) -> list[OperatorCall] | None:
         """A batch norm that alone reads ``node``, and the node that takes its first result."""
         norm = self._editor.only_reader(node)
         if norm is None or norm.operator != NORM or not all(isinstance(value, Stored) for value in norm.args[1:5]):
@@ -176,13 +164,13 @@ class Surroundings:
         item = self._editor.only_reader(norm)
         return [norm, item] if item is not None and item.operator == "getitem" and item.args[1] == 0 else None
 
-    def norm_parameters(self, norm: Node) -> tuple[Tensor, Tensor]:
+    def norm_parameters(self, norm: OperatorCall) -> tuple[Tensor, Tensor]:
         """Factor and shift of a batch norm."""
         weight, bias, mean, variance = (self._stored[cast(Stored, value).name].detach().float() for value in norm.args[1:5])
         factor = weight / torch.sqrt(variance + cast(float, norm.args[6]))
         return factor, bias - mean * factor
 
-    def sum_behind(self, node: Node) -> tuple[Node, Result] | None:
+    def sum_behind(self, node: OperatorCall) -> tuple[OperatorCall, Result] | None:
         """A sum that alone reads ``node``, and what is added."""
         total = self._editor.only_reader(node)
         if total is None or total.operator != "aten.add.Tensor" or total.kwargs or len(total.args) != 2:
@@ -190,9 +178,9 @@ class Surroundings:
         others = [value for value in total.args if value != Result(node.name)]
         return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
 
-    def activation_behind(self, node: Node, channels: int, axis: int) -> tuple[list[Node], Activation] | None:
+    def activation_behind(self, node: OperatorCall, channels: int, axis: int) -> tuple[list[OperatorCall], Activation] | None:
         """Operators behind ``node``, each the only reader of the one before it, that are one activation."""
-        found, activation, last = list[Node](), Activation(), node
+        found, activation, last = list[OperatorCall](), Activation(), node
         while (reader := self._editor.only_reader(last)) is not None and not reader.kwargs and reader.args[0] == Result(last.name):
             slopes = reader.operator == "aten.prelu.default" and isinstance(reader.args[1], Stored)  # of rank 1 whatever the input's
             if not slopes and not all(self._is_per_channel(value, channels, axis) for value in reader.args[1:]):
@@ -205,7 +193,7 @@ class Surroundings:
             activation, last = longer, reader
         return (found, activation) if found else None
 
-    def input_grid(self, node: Node) -> list[float] | None:
+    def input_grid(self, node: OperatorCall) -> list[float] | None:
         """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""
         parts = [self._stored[value.name] for value in node.args[1:] if isinstance(value, Stored)]
         qmin, qmax = cast(int, node.args[-2]), cast(int, node.args[-1])
@@ -218,14 +206,9 @@ class Surroundings:
         return [lower, step, shift, zero_point, scale, float(qmin), float(qmax)] if is_byte else None
 
 
-def options_of(node: Node) -> dict[str, object]:
+def options_of(node: OperatorCall) -> dict[str, object]:
     """The arguments of a layer after its weight, by name."""
     return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
-
-
-def window_of(options: dict[str, object]) -> list[list[int]]:
-    """Stride, padding and dilation of a convolution, each vertical and horizontal."""
-    return [_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
 
 
 def _pair(value: object) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.runtime.lowering.thresholds import sign_threshold
+from lowbit.runtime.thresholds import sign_threshold
 
 
 def sign(x: Tensor, threshold: Tensor, flip: Tensor | None) -> Tensor:

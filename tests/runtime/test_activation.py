@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.runtime.lowering.activation import Activation, activated
+from lowbit.runtime.activation import Activation, activated
 
 SHIFT, SLOPE, BACK = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 ADD, SUB, PRELU, CLAMP = "aten.add.Tensor", "aten.sub.Tensor", "aten.prelu.default", "aten.clamp.default"

@@ -1,0 +1,32 @@
+"""What was made of packed weights, kept as long as they live and stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+
+
+class PreparedWeights(Generic[T]):
+    """What was made of packed weights, kept as long as they live and nobody writes to them."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
+
+    def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
+        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
+        state = (version_of(words), version_of(mask), *numbers)
+        known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
+        if known is None or known[0] is not mask or known[1] != state:
+            known = mask, state, prepare()
+            self._known[words] = known
+        return known[2]
+
+
+def version_of(tensor: Tensor | None) -> int:
+    """Changes when a state dict is loaded into a tensor."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

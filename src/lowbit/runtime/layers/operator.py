@@ -1,0 +1,135 @@
+"""Functions of parts as operators of torch, so that exported and compiled programs carry them.
+
+A schema of torch has tensors, numbers and lists of numbers only. Parameters that are dataclasses are flattened into their fields here, and
+rebuilt from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+
+
+class Operator(Generic[P]):
+    """A registered operator. Calls of it go through torch, so that programs which are exported or compiled contain it.
+
+    Attributes:
+        name: As graphs call it.
+        function: What it computes, without the operator around it: torch's way to it and back takes longer than a small layer.
+        signature: The flat parameters, those without a default first.
+    """
+
+    def __init__(self, function: Callable[P, Tensor]) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.name = function, f"lowbit.{function.__name__}.default"
+        self._parameters = inspect.signature(function)
+        self._parts: list[tuple[str, type | None, tuple[str, ...]]] = []  # name, its class and fields
+        flat: list[inspect.Parameter] = []
+        hints = typing.get_type_hints(function)
+        for name, parameter in self._parameters.parameters.items():
+            part = typing.get_origin(hints[name]) or hints[name]
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                fields = _fields_of(part)
+                flat += fields
+                self._parts.append((name, part, tuple(field.name for field in fields)))
+            else:
+                flat.append(parameter.replace(annotation=hints[name]))
+                self._parts.append((name, None, (name,)))
+        self.signature = inspect.Signature(sorted(flat, key=lambda p: p.default is not p.empty), return_annotation=Tensor)
+        self._names = tuple(self.signature.parameters)
+
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> Tensor:
+        return self.overload(**self.flatten(*arguments, **options))
+
+    @property
+    def overload(self) -> Callable[..., Tensor]:
+        """Torch's operator, of flat arguments."""
+        found: Callable[..., Tensor] = getattr(torch.ops.lowbit, self.function.__name__).default
+        return found
+
+    def flatten(self, *arguments: object, **options: object) -> dict[str, object]:
+        """The flat arguments by name; those that are as by default are left out.
+
+        Tensors may be anything that stands for them, such as references of a graph.
+        """
+        given = self._parameters.bind(*arguments, **options).arguments
+        flat: dict[str, object] = {}
+        for name, part, fields in self._parts:
+            if name in given:
+                flat.update({field: given[name] if part is None else getattr(given[name], field) for field in fields})
+        return {name: value for name, value in flat.items() if not _is_default(value, self.signature.parameters[name].default)}
+
+    def rebuild(self, *arguments: object, **options: object) -> list[Any]:
+        """What ``function`` takes, from flat arguments."""
+        if arguments:
+            options.update(zip(self._names, arguments, strict=False))
+        return [
+            part(**{name: options[name] for name in fields if name in options}) if part is not None else options[fields[0]]
+            for _, part, fields in self._parts
+            if part is not None or fields[0] in options
+        ]
+
+    def flat(self, *arguments: object, **options: object) -> Tensor:
+        """``function`` of flat arguments."""
+        function: Callable[..., Tensor] = self.function
+        return function(*self.rebuild(*arguments, **options))
+
+
+def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Operator[P]]:
+    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled.
+
+    ``torch.library.custom_op`` does the same and adds checks that take longer than a small layer.
+    """
+
+    def register(function: Callable[P, Tensor]) -> Operator[P]:
+        operator = Operator(function)
+
+        def flat(*arguments: object, **options: object) -> Tensor:
+            return operator.flat(*arguments, **options)
+
+        def flat_fake(*arguments: object, **options: object) -> Tensor:
+            looks_like: Callable[..., Tensor] = fake
+            return looks_like(*operator.rebuild(*arguments, **options))
+
+        flat.__signature__ = operator.signature  # type: ignore[attr-defined]
+        name = f"lowbit::{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(flat, mutates_args=()))
+        torch.library.impl(name, "CompositeExplicitAutograd", flat)
+        torch.library.register_fake(name, flat_fake)
+        return operator
+
+    return register
+
+
+def _fields_of(part: type) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters; defaults that a schema cannot hold are none."""
+    hints = typing.get_type_hints(part)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=field.default if field.default is None or isinstance(field.default, (bool, int)) else inspect.Parameter.empty,
+            annotation=_with_tensors(hints[field.name]),
+        )
+        for field in dataclasses.fields(part)
+    ]
+
+
+def _with_tensors(hint: Any) -> Any:
+    """``hint`` with ``Tensor`` for its type variable."""
+    if isinstance(hint, TypeVar):
+        return Tensor
+    return hint[Tensor] if getattr(hint, "__parameters__", ()) else hint
+
+
+def _is_default(value: object, default: object) -> bool:
+    return value is default or (isinstance(default, (bool, int)) and type(value) is type(default) and value == default)
