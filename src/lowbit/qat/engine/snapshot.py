@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lowbit.errors import FileFormatError
 from lowbit.qat.engine.constants import Constants, digest, has_no_state, parts_of
@@ -208,7 +209,9 @@ class Restoration:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise FileFormatError(f"{name}: the saved run has a {tree['class'][1]}, a dataclass that is not there any more. Start over.")
         is_same = type(live) is cls
-        values = {key: self.put(entry, getattr(live, key, None) if is_same else None, f"{name}.{key}") for key, entry in tree["fields"].items()}
+        values = {
+            key: self.put(entry, getattr(live, key, None) if is_same else None, f"{name}.{key}") for key, entry in tree["fields"].items()
+        }
         if is_same and all(hasattr(live, key) and _are_equal(getattr(live, key), value) for key, value in values.items()):
             return live
         is_frozen = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
@@ -283,12 +286,16 @@ class Restoration:
 
 def _attributes(value: object) -> dict[str, object]:
     """What an object holds by name, without what its ``__getstate__`` leaves out or replaces by ``None``."""
-    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name) for name in names if hasattr(value, name)}
-    if type(value).__getstate__ is object.__getstate__:
+    is_parametrized = isinstance(value, nn.Module) and parametrize.is_parametrized(value)
+    cls = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
+    if cls.__getstate__ is object.__getstate__:
         return dict(held)
-    kept = value.__getstate__()  # type: ignore[attr-defined]
-    return {key: entry for key, entry in held.items() if kept.get(key) is not None or entry is None} if isinstance(kept, dict) else dict(held)
+    kept = cls.__getstate__(value)
+    if not isinstance(kept, dict):
+        return dict(held)
+    return {key: entry for key, entry in held.items() if entry is None or kept.get(key) is not None}
 
 
 def _is_key(key: object) -> bool:
