@@ -88,9 +88,7 @@ class Snapshot:
             return {"set": [_key_tree(entry) for entry in sorted(value, key=repr)], "is_frozen": isinstance(value, frozenset)}
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
-        if _class_called(*_class_name(type(value))) is not type(value):
-            return None
-        if isinstance(value, enum.Enum):
+        if isinstance(value, enum.Enum) and _class_called(*_class_name(type(value))) is type(value):
             return {"enum": value.name, "class": _class_name(type(value))}
         if dataclasses.is_dataclass(value):
             return {
@@ -205,7 +203,7 @@ class Restoration:
 
     def _dataclass(self, tree: dict[str, Any], live: object, name: str) -> Any:
         """``live`` where it is of the same class and may be changed, else a new object; no code of the class runs."""
-        cls = _class_called(*tree["class"])
+        cls = type(live) if [*_class_name(type(live))] == [*tree["class"]] else _class_called(*tree["class"])
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise FileFormatError(f"{name}: the saved run has a {tree['class'][1]}, a dataclass that is not there any more. Start over.")
         is_same = type(live) is cls
