@@ -160,8 +160,8 @@ def test_each_turn_trains_its_own_roles_alone() -> None:
 def test_turns_are_the_steps_of_separate_optimizers_by_hand() -> None:
     recipe = replace(RECIPE, optimizer=replace(SGD, learning_rate=0.02, weight_decay=0.01))
     run = run_of(Adversarial(shape=(6,)), recipe)
-    run.start_phase()
     model, generator, twin = copy.deepcopy(run.model), copy.deepcopy(run.networks["generator"]), network()
+    run.start_phase()
     noise = torch.Generator().manual_seed(recipe.seed)
     quantizers = [p for name, p in model.named_parameters() if "quantizer" in name]
     others = [p for name, p in model.named_parameters() if "quantizer" not in name]
