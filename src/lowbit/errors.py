@@ -54,6 +54,10 @@ class LoopError(LowbitError, RuntimeError):
     """A training loop calls its hooks in the wrong order, or steps an optimizer that does not hold the network's parameters."""
 
 
+class StateError(LowbitError, TypeError):
+    """A run holds something that checkpoints cannot save, so that it could not be resumed."""
+
+
 class DivergedError(LowbitError, ArithmeticError):
     """Training came to values that are not finite."""
 

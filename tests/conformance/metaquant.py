@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.methods.gradients.metaquant import (
-    FcGrad,
     LookAhead,
-    LstmFc,
     MetaQuant,
     MetaQuantizer,
-    MultiFc,
     move_bias,
     refined_gradient,
-    share_meta_network,
 )
 from lowbit.network import insert
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
@@ -49,14 +45,24 @@ def ste_layer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Te
     return {**found, "w_tilde": quantizer.preprocess(weight), "w_hat": layer.weight}
 
 
-def network_of(params: dict[str, Any], inputs: dict[str, Tensor]) -> nn.Module:
+def method_of(params: dict[str, Any]) -> MetaQuant:
     name, _, activation = params["meta"].partition("-")
-    if name == "FC":
-        network: nn.Module = FcGrad(params["hidden"])
-    elif name == "MultiFC":
-        network = MultiFc(params["hidden"], params["num_fc"], activation or "none")
-    else:
-        network = LstmFc(params["hidden"])
+    kind = {"FC": "fc_grad", "MultiFC": "multi_fc"}.get(name, "lstm_fc")
+    return MetaQuant(
+        meta=kind,
+        hidden=params["hidden"],
+        layers=params.get("num_fc", 2),
+        activation=activation or "none",
+        look_ahead="stored",
+        meta_learning_rate=params.get("meta_lr", 1e-3),
+    )
+
+
+def network_of(params: dict[str, Any], inputs: dict[str, Tensor]) -> nn.Module:
+    return loaded(method_of(params).meta_network(), inputs)
+
+
+def loaded(network: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     network.load_state_dict({name.removeprefix("phi."): value for name, value in inputs.items() if name.startswith("phi.")})
     return network
 
@@ -125,18 +131,17 @@ class Net(nn.Module):
 
 
 def train_steps(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model, network = Net(inputs), network_of(params, inputs)
+    model = Net(inputs)
     base = BASES[params["quantizer"]]
     for layer in (model.conv1, model.fc):
         insert.set_weight_quantizer(
             layer, MetaQuantizer(params["bits"], "bwn" if layer is model.fc and base == "bwn_f" else base, Granularity.channel())
         )
-    share_meta_network(model, network)
     kind = "adam" if params["optimizer"] == "Adam" else "sgd"
     momentum = 0.9 if params["optimizer"] == "SGD-M" else 0.0
     spec = OptimizerSpec(kind, params["lr"], momentum, weight_decay=params["weight_decay"], schedule="constant")
-    method = MetaQuant(look_ahead="stored", meta_learning_rate=params["meta_lr"])
-    run = TrainRun(model, method, Classification(), Recipe(1, optimizer=spec), params["steps"])
+    run = TrainRun(model, method_of(params), Classification(), Recipe(1, optimizer=spec), params["steps"])
+    network = loaded(run.networks["meta"], inputs)
     found: dict[str, Tensor] = {}
     for _ in run.each_epoch():
         for step in range(params["steps"]):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
-from lowbit.qat import Classification, OptimizerSpec, Phase, Recipe, TrainRun
+from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Phase, Recipe, TrainRun
 from lowbit.qat.prepare import method_of
 from lowbit.qat.run import penalty
 from lowbit.quantizers import LearnedScaleQuantizer
@@ -278,7 +278,7 @@ def test_scales_stay_positive_after_every_step() -> None:
 def test_the_loss_is_the_tasks_mixed_with_the_teachers() -> None:
     model, teacher = prepared().eval(), nn.Linear(6, 3)
     task = Classification(temperature=2.0)
-    run = run_of(model, Recipe(distillation=0.25), teacher=teacher)
+    run = run_of(model, Recipe(distillation=0.25), given=GivenNetworks(teacher))
     run.task = task
     output, soft = model(BATCHES[0][0]), teacher(BATCHES[0][0])
     expected = 0.75 * task.loss(output, BATCHES[0]) + 0.25 * task.distillation_loss(output, soft)

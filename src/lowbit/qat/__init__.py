@@ -2,8 +2,22 @@
 
 from lowbit.qat.attach.job import QatJob, Slot
 from lowbit.qat.method import TrainingMethod
-from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
+from lowbit.qat.networks import Companion, GivenNetworks
+from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Classification, Task
 
-__all__ = ["Classification", "OptimizerSpec", "Phase", "QatJob", "Recipe", "Slot", "Task", "TrainRun", "TrainingMethod"]
+__all__ = [
+    "Classification",
+    "Companion",
+    "GivenNetworks",
+    "OptimizerSpec",
+    "Phase",
+    "QatJob",
+    "Recipe",
+    "Slot",
+    "Task",
+    "TrainRun",
+    "TrainingMethod",
+    "Turn",
+]

@@ -6,21 +6,21 @@ Everything has a default, so that a method's file holds only what its paper chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lowbit.network import insert
+from lowbit.network.layers import NORMS
 from lowbit.qat.attach.job import QatJob, Slot
+from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
+from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo
-
-if TYPE_CHECKING:
-    from lowbit.qat.run import TrainRun
 
 
 @dataclass
@@ -61,12 +61,15 @@ class TrainingMethod(ABC):
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
         """The role of a parameter of the network; ``owner`` is the module that holds it.
 
-        ``weights`` lie behind a quantizer, ``quantizers`` are a quantizer's or its surrogate's, all else are ``others``.
+        ``weights`` lie behind a quantizer, ``quantizers`` are a quantizer's or its surrogate's, all else are ``others``, and
+        ``others.norms`` where a norm holds them.
         """
         if name.endswith("parametrizations.weight.original"):
             return "weights"
         of_weight = "parametrizations.weight." in name and ".quantizer." in name
-        return "quantizers" if of_weight or not {insert.INPUT, insert.OUTPUT}.isdisjoint(name.split(".")) else "others"
+        if of_weight or not {insert.INPUT, insert.OUTPUT}.isdisjoint(name.split(".")):
+            return "quantizers"
+        return "others.norms" if isinstance(owner, NORMS) else "others"
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         """An optimizer for each role."""
@@ -81,6 +84,13 @@ class TrainingMethod(ABC):
         """The phases of training; one unless the paper has more."""
         return [Phase("train", recipe.epochs, self.optimizers(recipe), recipe.clip_norm)]
 
+    def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
+        """Networks to train with, beside the prepared ``model``; the default is the user's teacher, as it is.
+
+        Called when a run is made, with torch's random numbers at the recipe's seed.
+        """
+        return {} if given.teacher is None else {"teacher": Companion(given.teacher, is_saved=False)}
+
     def start_phase(self, run: TrainRun) -> None:
         """Called when a phase starts, before its optimizers are built."""
 
@@ -88,11 +98,18 @@ class TrainingMethod(ABC):
         """Called before the first step of every epoch."""
 
     def before_step(self, run: TrainRun) -> None:
-        """Called before the forward pass of every step."""
+        """Called before the first forward pass of every step, and of every turn where a step has several."""
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         """The loss of one batch: the task's, the teacher's, and the quantizers' penalties."""
         return run.task_loss(batch) + run.penalty()
+
+    def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
+        """The losses of one batch in the turn ``run.turn``, for methods with several passes; the default is ``loss`` alone.
+
+        Yield one after the other: each is followed by its backward pass, and gradients add up.
+        """
+        yield self.loss(run, batch)
 
     def after_backward(self, run: TrainRun) -> None:
         """Called when all gradients of a step are there, before they are clipped."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lowbit.errors import SpecError
 
-Role = str  # "weights", "quantizers", "others", or one that a method adds
+Role = str  # "weights", "quantizers", "others", "others.norms", or one that a method adds
 OptimizerKind = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "step", "linear", "constant"]
 
@@ -20,14 +20,17 @@ class OptimizerSpec:
 
     Attributes:
         kind: ``sgd`` (Nesterov where ``momentum`` is positive and ``nesterov``), ``adam`` or ``adamw``.
-        learning_rate: At the start, after warm-up.
-        momentum: Of SGD.
-        nesterov: Of SGD.
+        learning_rate: Learning rate at the start, after warm-up.
+        momentum: SGD momentum.
+        nesterov: Whether SGD uses Nesterov momentum.
         weight_decay: L2 penalty; decoupled with ``adamw``.
         schedule: ``cosine`` and ``linear`` fall to 0, ``step`` multiplies by ``gamma`` at each of ``milestones``.
         milestones: Fractions of the phase.
         gamma: Factor of ``step``.
-        warmup: Fraction of the phase over which the learning rate rises linearly from 0.
+        warmup: Fraction of the phase over which the learning rate rises linearly.
+        start_factor: Share of the learning rate at which the warm-up starts.
+        final_factor: Share of the learning rate to which ``cosine`` and ``linear`` fall.
+        betas: Decay rates of Adam's two moments.
     """
 
     kind: OptimizerKind = "sgd"
@@ -39,6 +42,9 @@ class OptimizerSpec:
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup: float = 0.0
+    start_factor: float = 0.0
+    final_factor: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         for name, known in (("kind", get_args(OptimizerKind)), ("schedule", get_args(Schedule))):
@@ -52,17 +58,23 @@ class OptimizerSpec:
             raise SpecError(f"momentum must be from 0 to below 1, got {self.momentum}")
         if not 0 <= self.warmup < 1:
             raise SpecError(f"warmup is a fraction of the phase from 0 to below 1, got {self.warmup}")
+        for name in ("start_factor", "final_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SpecError(f"{name} is a share of the learning rate from 0 to 1, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SpecError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
 
     def rate_at(self, fraction: float) -> float:
         """The learning rate when ``fraction`` (0 to 1) of the phase is done."""
         if fraction < self.warmup:
-            return self.learning_rate * fraction / self.warmup
+            return self.learning_rate * (self.start_factor + (1 - self.start_factor) * (fraction / self.warmup))
         if self.schedule == "constant":
             return self.learning_rate
         if self.schedule == "step":
             return self.learning_rate * self.gamma ** sum(fraction >= milestone for milestone in self.milestones)
         done = min((fraction - self.warmup) / (1 - self.warmup), 1)
-        return self.learning_rate * (1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+        left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * (self.final_factor + (1 - self.final_factor) * left)
 
 
 @dataclass(frozen=True)
@@ -95,15 +107,32 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One backward-and-step within a training step: a generator and a network may be trained in turn.
+
+    Attributes:
+        name: What a method's ``losses`` asks for: ``run.turn.name``.
+        roles: The roles that this turn trains, among those of the phase; the others rest meanwhile. ``None``: all of them.
+    """
+
+    name: str = "step"
+    roles: Sequence[Role] | None = None
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training with its own optimizers.
+
+    Roles are dotted names, and a specification for one counts for all below it that have none of their own: ``{"others": spec}`` trains
+    norms as well, ``{"others.norms": spec}`` trains nothing but norms.
 
     Attributes:
         name: Shown in the progress bar and the logs.
         epochs: Passes over the data.
-        optimizers: For each role of parameters; a role that is missing is frozen.
-        clip_norm: Largest norm of all gradients together, or ``None``.
+        optimizers: An optimizer for each role of parameters; a role without one is frozen.
+        clip_norm: Largest norm of all gradients of one network together, or ``None``.
         renew_each_epoch: Build the optimizers anew at the start of every epoch.
+        turns: What a step consists of; each turn sees the batches of the step, and has its own backward passes and optimizer step.
     """
 
     name: str
@@ -111,3 +140,22 @@ class Phase:
     optimizers: Mapping[Role, OptimizerSpec]
     clip_norm: float | None = None
     renew_each_epoch: bool = False
+    turns: Sequence[Turn] = (Turn(),)
+
+    def key(self, role: Role, turn: Turn | None = None) -> Role | None:
+        """The key of ``optimizers`` that counts for ``role``; ``None`` where the phase, or the turn, does not train it."""
+        key = covering(role, self.optimizers)
+        return key if turn is None or turn.roles is None or covering(role, turn.roles) is not None else None
+
+
+def covering(role: Role, keys: Collection[Role]) -> Role | None:
+    """The one of ``keys`` that is ``role`` or the nearest above it: ``others`` for ``others.norms``.
+
+    >>> covering("others.norms", ["weights", "others"]), covering("others", ["others.norms"])
+    ('others', None)
+    """
+    while role not in keys:
+        role, dot, _ = role.rpartition(".")
+        if not dot:
+            return None
+    return role

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import SpecError
-from lowbit.qat.method import TrainingMethod
-from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
+from lowbit.errors import LoopError, SpecError
+from lowbit.network.layers import evaluating
+from lowbit.qat.networks import Companion, GivenNetworks, RoleOf
+from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, Turn, covering
 from lowbit.qat.task import Batch, Task
 from lowbit.quantizers import Quantizer
+from lowbit.registry import MethodInfo
 
+USUAL_ROLES = {"weights", "quantizers", "others", "others.norms"}  # a phase may name them where a network has none
 _FROZEN = "lowbit_frozen"  # attribute of the network: names of the parameters that a phase does not train
 
 
@@ -26,6 +31,22 @@ class Scheduled(Protocol):
         """``progress`` is the fraction of all training that is done, 0 to 1."""
 
 
+class Hooks(Protocol):
+    """What a run calls of its method, in any class that has them; ``TrainingMethod`` has a default for each and says what they are for."""
+
+    info: ClassVar[MethodInfo]
+
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role: ...
+    def phases(self, recipe: Recipe) -> list[Phase]: ...
+    def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]: ...
+    def start_phase(self, run: TrainRun) -> None: ...
+    def start_epoch(self, run: TrainRun) -> None: ...
+    def before_step(self, run: TrainRun) -> None: ...
+    def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]: ...
+    def after_backward(self, run: TrainRun) -> None: ...
+    def after_step(self, run: TrainRun) -> None: ...
+
+
 @dataclass
 class TrainRun:
     """One training run: where it stands, and what a method needs to know of it.
@@ -34,43 +55,52 @@ class TrainRun:
 
         for _ in run.each_epoch():
             for batch in loader:
-                run.before_step()
-                loss = run.loss(batch)
-                loss.backward()
-                run.after_backward()
-                run.optimizer_step()
-                run.after_step()
+                for _ in run.phase.turns:
+                    run.before_step()
+                    for loss in run.losses(batch):
+                        loss.backward()
+                    run.after_backward()
+                    run.optimizer_step()
+                    run.after_step()
 
-    Parameters that are frozen (``requires_grad``) when the run is made stay frozen.
+    Most methods have one turn in a step and one loss in a turn; then ``run.loss(batch).backward()`` is the same.
+
+    Parameters of ``model`` that are frozen (``requires_grad``) when the run is made stay frozen. Whether a companion's parameters are
+    trained is up to the phases alone.
 
     Attributes:
         model: The prepared network.
         method: Its method.
         task: Loss and metric.
         recipe: What the user decided.
-        steps_per_epoch: Optimizer steps of an epoch.
-        teacher: A network whose outputs are soft targets, in evaluation mode, or ``None``.
+        steps_per_epoch: Training steps of an epoch.
+        given: Networks that the user gave for the method to make companions from.
         batches: Gives the first so many training batches, for methods that look at data between epochs.
         reduce_mean: Averages a tensor over all processes in place; does nothing in a single one.
-        phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the optimizer steps so far over all phases.
+        phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the steps so far over all phases.
+        turn_index: The turn of the step.
         optimizers: Those of the present phase, each with the roles and specifications of its parameter groups.
         gradient_scale: What the loss was multiplied by before the backward pass of this step, for methods that look at gradients inside
             the network; gradients of parameters are free of it when ``after_backward`` is called.
         wrapped: ``model`` inside a wrapper that has to be called in its place (``DistributedDataParallel``, ``torch.compile``).
         generator: For everything random in a method; its state is saved with the run.
+        companions: What the method declared beside ``model``, by name.
+        networks: The networks of the companions by name: ``run.networks["teacher"]``.
+        frozen: Names of the parameters of ``model`` that ``freeze`` has frozen.
     """
 
     model: nn.Module
-    method: TrainingMethod
+    method: Hooks
     task: Task
     recipe: Recipe
     steps_per_epoch: int
-    teacher: nn.Module | None = None
+    given: GivenNetworks = field(default_factory=GivenNetworks)
     batches: Callable[[int], Iterable[Batch]] | None = None
     reduce_mean: Callable[[Tensor], None] = lambda _: None
     phase_index: int = 0
     epoch: int = 0
     step: int = 0
+    turn_index: int = 0
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     wrapped: nn.Module | None = None
     gradient_scale: float = 1.0
@@ -78,16 +108,30 @@ class TrainRun:
     def __post_init__(self) -> None:
         self.phases = self.method.phases(self.recipe)
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
-        self._scheduled = [module for module in self.model.modules() if isinstance(module, Scheduled)]
+        self.companions = self._make_companions()
+        self.networks = {name: companion.network for name, companion in self.companions.items()}
+        trained = [name for name in self.companions if any(self._trains(name, phase) for phase in self.phases)]
+        self._trained_networks = [self.model, *(self.networks[name] for name in trained)]
+        self._check_companions(trained)
+        networks = (self.model, *self.networks.values())
+        self._scheduled = [module for network in networks for module in network.modules() if isinstance(module, Scheduled)]
         self._has_returned = False  # it stands inside an epoch that an earlier run has entered
-        by_a_run = vars(self.model).get(_FROZEN, set())
-        named = self.model.named_parameters()
-        self._frozen = [parameter for name, parameter in named if not parameter.requires_grad and name not in by_a_run]
+        self.frozen: list[str] = []
+        self._frozen_by_user = parameters_frozen_by_user(self.model)
+        for name, companion in self.companions.items():
+            if name not in trained:
+                companion.network.requires_grad_(False)
+        self._set_modes()
 
     @property
     def phase(self) -> Phase:
         """The present phase."""
         return self.phases[self.phase_index]
+
+    @property
+    def turn(self) -> Turn:
+        """The present turn of the step."""
+        return self.phase.turns[self.turn_index]
 
     @property
     def epochs(self) -> int:
@@ -121,8 +165,60 @@ class TrainRun:
         return (module for module in self.model.modules() if isinstance(module, Quantizer))
 
     def parameters_of(self, role: Role) -> list[nn.Parameter]:
-        """The network's parameters with this role, each once."""
-        return [parameter for found, parameter in self.roles() if found == role]
+        """The parameters with this role or one below it, each once."""
+        return [parameter for found, parameter in self.roles() if covering(found, (role,)) is not None]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the network, and of the companions that some phase trains."""
+        return itertools.chain.from_iterable(network.parameters() for network in self._trained_networks)
+
+    def objects(self) -> dict[str, object]:
+        """What a run that is resumed needs back, beside its position and the optimizers."""
+        saved = {f"networks.{name}": companion.network for name, companion in self.companions.items() if companion.is_saved}
+        return {"generator": self.generator, "model": self.model, "method": vars(self.method), "frozen": self.frozen, **saved}
+
+    def not_saved(self) -> tuple[object, ...]:
+        """What is made anew by whoever makes the run."""
+        networks = [companion.network for companion in self.companions.values() if not companion.is_saved]
+        return (self, self.recipe, self.task, self.given, *networks)
+
+    def to(self, device: torch.device) -> None:
+        """Move all networks."""
+        for network in (self.model, *self.networks.values()):
+            network.to(device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The network, and the companions that follow it, in evaluation mode and without gradients."""
+        following = [companion.network for companion in self.companions.values() if companion.mode == "follow"]
+        with evaluating(nn.ModuleList([self.model, *following]) if following else self.model):
+            yield
+
+    def freeze(self, *layers: str, roles: Collection[Role] = ("weights",)) -> None:
+        """Keep the parameters with these roles in the layers of these names as they are, from now on and over all phases.
+
+        Raises:
+            SpecError: A layer without such a parameter.
+        """
+        names = self._names_in(layers, roles)
+        self.frozen.extend(name for name in names if name not in self.frozen)
+        self.set_trainable()
+
+    def release(self, *layers: str, roles: Collection[Role] = ("weights",)) -> None:
+        """Undo ``freeze``."""
+        names = set(self._names_in(layers, roles))
+        self.frozen[:] = [name for name in self.frozen if name not in names]
+        self.set_trainable()
+
+    def _names_in(self, layers: Iterable[str], roles: Collection[Role]) -> list[str]:
+        named = [(role, name) for role, name, _ in named_roles(self.model, self.method.role)]
+        found = []
+        for layer in layers:
+            inside = [name for role, name in named if name.startswith(f"{layer}.") and covering(role, roles) is not None]
+            if not inside:
+                raise SpecError(f"layer {layer!r} of {type(self.model).__name__} has no parameter with the role {' or '.join(roles)}")
+            found += inside
+        return found
 
     def each_epoch(self) -> Iterator[int]:
         """Enter every phase and every epoch in turn; gives the number of epochs before it, over all phases.
@@ -148,13 +244,15 @@ class TrainRun:
         method does to their structure at the start of a phase is done again for the phases that have started.
         """
         for self.phase_index in range(phase_index + 1):
-            self.epoch, self.step = 0, self.steps_per_epoch * sum(phase.epochs for phase in self.phases[: self.phase_index])
+            self.epoch, self.turn_index = 0, 0
+            self.step = self.steps_per_epoch * sum(phase.epochs for phase in self.phases[: self.phase_index])
             self.start_phase()
         self.epoch, self.step = epoch, step
         self._has_returned = True
 
     def start_phase(self) -> None:
         """Enter the phase ``phase_index``: the method's hook, trainable parameters, optimizers."""
+        self._set_modes()
         self.method.start_phase(self)
         self._build_optimizers()
 
@@ -168,12 +266,21 @@ class TrainRun:
         """Schedules and the method's hook; also clears gradients."""
         for module in self._scheduled:
             module.set_progress(self.progress)
+        if len(self.phase.turns) > 1:
+            self.set_trainable()
         self._ready_optimizers()
         self.method.before_step(self)
 
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """The method's losses of one batch in the present turn. Each needs its backward pass before the next one is asked for."""
+        return iter(self.method.losses(self, batch))
+
     def loss(self, batch: Batch) -> Tensor:
-        """The method's loss of one batch."""
-        return self.method.loss(self, batch)
+        """The sum of ``losses``, for a single backward pass: the same gradients, but with the graphs of all passes held at once."""
+        found = list(self.losses(batch))
+        if not found:
+            raise LoopError(f"{self.method.info.name!r} gave no loss in the turn {self.turn.name!r}")
+        return found[0] if len(found) == 1 else torch.stack(found).sum()
 
     def task_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """The task's loss, mixed with the teacher's where there is one."""
@@ -181,10 +288,11 @@ class TrainRun:
             model = self.wrapped
         output = self.task.predict(self.model if model is None else model, batch)
         loss = self.task.loss(output, batch)
-        if self.teacher is None:
+        teacher = self.networks.get("teacher")
+        if teacher is None:
             return loss
         with torch.no_grad():
-            target = self.task.predict(self.teacher, batch)
+            target = self.task.predict(teacher, batch)
         weight = self.recipe.distillation
         return (1 - weight) * loss + weight * self.task.distillation_loss(output, target)
 
@@ -193,10 +301,11 @@ class TrainRun:
         return penalty(self.model)
 
     def after_backward(self) -> None:
-        """The method's hook, then clipping."""
+        """The method's hook, then clipping, of each network by itself."""
         self.method.after_backward(self)
         if self.phase.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.phase.clip_norm)
+            for network in self._trained_networks:
+                nn.utils.clip_grad_norm_(network.parameters(), self.phase.clip_norm)
 
     def optimizer_step(self, step: Callable[[torch.optim.Optimizer], object] | None = None) -> None:
         """Step every optimizer; ``step`` does it in place of ``optimizer.step()``, as a gradient scaler's."""
@@ -207,11 +316,16 @@ class TrainRun:
                 step(optimizer)
 
     def after_step(self) -> None:
-        """The method's hook; quantizers bring their parameters back to where they are allowed."""
+        """The method's hook; quantizers bring their parameters back to where they are allowed. The last turn ends the step."""
         self.method.after_step(self)
-        for quantizer in self.quantizers():
-            quantizer.project()
-        self.step += 1
+        for network in self._trained_networks:
+            for module in network.modules():
+                if isinstance(module, Quantizer):
+                    module.project()
+        self.turn_index += 1
+        if self.turn_index == len(self.phase.turns):
+            self.turn_index = 0
+            self.step += 1
 
     def _ready_optimizers(self) -> None:
         for optimizer in self.optimizers:
@@ -220,39 +334,68 @@ class TrainRun:
                 group["lr"] = group["spec"].rate_at(self.phase_progress)
 
     def roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
-        owners = dict(self.model.named_modules())
-        for name, parameter in self.model.named_parameters():
-            yield self.method.role(name, parameter, owners[name.rpartition(".")[0]]), parameter
+        """Every parameter of the network and its companions with its role."""
+        yield from ((role, parameter) for role, _, parameter in named_roles(self.model, self.method.role))
+        for name in self.companions:
+            yield from self._companion_roles(name)
+
+    def set_trainable(self) -> None:
+        """Let those parameters ask for gradients that the present phase and turn train, but for what is frozen."""
+        by_user, frozen_by_run = set(map(id, self._frozen_by_user)), set()
+        frozen, phase, turn = set(self.frozen), self.phase, self.turn
+        for role, name, parameter in named_roles(self.model, self.method.role):
+            is_trained = name not in frozen and id(parameter) not in by_user and phase.key(role, turn) is not None
+            _set_trainable(parameter, is_trained)
+            if not is_trained and id(parameter) not in by_user:
+                frozen_by_run.add(name)
+        vars(self.model)[_FROZEN] = frozen_by_run  # a later run shall not take them for frozen by the user
+        for companion in self.companions:
+            for role, parameter in self._companion_roles(companion):
+                _set_trainable(parameter, phase.key(role, turn) is not None)
+
+    def _make_companions(self) -> dict[str, Companion]:
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)  # the same in every process, and in a run that is resumed
+            found = dict(self.method.companions(self.model, self.given))
+        for companion in found.values():
+            companion.network.to(device)
+        return found
+
+    def _check_companions(self, trained: Collection[str]) -> None:
+        own = set(map(id, self.model.parameters()))
+        for name, companion in self.companions.items():
+            if name in trained and not companion.is_saved:
+                raise SpecError(f"companion {name!r}: a phase trains it, so checkpoints must hold it. Leave is_saved=False out.")
+            if any(id(parameter) in own for parameter in companion.network.parameters()):
+                raise SpecError(f"companion {name!r}: it holds parameters of the network itself. Use a copy, or a network of its own.")
+
+    def _companion_roles(self, name: str) -> Iterator[tuple[Role, nn.Parameter]]:
+        companion = self.companions[name]
+        if companion.role is None:
+            return ((name, parameter) for parameter in companion.network.parameters())
+        return ((f"{name}.{role}", parameter) for role, _, parameter in named_roles(companion.network, companion.role))
+
+    def _trains(self, name: str, phase: Phase) -> bool:
+        return any(phase.key(role) is not None for role, _ in self._companion_roles(name))
+
+    def _set_modes(self) -> None:
+        for name, companion in self.companions.items():
+            companion.network.train(companion.mode == "train" or (companion.mode == "follow" and self._trains(name, self.phase)))
 
     def _build_optimizers(self) -> None:
-        self._freeze()
-        frozen = set(map(id, self._frozen))
-        groups: dict[Role, list[nn.Parameter]] = {}
-        for role, parameter in self.roles():
-            found = groups.setdefault(role, [])
-            if id(parameter) not in frozen:
-                found.append(parameter)
-        unknown = set(self.phase.optimizers) - set(groups) - {"weights", "quantizers", "others"}
+        self.set_trainable()
+        self._check_roles()
+        frozen = set(map(id, self._frozen_by_user))
+        self.optimizers = build_optimizers(self.phase, ((role, p) for role, p in self.roles() if id(p) not in frozen))
+
+    def _check_roles(self) -> None:
+        """SpecError where the phase names a role that no parameter has."""
+        roles = {role for role, _ in self.roles()}
+        asked = {key for turn in self.phase.turns for key in turn.roles or ()} | set(self.phase.optimizers)
+        unknown = {key for key in asked if all(covering(role, (key,)) is None for role in roles)} - USUAL_ROLES
         if unknown:
             raise SpecError(f"phase {self.phase.name!r}: no parameter has the role {', '.join(sorted(unknown))}")
-        by_kind: dict[str, list[dict[str, object]]] = {}
-        for role, spec in self.phase.optimizers.items():
-            if groups.get(role):
-                by_kind.setdefault(spec.kind, []).append({"params": groups[role], "role": role, **_options(spec)})
-        self.optimizers = [_KINDS[kind](found) for kind, found in by_kind.items()]
-
-    def _freeze(self) -> None:
-        """Let those parameters ask for gradients that the phase trains, but for what was frozen when the run was made."""
-        frozen, mine = set(map(id, self._frozen)), set()
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for role, parameter in self.roles():
-            is_trained = role in self.phase.optimizers and id(parameter) not in frozen
-            parameter.requires_grad_(is_trained)
-            if not is_trained:
-                parameter.grad = None  # or an optimizer would go on stepping it
-            if not is_trained and id(parameter) not in frozen:
-                mine.add(names[id(parameter)])
-        vars(self.model)[_FROZEN] = mine  # a later run shall not take them for frozen by the user
 
 
 _KINDS: Mapping[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
@@ -262,9 +405,44 @@ _KINDS: Mapping[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]]
 }
 
 
+def build_optimizers(phase: Phase, roles: Iterable[tuple[Role, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """The optimizers of a phase for these parameters: one for each kind, with a group for each role that has a specification."""
+    found: dict[Role, list[nn.Parameter]] = {}
+    for role, parameter in roles:
+        key = phase.key(role)
+        if key is not None:
+            found.setdefault(key, []).append(parameter)
+    by_kind: dict[str, list[dict[str, object]]] = {}
+    for key, spec in phase.optimizers.items():
+        if key in found:
+            by_kind.setdefault(spec.kind, []).append({"params": found[key], "role": key, **_options(spec)})
+    return [_KINDS[kind](groups) for kind, groups in by_kind.items()]
+
+
 def _options(spec: OptimizerSpec) -> dict[str, object]:
     common: dict[str, object] = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay, "spec": spec}
-    return {**common, "momentum": spec.momentum, "nesterov": spec.nesterov and spec.momentum > 0} if spec.kind == "sgd" else common
+    if spec.kind == "sgd":
+        return {**common, "momentum": spec.momentum, "nesterov": spec.nesterov and spec.momentum > 0}
+    return {**common, "betas": spec.betas}
+
+
+def named_roles(network: nn.Module, role_of: RoleOf) -> Iterator[tuple[Role, str, nn.Parameter]]:
+    """Role, name and parameter for every parameter of ``network``."""
+    owners = dict(network.named_modules())
+    for name, parameter in network.named_parameters():
+        yield role_of(name, parameter, owners[name.rpartition(".")[0]]), name, parameter
+
+
+def parameters_frozen_by_user(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that ask for no gradient, and for another reason than the phases of an earlier run."""
+    by_a_run = vars(model).get(_FROZEN, ())
+    return [parameter for name, parameter in model.named_parameters() if not parameter.requires_grad and name not in by_a_run]
+
+
+def _set_trainable(parameter: nn.Parameter, is_trained: bool) -> None:
+    parameter.requires_grad_(is_trained)
+    if not is_trained:
+        parameter.grad = None  # or an optimizer would keep stepping it
 
 
 def penalty(model: nn.Module) -> Tensor:

@@ -23,6 +23,7 @@ from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_feed
 from lowbit.qat.engine.trainer import Selection, Trainer
+from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.run import TrainRun
@@ -97,7 +98,7 @@ def train(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``.
         surrogate: Gradient surrogate to use in place of the method's.
         merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
-        teacher: A float network whose outputs are soft targets.
+        teacher: A float network whose outputs are soft targets; a copy is used.
         task: Loss and metric. Default: classification.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
         sample: Inputs that quantizers are initialized from. Default: the first batch in a fixed random order.
@@ -196,7 +197,7 @@ def train_network(
     )
     inputs = Inputs.of(sample) if sample is not None else _first_inputs(feed, trainer.fabric.world_size)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-    teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
+    teacher = None if teacher is None else copy.deepcopy(teacher)
     quantized = prepare(
         own,
         method=method,
@@ -216,7 +217,7 @@ def train_network(
         task,
         recipe,
         feed.steps,
-        teacher=teacher,
+        given=GivenNetworks(teacher, own),
         batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(feed.first(count), count)],
     )
     if run.epochs > recipe.epochs:

@@ -13,7 +13,7 @@ from lowbit.models import load_model
 from lowbit.models.reactnet import ReactBlock, reactnet_a
 from lowbit.network import insert
 from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutBlock
-from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of
 
 
@@ -75,7 +75,7 @@ def test_weights_are_real_in_the_first_step_and_both_are_binary_in_the_second() 
 
 def test_with_a_teacher_labels_do_not_count() -> None:
     model, teacher = prepared().train(), load_model("resnet8", num_classes=4).eval()
-    run = TrainRun(model, method_of(model), Classification(), Recipe(2, 4, OptimizerSpec()), 1, teacher=teacher)
+    run = TrainRun(model, method_of(model), Classification(), Recipe(2, 4, OptimizerSpec()), 1, given=GivenNetworks(teacher))
     losses = {float(run.loss((images(), labels)).detach()) for labels in (torch.zeros(4).long(), torch.arange(4))}
     assert len(losses) == 1
     alone = TrainRun(model, method_of(model), Classification(), Recipe(2, 4, OptimizerSpec()), 1)

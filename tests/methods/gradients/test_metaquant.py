@@ -20,7 +20,6 @@ from lowbit.methods.gradients.metaquant import (
     MetaQuantizer,
     MultiFc,
     meta_layers,
-    meta_network_of,
     refined_gradient,
 )
 from lowbit.network import insert
@@ -241,9 +240,7 @@ def test_passing_the_gradient_on_is_straight_through_training_one_step_late(look
     x, labels = torch.randn(6, 4), torch.arange(6) % 3
     float_model = nn.Sequential(nn.Linear(4, 3, bias=False))
     run = run_of(prepared(float_model, x, look_ahead=look_ahead, meta_learning_rate=0.0))
-    _, first = next(meta_layers(run.model))
-    first._modules["meta"] = PassOn()
-    run = run_of(run.model)
+    run.networks["meta"] = PassOn()
     weight = insert.float_weight(run.model.get_submodule("0"))
     straight = MetaQuantizer(1, "dorefa")
     expected = weight.detach().clone()
@@ -401,7 +398,8 @@ def test_the_authors_look_ahead_gives_biases_back_bit_for_bit() -> None:
 
 def test_one_meta_network_serves_all_layers_by_an_optimizer_of_its_own() -> None:
     run, batch = tiny(meta="multi_fc", hidden=9)
-    assert [type(m) for m in run.model.modules() if isinstance(m, MultiFc)] == [MultiFc]
+    assert [type(network) for network in run.networks.values()] == [MultiFc]
+    assert not any(isinstance(module, MultiFc) for module in run.model.modules())
     meta = run.parameters_of("meta")
     assert [p.shape for p in meta] == [(9, 1), (1, 9)]
     adam = next(optimizer for optimizer in run.optimizers if isinstance(optimizer, torch.optim.Adam))
@@ -421,6 +419,7 @@ def test_a_network_goes_on_from_its_state_to_the_same_weights(meta: str) -> None
         step(run, batch)
     other, _ = tiny(meta=meta, hidden=4)
     other.model.load_state_dict(run.model.state_dict())
+    other.networks["meta"].load_state_dict(run.networks["meta"].state_dict())
     for mine, theirs in zip(run.optimizers, other.optimizers, strict=True):
         theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
     copied = pickle.loads(pickle.dumps(run.model))
@@ -438,7 +437,7 @@ def test_the_meta_network_does_not_take_part_in_inference() -> None:
     model = run.model.eval()
     before = model(batch[0])
     with torch.no_grad():
-        for parameter in meta_network_of(model).parameters():
+        for parameter in run.networks["meta"].parameters():
             parameter.mul_(-3)
     assert torch.equal(model(batch[0]), before)
     baked, _ = insert.bake_weights(model)

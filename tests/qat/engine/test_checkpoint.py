@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.qat.companions import Adversarial, Mutual, method_in_place
 from tests.qat.training import RECIPE, Killed, Killing, assert_same, data, killed, network, state, train
 from torch import nn
 
 import lowbit.files
-from lowbit.errors import FileFormatError, OutputError, SpecError
+from lowbit.errors import FileFormatError, OutputError, SpecError, StateError
 from lowbit.files import read_tensors
 from lowbit.methods.quantizer_design.lsq import Lsq
 from lowbit.network import insert
@@ -244,6 +246,105 @@ def test_phases_that_change_the_network_are_gone_on_with(step: int, tmp_path: Pa
     assert insert.weight_quantizer(whole[0]).scale.shape == (8, 1, 1, 1)  # type: ignore[union-attr, index]
     killed(step, tmp_path, save_every="1")
     assert_same(train(out=tmp_path, save_every="1"), whole)
+
+
+@pytest.mark.parametrize("method", [Mutual, Adversarial])
+@pytest.mark.parametrize("step", [3, 7, 15])
+def test_networks_that_learn_beside_the_one_go_on_to_the_same_bits(step: int, method: type[Lsq], tmp_path: Path) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    with method_in_place(method):
+        expected = train(out=whole)
+        killed(step, again, save_every="1")
+        assert_same(train(out=again, save_every="1"), expected)
+    tensors = [read_tensors(folder / ".work" / "last.safetensors")[0] for folder in (whole, again)]
+    learned = [name for name in tensors[0] if name.startswith(("networks.", "optimizer."))]
+    assert any("networks.teacher" in name or "networks.generator" in name for name in learned)
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in learned)
+    assert not [name for name, _ in expected.named_modules() if "teacher" in name or "generator" in name]
+
+
+def test_a_plain_teacher_is_given_again_and_not_saved(tmp_path: Path) -> None:
+    train(out=tmp_path, teacher=network())
+    tensors, _ = read_tensors(tmp_path / ".work" / "last.safetensors")
+    assert not [name for name in tensors if name.startswith("networks.")]
+
+
+@dataclass
+class Freezing(Lsq):
+    """Freezes a layer's weight when the second epoch starts, and lets go of it when the last one does."""
+
+    def start_epoch(self, run: TrainRun) -> None:
+        if run.epoch:
+            (run.freeze if run.epoch == 1 else run.release)("0")
+
+
+@pytest.mark.parametrize("step", [4, 7, 12])
+def test_what_was_frozen_on_the_way_is_frozen_again(step: int, tmp_path: Path) -> None:
+    with method_in_place(Freezing):
+        whole = train()
+        killed(step, tmp_path, save_every="1")
+        assert_same(train(out=tmp_path, save_every="1"), whole)
+    plain = train()
+    assert not torch.equal(whole[0].weight, plain[0].weight)  # type: ignore[index]
+
+
+class Opaque:
+    """An object that checkpoints know nothing of."""
+
+    def __init__(self, *entries: object) -> None:
+        self.entries = list(entries)
+
+
+@dataclass
+class Hoarding(Lsq):
+    """Keeps objects beside the network, as its ``kind`` says."""
+
+    kind: str = "same"
+
+    held: object = None
+
+    def after_step(self, run: TrainRun) -> None:
+        if self.kind == "grows":
+            self.held.entries.append(run.step)  # type: ignore[attr-defined]
+
+
+def hoarding(kind: str) -> Hoarding:
+    return Hoarding(kind=kind, held={"same": Opaque(1, "a"), "grows": Opaque(), "hidden": threading.Lock()}[kind])
+
+
+def test_an_object_that_stays_as_it_is_need_not_be_saved(tmp_path: Path) -> None:
+    with method_in_place(lambda: hoarding("same")):
+        whole = train()
+        killed(7, tmp_path)
+        assert_same(train(out=tmp_path), whole)
+
+
+def test_an_object_that_changes_in_the_run_is_an_error_at_the_first_save(tmp_path: Path) -> None:
+    where = r"'lowbit_method\.held' of the network is a tests\.qat\.engine\.test_checkpoint\.Opaque, which checkpoints cannot save, and has changed"
+    with method_in_place(lambda: hoarding("grows")), pytest.raises(StateError, match=where):
+        train(out=tmp_path, save_every="2")
+    with method_in_place(lambda: hoarding("grows")):
+        train()  # nothing is saved
+
+
+def test_an_object_that_cannot_be_looked_at_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    with method_in_place(lambda: hoarding("hidden")), pytest.raises(StateError, match=r"'lowbit_method\.held' .*holds a lock"):
+        train(out=tmp_path, progress=Killing(1))
+
+
+def test_an_object_that_a_new_run_makes_otherwise_is_an_error(tmp_path: Path) -> None:
+    made = iter((Opaque(1), Opaque(2)))
+
+    def other() -> Hoarding:
+        method = hoarding("same")
+        method.held = next(made)
+        return method
+
+    with method_in_place(other):
+        killed(7, tmp_path)
+        with pytest.raises(FileFormatError, match=r"lowbit_method\.held \(Opaque\) is not what it was in the saved run"):
+            train(out=tmp_path)
 
 
 def test_a_snapshot_keeps_what_is_shared_shared() -> None:

@@ -11,26 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.qat.companions import Mutual, method_in_place
 from tests.qat.training import RECIPE, data, network, state, train
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import os, sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
 from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered
+from tests.qat.companions import Mutual, method_in_place
 from tests.qat.training import RECIPE, Killed, Killing, data, network, state, train
 
 torch.set_num_threads(1)
-out, kill = Path(sys.argv[1]), int(sys.argv[2])
+out, kill, with_companion = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "companion"
 arguments = dict(recipe=replace(RECIPE, batch_size=8), test_data=data(50, 5), out=out, save_every="1", devices=2)
 if kill:
     arguments["progress"] = Killing(kill)
 try:
-    trained = train(network(norm=False), **arguments)
+    with method_in_place(Mutual) if with_companion else nullcontext():
+        trained = train(network(norm=False), **arguments)
 except Killed:
     os._exit(9)
 rank = torch.distributed.get_rank()
@@ -55,7 +59,7 @@ torch.distributed.barrier()
 """
 
 
-def two_processes(out: Path, kill: int = 0) -> int:
+def two_processes(out: Path, kill: int = 0, method: str = "plain") -> int:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
@@ -63,7 +67,7 @@ def two_processes(out: Path, kill: int = 0) -> int:
     script.write_text(SCRIPT)
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, str(out), str(kill)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, script, str(out), str(kill), method], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0 or kill, done.stderr
     return done.returncode
@@ -92,3 +96,20 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch_even_after_a
             "mean": [1.5, 1.5], "count": rank, "gradient": [1.0, 1.0], "one": [[1.5]], "none": True, "flags": [True, False],
             "gathered": [[0], [1]],
         }  # fmt: skip
+
+
+def test_a_companion_that_learns_is_the_same_in_two_processes_as_in_one_even_after_a_kill(tmp_path: Path) -> None:
+    out, single = tmp_path / "out", tmp_path / "single"
+    assert two_processes(out, kill=8, method="companion") != 0
+    assert two_processes(out, method="companion") == 0
+    with method_in_place(Mutual):
+        train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=single)
+    together, alone = (load_file(folder / ".work" / "last.safetensors") for folder in (out, single))
+    names = [name for name in alone if name.startswith(("model.", "networks.teacher."))]
+    assert sum(name.startswith("networks.teacher.") for name in names) == len(list(network(norm=False).parameters()))
+    for name in names:
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-5, msg=name)
+    float_network = dict(network(norm=False).named_parameters())
+    assert not any(torch.equal(together[f"networks.teacher.{name}"], value) for name, value in float_network.items())
+    ranks = [load_file(out / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))

@@ -208,4 +208,4 @@ def test_the_run_of_a_callback_is_there_once_training_starts() -> None:
     run = plan.start(prepared(), 7, 2)
     assert plan.run is run
     assert (run.steps_per_epoch, run.epochs) == (4, 2)  # the last epoch is a step short
-    assert run.teacher is plan.teacher
+    assert run.networks["teacher"] is plan.teacher

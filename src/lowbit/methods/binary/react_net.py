@@ -117,9 +117,10 @@ class ReactNetMethod(TrainingMethod):
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         """The teacher's distribution alone, where there is a teacher."""
-        if run.teacher is None:
+        teacher = run.networks.get("teacher")
+        if teacher is None:
             return super().loss(run, batch)
         with torch.no_grad():
-            target = run.task.predict(run.teacher, batch)
+            target = run.task.predict(teacher, batch)
         output = run.task.predict(run.model if run.wrapped is None else run.wrapped, batch)
         return distribution_loss(output, target) + run.penalty()

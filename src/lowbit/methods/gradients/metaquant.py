@@ -15,14 +15,14 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
-from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat import Companion, GivenNetworks, OptimizerSpec, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.recipe import Role
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
@@ -32,7 +32,7 @@ from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
 
 Base = Literal["dorefa", "bwn", "bwn_f"]
-META = "meta"  # the role of the meta network's parameters
+META = "meta"  # the meta network among the run's networks, and the role of its parameters
 _TINY = 1e-30
 _NOTHING = 1e-20  # weights below it count as zeros: dividing by their maximum would make their gradients infinite
 
@@ -159,6 +159,9 @@ class MetaQuantizer(TableQuantizer):
         self.pending: LookAhead | None = None
         self._captured: Tensor | None = None
         self._preprocessed: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pending": None, "_captured": None, "_preprocessed": None}  # they belong to one step
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
@@ -342,12 +345,8 @@ class MetaQuant(TrainingMethod):
             return FcGrad(self.hidden)
         return MultiFc(self.hidden, self.layers, self.activation) if self.meta == "multi_fc" else LstmFc(self.hidden)
 
-    def attach(self, job: QatJob) -> None:
-        super().attach(job)
-        share_meta_network(job.model, self.meta_network())
-
-    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
-        return META if f".{META}." in name else super().role(name, parameter, owner)
+    def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
+        return {**super().companions(model, given), META: Companion(self.meta_network())}
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         meta = OptimizerSpec("adam", self.meta_learning_rate, weight_decay=0.0, schedule=recipe.optimizer.schedule)
@@ -355,7 +354,7 @@ class MetaQuant(TrainingMethod):
 
     @torch.no_grad()
     def before_step(self, run: TrainRun) -> None:
-        network = meta_network_of(run.model)
+        network = run.networks[META]
         for layer, quantizer in meta_layers(run.model):
             quantizer.forget()
             if not bool(quantizer.has_history):
@@ -425,18 +424,6 @@ def meta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, MetaQuantizer]]:
         quantizer = insert.weight_quantizer(layer)
         if isinstance(quantizer, MetaQuantizer):
             yield layer, quantizer
-
-
-def share_meta_network(model: nn.Module, network: nn.Module) -> None:
-    """Let the first meta quantizer hold the network that all share; it leaves with the quantizers at export."""
-    for _, quantizer in meta_layers(model):
-        quantizer.add_module(META, network)
-        return
-
-
-def meta_network_of(model: nn.Module) -> nn.Module:
-    """The network that ``share_meta_network`` put in."""
-    return next(quantizer.get_submodule(META) for _, quantizer in meta_layers(model) if hasattr(quantizer, META))
 
 
 def move_bias(bias: nn.Parameter, update: Tensor, learning_rate: float) -> None:

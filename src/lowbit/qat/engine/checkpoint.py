@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError, OutputError
 from lowbit.files import read_tensors, write_tensors
+from lowbit.qat.engine.constants import Constants
 from lowbit.qat.engine.curve import Curve, EpochResult
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
 from lowbit.qat.run import TrainRun
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LAST, BEST = "last", "best"
 
 
@@ -54,6 +55,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._constants = Constants()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".*.safetensors"):
@@ -65,22 +67,31 @@ class Checkpoints:
         """Whether there is a checkpoint called ``name``."""
         return self._path(name).is_file()
 
+    def check(self, run: TrainRun) -> None:
+        """Look at a new run before hours are spent on it.
+
+        Raises:
+            StateError: It holds something that cannot be saved.
+        """
+        snapshot = Snapshot(run.not_saved(), self._constants)
+        for name, value in run.objects().items():
+            snapshot.take(value, name)
+
     def save(self, run: TrainRun, state: RunState, random_states: Sequence[Tensor]) -> None:
         """Keep the whole run; ``random_states`` are those of torch in every process.
 
         Raises:
             OutputError: It cannot be written; the checkpoint before it is still there.
+            StateError: It holds something that cannot be saved.
         """
-        snapshot = Snapshot(ignoring=(run, run.recipe, run.task, run.teacher))
+        snapshot = Snapshot(run.not_saved(), self._constants)
         facts: dict[str, Any] = {
             "version": FORMAT_VERSION,
             "position": {"phase_index": run.phase_index, "epoch": run.epoch, "step": run.step},
             "state": {**{key: value for key, value in vars(state).items() if key != "average"}, "curve": [asdict(r) for r in state.curve]},
             "has_average": state.average is not None,
             "python_random": _plain(random.getstate()),
-            "generator": snapshot.take(run.generator, "generator"),
-            "model": snapshot.take(run.model, "model"),
-            "method": snapshot.take(vars(run.method), "method"),
+            "objects": {name: snapshot.take(value, name) for name, value in run.objects().items()},
             "optimizers": [snapshot.take(optimizer, f"optimizer.{i}") for i, optimizer in enumerate(run.optimizers)],
         }
         tensors = {
@@ -111,6 +122,7 @@ class Checkpoints:
         run.return_to(**facts["position"])
         restoration = Restoration(tensors)
         self._put_objects(run, facts, restoration)
+        run.set_trainable()
         if len(run.optimizers) != len(facts["optimizers"]):
             raise FileFormatError(
                 f"{self._path(LAST)} holds {len(facts['optimizers'])} optimizers, the phase {run.phase.name!r} has {len(run.optimizers)}. "
@@ -136,9 +148,13 @@ class Checkpoints:
 
     @staticmethod
     def _put_objects(run: TrainRun, facts: dict[str, Any], restoration: Restoration) -> None:
-        restoration.put(facts["generator"], run.generator, "generator")
-        restoration.put(facts["model"], run.model, "model")
-        restoration.put(facts["method"], vars(run.method), "method")
+        objects = run.objects()
+        if set(objects) != set(facts["objects"]):
+            raise FileFormatError(
+                f"the saved run has {', '.join(facts['objects'])}, this one {', '.join(objects)}. Start over with --fresh."
+            )
+        for name, value in objects.items():
+            restoration.put(facts["objects"][name], value, name)
 
     def save_model(self, name: str, model: nn.Module, facts: dict[str, object]) -> None:
         """Keep the network alone."""

@@ -38,7 +38,7 @@ def first_not_finite(model: nn.Module, inputs: object, run: Callable[[], object]
     return (
         values_not_finite(model, expected)
         or _first_output(model, run)
-        or _first_gradient(model)
+        or gradient_not_finite(model)
         or "every layer gives finite outputs, so it is the loss itself"
     )
 
@@ -64,8 +64,8 @@ def _first_output(model: nn.Module, run: Callable[[], object]) -> str | None:
     return found[0] if found else None
 
 
-def _first_gradient(model: nn.Module) -> str | None:
-    """The last parameter in the network's order: backwards it comes first."""
+def gradient_not_finite(model: nn.Module) -> str | None:
+    """The last parameter, which backwards comes first, whose gradient is not finite, in words; ``None`` where there is none."""
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return f"the gradient of the parameter {name!r} ({_owner(model, name)}) is not finite"

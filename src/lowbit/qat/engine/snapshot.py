@@ -1,52 +1,72 @@
 """What a run's objects hold, as plain values and tensors, and how it is put back into new objects of the same kind.
 
-Nothing is pickled. A snapshot is a tree of values that JSON can say, with tensors beside it under names. It holds networks (every
-parameter and buffer, kept in ``state_dict`` or not, and the plain attributes of every module, such as ``bit_width``),
-optimizers, random generators, and lists, dictionaries and dataclasses of all these. Anything else (functions, frozen dataclasses, other
-objects) is taken to be made anew by whoever makes the object, and is left as it is there.
+Nothing is pickled. A snapshot is a tree of values that JSON can say, with tensors beside it under names. The rule:
+
+- **Saved**: numbers, strings, tensors, random generators, optimizers, networks (every parameter and buffer, kept in ``state_dict`` or not,
+  and all other attributes of every module), enums and dtypes, and lists, tuples, sets, dictionaries and dataclasses of these.
+- **No state**: functions, classes, devices, handles of hooks, loggers, weak references, and the attributes that an object's
+  ``__getstate__`` leaves out or replaces by ``None``. They belong to the new object.
+- **Constants**: any other object, compared by its content (``lowbit.qat.engine.constants``). It has to be as it was when it was first seen, and
+  in a new run again. One that changes, or whose content cannot be looked at, is a ``StateError``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lowbit.errors import FileFormatError
+from lowbit.qat.engine.constants import Constants, digest, has_no_state, parts_of
 
 Tree = dict[str, Any] | list[Any] | str | int | float | bool | None
 _MODULE_FIELDS = set(vars(nn.Module())) - {"training"}
 _LEFT_OUT = {"left_out": True}
+_PLAIN = (bool, int, str, float)
 
 
 class Snapshot:
-    """Takes apart several objects that may share parts; ``tensors`` grows with every ``take``."""
+    """Takes apart several objects that may share parts; ``tensors`` grows with every ``take``.
 
-    def __init__(self, ignoring: Iterable[object] = ()) -> None:
-        """Objects among ``ignoring`` are left out wherever they are met."""
+    Args:
+        ignoring: Objects that are left out wherever they are met.
+        constants: What is known of constants; without it they are left out, as is right within one process.
+    """
+
+    def __init__(self, ignoring: Iterable[object] = (), constants: Constants | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._ignored = list(ignoring)  # kept alive: their ids are what counts
         self._seen: dict[int, str | None] = {id(value): None for value in self._ignored}
+        self._constants = constants
+        self._parts_of_networks: set[int] = set()
+        self._owner: object = None  # the module whose attributes are being taken
 
     def take(self, value: object, name: str) -> Tree:
         """The tree of ``value``; ``name`` tells its tensors apart."""
-        if value is None or isinstance(value, (bool, int, str)):
-            return value
+        if value is None or type(value) in (bool, int, str):
+            return value  # type: ignore[return-value]
         if isinstance(value, float):
-            return value if math.isfinite(value) else {"float": str(value)}
+            return float(value) if math.isfinite(value) else {"float": str(float(value))}
+        if has_no_state(value):
+            return _LEFT_OUT
         if not isinstance(value, tuple) and id(value) in self._seen:
             place = self._seen[id(value)]
             return _LEFT_OUT if place is None else {"same": place}
         if not isinstance(value, tuple):
             self._seen[id(value)] = name
             self._ignored.append(value)  # an id must not be given to another object meanwhile
-        return self._parts(value, name)
+        tree = self._parts(value, name)
+        return self._constant(value, name) if tree is None else tree
 
     def _parts(self, value: object, name: str) -> Tree:
+        """The tree of an object that is saved, else ``None``."""
         if isinstance(value, Tensor):
             return self._tensor(value, name)
         if isinstance(value, torch.Generator):
@@ -54,33 +74,48 @@ class Snapshot:
             return {"generator": name, "device": str(value.device)}
         if isinstance(value, nn.Module):
             modules = dict(value.named_modules())
+            self._parts_of_networks |= parts_of(value)
             self._seen |= {id(module): None for path, module in modules.items() if path}  # lists of them need no state of their own
-            return {"module": {path: self._module(module, f"{name}.{path}") for path, module in modules.items()}}
+            return {"module": {path: self._module(module, f"{name}.{path}" if path else name) for path, module in modules.items()}}
         if isinstance(value, torch.optim.Optimizer):
             return self._optimizer(value, name)
-        if isinstance(value, dict):
-            if not all(isinstance(key, (str, int)) for key in value):
-                return _LEFT_OUT
-            return {"items": [[key, self.take(entry, f"{name}.{key}")] for key, entry in value.items()]}
-        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-            return {type(value).__name__: [self.take(entry, f"{name}.{index}") for index, entry in enumerate(value)]}
-        if isinstance(value, (set, frozenset)) and all(isinstance(entry, (str, int)) for entry in value):
-            return {"set": sorted(value, key=str), "is_frozen": isinstance(value, frozenset)}
-        if dataclasses.is_dataclass(value) and not isinstance(value, type) and not type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            return {"fields": {key: self.take(entry, f"{name}.{key}") for key, entry in vars(value).items()}}
-        return _LEFT_OUT
+        if isinstance(value, dict) and all(_is_key(key) for key in value):
+            return {"items": [[_key_tree(key), self.take(entry, f"{name}.{key}")] for key, entry in value.items()]}
+        if type(value) in (list, tuple, torch.Size):
+            entries: Iterable[object] = value  # type: ignore[assignment]
+            return {type(value).__name__.lower(): [self.take(entry, f"{name}.{index}") for index, entry in enumerate(entries)]}
+        if isinstance(value, (set, frozenset)) and all(_is_key(entry) for entry in value):
+            return {"set": [_key_tree(entry) for entry in sorted(value, key=repr)], "is_frozen": isinstance(value, frozenset)}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, enum.Enum) and _class_called(*_class_name(type(value))) is type(value):
+            return {"enum": value.name, "class": _class_name(type(value))}
+        if dataclasses.is_dataclass(value):
+            return {
+                "fields": {key: self.take(entry, f"{name}.{key}") for key, entry in _attributes(value).items()},
+                "class": _class_name(type(value)),
+            }
+        return None
+
+    def _constant(self, value: object, name: str) -> Tree:
+        if self._constants is None:
+            return _LEFT_OUT
+        return {"constant": self._constants.check(value, name, self._owner, self._parts_of_networks)}
 
     def _tensor(self, value: Tensor, name: str) -> Tree:
         self.tensors[name] = value.detach()
         return {"tensor": name, "is_parameter": isinstance(value, nn.Parameter)}
 
     def _module(self, module: nn.Module, name: str) -> Tree:
-        held = {**module._parameters, **module._buffers}
-        attributes = {key: value for key, value in vars(module).items() if key not in _MODULE_FIELDS}
-        return {
+        held, before = {**module._parameters, **module._buffers}, self._owner
+        attributes = {key: value for key, value in _attributes(module).items() if key not in _MODULE_FIELDS}
+        self._owner = module
+        tree: Tree = {
             "held": {key: self.take(value, f"{name}.{key}") for key, value in held.items()},
             "attributes": {key: self.take(value, f"{name}.{key}") for key, value in attributes.items()},
         }
+        self._owner = before
+        return tree
 
     def _optimizer(self, optimizer: torch.optim.Optimizer, name: str) -> Tree:
         state = optimizer.state_dict()
@@ -103,6 +138,7 @@ class Restoration:
     def __init__(self, tensors: dict[str, Tensor], *, strict: bool = True) -> None:
         self._tensors, self._strict = tensors, strict
         self._restored: dict[str, object] = {}
+        self._parts_of_networks: set[int] = set()
 
     def put(self, tree: Tree, live: object, name: str) -> Any:
         """The value that ``tree`` describes: ``live`` itself with everything put back where that is possible, else a new object."""
@@ -129,26 +165,58 @@ class Restoration:
             return self._module(tree["module"], live, name)
         if "optimizer" in tree:
             return self._optimizer(tree, live, name)
-        if "fields" in tree:
-            for key, entry in tree["fields"].items():
-                if live is not None:
-                    setattr(live, key, self.put(entry, getattr(live, key, None), f"{name}.{key}"))
+        if "constant" in tree:
+            if self._strict and self._digest(live) != tree["constant"]:
+                raise FileFormatError(
+                    f"{name} ({type(live).__name__}) is not what it was in the saved run, and is not saved with it. Make it as it was, or start over."
+                )
             return live
+        if "dtype" in tree:
+            return getattr(torch, tree["dtype"])
+        if "enum" in tree:
+            return _class_called(*tree["class"])[tree["enum"]]
+        if "fields" in tree:
+            return self._dataclass(tree, live, name)
         if "items" in tree:
             before = live if isinstance(live, dict) else {}
-            entries = {key: self.put(entry, before.get(key), f"{name}.{key}") for key, entry in tree["items"]}
+            keys = [(_key_of(key), entry) for key, entry in tree["items"]]
+            entries = {key: self.put(entry, before.get(key), f"{name}.{key}") for key, entry in keys}
             before.clear()
             before.update(entries)
             return before
         if "set" in tree:
-            return frozenset(tree["set"]) if tree["is_frozen"] else set(tree["set"])
-        kind = "list" if "list" in tree else "tuple"
+            members = map(_key_of, tree["set"])
+            return frozenset(members) if tree["is_frozen"] else set(members)
+        kind = next(kind for kind in ("list", "tuple", "size") if kind in tree)
         old = live if isinstance(live, (list, tuple)) else []
         parts = [self.put(entry, old[index] if index < len(old) else None, f"{name}.{index}") for index, entry in enumerate(tree[kind])]
         if kind == "list" and isinstance(live, list):
             live[:] = parts
             return live
-        return parts if kind == "list" else tuple(parts)
+        return parts if kind == "list" else tuple(parts) if kind == "tuple" else torch.Size(parts)
+
+    def _digest(self, live: object) -> str | None:
+        try:
+            return digest(live, self._parts_of_networks)
+        except TypeError:
+            return None
+
+    def _dataclass(self, tree: dict[str, Any], live: object, name: str) -> Any:
+        """``live`` where it is of the same class and may be changed, else a new object; no code of the class runs."""
+        cls = type(live) if [*_class_name(type(live))] == [*tree["class"]] else _class_called(*tree["class"])
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise FileFormatError(f"{name}: the saved run has a {tree['class'][1]}, a dataclass that is not there any more. Start over.")
+        is_same = type(live) is cls
+        values = {
+            key: self.put(entry, getattr(live, key, None) if is_same else None, f"{name}.{key}") for key, entry in tree["fields"].items()
+        }
+        if is_same and all(hasattr(live, key) and _are_equal(getattr(live, key), value) for key, value in values.items()):
+            return live
+        is_frozen = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        value = live if is_same and not is_frozen else object.__new__(cls)
+        for key, entry in values.items():
+            object.__setattr__(value, key, entry)
+        return value
 
     @staticmethod
     def _tensor(saved: Tensor, is_parameter: bool, live: object) -> Tensor:
@@ -165,6 +233,7 @@ class Restoration:
         if not isinstance(live, nn.Module):
             return live
         modules = dict(live.named_modules())
+        self._parts_of_networks |= parts_of(live)
         if self._strict and set(modules) != set(trees):
             lacking, added = sorted(set(trees) - set(modules)), sorted(set(modules) - set(trees))
             raise FileFormatError(
@@ -173,7 +242,7 @@ class Restoration:
             )
         for path, tree in trees.items():
             if path in modules:
-                self._held(modules[path], tree, f"{name}.{path}")
+                self._held(modules[path], tree, f"{name}.{path}" if path else name)
         return live
 
     def _held(self, module: nn.Module, tree: dict[str, Any], name: str) -> None:
@@ -211,3 +280,45 @@ class Restoration:
         ]
         live.load_state_dict({"state": self.put(tree["optimizer"], None, f"{name}.state"), "param_groups": groups})
         return live
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """What an object holds by name, without what its ``__getstate__`` leaves out or replaces by ``None``."""
+    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name) for name in names if hasattr(value, name)}
+    is_parametrized = isinstance(value, nn.Module) and parametrize.is_parametrized(value)
+    cls = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
+    if cls.__getstate__ is object.__getstate__:
+        return dict(held)
+    kept = cls.__getstate__(value)
+    if not isinstance(kept, dict):
+        return dict(held)
+    return {key: entry for key, entry in held.items() if entry is None or kept.get(key) is not None}
+
+
+def _is_key(key: object) -> bool:
+    return key is None or type(key) in _PLAIN or (type(key) is tuple and all(map(_is_key, key)))
+
+
+def _key_tree(key: Any) -> Tree:
+    return [_key_tree(part) for part in key] if isinstance(key, tuple) else key
+
+
+def _key_of(tree: Any) -> Any:
+    return tuple(map(_key_of, tree)) if isinstance(tree, list) else tree
+
+
+def _are_equal(a: object, b: object) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
+
+
+def _class_name(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _class_called(module: str, qualified: str) -> Any:
+    """A class of a module that is loaded; ``None`` where there is none of that name."""
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        found = getattr(found, part, None)
+    return found

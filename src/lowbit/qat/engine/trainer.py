@@ -22,7 +22,7 @@ from lowbit.qat.engine.averaging import WeightAverage
 from lowbit.qat.engine.checkpoint import BEST, LAST, Checkpoints, RunState
 from lowbit.qat.engine.curve import Curve, EpochResult, TrainingLog
 from lowbit.qat.engine.feed import Feed
-from lowbit.qat.engine.finite import first_not_finite, gradient_is_finite, names_not_finite, values_not_finite
+from lowbit.qat.engine.finite import first_not_finite, gradient_is_finite, gradient_not_finite, names_not_finite, values_not_finite
 from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered, mean_over_processes, process_count
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
 from lowbit.qat.engine.stopping import SaveEvery, StopSignals, Terminated
@@ -146,14 +146,13 @@ class Trainer:
         Raises:
             DivergedError: The loss, a gradient or a weight became NaN or infinite; checkpoints before that are kept.
             DataError: Targets that do not fit the network.
+            StateError: The run holds something that checkpoints cannot save.
             OutputError: A checkpoint or a log cannot be written; the checkpoint before it is kept.
             Terminated: SIGTERM came and the state is saved.
             KeyboardInterrupt: Ctrl-C came and the state is saved.
         """
         device = self.fabric.device
-        run.model.to(device)
-        if run.teacher is not None:
-            run.teacher.to(device).eval()
+        run.to(device)
         run.reduce_mean = mean_over_processes
         with _own_random_numbers(run.recipe.seed + 1_000_003 * self.fabric.global_rank, device):
             session = _Session(self, run, feed, test, checkpoints, log if self.is_main else None)
@@ -182,6 +181,7 @@ class _Session:
         self.scaler = torch.amp.GradScaler(self.device.type) if trainer.precision == "fp16" else None
         self.state = RunState([])
         self.expected = frozenset(names_not_finite(run.model))
+        self.kept = {name: companion.network for name, companion in run.companions.items() if companion.is_saved}
         self.best: tuple[Any, dict[str, Tensor]] | None = None  # the best network, where there are no checkpoints
         self.output: Tensor | None = None  # an output of the network, to check targets against
         self.stop = StopSignals()
@@ -189,8 +189,10 @@ class _Session:
     def train(self) -> Curve:
         run, store = self.run, self.checkpoints
         run.model.train()
-        if store is not None and store.has(LAST):
-            self._resume(store)
+        if store is not None:
+            store.check(run)
+            if store.has(LAST):
+                self._resume(store)
         if self.state.is_done:
             self._end()
             return self.state.curve
@@ -255,45 +257,63 @@ class _Session:
         self.trainer.progress.say(f"{self._place(epoch)}: loss {loss:.4g}{self._metric_word()}, {rate:,.0f} samples/s")
 
     def _step(self, batches: Iterator[tuple[Batch, float]]) -> int:
-        """One optimizer step; gives the number of samples of this process."""
+        """One training step; gives the number of samples of this process."""
         run, accumulate = self.run, self.run.recipe.accumulate
+        parts = [next(batches) for _ in range(accumulate)]
+        losses = [self._turn(parts) for _ in run.phase.turns]
+        if self.average is not None:
+            self.average.update(run.model)
+        self.last_loss = losses[0]
+        self.state.loss_sum += self.last_loss
+        self.state.loss_count += 1
+        return sum(len(batch[1]) for batch, _ in parts)
+
+    def _turn(self, parts: list[tuple[Batch, float]]) -> float:
+        """One turn of a step: its backward passes over all batches, and its optimizer step; gives its mean loss."""
+        run, total = self.run, 0.0
         run.before_step()
         run.gradient_scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        samples, total = 0, 0.0
-        for _ in range(accumulate):
-            batch, weight = next(batches)
+        for batch, weight in parts:
             self._check_targets(batch)
             batch = self.fabric.to_device(batch)
-            with self.fabric.autocast():
-                loss = run.loss(batch)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                self._diverged(batch, f"the loss is {value}")
-            scaled = loss * (weight / accumulate)
-            (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            samples, total = samples + len(batch[1]), total + value * weight
-        average_gradients(run.model.parameters())
+            for loss in self._losses(batch):
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    self._diverged(batch, f"the loss is {value}")
+                scaled = loss * (weight / len(parts))
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+                total += value * weight
+        average_gradients(run.parameters())
+        stepped = run.optimizers
         if self.scaler is not None:
-            for optimizer in run.optimizers:
+            stepped = [optimizer for optimizer in run.optimizers if _has_gradient(optimizer)]  # a scaler takes no others
+            for optimizer in stepped:
                 self.scaler.unscale_(optimizer)
         run.after_backward()
         if self.scaler is None:
-            if not gradient_is_finite(run.model.parameters()):
+            if not gradient_is_finite(run.parameters()):
                 self._diverged(batch, "a gradient is not finite")
             run.optimizer_step()
         else:
-            run.optimizer_step(self.scaler.step)
+            for optimizer in stepped:
+                self.scaler.step(optimizer)
             self.scaler.update()
             if self.scaler.get_scale() < SMALLEST_SCALE:
                 self._diverged(batch, "gradients are infinite however small the loss is scaled")
         run.after_step()
-        average_buffers(run.model)
-        if self.average is not None:
-            self.average.update(run.model)
-        self.last_loss = total / accumulate
-        self.state.loss_sum += self.last_loss
-        self.state.loss_count += 1
-        return samples
+        for network in (run.model, *(network for network in self.kept.values() if network.training)):
+            average_buffers(network)
+        return total / len(parts)
+
+    def _losses(self, batch: Batch) -> Iterator[Tensor]:
+        """The losses of a batch, each computed, with its precision, when it is asked for."""
+        losses = self.run.losses(batch)
+        while True:
+            with self.fabric.autocast():
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
 
     def _between_steps(self) -> None:
         """Save when it is time, and leave when a signal asks for it."""
@@ -322,7 +342,7 @@ class _Session:
         self._saved = time.monotonic()
         if self.checkpoints is None:
             return
-        problem = values_not_finite(self.run.model, self.expected)
+        problem = values_not_finite(self.run.model, self.expected) or self._companion_not_finite()
         if problem is not None:
             raise DivergedError(f"training diverged before step {self.run.step + 1}: {problem}. {self._advice()}")
         self.state.seconds = self._seconds_before + self._saved - self._started
@@ -375,7 +395,7 @@ class _Session:
         run, total, count = self.run, 0.0, 0
         applied = self.average.applied(run.model) if self.average is not None else contextlib.nullcontext()
         rank, processes = self.fabric.global_rank, process_count()
-        with applied, evaluating(run.model):
+        with applied, run.evaluating():
             for index, batch in enumerate(self.test):
                 if index % processes != rank:
                     continue
@@ -411,8 +431,17 @@ class _Session:
             self.run.task.check(self.output, batch)
 
     def _diverged(self, batch: Batch, what: str) -> NoReturn:
-        where = first_not_finite(self.run.model, batch[0], lambda: self.run.task.predict(self.run.model, batch), self.expected)
+        where = self._companion_not_finite(with_gradients=True) or first_not_finite(
+            self.run.model, batch[0], lambda: self.run.task.predict(self.run.model, batch), self.expected
+        )
         raise DivergedError(f"training diverged at step {self.run.step + 1}: {what}; {where}. {self._advice()}")
+
+    def _companion_not_finite(self, *, with_gradients: bool = False) -> str | None:
+        for name, network in self.kept.items():
+            problem = values_not_finite(network) or (gradient_not_finite(network) if with_gradients else None)
+            if problem is not None:
+                return f"companion {name!r}: {problem}"
+        return None
 
     def _advice(self) -> str:
         store = self.checkpoints
@@ -430,6 +459,10 @@ class _Session:
     def _note(self, epoch: int, rate: float) -> str:
         mean = self.state.loss_sum / max(self.state.loss_count, 1)
         return f"{self._place(epoch)}, loss {mean:.4g}{self._metric_word()}, {rate:,.0f} samples/s"
+
+
+def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import FileFormatError, LoopError, SpecError
+from lowbit.errors import FileFormatError, LoopError, SpecError, StateError
 from lowbit.network import insert
-from lowbit.qat.engine.processes import mean_over_processes
+from lowbit.qat.engine.constants import Constants
+from lowbit.qat.engine.finite import gradient_is_finite
+from lowbit.qat.engine.processes import average_buffers, average_gradients, mean_over_processes
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
 from lowbit.qat.method import TrainingMethod
+from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepared_network
-from lowbit.qat.recipe import OptimizerSpec, Recipe, Role
-from lowbit.qat.run import TrainRun
+from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, covering
+from lowbit.qat.run import TrainRun, build_optimizers, named_roles, parameters_frozen_by_user
 from lowbit.qat.task import Batch, Classification, Task
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -34,17 +38,25 @@ class OwnLoop(TrainRun):
         for epoch in range(10):
             for x, y in loader:
                 run.before_step(optimizer)                         # also clears the network's gradients
-                loss = criterion(model(x), y) + run.penalty()      # or run.loss((x, y))
+                loss = criterion(model(x), y) + run.penalty()      # or run.loss((x, y)), for methods with a loss of their own
                 loss.backward()
                 run.after_backward()
                 optimizer.step()
                 run.after_step()
+
+    A method may have several losses, each with a backward pass: ``for loss in run.losses((x, y)): loss.backward()`` (``run.loss`` is their
+    sum, for a single pass that takes more memory). It may also have several turns in a step, which are trained on the same batch: then the
+    body of the inner loop stands in ``for _ in run.phase.turns:``.
 
     Phases and epochs of the method start by themselves, counted in steps. At the start of a phase the parameters it does not train
     are frozen (``requires_grad``; those that were frozen when the run was made stay so), parameters that the method replaced are
     replaced in the optimizer, and its momentum is forgotten, as the new optimizers of ``lowbit.train`` would have none. Learning
     rates and kinds of optimizers are the user's, also where a method wants others (``kind`` and ``lr`` of ``parameter_groups``). Whoever
     wants to follow it in later phases makes a new optimizer when ``phase_index`` changes.
+
+    Companion networks (``run.networks``) lie on the network's device. ``run.parameter_groups()`` has their roles as well; those that the optimizer
+    does not hold are trained by optimizers of the run's own, with the method's rates, in ``after_step``. Those of several processes are
+    kept alike by the run. With a gradient scaler, set ``run.gradient_scale = scaler.get_scale()``, or let your optimizer hold them.
 
     With gradient accumulation the three calls belong around each optimizer step, not around each backward pass. With a gradient
     scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
@@ -61,6 +73,10 @@ class OwnLoop(TrainRun):
         super().__post_init__()
         self._known = dict(self.model.named_parameters())
         self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
+        self._companion_optimizers: list[torch.optim.Optimizer] = []
+        self._constants = Constants()
+        with contextlib.suppress(StateError):  # it is raised when the state is asked for
+            self._take(Snapshot(self.not_saved(), self._constants))
 
     @property
     def learning_rate(self) -> float:
@@ -83,14 +99,9 @@ class OwnLoop(TrainRun):
             Groups with ``params``, ``lr``, ``weight_decay``, ``role``, and ``kind``: the optimizer that the method wants for the role
             (the recipe's where it has no wish).
         """
-        optimizer = self.recipe.optimizer
-        optimizer = replace(
-            optimizer,
-            learning_rate=optimizer.learning_rate if learning_rate is None else learning_rate,
-            weight_decay=optimizer.weight_decay if weight_decay is None else weight_decay,
-        )
-        frozen = set(map(id, self._frozen))
-        return _groups(self.method, replace(self.recipe, optimizer=optimizer), ((r, p) for r, p in self.roles() if id(p) not in frozen))
+        recipe = _with_rates(self.recipe, learning_rate, weight_decay)
+        frozen = set(map(id, self._frozen_by_user))
+        return _groups(self.method.phases(recipe), ((role, p) for role, p in self.roles() if id(p) not in frozen))
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Before the forward pass: phases and epochs that start here, schedules, the method's hook.
@@ -105,6 +116,7 @@ class OwnLoop(TrainRun):
         if optimizers:
             self.optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
             self._follow_parameters()
+            self._drop_what_the_user_holds()
         if not self.optimizers:
             raise LoopError("before_step needs the optimizer of the loop: run.before_step(optimizer)")
         if optimizers:
@@ -115,10 +127,10 @@ class OwnLoop(TrainRun):
         super().before_step()
         self.next_hook, self._has_called_loss = "after_backward", False
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The method's loss of one batch, penalties included: the task's, mixed with the teacher's where there is one."""
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """The method's losses of one batch, penalties included; each needs its backward pass before the next one is asked for."""
         self._has_called_loss = True
-        return super().loss(batch)
+        return super().losses(batch)
 
     def after_backward(self) -> None:
         """After the last backward pass of the step and before the optimizer's step (and before clipping gradients).
@@ -127,14 +139,15 @@ class OwnLoop(TrainRun):
             LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
         """
         self._expect("after_backward", "after_backward")
-        if not self._has_called_loss and type(self.method).loss is not TrainingMethod.loss:
+        if not self._has_called_loss and _has_loss_of_its_own(self.method):
             raise LoopError(
                 f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
             )
-        if all(parameter.grad is None for parameter in self.model.parameters()):
+        if all(parameter.grad is None for parameter in self.parameters()):
             raise LoopError(
                 "no parameter has a gradient. Call after_backward() after loss.backward(), and zero_grad() before the forward pass."
             )
+        self._ready_companions()
         super().after_backward()
         self.next_hook = "after_step"
 
@@ -145,20 +158,34 @@ class OwnLoop(TrainRun):
             LoopError: Called out of order.
         """
         self._expect("after_step", "after_step")
+        self._step_companions()
         super().after_step()
         self.next_hook = "before_step"
-        if self.step == self.total_steps:
+        if self.turn_index == 0 and self.step == self.total_steps:
             self._start_phases(len(self.phases) - 1)  # phases without an epoch that end the training
 
     def state_dict(self) -> dict[str, object]:
-        """Where the run stands, with the network and all that the method holds, but not the user's optimizer.
+        """Where the run stands, with its networks and all that the method holds, but not the user's optimizer.
 
         Copies of tensors and plain values: ``torch.load(..., weights_only=True)`` takes it. A step under way is not counted.
+
+        Raises:
+            LoopError: Called between the turns of a step.
+            StateError: Something cannot be saved.
         """
-        snapshot = Snapshot(ignoring=(self, self.recipe, self.task, self.teacher))
-        objects = {name: snapshot.take(value, name) for name, value in self._objects().items()}
+        if self.turn_index:
+            raise LoopError(
+                f"state_dict was called after {self.turn_index} of the {len(self.phase.turns)} turns of step {self.step}: end the step first"
+            )
+        snapshot = Snapshot(self.not_saved(), self._constants)
+        objects = self._take(snapshot)
         position = {"phase_index": self.phase_index, "epoch": self.epoch, "step": self.step}
         return {"position": position, "has_entered": self._has_entered, "objects": objects, "tensors": snapshot.owned()}
+
+    def _take(self, snapshot: Snapshot) -> dict[str, object]:
+        objects = {name: snapshot.take(value, name) for name, value in self.objects().items()}
+        optimizers = [snapshot.take(optimizer, f"optimizer.{index}") for index, optimizer in enumerate(self._companion_optimizers)]
+        return {**objects, "companion_optimizers": optimizers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken by a run of the same settings.
@@ -197,13 +224,15 @@ class OwnLoop(TrainRun):
         super().return_to(phase_index, epoch, step)
         self._has_returned = False  # epochs start by the count of steps
 
-    def _objects(self) -> dict[str, object]:
-        return {"generator": self.generator, "model": self.model, "method": vars(self.method)}
-
     def _put(self, state: Mapping[str, Any], *, strict: bool) -> None:
         restoration = Restoration(state["tensors"], strict=strict)
-        for name, value in self._objects().items():
+        for name, value in self.objects().items():
             restoration.put(state["objects"][name], value, name)
+        if strict and state["has_entered"]:
+            self.set_trainable()
+            trees = state["objects"]["companion_optimizers"]
+            for index, (tree, optimizer) in enumerate(zip(trees, self._companion_optimizers, strict=bool(trees))):
+                restoration.put(tree, optimizer, f"optimizer.{index}")
 
     def _expect(self, hook: str, called: str) -> None:
         if self.next_hook != hook:
@@ -237,17 +266,49 @@ class OwnLoop(TrainRun):
             self.start_phase()
 
     def _ready_optimizers(self) -> None:
-        """Gradients are cleared, also those of a method that looked at data; learning rates are the user's."""
-        for parameter in self.model.parameters():
+        """Gradients are cleared, also those of a method that looked at data; learning rates are the user's, but for companions."""
+        for parameter in self.parameters():
             parameter.grad = None
+        for optimizer in self._companion_optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["spec"].rate_at(self.phase_progress)
 
     def _build_optimizers(self) -> None:
-        self._freeze()
+        self.set_trainable()
+        self._check_roles()
         self._follow_parameters()
+        roles = [pair for name in self.companions for pair in self._companion_roles(name)]
+        self._companion_optimizers = build_optimizers(self.phase, roles)
+        self._drop_what_the_user_holds()
         for optimizer in self.optimizers:
             for parameter in self._known.values():
                 optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
         self._follow_weight_decay()
+
+    def _drop_what_the_user_holds(self) -> None:
+        """Leave companions' parameters to the user's optimizers where these hold them."""
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in self._companion_optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in held]
+        self._companion_optimizers = [o for o in self._companion_optimizers if any(group["params"] for group in o.param_groups)]
+
+    def _ready_companions(self) -> None:
+        """Do for companions' gradients what wrappers and scalers of the user's do for the network's."""
+        for network in self._trained_networks[1:]:
+            average_gradients(network.parameters())
+        for optimizer in self._companion_optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                parameter.grad /= self.gradient_scale
+
+    def _step_companions(self) -> None:
+        for optimizer in self._companion_optimizers:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if self.gradient_scale == 1 or gradient_is_finite(parameters):  # a scaler skips such a step of the user's optimizer as well
+                optimizer.step()
+        for companion in self.companions.values():
+            if companion.is_saved and companion.network.training:
+                average_buffers(companion.network)
 
     def _follow_weight_decay(self) -> None:
         """The weight decay of the phase that starts, where it differs from that of the phase before; else it stays the user's."""
@@ -270,8 +331,9 @@ class OwnLoop(TrainRun):
             for parameter in gone.values():
                 optimizer.state.pop(parameter, None)
         there = {id(p) for p in self._known.values()} | {id(p) for group in groups for p in group["params"]}
-        added = [(role, p) for role, p in self.roles() if id(p) not in there and role in self.phase.optimizers]
-        for new in _groups(self.method, self.recipe, added):
+        network = named_roles(self.model, self.method.role)
+        added = [(role, p) for role, _, p in network if id(p) not in there and self.phase.key(role) is not None]
+        for new in _groups(self.phases, added):
             mine = next((group for group in groups if group.get("role") == new["role"]), None)
             if mine is None:
                 self.optimizers[0].add_param_group(new)
@@ -294,7 +356,9 @@ class OwnLoop(TrainRun):
 
     def _check_optimizers(self) -> None:
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in self._known.items() if id(p) not in held and p.requires_grad and self._role_of(n, p) == "quantizers"]
+        missing = [
+            n for n, p in self._known.items() if id(p) not in held and p.requires_grad and covering(self._role_of(n, p), ("quantizers",))
+        ]
         if missing:
             raise LoopError(
                 f"no optimizer holds {len(missing)} parameters of the quantizers, {missing[0]!r} among them: they would stay as they are. "
@@ -337,6 +401,7 @@ def training(
     task: Task | Criterion | None = None,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
+    float_network: nn.Module | None = None,
     batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
     reduce_mean: Callable[[Tensor], None] | None = None,
 ) -> OwnLoop:
@@ -346,10 +411,12 @@ def training(
         model: What ``lowbit.prepare`` returned, or a wrapper around it (``DistributedDataParallel``, ``torch.compile``, a module that
             has it as a submodule).
         steps_per_epoch: Optimizer steps of an epoch.
-        epochs: Of the whole training; schedules of methods are laid over them.
+        epochs: Epochs of the whole training; schedules of methods are laid over them.
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
         recipe: Weight and temperature of distillation, seed, learning rate for ``run.parameter_groups``.
-        teacher: A network for soft targets in ``run.loss``; it is set to evaluation mode.
+        teacher: A network for soft targets in ``run.loss``. It becomes a part of the run: moved to the network's device, frozen, and in
+            evaluation mode, unless the method trains it.
+        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
         batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
         reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
 
@@ -371,7 +438,7 @@ def training(
         task,
         recipe,
         steps_per_epoch,
-        teacher=None if teacher is None else teacher.eval(),
+        given=GivenNetworks(teacher, float_network),
         batches=batches if batches is None or callable(batches) else _first_of(batches),
         reduce_mean=reduce_mean or mean_over_processes,
         wrapped=model if model is not network and _calls_alike(model, network) else None,
@@ -392,22 +459,37 @@ def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_de
         weight_decay: Of the weights.
     """
     network = prepared_network(model)
-    return OwnLoop(network, method_of(network), Classification(), Recipe(), 1).parameter_groups(learning_rate, weight_decay)
+    method, frozen = method_of(network), set(map(id, parameters_frozen_by_user(network)))
+    roles = [(role, p) for role, _, p in named_roles(network, method.role) if id(p) not in frozen]
+    return _groups(method.phases(_with_rates(Recipe(), learning_rate, weight_decay)), roles)
 
 
-def _groups(method: TrainingMethod, recipe: Recipe, roles: Iterable[tuple[Role, nn.Parameter]]) -> list[dict[str, object]]:
+def _with_rates(recipe: Recipe, learning_rate: float | None, weight_decay: float | None) -> Recipe:
+    optimizer = recipe.optimizer
+    rate = optimizer.learning_rate if learning_rate is None else learning_rate
+    decay = optimizer.weight_decay if weight_decay is None else weight_decay
+    return replace(recipe, optimizer=replace(optimizer, learning_rate=rate, weight_decay=decay))
+
+
+def _groups(phases: Iterable[Phase], roles: Iterable[tuple[Role, nn.Parameter]]) -> list[dict[str, object]]:
     """A group for each role that some phase trains, with the rates of the first such phase."""
     specs: dict[Role, OptimizerSpec] = {}
-    for phase in method.phases(recipe):
+    for phase in phases:
         specs = {**phase.optimizers, **specs}
     found: dict[Role, list[nn.Parameter]] = {}
     for role, parameter in roles:
-        found.setdefault(role, []).append(parameter)
+        key = covering(role, specs)
+        if key is not None:
+            found.setdefault(key, []).append(parameter)
     return [
         {"params": found[role], "lr": spec.learning_rate, "weight_decay": spec.weight_decay, "role": role, "kind": spec.kind}
         for role, spec in specs.items()
         if role in found
     ]
+
+
+def _has_loss_of_its_own(method: object) -> bool:
+    return type(method).loss is not TrainingMethod.loss or type(method).losses is not TrainingMethod.losses  # type: ignore[attr-defined]
 
 
 def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:

@@ -20,6 +20,7 @@ class Planned:
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
         recipe: Weight and temperature of distillation, seed.
         teacher: A network for soft targets in ``run.loss``.
+        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
         batches: Training batches for methods that look at data between epochs.
     """
 
@@ -29,10 +30,12 @@ class Planned:
         task: Task | Criterion | None = None,
         recipe: Recipe | None = None,
         teacher: nn.Module | None = None,
+        float_network: nn.Module | None = None,
         batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
     ) -> None:
         super().__init__()
-        self.task, self.recipe, self.teacher, self.batches = task, recipe, teacher, batches
+        self.task, self.recipe, self.batches = task, recipe, batches
+        self.teacher, self.float_network = teacher, float_network
         self._run: OwnLoop | None = None
 
     @property
@@ -56,6 +59,13 @@ class Planned:
             task=self.task,
             recipe=self.recipe,
             teacher=self.teacher,
+            float_network=self.float_network,
             batches=self.batches,
         )
+        in_turns = next((phase for phase in self._run.phases if len(phase.turns) > 1), None)
+        if in_turns is not None:
+            raise LoopError(
+                f"{self._run.method.info.name!r} takes {len(in_turns.turns)} turns with an optimizer step each in every step of its phase "
+                f"{in_turns.name!r}; this trainer makes one. Train with lowbit.train, or in a loop of your own with lowbit.training."
+            )
         return self._run
