@@ -124,7 +124,7 @@ def test_without_dataflow_it_needs_data_and_says_so() -> None:
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(CalibrationError, match="learned rounding needs calibration data"):
         white_paper(TinyNet().eval(), rounding="adaround")
-    with pytest.raises(SpecError, match="iterations must be at least 0"):
+    with pytest.raises(SpecError, match="iterations must be 0 or more"):
         white_paper(TinyNet().eval(), calibration=X, iterations=-1)
     with pytest.raises(SpecError, match="two ascending numbers"):
         white_paper(TinyNet().eval(), input_range=(3.0, 3.0))
