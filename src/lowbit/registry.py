@@ -202,7 +202,7 @@ def check_needs(
         CalibrationError, DataError, GraphError, LayerError: A need without which it cannot work.
 
     >>> check_needs(get_method("ewgs"), labels=True, pretrained=False)
-    ['ewgs is made for trained weights, and training starts from random ones: train the float network first']
+    ["'ewgs' is made for trained weights, and training starts from random ones: train the float network first"]
     """
     given: dict[Need, bool | str | None] = {
         "labels": labels, "teacher": teacher, "calibration": calibration, "graph": graph, "batch_norm": batch_norm,
@@ -214,7 +214,7 @@ def check_needs(
         if there is None or there is True:
             continue
         error, text = _UNMET[need]
-        message = f"{info.name} {text}" + (f" ({there})" if there else "")
+        message = f"{info.name!r} {text}" + (f" ({there})" if there else "")
         if error is not None:
             raise error(message)
         notes.append(message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.laws import tiny
 from tests.networks import BranchNet, TinyNet, settled
 from torch import nn
 
@@ -12,6 +11,7 @@ import lowbit
 from lowbit.errors import CalibrationError, GraphError, SpecError
 from lowbit.network.insert import activation_quantizers, weight_quantizer
 from lowbit.quantizers import UniformQuantizer
+from lowbit.testing import tiny
 
 X = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
