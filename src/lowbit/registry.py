@@ -134,13 +134,13 @@ def get_method(name: str, kind: Kind | None = None) -> MethodInfo:
     return _of_kind(found, name, kind)
 
 
-def find_method(method: object, kind: Kind) -> MethodInfo:
+def find_method(method: object, kind: Kind | None = None) -> MethodInfo:
     """The facts of what a user gave as ``method``.
 
     Args:
         method: The name of a registered method, ``path/to/file.py:Class``, a class, or an object of one. A class has the facts of its
             ``@register`` or of the class it derives from; in a file of its own its name may be taken.
-        kind: What it has to do.
+        kind: What it has to do; left out: whatever it does.
 
     Raises:
         UnknownNameError: No such method, or no such class in the file.
@@ -156,7 +156,8 @@ def find_method(method: object, kind: Kind) -> MethodInfo:
             f"method {cls.__qualname__}: it has no facts. Put @lowbit.register(lowbit.MethodInfo(...)) above the class, or derive it from "
             f"a method that has them. Or give a name: {', '.join(other.name for other in list_methods(kind=kind))}."
         )
-    return _of_kind({info.kind: info if info.method is cls else replace(info, name=cls.__name__, method=cls)}, info.name, kind)
+    own = info if info.method is cls else replace(info, name=cls.__name__, method=cls)
+    return _of_kind({own.kind: own}, own.name, own.kind if kind is None else kind)
 
 
 def list_methods(
