@@ -6,24 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class TinyNet(nn.Module):
-    """An ordinary small residual network: convolution, batch norm, ReLU, add, pooling, linear."""
-
-    def __init__(self, channels: int = 8, classes: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, channels, 3, padding=1)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)) + x)
-        return self.head(y.mean((2, 3)))
+from lowbit.testing.tiny import TinyNet as TinyNet
 
 
 class BranchNet(nn.Module):

@@ -80,7 +80,7 @@ class Example:
 
 
 def info_of(cls: type) -> MethodInfo:
-    return MethodInfo("example", "", "", "", (), "training", range(1, 9), None, (), "", "", method=cls)
+    return MethodInfo("example", "", "", "other", (), "training", range(1, 9), None, (), "unverified", "", method=cls)
 
 
 def test_a_method_is_built_from_text_and_keeps_its_defaults() -> None:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lowbit"
 # From the bottom up. Rooms of one line do not import each other, but for those after the arrow: they may read what stands before it.
 ORDER = (
     ("errors",),
-    ("files", "progress", "spec"),
+    ("files", "plugins", "progress", "spec"),
     ("registry", "inputs"),
     ("options", "workfolder"),
     ("surrogates",),
@@ -28,6 +28,7 @@ ORDER = (
     ("methods",),
     ("report",),
     ("workflows",),
+    ("testing",),
     ("cli",),
     ("__main__", ""),
 )

@@ -4,13 +4,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lowbit import errors
 from lowbit.measure.diagnose import diagnose
+from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+from lowbit.qat.attach.job import QatJob, Slot
+from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.loops.manual import parameter_groups, training
+from lowbit.qat.method import TrainingMethod
 from lowbit.qat.prepare import prepare
-from lowbit.qat.run import penalty
-from lowbit.registry import MethodInfo, get_method, list_methods
+from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
+from lowbit.qat.run import TrainRun, penalty
+from lowbit.qat.task import Classification, Task
+from lowbit.quantizers.base import Quantizer
+from lowbit.registry import MethodInfo, get_method, list_methods, register
 from lowbit.report.summary import summary
 from lowbit.runtime.compile import compile_runtime
-from lowbit.spec import BitPolicy, Budget, Granularity
+from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.load import load
 from lowbit.workflows.quantize import quantize
@@ -23,5 +30,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
-    "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
+    "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
+    "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
+    "Recipe", "OptimizerSpec", "Phase", "Task", "Classification", "Trainer",
 ]  # fmt: skip

@@ -12,11 +12,13 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lowbit.errors import SpecError, unknown_name
-from lowbit.registry import MethodInfo, list_methods
+from lowbit.registry import Kind, MethodInfo, find_method, list_methods
+from lowbit.spec import BitPolicy, LayerBits
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Interval:
 
     def contains(self, value: float) -> bool:
         """Whether ``value`` lies in it."""
-        above = value >= self.low if self.closed in ("both", "left") and math.isfinite(self.low) else value > self.low
-        below = value <= self.high if self.closed in ("both", "right") and math.isfinite(self.high) else value < self.high
+        above = value >= self.low if self.closed in ("both", "left") else value > self.low
+        below = value <= self.high if self.closed in ("both", "right") else value < self.high
         return above and below
 
     def __str__(self) -> str:
@@ -46,7 +48,17 @@ class Interval:
         if math.isfinite(self.high):
             end = f"{'to' if has_high else 'to below'} {self.high:g}"
             return f"{'from' if has_low else 'above'} {self.low:g} {end}" if math.isfinite(self.low) else f"up {end}"
-        return f"{self.low:g} or more" if has_low else f"above {self.low:g}"
+        return (f"{self.low:g} or more" if has_low else f"above {self.low:g}") + (", or inf" if has_high else "")
+
+
+class Finite(Interval):
+    """Any finite number."""
+
+    def __init__(self) -> None:
+        super().__init__(closed="neither")
+
+    def __str__(self) -> str:
+        return "finite"
 
 
 class AtLeast(Interval):
@@ -81,6 +93,11 @@ class Setting:
     interval: Interval | None
     meaning: str
 
+    @property
+    def allowed(self) -> str:
+        """The range in words, with the choices beside it: ``above 0 or 'glorot'``; empty where there is no range."""
+        return "" if self.interval is None else " or ".join([str(self.interval), *map(repr, choices_of(self.type))])
+
 
 def settings_of(cls: type) -> dict[str, Setting]:
     """The settings that the dataclass ``cls`` and its bases declare, by name."""
@@ -106,14 +123,40 @@ def field_meanings(cls: type) -> dict[str, str]:
 
 
 class CheckedSettings:
-    """Base of dataclasses whose numbers are held to their declared ranges when an object is made."""
+    """Base of dataclasses whose values are held to their declared ranges and choices when an object is made."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
+class Method(CheckedSettings):
+    """Base of every method: its fields are the paper's hyper-parameters with the paper's defaults."""
+
+    info: ClassVar[MethodInfo]
+    ends: ClassVar[Literal["wide", "float", "same"]] = "wide"  # the paper's first and last layer: 8 bits or more, float, or as all others
+
+    def default_policy(self, bits: LayerBits) -> BitPolicy:
+        """The bits of each layer as the paper has them, where inner layers have ``bits``; users get it with ``policy="paper"``.
+
+        >>> get_method("ewgs").method().default_policy(LayerBits(2, 2)).first_last
+        LayerBits(weight=None, activation=None)
+        """
+        if self.ends == "wide":
+            return BitPolicy.uniform(bits.weight, bits.activation)
+        return BitPolicy(bits, LayerBits(None, None) if self.ends == "float" else None)
+
+
+def choose_policy(method: Method, policy: BitPolicy | Literal["paper"] | None, bits: LayerBits) -> BitPolicy:
+    """The policy that was asked for: a policy, ``"paper"`` for the method's own, or ``None``: ``bits``, at least 8 at both ends."""
+    if isinstance(policy, str):
+        if policy != "paper":
+            raise SpecError(f"policy must be a BitPolicy or 'paper', got {policy!r}. To read a file: BitPolicy.from_yaml(path).")
+        return method.default_policy(bits)
+    return policy or BitPolicy.uniform(bits.weight, bits.activation)
+
+
 def check_settings(settings: object, where: str | None = None) -> None:
-    """SpecError when a number of ``settings`` lies outside of its declared range; text and ``None`` are left to the type.
+    """SpecError when a number of ``settings`` lies outside of its declared range, or a text is none of the declared choices.
 
     Args:
         settings: An object of a dataclass.
@@ -123,16 +166,52 @@ def check_settings(settings: object, where: str | None = None) -> None:
     where = where or getattr(info, "name", None) or type(settings).__name__
     for setting in settings_of(type(settings)).values():
         value = getattr(settings, setting.name)
-        if setting.interval is None:
+        choices = choices_of(setting.type)
+        if value in choices:
             continue
+        if isinstance(value, str) and choices:
+            raise SpecError(f"{where}: {setting.name} must be {setting.allowed or _described(setting.type)}, got {value!r}")
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(number, (int, float)) and not isinstance(number, bool) and not setting.interval.contains(number):
-                raise SpecError(f"{where}: {setting.name} must be {setting.interval}, got {value}")
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if is_number and setting.interval is not None and not setting.interval.contains(number):
+                raise SpecError(f"{where}: {setting.name} must be {setting.allowed}, got {value}")
 
 
-def build_method(info: MethodInfo, options: dict[str, object]) -> object:
+def choices_of(hint: object) -> tuple[object, ...]:
+    """What the ``Literal`` in a type allows; empty where there is none, or where other text is allowed beside it."""
+    kinds = _alternatives(hint)
+    return () if str in kinds else tuple(choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind))
+
+
+def make_method(method: object, kind: Kind, options: Mapping[str, object]) -> Method:
+    """The method that a user asks for, with its hyper-parameters.
+
+    Args:
+        method: What ``find_method`` takes; an object is used as it is.
+        kind: What it has to do.
+        options: Hyper-parameters by name, each checked and converted to its field's type.
+
+    Raises:
+        UnknownNameError: No such method, class or option.
+        SpecError: A method of another kind, a value that is not allowed, or options beside an object.
+    """
+    info = find_method(method, kind)
+    if isinstance(method, Method):
+        if options:
+            raise SpecError(f"method is an object of {info.name} with hyper-parameters of its own: set {', '.join(options)} there.")
+        return method
+    made = build_method(info, options)
+    if not isinstance(made, Method):
+        raise SpecError(f"method {info.name!r}: {type(made).__name__} derives from no base class of lowbit's methods.")
+    return made
+
+
+def build_method(info: MethodInfo, options: Mapping[str, object]) -> object:
     """The method with ``options`` set, each checked and converted to its field's type."""
-    assert info.method is not None and dataclasses.is_dataclass(info.method)
+    if info.method is None or not dataclasses.is_dataclass(info.method):
+        raise SpecError(
+            f"method {info.name!r}: {getattr(info.method, '__name__', None)} is no dataclass. Put @dataclass below @register(...)."
+        )
     fields = {f.name for f in dataclasses.fields(info.method)}
     hints = typing.get_type_hints(info.method)
     for name in options:
@@ -150,7 +229,7 @@ def build_method(info: MethodInfo, options: dict[str, object]) -> object:
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:
     """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
-    allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    allowed = _alternatives(hint)
     is_choice = any("none" in typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is typing.Literal)
     if value is None or (isinstance(value, str) and value.lower() == "none" and not is_choice):
         if type(None) in allowed:
@@ -182,6 +261,10 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
             return value
     names = " or ".join(_described(kind) for kind in allowed)
     raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")
+
+
+def _alternatives(hint: object) -> tuple[object, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _described(kind: object) -> str:

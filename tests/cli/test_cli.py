@@ -84,7 +84,7 @@ def test_methods_show_explains_every_hyper_parameter(info: lowbit.registry.Metho
 
     result = run("methods", "show", info.name)
     assert result.exit_code == 0
-    for name, _, _, meaning in option_rows(info):
+    for name, _, _, _, meaning in option_rows(info):
         assert name in result.output
         assert meaning, f"{info.name}.{name} is not described under Attributes in its class's docstring"
 

@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.laws import checks, tiny, tiny_training as training
-from tests.laws.odd import ODD, odd_network
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
-from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.qat.prepare import prepare
-from lowbit.registry import get_method
+from lowbit.registry import get_method, list_methods
 from lowbit.surrogates import SURROGATES
+from lowbit.testing import checks, laws, tiny, training
+from lowbit.testing.odd import ODD, odd_network
 
-every_method = pytest.mark.parametrize("name", training.TRAINING)
+every_method = pytest.mark.parametrize("name", [info.name for info in list_methods(kind="training")])
 
 
 def gradients(model: Callable[[Tensor], Tensor], owner: nn.Module) -> dict[str, Tensor]:
@@ -75,10 +74,8 @@ def test_copies_keep_the_order_of_parameters_and_learn_the_same(name: str) -> No
 
 
 @every_method
-def test_preparing_leaves_the_given_network_alone(name: str) -> None:
-    before = {key: value.clone() for key, value in tiny.trained().state_dict().items()}
-    training.prepared(name)
-    checks.check_untouched(tiny.trained(), before)
+def test_preparing_leaves_the_given_network_alone(name: str, tmp_path: Path) -> None:
+    laws.the_given_network_is_left_alone(name, tmp_path)
 
 
 # 4. Odd layers and data
@@ -87,27 +84,7 @@ def test_preparing_leaves_the_given_network_alone(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("case", ODD)
 def test_odd_layers_and_data_train_and_stay_finite(name: str, case: str) -> None:
-    model, data = odd_network(case)
-    qat = training.ready(name, model, data).train()
-    run = training.run_of(qat, epochs=1)
-    labels = torch.zeros(len(data), dtype=torch.int64)
-    run.start_phase()
-    run.start_epoch()
-    for _ in range(2):
-        run.before_step()
-        loss = run.loss((data, labels))
-        assert torch.isfinite(loss)
-        loss.backward()
-        run.after_backward()
-        run.optimizer_step()
-        run.after_step()
-    assert all(bool(torch.isfinite(p).all()) for p in qat.parameters())
-    assert torch.isfinite(tiny.outputs(qat.eval(), data)).all()
-    for where, quantizer, values in checks.grids(qat):
-        with torch.no_grad():
-            assert torch.equal(quantizer.encode(values).decode(), quantizer(values)), where
-    baked, _ = bake_weights(qat)
-    assert torch.equal(tiny.outputs(baked, data), tiny.outputs(qat, data))
+    laws.odd_layer_trains(name, case)
 
 
 # 5. Lower precision and compilation
@@ -169,17 +146,8 @@ def test_the_compiled_network_learns_the_same(name: str) -> None:
 
 
 @every_method
-def test_beats_rounding_to_nearest_by_the_points_it_states(name: str) -> None:
-    weight_bits, activation_bits = training.few_bits(name)
-    plain = lowbit.quantize(
-        tiny.trained(),
-        method="round_to_nearest",
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        calibration=tiny.calibration(),
-    )
-    gain = training.accuracy(training.trained(name)) - training.accuracy(plain)
-    assert gain >= get_method(name).margin_points > 0, f"{name} gains {gain:.1f} points"
+def test_beats_rounding_to_nearest_by_the_points_it_states(name: str, tmp_path: Path) -> None:
+    laws.learns_by_the_points_it_states(name, tmp_path)
 
 
 @every_method
@@ -202,10 +170,7 @@ def test_every_parameter_that_is_trained_gets_a_finite_gradient(name: str) -> No
 
 @every_method
 def test_packed_bytes_match_the_arithmetic_and_decode_to_the_same_outputs(name: str, tmp_path: Path) -> None:
-    model = training.trained(name)
-    state = sum(t.numel() * 4 for key, t in model.state_dict().items() if "weight" not in key or "bn" in key)
-    tables = sum(4 * (2**q.bit_width * 2 + 8) for q in activation_quantizers(model).values())
-    checks.check_packed(model, tmp_path / "tiny.lowbit", rest=state + tables)
+    laws.the_file_is_small_and_decodes_to_the_same(name, tmp_path)
 
 
 @every_method
@@ -221,10 +186,8 @@ def test_a_file_of_odd_layers_with_biases_decodes_to_the_same_outputs(name: str,
 
 
 @every_method
-def test_the_same_seed_gives_the_same_network(name: str) -> None:
-    first, second = (training.train(training.prepared(name), epochs=1).state_dict() for _ in range(2))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_the_same_seed_gives_the_same_network(name: str, tmp_path: Path) -> None:
+    laws.the_same_seed_gives_the_same_network(name, tmp_path)
 
 
 # Surrogates

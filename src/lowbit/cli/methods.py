@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 import typing
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from lowbit import registry
-from lowbit.cli.console import results, show_table
+from lowbit.cli.console import results, say, show_table
 from lowbit.errors import unknown_name
 from lowbit.options import settings_of
 
@@ -19,9 +20,7 @@ app = typer.Typer(help="Which methods there are, and what each one does and take
 @app.command("list")
 def list_methods(
     pattern: Annotated[str, typer.Argument(help="Only methods whose name matches this shell pattern, for example 'ada*'.")] = "*",
-    kind: Annotated[
-        Literal["post_training", "training", "search", "synthesis"] | None, typer.Option(help="Only methods of this kind. Default: all.")
-    ] = None,
+    kind: Annotated[registry.Kind | None, typer.Option(help="Only methods of this kind. Default: all.")] = None,
 ) -> None:
     """List the methods with their bit-widths and needs."""
     infos = registry.list_methods(pattern, kind=kind)
@@ -34,9 +33,12 @@ def list_methods(
 
 
 @app.command("show")
-def show_method(name: Annotated[str, typer.Argument(help="Name of the method, as 'lowbit methods list' prints it.")]) -> None:
+def show_method(
+    name: Annotated[str, typer.Argument(help="Name of the method, as 'lowbit methods list' prints it, or FILE.py:CLASS.")],
+    kind: Annotated[registry.Kind | None, typer.Option(help="Which one, where methods of several kinds have this name.")] = None,
+) -> None:
     """Show the paper, the axes and the hyper-parameters of one method."""
-    info = registry.get_method(name)
+    info = registry.find_method(name, kind)
     results.print(f"[bold]{info.name}[/]: {info.summary}\n")
     facts = {
         "title": info.title,
@@ -47,17 +49,32 @@ def show_method(name: Annotated[str, typer.Argument(help="Name of the method, as
         "weight bits": span(info.weight_bits),
         "activation bits": span(info.activation_bits),
         "needs": ", ".join(info.needs) or "nothing but the network",
-        "fidelity": info.fidelity,
+        "fidelity": "; ".join(filter(None, (info.fidelity, info.evidence))),
     }
     show_table(("fact", ""), facts.items())
     results.print()
-    show_table(("option", "type", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE")
+    show_table(
+        ("option", "type", "allowed", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE"
+    )
 
 
-def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str]]:
-    """Name, type, default and meaning of each hyper-parameter of a method."""
+@app.command("new")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method: a lower-case Python name such as my_method.")],
+    kind: Annotated[Literal["training", "post_training"], typer.Option(help="What the method does.")] = "training",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to. Default: lowbit_NAME.")] = None,
+) -> None:
+    """Write a small package with a method of its own, which works and keeps the laws, to start from."""
+    from lowbit.testing.skeleton import write_skeleton  # it brings training and all methods, which no other command here needs
+
+    folder = write_skeleton(name, kind, out)
+    say(f"wrote {folder}. Install it with: pip install -e '{folder}[test]'   Hold it to the laws with: pytest {folder}")
+
+
+def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str]]:
+    """Name, type, range, default and meaning of each hyper-parameter of a method."""
     assert info.method is not None
-    return [(s.name, type_word(s.type), value_word(s.default), s.meaning) for s in settings_of(info.method).values()]
+    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in settings_of(info.method).values()]
 
 
 def type_word(hint: object) -> str:

@@ -16,7 +16,7 @@ from lowbit.cli.workflow import Plan, report_outcome, run_plan, show_layers
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.measure import tensor_bytes
 from lowbit.progress import Progress
-from lowbit.registry import get_method
+from lowbit.registry import find_method
 from lowbit.workfolder import open_work_folder
 
 
@@ -136,7 +136,7 @@ def quantize(
         device=device,
         seed=seed,
     )
-    if source.calibration is None and "calibration" in get_method(method).needs:
+    if source.calibration is None and "calibration" in find_method(method, "post_training").needs:
         raise CalibrationError(
             f"--method {method} needs samples to look at: name some with --calibration (a folder of images, or see 'lowbit data list'). "
             "'lowbit methods list' says which methods need none."

@@ -8,7 +8,7 @@ from pathlib import Path
 from lowbit.cli.options import key_values
 from lowbit.errors import SpecError
 from lowbit.options import build_method
-from lowbit.registry import get_method
+from lowbit.registry import Kind, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 DEFAULT_BITS = LayerBits(8, 8)
@@ -55,7 +55,7 @@ def make_policy(
     return policy
 
 
-def make_settings(method: str, shortcuts: Mapping[str, object], pairs: list[str] | None) -> dict[str, object]:
+def make_settings(method: str, shortcuts: Mapping[str, object], pairs: list[str] | None, kind: Kind = "post_training") -> dict[str, object]:
     """Hyper-parameters of ``method`` from options of their own (``None``: not given) and from ``--option`` pairs.
 
     Raises:
@@ -67,5 +67,5 @@ def make_settings(method: str, shortcuts: Mapping[str, object], pairs: list[str]
         if name in settings:
             raise SpecError(f"--option {name}={value}: {name} was given as an option of its own too, with {settings[name]!r}")
         settings[name] = value
-    build_method(get_method(method), settings)  # unknown names and wrong types fail here, before anything is loaded
+    build_method(find_method(method, kind), settings)  # unknown names and wrong types fail here, before anything is loaded
     return settings

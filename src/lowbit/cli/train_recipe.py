@@ -17,7 +17,7 @@ from lowbit.options import convert_option
 from lowbit.qat.engine.feed import AugmentName
 from lowbit.qat.engine.trainer import PrecisionName, Selection
 from lowbit.qat.recipe import OptimizerSpec, Recipe
-from lowbit.registry import MethodInfo, method_of_kind
+from lowbit.registry import MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 DEFAULT_BITS = 4
@@ -121,7 +121,7 @@ class TrainRecipe:
     @property
     def info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
-        return method_of_kind(self.method, "training")
+        return find_method(self.method, "training")
 
     def bit_policy(self) -> BitPolicy:
         """Bits for each layer.

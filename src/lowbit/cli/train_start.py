@@ -73,7 +73,7 @@ def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
     if not is_trained and _is_known_untrained(asked.model):
         notes.append(f"no --init: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
         if "pretrained" in asked.info.needs:
-            notes.append(f"{asked.method} is made for trained weights: give some with --init")
+            notes.append(f"{asked.info.name} is made for trained weights: give some with --init")
     else:
         is_trained = True
 

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -25,17 +24,17 @@ from lowbit.network.job import NetworkJob
 from lowbit.network.layers import evaluating, output_channel_axis
 from lowbit.network.placement import Placement, place_at_layers, place_at_tensors
 from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
+from lowbit.options import Method
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
 from lowbit.quantizers.affine import affine_parameters
 from lowbit.quantizers.ranges.observers import make_observer
-from lowbit.registry import MethodInfo
 from lowbit.spec import Granularity
 
 ActivationFactory = Callable[[str, int], Quantizer]
 
 
 @dataclass
-class PostTrainingMethod(ABC):
+class PostTrainingMethod(Method, ABC):
     """Quantizes a trained network; the fields of a subclass are the paper's hyper-parameters.
 
     Attributes:
@@ -45,8 +44,6 @@ class PostTrainingMethod(ABC):
         quantize_adds: Also put quantizers on the operands and results of residual adds and concatenations (8 bits), so that
             runtimes can compute them in integers.
     """
-
-    info: ClassVar[MethodInfo]
 
     weight_granularity: str = "per_channel"
     weight_observer: str = "mse"

@@ -8,23 +8,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from lowbit.network import insert
 from lowbit.network.layers import NORMS
+from lowbit.options import AtLeast, Method
 from lowbit.qat.attach.job import QatJob, Slot
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
-from lowbit.registry import MethodInfo
 
 
 @dataclass
-class TrainingMethod(ABC):
+class TrainingMethod(Method, ABC):
     """Trains a network with quantizers in it; the fields of a subclass are the paper's hyper-parameters.
 
     Attributes:
@@ -32,10 +32,12 @@ class TrainingMethod(ABC):
         quantizer_weight_decay: L2 penalty on the quantizers' parameters.
     """
 
-    info: ClassVar[MethodInfo]
+    quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0
+    quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0
 
-    quantizer_learning_rate: float = 1.0
-    quantizer_weight_decay: float = 0.0
+    def default_recipe(self) -> Recipe:
+        """How the paper trains; users get it with ``recipe="paper"``. Unless it says: the library's default."""
+        return Recipe()
 
     @abstractmethod
     def weight_quantizer(self, slot: Slot) -> Quantizer:

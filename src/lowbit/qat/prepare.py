@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,12 +14,12 @@ from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import build_method
+from lowbit.options import choose_policy, make_method
 from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.quantizers import Quantizer
-from lowbit.registry import method_of_kind
-from lowbit.spec import BitPolicy, check_bit_width
+from lowbit.registry import find_method
+from lowbit.spec import BitPolicy, LayerBits, check_bit_width, parse_bits
 from lowbit.surrogates import make_surrogate
 
 _ATTRIBUTE = "lowbit_method"
@@ -27,11 +28,11 @@ _ATTRIBUTE = "lowbit_method"
 def prepare(
     model: nn.Module,
     *,
-    method: str = "lsq",
+    method: str | type[TrainingMethod] | TrainingMethod = "lsq",
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
     sample: object,
-    policy: BitPolicy | None = None,
+    policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
     merge_bits: int | None = None,
     seed: int = 0,
@@ -41,12 +42,13 @@ def prepare(
 
     Args:
         model: Any network; it is not changed.
-        method: Name of a training method (``lowbit.list_methods(kind="training")``).
+        method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
+            derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
-            in the first and last layer.
+            in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
             nothing); ``None`` leaves them in float, as the papers do. With them an exported residual network runs in integers from
@@ -64,10 +66,13 @@ def prepare(
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
     """
-    info = method_of_kind(method, "training")
-    chosen = build_method(info, dict(options))
+    info = find_method(method, "training")
+    chosen = make_method(method, "training", options)
     assert isinstance(chosen, TrainingMethod)
-    policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
+    asked = LayerBits(
+        parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits if info.activation_bits is not None else None, "activation_bits")
+    )
+    policy = choose_policy(chosen, policy, asked)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         job = QatJob(model=plain_copy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
@@ -77,14 +82,14 @@ def prepare(
         if merge_bits is not None and dataflow is not None:
             job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
         if surrogate is not None:
-            set_surrogate(job, surrogate, method)
+            set_surrogate(job, surrogate, info.name)
         table = job.finish()
     used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     if surrogate is not None:
         used["surrogate"] = surrogate
     if merge_bits is not None:
         used["merge_bits"] = merge_bits
-    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
     setattr(job.model, _ATTRIBUTE, chosen)
     return job.model
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from lowbit.errors import SpecError
+from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 
 Role = str  # "weights", "quantizers", "others", "others.norms", or one that a method adds
 OptimizerKind = Literal["sgd", "adam", "adamw"]
@@ -15,7 +15,7 @@ Schedule = Literal["cosine", "step", "linear", "constant"]
 
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class OptimizerSpec(CheckedSettings):
     """An optimizer for the parameters of one role, and its learning rate over a phase.
 
     Attributes:
@@ -25,8 +25,8 @@ class OptimizerSpec:
         nesterov: Whether SGD uses Nesterov momentum.
         weight_decay: L2 penalty; decoupled with ``adamw``.
         schedule: ``cosine`` and ``linear`` fall to 0, ``step`` multiplies by ``gamma`` at each of ``milestones``.
-        milestones: Fractions of the phase.
-        gamma: Factor of ``step``.
+        milestones: Fractions of the phase at which ``step`` multiplies.
+        gamma: Factor at each milestone of ``step``.
         warmup: Fraction of the phase over which the learning rate rises linearly.
         start_factor: Share of the learning rate at which the warm-up starts.
         final_factor: Share of the learning rate to which ``cosine`` and ``linear`` fall.
@@ -34,35 +34,17 @@ class OptimizerSpec:
     """
 
     kind: OptimizerKind = "sgd"
-    learning_rate: float = 0.02
-    momentum: float = 0.9
+    learning_rate: Annotated[float, AtLeast(0)] = 0.02
+    momentum: Annotated[float, Interval(0, 1, closed="left")] = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, AtLeast(0)] = 1e-4
     schedule: Schedule = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    warmup: float = 0.0
-    start_factor: float = 0.0
-    final_factor: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def __post_init__(self) -> None:
-        for name, known in (("kind", get_args(OptimizerKind)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in known:
-                raise SpecError(f"{name} of an optimizer must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "weight_decay", "gamma"):
-            value = getattr(self, name)
-            if not value >= 0 or not math.isfinite(value):
-                raise SpecError(f"{name} must be 0 or more and finite, got {value}")
-        if not 0 <= self.momentum < 1:
-            raise SpecError(f"momentum must be from 0 to below 1, got {self.momentum}")
-        if not 0 <= self.warmup < 1:
-            raise SpecError(f"warmup is a fraction of the phase from 0 to below 1, got {self.warmup}")
-        for name in ("start_factor", "final_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SpecError(f"{name} is a share of the learning rate from 0 to 1, got {getattr(self, name)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise SpecError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
+    milestones: Annotated[tuple[float, ...], Interval(0, 1)] = (0.5, 0.75)
+    gamma: Annotated[float, AtLeast(0)] = 0.1
+    warmup: Annotated[float, Interval(0, 1, closed="left")] = 0.0
+    start_factor: Annotated[float, Interval(0, 1)] = 0.0
+    final_factor: Annotated[float, Interval(0, 1)] = 0.0
+    betas: Annotated[tuple[float, float], Interval(0, 1, closed="left")] = (0.9, 0.999)
 
     def rate_at(self, fraction: float) -> float:
         """The learning rate when ``fraction`` (0 to 1) of the phase is done."""
@@ -78,7 +60,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(CheckedSettings):
     """What the user decides about training, whatever the method.
 
     Attributes:
@@ -86,23 +68,23 @@ class Recipe:
         batch_size: Samples of one step.
         optimizer: For weights and everything else that is not a quantizer's; methods derive the quantizers' from it.
         clip_norm: Largest norm of all gradients together, or ``None``.
-        label_smoothing: 0 to below 1.
-        distillation: Weight of the teacher's soft targets in the loss, 0 to 1; the rest is the labels'.
-        temperature: Of the soft targets.
-        accumulate: Steps whose gradients are added up before the optimizer steps.
+        label_smoothing: Share of each label that is spread over all classes.
+        distillation: Weight of the teacher's soft targets in the loss; the rest is the labels'.
+        temperature: Temperature of the soft targets.
+        accumulate: Batches whose gradients are added up before the optimizer steps.
         average_weights: Decay of an exponential moving average of the weights that is used in the end, or ``None``.
         seed: Makes the run reproducible.
     """
 
-    epochs: int = 10
-    batch_size: int = 128
+    epochs: Annotated[int, AtLeast(1)] = 10
+    batch_size: Annotated[int, AtLeast(1)] = 128
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
-    clip_norm: float | None = None
-    label_smoothing: float = 0.0
-    distillation: float = 0.5
-    temperature: float = 4.0
-    accumulate: int = 1
-    average_weights: float | None = None
+    clip_norm: Annotated[float | None, Above(0)] = None
+    label_smoothing: Annotated[float, Interval(0, 1, closed="left")] = 0.0
+    distillation: Annotated[float, Interval(0, 1)] = 0.5
+    temperature: Annotated[float, Above(0)] = 4.0
+    accumulate: Annotated[int, AtLeast(1)] = 1
+    average_weights: Annotated[float | None, Interval(0, 1, closed="left")] = None
     seed: int = 0
 
 

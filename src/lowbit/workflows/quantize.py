@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,22 +14,24 @@ from lowbit.errors import CalibrationError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record
+from lowbit.network.surgery.fold import EXACT_NORMS
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import build_method
+from lowbit.options import choose_policy, make_method
+from lowbit.plugins import source_digest
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
-from lowbit.registry import method_of_kind
-from lowbit.spec import BitPolicy
+from lowbit.registry import check_needs, find_method
+from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 
 def quantize(
     model: nn.Module,
     *,
-    method: str = "white_paper",
+    method: str | type[PostTrainingMethod] | PostTrainingMethod = "white_paper",
     weight_bits: int | None = 8,
     activation_bits: int | None = 8,
     calibration: object = None,
-    policy: BitPolicy | None = None,
+    policy: BitPolicy | Literal["paper"] | None = None,
     sample: object = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -39,12 +42,13 @@ def quantize(
 
     Args:
         model: Any network; it is not changed. Layers in training mode are put in evaluation mode in the copy.
-        method: Name of a post-training method (``lowbit.list_methods(kind="post_training")``).
+        method: Name of a post-training method (``lowbit.list_methods(kind="post_training")``), ``"path/to/file.py:Class"``, or a class or
+            an object derived from ``PostTrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
-            in the first and last layer.
+            in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         sample: Inputs of one call, where no calibration data is given.
         seed: Makes the result reproducible.
         progress: Where to show progress; silent when left out.
@@ -60,15 +64,24 @@ def quantize(
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
     """
-    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    bits = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
+    chosen = make_method(method, "post_training", options)
     return run_job(
-        model, method, options, policy=policy, calibration=calibration, sample=sample, seed=seed, progress=progress, work_dir=work_dir
+        model,
+        chosen,
+        {},
+        policy=choose_policy(chosen, policy, bits),
+        calibration=calibration,
+        sample=sample,
+        seed=seed,
+        progress=progress,
+        work_dir=work_dir,
     ).model
 
 
 def run_job(
     model: nn.Module,
-    method: str,
+    method: object,
     options: Mapping[str, object],
     *,
     policy: BitPolicy,
@@ -83,12 +96,11 @@ def run_job(
     Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
     equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.
     """
-    info = method_of_kind(method, "post_training")
-    chosen = build_method(info, dict(options))
+    info = find_method(method, "post_training")
+    chosen = make_method(method, "post_training", options)
     assert isinstance(chosen, PostTrainingMethod)
     data = None if calibration is None else Calibration.of(calibration)
-    if data is None and "calibration" in info.needs:
-        raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
+    check_needs(info, calibration=data is not None)
     if data is None and sample is None:
         raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
     first = Inputs.of(sample) if sample is not None else data.sample  # type: ignore[union-attr]
@@ -101,11 +113,17 @@ def run_job(
             calibration=data,
             seed=seed,
             progress=progress or Progress.silent(),
-            work_dir=None if work_dir is None else Path(work_dir),
+            work_dir=None if work_dir is None else Path(work_dir) / (source_digest(type(chosen)) or ""),
         )
+        for note in check_needs(
+            info,
+            graph=job.graph is not None or job.graph_error,
+            batch_norm=any(isinstance(module, EXACT_NORMS) for module in job.model.modules()),
+        ):
+            job.table.note(note)
         check_method_bits(info, policy, job)
         chosen.quantize(job)
         table = job.finish()
     used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
-    attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
     return job

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,16 +18,20 @@ from lowbit.errors import DataError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
+from lowbit.options import make_method
+from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_feed
 from lowbit.qat.engine.trainer import Selection, Trainer
+from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Classification, Task
+from lowbit.registry import check_needs
 from lowbit.spec import BitPolicy
 from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
 
@@ -57,13 +61,13 @@ def train(
     model: nn.Module,
     train_data: object,
     *,
-    method: str = "lsq",
+    method: str | type[TrainingMethod] | TrainingMethod = "lsq",
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
     test_data: object = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Literal["paper"] | None = None,
     out: Path | str | None = None,
-    policy: BitPolicy | None = None,
+    policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
     merge_bits: int | None = None,
     teacher: nn.Module | None = None,
@@ -89,13 +93,16 @@ def train(
         model: Any network; it is not changed. Its weights are where training starts.
         train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, a pair of tensors ``(inputs, labels)``, or a loader (its data
             set is taken, shuffled anew in every epoch; a loader with a sampler of its own, or other batches, are used as they come).
-        method: Name of a training method (``lowbit.list_methods(kind="training")``).
+        method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
+            derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         test_data: What the task's metric is measured on after every epoch; the same kinds of data.
-        recipe: Epochs, batch size, optimizer and so on. Default: ``Recipe()``, with the batch size of a loader.
+        recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
+            size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
-        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``.
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
+            last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's.
         merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets; a copy is used.
@@ -127,7 +134,11 @@ def train(
         OutputError: Files cannot be written, or another run works in ``out``.
         MissingExtraError: Lightning Fabric is not installed.
     """
-    if recipe is None:
+    chosen = make_method(method, "training", options)
+    assert isinstance(chosen, TrainingMethod)
+    if isinstance(recipe, str):
+        recipe = paper_recipe(chosen, recipe)
+    elif recipe is None:
         batch_size = getattr(train_data, "batch_size", None)
         recipe = Recipe(batch_size=batch_size) if isinstance(batch_size, int) else Recipe()
     trainer = Trainer(
@@ -144,7 +155,7 @@ def train(
         model,
         train_data,
         trainer,
-        method=method,
+        method=chosen,
         policy=policy,
         bits=(weight_bits, activation_bits),
         test_data=test_data,
@@ -159,7 +170,6 @@ def train(
         workers=workers,
         resume=resume,
         tensorboard=tensorboard,
-        options=options,
     ).model
 
 
@@ -168,10 +178,10 @@ def train_network(
     train_data: object,
     trainer: Trainer,
     *,
-    method: str,
+    method: str | type[TrainingMethod] | TrainingMethod,
     recipe: Recipe,
     bits: tuple[int | None, int | None] = (4, 4),
-    policy: BitPolicy | None = None,
+    policy: BitPolicy | Literal["paper"] | None = None,
     test_data: object = None,
     out: Path | None = None,
     surrogate: str | None = None,
@@ -190,7 +200,6 @@ def train_network(
 
     Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
     """
-    check_recipe(recipe)
     trainer.launch()
     feed = make_feed(
         train_data, recipe, augment=augment, rank=trainer.fabric.global_rank, processes=trainer.fabric.world_size, workers=workers
@@ -210,6 +219,8 @@ def train_network(
         seed=recipe.seed,
         **cast(dict[str, Any], options or {}),
     )
+    for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
+        trainer.progress.say(note)
     task = task or Classification(recipe.label_smoothing, recipe.temperature)
     run = TrainRun(
         quantized,
@@ -221,7 +232,9 @@ def train_network(
         batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(feed.first(count), count)],
     )
     if run.epochs > recipe.epochs:
-        raise SpecError(f"{method!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={recipe.epochs}")
+        raise SpecError(
+            f"{run.method.info.name!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={recipe.epochs}"
+        )
     test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
     if out is None:
         return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, trainer.is_main)
@@ -260,21 +273,11 @@ def _first_inputs(feed: Feed, count: int) -> Inputs:
     )
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """SpecError when a number of ``recipe`` is out of range."""
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(recipe, name) < 1:
-            raise SpecError(f"{name} must be 1 or more, got {getattr(recipe, name)}")
-    for name in ("label_smoothing", "average_weights"):
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value < 1:
-            raise SpecError(f"{name} must be from 0 to below 1, got {value}")
-    if not 0 <= recipe.distillation <= 1:
-        raise SpecError(f"distillation is the teacher's part of the loss, 0 to 1, got {recipe.distillation}")
-    for name in ("temperature", "clip_norm"):
-        value = getattr(recipe, name)
-        if value is not None and not value > 0:
-            raise SpecError(f"{name} must be positive, got {value}")
+def paper_recipe(method: TrainingMethod, asked: str) -> Recipe:
+    """The recipe of the method's paper; SpecError for another word than ``"paper"``."""
+    if asked != "paper":
+        raise SpecError(f"recipe must be a Recipe or 'paper', got {asked!r}")
+    return method.default_recipe()
 
 
 def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
@@ -285,6 +288,7 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "kind": "train",
         "version": versions()["lowbit"],
         "method": record.method,
+        "method_source": source_digest(type(run.method)),
         "options": dict(record.options),
         "surrogate": surrogate,
         "policy": record.policy.to_dict(),

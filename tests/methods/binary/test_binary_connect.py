@@ -216,7 +216,7 @@ def test_layers_draw_apart_from_each_other_and_as_the_seed_says() -> None:
 def test_options_out_of_range_are_refused() -> None:
     for name in ("limit", "learning_rate_scale"):
         for value in (0.0, -1.0, math.inf, math.nan):
-            with pytest.raises(SpecError, match=f"binary_connect: {name} must be positive or 'glorot'"):
+            with pytest.raises(SpecError, match=f"binary_connect: {name} must be above 0 or 'glorot'"):
                 BinaryConnect(**{name: value})
     with pytest.raises(SpecError, match="the limit H must be positive"):
         BinaryConnectWeight(0.0)

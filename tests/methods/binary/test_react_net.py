@@ -84,7 +84,7 @@ def test_with_a_teacher_labels_do_not_count() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_that_leaves_no_binary_step_is_refused(share: float) -> None:
-    with pytest.raises(SpecError, match="react_net: real_weights must be a share"):
+    with pytest.raises(SpecError, match="react_net: real_weights must be from 0 to below 1"):
         ReactNetMethod(real_weights=share)
 
 

@@ -254,7 +254,7 @@ def test_the_seed_decides_the_scales() -> None:
     "options", [{"tau_min": 0.5}, {"tau_max": 1.01}, {"tau_min": 0.95, "tau_max": 0.9}, {"tau_min": math.nan}, {"tau_max": math.nan}]
 )
 def test_tau_out_of_range_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(SpecError, match=r"recu: tau_min must be above 0\.5"):
+    with pytest.raises(SpecError, match=r"recu: tau_m(in|ax) must be (above 0\.5 to 1|at most tau_max)"):
         Recu(**options)
 
 

@@ -306,5 +306,5 @@ def test_scales_stay_positive() -> None:
 @pytest.mark.parametrize("name", ["temperature", "first_temperature", "final_temperature", "soft_clip_norm"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_temperatures_and_the_clip_must_be_positive(name: str, value: float) -> None:
-    with pytest.raises(SpecError, match=f"quantization_networks: {name} must be positive"):
+    with pytest.raises(SpecError, match=f"quantization_networks: {name} must be above 0"):
         QuantizationNetworks(**{name: value})  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.laws import tiny
 from tests.networks import BranchNet, TinyNet, settled
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from lowbit.methods.post_training.dfq import channel_mean, corrected_bias, empir
 from lowbit.network.graph.moments import clipped_normal_moments
 from lowbit.network.insert import activation_quantizers, quantized_layers, weight_quantizer
 from lowbit.quantizers import UniformQuantizer
+from lowbit.testing import tiny
 
 X = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -256,7 +256,7 @@ def test_networks_with_a_runs_generator_can_be_copied_and_pickled() -> None:
 
 @pytest.mark.parametrize("gradient_bits", [0, 9, 16, -1])
 def test_gradient_bits_out_of_range_are_refused(gradient_bits: int) -> None:
-    with pytest.raises(SpecError, match="1 to 8, or 32"):
+    with pytest.raises(SpecError, match="1 to 8 or 32"):
         Dorefa(gradient_bits=gradient_bits)
 
 

@@ -154,7 +154,7 @@ def test_a_prepared_network_has_ternary_weights_and_float_activations() -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    with pytest.raises(SpecError, match="delta_factor must be positive"):
+    with pytest.raises(SpecError, match="delta_factor must be above 0"):
         Twn(delta_factor=0.0)
     with pytest.raises(SpecError, match="granularity"):
         Twn(weight_granularity="per_layer")

@@ -129,7 +129,7 @@ def test_multipliers_multiply_the_gradient_only() -> None:
     torch.testing.assert_close(grad(multiply_by_size=True), plain * 36)
     torch.testing.assert_close(grad(gradient_multiplier=10.0), plain * 10)
     torch.testing.assert_close(grad(centring_gradient=True, multiply_by_size=True), plain * 36 * 0.75)
-    with pytest.raises(SpecError, match="gradient_multiplier must be positive"):
+    with pytest.raises(SpecError, match="gradient_multiplier must be above 0"):
         XnorNet(gradient_multiplier=0.0)
 
 

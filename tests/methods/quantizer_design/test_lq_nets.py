@@ -373,5 +373,5 @@ def test_signed_inputs_have_symmetric_levels() -> None:
 
 
 def test_a_momentum_of_one_is_refused() -> None:
-    with pytest.raises(SpecError, match="momentum must be 0 to below 1, got 1"):
+    with pytest.raises(SpecError, match="momentum must be from 0 to below 1, got 1"):
         LqNets(momentum=1.0)

@@ -230,7 +230,7 @@ def test_the_papers_clip_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("clip_init", [0.0, -1.0, math.nan])
 def test_a_clip_that_is_not_positive_is_refused(clip_init: float) -> None:
-    with pytest.raises(SpecError, match="clip_init must be positive"):
+    with pytest.raises(SpecError, match="clip_init must be above 0"):
         Pact(clip_init=clip_init)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.laws.tiny_training import TRAINING, batch as tiny_batch, one_step, prepared as tiny_prepared
 from tests.qat.recording import BATCHES, Recorder, network, prepared, recorded
 from torch import Tensor, nn
 
@@ -18,6 +17,8 @@ from lowbit.qat.loops.manual import OwnLoop
 from lowbit.qat.prepare import method_of
 from lowbit.qat.task import Batch
 from lowbit.quantizers import LearnedScaleQuantizer
+from lowbit.registry import list_methods
+from lowbit.testing.training import batch as tiny_batch, one_step, prepared as tiny_prepared
 
 
 def sgd(run: OwnLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
@@ -70,7 +71,7 @@ def test_a_loop_of_ones_own_gives_the_weights_of_a_run_with_the_same_optimizer()
     assert not torch.equal(mine[2].parametrizations.weight.original, network()[2].weight)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", [info.name for info in list_methods(kind="training")])
 def test_every_method_learns_the_same_in_a_loop_of_ones_own(name: str) -> None:
     kinds = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     recipe = Recipe(4, optimizer=OptimizerSpec(learning_rate=0.02, schedule="constant"), seed=4)

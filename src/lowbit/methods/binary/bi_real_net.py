@@ -13,14 +13,14 @@ Deviations: zero counts as positive. The default trains as the authors' PyTorch 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import SpecError
 from lowbit.network import insert
-from lowbit.qat import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.options import AtLeast, Interval
+from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import insert_with_norms
 from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
@@ -90,8 +90,9 @@ class BiRealActivation(SignQuantizer):
         weight_bits=range(1, 2),
         activation_bits=range(1, 2),
         needs=("labels",),
-        fidelity="exact; held against the authors' PyTorch release and their Caffe source",
+        fidelity="exact",
         summary="a shortcut around every binary convolution, a better derivative of the sign",
+        evidence="held against the authors' PyTorch release and their Caffe source",
         margin_points=50,
     )
 )
@@ -108,16 +109,17 @@ class BiRealNet(TrainingMethod):
         retrain_norms: Epochs at the end in which binary weights lose their scale and stay, and all else is trained.
     """
 
+    ends = "float"
+
     weight_gradient: WeightGradient = "release"
     shortcuts: Shortcuts = "auto"
     weight_init: Literal["keep", "uniform"] = "keep"
-    pretraining: float = 0.0
-    retrain_norms: int = 0
+    pretraining: Annotated[float, Interval(0, 1, closed="left")] = 0.0
+    retrain_norms: Annotated[int, AtLeast(0)] = 0
 
-    def __post_init__(self) -> None:
-        check_share("bi_real_net", "pretraining", self.pretraining)
-        if self.retrain_norms < 0:
-            raise SpecError(f"bi_real_net: retrain_norms must be 0 or more epochs, got {self.retrain_norms}")
+    def default_recipe(self) -> Recipe:
+        """ImageNet from scratch, in the authors' PyTorch program; it smooths labels by 0.1."""
+        return Recipe(256, 512, OptimizerSpec("adam", 1e-3, weight_decay=0.0, schedule="linear"))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return BiRealWeight(granularity=Granularity.channel(slot.channel_axis), gradient=self.weight_gradient)
@@ -154,9 +156,3 @@ class BiRealNet(TrainingMethod):
                 quantizer.is_real, quantizer.has_scale = name in ("leaky clip", "clip"), name != "norms"
             elif isinstance(quantizer, BiRealActivation):
                 quantizer.form = "leaky_clip" if name == "leaky clip" else "clip" if name == "clip" else "sign"
-
-
-def check_share(method: str, name: str, share: float) -> None:
-    """SpecError where a share of the epochs leaves none."""
-    if not 0 <= share < 1:
-        raise SpecError(f"{method}: {name} must be a share of the epochs from 0 to below 1, got {share}")

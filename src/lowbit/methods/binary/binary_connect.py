@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
-from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.options import Above
+from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.registry import MethodInfo, register
@@ -121,8 +122,9 @@ class BinaryConnectWeight(Quantizer):
         weight_bits=range(1, 2),
         activation_bits=None,
         needs=("labels",),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="signs of real weights that are clipped to -1 .. 1 and take steps of a size that suits their layer",
+        evidence="held against the authors' program",
         margin_points=50,
     )
 )
@@ -137,17 +139,25 @@ class BinaryConnect(TrainingMethod):
         learning_rate_scale: Factor of each step of the weights; ``glorot``: the inverse of that.
     """
 
+    ends = "same"
+
     binarization: Binarization = "deterministic"
     evaluation: Evaluation = "binary"
-    limit: float | Literal["glorot"] = 1.0
-    learning_rate_scale: float | Literal["glorot"] = "glorot"
+    limit: Annotated[float | Literal["glorot"], Above(0)] = 1.0
+    learning_rate_scale: Annotated[float | Literal["glorot"], Above(0)] = "glorot"
+
+    def default_recipe(self) -> Recipe:
+        """CIFAR-10: from 3e-3 down to 2e-6, by the same factor after each epoch."""
+        return Recipe(
+            500, 50, OptimizerSpec(
+                "adam", 3e-3, weight_decay=0.0, schedule="step", milestones=tuple(epoch / 500 for epoch in range(1, 500)),
+                gamma=(2e-6 / 3e-3) ** (1 / 499),
+            ),
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._before: dict[int, Tensor] = {}
-        for name in ("limit", "learning_rate_scale"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not 0 < value < math.inf:
-                raise SpecError(f"binary_connect: {name} must be positive or 'glorot', got {value}")
 
     def weight_quantizer(self, slot: Slot, seed: int = 0) -> Quantizer:
         limit = self.glorot(slot.layer)[1] if isinstance(self.limit, str) else self.limit

@@ -10,15 +10,16 @@ Deviations: zero counts as positive; a filter whose weights are all alike, or of
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network.layers import replace_modules
-from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.options import Above
+from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import insert_with_norms
 from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
@@ -84,8 +85,9 @@ class LibraWeight(ScaledSignQuantizer):
         weight_bits=range(1, 2),
         activation_bits=range(1, 2),
         needs=("labels",),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="standardized binary weights with powers of two as scales, a gradient that turns from a line into the sign",
+        evidence="held against the authors' program",
         margin_points=50,
     )
 )
@@ -100,14 +102,21 @@ class IrNet(TrainingMethod):
             ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 
-    t_min: float = 0.1
-    t_max: float = 10.0
+    ends = "float"
+
+    t_min: Annotated[float, Above(0)] = 0.1
+    t_max: Annotated[float, Above(0)] = 10.0
     hardtanh: bool = True
     shortcuts: Shortcuts = "auto"
 
+    def default_recipe(self) -> Recipe:
+        """ResNet-20 on CIFAR-10."""
+        return Recipe(400, 128, OptimizerSpec(learning_rate=0.1))
+
     def __post_init__(self) -> None:
-        if not 0 < self.t_min <= self.t_max < math.inf:
-            raise SpecError(f"ir_net: t_min must be positive and at most t_max, got {self.t_min} and {self.t_max}")
+        super().__post_init__()
+        if self.t_min > self.t_max:
+            raise SpecError(f"ir_net: t_min must be at most t_max, got {self.t_min} and {self.t_max}")
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return LibraWeight(granularity=Granularity.channel(slot.channel_axis), t_min=self.t_min, t_max=self.t_max)

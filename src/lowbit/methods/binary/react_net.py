@@ -10,16 +10,18 @@ Deviations: zero counts as positive. Without a teacher the loss is the task's. O
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight, check_share
+from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
 from lowbit.network.surgery.shortcuts import ShiftedPReLU
-from lowbit.qat import Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.options import AtLeast, Interval
+from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import insert_with_norms
 from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.qat.task import Batch
@@ -62,8 +64,9 @@ class ChannelShift(nn.Module):
         weight_bits=range(1, 2),
         activation_bits=range(1, 2),
         needs=("labels", "teacher"),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="Bi-Real Net with learned shifts before signs and around PReLUs, trained on a teacher's distribution in two steps",
+        evidence="held against the authors' program",
         margin_points=25,
     )
 )
@@ -78,12 +81,15 @@ class ReactNetMethod(TrainingMethod):
         real_weight_decay: Weight decay of that step; the second has the recipe's own (the paper: none).
     """
 
-    shortcuts: Shortcuts = "auto"
-    real_weights: float = 0.5
-    real_weight_decay: float = 1e-5
+    ends = "float"
 
-    def __post_init__(self) -> None:
-        check_share("react_net", "real_weights", self.real_weights)
+    shortcuts: Shortcuts = "auto"
+    real_weights: Annotated[float, Interval(0, 1, closed="left")] = 0.5
+    real_weight_decay: Annotated[float, AtLeast(0)] = 1e-5
+
+    def default_recipe(self) -> Recipe:
+        """ResNets on ImageNet, both steps of 128 epochs; the teacher's outputs are all the loss."""
+        return Recipe(256, 512, OptimizerSpec("adam", 2.5e-3, weight_decay=0.0, schedule="linear"), distillation=1.0)
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return BiRealWeight(granularity=Granularity.channel(slot.channel_axis))

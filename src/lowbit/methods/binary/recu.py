@@ -13,14 +13,15 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network.layers import replace_modules
-from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.options import Interval
+from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import insert_with_norms
 from lowbit.qat.attach.shortcuts import Shortcuts, change_network
 from lowbit.quantizers import Quantizer, SignQuantizer
@@ -141,8 +142,9 @@ class RecuActivation(SignQuantizer):
         weight_bits=range(1, 2),
         activation_bits=range(1, 2),
         needs=("labels",),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="weights in the tails are clamped before the sign, less and less, so that they come alive again",
+        evidence="held against the authors' program",
         margin_points=50,
     )
 )
@@ -158,17 +160,22 @@ class Recu(TrainingMethod):
             ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 
-    tau_min: float = 0.85
-    tau_max: float = 0.99
+    ends = "float"
+
+    tau_min: Annotated[float, Interval(0.5, 1, closed="right")] = 0.85
+    tau_max: Annotated[float, Interval(0.5, 1, closed="right")] = 0.99
     scale_init: Literal["uniform", "magnitude"] = "uniform"
     hardtanh: bool = True
     shortcuts: Shortcuts = "auto"
 
+    def default_recipe(self) -> Recipe:
+        """CIFAR-10; the rate warms up in steps of a batch, not of an epoch."""
+        return Recipe(600, 256, OptimizerSpec(learning_rate=0.1, weight_decay=5e-4, warmup=5 / 600))
+
     def __post_init__(self) -> None:
-        if not 0.5 < self.tau_min <= self.tau_max <= 1:
-            raise SpecError(
-                f"recu: tau_min must be above 0.5 and at most tau_max, which is at most 1; got {self.tau_min} and {self.tau_max}"
-            )
+        super().__post_init__()
+        if self.tau_min > self.tau_max:
+            raise SpecError(f"recu: tau_min must be at most tau_max, got {self.tau_min} and {self.tau_max}")
 
     def weight_quantizer(self, slot: Slot, generator: torch.Generator | None = None) -> Quantizer:
         return RecuWeight(granularity=Granularity.channel(slot.channel_axis), scale_init=self.scale_init, generator=generator)

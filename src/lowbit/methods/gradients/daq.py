@@ -10,14 +10,14 @@ Deviations: the forward pass rounds, which the soft rounding equals by construct
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import SpecError
-from lowbit.qat import Slot
+from lowbit.options import Above, Interval
+from lowbit.qat import OptimizerSpec, Recipe, Slot
 from lowbit.qat.attach.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
@@ -69,8 +69,9 @@ class DaqActivation(NormalizedQuantizer):
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels", "pretrained"),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="the gradient of a soft rounding that equals the hard one in the forward pass",
+        evidence="held against the authors' program",
         margin_points=60,
     )
 )
@@ -84,14 +85,15 @@ class Daq(NormalizingMethod):
         activation_sigma: Width of the kernel for activations, in steps.
     """
 
-    gamma: float = 2.0
-    weight_sigma: float = 1.0
-    activation_sigma: float = 2.0
+    ends = "float"
 
-    def __post_init__(self) -> None:
-        for name, largest in (("gamma", LARGEST_GAMMA), ("weight_sigma", math.inf), ("activation_sigma", math.inf)):
-            if not 0 < getattr(self, name) <= largest:
-                raise SpecError(f"daq: {name} must be above 0 and at most {largest:g}, got {getattr(self, name)}")
+    gamma: Annotated[float, Interval(0, LARGEST_GAMMA, closed="right")] = 2.0
+    weight_sigma: Annotated[float, Above(0)] = 1.0
+    activation_sigma: Annotated[float, Above(0)] = 2.0
+
+    def default_recipe(self) -> Recipe:
+        """ResNet-20 on CIFAR-10."""
+        return Recipe(400, 256, OptimizerSpec(learning_rate=0.1))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return DaqWeight(slot.bit_width, gamma=self.gamma, sigma=self.weight_sigma)

@@ -11,12 +11,13 @@ Deviations: the forward pass is the hard one, as in the paper's algorithm 1; ``a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.options import AtLeast, Interval
 from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.affine import affine_parameters, fake_quantize
@@ -212,8 +213,9 @@ class ObservedDsqQuantizer(GridQuantizer):
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels", "pretrained"),
-        fidelity="the paper's equations; held against two re-implementations, one by the same group",
+        fidelity="equations",
         summary="a tanh staircase as derivative, its sharpness and range learned",
+        evidence="held against two re-implementations, one by the same group",
         margin_points=60,
     )
 )
@@ -229,15 +231,14 @@ class Dsq(TrainingMethod):
         weight_granularity: ``per_tensor``, ``per_channel`` or ``group:SIZE``.
     """
 
-    quantizer_learning_rate: float = 0.1
-    alpha: float | None = None
-    alpha_decay: float = 0.0
+    quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.1
+    alpha: Annotated[float | None, Interval(SHARPEST, SOFTEST)] = None
+    alpha_decay: Annotated[float, AtLeast(0)] = 0.0
     bounds: Literal["learned", "blended", "observed"] = "learned"
     weight_granularity: str = "per_tensor"
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not SHARPEST <= self.alpha <= SOFTEST:
-            raise SpecError(f"dsq: alpha must be {SHARPEST} to {SOFTEST}, got {self.alpha}")
+        super().__post_init__()
         Granularity.parse(self.weight_granularity)
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:

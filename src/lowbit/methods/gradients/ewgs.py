@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import SpecError
 from lowbit.network import insert
-from lowbit.qat import Slot, TrainRun
+from lowbit.options import AtLeast
+from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainRun
 from lowbit.qat.attach.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo, register
@@ -142,8 +143,9 @@ def estimate_deltas(
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels", "pretrained"),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="scales every gradient element by how far it is from the next decision point, by the loss's curvature",
+        evidence="held against the authors' program",
         margin_points=60,
     )
 )
@@ -160,15 +162,16 @@ class Ewgs(NormalizingMethod):
         delta_probes: Random vectors for each tensor and batch at most.
     """
 
-    delta: float = 0.0
-    delta_interval: int = 10
-    delta_batches: int = 3
-    delta_probes: int = 50
+    ends = "float"
 
-    def __post_init__(self) -> None:
-        for name, least in (("delta", 0), ("delta_interval", 0), ("delta_batches", 1), ("delta_probes", 1)):
-            if not least <= getattr(self, name) < math.inf:
-                raise SpecError(f"ewgs: {name} must be {least} or more, got {getattr(self, name)}")
+    delta: Annotated[float, AtLeast(0)] = 0.0
+    delta_interval: Annotated[int, AtLeast(0)] = 10
+    delta_batches: Annotated[int, AtLeast(1)] = 3
+    delta_probes: Annotated[int, AtLeast(1)] = 50
+
+    def default_recipe(self) -> Recipe:
+        """ResNet-20 on CIFAR-10."""
+        return Recipe(400, 256, OptimizerSpec("adam", 1e-3))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return EwgsWeight(slot.bit_width, delta=self.delta)

@@ -15,13 +15,14 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.options import AtLeast
 from lowbit.qat import Companion, GivenNetworks, OptimizerSpec, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.recipe import Role
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
@@ -301,8 +302,9 @@ def refined_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, 
         weight_bits=range(1, 9),
         activation_bits=None,
         needs=("labels", "pretrained"),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="a small network, trained along, turns gradients at quantized weights into gradients for the float ones",
+        evidence="held against the authors' program",
         margin_points=50,
     )
 )
@@ -321,13 +323,19 @@ class MetaQuant(TrainingMethod):
             once more, biases too (the authors' program).
     """
 
+    ends = "same"
+
     base: Base = "dorefa"
     meta: Literal["fc_grad", "multi_fc", "lstm_fc"] = "fc_grad"
-    hidden: int = 100
-    layers: int = 2
+    hidden: Annotated[int, AtLeast(1)] = 100
+    layers: Annotated[int, AtLeast(1)] = 2
     activation: Literal["none", "relu", "tanh"] = "none"
-    meta_learning_rate: float = 1e-3
+    meta_learning_rate: Annotated[float, AtLeast(0)] = 1e-3
     look_ahead: Literal["refined", "stored"] = "refined"
+
+    def default_recipe(self) -> Recipe:
+        """CIFAR-10, with Adam."""
+        return Recipe(100, 128, OptimizerSpec("adam", 1e-3, weight_decay=5e-4, schedule="step", milestones=(0.3, 0.6, 0.9)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         if self.base != "dorefa" and slot.bit_width != 1:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.options import Above, AtLeast
 from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.recipe import Role
 from lowbit.quantizers import Quantizer
@@ -258,8 +258,9 @@ def weight_values(bit_width: int, three_bits: str) -> tuple[float, ...]:
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels", "pretrained"),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="a staircase of sigmoids that grows steeper with the epochs",
+        evidence="held against the authors' program",
         margin_points=25,
     )
 )
@@ -282,24 +283,24 @@ class QuantizationNetworks(TrainingMethod):
         unit_backward: Evaluate the derivative of binary steps at temperature 1, as the authors do.
     """
 
-    quantizer_learning_rate: float = 0.01
-    temperature: float | None = None
-    first_temperature: float = 10.0
-    final_temperature: float = 200.0
-    soft_clip_norm: float | None = 1.0
+    ends = "float"
+
+    quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
+    temperature: Annotated[float | None, Above(0)] = None
+    first_temperature: Annotated[float, Above(0)] = 10.0
+    final_temperature: Annotated[float, Above(0)] = 200.0
+    soft_clip_norm: Annotated[float | None, Above(0)] = 1.0
     three_bits: Literal["powers", "uniform"] = "powers"
     tight_zero: bool = False
     staged: bool = False
-    joint_learning_rate: float = 0.1
+    joint_learning_rate: Annotated[float, AtLeast(0)] = 0.1
     unit_backward: bool = False
 
     _in_stages = False  # whether ``staged`` applies to the network
 
-    def __post_init__(self) -> None:
-        for name in ("temperature", "first_temperature", "final_temperature", "soft_clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SpecError(f"quantization_networks: {name} must be positive, got {value}")
+    def default_recipe(self) -> Recipe:
+        """ResNets on ImageNet."""
+        return Recipe(55, 256, OptimizerSpec(learning_rate=1e-3, schedule="step", milestones=(30 / 55, 45 / 55)))
 
     def attach(self, job: QatJob) -> None:
         super().attach(job)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from lowbit.options import Above, AtLeast, Interval
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.engine import Reconstruction
 from lowbit.post_training.reconstruction.objective import Objective, rounding_learning_rate
@@ -36,8 +37,9 @@ PAPER_ITERATIONS = 10_000
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=("calibration",),
-        fidelity="exact; held against the authors' company's toolkit (AIMET)",
+        fidelity="exact",
         summary="learns to round each weight up or down, layer by layer, so that the layer's output stays",
+        evidence="held against the authors' company's toolkit (AIMET)",
         margin_db=0.5,
     )
 )
@@ -62,22 +64,21 @@ class Adaround(PostTrainingMethod):
         save_every: Iterations after which a layer's state is saved, so that a killed run goes on from there.
     """
 
-    iterations: int = PAPER_ITERATIONS
-    batch_size: int = 32
-    learning_rate: float | None = None
-    regularization: float = 0.01
-    warm_start: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
+    ends = "same"
+
+    iterations: Annotated[int, AtLeast(0)] = PAPER_ITERATIONS
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    learning_rate: Annotated[float | None, Above(0)] = None
+    regularization: Annotated[float, AtLeast(0)] = 0.01
+    warm_start: Annotated[float, Interval(0, 1)] = 0.2
+    beta_start: Annotated[float, Above(0)] = 20.0
+    beta_end: Annotated[float, Above(0)] = 2.0
     schedule: Literal["cosine", "linear"] = "cosine"
     asymmetric: bool = True
     use_activation: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: CacheKind = "ram"
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        self.objective()  # refuses bad values before any work
+    save_every: Annotated[int, AtLeast(1)] = 500
 
     def quantize(self, job: PtqJob) -> None:
         job.fold()

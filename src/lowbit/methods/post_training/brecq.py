@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import nn
 
 from lowbit.methods.post_training.adaround import reconstruct
 from lowbit.network.layers import output_channel_axis
+from lowbit.options import Above, AtLeast, Interval
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.objective import FisherKind, Objective, rounding_learning_rate
 from lowbit.post_training.reconstruction.phases import LearnScales, RoundWeights
@@ -72,8 +73,9 @@ def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=("calibration",),
-        fidelity="exact but for the places of activation quantizers; held against the authors' code; its bit search is not part of it",
+        fidelity="partial",
         summary="learns the rounding of a whole block at once, then the activation scales, from the error at the block's output",
+        evidence="held against the authors' code; activation quantizers stand in other places, its bit search is not part of it",
         margin_db=3.0,
     )
 )
@@ -109,25 +111,22 @@ class Brecq(PostTrainingMethod):
     weight_grid: Literal["affine", "symmetric", "mixed"] = "mixed"
     blocks: tuple[str, ...] = ()
     reconstruct_first: bool = False
-    iterations: int = PAPER_ITERATIONS
-    batch_size: int = 32
-    learning_rate: float | None = None
+    iterations: Annotated[int, AtLeast(0)] = PAPER_ITERATIONS
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    learning_rate: Annotated[float | None, Above(0)] = None
     loss: LossKind = "mse"
     fisher: FisherKind = "paper"
-    regularization: float = 0.01
-    warm_start: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
+    regularization: Annotated[float, AtLeast(0)] = 0.01
+    warm_start: Annotated[float, Interval(0, 1)] = 0.2
+    beta_start: Annotated[float, Above(0)] = 20.0
+    beta_end: Annotated[float, Above(0)] = 2.0
     asymmetric: bool = True
-    activation_iterations: int = 5000
+    activation_iterations: Annotated[int, AtLeast(0)] = 5000
     activation_inputs: Literal["quantized", "float"] = "quantized"
-    activation_learning_rate: float = 4e-4
+    activation_learning_rate: Annotated[float, Above(0)] = 4e-4
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: CacheKind = "ram"
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        self.rounding_objective(), self.scale_objective()  # refuses bad values before any work
+    save_every: Annotated[int, AtLeast(1)] = 500
 
     def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
         is_symmetric = self.weight_grid == "symmetric" or (self.weight_grid == "mixed" and bit_width == WIDE)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from lowbit.network.surgery.equalize import (
     sets_of,
     write_states,
 )
+from lowbit.options import Above, Finite
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.unit_data import call_of
 from lowbit.quantizers import Quantizer, UniformQuantizer
@@ -273,8 +274,9 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=("graph",),
-        fidelity="exact; held against the authors' company's toolkit (AIMET) and an independent program",
+        fidelity="exact",
         summary="no data: equalizes channels across layers, corrects biases, takes ranges from batch norms",
+        evidence="held against the authors' company's toolkit (AIMET) and an independent program",
         margin_db=10.0,
     )
 )
@@ -299,6 +301,8 @@ class Dfq(PostTrainingMethod):
         input_range: Lower and upper end of the network's input, where there is no data.
     """
 
+    ends = "same"
+
     weight_granularity: str = "per_tensor"
     weight_observer: str = "min_max"
     symmetric_weights: bool = True
@@ -308,15 +312,14 @@ class Dfq(PostTrainingMethod):
     absorb_bias: Literal["all", "unpadded", "none"] = "unpadded"
     bias_correction: Literal["analytic", "empirical", "none"] = "analytic"
     shift_statistics: bool = False
-    weight_clip: float | None = None
+    weight_clip: Annotated[float | None, Above(0)] = None
     activation_ranges: Literal["auto", "statistics", "data"] = "auto"
-    n_sigma: float = 6.0
-    input_range: tuple[float, ...] | None = None
+    n_sigma: Annotated[float, Above(0)] = 6.0
+    input_range: Annotated[tuple[float, ...] | None, Finite()] = None
 
     def __post_init__(self) -> None:
-        check_ranges("dfq", self.n_sigma, self.input_range)
-        if self.weight_clip is not None and self.weight_clip <= 0:
-            raise SpecError(f"dfq: weight_clip must be above 0, got {self.weight_clip}; leave it out to clip nothing")
+        super().__post_init__()
+        check_input_range("dfq", self.input_range)
 
     def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
         """Symmetric or affine codes, signed."""
@@ -353,9 +356,7 @@ class Dfq(PostTrainingMethod):
             quantizer.initialize(float_weight(layer).detach().clamp(-self.weight_clip, self.weight_clip))
 
 
-def check_ranges(method: str, n_sigma: float, input_range: tuple[float, ...] | None) -> None:
-    """SpecError when ranges without data cannot be meant."""
-    if n_sigma <= 0:
-        raise SpecError(f"{method}: n_sigma must be above 0, got {n_sigma}")
+def check_input_range(method: str, input_range: tuple[float, ...] | None) -> None:
+    """SpecError unless it is a lower and an upper end."""
     if input_range is not None and (len(input_range) != 2 or not input_range[0] < input_range[1]):
         raise SpecError(f"{method}: input_range must be two ascending numbers, for example -1,1; got {input_range}")

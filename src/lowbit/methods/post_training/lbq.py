@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor, pieces
 from lowbit.network.insert import float_weight, quantization_enabled, set_weight_quantizer, weight_quantizer
 from lowbit.network.layers import output_channel_axis
+from lowbit.options import Above, AtLeast, Interval
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob, run
 from lowbit.post_training.reconstruction.resume import RunState, fingerprint
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
@@ -265,8 +265,9 @@ class ScaleRefinement:
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=("calibration",),
-        fidelity="paper, details open (no official code); scale search within the bounds of two independent programs",
+        fidelity="equations",
         summary="scales of least squared error, two tensors for key layers, scales tuned on the logits",
+        evidence="details are open, no official code; scale search within the bounds of two independent programs",
         margin_db=6.0,
     )
 )
@@ -287,20 +288,11 @@ class Lbq(PostTrainingMethod):
     weight_observer: str = "omse"
     activation_observer: str = "omse"
     fold_batch_norm: bool = True
-    tau: float = 0.01
-    key_share: float = 0.1
-    epochs: int = 10
-    learning_rate: float = 4e-3
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.tau < 0 or not 0 <= self.key_share <= 1:
-            raise SpecError(f"lbq: tau must be at least 0 and key_share from 0 to 1, got tau={self.tau}, key_share={self.key_share}")
-        if self.epochs < 0 or self.learning_rate <= 0 or self.batch_size < 1:
-            raise SpecError(
-                f"lbq: epochs must be at least 0, learning_rate above 0 and batch_size at least 1, got epochs={self.epochs}, "
-                f"learning_rate={self.learning_rate}, batch_size={self.batch_size}"
-            )
+    tau: Annotated[float, Interval(0)] = 0.01
+    key_share: Annotated[float, Interval(0, 1)] = 0.1
+    epochs: Annotated[int, AtLeast(0)] = 10
+    learning_rate: Annotated[float, Above(0)] = 4e-3
+    batch_size: Annotated[int, AtLeast(1)] = 32
 
     def quantize(self, job: PtqJob) -> None:
         if self.fold_batch_norm:

@@ -9,10 +9,11 @@ Deviations: no range is chosen by cross entropy, because the network's outputs a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from lowbit.methods.post_training.adaround import PAPER_ITERATIONS, Adaround
-from lowbit.methods.post_training.dfq import check_ranges, correct_biases, equalize_layers, input_moments, ranges_from_statistics
+from lowbit.methods.post_training.dfq import check_input_range, correct_biases, equalize_layers, input_moments, ranges_from_statistics
+from lowbit.options import Above, AtLeast, Finite
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.unit_data import CacheKind
 from lowbit.registry import MethodInfo, register
@@ -31,8 +32,9 @@ WIDE = 8  # weight bits at which rounding to nearest is enough
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=(),
-        fidelity="the recipe, of parts that are held against their authors' code",
+        fidelity="equations",
         summary="the default: equalization, ranges of least error, and learned rounding (with data) or bias correction (without)",
+        evidence="of parts that are held against their authors' code",
         margin_db=0.5,
     )
 )
@@ -58,17 +60,17 @@ class WhitePaper(PostTrainingMethod):
     equalize: Literal["auto", "always", "never"] = "auto"
     rounding: Literal["auto", "adaround", "nearest"] = "auto"
     bias_correction: bool = True
-    n_sigma: float = 6.0
-    input_range: tuple[float, ...] | None = None
-    iterations: int = PAPER_ITERATIONS
-    batch_size: int = 32
-    learning_rate: float | None = None
+    n_sigma: Annotated[float, Above(0)] = 6.0
+    input_range: Annotated[tuple[float, ...] | None, Finite()] = None
+    iterations: Annotated[int, AtLeast(0)] = PAPER_ITERATIONS
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    learning_rate: Annotated[float | None, Above(0)] = None
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: CacheKind = "ram"
 
     def __post_init__(self) -> None:
-        check_ranges("white_paper", self.n_sigma, self.input_range)
-        self._adaround()  # refuses bad values before any work
+        super().__post_init__()
+        check_input_range("white_paper", self.input_range)
 
     def quantize(self, job: PtqJob) -> None:
         has_data = job.calibration is not None

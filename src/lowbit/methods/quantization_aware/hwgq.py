@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.qat import Slot, TrainingMethod
+from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import count_below, fake_quantize_codebook
@@ -297,8 +297,9 @@ class GaussianQuantizer(TableQuantizer):
         weight_bits=range(1, 2),
         activation_bits=range(1, 9),
         needs=("labels",),
-        fidelity="exact; held against the authors' program (the log-tailed gradient is the paper's alone)",
+        fidelity="exact",
         summary="binary weights, activations on levels that suit half a Gaussian",
+        evidence="held against the authors' program (the log-tailed gradient is the paper's alone)",
         margin_points=50,
     )
 )
@@ -316,11 +317,17 @@ class Hwgq(TrainingMethod):
         weight_scale: Multiply the signs of a filter by its mean magnitude.
     """
 
+    ends = "float"
+
     backward: Backward = "clipped"
     levels: Levels = "uniform"
     input_scale: Literal["measured", "unit"] = "measured"
     signed_inputs: Literal["symmetric", "rectify"] = "symmetric"
     weight_scale: bool = True
+
+    def default_recipe(self) -> Recipe:
+        """VGG-small on CIFAR-10: 100000 iterations."""
+        return Recipe(200, 100, OptimizerSpec(learning_rate=0.01, weight_decay=5e-4, schedule="linear"))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return ScaledSignQuantizer(granularity=Granularity.channel(slot.channel_axis), has_scale=self.weight_scale)

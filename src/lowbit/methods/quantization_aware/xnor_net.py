@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
-from lowbit.qat import QatJob, Slot, TrainingMethod, TrainRun
+from lowbit.options import Above
+from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import NormPlaces, insert_with_norms
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.ops import input_scale, marked_input_scale
@@ -203,8 +203,9 @@ class InputScale(nn.Module):
         weight_bits=range(1, 2),
         activation_bits=range(1, 2),
         needs=("labels",),
-        fidelity="exact; held against the authors' program and two ports",
+        fidelity="exact",
         summary="binary weights with a scale for each filter; binary inputs too, or float ones (BWN)",
+        evidence="held against the authors' program and two ports",
         margin_points=40,
     )
 )
@@ -228,20 +229,22 @@ class XnorNet(TrainingMethod):
         norm_epsilon: Of that norm.
     """
 
+    ends = "float"
+
     weight_gradient: WeightGradient = "corrected"
     centre: bool = True
     clamp: bool = True
     centring_gradient: bool = False
-    gradient_multiplier: float = 1.0
+    gradient_multiplier: Annotated[float, Above(0)] = 1.0
     multiply_by_size: bool = False
     input_scaling: bool = False
     input_scaling_gradient: bool = True
     input_norm: NormPlaces = "unsigned"
-    norm_epsilon: float = 1e-4
+    norm_epsilon: Annotated[float, Above(0)] = 1e-4
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.gradient_multiplier) and self.gradient_multiplier > 0):
-            raise SpecError(f"gradient_multiplier must be positive and finite, got {self.gradient_multiplier}")
+    def default_recipe(self) -> Recipe:
+        """Network in network on CIFAR-10, in the PyTorch port."""
+        return Recipe(320, 128, OptimizerSpec("adam", 0.01, weight_decay=1e-5, schedule="step", milestones=(3 / 8, 5 / 8, 3 / 4, 7 / 8)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         channels = input_channels(slot.layer)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import SpecError
-from lowbit.qat import Slot, TrainingMethod, TrainRun
+from lowbit.options import Interval
+from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.codebook import nearest_level
@@ -206,8 +206,9 @@ def _normal_equations(rows: Tensor, index: Tensor, codes: Tensor) -> tuple[Tenso
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels",),
-        fidelity="exact; held against the authors' program",
+        fidelity="exact",
         summary="learned levels that stay sums of bit planes, fitted by least squares in every step",
+        evidence="held against the authors' program",
         margin_points=60,
     )
 )
@@ -221,13 +222,15 @@ class LqNets(TrainingMethod):
         zero_debias: Correct the average's start as the authors' program does; else a plain moving average.
     """
 
+    ends = "float"
+
     start: Literal["data", "paper"] = "data"
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(0, 1, closed="left")] = 0.9
     zero_debias: bool = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise SpecError(f"lq_nets: momentum must be 0 to below 1, got {self.momentum}")
+    def default_recipe(self) -> Recipe:
+        """VGG-small on CIFAR-10."""
+        return Recipe(400, 100, OptimizerSpec(learning_rate=0.02, weight_decay=5e-4, schedule="step", milestones=(0.2, 0.4, 0.75)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         granularity = Granularity.channel(slot.channel_axis)

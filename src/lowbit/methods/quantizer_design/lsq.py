@@ -30,8 +30,9 @@ from lowbit.spec import Granularity
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels",),
-        fidelity="exact; no reference vectors",
+        fidelity="equations",
         summary="learns the step size of weights and activations, the baseline of later methods",
+        evidence="no reference vectors",
         margin_points=65,
     )
 )

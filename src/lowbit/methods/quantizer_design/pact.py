@@ -11,16 +11,16 @@ Deviations: where a layer's input can be negative it is clipped at both ends. Th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.methods.quantization_aware.dorefa import DorefaWeight
-from lowbit.qat import Slot, TrainingMethod
+from lowbit.options import Above, AtLeast
+from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.binary import ScaledSignQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
@@ -166,8 +166,9 @@ class SawbWeight(GridQuantizer):
         weight_bits=range(1, 9),
         activation_bits=range(1, 9),
         needs=("labels",),
-        fidelity="exact; held against the authors' company's toolkit (fms-model-optimizer)",
+        fidelity="exact",
         summary="learns where to clip activations; weights as in dorefa, or by SAWB",
+        evidence="held against the authors' company's toolkit (fms-model-optimizer)",
         margin_points=55,
     )
 )
@@ -184,15 +185,17 @@ class Pact(TrainingMethod):
         clip_decay: ``clip_decay * clip**2`` is added to the loss for every layer; the paper uses the weight decay.
     """
 
+    ends = "float"
+
     weights: Literal["dorefa", "sawb"] = "dorefa"
     sawb_zero: bool = False
     sawb_clip_gradient: bool = False
-    clip_init: ClipInit = 10.0
-    clip_decay: float = 1e-4
+    clip_init: Annotated[ClipInit, Above(0)] = 10.0
+    clip_decay: Annotated[float, AtLeast(0)] = 1e-4
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.clip_init, str) and not 0 < self.clip_init < math.inf:
-            raise SpecError(f"pact: clip_init must be positive, got {self.clip_init}")
+    def default_recipe(self) -> Recipe:
+        """ResNet-20 on CIFAR-10 (from memory of the paper; its batch size is not known)."""
+        return Recipe(200, optimizer=OptimizerSpec(learning_rate=0.1, weight_decay=2e-4, schedule="step", milestones=(0.3, 0.6)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         if slot.bit_width == 1:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.options import AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.qat.attach.output_ratio import output_ratio
 from lowbit.qat.recipe import Role
@@ -224,8 +225,9 @@ class QilActivation(IntervalQuantizer):
         weight_bits=range(2, 9),
         activation_bits=range(1, 9),
         needs=("labels", "pretrained"),
-        fidelity="the paper's equations; held against two re-implementations",
+        fidelity="equations",
         summary="learns which interval of magnitudes is quantized; below it is pruned, above it clipped",
+        evidence="held against two re-implementations",
         margin_points=60,
     )
 )
@@ -244,12 +246,18 @@ class Qil(TrainingMethod):
         train_weights: Whether weights are trained with the intervals; else nothing but the intervals is.
     """
 
-    quantizer_learning_rate: float = 0.01
+    ends = "float"
+
+    quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
     gamma: Literal["fixed", "learned"] = "fixed"
     start: Start = "mse"
     rescale: bool = True
     scale_gradient: bool = False
     train_weights: bool = True
+
+    def default_recipe(self) -> Recipe:
+        """The low-bit stages on ImageNet."""
+        return Recipe(90, 1024, OptimizerSpec(learning_rate=0.04, schedule="step", milestones=(2 / 9, 4 / 9, 2 / 3, 8 / 9)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return QilWeight(slot.bit_width, learns_gamma=self.gamma == "learned", start=self.start, scale_gradient=self.scale_gradient)

@@ -6,18 +6,19 @@ import math
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lowbit.errors import CalibrationError, SpecError
+from lowbit.errors import CalibrationError
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor
 from lowbit.network.insert import quantization_enabled
 from lowbit.network.layers import evaluating
+from lowbit.options import Above, AtLeast, CheckedSettings
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, LossKind, reconstruction_loss
 from lowbit.post_training.reconstruction.unit_data import UnitData, batches
 from lowbit.post_training.reconstruction.units import PlannedUnit
@@ -28,7 +29,7 @@ PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 3e-2
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(CheckedSettings):
     """What a unit is asked to minimise and how (see ``reconstruction_loss`` and ``Descent``).
 
     Attributes:
@@ -37,23 +38,16 @@ class Objective:
         precision: ``bf16`` computes the unit under autocast; parameters, rounding and loss stay float32.
     """
 
-    iterations: int
-    learning_rate: float
-    batch_size: int = 32
+    iterations: Annotated[int, AtLeast(0)]
+    learning_rate: Annotated[float, Above(0)]
+    batch_size: Annotated[int, AtLeast(1)] = 32
     loss: LossKind = "mse"
-    power: float = 2.0
+    power: Annotated[float, AtLeast(1)] = 2.0
     fisher: FisherKind = "released"
     schedule: BetaSchedule | None = None
-    regularization: float = 0.01
+    regularization: Annotated[float, AtLeast(0)] = 0.01
     is_annealed: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.iterations < 0 or self.learning_rate <= 0 or self.batch_size < 1 or self.regularization < 0 or self.power < 1:
-            raise SpecError(
-                "reconstruction: iterations must be at least 0, learning_rate above 0, batch_size at least 1, regularization at least 0 and power at "
-                f"least 1; got {self.iterations}, {self.learning_rate}, {self.batch_size}, {self.regularization}, {self.power}"
-            )
 
 
 def rounding_learning_rate(given: float | None, iterations: int, paper_iterations: int) -> float:

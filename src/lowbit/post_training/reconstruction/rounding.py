@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LayerError, SpecError
+from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 from lowbit.quantizers import QTensor, Quantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, code_dtype
 
@@ -110,7 +111,7 @@ def hard_round(logits: Tensor, floor: Tensor, low: Tensor, high: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class BetaSchedule:
+class BetaSchedule(CheckedSettings):
     """The exponent of the regularizer over the iterations, which count from 0.
 
     Nothing in the first ``warm_start`` share of the iterations; then from ``start`` down to ``end``:
@@ -120,10 +121,10 @@ class BetaSchedule:
     """
 
     shape: Literal["cosine", "linear"]
-    iterations: int
-    warm_start: float = 0.2
-    start: float = 20.0
-    end: float = 2.0
+    iterations: Annotated[int, AtLeast(0)]
+    warm_start: Annotated[float, Interval(0, 1)] = 0.2
+    start: Annotated[float, Above(0)] = 20.0
+    end: Annotated[float, Above(0)] = 2.0
 
     def is_active(self, iteration: int) -> bool:
         """Whether the regularizer counts in this iteration."""

@@ -5,39 +5,46 @@ from __future__ import annotations
 import copy
 import functools
 
-from tests.laws import tiny
 from torch import Tensor, nn
 
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of, prepare
-from lowbit.registry import get_method, list_methods
+from lowbit.registry import MethodInfo, find_method
+from lowbit.testing import tiny
+from lowbit.testing.checks import MethodRef
 
-TRAINING = [info.name for info in list_methods(kind="training")]
 STEPS, EPOCHS = 10, 6
 
 
-def few_bits(name: str) -> tuple[int, int | None]:
+def facts(method: MethodRef) -> MethodInfo:
+    """What is known of the method."""
+    return find_method(method, "training")
+
+
+def few_bits(method: MethodRef) -> tuple[int, int | None]:
     """Two bits of weights and four of activations, or what the method has nearest to it."""
-    info = get_method(name)
+    info = facts(method)
     weight_bits = 2 if 2 in info.weight_bits else info.weight_bits[0]
     return weight_bits, None if info.activation_bits is None else 4 if 4 in info.activation_bits else info.activation_bits[0]
 
 
-def ready(name: str, model: nn.Module, sample: Tensor, *, weight_bits: int | None = None, activation_bits: int | None = None) -> nn.Module:
+def ready(
+    method: MethodRef, model: nn.Module, sample: Tensor, *, weight_bits: int | None = None, activation_bits: int | None = None
+) -> nn.Module:
     """``model`` with the method's quantizers at these bits; left out: at few bits."""
-    few = few_bits(name)
+    few = few_bits(method)
     bits = few if weight_bits is None else (weight_bits, activation_bits)
-    return prepare(model, method=name, weight_bits=bits[0], activation_bits=bits[1], sample=sample, seed=3)
+    return prepare(model, method=method, weight_bits=bits[0], activation_bits=bits[1], sample=sample, seed=3)
 
 
 @functools.cache
-def _prepared(name: str, weight_bits: int | None, activation_bits: int | None) -> nn.Module:
-    return ready(name, tiny.trained(), tiny.calibration(), weight_bits=weight_bits, activation_bits=activation_bits)
+def _prepared(method: MethodRef, weight_bits: int | None, activation_bits: int | None) -> nn.Module:
+    return ready(method, tiny.trained(), tiny.calibration(), weight_bits=weight_bits, activation_bits=activation_bits)
 
 
-def prepared(name: str, weight_bits: int | None = None, activation_bits: int | None = None) -> nn.Module:
+def prepared(method: MethodRef, weight_bits: int | None = None, activation_bits: int | None = None) -> nn.Module:
     """The trained network with the method's quantizers, initialized; a copy, in evaluation mode."""
-    return copy.deepcopy(_prepared(name, weight_bits, activation_bits)).eval()
+    return copy.deepcopy(_prepared(method, weight_bits, activation_bits)).eval()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -74,13 +81,13 @@ def train(model: nn.Module, *, epochs: int = EPOCHS) -> nn.Module:
 
 
 @functools.cache
-def _trained(name: str) -> nn.Module:
-    return train(copy.deepcopy(_prepared(name, None, None)))
+def _trained(method: MethodRef) -> nn.Module:
+    return train(copy.deepcopy(_prepared(method, None, None)))
 
 
-def trained(name: str) -> nn.Module:
+def trained(method: MethodRef) -> nn.Module:
     """The network after a short run at few bits; a copy, in evaluation mode."""
-    return copy.deepcopy(_trained(name))
+    return copy.deepcopy(_trained(method))
 
 
 def accuracy(model: nn.Module) -> float:

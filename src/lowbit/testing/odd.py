@@ -15,7 +15,8 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.odd(self.stem(x).relu()).relu()
-        return self.head(y.flatten(2).mean(2))
+        logits: Tensor = self.head(y.flatten(2).mean(2))
+        return logits
 
 
 def odd_network(case: str) -> tuple[nn.Module, Tensor]:
@@ -37,14 +38,15 @@ def odd_network(case: str) -> tuple[nn.Module, Tensor]:
         "odd_channels": nn.Conv2d(6, 7, (1, 3), stride=(2, 1)),
     }.get(case, nn.Conv2d(6, 6, 3))
     model = Odd(stem, odd, tiny_channels(odd))
+    weight = odd.get_parameter("weight")
     with torch.no_grad():
         if case == "zero_channel":
-            model.odd.weight[2] = 0
-            model.odd.weight[4] = 1e-30
+            weight[2] = 0
+            weight[4] = 1e-30
         if case == "zero_layer":
-            model.odd.weight.zero_()
+            weight.zero_()
         if case == "constant_weights":
-            model.odd.weight.fill_(0.25)
+            weight.fill_(0.25)
     return model, images[:1] if case == "one_sample" else images
 
 

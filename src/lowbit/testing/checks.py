@@ -9,13 +9,16 @@ import pickle
 from pathlib import Path
 
 import torch
-from tests.laws import tiny
 from torch import Tensor, nn
 
-import lowbit
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.qtensor import SumDecoder
+from lowbit.testing import tiny
+from lowbit.workflows.export import export
+from lowbit.workflows.load import load
+
+MethodRef = str | type  # a name, ``file.py:Class`` or a class
 
 
 def grids(model: nn.Module) -> list[tuple[str, Quantizer, Tensor]]:
@@ -88,7 +91,7 @@ def check_copies(model: nn.Module, other: nn.Module, device: torch.device) -> No
 
 def check_packed(model: nn.Module, path: Path, *, rest: int) -> None:
     """The packed file holds codes, their tables and ``rest`` more bytes, and decodes to the same outputs."""
-    lowbit.export(model, path, sample=tiny.held_out()[:2])
+    export(model, path, sample=tiny.held_out()[:2])
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     _, codes = bake_weights(model)
@@ -97,7 +100,7 @@ def check_packed(model: nn.Module, path: Path, *, rest: int) -> None:
     stored = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
     assert stored <= 1.02 * (packed + tables + rest) + 128
     assert stored >= packed
-    torch.testing.assert_close(tiny.outputs(lowbit.load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiny.outputs(load(path), tiny.held_out()), tiny.outputs(model, tiny.held_out()), rtol=1e-5, atol=1e-5)
 
 
 def check_untouched(network: nn.Module, before: dict[str, Tensor]) -> None:

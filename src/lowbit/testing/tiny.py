@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 
 import torch
-from tests.networks import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lowbit
-from lowbit.registry import MethodInfo, get_method, list_methods
-
 CLASSES, SIZE = 16, 8
-POST_TRAINING = [info.name for info in list_methods(kind="post_training")]
+
+
+class TinyNet(nn.Module):
+    """An ordinary small residual network: convolution, batch norm, ReLU, add, pooling, linear."""
+
+    def __init__(self, channels: int = 8, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)) + x)
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
 
 
 def samples(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,9 +55,9 @@ def trained() -> nn.Module:
         spread = torch.exp2(torch.linspace(-3, 3, 16)[torch.randperm(16)])
     with torch.no_grad():  # ReLU is homogeneous: what the norm scales up, the next layer scales down
         assert isinstance(model, TinyNet)
-        model.bn1.weight *= spread
-        model.bn1.bias *= spread
-        model.conv2.weight /= spread[:, None, None]
+        model.bn1.weight.mul_(spread)
+        model.bn1.bias.mul_(spread)
+        model.conv2.weight.div_(spread[:, None, None])
     return model.eval()
 
 
@@ -60,41 +73,11 @@ def held_out() -> Tensor:
     return samples(512, seed=2)[0]
 
 
-def has_field(info: MethodInfo, name: str) -> bool:
-    """Whether ``name`` is a hyper-parameter of the method."""
-    assert info.method is not None
-    return name in {f.name for f in dataclasses.fields(info.method)}
-
-
-def budget(info: MethodInfo, iterations: int) -> dict[str, object]:
-    """Options that keep a reconstruction short; empty for methods without iterations."""
-    return {name: iterations for name in ("iterations", "activation_iterations") if has_field(info, name)}
-
-
-def quantize(
-    name: str, model: nn.Module, data: Tensor, *, weight_bits: int, activation_bits: int | None = 8, iterations: int = 20
-) -> nn.Module:
-    """The method at its defaults but for a short reconstruction."""
-    options = budget(get_method(name), iterations)
-    return lowbit.quantize(
-        model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, calibration=data, seed=3, **options
-    )
-
-
-@functools.cache
-def _quantized(name: str, weight_bits: int) -> nn.Module:
-    return quantize(name, trained(), calibration(), weight_bits=weight_bits)
-
-
-def quantized(name: str, weight_bits: int = 4) -> nn.Module:
-    """The trained network under one method, with 8-bit activations; a copy, so that tests may change it."""
-    return copy.deepcopy(_quantized(name, weight_bits))
-
-
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """Logits without gradients."""
     with torch.no_grad():
-        return model(images)
+        logits: Tensor = model(images)
+        return logits
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
