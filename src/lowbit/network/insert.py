@@ -187,16 +187,21 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Activation quantizers by site, ``layer1.0.conv1.input`` or ``layer1.0.output``; one shared by several sites appears once."""
-    found: dict[str, Quantizer] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        for attribute, side in ((INPUT, "input"), (OUTPUT, "output")):
-            quantizer = getattr(module, attribute, None)
-            if isinstance(quantizer, Quantizer) and id(quantizer) not in seen:
-                seen.add(id(quantizer))
-                found[f"{name}.{side}" if name else side] = quantizer
-    return found
+    """Activation quantizers by site, as ``sites`` gives them; one shared by several sites appears once."""
+    found: dict[Quantizer, str] = {}
+    for site, quantizer in sites(model).items():
+        found.setdefault(quantizer, site)
+    return {site: quantizer for quantizer, site in found.items()}
+
+
+def sites(model: nn.Module) -> dict[str, Quantizer]:
+    """Every place of an activation quantizer, ``layer1.0.conv1.input`` or ``layer1.0.output``, and the quantizer that sits there."""
+    return {
+        f"{name}.{side}" if name else side: getattr(module, attribute)
+        for name, module in model.named_modules()
+        for attribute, side in ((INPUT, "input"), (OUTPUT, "output"))
+        if isinstance(getattr(module, attribute, None), Quantizer)
+    }
 
 
 def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> AbstractContextManager[None]:
