@@ -104,9 +104,9 @@ class Granularity:
         """The first axis; 0 where there is none."""
         return self.axes[0] if self.axes else 0
 
-    def fits(self, dim: int) -> bool:
-        """Whether a tensor of ``dim`` axes has these."""
-        return all(-dim <= axis < dim for axis in self.axes) and len({axis % dim for axis in self.axes}) == len(self.axes)
+    def counted_from_zero(self, dim: int) -> Granularity:
+        """The same for tensors of ``dim`` axes, without negative axes."""
+        return Granularity(tuple(axis % max(dim, 1) for axis in self.axes), self.group_size)
 
     def scale_shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of a scale that broadcasts with ``broadcast(x)``."""

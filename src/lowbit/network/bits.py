@@ -52,7 +52,8 @@ def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
     found = {}
     for name in dict.fromkeys([*recorded, *layers]):
         layer = layers[name]
-        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), sites.get(inputs.get(name, ""), insert.input_quantizer(layer)))
+        own = insert.input_quantizer(layer)
+        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), sites.get(inputs.get(name, "")) if own is None else own)
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
