@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,66 +28,102 @@ def check_bit_width(bit_width: int, where: str) -> int:
 
 @dataclass(frozen=True)
 class Granularity:
-    """Which elements of a tensor share a scale: all of them, one channel, or groups along a channel.
+    """Which elements of a tensor share a scale: those with the same index in each of ``axes``, or runs of ``group_size`` among them.
 
-    ``broadcast(x)`` is a view of ``x`` on which a scale of shape ``scale_shape(x)`` broadcasts, so that per tensor, per
-    channel and per group are one code path.
+    No axis is one scale for the whole tensor, one axis a scale for each channel, ``(0, 1)`` a scale for each sample and channel.
+    ``broadcast(x)`` is a view of ``x`` on which a scale of shape ``scale_shape(x)`` broadcasts, so that all of these are one code path.
     """
 
-    kind: Literal["per_tensor", "per_channel", "per_group"] = "per_tensor"
-    axis: int = 0
+    axes: tuple[int, ...] = ()
     group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size and len(self.axes) != 1:
+            raise SpecError(f"groups lie within the indices of one axis, got axes {self.axes}")
+        if len(set(self.axes)) != len(self.axes):
+            raise SpecError(f"granularity: axes must differ, got {self.axes}")
 
     @staticmethod
     def tensor() -> Granularity:
         """One scale for the whole tensor, shape ``()``."""
-        return Granularity("per_tensor")
+        return Granularity()
 
     @staticmethod
     def channel(axis: int = 0) -> Granularity:
         """One scale for each index of ``axis``."""
-        return Granularity("per_channel", axis)
+        return Granularity((axis,))
+
+    @staticmethod
+    def over(*axes: int) -> Granularity:
+        """One scale for each combination of indices of ``axes``.
+
+        >>> import torch
+        >>> Granularity.over(0, 1).scale_shape(torch.zeros(2, 3, 4, 4))
+        (2, 3, 1, 1)
+        """
+        return Granularity(axes)
 
     @staticmethod
     def group(size: int, axis: int = 0) -> Granularity:
         """One scale for each run of ``size`` elements within an index of ``axis`` (shape ``[channels, groups, 1]``)."""
         if size < 1:
             raise SpecError(f"group size must be at least 1, got {size}")
-        return Granularity("per_group", axis, size)
+        return Granularity((axis,), size)
 
     @staticmethod
     def parse(text: str, axis: int = 0) -> Granularity:
-        """``per_tensor``, ``per_channel`` or ``group:64``."""
+        """``per_tensor``, ``per_channel`` (of ``axis``), ``group:64`` or ``axes:0,1``; the inverse of ``str``."""
         if text == "per_tensor":
             return Granularity.tensor()
         if text == "per_channel":
             return Granularity.channel(axis)
-        prefix, _, size = text.partition(":")
-        if prefix in ("group", "per_group") and size.isdigit():
-            return Granularity.group(int(size), axis)
-        raise SpecError(f"unknown granularity {text!r}. Allowed: per_tensor, per_channel, group:SIZE (for example group:64).")
+        prefix, _, rest = text.partition(":")
+        if prefix in ("group", "per_group") and rest.isdigit():
+            return Granularity.group(int(rest), axis)
+        if prefix == "axes" and all(part.strip().removeprefix("-").isdigit() for part in rest.split(",")):
+            return Granularity.over(*map(int, rest.split(",")))
+        raise SpecError(
+            f"unknown granularity {text!r}. Allowed: per_tensor, per_channel, group:SIZE (for example group:64), "
+            "axes:AXIS,AXIS (for example axes:0,1, each sample and channel)."
+        )
 
     def __str__(self) -> str:
-        return f"group:{self.group_size}" if self.kind == "per_group" else self.kind
+        if self.kind == "per_axes":
+            return f"axes:{','.join(map(str, self.axes))}"
+        return f"group:{self.group_size}" if self.group_size else self.kind
+
+    @property
+    def kind(self) -> Literal["per_tensor", "per_channel", "per_group", "per_axes"]:
+        """The name of the case."""
+        if self.group_size:
+            return "per_group"
+        return "per_tensor" if not self.axes else "per_channel" if len(self.axes) == 1 else "per_axes"
+
+    @property
+    def axis(self) -> int:
+        """The first axis; 0 where there is none."""
+        return self.axes[0] if self.axes else 0
+
+    def counted_from_zero(self, dim: int) -> Granularity:
+        """The same for tensors of ``dim`` axes, without negative axes."""
+        return Granularity(tuple(axis % max(dim, 1) for axis in self.axes), self.group_size)
 
     def scale_shape(self, x: Tensor) -> tuple[int, ...]:
         """Shape of a scale that broadcasts with ``broadcast(x)``."""
-        if self.kind == "per_tensor":
-            return ()
-        if self.kind == "per_channel":
-            return tuple(size if dim == self.axis % x.dim() else 1 for dim, size in enumerate(x.shape))
-        channels = x.shape[self.axis]
-        return (channels, self._groups(x), 1)
+        if self.group_size:
+            return (x.shape[self.axis], self._groups(x), 1)
+        kept = self._kept(x.dim())
+        return tuple(size if axis in kept else 1 for axis, size in enumerate(x.shape)) if kept else ()
 
     def broadcast(self, x: Tensor) -> Tensor:
         """``x`` itself, or for groups its view ``[channels, groups, group_size]``."""
-        if self.kind != "per_group":
+        if not self.group_size:
             return x
         return x.movedim(self.axis, 0).reshape(x.shape[self.axis], self._groups(x), self.group_size)
 
     def restore(self, view: Tensor, shape: Iterable[int]) -> Tensor:
         """Undo ``broadcast`` for a tensor whose shape was ``shape``."""
-        if self.kind != "per_group":
+        if not self.group_size:
             return view
         moved = list(shape)
         moved.insert(0, moved.pop(self.axis))
@@ -94,19 +131,29 @@ class Granularity:
 
     def flatten(self, x: Tensor) -> Tensor:
         """``[scales, elements]``: one row for each scale, in the order of the flattened scale."""
-        if self.kind == "per_tensor":
-            return x.reshape(1, -1)
-        if self.kind == "per_channel":
-            return x.movedim(self.axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
-        return self.broadcast(x).flatten(0, 1)
+        if self.group_size:
+            return self.broadcast(x).flatten(0, 1)
+        order, kept = self._order(x.dim()), len(self.axes)
+        rows, elements = (math.prod(x.shape[axis] for axis in part) for part in (order[:kept], order[kept:]))
+        return _permuted(x, order).reshape(rows, elements)
 
     def unflatten(self, rows: Tensor, shape: Iterable[int]) -> Tensor:
         """Undo ``flatten`` for a tensor whose shape was ``shape``."""
-        shape = list(shape)
-        if self.kind == "per_tensor" or len(shape) < 2:
-            return rows.reshape(shape)
-        shape.insert(0, shape.pop(self.axis))
-        return rows.reshape(shape).movedim(0, self.axis)
+        sizes = list(shape)
+        order = self._order(len(sizes))
+        return _permuted(rows.reshape([sizes[axis] for axis in order]), sorted(range(len(order)), key=order.__getitem__))
+
+    def shared_axes(self, x: Tensor) -> tuple[int, ...]:
+        """The axes of ``broadcast(x)`` along which elements share a scale."""
+        return (2,) if self.group_size else tuple(self._order(x.dim())[len(self.axes) :])
+
+    def _kept(self, dim: int) -> list[int]:
+        return sorted(axis % dim for axis in self.axes)
+
+    def _order(self, dim: int) -> list[int]:
+        """All axes, those with a scale of their own first."""
+        kept = self._kept(dim)
+        return [*kept, *(axis for axis in range(dim) if axis not in kept)]
 
     def _groups(self, x: Tensor) -> int:
         elements = x[(slice(None),) * (self.axis % x.dim()) + (0,)].numel()
@@ -116,6 +163,10 @@ class Granularity:
                 "Choose a divisor, or leave this layer per_channel."
             )
         return elements // self.group_size
+
+
+def _permuted(x: Tensor, order: list[int]) -> Tensor:
+    return x if order == sorted(order) else x.permute(order)
 
 
 @dataclass(frozen=True)

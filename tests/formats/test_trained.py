@@ -17,7 +17,7 @@ from lowbit.qat.prepare import prepare
 from lowbit.quantizers import UniformQuantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import mark_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.spec import BitPolicy, Granularity
 from lowbit.workflows.export import ExportReport, export
@@ -333,7 +333,7 @@ class Uneven(TableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            marked: Tensor = fake_quantize_codebook(x, self.boundaries, self.levels)
+            marked: Tensor = mark_codebook(x, self.boundaries, self.levels)
             return marked
         return self.encode(x).decode()
 

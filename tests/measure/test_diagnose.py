@@ -13,6 +13,7 @@ from lowbit.measure.noise import sqnr_db
 from lowbit.network.insert import input_quantizer, set_input_quantizer, set_weight_quantizer, weight_quantizer
 from lowbit.network.layers import quantizable_layers
 from lowbit.quantizers import UniformQuantizer
+from lowbit.quantizers.uniform import observing
 from lowbit.spec import Granularity
 
 
@@ -30,12 +31,12 @@ def quantized(
         weights.initialize(layer.weight.detach())
         set_weight_quantizer(layer, weights)
         activations = UniformQuantizer(activation_bits, signed=False, symmetric=False)
-        activations.start_calibration()
         set_input_quantizer(layer, activations)
-    with torch.no_grad():
+    quantizers = [input_quantizer(layer) for layer in quantizable_layers(model).values()]
+    with torch.no_grad(), observing(quantizers):
         model(x)
-    for layer in quantizable_layers(model).values():
-        input_quantizer(layer).finish_calibration()
+    for quantizer in quantizers:
+        quantizer.take_observed()
     return model
 
 

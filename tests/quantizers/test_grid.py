@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.quantizers import AffineDecoder, Grid, GridQuantizer, fake_quantize_grid
 from lowbit.quantizers.fused import fused_kernels
-from lowbit.quantizers.ops import fake_quantize_grid as marked
+from lowbit.quantizers.ops import mark_grid as marked
 from lowbit.spec import Granularity
 from lowbit.surrogates import SURROGATES, bounded_straight_through, make_surrogate, straight_through
 

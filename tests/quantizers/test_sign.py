@@ -6,7 +6,7 @@ from torch import nn
 
 from lowbit.quantizers import ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.codebook import nearest_level
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import mark_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder
 from lowbit.runtime.layers.binary import binary_linear, pack_conv_weight
 from lowbit.spec import Granularity
@@ -77,8 +77,8 @@ def test_nan_counts_as_below_all_boundaries_everywhere() -> None:
     x = torch.tensor([float("nan"), -1.0, 0.0, 1.0, float("inf"), float("-inf")])
     boundary, levels = torch.tensor([-torch.finfo(torch.float32).tiny / 2]), torch.tensor([-1.0, 1.0])
     expected = [-1.0, -1.0, 1.0, 1.0, 1.0, -1.0]
-    assert fake_quantize_codebook(x, boundary, levels).tolist() == SignQuantizer()(x).tolist() == expected
-    three = fake_quantize_codebook(x, torch.tensor([-0.5, 0.5]), torch.tensor([-1.0, 0.0, 1.0]))
+    assert mark_codebook(x, boundary, levels).tolist() == SignQuantizer()(x).tolist() == expected
+    three = mark_codebook(x, torch.tensor([-0.5, 0.5]), torch.tensor([-1.0, 0.0, 1.0]))
     assert three.tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0, -1.0]
     assert nearest_level(x[None], torch.tensor([[-1.0, 0.0, 1.0]])).tolist() == [[0, 0, 1, 2, 2, 0]]
     assert binary_linear(x[:, None], *pack_conv_weight(torch.ones(1, 1)), torch.ones(1), None, 1).flatten().tolist() == expected

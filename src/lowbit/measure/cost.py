@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
+from lowbit.network.bits import get_bits
 from lowbit.network.insert import (
     Coded,
     activation_quantizers,
     float_bias,
     float_weight,
-    input_quantizer,
-    quantized_layers,
     weight_quantizer,
 )
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
@@ -122,7 +121,7 @@ def _stored_layers(model: nn.Module) -> dict[str, _Layer]:
     for name, layer in quantizable_layers(model).items():
         weight, quantizer = float_weight(layer), weight_quantizer(layer)
         bias = float_bias(layer)
-        found[name] = (weight, bias, None if quantizer is None else quantizer.encode(weight.detach()))
+        found[name] = (weight, bias, None if quantizer is None or not quantizer.enabled else quantizer.encode(weight.detach()))
     return found
 
 
@@ -203,23 +202,13 @@ def compute_cost(model: nn.Module, sample: object) -> dict[str, LayerCompute]:
 def layer_bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
     """Weight bits and input activation bits of each layer; ``None`` means float.
 
-    Activation bits are those of the record of the quantization (a quantizer may sit at the output of an earlier module); without
-    a record, those of the quantizer at the layer's own input (a loaded network has none then).
+    Those of a loaded network are what its file recorded.
     """
     rows = _recorded(model)
     if isinstance(model, Coded):
         held = {name: None if codes is None else codes.bit_width for name, (_, _, codes) in _coded_layers(model).items()}
         return {name: (rows[name].weight_bits, rows[name].activation_bits) if name in rows else (bits, None) for name, bits in held.items()}
-    quantized = quantized_layers(model)
-    fed = {name: row.activation_bits for name, row in rows.items()}
-    bits: dict[str, tuple[int | None, int | None]] = {}
-    for name, layer in quantizable_layers(model).items():
-        weight, own = weight_quantizer(layer), input_quantizer(layer)
-        bits[name] = (
-            weight.bit_width if weight is not None and name in quantized else None,
-            fed.get(name, None if own is None else own.bit_width),
-        )
-    return bits
+    return {name: (bits.weight, bits.activation) for name, bits in get_bits(model).items()}
 
 
 def tensor_bytes(model: nn.Module) -> int:

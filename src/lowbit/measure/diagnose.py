@@ -21,11 +21,13 @@ from lowbit.measure.diagnosis import Diagnosis, Remedy, Setting, Suspect
 from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import device_of, pieces
 from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
-from lowbit.measure.sensitivity import CHUNK, output_noise, standing_in, switched_off
+from lowbit.measure.sensitivity import CHUNK, output_noise
 from lowbit.network.insert import activation_quantizers, float_weight, quantization_enabled, quantized_layers, weight_quantizer
 from lowbit.network.layers import evaluating, output_channel_axis, quantizable_layers
 from lowbit.progress import Progress, Stage
 from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers.base import disabled, replace_forward
+from lowbit.quantizers.uniform import observing
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -124,7 +126,7 @@ class _Walk:
     def against_float(self, model: nn.Module, silent: Iterable[Quantizer], name: str) -> Setting:
         """``model`` with the quantizers ``silent`` switched off."""
         meter = AgreementMeter()
-        with evaluating(model), switched_off(silent):
+        with evaluating(model), disabled(silent):
             for inputs, target in zip(self.batches, self.targets, strict=True):
                 meter.add(target, run_output(model, inputs, self.output), inputs.batch_size)
             score = self.evaluate(model) if self.evaluate is not None else None
@@ -137,11 +139,11 @@ class _Walk:
         named = [(name, "weight", q) for name, q in self.weights.items()]
         named += [(name, "activation", q) for name, q in self.activations.items()]
         found: list[tuple[float, Suspect]] = []
-        everything = self.noise(switched_off(())).sqnr_db
+        everything = self.noise(disabled(())).sqnr_db
         for name, kind, quantizer in named:
-            alone = self.noise(switched_off(q for q in self.quantizers if q is not quantizer))
+            alone = self.noise(disabled(q for q in self.quantizers if q is not quantizer))
             self.stage.advance(note=f"only {name}")
-            without = self.noise(switched_off([quantizer]))
+            without = self.noise(disabled([quantizer]))
             self.stage.advance(note=f"all but {name}")
             layers = (name,) if kind == "weight" else tuple(readers[quantizer])
             suspect = Suspect(
@@ -204,7 +206,7 @@ class _Walk:
 
         handles = [layer.register_forward_pre_hook(reading(name)) for name, layer in quantizable_layers(self.model).items()]
         try:
-            with switched_off(self.weights.values()), standing_in({q: seeing(q) for q in meters}):
+            with disabled(self.weights.values()), replace_forward({q: seeing(q) for q in meters}):
                 for inputs in self.batches:
                     run_output(self.model, inputs, self.output)
                     makers.clear()
@@ -219,12 +221,12 @@ class _Walk:
     def remedies(self, suspects: list[Suspect]) -> list[Remedy]:
         """Step 5: what can be tried is tried."""
         found: list[Remedy] = []
-        now = self.noise(switched_off(())).sqnr_db
+        now = self.noise(disabled(())).sqnr_db
         for suspect in suspects:
             quantizer = (self.weights if suspect.kind == "weight" else self.activations)[suspect.name]
             for action, candidate, rule in candidates(suspect, quantizer, self._axis(suspect)):
                 self._fit(suspect, quantizer, candidate)
-                gain = self.noise(standing_in({quantizer: candidate.forward})).sqnr_db - now
+                gain = self.noise(replace_forward({quantizer: candidate.forward})).sqnr_db - now
                 found.append(Remedy(suspect.name, action, gain, rule))
                 self.stage.advance(note=f"{suspect.name}: {action}")
         return found
@@ -237,11 +239,11 @@ class _Walk:
             candidate.initialize(float_weight(self.model.get_submodule(suspect.name)))
             return
         candidate.to(self.batches[0].tensors[0].device)
-        candidate.start_calibration()
-        with switched_off(q for q in self.quantizers if q is not quantizer), standing_in({quantizer: candidate.forward}):
+        others = [q for q in self.quantizers if q is not quantizer]
+        with observing([candidate]), disabled(others), replace_forward({quantizer: candidate.__call__}):
             for inputs in self.batches:
                 run_output(self.model, inputs, self.output)
-        candidate.finish_calibration()
+        candidate.take_observed()
 
 
 def _present(quantizer: Quantizer | None) -> Quantizer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from lowbit.measure.outputs import batch_count, device_of, pieces
 from lowbit.network.insert import float_weight, quantization_enabled, quantized_layers, weight_quantizer
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress
-from lowbit.quantizers import Quantizer
 
 CHUNK = 8  # samples whose layer outputs are held at once
 
@@ -150,24 +149,3 @@ def _recorder(into: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], ob
             into.append(output.detach().clone())  # an in-place activation function may overwrite it
 
     return record
-
-
-@contextmanager
-def standing_in(replacements: Mapping[Quantizer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Within the context each quantizer, wherever it sits, does what its replacement does."""
-    try:
-        for quantizer, replacement in replacements.items():
-            quantizer.forward = replacement  # type: ignore[method-assign, assignment]
-        yield
-    finally:
-        for quantizer in replacements:
-            del quantizer.forward
-
-
-def switched_off(quantizers: Iterable[Quantizer]) -> AbstractContextManager[None]:
-    """Within the context these quantizers return their input unchanged."""
-    return standing_in(dict.fromkeys(quantizers, _unchanged))
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

@@ -11,8 +11,7 @@ not to calls: a layer used twice shares them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -21,21 +20,21 @@ from torch.nn.utils import parametrize
 from lowbit.errors import LayerError
 from lowbit.network.layers import quantizable_layers
 from lowbit.quantizers import QTensor, Quantizer
+from lowbit.quantizers.base import disabled
 
 INPUT, OUTPUT, TRANSFORM = "input_quantizer", "output_quantizer", "output_transform"
 INPUT_TRANSFORM = "input_transform"
 
 
 class WeightParametrization(nn.Module):
-    """Passes a weight through its quantizer; ``is_enabled`` switches that off."""
+    """Passes a weight through its quantizer."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.is_enabled = True
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.quantizer(weight) if self.is_enabled else weight
+        return self.quantizer(weight)
 
 
 @runtime_checkable
@@ -47,7 +46,7 @@ class ScalesBias(Protocol):
 
 
 class BiasParametrization(nn.Module):
-    """Passes a bias through ``scale_bias`` of the weight's quantizer, where that has one and is not passed by."""
+    """Passes a bias through ``scale_bias`` of the weight's quantizer, where that has one and is enabled."""
 
     def __init__(self, weights: WeightParametrization) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class BiasParametrization(nn.Module):
     def forward(self, bias: Tensor) -> Tensor:
         (weights,) = self._weights
         scale = getattr(weights.quantizer, "scale_bias", None)
-        return bias if scale is None or not weights.is_enabled else scale(bias)
+        return bias if scale is None or not weights.quantizer.enabled else scale(bias)
 
 
 def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
@@ -153,8 +152,9 @@ def set_output_transform(module: nn.Module, transform: nn.Module) -> None:
     """Replace the module's output, one tensor, by ``transform(output, x)``; replaces a transform that is already there.
 
     ``x`` is the module's first floating-point positional input before the input quantizer (behind an input transform). An
-    output quantizer sees the transformed output. Where activation quantizers are bypassed the transform is too. A transform with
-    a true attribute ``before_bias`` gets the output without the layer's bias, which is added to what it returns.
+    output quantizer sees the transformed output. It belongs to the quantizer of the input: where that is not enabled the output stays
+    as it is, and where ``transform.enabled`` is ``False``. A transform with a true attribute ``before_bias`` gets the output without
+    the layer's bias, which is added to what it returns.
     """
     if not hasattr(module, TRANSFORM):
         module.register_forward_hook(_transform_output, prepend=True)
@@ -164,7 +164,7 @@ def set_output_transform(module: nn.Module, transform: nn.Module) -> None:
 def set_input_transform(module: nn.Module, transform: nn.Module) -> None:
     """Replace the module's first floating-point positional input by ``transform(x)``, before any input quantizer.
 
-    It belongs to the network, as a norm does: it stays where quantizers are bypassed. Replaces a transform that is already there.
+    It belongs to the network, as a norm does: it stays where quantizers are disabled. Replaces a transform that is already there.
     """
     if not hasattr(module, INPUT_TRANSFORM):
         module.register_forward_pre_hook(_transform_input, prepend=True)
@@ -182,42 +182,40 @@ def output_transform(module: nn.Module) -> nn.Module | None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose weight is quantized, by name."""
+    """The layers whose weight has a quantizer, enabled or not, by name."""
     return {name: layer for name, layer in quantizable_layers(model).items() if weight_quantizer(layer) is not None}
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Activation quantizers by site, ``layer1.0.conv1.input`` or ``layer1.0.output``; one shared by several sites appears once."""
-    found: dict[str, Quantizer] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        for attribute, side in ((INPUT, "input"), (OUTPUT, "output")):
-            quantizer = getattr(module, attribute, None)
-            if isinstance(quantizer, Quantizer) and id(quantizer) not in seen:
-                seen.add(id(quantizer))
-                found[f"{name}.{side}" if name else side] = quantizer
-    return found
+    """Activation quantizers by site, as ``sites`` gives them; one shared by several sites appears once."""
+    found: dict[Quantizer, str] = {}
+    for site, quantizer in sites(model).items():
+        found.setdefault(quantizer, site)
+    return {site: quantizer for quantizer, site in found.items()}
 
 
-@contextmanager
-def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> Iterator[None]:
-    """Within the context, weight and activation quantizers are applied or passed by as asked; scaled biases go with the weights."""
-    saved: list[tuple[nn.Module, bool]] = []
+def sites(model: nn.Module) -> dict[str, Quantizer]:
+    """Every place of an activation quantizer, ``layer1.0.conv1.input`` or ``layer1.0.output``, and the quantizer that sits there."""
+    return {
+        f"{name}.{side}" if name else side: getattr(module, attribute)
+        for name, module in model.named_modules()
+        for attribute, side in ((INPUT, "input"), (OUTPUT, "output"))
+        if isinstance(getattr(module, attribute, None), Quantizer)
+    }
+
+
+def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> AbstractContextManager[None]:
+    """Within the context, weight quantizers, or activation quantizers and output transforms, are disabled where ``False`` is asked.
+
+    Those that are left alone stay as they are: enabled, unless ``set_bit_width(None)`` or an outer context disabled them.
+    """
+    off: list[nn.Module] = []
     for module in model.modules():
-        if isinstance(module, WeightParametrization):
-            saved.append((module, module.is_enabled))
-            module.is_enabled = weights
-    bypassed = [module for module in model.modules() if any(hasattr(module, attribute) for attribute in (INPUT, OUTPUT, TRANSFORM))]
-    before = [getattr(module, _BYPASS, False) for module in bypassed]
-    for module in bypassed:
-        setattr(module, _BYPASS, not activations)
-    try:
-        yield
-    finally:
-        for module, flag in saved:
-            module.is_enabled = flag  # type: ignore[assignment]
-        for module, flag in zip(bypassed, before, strict=True):
-            setattr(module, _BYPASS, flag)
+        if not weights and isinstance(module, WeightParametrization):
+            off.append(module.quantizer)
+        if not activations:
+            off += [getattr(module, attribute) for attribute in (INPUT, OUTPUT, TRANSFORM) if hasattr(module, attribute)]
+    return disabled(off)
 
 
 @runtime_checkable
@@ -231,19 +229,16 @@ class Coded(Protocol):
 def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
     """A copy of ``model`` with ordinary weights (and biases) that hold the decoded values, and the codes of each by parameter name.
 
-    Activation quantizers stay.
+    Activation quantizers stay. A weight whose quantizer is not enabled has no codes.
     """
     baked = copy.deepcopy(model)
     codes = model.weight_codes() if isinstance(model, Coded) else {}
     for name, layer in quantized_layers(baked).items():
         quantizer = weight_quantizer(layer)
-        assert quantizer is not None
-        codes[f"{name}.weight" if name else "weight"] = quantizer.encode(float_weight(layer).detach())
+        if quantizer is not None and quantizer.enabled:
+            codes[f"{name}.weight" if name else "weight"] = quantizer.encode(float_weight(layer).detach())
         remove_weight_quantizer(layer)
     return baked, codes
-
-
-_BYPASS = "bypass_activation_quantizers"
 
 
 class _QuantizedArguments(tuple[Any, ...]):
@@ -261,7 +256,7 @@ def _first_tensor(args: tuple[Any, ...]) -> int | None:
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     index = _first_tensor(args)
-    if index is None or getattr(module, _BYPASS, False):
+    if index is None:
         return None
     quantized = (*args[:index], getattr(module, INPUT)(args[index]), *args[index + 1 :])
     if not hasattr(module, TRANSFORM):
@@ -278,9 +273,11 @@ def _transform_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 
 def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) -> object:
     index = _first_tensor(args)
-    if index is None or getattr(module, _BYPASS, False) or not isinstance(output, Tensor):
+    transform, quantizer = getattr(module, TRANSFORM), getattr(module, INPUT, None)
+    is_enabled = getattr(transform, "enabled", True) and (quantizer is None or quantizer.enabled)
+    if index is None or not is_enabled or not isinstance(output, Tensor):
         return output
-    x, transform = args.raw if isinstance(args, _QuantizedArguments) else args[index], getattr(module, TRANSFORM)
+    x = args.raw if isinstance(args, _QuantizedArguments) else args[index]
     bias = getattr(module, "bias", None) if getattr(transform, "before_bias", False) else None
     if bias is None:
         return transform(output, x)
@@ -289,9 +286,7 @@ def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) 
 
 
 def _quantize_output(module: nn.Module, _args: tuple[Any, ...], output: object) -> object:
-    if getattr(module, _BYPASS, False) or not isinstance(output, Tensor):
-        return output
-    return getattr(module, OUTPUT)(output)
+    return getattr(module, OUTPUT)(output) if isinstance(output, Tensor) else output
 
 
 def _weight_parametrization(layer: nn.Module) -> WeightParametrization | None:
@@ -311,9 +306,8 @@ def _reduce_quantized_layer(layer: nn.Module, _protocol: int) -> tuple[Any, ...]
     state = {key: value for key, value in vars(layer).items() if key != "_modules"}
     # its place is kept, and with it the order of parameters that optimizers count on
     modules = {key: value if key != "parametrizations" else None for key, value in layer._modules.items()}
-    quantizer, enabled = weight_quantizer(layer), _weight_parametrization(layer).is_enabled  # type: ignore[union-attr]
     bias = float_bias(layer) if _has_scaled_bias(layer) else None
-    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), quantizer, enabled, bias)
+    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), weight_quantizer(layer), bias)
 
 
 def _rebuild_quantized_layer(
@@ -322,7 +316,6 @@ def _rebuild_quantized_layer(
     modules: dict[str, nn.Module | None],
     weight: nn.Parameter,
     quantizer: Quantizer,
-    enabled: bool,
     bias: nn.Parameter | None = None,
 ) -> nn.Module:
     layer = cls.__new__(cls)
@@ -333,7 +326,4 @@ def _rebuild_quantized_layer(
     if bias is not None:
         layer._parameters["bias"] = bias
     set_weight_quantizer(layer, quantizer)
-    parametrization = _weight_parametrization(layer)
-    assert parametrization is not None
-    parametrization.is_enabled = enabled
     return layer

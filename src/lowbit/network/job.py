@@ -125,6 +125,8 @@ class NetworkJob:
 
     def finish(self) -> LayerTable:
         """Fill the table; LayerError when a layer did not get what the policy asked for."""
+        self.table.positions = dict(self.positions)
+        self.table.inputs = {name: placement.name for placement in self.placements for name in placement.layers}
         fed = {name: placement.bit_width for placement in self.placements for name in placement.layers}
         for name in [*self._called, *(n for n in self._all_layers if n not in self._called)]:
             layer, asked = self._all_layers[name], self._bits[name]

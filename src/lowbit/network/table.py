@@ -8,6 +8,8 @@ from typing import Literal
 
 from rich.table import Table as RichTable
 
+from lowbit.spec import Position
+
 Status = Literal["done", "skipped"]
 
 
@@ -24,11 +26,19 @@ class LayerRecord:
 
 
 class LayerTable:
-    """Layer records by name, in execution order."""
+    """Layer records by name, in execution order.
+
+    Attributes:
+        notes: Remarks about the whole network.
+        inputs: Where the quantizer of each layer's input sits, by layer: a site such as ``block.relu.output``; not in a file.
+        positions: The first and the last layer to run, by name; not in a file.
+    """
 
     def __init__(self) -> None:
         self._records: dict[str, LayerRecord] = {}
         self.notes: list[str] = []
+        self.inputs: dict[str, str] = {}
+        self.positions: dict[str, Position] = {}
 
     def add(self, record: LayerRecord) -> None:
         """Add or replace the record of ``record.name``."""

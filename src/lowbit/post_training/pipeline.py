@@ -28,6 +28,7 @@ from lowbit.options import Method
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
 from lowbit.quantizers.affine import affine_parameters
 from lowbit.quantizers.ranges.observers import make_observer
+from lowbit.quantizers.uniform import observing
 from lowbit.spec import Granularity
 
 ActivationFactory = Callable[[str, int], Quantizer]
@@ -148,15 +149,14 @@ class PtqJob(NetworkJob):
         if not quantizers:
             return
         calibration = self.need_calibration("setting activation ranges")
-        for quantizer in quantizers.values():
-            quantizer.start_calibration()
-        with self.progress.stage("activation ranges", total=calibration.samples) as stage, parametrize.cached(), evaluating(self.model):
+        stage_of = self.progress.stage("activation ranges", total=calibration.samples)
+        with stage_of as stage, observing(quantizers.values()), parametrize.cached(), evaluating(self.model):
             for inputs in calibration:
                 self.model(*inputs.args, **inputs.kwargs)
                 stage.advance(inputs.batch_size)
         for name, quantizer in quantizers.items():
             try:
-                quantizer.finish_calibration()
+                quantizer.take_observed(())
             except CalibrationError as error:
                 raise CalibrationError(f"activation {name!r}: {error}") from error
 

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import SpecError
 from lowbit.quantizers.qtensor import QTensor
 from lowbit.spec import Granularity, check_bit_width
+
+_AT_WIDTH = "_at_width_"  # between the name of a table and the bit-width that it is kept for
 
 
 class Quantizer(nn.Module, ABC):
     """Maps a tensor to values on a grid of at most ``2**bit_width`` levels (for each scale of its granularity).
 
-    The law every subclass keeps: in evaluation mode ``encode(x).decode()`` equals ``forward(x)`` bit for bit.
+    A subclass writes ``forward``, ``encode`` and ``initialize``. The law it keeps: in evaluation mode ``encode(x).decode()`` equals
+    ``quantizer(x)`` bit for bit. Calling the quantizer looks at ``enabled`` first, wherever it is called from; ``forward`` need not.
+
+    Attributes:
+        bit_width: Width of the grid.
+        granularity: Which elements share a scale.
+        enabled: Whether values are quantized; else they pass unchanged.
+        is_dynamic: Whether every input has a grid of its own (see ``quantizers.dynamic``).
     """
+
+    is_dynamic = False
 
     def __init__(self, bit_width: int, granularity: Granularity) -> None:
         super().__init__()
         self.bit_width = check_bit_width(bit_width, type(self).__name__)
         self.granularity = granularity
+        self.enabled = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``forward(x)`` with its hooks, or ``x`` itself where the quantizer is not enabled."""
+        return cast(Tensor, super().__call__(x)) if self.enabled else x
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -41,14 +61,78 @@ class Quantizer(nn.Module, ABC):
     def project(self) -> None:
         """Bring the parameters back to where they are allowed, after an optimizer step; nothing unless a subclass needs it."""
 
+    @property
+    def bits(self) -> int | None:
+        """What values take at present: ``bit_width``, or ``None`` while they pass."""
+        return self.bit_width if self.enabled else None
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        """The widths that ``set_bit_width`` takes; the present one alone unless a subclass says how its grid changes."""
+        return (self.bit_width,)
+
+    def set_bit_width(self, bits: int | None, values: Tensor | None = None) -> None:
+        """Quantize to ``bits`` from now on, or with ``None`` let values pass; going there and back changes nothing.
+
+        What was learned is kept: parameters that mean the same at every width stay as they are, those that belong to a width are put
+        aside and come back with it.
+
+        Args:
+            bits: One of ``bit_widths``, or ``None``.
+            values: What to fit the grid to where this width is new and needs one of its own (a weight); without them it follows from
+                the present grid, and covers the same range.
+
+        Raises:
+            SpecError: A width that this quantizer does not have; lists those it has.
+
+        >>> from lowbit.quantizers import UniformQuantizer
+        >>> quantizer = UniformQuantizer(8, signed=False, symmetric=False)
+        >>> quantizer.initialize(torch.tensor([0.0, 3.0]))
+        >>> quantizer.set_bit_width(2)
+        >>> quantizer(torch.tensor([0.9, 1.6]))
+        tensor([1., 2.])
+        >>> quantizer.set_bit_width(None)
+        >>> quantizer(torch.tensor([0.9, 1.6]))
+        tensor([0.9000, 1.6000])
+        """
+        if bits is None:
+            self.enabled = False
+            return
+        self.check_has(bits)
+        if bits != self.bit_width:
+            self._change_bit_width(bits, values)
+        self.enabled = True
+
+    def check_has(self, bits: int) -> None:
+        """SpecError listing ``bit_widths`` unless ``bits`` is one of them."""
+        if isinstance(bits, bool) or bits not in self.bit_widths:
+            raise SpecError(
+                f"{type(self).__name__} has bit-widths {', '.join(map(str, self.bit_widths))}, got {bits!r}. "
+                "Choose one of them, or None to let values pass."
+            )
+
+    def has_grid_for(self, bits: int) -> bool:
+        """Whether a grid of this width is there already."""
+        return bits == self.bit_width
+
+    def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
+        """Move to another width of ``bit_widths``."""
+        self.bit_width = bits
+
 
 class TableQuantizer(Quantizer):
     """A quantizer whose grid is a set of buffers that get their shape from the first tensor seen.
 
     ``load_state_dict`` accepts the saved shapes, so a fresh quantizer need not be initialized before loading.
+
+    Attributes:
+        tables: Names of these buffers (or parameters).
+        tables_by_width: Those tensors of which each bit-width has its own. While another width is in use they are buffers beside the
+            present ones, so that copies, checkpoints and state dicts hold them.
     """
 
     tables: tuple[str, ...] = ("scale",)
+    tables_by_width: tuple[str, ...] = ()
 
     def __init__(self, bit_width: int, granularity: Granularity) -> None:
         super().__init__(bit_width, granularity)
@@ -61,6 +145,31 @@ class TableQuantizer(Quantizer):
         """Whether the grid has been set."""
         return not any(bool(getattr(self, name).isnan().any()) for name in self.tables)
 
+    def has_grid_for(self, bits: int) -> bool:
+        return super().has_grid_for(bits) or not self.tables_by_width or f"{self.tables_by_width[0]}{_AT_WIDTH}{bits}" in self._buffers
+
+    def resize(self) -> None:
+        """Set what follows from ``bit_width`` alone, such as the range of the codes; nothing unless a subclass has something."""
+
+    def carry_over(self, old_bits: int) -> None:
+        """Derive the ``tables_by_width`` of a width that is new from those of ``old_bits``, which are still in place."""
+
+    def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
+        was_there, was_set, old_bits = self.has_grid_for(bits), self.is_initialized, self.bit_width
+        for name in self.tables_by_width:
+            self.register_buffer(f"{name}{_AT_WIDTH}{old_bits}", getattr(self, name).detach().clone())
+        self.bit_width = bits
+        self.resize()
+        if was_there:
+            for name in self.tables_by_width:
+                kept = f"{name}{_AT_WIDTH}{bits}"
+                self._set_table(name, self.get_buffer(kept))
+                del self._buffers[kept]
+        elif values is not None:
+            self.initialize(values)
+        elif was_set:
+            self.carry_over(old_bits)
+
     def _set_table(self, name: str, value: Tensor) -> None:
         current = getattr(self, name)
         value = value.detach().to(device=current.device, dtype=current.dtype)
@@ -72,9 +181,43 @@ class TableQuantizer(Quantizer):
 
 def _take_saved_shapes(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     assert isinstance(module, TableQuantizer)
-    for name in module.tables:
+    for name in dict.fromkeys((*module.tables, *module.tables_by_width)):
         saved = state_dict.get(prefix + name)
         current = getattr(module, name)
         if saved is not None and saved.shape != current.shape:
             fresh = torch.empty(saved.shape, dtype=current.dtype, device=current.device)
             setattr(module, name, nn.Parameter(fresh) if isinstance(current, nn.Parameter) else fresh)
+    if not any(prefix + name in state_dict for name in module.tables_by_width):
+        return
+    for name in [name for name in module._buffers if _AT_WIDTH in name]:
+        del module._buffers[name]
+    for name in (f"{table}{_AT_WIDTH}{bits}" for table in module.tables_by_width for bits in range(1, 9)):
+        if prefix + name in state_dict:
+            module.register_buffer(
+                name, torch.empty_like(state_dict[prefix + name], device=getattr(module, module.tables_by_width[0]).device)
+            )
+
+
+@contextmanager
+def disabled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context these quantizers (or transforms that know ``enabled``) pass their input unchanged."""
+    switched = [module for module in dict.fromkeys(modules) if getattr(module, "enabled", True)]
+    for module in switched:
+        module.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.enabled = True  # type: ignore[assignment]
+
+
+@contextmanager
+def replace_forward(replacements: Mapping[Quantizer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within the context each quantizer that is enabled does what its replacement does, wherever it sits."""
+    try:
+        for quantizer, replacement in replacements.items():
+            quantizer.forward = replacement  # type: ignore[method-assign, assignment]
+        yield
+    finally:
+        for quantizer in replacements:
+            del quantizer.forward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.quantizers.base import Quantizer, TableQuantizer
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import mark_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.spec import Granularity
 from lowbit.surrogates import Surrogate, pass_gradient
@@ -19,7 +19,7 @@ _BELOW_ZERO = -(2.0**-149)
 
 
 class BinaryQuantizer(TableQuantizer):
-    """Two levels ``-scale`` and ``+scale``; zero counts as positive.
+    """Two levels ``-scale`` and ``+scale``; zero counts as positive. One bit is the only width.
 
     Forward: ``scale`` where ``x >= 0``, else ``-scale``. Backward: 1 (straight-through).
     """
@@ -104,7 +104,7 @@ class SignQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         values = x.float()
         if torch.compiler.is_exporting():
-            marked: Tensor = fake_quantize_codebook(values, values.new_tensor([_BELOW_ZERO]), values.new_tensor([-1.0, 1.0]))
+            marked: Tensor = mark_codebook(values, values.new_tensor([_BELOW_ZERO]), values.new_tensor([-1.0, 1.0]))
             return marked.to(x.dtype)
         return pass_gradient(self.proxy(values), self.encode(values).decode()).to(x.dtype)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.errors import SpecError
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import count_below, fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, mark_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
@@ -30,9 +30,11 @@ class CodebookQuantizer(TableQuantizer):
     """``2**bit_width`` free levels for each scale of the granularity.
 
     Forward: the nearest level (ties to the lower one). Backward: 1 (straight-through).
+    Each bit-width has its own levels: those of a new one are read off between the present ones, at even distances of their indices.
     """
 
-    tables = ("levels",)
+    tables = tables_by_width = ("levels",)
+    bit_widths = range(1, 9)
 
     def __init__(self, bit_width: int, *, granularity: Granularity | None = None) -> None:
         super().__init__(bit_width, granularity or Granularity.tensor())
@@ -47,6 +49,12 @@ class CodebookQuantizer(TableQuantizer):
             )
         self._set_table("levels", levels)
 
+    def carry_over(self, old_bits: int) -> None:
+        old = self.levels.detach()
+        places = torch.arange(2**self.bit_width, device=old.device) * ((2**old_bits - 1) / (2**self.bit_width - 1))
+        below = places.floor().long().clamp(max=2**old_bits - 2)
+        self.set_levels(torch.lerp(old[:, below], old[:, below + 1], (places - below).to(old.dtype)))
+
     def initialize(self, x: Tensor) -> None:
         """Quantiles of the data as levels: each code is used equally often."""
         probabilities = (torch.arange(2**self.bit_width, device=x.device) + 0.5) / 2**self.bit_width
@@ -56,9 +64,9 @@ class CodebookQuantizer(TableQuantizer):
         self.set_levels(ordered[:, picks])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
+        if torch.compiler.is_exporting() and not self.granularity.axes:
             levels = self.levels[0]
-            marked: Tensor = fake_quantize_codebook(x, (levels[1:] + levels[:-1]) / 2, levels)
+            marked: Tensor = mark_codebook(x, (levels[1:] + levels[:-1]) / 2, levels)
             return marked
         return pass_gradient(x, self.encode(x).decode().to(x.dtype))
 

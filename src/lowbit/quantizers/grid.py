@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.fused import fake_quantize as fused, is_fusing
-from lowbit.quantizers.ops import fake_quantize_grid as marked_fake_quantize
+from lowbit.quantizers.ops import mark_grid
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
 from lowbit.spec import Granularity
 from lowbit.surrogates import ElementwiseGradientScaling, Surrogate, bounded_straight_through, pass_gradient
@@ -140,6 +140,8 @@ class GridQuantizer(TableQuantizer):
         qmin, qmax: Integer range of the codes, at most ``2**bit_width`` of them.
         granularity: Which elements share the parameters.
         surrogate: Backward rule of the rounding.
+
+    A subclass that has several ``bit_widths`` says the ``code_range`` of each.
     """
 
     tables: tuple[str, ...] = ()
@@ -157,6 +159,13 @@ class GridQuantizer(TableQuantizer):
         self.qmin, self.qmax = qmin, qmax
         self.surrogate = surrogate
 
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        """``(qmin, qmax)`` at one of ``bit_widths``."""
+        return self.qmin, self.qmax
+
+    def resize(self) -> None:
+        self.qmin, self.qmax = self.code_range(self.bit_width)
+
     @abstractmethod
     def grid(self, x: Tensor) -> Grid:
         """The grid for ``x`` (already ``granularity.broadcast``), differentiable in the parameters."""
@@ -168,8 +177,8 @@ class GridQuantizer(TableQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         view = self.granularity.broadcast(x.float())
         prepared, grid = self.prepare(view), self.grid(view)
-        if torch.compiler.is_exporting() and prepared is view and self.granularity.kind == "per_tensor":
-            marked: Tensor = marked_fake_quantize(view, grid.lower, grid.step, grid.scale, grid.zero_point, self.qmin, self.qmax)
+        if torch.compiler.is_exporting() and prepared is view and not self.granularity.axes and not self.is_dynamic:
+            marked: Tensor = mark_grid(view, grid.lower, grid.step, grid.scale, grid.zero_point, self.qmin, self.qmax)
             return marked if marked.dtype == x.dtype else marked.to(x.dtype)
         y = fake_quantize_grid(prepared, grid, self.qmin, self.qmax, self.surrogate)
         return self.granularity.restore(y, x.shape).to(x.dtype)

@@ -25,6 +25,7 @@ class LearnedScaleQuantizer(GridQuantizer):
     ``round(-offset / scale)`` where the offset is learned. One signed bit has the levels ``-scale`` and ``+scale``.
     Backward: 1 to ``x`` inside the range, else 0; to ``scale`` ``code - x / scale`` inside, the clipped code outside, times
     ``1 / sqrt(elements * qmax)``.
+    Each bit-width has its own scale: a new one starts where it covers the same range. The offset, an end of the range, is shared.
 
     Args:
         bit_width: 1 to 8.
@@ -38,6 +39,8 @@ class LearnedScaleQuantizer(GridQuantizer):
     """
 
     tables: tuple[str, ...] = ("scale",)
+    tables_by_width = ("scale",)
+    bit_widths = range(1, 9)
 
     def __init__(
         self,
@@ -50,9 +53,8 @@ class LearnedScaleQuantizer(GridQuantizer):
         is_batched: bool = False,
         surrogate: Surrogate = bounded_straight_through,
     ) -> None:
-        self.is_binary = signed and bit_width == 1
-        qmin, qmax = (0, 1) if self.is_binary else qrange(bit_width, signed=signed)
-        super().__init__(bit_width, qmin, qmax, granularity=granularity, surrogate=surrogate)
+        self.signed = signed
+        super().__init__(bit_width, *self.code_range(bit_width), granularity=granularity, surrogate=surrogate)
         if learn_offset:
             self.tables = ("scale", "offset")
         for name in self.tables:
@@ -62,6 +64,17 @@ class LearnedScaleQuantizer(GridQuantizer):
         self.scale: Tensor
         self.offset: Tensor
         self.learn_offset, self.scales_gradient, self.is_batched = learn_offset, scale_gradient, is_batched
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the levels are ``-scale`` and ``+scale``."""
+        return self.signed and self.bit_width == 1
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return (0, 1) if self.signed and bit_width == 1 else qrange(bit_width, signed=self.signed)
+
+    def carry_over(self, old_bits: int) -> None:
+        self._set_table("scale", self.scale * self.code_range(old_bits)[1] / self.qmax)
 
     def initialize(self, x: Tensor) -> None:
         """``scale = 2 mean|x| / sqrt(qmax)``; with an offset the range of ``x``; one bit ``mean|x|``."""

@@ -1,6 +1,7 @@
 """Activation quantizers and what scales outputs by inputs, as single operators, so that an exported graph has one node for each.
 
-``torch.export`` sees the operators; eager code uses quantizers and functions whose arithmetic is the same. All quantize per tensor.
+``torch.export`` sees the operators; eager code uses quantizers and functions whose arithmetic is the same. All quantize per tensor. Their
+registered names stand in files.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from torch.nn import functional
 
 
 @torch.library.custom_op("lowbit::fake_quantize_affine", mutates_args=())
-def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def mark_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``, rounding half to even."""
     codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
     return codes.sub_(zero_point).mul_(scale)
 
 
-@fake_quantize_affine.register_fake
+@mark_affine.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("lowbit::fake_quantize_grid", mutates_args=())
-def fake_quantize_grid(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def mark_grid(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """``(clamp(round((x - lower) / step), qmin, qmax) - zero_point) * scale``, rounding half to even."""
     codes = ((x - lower) / step).round_().clamp_(qmin, qmax)
     return codes.sub_(zero_point).mul_(scale)
 
 
-@fake_quantize_grid.register_fake
+@mark_grid.register_fake
 def _(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return torch.empty_like(x)
 
@@ -48,12 +49,12 @@ def count_below(x: Tensor, boundaries: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lowbit::fake_quantize_codebook", mutates_args=())
-def fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
+def mark_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     """``levels[number of boundaries below x]``, of which NaN has none; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""
     return levels[count_below(x, boundaries)]
 
 
-@fake_quantize_codebook.register_fake
+@mark_codebook.register_fake
 def _(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     return torch.empty_like(x)
 

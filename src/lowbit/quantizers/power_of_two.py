@@ -17,18 +17,24 @@ class PowerOfTwoQuantizer(TableQuantizer):
 
     Forward: the nearest level. With ``m = |x| / scale``: magnitude ``2**-k`` covers ``m`` from ``0.75 * 2**-k`` (midway to the
     level below) to ``1.5 * 2**-k``; below half of the smallest level ``x`` becomes 0. Backward: 1 (straight-through).
+    All bit-widths share the scale, and so the largest magnitudes.
 
     Args:
         bit_width: 2 to 8.
         granularity: Which elements share the scale, their largest magnitude rounded to a power of two.
     """
 
+    bit_widths = range(2, 9)
+
     def __init__(self, bit_width: int, *, granularity: Granularity | None = None) -> None:
         super().__init__(bit_width, granularity or Granularity.tensor())
         if bit_width < 2:
             raise SpecError("powers of two need at least 2 bits (zero and one magnitude of either sign)")
         self.scale: Tensor
-        self.magnitudes = 2 ** (bit_width - 1) - 1
+        self.resize()
+
+    def resize(self) -> None:
+        self.magnitudes = 2 ** (self.bit_width - 1) - 1
 
     def initialize(self, x: Tensor) -> None:
         """``scale = 2**floor(log2(4/3 * max |x|))``: the largest magnitude is nearest to the top level."""

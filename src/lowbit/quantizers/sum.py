@@ -17,7 +17,7 @@ class SumQuantizer(Quantizer):
     """Quantizes ``x`` with the first part, what is left with the second, and so on.
 
     Forward: ``y_1 + y_2 + ...`` with ``y_1 = part_1(x)``, ``y_2 = part_2(x - y_1)``. Backward: 1 (straight-through).
-    Parts have equal bit-width, signedness and granularity.
+    Parts have equal bit-width, signedness and granularity, and change their bit-width together.
     """
 
     def __init__(self, parts: Sequence[Quantizer]) -> None:
@@ -25,6 +25,22 @@ class SumQuantizer(Quantizer):
             raise SpecError("a sum needs at least one part, and parts of equal bit_width and granularity")
         super().__init__(parts[0].bit_width, parts[0].granularity)
         self.parts = nn.ModuleList(parts)
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        parts = self._parts()
+        return [bits for bits in parts[0].bit_widths if all(bits in part.bit_widths for part in parts)]
+
+    def has_grid_for(self, bits: int) -> bool:
+        return all(part.has_grid_for(bits) for part in self._parts())
+
+    def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
+        is_new = not self.has_grid_for(bits)
+        for part in self._parts():
+            part.set_bit_width(bits)
+        self.bit_width = bits
+        if is_new and values is not None:
+            self.initialize(values)
 
     def initialize(self, x: Tensor) -> None:
         """Each part in turn from the residual of the parts before it."""

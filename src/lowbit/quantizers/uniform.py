@@ -6,13 +6,16 @@ Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.quantizers.affine import fake_quantize, qrange, quantize
-from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import fake_quantize_affine
+from lowbit.quantizers.base import TableQuantizer, replace_forward
+from lowbit.quantizers.ops import mark_affine
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
 from lowbit.quantizers.ranges.observers import MinMaxObserver, Observer
 from lowbit.spec import Granularity
@@ -23,6 +26,8 @@ class UniformQuantizer(TableQuantizer):
     """Evenly spaced levels with a fixed ``scale`` and ``zero_point``.
 
     Forward: ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``.
+    Each bit-width has its own scale and zero point: a new one gets what the observer chooses for it from what it saw, or covers the
+    same range where it saw nothing or the scale is learned.
 
     Args:
         bit_width: 1 to 8; codes are ``-2**(b-1) .. 2**(b-1) - 1`` when signed, else ``0 .. 2**b - 1``.
@@ -33,7 +38,7 @@ class UniformQuantizer(TableQuantizer):
         surrogate: Backward rule of the rounding.
     """
 
-    tables = ("scale", "zero_point")
+    tables = tables_by_width = ("scale", "zero_point")
 
     def __init__(
         self,
@@ -51,11 +56,29 @@ class UniformQuantizer(TableQuantizer):
             raise SpecError("a symmetric signed grid needs at least 2 bits; use BinaryQuantizer for 1 bit")
         self.scale: Tensor
         self.zero_point: Tensor
-        self.qmin, self.qmax = qrange(bit_width, signed=signed)
-        self.symmetric = symmetric
+        self.signed, self.symmetric = signed, symmetric
+        self.resize()
         self.observer = observer or MinMaxObserver(granularity)
         self.surrogate = surrogate
-        self.is_calibrating = False
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        return range(2 if self.symmetric and self.signed else 1, 9)
+
+    def resize(self) -> None:
+        self.qmin, self.qmax = qrange(self.bit_width, signed=self.signed)
+
+    def carry_over(self, old_bits: int) -> None:
+        if self.observer.lo is not None and not isinstance(self.scale, nn.Parameter):
+            self.take_observed()
+            return
+        scale, zero_point = self.scale.detach(), self.zero_point.detach()
+        qmin, qmax = qrange(old_bits, signed=self.signed)
+        if self.symmetric:
+            self.set_parameters(scale * max(qmax, 1) / max(self.qmax, 1))
+        else:
+            lower, new_scale = (qmin - zero_point) * scale, scale * (qmax - qmin) / (self.qmax - self.qmin)
+            self.set_parameters(new_scale, (self.qmin - lower / new_scale).round())
 
     def learn_scale(self) -> None:
         """Make the scale a trainable parameter (it is a buffer otherwise)."""
@@ -74,28 +97,21 @@ class UniformQuantizer(TableQuantizer):
         """Let the observer choose scale and zero point for ``x`` alone."""
         self.observer.reset()
         self.observer.observe(x.detach(), is_all=True)
-        self._take_observed(self.granularity.scale_shape(x))
+        self.take_observed(self.granularity.scale_shape(x))
 
-    def start_calibration(self) -> None:
-        """From now on ``forward`` only shows its input to the observer and returns it unchanged."""
-        self.observer.reset()
-        self.is_calibrating = True
+    def take_observed(self, shape: tuple[int, ...] | None = None) -> None:
+        """Set the grid from what the observer saw; CalibrationError where it saw nothing.
 
-    def finish_calibration(self) -> None:
-        """Set the grid from what the observer saw."""
-        self.is_calibrating = False
-        self._take_observed(())
-
-    def _take_observed(self, shape: tuple[int, ...]) -> None:
+        Args:
+            shape: Of a scale; left out: the present one, ``()`` before there is one.
+        """
+        shape = tuple(self.scale.shape) if shape is None else shape
         scale, zero_point = self.observer.parameters(self.qmin, self.qmax, symmetric=self.symmetric)
         self.set_parameters(scale.reshape(shape), zero_point.reshape(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_calibrating:
-            self.observer.observe(x.detach())
-            return x
-        if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
-            marked: Tensor = fake_quantize_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
+        if torch.compiler.is_exporting() and not self.granularity.axes:
+            marked: Tensor = mark_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
             return marked
         view = self.granularity.broadcast(x.float())  # a grid needs float32 even where the network computes in half
         y = fake_quantize(view, self.scale, self.zero_point, self.qmin, self.qmax, self.surrogate)
@@ -111,3 +127,21 @@ class UniformQuantizer(TableQuantizer):
         return (
             f"bit_width={self.bit_width}, codes {self.qmin}..{self.qmax}, {'symmetric' if self.symmetric else 'affine'}, {self.granularity}"
         )
+
+
+@contextmanager
+def observing(quantizers: Iterable[UniformQuantizer]) -> Iterator[None]:
+    """Within the context values pass these quantizers, and their observers see them; ``take_observed`` then sets the grids."""
+
+    def showing(quantizer: UniformQuantizer) -> Callable[[Tensor], Tensor]:
+        def show(x: Tensor) -> Tensor:
+            quantizer.observer.observe(x.detach())
+            return x
+
+        return show
+
+    watched = list(quantizers)
+    for quantizer in watched:
+        quantizer.observer.reset()
+    with replace_forward({quantizer: showing(quantizer) for quantizer in watched}):
+        yield

@@ -17,7 +17,7 @@ from lowbit.formats.onnx.sessions import SATURATION_NOTE, IntegerCount, count_in
 from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
 from lowbit.formats.packed.file import package, read_package, write_package
 from lowbit.formats.packed.tensor import PackedTensor
-from lowbit.formats.program.program import Program, export_program
+from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
@@ -116,7 +116,8 @@ def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool
             loaded.require_kernels()
         parity = check_packed_parity(model, program, loaded, weights)
         parity.require(path)
-    notes = (*program.notes, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
+    emulated = [f"emulated in float, because {GRID_OF_ITS_OWN}: {', '.join(program.emulated)}"] if program.emulated else []
+    notes = (*program.notes, *emulated, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
     return ExportReport(path, "lowbit", size, parity, notes=notes)
 
 
@@ -126,7 +127,7 @@ def _export_onnx(model: nn.Module, program: Program, path: Path, weight_containe
     from lowbit.formats.onnx.rewrite import float_network, integer_network
 
     marked = translate(program, opset=INT4_OPSET if weight_container == "int4" else OPSET)
-    rewritten = integer_network(marked, program.weights, weight_container=weight_container)
+    rewritten = integer_network(marked, program.weights, weight_container=weight_container, emulated=program.emulated)
     notes = [*program.notes, *rewritten.notes]
     speed = None
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, weight_values
+from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, target_values
 from lowbit.qat import Classification, Recipe, TrainRun
 
 
@@ -79,19 +79,19 @@ def test_clusters_meet_halfway_between_their_neighbours() -> None:
 
 def test_clusters_do_not_depend_on_the_scale_of_the_weights() -> None:
     w = torch.randn(3000, generator=torch.Generator().manual_seed(1))
-    quantizer = StairsQuantizer(3, weight_values(3, "powers"), is_centred=True)
+    quantizer = StairsQuantizer(3, target_values(3, "powers"), is_centred=True)
     torch.testing.assert_close(quantizer.clustered(w), quantizer.clustered(40 * w), rtol=1e-3, atol=1e-3)
 
 
 def test_value_sets() -> None:
-    assert weight_values(1, "powers") == (-1, 1)
-    assert weight_values(3, "powers") == (-4, -2, -1, 0, 1, 2, 4)
-    assert weight_values(3, "uniform") == tuple(range(-3, 4))
+    assert target_values(1, "powers") == (-1, 1)
+    assert target_values(3, "powers") == (-4, -2, -1, 0, 1, 2, 4)
+    assert target_values(3, "uniform") == tuple(range(-3, 4))
 
 
 def test_constant_and_zero_weights_stay_finite() -> None:
     for w in (torch.zeros(5), torch.full((5,), 0.4)):
-        quantizer = StairsQuantizer(3, weight_values(3, "powers"), is_centred=True)
+        quantizer = StairsQuantizer(3, target_values(3, "powers"), is_centred=True)
         quantizer.initialize(w)
         assert torch.isfinite(quantizer.eval()(w)).all()
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, weight_values
+from lowbit.methods.gradients.quantization_networks import QuantizationNetworks, StairsQuantizer, cluster_biases, target_values
 from lowbit.network import insert
 from lowbit.qat import Classification, OptimizerSpec, Recipe, Slot, TrainRun
 from lowbit.qat.prepare import method_of
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import mark_codebook
 
 W = 0.3 * torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 X, LABELS = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 4
@@ -72,11 +72,11 @@ def test_an_exported_activation_is_one_marker_with_the_arithmetic_of_evaluation(
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum("fake_quantize_codebook" in call for call in calls) == 1
     assert torch.equal(program.module()(W), quantizer(W))
-    assert torch.equal(fake_quantize_codebook(W, *quantizer._table()), quantizer(W))
+    assert torch.equal(mark_codebook(W, *quantizer._table()), quantizer(W))
 
 
 def test_scales_start_so_that_the_largest_value_reaches_five_quarters_of_the_last_level() -> None:
-    quantizer = StairsQuantizer(3, weight_values(3, "powers"), is_centred=True)
+    quantizer = StairsQuantizer(3, target_values(3, "powers"), is_centred=True)
     quantizer.initialize(W)
     torch.testing.assert_close(quantizer.input_scale.detach(), 1.25 * 4 / W.abs().max())
     torch.testing.assert_close(quantizer.output_scale.detach(), 1 / quantizer.input_scale.detach())
@@ -95,7 +95,7 @@ def test_binary_and_ternary_steps_lie_where_the_paper_puts_them(
 
 
 def test_a_tight_zero_moves_only_the_two_steps_beside_it() -> None:
-    values = weight_values(3, "uniform")
+    values = target_values(3, "uniform")
     loose, tight = (StairsQuantizer(3, values, is_centred=True, is_tight=is_tight) for is_tight in (False, True))
     for quantizer in (loose, tight):
         quantizer.initialize(W)
@@ -109,7 +109,7 @@ def test_a_tight_zero_moves_only_the_two_steps_beside_it() -> None:
 @pytest.mark.parametrize("bit_width", [1, 2, 3, 8])
 @pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.full((3, 4), 0.25), torch.tensor([[-3.0]])], ids=["zero", "constant", "one"])
 def test_weights_without_spread_give_finite_values_and_gradients(bit_width: int, weight: Tensor) -> None:
-    quantizer = StairsQuantizer(bit_width, weight_values(bit_width, "uniform"), is_centred=True)
+    quantizer = StairsQuantizer(bit_width, target_values(bit_width, "uniform"), is_centred=True)
     quantizer.initialize(weight)
     assert bool((quantizer.biases.diff() >= 0).all())
     y = quantizer.eval()(weight)

@@ -105,7 +105,7 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
     """
     decoder = weight.decoder
     axis = decoder.granularity.axis % weight.codes.dim() if decoder.granularity.kind == "per_channel" else None
-    if decoder.granularity.kind == "per_group":
+    if decoder.granularity.kind in ("per_group", "per_axes"):
         return None
     codes = weight.codes.to(torch.int16)
     if isinstance(decoder, AffineDecoder):
@@ -140,8 +140,8 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
 def why_no_integer_grid(weight: QTensor) -> str:
     """What it is that an integer grid cannot hold, for a weight without one."""
     decoder = weight.decoder
-    if decoder.granularity.kind == "per_group":
-        return "groups within a channel"
+    if decoder.granularity.kind in ("per_group", "per_axes"):
+        return "groups within a channel" if decoder.granularity.group_size else "a scale for each combination of several axes"
     if isinstance(decoder, AffineDecoder) and not _is_whole(2 * decoder.zero_point):
         return "levels with a zero point that is no multiple of 1/2"
     if isinstance(decoder, AffineDecoder) and not _is_whole(decoder.zero_point):

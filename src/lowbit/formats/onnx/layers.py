@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from lowbit.formats.onnx.activations import MOVES, Grid
 from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import WeightContainer
+from lowbit.formats.program.program import GRID_OF_ITS_OWN
 from lowbit.quantizers import QTensor
 
 LARGEST_BIAS = 2**30  # leaves the sum of products as much again
@@ -188,11 +189,16 @@ def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping
 
 
 def note_layers_in_float(
-    graph: ir.Graph, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight], reasons: Reasons
+    graph: ir.Graph,
+    grids: Mapping[ir.Value, Grid],
+    decoded: Mapping[ir.Value, DecodedWeight],
+    reasons: Reasons,
+    emulated: Collection[str] = (),
 ) -> None:
-    """Add the layers with integer weights that are computed in float."""
+    """Add the layers with integer weights that are computed in float; inputs of ``emulated`` ones have a grid of their own in every call."""
     for node in graph:
         why = why_in_float(node, grids, decoded)
         weight = node.inputs[1] if why is not None else None
         if why is not None and weight is not None:
-            reasons.setdefault(why, []).append(decoded[weight].name.rpartition(".")[0])
+            name = decoded[weight].name.rpartition(".")[0]
+            reasons.setdefault(GRID_OF_ITS_OWN if name in emulated else why, []).append(name)

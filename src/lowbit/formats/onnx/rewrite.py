@@ -14,7 +14,7 @@ What ONNX Runtime and OpenVINO need to see, and what is done for it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -47,7 +47,9 @@ def float_network(marked: ir.Model) -> ir.Model:
     return tidy(model)
 
 
-def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_container: WeightContainer = "int8") -> Rewritten:
+def integer_network(
+    marked: ir.Model, weights: Mapping[str, QTensor], *, weight_container: WeightContainer = "int8", emulated: Collection[str] = ()
+) -> Rewritten:
     """Replace every quantizer and quantized weight by ONNX's operators.
 
     Args:
@@ -55,6 +57,7 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
         weights: The codes of the weights by parameter name.
         weight_container: ``int8`` (integer kernels), or ``int4``, which takes half a byte for codes of up to 4 bits but which
             runtimes decode and compute in float.
+        emulated: Layers whose input has a grid of its own in every call.
 
     Raises:
         SpecError: 4-bit codes in a graph of an opset without them.
@@ -81,7 +84,7 @@ def integer_network(marked: ir.Model, weights: Mapping[str, QTensor], *, weight_
     for node in list(model.graph):
         quantize_bias(node, grids, decoded)
         keep_float(node, grids, decoded)
-    note_layers_in_float(model.graph, grids, decoded, reasons)
+    note_layers_in_float(model.graph, grids, decoded, reasons, emulated)
     for node in list(model.graph):
         decode_while_loading(node, grids, decoded)
     return Rewritten(tidy(model), tuple(f"computed in float, because {why}: {_listed(names)}" for why, names in reasons.items()))

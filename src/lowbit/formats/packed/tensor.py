@@ -74,12 +74,11 @@ class PackedTensor:
 
     def describe(self) -> dict[str, Json]:
         """What a file says about it besides its tensors; ``packed_tensor_from`` reads it."""
-        granularity = self.decoder.granularity
         parts = self.decoder.parts if isinstance(self.decoder, SumDecoder) else ()
-        rank = len(self.shape) - bool(parts)
+        granularity = self.decoder.granularity.counted_from_zero(len(self.shape) - bool(parts))
         return {
             "shape": list(self.shape), "bit_width": self.bit_width, "offset": self.offset, "decoder": self.decoder.kind,
-            "parts": [part.kind for part in parts], "granularity": str(granularity), "axis": granularity.axis % max(rank, 1),
+            "parts": [part.kind for part in parts], "granularity": str(granularity), "axis": granularity.axis,
         }  # fmt: skip
 
 
@@ -150,8 +149,9 @@ def _check_tables(tensor: PackedTensor) -> None:
             raise FileFormatError(f"{len(tensor.decoder.parts)} parts need codes with that first size, got shape {tensor.shape}")
         pairs = list(zip(tensor.decoder.parts, codes, strict=True))
     for decoder, part in pairs:
-        if decoder.granularity.kind != "per_tensor" and not 0 <= decoder.granularity.axis < part.dim():
-            raise FileFormatError(f"axis {decoder.granularity.axis} does not exist in shape {tuple(part.shape)}")
+        for axis in decoder.granularity.axes:
+            if not 0 <= axis < part.dim():
+                raise FileFormatError(f"axis {axis} does not exist in shape {tuple(part.shape)}")
         if isinstance(decoder, BinaryDecoder) and (tensor.bit_width, tensor.offset) != (1, 0):
             raise FileFormatError(f"a binary decoder has the codes 0 and 1, not {tensor.bit_width} bits from {tensor.offset}")
         scale_shape = decoder.granularity.scale_shape(part)

@@ -18,10 +18,13 @@ from lowbit.errors import GraphError
 from lowbit.formats.program.constants import constant_of, fold_constants
 from lowbit.formats.program.structure import Json, flatten
 from lowbit.inputs import Inputs
+from lowbit.network.bits import layer_quantizers
 from lowbit.network.graph.dataflow import quiet_export
-from lowbit.network.insert import bake_weights
+from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
 from lowbit.quantizers import QTensor
+
+GRID_OF_ITS_OWN = "every input has a grid of its own"  # why a layer is emulated
 
 aten = torch.ops.aten
 
@@ -37,6 +40,7 @@ class Program:
         sample: The inputs it was exported with.
         structure: How the flattened outputs are nested.
         notes: What the user should know, for example that the batch size is fixed and why.
+        emulated: Layers (or sites of quantizers) whose input has a grid of its own in every call, which is computed with values in float.
     """
 
     exported: ExportedProgram
@@ -44,6 +48,7 @@ class Program:
     sample: Inputs
     structure: Json
     notes: tuple[str, ...] = ()
+    emulated: tuple[str, ...] = ()
 
     @property
     def is_batch_dynamic(self) -> bool:
@@ -74,7 +79,13 @@ def export_program(model: nn.Module, sample: object) -> Program:
     _refuse_state(exported)
     _simplify(exported)
     fold_constants(exported)
-    return Program(exported, weights, inputs, structure[0], notes)
+    return Program(exported, weights, inputs, structure[0], notes, _emulated(model))
+
+
+def _emulated(model: nn.Module) -> tuple[str, ...]:
+    found = {name: quantizers.activation for name, quantizers in layer_quantizers(model).items()}
+    found |= {site: quantizer for site, quantizer in activation_quantizers(model).items() if quantizer not in found.values()}
+    return tuple(name for name, quantizer in found.items() if quantizer is not None and quantizer.is_dynamic and quantizer.enabled)
 
 
 def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[str, ...]]:

@@ -54,6 +54,7 @@ class DsqQuantizer(GridQuantizer):
 
     Forward: ``lower + step * round((clamp(x, lower, upper) - lower) / step)`` with ``step = (upper - lower) / (2**k - 1)``.
     Backward: that of ``SoftTanh`` for the rounding (its ``alpha`` is learned too), everything else by differentiation.
+    All bit-widths share the bounds and alpha.
 
     Args:
         bit_width: 1 to 8.
@@ -67,6 +68,7 @@ class DsqQuantizer(GridQuantizer):
     """
 
     tables = ("running_lower", "running_upper", "lower", "upper")
+    bit_widths = range(1, 9)
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class DsqQuantizer(GridQuantizer):
         momentum: float | None = None,
         spans_data: bool = False,
     ) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, granularity=granularity, surrogate=SoftTanh(alpha))
+        super().__init__(bit_width, *self.code_range(bit_width), granularity=granularity, surrogate=SoftTanh(alpha))
         self.spread, self.alpha_decay, self.momentum, self.spans_data = spread, alpha_decay, momentum, spans_data
         for name in ("lower", "upper"):
             del self._buffers[name]
@@ -88,6 +90,9 @@ class DsqQuantizer(GridQuantizer):
         self.upper: Tensor
         self.running_lower: Tensor
         self.running_upper: Tensor
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return 0, 2**bit_width - 1
 
     def initialize(self, x: Tensor) -> None:
         values = x.detach().float()
@@ -146,7 +151,7 @@ class ObservedDsqQuantizer(GridQuantizer):
 
     Forward: ``(clamp(round(x / scale + zero_point), 0, 2**k - 1) - zero_point) * scale``. Backward: that of ``SoftTanh`` to ``x``; scale
     and zero point get none. Every training pass sets them: for weights from ``mean -+ 2.6 std``, for activations from moving averages
-    (0.9) of the mean over samples of each sample's least and largest value. Evaluation leaves them.
+    (0.9) of the mean over samples of each sample's least and largest value. Evaluation leaves them. All bit-widths share the range.
 
     Args:
         bit_width: 2 to 8.
@@ -156,9 +161,11 @@ class ObservedDsqQuantizer(GridQuantizer):
     """
 
     tables = ("scale", "zero_point", "running_lower", "running_upper")
+    tables_by_width = ("scale", "zero_point")
+    bit_widths = range(2, 9)
 
     def __init__(self, bit_width: int, *, is_weight: bool, granularity: Granularity | None = None, alpha: float = FIXED_ALPHA) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, granularity=granularity, surrogate=SoftTanh(alpha, is_learned=False))
+        super().__init__(bit_width, *self.code_range(bit_width), granularity=granularity, surrogate=SoftTanh(alpha, is_learned=False))
         if bit_width == 1:
             raise SpecError("dsq: bounds=observed needs at least 2 bits, as one of its levels is always 0. Use bounds=learned for 1 bit.")
         self.is_weight = is_weight
@@ -166,6 +173,12 @@ class ObservedDsqQuantizer(GridQuantizer):
         self.zero_point: Tensor
         self.running_lower: Tensor
         self.running_upper: Tensor
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return 0, 2**bit_width - 1
+
+    def carry_over(self, old_bits: int) -> None:
+        self._set_range(self.running_lower, self.running_upper)
 
     def initialize(self, x: Tensor) -> None:
         self._follow(x.detach().float(), keep=0.0)
@@ -184,7 +197,6 @@ class ObservedDsqQuantizer(GridQuantizer):
     def _follow(self, values: Tensor, keep: float) -> None:
         if not values.numel():
             return
-        shape = self.granularity.scale_shape(values)
         if self.is_weight:
             lower, upper = spread_range(self.granularity.flatten(values), WEIGHT_SPREAD)
         else:
@@ -192,14 +204,18 @@ class ObservedDsqQuantizer(GridQuantizer):
             lower, upper = samples.amin(1).mean(), samples.amax(1).mean()
         if keep:
             lower, upper = keep * self.running_lower + (1 - keep) * lower, keep * self.running_upper + (1 - keep) * upper
+        shape = self.granularity.scale_shape(values)
+        self._set_range(lower.reshape(shape), upper.reshape(shape))
+
+    def _set_range(self, lower: Tensor, upper: Tensor) -> None:
         scale, zero_point = affine_parameters(lower, upper, self.qmin, self.qmax, symmetric=False)
         new = {"running_lower": lower, "running_upper": upper, "scale": scale, "zero_point": zero_point}
         for name, value in new.items():
             current = self.get_buffer(name)
-            if current.shape == shape:
-                current.copy_(value.reshape(shape))
+            if current.shape == value.shape:
+                current.copy_(value)
             else:
-                self._set_table(name, value.reshape(shape))
+                self._set_table(name, value)
 
 
 @register(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -140,6 +140,8 @@ class MetaQuantizer(TableQuantizer):
         bit_width: 1 to 8; 1 for ``bwn`` and ``bwn_f``.
         base: Which quantizer.
         granularity: For ``bwn_f``.
+
+    All bit-widths share what the meta network remembers.
     """
 
     tables = ("last_gradient", "last_weight", "last_update", "last_bias_update", "state")
@@ -147,7 +149,7 @@ class MetaQuantizer(TableQuantizer):
     def __init__(self, bit_width: int, base: Base, granularity: Granularity | None = None) -> None:
         super().__init__(bit_width, granularity if base == "bwn_f" and granularity is not None else Granularity.tensor())
         self.base: Base = base
-        self.steps = 2**bit_width - 1
+        self.resize()
         for name in self.tables:
             self.get_buffer(name).zero_()
         self.register_buffer("has_history", torch.zeros((), dtype=torch.bool))
@@ -163,6 +165,13 @@ class MetaQuantizer(TableQuantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None, "_captured": None, "_preprocessed": None}  # they belong to one step
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        return range(1, 9) if self.base == "dorefa" else (1,)
+
+    def resize(self) -> None:
+        self.steps = 2**self.bit_width - 1
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""

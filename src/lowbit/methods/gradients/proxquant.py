@@ -12,7 +12,7 @@ Deviations: the strength is spread over the user's epochs so that the whole pull
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -189,9 +189,11 @@ class ProxQuantizer(TableQuantizer):
         bit_width: 1 for ``binary``, 2 for ``ternary``, else the number of planes.
         kind: Which values.
         granularity: Which weights share magnitudes; binary and ternary ones are per tensor.
+
+    Sums of planes may have any bit-width; each has its own frozen levels, none where it is new.
     """
 
-    tables = ("levels",)
+    tables = tables_by_width = ("levels",)
 
     def __init__(self, bit_width: int, kind: Kind, granularity: Granularity) -> None:
         super().__init__(bit_width, Granularity.tensor() if kind in ("binary", "ternary") else granularity)
@@ -199,8 +201,16 @@ class ProxQuantizer(TableQuantizer):
         self.levels: Tensor  # [rows, 2**bit_width] once frozen
         self._set_table("levels", torch.empty(0))
 
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        return (self.bit_width,) if self.kind in ("binary", "ternary") else range(1, 9)
+
+    def carry_over(self, old_bits: int) -> None:
+        self._set_table("levels", torch.empty(0))
+
     def initialize(self, x: Tensor) -> None:
-        """Nothing to set."""
+        """Nothing to set but that no levels are frozen."""
+        self._set_table("levels", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.training else self.encode(x).decode().to(x.dtype)

@@ -26,7 +26,7 @@ from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMetho
 from lowbit.qat.recipe import Role
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import count_below, fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, mark_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -76,6 +76,9 @@ def _slope(x: Tensor, input_scale: Tensor, owner: StairsQuantizer, temperature: 
     return total
 
 
+ValueSet = Literal["powers", "uniform", "positive"]
+
+
 class StairsQuantizer(TableQuantizer):
     """Soft steps in training, hard steps in evaluation, between any values.
 
@@ -90,9 +93,15 @@ class StairsQuantizer(TableQuantizer):
         unit_backward: Evaluate the derivative's sigmoids at temperature 1 (the authors do for binary ones).
         is_weight: Whether the outer temperature stays in the backward pass where ``unit_backward``, and temperatures are capped.
         is_tight: The two steps beside the value 0 lie 0.05 from it in scaled units, as in the paper, instead of where clusters meet.
+        value_set: Where ``target_values`` finds the values of other bit-widths; ``None``: this width is the only one. With it
+            ``unit_backward`` is for 1 bit alone.
+
+    Each bit-width has its own values, steps and scales. At a new one the steps lie midway between the values, and the scales are such
+    that the largest value stands for what it stood for.
     """
 
     tables = ("biases",)
+    tables_by_width = ("biases", "output_scale", "input_scale")
 
     def __init__(
         self,
@@ -103,12 +112,12 @@ class StairsQuantizer(TableQuantizer):
         unit_backward: bool = False,
         is_weight: bool = True,
         is_tight: bool = False,
+        value_set: ValueSet | None = None,
     ) -> None:
         super().__init__(bit_width, Granularity.tensor())
-        self.values: tuple[float, ...] = tuple(values)
+        self.value_set: ValueSet | None = value_set
         self.is_centred, self.unit_backward, self.is_weight, self.is_tight = is_centred, unit_backward, is_weight, is_tight
-        self.gaps = [high - low for low, high in itertools.pairwise(values)]
-        self.offset = sum(self.gaps) / 2 if is_centred else 0.0
+        self._set_values(values)
         self.output_scale, self.input_scale = (nn.Parameter(torch.tensor(float("nan"))) for _ in range(2))
         self.register_buffer("temperature", torch.ones(()))
         self.temperature: Tensor
@@ -117,13 +126,32 @@ class StairsQuantizer(TableQuantizer):
         self.soft_gradient: Tensor | None = None  # of weights: the loss's at the soft values, all backward passes of a step together
 
     @property
+    def bit_widths(self) -> Sequence[int]:
+        return (self.bit_width,) if self.value_set is None else range(1, 9)
+
+    def resize(self) -> None:
+        if self.value_set is not None:
+            self._set_values(target_values(self.bit_width, self.value_set))
+
+    def carry_over(self, old_bits: int) -> None:
+        assert self.value_set is not None
+        ratio = max(self.values) / max(target_values(old_bits, self.value_set))
+        self.set_scales(self.output_scale.detach() / ratio, self.input_scale.detach() * ratio)
+        self.set_biases(torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(self.values)]))
+
+    def _set_values(self, values: Sequence[float]) -> None:
+        self.values: tuple[float, ...] = tuple(values)
+        self.gaps = [high - low for low, high in itertools.pairwise(values)]
+        self.offset = sum(self.gaps) / 2 if self.is_centred else 0.0
+
+    @property
     def soft_temperature(self) -> float:
         """The temperature that is used: capped for weights."""
         return min(float(self.temperature), LARGEST_WEIGHT_TEMPERATURE) if self.is_weight else float(self.temperature)
 
     def backward_temperatures(self) -> tuple[float, float]:
         """Temperatures inside and outside the sigmoids of the derivative."""
-        if not self.unit_backward:
+        if not self.unit_backward or (self.value_set is not None and self.bit_width > 1):
             return self.soft_temperature, self.soft_temperature
         return 1.0, self.soft_temperature if self.is_weight else 1.0
 
@@ -165,7 +193,7 @@ class StairsQuantizer(TableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and not self.is_weight:
-            marked: Tensor = fake_quantize_codebook(x.float(), *self._table())
+            marked: Tensor = mark_codebook(x.float(), *self._table())
             return marked.to(x.dtype)
         if self.mode == "hard" or not (self.training and torch.is_grad_enabled()):
             return self.encode(x).decode().to(x.dtype)
@@ -237,11 +265,13 @@ def _gap_middles(ordered: Tensor, boundaries: Tensor) -> Tensor:
     return torch.where(inside, (ordered[above - 1] + ordered[above.clamp(max=len(ordered) - 1)]) / 2, boundaries)
 
 
-def weight_values(bit_width: int, three_bits: str) -> tuple[float, ...]:
-    """The paper's sets: +-1, ternary, +-1 +-2 +-4 at 3 bits where asked for, else all whole numbers."""
+def target_values(bit_width: int, value_set: ValueSet) -> tuple[float, ...]:
+    """The paper's sets: +-1, ternary, +-1 +-2 +-4 at 3 bits where ``powers`` are asked for, else all whole numbers; ``positive``: from 0."""
+    if value_set == "positive":
+        return tuple(range(2**bit_width))
     if bit_width == 1:
         return (-1, 1)
-    if bit_width == 3 and three_bits == "powers":
+    if bit_width == 3 and value_set == "powers":
         return (-4, -2, -1, 0, 1, 2, 4)
     top = 2 ** (bit_width - 1) - 1
     return tuple(range(-top, top + 1))
@@ -308,14 +338,21 @@ class QuantizationNetworks(TrainingMethod):
         self._in_stages = self.staged and len(kinds) == 2
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        unit = self.unit_backward and slot.bit_width == 1
-        values = weight_values(slot.bit_width, self.three_bits)
-        return StairsQuantizer(slot.bit_width, values, is_centred=True, unit_backward=unit, is_tight=self.tight_zero)
+        values = target_values(slot.bit_width, self.three_bits)
+        return StairsQuantizer(
+            slot.bit_width, values, is_centred=True, unit_backward=self.unit_backward, is_tight=self.tight_zero, value_set=self.three_bits
+        )
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        unit = self.unit_backward and slot.bit_width == 1
-        values = weight_values(slot.bit_width, "uniform") if slot.is_signed else tuple(range(2**slot.bit_width))
-        return StairsQuantizer(slot.bit_width, values, is_centred=slot.is_signed, unit_backward=unit, is_weight=False)
+        value_set: ValueSet = "uniform" if slot.is_signed else "positive"
+        return StairsQuantizer(
+            slot.bit_width,
+            target_values(slot.bit_width, value_set),
+            is_centred=slot.is_signed,
+            unit_backward=self.unit_backward,
+            is_weight=False,
+            value_set=value_set,
+        )
 
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
         if self._in_stages and isinstance(owner, StairsQuantizer):

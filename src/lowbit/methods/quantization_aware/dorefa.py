@@ -40,6 +40,12 @@ def largest_tanh(weight: Tensor) -> Tensor:
     return torch.where(largest > _NOTHING, largest, torch.ones_like(largest))
 
 
+def symmetric_codes(bit_width: int) -> tuple[int, int]:
+    """``(-n, n)`` with ``n = 2**(k - 1) - 1``, 0 among them; at 1 bit, where that leaves nothing, 0 and 1."""
+    top = 2 ** (bit_width - 1) - 1
+    return (-top, top) if top else (0, 1)
+
+
 class DorefaWeight(GridQuantizer):
     """Weights of 2 bits and more: ``2 quantize_k(squash(w)) - 1``, the odd multiples of ``1 / (2**k - 1)`` in ``[-1, 1]``.
 
@@ -50,9 +56,14 @@ class DorefaWeight(GridQuantizer):
         rescale: Multiply by ``max|tanh(w)|``, a constant in the backward pass, so that weights keep about the size they have.
     """
 
+    bit_widths = range(2, 9)
+
     def __init__(self, bit_width: int, *, rescale: bool = False) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1)
+        super().__init__(bit_width, *self.code_range(bit_width))
         self.rescale = rescale
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return 0, 2**bit_width - 1
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""
@@ -84,11 +95,19 @@ class DorefaActivation(GridQuantizer):
     Backward: 1 where ``x`` is inside the clip, bounds included, else 0. Source: Eq. 10-11.
     """
 
+    bit_widths = range(1, 9)
+
     def __init__(self, bit_width: int, *, is_signed: bool = False) -> None:
-        self.is_binary = is_signed and bit_width == 1
-        has_negative_codes = is_signed and not self.is_binary
-        top = 2 ** (bit_width - 1) - 1 if has_negative_codes else 2**bit_width - 1
-        super().__init__(bit_width, -top if has_negative_codes else 0, top)
+        self.is_signed = is_signed
+        super().__init__(bit_width, *self.code_range(bit_width))
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the levels are -1 and 1."""
+        return self.is_signed and self.bit_width == 1
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return symmetric_codes(bit_width) if self.is_signed else (0, 2**bit_width - 1)
 
     def initialize(self, x: Tensor) -> None:
         """Nothing to set."""

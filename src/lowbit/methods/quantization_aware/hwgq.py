@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,7 @@ from lowbit.errors import SpecError
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import count_below, fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, mark_codebook
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
@@ -232,6 +233,8 @@ class GaussianQuantizer(TableQuantizer):
         levels: ``uniform``, ``non_uniform``, ``authors`` or ``authors_non_uniform`` (two positive levels).
         backward: ``clipped``, ``vanilla`` or ``log_tailed``.
         has_unit_scale: Whether inputs have the standard deviation 1; else it is measured when initialized.
+
+    All bit-widths share the scale; the authors' constants are for 2 bits alone.
     """
 
     tables = ("scale",)
@@ -249,8 +252,18 @@ class GaussianQuantizer(TableQuantizer):
         self.scale: Tensor
         self.unit_levels: Tensor
         self.is_symmetric, self.backward, self.has_unit_scale = is_symmetric, backward, has_unit_scale
-        positive = positive_levels(bit_width, levels, is_symmetric=is_symmetric)
-        self.register_buffer("unit_levels", torch.tensor(positive), persistent=False)
+        self.levels: Levels = levels
+        self.register_buffer("unit_levels", self._unit_levels(), persistent=False)
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        return (2,) if self.levels in ("authors", "authors_non_uniform") else range(1, 9)
+
+    def resize(self) -> None:
+        self.unit_levels = self._unit_levels().to(self.unit_levels.device)
+
+    def _unit_levels(self) -> Tensor:
+        return torch.tensor(positive_levels(self.bit_width, self.levels, is_symmetric=self.is_symmetric))
 
     def initialize(self, x: Tensor) -> None:
         """``scale = sqrt(mean x**2)`` over the values that are not rectified away; 1 where there are none."""
@@ -271,7 +284,7 @@ class GaussianQuantizer(TableQuantizer):
         values = x.float()
         boundaries, levels = self.table()
         if torch.compiler.is_exporting():
-            marked: Tensor = fake_quantize_codebook(values, boundaries, levels)
+            marked: Tensor = mark_codebook(values, boundaries, levels)
             return marked.to(x.dtype)
         y = levels[count_below(values.detach(), boundaries)]
         if not (torch.is_grad_enabled() and x.requires_grad):

@@ -11,6 +11,7 @@ Deviations: clips of activations start at the least squared error of the first b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from lowbit.options import Above, AtLeast, Interval
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.quantizers.base import TableQuantizer
-from lowbit.quantizers.ops import count_below, fake_quantize_codebook
+from lowbit.quantizers.ops import count_below, mark_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
@@ -67,7 +68,8 @@ class CompandingQuantizer(TableQuantizer):
     Forward: ``sign(x) clip g(|x| / clip)`` with ``g = f^-1 . round to s steps . f``, the clip beyond it; ``s = 2**(k - 1) - 1`` signed,
     else ``2**k - 1``; with ``outer_bits`` the levels are rounded to that many bits of the clip.
     Backward: 1 to ``x`` inside the clip, else 0; to the clip ``sign(x) (g - |x| / clip)`` inside, ``sign(x)`` outside; to the curve by
-    differentiation with the rounding straight-through. Source: Eq. 1-8.
+    differentiation with the rounding straight-through.
+    All bit-widths share the clip and the curve, which three signed levels make no use of. Source: Eq. 1-8.
 
     Args:
         bit_width: 1 to 8, signed 2 to 8.
@@ -93,15 +95,30 @@ class CompandingQuantizer(TableQuantizer):
         detaches_statistics: bool = False,
     ) -> None:
         super().__init__(bit_width, Granularity.tensor())
-        self.steps = 2 ** (bit_width - 1) - 1 if signed else 2**bit_width - 1
+        self.signed, self.intervals = signed, intervals
+        self.logits: nn.Parameter | None = None
+        self.resize()
         if self.steps < 1:
             raise SpecError("lcq: signed values need 2 bits or more")
         del self._buffers["clip"]
         self.clip = nn.Parameter(torch.tensor(float("nan") if clip is None else float(clip)))
-        self.initial_clip, self.signed, self.normalizes, self.detaches_statistics = clip, signed, normalizes, detaches_statistics
+        self.initial_clip, self.normalizes, self.detaches_statistics = clip, normalizes, detaches_statistics
         self.outer_steps = None if outer_bits is None else 2 ** (outer_bits - int(signed)) - 1
-        is_uniform = intervals is None or (self.steps == 1 and signed)
-        self.logits = None if is_uniform or intervals is None else nn.Parameter(torch.zeros(intervals))
+
+    @property
+    def bit_widths(self) -> Sequence[int]:
+        return range(2 if self.signed else 1, 9)
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether levels lie on a curve at this width."""
+        return self.intervals is not None and not (self.steps == 1 and self.signed)
+
+    def resize(self) -> None:
+        self.steps = 2 ** (self.bit_width - 1) - 1 if self.signed else 2**self.bit_width - 1
+        if self.has_curve and self.logits is None:
+            assert self.intervals is not None
+            self.logits = nn.Parameter(torch.zeros(self.intervals, device=self.clip.device))
 
     def initialize(self, x: Tensor) -> None:
         if self.initial_clip is not None:
@@ -111,7 +128,7 @@ class CompandingQuantizer(TableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and not self.normalizes:
-            marked: Tensor = fake_quantize_codebook(x.float(), *self._table())
+            marked: Tensor = mark_codebook(x.float(), *self._table())
             return marked.to(x.dtype)
         if not (self.training and torch.is_grad_enabled()):
             return self.encode(x).decode().to(x.dtype)
@@ -151,7 +168,7 @@ class CompandingQuantizer(TableQuantizer):
     def _compand(self, v: Tensor) -> Tensor:
         """``g(v)`` with its gradient to the logits."""
         g: Tensor
-        if self.logits is None:
+        if self.logits is None or not self.has_curve:
             g = round_straight_through(v * self.steps) / self.steps
         else:
             slopes, heights = curve(self.logits)
@@ -163,7 +180,7 @@ class CompandingQuantizer(TableQuantizer):
     def _table(self) -> tuple[Tensor, Tensor]:
         """Boundaries and levels of the whole grid, ascending; the top level is repeated up to ``2**bit_width``."""
         places = torch.arange(2 * self.steps + 1, device=self.clip.device) / (2 * self.steps)
-        if self.logits is not None:
+        if self.logits is not None and self.has_curve:
             slopes, heights = curve(self.logits.detach())
             places = torch.cat([expand(places[:-1], slopes, heights).clamp(max=1), places[-1:]])
         levels, between = places[::2], places[1::2]

@@ -22,7 +22,7 @@ from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.codebook import nearest_level
-from lowbit.quantizers.ops import fake_quantize_codebook
+from lowbit.quantizers.ops import mark_codebook
 from lowbit.quantizers.qtensor import CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
@@ -57,7 +57,8 @@ class LearnedBasis(TableQuantizer):
     """Levels are the sums ``codes . basis``, one basis for each scale of the granularity.
 
     Forward: the nearest level, the lower one midway. Backward: 1, for activations 0 above the top level (signed ones: beyond either
-    end); the basis gets no gradient. In training every pass also gathers what ``update`` needs. Source: Eq. 3-5.
+    end); the basis gets no gradient. In training every pass also gathers what ``update`` needs.
+    Each bit-width has its own basis: a new one starts with even levels over the same range. Source: Eq. 3-5.
 
     Args:
         bit_width: 1 to 8.
@@ -71,6 +72,8 @@ class LearnedBasis(TableQuantizer):
     """
 
     tables = ("basis", "accumulator")
+    tables_by_width = ("basis", "accumulator", "updates")
+    bit_widths = range(1, 9)
 
     def __init__(
         self,
@@ -102,6 +105,14 @@ class LearnedBasis(TableQuantizer):
         self._set_table("basis", basis)
         self._set_table("accumulator", torch.zeros_like(basis))
         self.updates.zero_()
+
+    def resize(self) -> None:
+        self.codes = binary_codes(self.bit_width, signed=self.signed).to(self.codes.device)
+        self._gathered = None
+
+    def carry_over(self, old_bits: int) -> None:
+        shares = torch.exp2(torch.arange(self.bit_width, device=self.basis.device)) / (2**self.bit_width - 1)
+        self.set_basis(self.basis.sum(1, keepdim=True) * shares)
 
     def initialize(self, x: Tensor) -> None:
         rows = self.granularity.flatten(x.detach().float())
@@ -159,9 +170,9 @@ class LearnedBasis(TableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         levels, codes = self.levels()
-        if torch.compiler.is_exporting() and self.granularity.kind == "per_tensor":
+        if torch.compiler.is_exporting() and not self.granularity.axes:
             row = levels[0]
-            marked: Tensor = fake_quantize_codebook(x.float(), (row[1:] + row[:-1]) / 2, row)
+            marked: Tensor = mark_codebook(x.float(), (row[1:] + row[:-1]) / 2, row)
             return marked.to(x.dtype)
         values = x.float()
         rows = self.granularity.flatten(values.detach())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.methods.quantization_aware.dorefa import DorefaWeight
+from lowbit.methods.quantization_aware.dorefa import DorefaWeight, symmetric_codes
 from lowbit.options import Above, AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
@@ -52,7 +52,7 @@ class PactActivation(GridQuantizer):
     Forward: ``round(clip(x) / scale) * scale`` with ``scale = clip / n``, ``n = 2**k - 1`` (signed: ``2**(k - 1) - 1``).
     Backward: the surrogate's for the rounding; then 1 to ``x`` within the closed range, else 0, and to ``clip`` the sum of the gradients
     where ``x >= clip``, less those where ``x <= -clip``: elements at the clip belong to both. Nothing through the scale.
-    Source: PACT, Eq. 1-3.
+    All bit-widths share the clip. Source: PACT, Eq. 1-3.
 
     Args:
         bit_width: 1 to 8.
@@ -63,14 +63,22 @@ class PactActivation(GridQuantizer):
     """
 
     tables = ("clip",)
+    bit_widths = range(1, 9)
 
     def __init__(self, bit_width: int, *, clip: ClipInit = "least_error", clip_decay: float = 0.0, is_signed: bool = False) -> None:
-        self.is_binary = is_signed and bit_width == 1
-        top = 2 ** (bit_width - 1) - 1 if is_signed and not self.is_binary else 2**bit_width - 1
-        super().__init__(bit_width, -top if is_signed and not self.is_binary else 0, top)
+        self.is_signed = is_signed
+        super().__init__(bit_width, *self.code_range(bit_width))
         del self._buffers["clip"]
         self.clip = nn.Parameter(torch.tensor(float("nan") if isinstance(clip, str) else float(clip)))
-        self.initial_clip, self.clip_decay, self.is_signed = clip, clip_decay, is_signed
+        self.initial_clip, self.clip_decay = clip, clip_decay
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the levels are ``-clip`` and ``clip``."""
+        return self.is_signed and self.bit_width == 1
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return symmetric_codes(bit_width) if self.is_signed else (0, 2**bit_width - 1)
 
     def initialize(self, x: Tensor) -> None:
         """Start where ``clip`` says."""
@@ -106,6 +114,7 @@ class SawbWeight(GridQuantizer):
     ``clip = c1 sqrt(E w^2) + c2 E|w|``, or ``max|w|`` where there are no coefficients or the clip is not positive;
     ``N = 2**k - 1``, with ``has_zero`` ``2**k - 2``. In evaluation the clip is the last one of training.
     Backward: 1 everywhere, with ``clips_gradient`` 0 outside ``[-clip, clip]``; nothing through the clip.
+    Each bit-width has its own clip: a new one starts at the present one unless it is given weights, and training sets it anyway.
     Source: Choi et al. 2019, section 3.
 
     Args:
@@ -115,18 +124,21 @@ class SawbWeight(GridQuantizer):
         granularity: Which elements share a clip.
     """
 
-    tables = ("clip",)
+    tables = tables_by_width = ("clip",)
+    bit_widths = range(2, 9)
 
     def __init__(
         self, bit_width: int, *, has_zero: bool = False, clips_gradient: bool = False, granularity: Granularity | None = None
     ) -> None:
         if bit_width < 2:
             raise SpecError(f"sawb: bit_width must be 2 to 8, got {bit_width}")
-        top = 2 ** (bit_width - 1) - 1 if has_zero else 2**bit_width - 1
-        surrogate = bounded_straight_through if clips_gradient else straight_through
-        super().__init__(bit_width, -top if has_zero else 0, top, granularity=granularity, surrogate=surrogate)
-        self.clip: Tensor
         self.has_zero = has_zero
+        surrogate = bounded_straight_through if clips_gradient else straight_through
+        super().__init__(bit_width, *self.code_range(bit_width), granularity=granularity, surrogate=surrogate)
+        self.clip: Tensor
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return symmetric_codes(bit_width) if self.has_zero else (0, 2**bit_width - 1)
 
     def clip_of(self, x: Tensor) -> Tensor:
         """The clip for the weights ``x``, shaped to broadcast with ``granularity.broadcast(x)``."""

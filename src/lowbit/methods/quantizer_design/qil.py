@@ -3,19 +3,21 @@
 Paper: Jung, Son, Lee, Son, Han, Kwak, Hwang, Choi 2019, "Learning to Quantize Deep Networks by Optimizing Quantization Intervals With
     Task Loss", CVPR. Section 3.1 (Eq. 1-6, transformer and discretizer), section 3.2 (training).
 Symbols: c -> center, d -> distance, gamma -> gamma, alpha and beta -> the affine map of the interval to [0, 1], q_D -> qmax.
-Deviations: intervals start at 0 and end at the least squared error and ``gamma`` is 1 unless asked otherwise (the paper's initial
-    values are not known); levels of weights are multiplied by a constant that keeps the size of the layer's output (``rescale``), which
-    a following batch norm undoes; where a layer's input can be negative the interval lies on the values, around 0 at first, and
-    activations become ``2 q - 1``.
-The paper's progressive training (5, 4, 3, 2 bits, each from the weights and intervals of the one before) is a run at each bit-width:
-    ``fewer = lowbit.prepare(model, method="qil", weight_bits=4, ...)``, then ``fewer.load_state_dict(trained.state_dict())``.
+Differs from the paper:
+    - Intervals start at 0 and end at the least squared error, and ``gamma`` is 1 unless asked otherwise: the paper's initial values are
+      not known.
+    - Levels of weights are multiplied by a constant that keeps the size of the layer's output (``rescale``), which a following batch
+      norm undoes.
+    - Where a layer's input can be negative the interval lies on the values, around 0 at first, and activations become ``2 q - 1``.
+    - Progressive training (5, 4, 3, 2 bits, each from the weights and intervals of the one before) is the option ``progressive``; left
+      out, training starts at the bits asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
+from lowbit.network.bits import asked_bits, set_bits
 from lowbit.options import AtLeast
-from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
+from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.output_ratio import output_ratio
 from lowbit.qat.recipe import Role
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
+from lowbit.spec import LayerBits, check_bit_width
 from lowbit.surrogates import pass_gradient, scale_gradient
 
 SMALLEST_DISTANCE = 1e-4
@@ -98,7 +102,11 @@ class IntervalQuantizer(GridQuantizer):
         scale_gradient: Multiply the gradients of center and distance by ``1 / sqrt(elements * qmax)``, elements of one sample where
             ``is_batched``.
         is_batched: Whether the first dimension counts samples (activations).
+
+    All bit-widths share the interval, as in the paper's progressive training.
     """
+
+    bit_widths: Sequence[int] = range(1, 9)
 
     def __init__(
         self, bit_width: int, qmin: int, qmax: int, *, start: Start = "mse", scale_gradient: bool = False, is_batched: bool = False
@@ -140,15 +148,19 @@ class QilWeight(IntervalQuantizer):
     """
 
     tables = ("scale",)
+    bit_widths = range(2, 9)
 
     def __init__(self, bit_width: int, *, learns_gamma: bool = False, start: Start = "mse", scale_gradient: bool = False) -> None:
         if bit_width < 2:
             raise SpecError(f"qil: weights need 2 bits or more (one of their levels is 0), got {bit_width}")
-        top = 2 ** (bit_width - 1) - 1
-        super().__init__(bit_width, -top, top, start=start, scale_gradient=scale_gradient)
+        super().__init__(bit_width, *self.code_range(bit_width), start=start, scale_gradient=scale_gradient)
         self.gamma = nn.Parameter(torch.ones(())) if learns_gamma else None
         self._set_table("scale", torch.ones(()))
         self.scale: Tensor
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        top = 2 ** (bit_width - 1) - 1
+        return -top, top
 
     def set_scale(self, scale: Tensor) -> None:
         """Multiply the levels by ``scale``, a constant."""
@@ -184,8 +196,11 @@ class QilActivation(IntervalQuantizer):
     """
 
     def __init__(self, bit_width: int, *, is_signed: bool = False, start: Start = "mse", scale_gradient: bool = False) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, start=start, scale_gradient=scale_gradient, is_batched=True)
+        super().__init__(bit_width, *self.code_range(bit_width), start=start, scale_gradient=scale_gradient, is_batched=True)
         self.is_signed = is_signed
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return 0, 2**bit_width - 1
 
     def initialize(self, x: Tensor) -> None:
         if self.is_signed and self.start == "mse":
@@ -236,7 +251,7 @@ class Qil(TrainingMethod):
     """Learned quantization intervals.
 
     Attributes:
-        quantizer_learning_rate: Of centers and distances, as a fraction of the weights': the paper's 0.01.
+        quantizer_learning_rate: Learning rate of centers and distances as a fraction of the weights': the paper's 0.01.
         gamma: ``fixed`` at 1, or ``learned``, the exponent of the weights' transform.
         start: How intervals start: ``mse`` (from 0 to where the squared error is least), ``max`` (from 0 to the largest magnitude) or
             ``histogram`` (the least and the largest tenth cut off).
@@ -244,6 +259,9 @@ class Qil(TrainingMethod):
         scale_gradient: Multiply the gradients of centers and distances by ``1 / sqrt(elements * qmax)``, as MQBench does in place of
             the small learning rate; set ``quantizer_learning_rate`` to 1 with it.
         train_weights: Whether weights are trained with the intervals; else nothing but the intervals is.
+        progressive: Bit-widths to train at first, one after another, each at least the layer's own, before the bits asked for; every stage
+            has an equal share of the epochs and goes on with the weights and intervals of the one before. The paper's is (5, 4, 3)
+            for 2 bits.
     """
 
     ends = "float"
@@ -254,6 +272,11 @@ class Qil(TrainingMethod):
     rescale: bool = True
     scale_gradient: bool = False
     train_weights: bool = True
+    progressive: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for bits in self.progressive:
+            check_bit_width(bits, "qil: progressive")
 
     def default_recipe(self) -> Recipe:
         """The low-bit stages on ImageNet."""
@@ -265,6 +288,32 @@ class Qil(TrainingMethod):
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         return QilActivation(slot.bit_width, is_signed=slot.is_signed, start=self.start, scale_gradient=self.scale_gradient)
 
+    def attach(self, job: QatJob) -> None:
+        job.insert(self.weight_quantizer, self.activation_quantizer)
+        asked = [(quantizer, quantizer.bit_width) for _, quantizer in job.inserted if isinstance(quantizer, IntervalQuantizer)]
+        for quantizer, bits in asked:  # intervals start where training starts
+            quantizer.set_bit_width(max(bits, *self.progressive[:1], 1))
+        job.initialize(self.initialize_layer)
+        for quantizer, bits in asked:
+            quantizer.set_bit_width(bits)
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        (phase,) = super().phases(recipe)
+        stages = [*(f"{bits} bits" for bits in self.progressive), phase.name]
+        epochs, rest = divmod(recipe.epochs, len(stages))
+        if self.progressive and not epochs:
+            raise SpecError(f"qil: {len(stages)} stages need as many epochs, got {recipe.epochs}. Train longer, or shorten progressive.")
+        return [replace(phase, name=name, epochs=epochs + rest * (name == phase.name)) for name in stages]
+
+    def start_phase(self, run: TrainRun) -> None:
+        if not self.progressive:
+            return
+        stage = (*self.progressive, 1)[run.phase_index]
+        asked = asked_bits(run.model)
+        set_bits(
+            run.model, {name: LayerBits(_at_least(stage, own.weight), _at_least(stage, own.activation)) for name, own in asked.items()}
+        )
+
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         found = super().optimizers(recipe)
         return found if self.train_weights else {"quantizers": found["quantizers"]}
@@ -274,3 +323,7 @@ class Qil(TrainingMethod):
         weights = insert.weight_quantizer(layer)
         if self.rescale and isinstance(weights, QilWeight):
             weights.set_scale(output_ratio(layer, x, with_bias=False))
+
+
+def _at_least(bits: int, own: int | None) -> int | None:
+    return None if own is None else max(bits, own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,12 +15,13 @@ from torch.nn.utils import parametrize
 from lowbit.errors import CalibrationError
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor
-from lowbit.network.insert import quantization_enabled
+from lowbit.network.insert import quantization_enabled, quantized_layers, weight_quantizer
 from lowbit.network.layers import evaluating
 from lowbit.options import Above, AtLeast, CheckedSettings
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, LossKind, reconstruction_loss
 from lowbit.post_training.reconstruction.unit_data import UnitData, batches
 from lowbit.post_training.reconstruction.units import PlannedUnit
+from lowbit.quantizers.base import disabled
 
 FisherKind = Literal["released", "paper"]
 
@@ -163,10 +163,9 @@ def fisher_gradient(model: nn.Module, reference: nn.Module, unit: str, layers: S
         expected = output_tensor(reference(*inputs.args, **inputs.kwargs))
     handle = model.get_submodule(unit).register_forward_hook(catch)
     try:
-        with ExitStack() as stack, torch.enable_grad():
-            stack.enter_context(quantization_enabled(model, weights=False, activations=False))
-            for layer in layers:
-                stack.enter_context(quantization_enabled(layer, weights=True, activations=False))
+        kept = [weight_quantizer(layer) for layer in layers]
+        others = [q for q in (weight_quantizer(layer) for layer in quantized_layers(model).values()) if q is not None and q not in kept]
+        with quantization_enabled(model, weights=True, activations=False), disabled(others), torch.enable_grad():
             logits = output_tensor(model(*inputs.args, **inputs.kwargs))
             axis = -1 if logits.dim() == 3 else min(1, logits.dim() - 1)
             loss = F.kl_div(F.log_softmax(logits, axis), F.softmax(expected, axis), reduction="batchmean")

@@ -29,6 +29,7 @@ class NormalizedQuantizer(GridQuantizer):
     Forward: ``q = round(clamp((x - lower) / (upper - lower), 0, 1) N) / N`` with ``N = 2**k - 1``; activations become ``q``, weights and
     signed activations ``2 q - 1``, times ``|output_scale|`` where there is one.
     Backward: the surrogate's for the rounding, everything else by differentiation.
+    All bit-widths share the interval and the output scale.
 
     Args:
         bit_width: 1 to 8.
@@ -38,16 +39,21 @@ class NormalizedQuantizer(GridQuantizer):
         surrogate: Backward rule of the rounding.
     """
 
+    bit_widths = range(1, 9)
+
     def __init__(
         self, bit_width: int, *, is_centred: bool, has_output_scale: bool = False, learns_lower: bool = True, surrogate: Surrogate
     ) -> None:
-        super().__init__(bit_width, 0, 2**bit_width - 1, surrogate=surrogate)
+        super().__init__(bit_width, *self.code_range(bit_width), surrogate=surrogate)
         self.is_centred, self.learns_lower = is_centred, learns_lower
         self.upper = nn.Parameter(torch.tensor(float("nan")))
         self.lower = nn.Parameter(torch.tensor(float("nan"))) if learns_lower else None
         self.output_scale = nn.Parameter(torch.ones(())) if has_output_scale else None
         self.is_probed = False
         self.discretized: Tensor | None = None  # q of the last pass, while it is probed
+
+    def code_range(self, bit_width: int) -> tuple[int, int]:
+        return 0, 2**bit_width - 1
 
     def set_interval(self, lower: Tensor, upper: Tensor) -> None:
         """Start at this interval; one of no width gets the width 1."""

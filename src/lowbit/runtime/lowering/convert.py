@@ -306,7 +306,7 @@ class Conversion:
     def _to_packed(self, node: OperatorCall, name: str) -> str | None:
         """Let a layer read packed codes, and say how it computes; ``None`` where its codes have no table for each output."""
         code = self._codes.get(cast(Stored, node.args[1]).name)
-        if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind == "per_group":
+        if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind in ("per_group", "per_axes"):
             return None
         if code.decoder.granularity.kind == "per_channel" and code.decoder.granularity.axis % code.codes.dim() != 0:
             return None

@@ -1,0 +1,218 @@
+"""Bits as state: what each layer of a quantized network takes at present, and how that is changed while the network lives.
+
+Nothing is prepared anew: every quantizer changes its own bit-width and keeps what it learned (``Quantizer.set_bit_width``).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from lowbit.errors import LayerError, SpecError
+from lowbit.network import insert
+from lowbit.network.layers import quantizable_layers
+from lowbit.network.record import QuantizationRecord, record_of
+from lowbit.quantizers import Quantizer
+from lowbit.registry import get_method
+from lowbit.spec import BitPolicy, LayerBits, Position
+
+BitsLike = int | LayerBits | None
+Part = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class LayerQuantizers:
+    """The quantizers that decide the bits of one layer.
+
+    Attributes:
+        layer: The layer.
+        weight: Of its weight, or ``None``.
+        activation: Of its input, wherever in the network it sits, or ``None``.
+    """
+
+    layer: nn.Module
+    weight: Quantizer | None
+    activation: Quantizer | None
+
+    @property
+    def bits(self) -> LayerBits:
+        """What they quantize to at present."""
+        return LayerBits(*(None if quantizer is None else quantizer.bits for quantizer in (self.weight, self.activation)))
+
+
+def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
+    """The quantizers of every convolution and linear layer, by name: in execution order where a record says it, else as defined."""
+    record, layers, sites = record_of(model), quantizable_layers(model), insert.sites(model)
+    inputs = {} if record is None else record.table.inputs
+    recorded = [] if record is None else [row.name for row in record.table if row.name in layers]
+    found = {}
+    for name in dict.fromkeys([*recorded, *layers]):
+        layer = layers[name]
+        own = insert.input_quantizer(layer)
+        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), sites.get(inputs.get(name, "")) if own is None else own)
+    return found
+
+
+def get_bits(model: nn.Module) -> dict[str, LayerBits]:
+    """The bits of every convolution and linear layer at present; ``None`` is float.
+
+    >>> import torch, lowbit
+    >>> from lowbit.network.bits import get_bits, set_bits
+    >>> float_model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    >>> model = lowbit.prepare(float_model, method="lsq", sample=torch.randn(8, 4))
+    >>> set_bits(model, 3)
+    >>> get_bits(model)["1"], get_bits(model)["2"]
+    (LayerBits(weight=3, activation=3), LayerBits(weight=8, activation=8))
+    """
+    return {name: quantizers.bits for name, quantizers in layer_quantizers(model).items()}
+
+
+def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
+    """What the policy of the network's record asks for each layer, whatever it has at present; SpecError without a record."""
+    record = _record(model)
+    return _by_policy(record.policy, layer_quantizers(model), record.table.positions)
+
+
+def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy) -> None:
+    """Change the bits of a quantized network in place; nothing is changed where an error is raised.
+
+    Layers keep what they learned at every width, so going there and back changes nothing. ``lowbit.summary`` and the network's record
+    tell the new bits.
+
+    Args:
+        model: A network from ``lowbit.prepare``, ``lowbit.train`` or ``lowbit.quantize``.
+        bits: A number: for every quantizer that is there, but for the layers that the network's own policy excepts (its first and last
+            one, those that a rule names). ``LayerBits``: the same, but it is an error where a layer lacks a quantizer that is asked for.
+            ``None``: the float network. A mapping of name patterns (``"layer1.*"``) to any of these: for the layers that match, the
+            later pattern winning. A ``BitPolicy``: for every layer what it says.
+
+    Raises:
+        SpecError: A width that the method or a quantizer does not have (lists those it has), a pattern that matches no layer, different
+            bits for layers that read one quantizer, or a layer without a quantizer that is asked for.
+        LayerError: A network without quantizers.
+    """
+    layers = layer_quantizers(model)
+    if not any(found.weight or found.activation for found in layers.values()):
+        raise LayerError(f"{type(model).__name__} has no quantizers whose bits could be changed. Prepare or quantize it first.")
+    asked = _asked(model, layers, bits)
+    changes: dict[Quantizer, tuple[int | None, str]] = {}
+    for name, wanted in asked.items():
+        for part in ("weight", "activation"):
+            _note(changes, model, layers, name, part, getattr(wanted, part))
+    weights = {found.weight: insert.float_weight(found.layer).detach() for found in layers.values() if found.weight is not None}
+    for quantizer, (width, _) in changes.items():
+        quantizer.set_bit_width(width, weights.get(quantizer))
+    record = record_of(model)
+    for row in [] if record is None else list(record.table):
+        if record is not None and row.name in layers:
+            now = layers[row.name].bits
+            record.table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation))
+
+
+def _note(
+    changes: dict[Quantizer, tuple[int | None, str]],
+    model: nn.Module,
+    layers: Mapping[str, LayerQuantizers],
+    name: str,
+    part: Part,
+    width: int | None,
+) -> None:
+    """Add one quantizer and its new width to ``changes``, checked."""
+    quantizer: Quantizer | None = getattr(layers[name], part)
+    if quantizer is None:
+        return
+    if width is not None:
+        _check_method(model, name, part, width)
+        try:
+            quantizer.check_has(width)
+        except SpecError as error:
+            raise SpecError(f"layer {name!r}, {part}: {error}") from error
+    before, other = changes.setdefault(quantizer, (width, name))
+    if before != width:
+        raise SpecError(
+            f"layers {other!r} and {name!r} share one {part} quantizer, so they cannot have {before} and {width} bits. Give both the same."
+        )
+
+
+def _check_method(model: nn.Module, name: str, part: Part, width: int) -> None:
+    """SpecError where the network's method has no such width in a layer that it quantizes itself."""
+    record = record_of(model)
+    if record is None or (record.policy.first_last is not None and name in record.table.positions):
+        return
+    info = get_method(record.method)
+    widths = info.weight_bits if part == "weight" else info.activation_bits
+    if widths is not None and width not in widths:
+        raise SpecError(f"layer {name!r}: {record.method} has {part} bits {', '.join(map(str, widths))}, got {width}. Choose one of them.")
+
+
+def _asked(
+    model: nn.Module, layers: Mapping[str, LayerQuantizers], bits: BitsLike | Mapping[str, BitsLike] | BitPolicy
+) -> dict[str, LayerBits]:
+    """The bits of each layer that is to change."""
+    record = record_of(model)
+    positions: Mapping[str, Position] = {} if record is None else record.table.positions
+    if isinstance(bits, BitPolicy):
+        bits.check({name: found.layer for name, found in layers.items()})
+        asked = _by_policy(bits, layers, positions)
+        _require(asked, layers, record)
+        return asked
+    if isinstance(bits, Mapping):
+        return _by_pattern(bits, layers, record)
+    if bits is None or record is None:
+        asked = dict.fromkeys(layers, _layer_bits(bits))
+    else:
+        asked = _by_policy(replace(record.policy, default=_layer_bits(bits)), layers, positions)
+    if isinstance(bits, LayerBits):
+        _require(asked, layers, record)
+    return asked
+
+
+def _by_policy(policy: BitPolicy, layers: Mapping[str, LayerQuantizers], positions: Mapping[str, Position]) -> dict[str, LayerBits]:
+    return {name: policy.bits_for(name, found.layer, position=positions.get(name, "inner")) for name, found in layers.items()}
+
+
+def _by_pattern(
+    bits: Mapping[str, BitsLike], layers: Mapping[str, LayerQuantizers], record: QuantizationRecord | None
+) -> dict[str, LayerBits]:
+    asked: dict[str, LayerBits] = {}
+    for pattern, value in bits.items():
+        matching = [name for name in layers if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise SpecError(f"bits for {pattern!r}: no layer matches. The model has: {', '.join(layers)}.")
+        chosen = dict.fromkeys(matching, _layer_bits(value))
+        if isinstance(value, LayerBits):
+            _require(chosen, layers, record)
+        asked |= chosen
+    return asked
+
+
+def _require(asked: Mapping[str, LayerBits], layers: Mapping[str, LayerQuantizers], record: QuantizationRecord | None) -> None:
+    """SpecError where bits are asked for what has no quantizer; inputs of layers that the sample never reached have none."""
+    promised = {} if record is None else _by_policy(record.policy, layers, record.table.positions)
+    for name, wanted in asked.items():
+        if wanted.weight is not None and layers[name].weight is None:
+            raise SpecError(
+                f"layer {name!r}: its weight is in float and has no quantizer, asked for {wanted.weight} bits. Leave it at None."
+            )
+        is_unreached = name in promised and promised[name].activation is not None
+        if wanted.activation is not None and layers[name].activation is None and not is_unreached:
+            raise SpecError(
+                f"layer {name!r}: its input is in float and has no quantizer, asked for {wanted.activation} bits. Leave it at None."
+            )
+
+
+def _layer_bits(bits: BitsLike) -> LayerBits:
+    return bits if isinstance(bits, LayerBits) else LayerBits(bits, bits)
+
+
+def _record(model: nn.Module) -> QuantizationRecord:
+    record = record_of(model)
+    if record is None:
+        raise SpecError(
+            f"{type(model).__name__} does not say how it was quantized. Use the network that lowbit.prepare or quantize returned."
+        )
+    return record
