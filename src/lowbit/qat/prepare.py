@@ -10,15 +10,14 @@ from torch import nn
 
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
-from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.options import build_method
 from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.quantizers import Quantizer
-from lowbit.registry import method_of_kind
-from lowbit.spec import BitPolicy, check_bit_width
+from lowbit.registry import MethodInfo, method_of_kind
+from lowbit.spec import BitPolicy, Bits
 from lowbit.surrogates import make_surrogate
 
 _ATTRIBUTE = "lowbit_method"
@@ -33,7 +32,7 @@ def prepare(
     sample: object,
     policy: BitPolicy | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
+    merge_bits: Bits = None,
     seed: int = 0,
     **options: object,
 ) -> nn.Module:
@@ -49,8 +48,9 @@ def prepare(
             in the first and last layer.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
-            nothing); ``None`` leaves them in float, as the papers do. With them an exported residual network runs in integers from
-            end to end, which is several times faster. Needs a network that can be exported.
+            nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in the papers.
+            With them an exported residual network runs in integers from end to end, which is several times faster. Needs a network
+            that can be exported.
         seed: Makes the result reproducible.
         **options: The method's hyper-parameters.
 
@@ -67,26 +67,30 @@ def prepare(
     info = method_of_kind(method, "training")
     chosen = build_method(info, dict(options))
     assert isinstance(chosen, TrainingMethod)
-    policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
+    policy = training_policy(info, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(model=copy.deepcopy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        job = QatJob(copy.deepcopy(model), policy, Inputs.of(sample), seed, edges=chosen.edge_quantizer)
         check_method_bits(info, policy, job)
-        dataflow = None if merge_bits is None else capture(job.model, job.sample)
         chosen.attach(job)
-        if merge_bits is not None and dataflow is not None:
-            job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
+        job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
         if surrogate is not None:
             set_surrogate(job, surrogate, method)
         table = job.finish()
     used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     if surrogate is not None:
         used["surrogate"] = surrogate
-    if merge_bits is not None:
-        used["merge_bits"] = merge_bits
     attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
     setattr(job.model, _ATTRIBUTE, chosen)
     return job.model
+
+
+def training_policy(
+    info: MethodInfo, weight_bits: int | None, activation_bits: int | None, *, policy: BitPolicy | None, merge_bits: Bits
+) -> BitPolicy:
+    """The policy that these arguments of ``prepare`` describe for the method of ``info``."""
+    policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
+    return policy.with_merges(merge_bits)
 
 
 def method_of(model: nn.Module) -> TrainingMethod:

@@ -18,7 +18,7 @@ from lowbit.options import build_method
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
 from lowbit.registry import method_of_kind
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, Bits
 
 
 def quantize(
@@ -29,6 +29,7 @@ def quantize(
     activation_bits: int | None = 8,
     calibration: object = None,
     policy: BitPolicy | None = None,
+    merge_bits: Bits = None,
     sample: object = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -45,6 +46,8 @@ def quantize(
         calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
             in the first and last layer.
+        merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
+            overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
         seed: Makes the result reproducible.
         progress: Where to show progress; silent when left out.
@@ -59,8 +62,9 @@ def quantize(
         SpecError: Bits, policy or an option out of range.
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
+        GraphError: Bits of sums and concatenations are asked for, and the network cannot be exported.
     """
-    policy = policy or BitPolicy.uniform(weight_bits, activation_bits)
+    policy = (policy or BitPolicy.uniform(weight_bits, activation_bits)).with_merges(merge_bits)
     return run_job(
         model, method, options, policy=policy, calibration=calibration, sample=sample, seed=seed, progress=progress, work_dir=work_dir
     ).model

@@ -23,11 +23,12 @@ from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_feed
 from lowbit.qat.engine.trainer import Selection, Trainer
-from lowbit.qat.prepare import method_of, prepare
+from lowbit.qat.prepare import method_of, prepare, training_policy
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Classification, Task
-from lowbit.spec import BitPolicy
+from lowbit.registry import method_of_kind
+from lowbit.spec import BitPolicy, Bits
 from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
 
 WORK = ".work"  # the folder of checkpoints in the output folder
@@ -64,7 +65,7 @@ def train(
     out: Path | str | None = None,
     policy: BitPolicy | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
+    merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -96,7 +97,7 @@ def train(
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``.
         surrogate: Gradient surrogate to use in place of the method's.
-        merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
+        merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets.
         task: Loss and metric. Default: classification.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
@@ -144,13 +145,13 @@ def train(
         train_data,
         trainer,
         method=method,
-        policy=policy,
-        bits=(weight_bits, activation_bits),
+        policy=training_policy(
+            method_of_kind(method, "training"), weight_bits, activation_bits, policy=policy, merge_bits=merge_bits
+        ),
         test_data=test_data,
         recipe=recipe,
         out=None if out is None else Path(out),
         surrogate=surrogate,
-        merge_bits=merge_bits,
         teacher=teacher,
         task=task,
         augment=augment,
@@ -169,12 +170,10 @@ def train_network(
     *,
     method: str,
     recipe: Recipe,
-    bits: tuple[int | None, int | None] = (4, 4),
-    policy: BitPolicy | None = None,
+    policy: BitPolicy,
     test_data: object = None,
     out: Path | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -200,12 +199,9 @@ def train_network(
     quantized = prepare(
         own,
         method=method,
-        weight_bits=bits[0],
-        activation_bits=bits[1],
         sample=inputs.to("cpu"),
         policy=policy,
         surrogate=surrogate,
-        merge_bits=merge_bits,
         seed=recipe.seed,
         **cast(dict[str, Any], options or {}),
     )
