@@ -112,7 +112,7 @@ def prepared(model: nn.Module, data: object, observer: str) -> PtqJob:
     method = RoundToNearest(activation_observer=observer, weight_observer="min_max")
     job.fold()
     job.insert_weights(method.weight_quantizer)
-    job.insert_activations(method.activation_quantizer)
+    job.insert_activations(method)
     return job
 
 

@@ -4,8 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lowbit import errors
 from lowbit.measure.diagnose import diagnose
+from lowbit.network.slot import Slot
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.qat.attach.job import QatJob, Slot
+from lowbit.qat.attach.job import QatJob
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.loops.manual import parameter_groups, training
 from lowbit.qat.method import TrainingMethod

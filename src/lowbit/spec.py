@@ -169,15 +169,22 @@ def _permuted(x: Tensor, order: list[int]) -> Tensor:
     return x if order == sorted(order) else x.permute(order)
 
 
+OPERANDS = ("weight", "activation", "output")  # the fields of LayerBits
+
+
 @dataclass(frozen=True)
 class LayerBits:
-    """Bit-widths of one layer: its weight and its input activation. ``None`` means float."""
+    """Bit-widths of one layer: its weight, its input activation and its output. ``None`` means float.
+
+    The output is what the layer itself computes, before any activation function that follows.
+    """
 
     weight: int | None
     activation: int | None
+    output: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "activation"):
+        for name in OPERANDS:
             value = getattr(self, name)
             if value is not None:
                 check_bit_width(value, f"{name} bits")
@@ -193,7 +200,12 @@ def parse_bits(value: object, where: str) -> int | None:
 
 
 _FLOAT: Literal["float"] = "float"
-Bits = int | Literal["float"] | None  # None in a rule: leave as it was
+Bits = int | Literal["float"] | None  # None: nothing is said, so that what was said before, or the default, holds
+
+
+def parse_said_bits(value: object, where: str) -> Bits:
+    """Bits from user input where ``None`` says nothing: 1 to 8, or ``"float"`` for 32 and ``float``."""
+    return None if value is None else parse_bits(value, where) or _FLOAT
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,7 @@ class Rule:
     type: str | None = None
     weight: Bits = None
     activation: Bits = None
+    output: Bits = None
 
     def applies(self, name: str, module: nn.Module) -> bool:
         if self.match is not None and not fnmatch.fnmatchcase(name, self.match):
@@ -219,44 +232,80 @@ class Rule:
 
 @dataclass(frozen=True)
 class BitPolicy:
-    """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win)."""
+    """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win).
+
+    Attributes:
+        default: Bits of a layer that nothing else is said about.
+        first_last: Bits of the first and the last layer to run; ``None``: no exception.
+        rules: Further exceptions; later ones win.
+        merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
+            results, and those that are pooled. ``None``: the default, which is 8 after training (where activations are quantized) and
+            float in training, as in the papers.
+
+    Example:
+        >>> print(BitPolicy.uniform(4, 8, merge_bits=8, first_last=None).with_rule(match="head", output=8))
+        default:
+          weight: 4
+          activation: 8
+        first_last: null
+        rules:
+        - match: head
+          output: 8
+        merges: 8
+        <BLANKLINE>
+    """
 
     default: LayerBits = field(default_factory=lambda: LayerBits(8, 8))
     first_last: LayerBits | None = None
     rules: tuple[Rule, ...] = ()
+    merges: Bits = None
 
     @staticmethod
-    def uniform(weight_bits: int | None, activation_bits: int | None, *, first_last: int | None = 8) -> BitPolicy:
+    def uniform(
+        weight_bits: int | None,
+        activation_bits: int | None,
+        output_bits: int | None = None,
+        *,
+        merge_bits: Bits = None,
+        first_last: int | None = 8,
+    ) -> BitPolicy:
         """The same bits everywhere, but at least ``first_last`` in the first and last layer (``None``: no exception)."""
-        default = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
-        if first_last is None:
-            return BitPolicy(default)
-        floor = check_bit_width(first_last, "first_last")
-        ends = LayerBits(*(None if bits is None else max(bits, floor) for bits in (default.weight, default.activation)))
-        return BitPolicy(default, ends)
+        default = LayerBits(
+            parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"), parse_bits(output_bits, "output_bits")
+        )
+        ends = None
+        if first_last is not None:
+            floor = check_bit_width(first_last, "first_last")
+            ends = LayerBits(*(None if bits is None else max(bits, floor) for bits in (getattr(default, name) for name in OPERANDS)))
+        return BitPolicy(default, ends).with_merges(merge_bits)
 
-    def with_rule(self, *, match: str | None = None, type: str | None = None, weight: Bits = None, activation: Bits = None) -> BitPolicy:
+    def with_merges(self, merge_bits: int | str | None) -> BitPolicy:
+        """This policy with other bits for sums, concatenations and pooled tensors; ``None`` leaves what it says."""
+        return self if merge_bits is None else replace(self, merges=parse_said_bits(merge_bits, "merge_bits"))
+
+    def with_rule(
+        self, *, match: str | None = None, type: str | None = None, weight: Bits = None, activation: Bits = None, output: Bits = None
+    ) -> BitPolicy:
         """This policy with one more rule, which wins over the earlier ones."""
         if (match is None) == (type is None):
             raise SpecError(f"a rule takes either a name pattern (match) or a layer type (type), got match={match!r}, type={type!r}")
-        for name, value in (("weight", weight), ("activation", activation)):
-            if value is not None and value != _FLOAT:
-                check_bit_width(value, f"rule for {match or type}: {name}")
-        return replace(self, rules=(*self.rules, Rule(match, type, weight, activation)))
+        said = {"weight": weight, "activation": activation, "output": output}
+        bits = {name: parse_said_bits(value, f"rule for {match or type}: {name}") for name, value in said.items()}
+        return replace(self, rules=(*self.rules, Rule(match, type, **bits)))
 
     def keep_float(self, pattern: str) -> BitPolicy:
         """This policy with the layers matching ``pattern`` left in float."""
-        return self.with_rule(match=pattern, weight=_FLOAT, activation=_FLOAT)
+        return self.with_rule(match=pattern, weight=_FLOAT, activation=_FLOAT, output=_FLOAT)
 
     def bits_for(self, name: str, module: nn.Module, *, position: Position = "inner") -> LayerBits:
         """Bits of the layer ``name``; ``position`` says whether it is the first or last one to run."""
         bits = self.first_last if self.first_last is not None and position != "inner" else self.default
-        weight, activation = bits.weight, bits.activation
+        asked = {operand: getattr(bits, operand) for operand in OPERANDS}
         for rule in self.rules:
             if rule.applies(name, module):
-                weight = weight if rule.weight is None else None if rule.weight == _FLOAT else rule.weight
-                activation = activation if rule.activation is None else None if rule.activation == _FLOAT else rule.activation
-        return LayerBits(weight, activation)
+                said = {operand: getattr(rule, operand) for operand in OPERANDS}
+                asked |= {operand: None if value == _FLOAT else value for operand, value in said.items() if value is not None}
+        return LayerBits(**asked)
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
         """SpecError when a rule applies to none of ``layers``."""
@@ -267,40 +316,40 @@ class BitPolicy:
     def to_dict(self) -> dict[str, object]:
         """Plain values, as in the YAML file."""
 
-        def pair(bits: LayerBits) -> dict[str, object]:
-            return {
-                "weight": _FLOAT if bits.weight is None else bits.weight,
-                "activation": _FLOAT if bits.activation is None else bits.activation,
-            }
+        def plain(bits: LayerBits) -> dict[str, object]:
+            said = {name: getattr(bits, name) or _FLOAT for name in OPERANDS}
+            return {name: value for name, value in said.items() if name != "output" or value != _FLOAT}  # outputs stay float by default
 
         rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
-        return {"default": pair(self.default), "first_last": None if self.first_last is None else pair(self.first_last), "rules": rules}
+        first_last = None if self.first_last is None else plain(self.first_last)
+        merges = {} if self.merges is None else {"merges": self.merges}
+        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **merges}
 
     @staticmethod
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
-        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules"}:
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", "merges"}:
             raise SpecError(
-                f"{where}: expected the keys default, first_last and rules, got {data if not isinstance(data, dict) else sorted(data)!r}"
+                f"{where}: expected the keys default, first_last, rules and merges, got {data if not isinstance(data, dict) else sorted(map(str, data))!r}"
             )
 
-        def pair(value: object, name: str) -> LayerBits:
-            if not isinstance(value, dict) or not set(value) <= {"weight", "activation"}:
-                raise SpecError(f"{where}: {name} must be a mapping with weight and activation, got {value!r}")
-            return LayerBits(
-                parse_bits(value.get("weight", 8), f"{where}: {name}.weight"),
-                parse_bits(value.get("activation", 8), f"{where}: {name}.activation"),
-            )
+        def layer_bits(value: object, name: str) -> LayerBits:
+            if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
+                raise SpecError(f"{where}: {name} must be a mapping with weight, activation and output, got {value!r}")
+            said = {"weight": 8, "activation": 8, "output": None, **value}
+            return LayerBits(**{operand: parse_bits(bits, f"{where}: {name}.{operand}") for operand, bits in said.items()})
 
         policy = BitPolicy(
-            pair(data.get("default", {}), "default"), None if data.get("first_last") is None else pair(data["first_last"], "first_last")
+            layer_bits(data.get("default", {}), "default"),
+            None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
+            merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):
             raise SpecError(f"{where}: rules must be a list, got {rules!r}")
         for rule in rules:
-            if not isinstance(rule, dict) or not set(rule) <= {"match", "type", "weight", "activation"}:
-                raise SpecError(f"{where}: a rule has the keys match or type, weight, activation; got {rule!r}")
+            if not isinstance(rule, dict) or not set(rule) <= {"match", "type", *OPERANDS}:
+                raise SpecError(f"{where}: a rule has the keys match or type, weight, activation, output; got {rule!r}")
             policy = policy.with_rule(**rule)
         return policy
 

@@ -116,6 +116,16 @@ Policy = Annotated[
         rich_help_panel=BITS,
     ),
 ]
+MergeBits = Annotated[
+    str | None,
+    typer.Option(
+        "--merge-bits",
+        help="Bits of residual sums, concatenations and what is pooled, 1 to 8, or 'float'; whole networks run in integers with 8. "
+        "Default: what --policy says, else 8 after training and 'float' in training.",
+        show_default=False,
+        rich_help_panel=BITS,
+    ),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(

@@ -34,6 +34,7 @@ def quantize(
     activation_bits: shared.ActivationBits = None,
     first_last_bits: shared.FirstLastBits = None,
     policy: shared.Policy = None,
+    merge_bits: shared.MergeBits = None,
     keep: shared.Keep = None,
     only: shared.Only = None,
     granularity: Annotated[
@@ -123,6 +124,7 @@ def quantize(
     }  # fmt: skip
     settings = make_settings(method, shortcuts, option)
     bits = make_policy(policy, weight_bits, activation_bits, first_last=first_last_bits, keep=keep, only=only)
+    bits = bits.with_merges(merge_bits)
     source = open_source(
         model,
         weights,

@@ -30,7 +30,7 @@ from lowbit.progress import Progress
 from lowbit.qat import TrainingMethod
 from lowbit.qat.engine.stopping import Terminated
 from lowbit.qat.engine.trainer import Trainer
-from lowbit.spec import BitPolicy, parse_bits
+from lowbit.spec import BitPolicy
 from lowbit.surrogates import SURROGATES, make_surrogate
 from lowbit.workflows.train import Trained, train_network
 
@@ -93,14 +93,7 @@ def train(
     ] = None,
     first_last_bits: shared.FirstLastBits = None,
     policy: shared.Policy = None,
-    merge_bits: Annotated[
-        str | None,
-        option(
-            shared.BITS,
-            "Bits of residual sums, concatenations and what is pooled, so that whole networks run in integers. Default: float, as in the papers.",
-            "--merge-bits",
-        ),
-    ] = None,
+    merge_bits: shared.MergeBits = None,
     keep: shared.Keep = None,
     only: shared.Only = None,
     teacher: Annotated[
@@ -306,7 +299,6 @@ def _run(
         test_data=start.test,
         out=out,
         surrogate=asked.surrogate,
-        merge_bits=parse_bits(asked.merge_bits, "merge_bits"),
         teacher=start.teacher,
         augment=asked.augment,
         workers=workers,
@@ -332,7 +324,7 @@ def _deliver(plan: Plan, start: Start, trained: Trained, trainer: Trainer, *, qu
     plan = dataclasses.replace(plan, policy=record.policy)
     outcome = deliver(plan, start.source, comparison, trainer.progress)
     before, after = outcome.report.latency_float_onnx, outcome.report.latency_quantized_onnx
-    if "merge_bits" not in record.options and before is not None and after is not None and after >= before:
+    if record.policy.merges is None and before is not None and after is not None and after >= before:
         trainer.progress.say("to let residual sums run in integers too, which makes model.onnx faster, train with --merge-bits 8")
     report_outcome(outcome, quiet=quiet)
 

@@ -34,8 +34,8 @@ class TrainRecipe:
         model, model_options, init: The network, its factory's arguments, and the weights to start from.
         data, test_data, preprocess: Training and test data, and how pictures become inputs.
         method, options, surrogate: The method with its hyper-parameters, and a gradient surrogate in place of its own.
-        weight_bits, activation_bits, first_last_bits, keep, only, policy: Bits; ``policy`` replaces the others.
-        merge_bits: Bits of residual sums and the like, see ``lowbit.prepare``.
+        weight_bits, activation_bits, first_last_bits, keep, only, policy: Bits; ``policy`` replaces the others but ``keep``.
+        merge_bits: Bits of residual sums and the like in place of what ``policy`` says, see ``lowbit.prepare``.
         teacher, teacher_options, teacher_weights: A network for soft targets.
         recipe: Epochs, optimizer and so on; its fields stand beside the others in the file.
         augment, precision, select: See ``lowbit.train``.
@@ -135,12 +135,13 @@ class TrainRecipe:
             policy = BitPolicy.from_dict(self.policy)
             for pattern in self.keep:
                 policy = policy.keep_float(pattern)
-            return policy
+            return policy.with_merges(self.merge_bits)
         info = self.info
         activation = None if info.activation_bits is None else _nearest(info.activation_bits)
         weight, activations, ends = (None if value is None else str(value) for value in (getattr(self, name) for name in LAYER_BITS))
         default = LayerBits(_nearest(info.weight_bits), activation)
-        return make_policy(None, weight, activations, first_last=ends, keep=list(self.keep), only=list(self.only) or None, default=default)
+        policy = make_policy(None, weight, activations, first_last=ends, keep=list(self.keep), only=list(self.only) or None, default=default)
+        return policy.with_merges(self.merge_bits)
 
     def resolved(self) -> TrainRecipe:
         """With the bits that are not given filled in."""

@@ -226,8 +226,8 @@ def show_layers(plan: Plan, source: Source) -> None:
     rows = []
     for name in [*order, *(name for name in layers if name not in order)]:
         bits = plan.policy.bits_for(name, layers[name], position=ends.get(name, "inner"))
-        rows.append((name, layer_kind(layers[name]), *("float" if value is None else value for value in (bits.weight, bits.activation))))
-    show_table(("layer", "kind", "weight bits", "activation bits"), rows, title=f"{source.name} with {plan.method}")
+        rows.append((name, layer_kind(layers[name]), *("float" if value is None else value for value in (bits.weight, bits.activation, bits.output))))
+    show_table(("layer", "kind", "weight bits", "activation bits", "output bits"), rows, title=f"{source.name} with {plan.method}")
 
 
 def show_outcome(outcome: Outcome) -> None:

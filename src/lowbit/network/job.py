@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import nn
@@ -14,13 +13,12 @@ from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.placement import Placement
-from lowbit.network.table import LayerRecord, LayerTable
+from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
+from lowbit.network.table import LayerRecord, LayerTable, Status
 from lowbit.progress import Progress
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo
 from lowbit.spec import BitPolicy, LayerBits, Position
-
-WeightFactory = Callable[[str, nn.Module, int], Quantizer]
 
 
 @dataclass
@@ -43,7 +41,7 @@ class NetworkJob:
         CalibrationError: The sample does not fit the network.
     """
 
-    allows_float_weights: ClassVar[bool] = False  # whether quantizing inputs alone is something to do
+    allows_float_weights: ClassVar[bool] = False  # whether quantizing inputs or outputs alone is something to do
 
     model: nn.Module
     policy: BitPolicy
@@ -67,7 +65,7 @@ class NetworkJob:
         self.layers = {
             name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None
         }
-        if not self.layers and not (self.allows_float_weights and self.activation_bits):
+        if not self.layers and not (self.allows_float_weights and (self.activation_bits or self.output_bits)):
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
         for name, layer in self.layers.items():
             if not bool(torch.isfinite(layer.weight).all()):  # type: ignore[arg-type]
@@ -98,21 +96,51 @@ class NetworkJob:
         bits = ((name, self._bits[name].activation) for name in self._called)
         return {name: value for name, value in bits if value is not None}
 
+    @property
+    def output_bits(self) -> dict[str, int]:
+        """The layers that run and whose output is to be quantized, in execution order, with its bits."""
+        bits = ((name, self._bits[name].output) for name in self._called)
+        return {name: value for name, value in bits if value is not None}
+
+    @property
+    def merge_bits(self) -> int | None:
+        """Bits of what takes part in sums, concatenations and pooling; ``None`` is float, also where the policy says nothing."""
+        return self.policy.merges if isinstance(self.policy.merges, int) else None
+
     def generator(self) -> torch.Generator:
         """A random generator that starts at the job's seed."""
         return torch.Generator().manual_seed(self.seed)
 
-    def insert_weights(self, factory: WeightFactory) -> None:
-        """Give every layer of ``layers`` the weight quantizer of ``factory(name, layer, bit_width)``, initialized from its weight."""
+    def weight_slot(self, name: str) -> Slot:
+        """The place of the weight quantizer of the layer ``name``."""
+        bit_width = self._bits[name].weight
+        assert bit_width is not None
+        return Slot(name, self.layers[name], bit_width, position=self.positions.get(name, "inner"))
+
+    def slot(self, placement: Placement, *, is_signed: bool = True) -> Slot:
+        """The place of an activation quantizer as a method sees it."""
+        name = placement.name if placement.layer is None else placement.layer
+        return Slot(
+            name,
+            self.model.get_submodule(placement.sites[0].module if placement.layer is None else name),
+            placement.bit_width,
+            is_signed,
+            self.positions.get(name, "inner"),
+            placement.purpose,
+            placement.operand_of,
+            placement.result_of,
+        )
+
+    def insert_weights(self, factory: QuantizerFactory) -> None:
+        """Give every layer of ``layers`` the weight quantizer of ``factory(slot)``, initialized from its weight."""
         with self.progress.stage("weight ranges", total=len(self.layers)) as stage:
             for name, layer in self.layers.items():
-                bit_width = self._bits[name].weight
-                assert bit_width is not None
+                slot = self.weight_slot(name)
+                quantizer = made_for(slot, factory)
                 try:
-                    quantizer = factory(name, layer, bit_width)
                     quantizer.initialize(layer.weight.detach())  # type: ignore[operator]
                 except LowbitError as error:
-                    raise LayerError(f"layer {name!r} ({type(layer).__name__}): {error}") from error
+                    raise LayerError(f"{slot}: {error}") from error
                 insert.set_weight_quantizer(layer, quantizer)
                 stage.advance(note=name)
 
@@ -128,6 +156,7 @@ class NetworkJob:
         self.table.positions = dict(self.positions)
         self.table.inputs = {name: placement.name for placement in self.placements for name in placement.layers}
         fed = {name: placement.bit_width for placement in self.placements for name in placement.layers}
+        given = {placement.output_of: placement.bit_width for placement in self.placements}
         for name in [*self._called, *(n for n in self._all_layers if n not in self._called)]:
             layer, asked = self._all_layers[name], self._bits[name]
             quantizer = insert.weight_quantizer(layer)
@@ -138,15 +167,32 @@ class NetworkJob:
             if asked.weight is None:
                 reasons.append(self._kept.get(name, "the policy keeps its weight in float"))
             if name not in self._called:
-                reasons.append("the sample never calls this layer: its input is not quantized")
+                reasons.append("the sample never calls this layer: its input and output are not quantized")
             elif asked.activation is not None and name not in fed:
                 raise LayerError(f"layer {name!r}: asked for {asked.activation} activation bits, but its input could not be quantized")
+            elif asked.output is not None and name not in given:
+                raise LayerError(f"layer {name!r}: asked for {asked.output} output bits, but its output could not be quantized")
+            status: Status = "skipped" if quantizer is None else "done"
             self.table.add(
-                LayerRecord(
-                    name, layer_kind(layer), weight_bits, fed.get(name), "skipped" if quantizer is None else "done", "; ".join(reasons)
-                )
+                LayerRecord(name, layer_kind(layer), weight_bits, fed.get(name), status, "; ".join(reasons), given.get(name))
             )
         return self.table
+
+
+@overload
+def made_for(slot: Slot, factory: QuantizerFactory) -> Quantizer: ...
+
+
+@overload
+def made_for(slot: Slot, factory: MergeFactory) -> Quantizer | None: ...
+
+
+def made_for(slot: Slot, factory: MergeFactory) -> Quantizer | None:
+    """What ``factory`` makes for ``slot``; its errors name the place."""
+    try:
+        return factory(slot)
+    except LowbitError as error:
+        raise LayerError(f"{slot}: {error}") from error
 
 
 def _run_sample(model: nn.Module, sample: Inputs) -> list[str]:

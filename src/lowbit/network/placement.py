@@ -4,19 +4,21 @@ With the dataflow, a quantizer belongs to a *tensor*: everything that reads it, 
 values, so that a runtime can compute the whole block in integers. It is hooked at the output of a module that returns the
 tensor, else at the inputs of the modules that receive it. Without the dataflow it sits at each quantized layer's input.
 
-Tensors between a layer and the activation function fused with it stay float, and so does the network's output.
+Tensors between a layer and the activation function fused with it stay float, and so does the network's output, unless the
+policy asks for the output of that very layer: it is then quantized right where the layer makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lowbit.network.graph.dataflow import Dataflow, Node
 
-MERGE_BIT_WIDTH = 8  # tensors that only feed adds, concatenations and average pooling
-MERGES = frozenset({"add", "cat"})
+Purpose = Literal["weight", "input", "output", "sum", "concatenation", "pool"]
+
+MERGES: dict[str, Purpose] = {"add": "sum", "cat": "concatenation"}
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 FUSED = frozenset(
     {
@@ -57,63 +59,132 @@ class Site:
 
 @dataclass(frozen=True)
 class Placement:
-    """One quantizer: the sites it is hooked at, its bit-width, the layers whose input it quantizes, and its tensor's name in the dataflow.
+    """One quantizer: where it is hooked and what for.
 
-    Without a name it quantizes whatever its layers get.
+    Attributes:
+        sites: Its hooks.
+        bit_width: Its bits.
+        layers: The layers whose input it quantizes.
+        tensor: Its tensor's name in the dataflow; without one it quantizes whatever its layers get or give.
+        purpose: What it is there for: the ``input`` of ``layers``, the ``output`` of ``output_of``, else the kind of merge.
+        output_of: The layer whose output it quantizes because the policy asks for it.
+        operand_of: The sums and concatenations that read the tensor, by their names in the dataflow.
+        result_of: The sum or concatenation that the tensor comes from, or "".
     """
 
     sites: tuple[Site, ...]
     bit_width: int
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = ()
     tensor: str = ""
+    purpose: Purpose = "input"
+    output_of: str | None = None
+    operand_of: tuple[str, ...] = ()
+    result_of: str = ""
 
     @property
     def name(self) -> str:
         """Name of the first site."""
         return str(self.sites[0])
 
+    @property
+    def layer(self) -> str | None:
+        """The layer whose output it quantizes, else the first of those whose input it does; ``None`` between layers."""
+        return self.output_of if self.output_of is not None else next(iter(self.layers), None)
 
-def place_at_layers(bits: Mapping[str, int]) -> list[Placement]:
-    """One quantizer at the input of each layer of ``bits`` (layer name to activation bit-width)."""
-    return [Placement((Site(name, "input"),), bit_width, (name,)) for name, bit_width in bits.items()]
+
+def place_at_layers(inputs: Mapping[str, int], outputs: Mapping[str, int] | None = None) -> list[Placement]:
+    """One quantizer at the input of each layer of ``inputs`` and at the output of each of ``outputs`` (layer name to bits)."""
+    return [
+        *(Placement((Site(name, "input"),), bit_width, (name,)) for name, bit_width in inputs.items()),
+        *(
+            Placement((Site(name, "output"),), bit_width, purpose="output", output_of=name)
+            for name, bit_width in (outputs or {}).items()
+        ),
+    ]
 
 
-def place_at_tensors(dataflow: Dataflow, bits: Mapping[str, int], *, merges: bool = True) -> list[Placement]:
-    """One quantizer for each tensor that a layer of ``bits`` reads, and (``merges``) for the operands and
-    results of adds and concatenations and the operands of average pooling.
+def place_at_tensors(
+    dataflow: Dataflow, inputs: Mapping[str, int], outputs: Mapping[str, int] | None = None, *, merge_bits: int | None = None
+) -> list[Placement]:
+    """One quantizer for each tensor that has to be quantized, whatever the number of its readers.
+
+    Args:
+        dataflow: Of the network without quantizers.
+        inputs: Layers whose input is quantized, with the bits.
+        outputs: Layers whose output is quantized, with the bits.
+        merge_bits: Bits of the operands and results of sums and concatenations and of the operands of average pooling, where they are
+            nothing that a layer of ``inputs`` reads or one of ``outputs`` gives; ``None`` leaves them alone.
     """
+    outputs = outputs or {}
+    placed_outputs = {dataflow.of_layer(name)[0].name: name for name in outputs if _runs_once(dataflow, name)}
     readers: dict[str, dict[str, int]] = {}
-    unplaced = dict(bits)
     for node in dataflow.nodes:
-        if node.layer is not None and node.layer in bits and node.inputs and dataflow.calls(node.layer) == 1:
-            readers.setdefault(_source(dataflow, node.inputs[0]).name, {})[node.layer] = bits[node.layer]
-            unplaced.pop(node.layer, None)
-    merged: dict[str, None] = {}
-    if merges:
-        for node in dataflow.nodes:
-            operands = [dataflow[name] for name in node.inputs]
-            if node.op in MERGES and sum(_is_activation(operand) for operand in operands) >= 2:
-                merged.update((_source(dataflow, operand.name).name, None) for operand in operands if _is_activation(operand))
-                merged[_result(dataflow, node).name] = None
-            elif node.op in POOLS and _is_activation(operands[0]) and node.shape[:2] == operands[0].shape[:2]:
-                # the layer before it can end in integers; a mean over channels is no pooling
-                merged[_source(dataflow, operands[0].name).name] = None
+        if node.layer is not None and node.layer in inputs and node.inputs and _runs_once(dataflow, node.layer):
+            readers.setdefault(_source(dataflow, node.inputs[0]).name, {})[node.layer] = inputs[node.layer]
+    merges = {} if merge_bits is None else _merges(dataflow)
 
     placements: list[Placement] = []
-    for tensor in dict.fromkeys([*(node.name for node in dataflow.nodes if node.name in readers or node.name in merged)]):
-        layers = readers.get(tensor, {})
-        node = dataflow[tensor]
-        if not layers and (dataflow.is_output(node) or not _is_activation(node)):
-            continue
-        width = max(layers.values(), default=MERGE_BIT_WIDTH)
-        fewer = {name: b for name, b in layers.items() if b < width}
-        sites = _sites(dataflow, node, layers)
-        if sites:
-            placements.append(Placement(sites, width, tuple(name for name in layers if name not in fewer), tensor))
-            placements += place_at_layers(fewer)
+    layer: str | None
+    purpose: Purpose
+    sites: tuple[Site, ...]
+    for node in dataflow.nodes:
+        tensor, layers, merge = node.name, readers.get(node.name, {}), merges.get(node.name, _Merge())
+        if tensor in placed_outputs:
+            layer = placed_outputs[tensor]
+            width, purpose = outputs[layer], "output"
+            sites = (Site(layer, "output"),)
+        elif layers:
+            layer, width, purpose = None, max(layers.values()), "input"
+            sites = _sites(dataflow, node, layers)
+        elif merge_bits is not None and merge.purpose is not None and _is_activation(node) and not dataflow.is_output(node):
+            layer, width, purpose = None, merge_bits, merge.purpose
+            sites = _sites(dataflow, node, layers)
         else:
-            placements += place_at_layers(layers)
-    return placements + place_at_layers(unplaced)
+            continue
+        fed = tuple(name for name, bits in layers.items() if bits == width) if sites else ()
+        if sites:
+            placements.append(Placement(sites, width, fed, tensor, purpose, layer, tuple(merge.operand_of), merge.result_of))
+        placements += place_at_layers({name: bits for name, bits in layers.items() if name not in fed})
+    placed = {name for placement in placements for name in placement.layers}
+    return placements + place_at_layers(_without(inputs, placed), _without(outputs, placed_outputs.values()))
+
+
+@dataclass
+class _Merge:
+    """The part that a tensor takes in merges: the first kind, the merges that read it and the one it comes from."""
+
+    purpose: Purpose | None = None
+    operand_of: list[str] = field(default_factory=list)
+    result_of: str = ""
+
+
+def _merges(dataflow: Dataflow) -> dict[str, _Merge]:
+    """Operands and results of sums and concatenations, and operands of average pooling, by tensor."""
+    found: dict[str, _Merge] = {}
+
+    def take_part(tensor: Node, purpose: Purpose) -> _Merge:
+        merge = found.setdefault(tensor.name, _Merge())
+        merge.purpose = merge.purpose or purpose
+        return merge
+
+    for node in dataflow.nodes:
+        operands = [dataflow[name] for name in node.inputs]
+        if node.op in MERGES and sum(_is_activation(operand) for operand in operands) >= 2:
+            for source in dict.fromkeys(_source(dataflow, operand.name).name for operand in operands if _is_activation(operand)):
+                take_part(dataflow[source], MERGES[node.op]).operand_of.append(node.name)
+            take_part(_result(dataflow, node), MERGES[node.op]).result_of = node.name
+        elif node.op in POOLS and _is_activation(operands[0]) and node.shape[:2] == operands[0].shape[:2]:
+            # the layer before it can end in integers; a mean over channels is no pooling
+            take_part(_source(dataflow, operands[0].name), "pool")
+    return found
+
+
+def _runs_once(dataflow: Dataflow, layer: str) -> bool:
+    return dataflow.calls(layer) == 1 and bool(dataflow.of_layer(layer))
+
+
+def _without(bits: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    return {name: value for name, value in bits.items() if name not in names}
 
 
 def _source(dataflow: Dataflow, name: str) -> Node:

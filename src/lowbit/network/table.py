@@ -15,7 +15,10 @@ Status = Literal["done", "skipped"]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its bits (``None`` = float), whether it was quantized, and the reason where it was not (or not fully)."""
+    """One layer: its bits (``None`` = float), whether it was quantized, and the reason where it was not (or not fully).
+
+    ``output_bits`` are those of the output that the policy asks for, not of a quantizer that later layers or sums bring about.
+    """
 
     name: str
     kind: str
@@ -23,6 +26,7 @@ class LayerRecord:
     activation_bits: int | None
     status: Status
     reason: str = ""
+    output_bits: int | None = None
 
 
 class LayerTable:
@@ -65,9 +69,10 @@ class LayerTable:
 
     def __rich__(self) -> RichTable:
         table = RichTable(title="layers")
-        for column in ("layer", "kind", "weight bits", "activation bits", "status", "reason"):
+        for column in ("layer", "kind", "weight bits", "activation bits", "output bits", "status", "reason"):
             table.add_column(column)
         for record in self:
-            bits = ("float" if value is None else str(value) for value in (record.weight_bits, record.activation_bits))
+            held = (record.weight_bits, record.activation_bits, record.output_bits)
+            bits = ("float" if value is None else str(value) for value in held)
             table.add_row(record.name, record.kind, *bits, record.status, record.reason)
         return table

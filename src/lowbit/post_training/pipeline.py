@@ -20,9 +20,10 @@ from lowbit.errors import CalibrationError, GraphError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network import insert
 from lowbit.network.graph.dataflow import Dataflow, capture
-from lowbit.network.job import NetworkJob
-from lowbit.network.layers import evaluating, output_channel_axis
+from lowbit.network.job import NetworkJob, made_for
+from lowbit.network.layers import evaluating
 from lowbit.network.placement import Placement, place_at_layers, place_at_tensors
+from lowbit.network.slot import Slot
 from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
 from lowbit.options import Method
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
@@ -31,7 +32,7 @@ from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.quantizers.uniform import observing
 from lowbit.spec import Granularity
 
-ActivationFactory = Callable[[str, int], Quantizer]
+MERGE_BIT_WIDTH = 8  # of what only takes part in sums, concatenations and pooling, where the policy says nothing
 
 
 @dataclass
@@ -42,34 +43,39 @@ class PostTrainingMethod(Method, ABC):
         weight_granularity: ``per_channel``, ``per_tensor`` or ``group:SIZE``.
         weight_observer: How the weight range is chosen.
         activation_observer: How activation ranges are chosen from calibration data.
-        quantize_adds: Also put quantizers on the operands and results of residual adds and concatenations (8 bits), so that
-            runtimes can compute them in integers.
     """
 
     weight_granularity: str = "per_channel"
     weight_observer: str = "mse"
     activation_observer: str = "mse"
-    quantize_adds: bool = True
 
     @abstractmethod
     def quantize(self, job: PtqJob) -> None:
         """Quantize ``job.model`` in place."""
 
-    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
-        """The default weight quantizer: symmetric and signed; two levels at 1 bit."""
-        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
-        if bit_width == 1:
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        """The quantizer of a weight: symmetric and signed; two levels at 1 bit."""
+        granularity = Granularity.parse(self.weight_granularity, slot.channel_axis)
+        if slot.bit_width == 1:
             return BinaryQuantizer(granularity=granularity)
         return UniformQuantizer(
-            bit_width, signed=True, symmetric=True, granularity=granularity, observer=make_observer(self.weight_observer, granularity)
+            slot.bit_width, signed=True, symmetric=True, granularity=granularity, observer=make_observer(self.weight_observer, granularity)
         )
 
-    def activation_quantizer(self, name: str, bit_width: int) -> Quantizer:
-        """The default activation quantizer: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
+        """The quantizer of what layers read: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
         granularity = Granularity.tensor()
         return UniformQuantizer(
-            bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
+            slot.bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
         )
+
+    def output_quantizer(self, slot: Slot) -> Quantizer:
+        """The quantizer of a layer's output, where the policy asks for one."""
+        return self.activation_quantizer(slot)
+
+    def merge_quantizer(self, slot: Slot) -> Quantizer | None:
+        """The quantizer of a tensor that meets others in a sum or a concatenation, comes from one, or is pooled; ``None``: it stays float."""
+        return self.activation_quantizer(slot)
 
 
 @dataclass
@@ -120,18 +126,28 @@ class PtqJob(NetworkJob):
         """Make the present float network the one to follow (after a step that keeps its function)."""
         self.reference = copy.deepcopy(self.model)
 
-    def insert_activations(self, factory: ActivationFactory, *, merges: bool = True) -> None:
-        """Put activation quantizers of ``factory(name, bit_width)`` where the policy asks for them (see ``placement``)."""
-        wanted = self.activation_bits
-        if not wanted:
-            return
+    @property
+    def merge_bits(self) -> int | None:
+        """As the policy says; where it says nothing 8 bits, if activations are quantized, so that runtimes compute sums in integers."""
+        return MERGE_BIT_WIDTH if self.policy.merges is None and self.activation_bits else super().merge_bits
+
+    def insert_activations(self, method: PostTrainingMethod) -> None:
+        """Put the activation quantizers of ``method`` where the policy asks for them (see ``placement``)."""
+        inputs, outputs, merge_bits = self.activation_bits, self.output_bits, self.merge_bits
+        if self.policy.merges is not None and merge_bits is not None:
+            self.need_graph("quantizing sums and concatenations")
         if self.graph is None:
-            placements = place_at_layers(wanted)
-            self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
+            placements = place_at_layers(inputs, outputs)
+            if merge_bits is not None:
+                self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
         else:
-            placements = place_at_tensors(self.graph, wanted, merges=merges)
+            placements = place_at_tensors(self.graph, inputs, outputs, merge_bits=merge_bits)
         for placement in placements:
-            self.place(placement, factory(placement.name, placement.bit_width))
+            purpose = placement.purpose
+            factory = {"input": method.activation_quantizer, "output": method.output_quantizer}.get(purpose, method.merge_quantizer)
+            quantizer = made_for(self.slot(placement), factory)
+            if quantizer is not None:
+                self.place(placement, quantizer)
 
     def set_activation_ranges(self, ranges: Callable[[Placement], tuple[Tensor, Tensor]]) -> None:
         """Give every activation quantizer the range, lower and upper end, that ``ranges`` finds for its placement without data."""

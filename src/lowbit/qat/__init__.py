@@ -1,6 +1,7 @@
 """Training low-bit networks: what a trained method is, what happens in a run, and the trainer that drives it."""
 
-from lowbit.qat.attach.job import QatJob, Slot
+from lowbit.network.slot import Slot
+from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lowbit.network import insert
 from lowbit.network.layers import NORMS
+from lowbit.network.slot import Slot
 from lowbit.options import AtLeast, Method
-from lowbit.qat.attach.job import QatJob, Slot
+from lowbit.qat.attach.job import QatJob, learned_scale
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.qat.run import TrainRun
@@ -46,6 +47,21 @@ class TrainingMethod(Method, ABC):
     @abstractmethod
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         """The quantizer of a layer's input."""
+
+    def output_quantizer(self, slot: Slot) -> Quantizer:
+        """The quantizer of a layer's output, where the policy asks for one."""
+        return learned_scale(slot)
+
+    def merge_quantizer(self, slot: Slot) -> Quantizer | None:
+        """The quantizer of a tensor that meets others in a sum or a concatenation, comes from one, or is pooled; ``None``: it stays float.
+
+        Tensors of one merge share a grid where the same quantizer is returned for them (``slot.operand_of`` names the merges).
+        """
+        return learned_scale(slot)
+
+    def edge_quantizer(self, slot: Slot) -> Quantizer:
+        """A quantizer of the first or the last layer, where the policy makes an exception for them (``slot.purpose`` says of what)."""
+        return learned_scale(slot)
 
     def attach(self, job: QatJob) -> None:
         """Put quantizers into ``job.model`` and initialize them; a subclass may change the network as well."""

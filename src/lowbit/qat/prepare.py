@@ -10,7 +10,6 @@ from torch import nn
 
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
-from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
@@ -19,7 +18,7 @@ from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.quantizers import Quantizer
 from lowbit.registry import find_method
-from lowbit.spec import BitPolicy, LayerBits, check_bit_width, parse_bits
+from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 from lowbit.surrogates import make_surrogate
 
 _ATTRIBUTE = "lowbit_method"
@@ -34,7 +33,7 @@ def prepare(
     sample: object,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
+    merge_bits: Bits = None,
     seed: int = 0,
     **options: object,
 ) -> nn.Module:
@@ -51,8 +50,9 @@ def prepare(
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
-            nothing); ``None`` leaves them in float, as the papers do. With them an exported residual network runs in integers from
-            end to end, which is several times faster. Needs a network that can be exported.
+            nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in the papers.
+            With them an exported residual network runs in integers from end to end, which is several times faster. Needs a network
+            that can be exported.
         seed: Makes the result reproducible.
         **options: The method's hyper-parameters.
 
@@ -69,29 +69,36 @@ def prepare(
     info = find_method(method, "training")
     chosen = make_method(method, "training", options)
     assert isinstance(chosen, TrainingMethod)
-    asked = LayerBits(
-        parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits if info.activation_bits is not None else None, "activation_bits")
-    )
-    policy = choose_policy(chosen, policy, asked)
+    policy = training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(model=plain_copy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        job = QatJob(plain_copy(model), policy, Inputs.of(sample), seed, edges=chosen.edge_quantizer)
         check_method_bits(info, policy, job)
-        dataflow = None if merge_bits is None else capture(job.model, job.sample)
         chosen.attach(job)
-        if merge_bits is not None and dataflow is not None:
-            job.quantize_merges(dataflow, check_bit_width(merge_bits, "merge_bits"))
+        job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
         if surrogate is not None:
             set_surrogate(job, surrogate, info.name)
         table = job.finish()
     used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     if surrogate is not None:
         used["surrogate"] = surrogate
-    if merge_bits is not None:
-        used["merge_bits"] = merge_bits
     attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
     setattr(job.model, _ATTRIBUTE, chosen)
     return job.model
+
+
+def training_policy(
+    method: TrainingMethod,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    *,
+    policy: BitPolicy | Literal["paper"] | None,
+    merge_bits: Bits,
+) -> BitPolicy:
+    """The policy that these arguments of ``prepare`` describe for ``method``."""
+    activations = activation_bits if method.info.activation_bits is not None else None
+    asked = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activations, "activation_bits"))
+    return choose_policy(method, policy, asked).with_merges(merge_bits)
 
 
 def method_of(model: nn.Module) -> TrainingMethod:

@@ -47,6 +47,7 @@ class LayerResult:
     float_bytes: int | None = None
     macs: float | None = None
     bops: float | None = None
+    output_bits: int | None = None
 
 
 @dataclass(frozen=True)

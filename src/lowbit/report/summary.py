@@ -52,8 +52,10 @@ class Summary:
         lines = [caption, f"outside the layers {bytes_word(self.other_bytes)}", *self.notes]
         table = RichTable(title=Text(title), title_justify="left", caption=Text("\n".join(lines)), caption_justify="left")
         has_noise = any(layer.sqnr_db is not None for layer in self.layers)
-        for column in ("layer", "kind", "weight", "W bits", "A bits", "quantizer", "size", *(["SQNR"] if has_noise else []), "status"):
-            table.add_column(column, justify="right" if column in ("W bits", "A bits", "size", "SQNR") else "left", overflow="fold")
+        has_outputs = any(layer.output_bits is not None for layer in self.layers)
+        bits = ("W bits", "A bits", *(["out bits"] if has_outputs else []))
+        for column in ("layer", "kind", "weight", *bits, "quantizer", "size", *(["SQNR"] if has_noise else []), "status"):
+            table.add_column(column, justify="right" if column in (*bits, "size", "SQNR") else "left", overflow="fold")
         for layer in self.layers:
             cells = [
                 layer.name,
@@ -61,6 +63,7 @@ class Summary:
                 "x".join(map(str, layer.shape)),
                 bits_word(layer.weight_bits),
                 bits_word(layer.activation_bits),
+                *([bits_word(layer.output_bits)] if has_outputs else []),
             ]
             cells += [", ".join(filter(None, (layer.quantizer, layer.granularity.replace("_", " ")))), bytes_word(layer.stored_bytes)]
             cells += [db_word(layer.sqnr_db)] if has_noise else []
@@ -126,6 +129,7 @@ def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str
                 float_bytes=size.layers[name].float_bytes,
                 macs=cost[name].macs if name in cost else None,
                 bops=cost[name].bops if name in cost else None,
+                output_bits=None if row is None else row.output_bits,
             )
         )
     return results
@@ -153,6 +157,7 @@ def _coded_results(model: nn.Module) -> list[LayerResult]:
                 granularity="" if code is None else str(code.decoder.granularity),
                 stored_bytes=size.layers[name].total_bytes,
                 float_bytes=size.layers[name].float_bytes,
+                output_bits=None if row is None else row.output_bits,
             )
         )
     return results

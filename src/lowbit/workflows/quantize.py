@@ -21,7 +21,7 @@ from lowbit.plugins import source_digest
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
 from lowbit.registry import check_needs, find_method
-from lowbit.spec import BitPolicy, LayerBits, parse_bits
+from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 
 
 def quantize(
@@ -32,6 +32,7 @@ def quantize(
     activation_bits: int | None = 8,
     calibration: object = None,
     policy: BitPolicy | Literal["paper"] | None = None,
+    merge_bits: Bits = None,
     sample: object = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -49,6 +50,8 @@ def quantize(
         calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
+        merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
+            overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
         seed: Makes the result reproducible.
         progress: Where to show progress; silent when left out.
@@ -63,6 +66,7 @@ def quantize(
         SpecError: Bits, policy or an option out of range.
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
+        GraphError: Bits of sums and concatenations are asked for, and the network cannot be exported.
     """
     bits = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
     chosen = make_method(method, "post_training", options)
@@ -70,7 +74,7 @@ def quantize(
         model,
         chosen,
         {},
-        policy=choose_policy(chosen, policy, bits),
+        policy=choose_policy(chosen, policy, bits).with_merges(merge_bits),
         calibration=calibration,
         sample=sample,
         seed=seed,

@@ -27,12 +27,12 @@ from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_f
 from lowbit.qat.engine.trainer import Selection, Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
-from lowbit.qat.prepare import method_of, prepare
+from lowbit.qat.prepare import method_of, prepare, training_policy
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Classification, Task
 from lowbit.registry import check_needs
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, Bits
 from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
 
 WORK = ".work"  # the folder of checkpoints in the output folder
@@ -69,7 +69,7 @@ def train(
     out: Path | str | None = None,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
+    merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -104,7 +104,7 @@ def train(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
             last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's.
-        merge_bits: Bits of residual sums, concatenations and what is pooled; float when left out. See ``lowbit.prepare``.
+        merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets; a copy is used.
         task: Loss and metric. Default: classification.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
@@ -156,13 +156,11 @@ def train(
         train_data,
         trainer,
         method=chosen,
-        policy=policy,
-        bits=(weight_bits, activation_bits),
+        policy=training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits),
         test_data=test_data,
         recipe=recipe,
         out=None if out is None else Path(out),
         surrogate=surrogate,
-        merge_bits=merge_bits,
         teacher=teacher,
         task=task,
         augment=augment,
@@ -180,12 +178,10 @@ def train_network(
     *,
     method: str | type[TrainingMethod] | TrainingMethod,
     recipe: Recipe,
-    bits: tuple[int | None, int | None] = (4, 4),
-    policy: BitPolicy | Literal["paper"] | None = None,
+    policy: BitPolicy | Literal["paper"],
     test_data: object = None,
     out: Path | None = None,
     surrogate: str | None = None,
-    merge_bits: int | None = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     augment: AugmentName = "auto",
@@ -210,12 +206,9 @@ def train_network(
     quantized = prepare(
         own,
         method=method,
-        weight_bits=bits[0],
-        activation_bits=bits[1],
         sample=inputs.to("cpu"),
         policy=policy,
         surrogate=surrogate,
-        merge_bits=merge_bits,
         seed=recipe.seed,
         **cast(dict[str, Any], options or {}),
     )

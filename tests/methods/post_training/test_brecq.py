@@ -13,6 +13,7 @@ from lowbit.models.mobilenet import mobilenet_v2_small
 from lowbit.models.resnet import resnet8
 from lowbit.network.insert import activation_quantizers, bake_weights, weight_quantizer
 from lowbit.network.record import record_of
+from lowbit.network.slot import Slot
 from lowbit.post_training.reconstruction import engine as reconstruction
 from lowbit.post_training.reconstruction.objective import UnitReport
 from lowbit.post_training.reconstruction.phases import LearnScales
@@ -126,7 +127,7 @@ def test_grids_are_affine_below_eight_bits_and_symmetric_at_eight() -> None:
     kinds = {}
     for grid in ("affine", "symmetric", "mixed"):
         for bits in (4, 8):
-            quantizer = Brecq(weight_grid=grid).weight_quantizer("conv", layer, bits)
+            quantizer = Brecq(weight_grid=grid).weight_quantizer(Slot("conv", layer, bits))
             quantizer.initialize(weight)
             kinds[grid, bits] = "affine" if quantizer.zero_point.unique().numel() > 1 else "symmetric"
     assert kinds == {
@@ -137,7 +138,7 @@ def test_grids_are_affine_below_eight_bits_and_symmetric_at_eight() -> None:
 
 def test_the_affine_range_is_the_best_of_eighty_by_the_power_of_two_point_four() -> None:
     weight = torch.randn(3, 50) + 1.5
-    quantizer = Brecq().weight_quantizer("fc", nn.Linear(50, 3), 3)
+    quantizer = Brecq().weight_quantizer(Slot("fc", nn.Linear(50, 3), 3))
     quantizer.initialize(weight)
     for row, scale, zero in zip(weight, quantizer.scale.flatten(), quantizer.zero_point.flatten(), strict=True):
         scores = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import os
@@ -380,7 +381,7 @@ def test_data_that_overflows_in_the_network_names_the_unit() -> None:
 
 def test_other_grids_are_refused() -> None:
     job = job_of()
-    job.insert_weights(lambda name, layer, _: Adaround().weight_quantizer(name, layer, 1))
+    job.insert_weights(lambda slot: Adaround().weight_quantizer(dataclasses.replace(slot, bit_width=1)))
     with pytest.raises(LayerError, match="layer 'conv': learned rounding needs a uniform grid, got BinaryQuantizer"):
         learned(job)
 
@@ -406,7 +407,7 @@ def test_a_failed_unit_keeps_its_fixed_grid(monkeypatch: pytest.MonkeyPatch) -> 
 
 def with_activations() -> PtqJob:
     job = job_of()
-    job.insert_activations(Adaround().activation_quantizer)
+    job.insert_activations(Adaround())
     job.calibrate_activations()
     return job
 

@@ -39,7 +39,7 @@ def test_sums_their_results_and_what_is_pooled_get_quantizers_of_their_own() -> 
     assert found["relu.output"].offset.item() == 0.0  # type: ignore[arg-type]
     record = record_of(model)
     assert record is not None
-    assert record.options["merge_bits"] == 8
+    assert record.policy.merges == 8
     assert "sums, concatenations and what is pooled: 8 bits at 9 places" in record.table.notes
 
 

@@ -326,12 +326,15 @@ def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
         raise FileFormatError(f"cannot understand how the network was quantized: {str(info)[:80]}")
     table = LayerTable()
     for row in rows:
-        if not (isinstance(row, list) and len(row) == 6 and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
-            raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason], got {str(row)[:80]}")
-        weight_bits, activation_bits = (parse_bits(bits, f"layer {row[0][:80]!r}") for bits in row[2:4])
-        table.add(LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5]))
+        if not (isinstance(row, list) and len(row) in (6, 7) and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
+            raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason, bits], got {str(row)[:80]}")
+        bits = [*row[2:4], *row[6:], None]  # files of before outputs could be quantized have no bits for them
+        weight_bits, activation_bits, output_bits, *_ = (parse_bits(value, f"layer {row[0][:80]!r}") for value in bits)
+        table.add(LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5], output_bits))
     table.notes.extend(cast(list[str], notes))
-    return QuantizationRecord(cast(str, method), options, BitPolicy.from_dict(info.get("policy")), seed, table)
+    merge_bits = options.pop("merge_bits", None)  # where files had it before it was a part of the policy
+    policy = BitPolicy.from_dict(info.get("policy")).with_merges(merge_bits)
+    return QuantizationRecord(cast(str, method), options, policy, seed, table)
 
 
 def _are_texts(values: object) -> bool:

@@ -84,7 +84,7 @@ class Adaround(PostTrainingMethod):
         job.fold()
         job.insert_weights(self.weight_quantizer)
         self.round_weights(job)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         job.calibrate_activations()
 
     def round_weights(self, job: PtqJob) -> None:

@@ -16,10 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from torch import nn
-
 from lowbit.methods.post_training.adaround import reconstruct
-from lowbit.network.layers import output_channel_axis
+from lowbit.network.slot import Slot
 from lowbit.options import Above, AtLeast, Interval
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.objective import FisherKind, Objective, rounding_learning_rate
@@ -128,18 +126,18 @@ class Brecq(PostTrainingMethod):
     cache: CacheKind = "ram"
     save_every: Annotated[int, AtLeast(1)] = 500
 
-    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
-        is_symmetric = self.weight_grid == "symmetric" or (self.weight_grid == "mixed" and bit_width == WIDE)
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
+        is_symmetric = self.weight_grid == "symmetric" or (self.weight_grid == "mixed" and slot.bit_width == WIDE)
         if is_symmetric or self.weight_observer != "mse":
-            return super().weight_quantizer(name, layer, bit_width)
-        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
+            return super().weight_quantizer(slot)
+        granularity = Granularity.parse(self.weight_granularity, slot.channel_axis)
         observer = make_observer("mse", granularity, power=POWER, contain_zero=False)
-        return UniformQuantizer(bit_width, signed=False, symmetric=False, granularity=granularity, observer=observer)
+        return UniformQuantizer(slot.bit_width, signed=False, symmetric=False, granularity=granularity, observer=observer)
 
-    def activation_quantizer(self, name: str, bit_width: int) -> Quantizer:
+    def activation_quantizer(self, slot: Slot) -> Quantizer:
         if self.activation_observer != "mse":
-            return super().activation_quantizer(name, bit_width)
-        return UniformQuantizer(bit_width, signed=False, symmetric=False, observer=make_observer("mse", power=POWER))
+            return super().activation_quantizer(slot)
+        return UniformQuantizer(slot.bit_width, signed=False, symmetric=False, observer=make_observer("mse", power=POWER))
 
     def quantize(self, job: PtqJob) -> None:
         job.fold()
@@ -148,7 +146,7 @@ class Brecq(PostTrainingMethod):
         facts: dict[str, object] = {"method": "brecq", **asdict(self)}
         weights = RoundWeights(job, self.rounding_objective(), is_symmetric=not self.asymmetric)
         reconstruct(job, self._without_stem(job, units), weights, facts, cache=self.cache, save_every=self.save_every)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         job.calibrate_activations()
         if self.activation_iterations:
             scales = LearnScales(job, self.scale_objective(), units, is_symmetric=self.activation_inputs == "float")

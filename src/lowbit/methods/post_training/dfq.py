@@ -24,8 +24,9 @@ from lowbit.inputs import Calibration
 from lowbit.network.graph.channels import by_output_channel, groups_of, response
 from lowbit.network.graph.moments import Moments, MomentsWalk
 from lowbit.network.insert import float_weight, weight_quantizer
-from lowbit.network.layers import TRANSPOSED, evaluating, output_channel_axis
+from lowbit.network.layers import TRANSPOSED, evaluating
 from lowbit.network.placement import Placement
+from lowbit.network.slot import Slot
 from lowbit.network.surgery.equalize import (
     ClipKind,
     RangeKind,
@@ -238,6 +239,8 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
     def tensors(placement: Placement) -> Iterator[str]:
         if placement.tensor:
             yield placement.tensor
+        elif placement.output_of is not None:
+            yield from (node.name for node in graph.of_layer(placement.output_of))
         else:
             yield from (before.name for name in placement.layers for node in graph.of_layer(name) for before in graph.producers(node)[:1])
 
@@ -321,11 +324,11 @@ class Dfq(PostTrainingMethod):
         super().__post_init__()
         check_input_range("dfq", self.input_range)
 
-    def weight_quantizer(self, name: str, layer: nn.Module, bit_width: int) -> Quantizer:
+    def weight_quantizer(self, slot: Slot) -> Quantizer:
         """Symmetric or affine codes, signed."""
-        granularity = Granularity.parse(self.weight_granularity, output_channel_axis(layer))
+        granularity = Granularity.parse(self.weight_granularity, slot.channel_axis)
         observer = make_observer(self.weight_observer, granularity)
-        return UniformQuantizer(bit_width, signed=True, symmetric=self.symmetric_weights, granularity=granularity, observer=observer)
+        return UniformQuantizer(slot.bit_width, signed=True, symmetric=self.symmetric_weights, granularity=granularity, observer=observer)
 
     def quantize(self, job: PtqJob) -> None:
         job.need_graph("dfq")
@@ -340,7 +343,7 @@ class Dfq(PostTrainingMethod):
         inputs = input_moments(job, self.input_range) if self.bias_correction == "analytic" or not uses_data else None
         if inputs is not None and self.bias_correction == "analytic":
             correct_biases(job, inputs, n_sigma=self.n_sigma, shift_statistics=self.shift_statistics)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         if uses_data or inputs is None:
             job.calibrate_activations()
         else:

@@ -301,7 +301,7 @@ class Lbq(PostTrainingMethod):
         self._split_key_layers(job)
         if self.epochs:
             self._refine(job)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         job.calibrate_activations()
 
     def _split_key_layers(self, job: PtqJob) -> None:

@@ -41,5 +41,5 @@ class RoundToNearest(PostTrainingMethod):
         if self.fold_batch_norm:
             job.fold()
         job.insert_weights(self.weight_quantizer)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         job.calibrate_activations()

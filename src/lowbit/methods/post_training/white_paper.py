@@ -85,7 +85,7 @@ class WhitePaper(PostTrainingMethod):
         inputs = None if has_data or job.graph is None else input_moments(job, self.input_range)
         if inputs is not None and self.bias_correction:
             correct_biases(job, inputs, n_sigma=self.n_sigma)
-        job.insert_activations(self.activation_quantizer, merges=self.quantize_adds)
+        job.insert_activations(self)
         if inputs is None:
             job.calibrate_activations()
         else:

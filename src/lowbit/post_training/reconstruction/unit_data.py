@@ -153,12 +153,12 @@ class CallCache:
         self._constants: list[Tensor] = []
         kinds = iter(grows)
 
-        def keep(x: Tensor) -> _Slot:
+        def keep(x: Tensor) -> _Place:
             if next(kinds):
                 self._caches.append(TensorCache(x, batch_size, samples, space))
-                return _Slot(len(self._caches) - 1, is_constant=False)
+                return _Place(len(self._caches) - 1, is_constant=False)
             self._constants.append(x.detach().clone())
-            return _Slot(len(self._constants) - 1, is_constant=True)
+            return _Place(len(self._constants) - 1, is_constant=True)
 
         self._template: Call = _map(call, Tensor, keep)
 
@@ -166,7 +166,7 @@ class CallCache:
     def of(cache: TensorCache) -> CallCache:
         """Calls with one positional tensor, which ``cache`` holds already."""
         made = CallCache.__new__(CallCache)
-        made._caches, made._constants, made._template = [cache], [], ((_Slot(0, is_constant=False),), {})
+        made._caches, made._constants, made._template = [cache], [], ((_Place(0, is_constant=False),), {})
         return made
 
     @property
@@ -182,14 +182,14 @@ class CallCache:
     def write(self, start: int, batch_size: int, call: Call) -> None:
         """Keep ``call`` as samples ``start`` to ``start + batch_size``."""
         found = _tensors(call)
-        slots: list[_Slot] = []
-        _map(self._template, _Slot, slots.append)
-        if len(found) != len(slots):
+        places: list[_Place] = []
+        _map(self._template, _Place, places.append)
+        if len(found) != len(places):
             raise CalibrationError("reconstruction: a unit gets another number of tensors in some batches")
-        for slot, x in zip(slots, found, strict=True):
-            if not slot.is_constant:
-                self._caches[slot.index].write(start, batch_size, x)
-            elif not torch.equal(self._constants[slot.index], x):
+        for place, x in zip(places, found, strict=True):
+            if not place.is_constant:
+                self._caches[place.index].write(start, batch_size, x)
+            elif not torch.equal(self._constants[place.index], x):
                 raise CalibrationError(
                     "reconstruction: a unit gets a tensor that changes from batch to batch without growing with the batch"
                 )
@@ -197,7 +197,7 @@ class CallCache:
     def read(self, index: Tensor) -> Call:
         """Arguments and keyword arguments for the samples ``index``."""
         made: Call = _map(
-            self._template, _Slot, lambda slot: self._constants[slot.index] if slot.is_constant else self._caches[slot.index].read(index)
+            self._template, _Place, lambda place: self._constants[place.index] if place.is_constant else self._caches[place.index].read(index)
         )
         return made
 
@@ -208,7 +208,7 @@ class CallCache:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _Place:
     index: int
     is_constant: bool
 

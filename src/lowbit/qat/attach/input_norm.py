@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
-from lowbit.qat.attach.job import QatJob, QuantizerFactory, Slot
+from lowbit.network.slot import QuantizerFactory, Slot
+from lowbit.qat.attach.job import QatJob
 from lowbit.quantizers import Quantizer
 
 NormPlaces = Literal["unsigned", "always", "never"]

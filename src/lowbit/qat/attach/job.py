@@ -1,8 +1,8 @@
-"""Putting trained quantizers into a network: one for each weight and one at each layer's input, initialized from one batch."""
+"""Putting trained quantizers into a network: at weights, at inputs and outputs of layers, at sums, initialized from one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,71 +12,59 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network import insert
-from lowbit.network.graph.dataflow import Dataflow
-from lowbit.network.job import NetworkJob
-from lowbit.network.layers import evaluating, output_channel_axis
-from lowbit.network.placement import Site, place_at_layers, place_at_tensors
+from lowbit.network.graph.dataflow import capture
+from lowbit.network.job import NetworkJob, made_for
+from lowbit.network.layers import evaluating
+from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
+from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
-from lowbit.spec import Granularity, Position
+from lowbit.spec import Granularity
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place for a quantizer.
+def learned_scale(slot: Slot) -> Quantizer:
+    """A grid whose step size is learned: with weights one for each output channel, elsewhere one with a learned zero point as well.
 
-    Attributes:
-        name: Of the layer.
-        layer: The layer itself.
-        bit_width: What the policy asks for.
-        is_signed: Whether the values can be negative (weights: always).
-        position: Whether the layer is the first or the last one to run.
+    The inputs of layers that are never negative need no zero point.
     """
-
-    name: str
-    layer: nn.Module
-    bit_width: int
-    is_signed: bool
-    position: Position
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis of the weight that counts output channels."""
-        return output_channel_axis(self.layer)
-
-
-QuantizerFactory = Callable[[Slot], Quantizer]
+    if slot.purpose == "weight":
+        return LearnedScaleQuantizer(slot.bit_width, signed=True, granularity=Granularity.channel(slot.channel_axis))
+    learn_offset = slot.is_signed or slot.purpose != "input"
+    return LearnedScaleQuantizer(slot.bit_width, signed=False, learn_offset=learn_offset, is_batched=True)
 
 
 @dataclass
 class QatJob(NetworkJob):
     """A network that is made ready for training.
 
-    Layers to which the policy's exception for the first and last one applies get learned-scale quantizers, whatever the method.
-
     Attributes:
+        edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
         inserted: The quantizers that ``insert`` put in, each with the name of its layer.
+
+    Raises:
+        GraphError: The policy asks for bits of sums and concatenations, and the network cannot be exported.
     """
 
     allows_float_weights = True
+    edges: QuantizerFactory = learned_scale
     inserted: list[tuple[str, Quantizer]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._dataflow = None if self.merge_bits is None else capture(self.model, self.sample)
+
     def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
-        """Give every layer the quantizers of these factories; they are not initialized yet."""
-        signs = self._signs()
+        """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet."""
+        placements = place_at_layers(self.activation_bits)
+        signs = self._signs(placements)
         for name, layer in self.layers.items():
-            bit_width = self.bits(name).weight
-            assert bit_width is not None
-            slot = Slot(name, layer, bit_width, True, self.positions.get(name, "inner"))
-            quantizer = self._made(slot, self._weight, weights)
+            quantizer = self._made(self.weight_slot(name), weights)
             insert.set_weight_quantizer(layer, quantizer)
             self.inserted.append((name, quantizer))
-        for placement in place_at_layers(self.activation_bits):
-            name = placement.layers[0]
-            layer = self.model.get_submodule(name)
-            slot = Slot(name, layer, placement.bit_width, signs[name], self.positions.get(name, "inner"))
-            quantizer = self._made(slot, self._activation, activations)
+        for placement in placements:
+            slot = self.slot(placement, is_signed=signs[placement.name])
+            quantizer = self._made(slot, activations)
             self.place(placement, quantizer)
-            self.inserted.append((name, quantizer))
+            self.inserted.append((slot.name, quantizer))
 
     def initialize(self, initialize_layer: Callable[[nn.Module, Tensor], None]) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
@@ -104,43 +92,44 @@ class QatJob(NetworkJob):
             if quantizer is not None:
                 quantizer.initialize(insert.float_weight(layer).detach())
 
-    def quantize_merges(self, dataflow: Dataflow, bit_width: int) -> None:
-        """Quantize what meets in sums and concatenations, their results, and what is pooled, on learned-scale grids.
+    def insert_outputs(self, outputs: QuantizerFactory, merges: MergeFactory) -> None:
+        """Quantize the outputs of layers and what takes part in merges, as far as the policy asks for it, and initialize them.
 
         A runtime computes a layer in integers only where its result is quantized; with quantizers at the inputs of layers alone, those
-        that end in a residual sum are computed in float. Initialized from the sample, each seeing what those before it give.
+        that end in a residual sum are computed in float. Initialized from the sample, each seeing what those before it give; one
+        that ``merges`` gives for several places from the first of them.
 
         Args:
-            dataflow: Of the network before quantizers were inserted.
-            bit_width: Of all these tensors.
+            outputs: Makes the quantizer of a layer's output.
+            merges: Makes the quantizer of a tensor between layers, or ``None`` for a tensor that stays float.
         """
-        modules = dict(self.model.named_modules())
-        placements = [p for p in place_at_tensors(dataflow, {}) if all(site.module in modules for site in p.sites)]
-        for placement in placements:
-            self.place(
-                replace(placement, bit_width=bit_width), LearnedScaleQuantizer(bit_width, signed=False, learn_offset=True, is_batched=True)
-            )
-        pending = {id(site): site for placement in placements for site in placement.sites}
-        initialized: set[Quantizer] = set()
+        if self._dataflow is None:
+            planned = place_at_layers({}, self.output_bits)
+        else:
+            planned = place_at_tensors(self._dataflow, {}, self.output_bits, merge_bits=self.merge_bits)
+        planned = [replace(p, sites=self._free(p.sites)) for p in planned]
+        planned = [p for p in planned if p.sites]
+        if not planned:
+            return
+        signs = self._signs(planned)
+        placed: dict[Placement, Quantizer] = {}
+        for placement in planned:
+            slot = self.slot(placement, is_signed=signs[placement.name])
+            quantizer = self._made(slot, outputs) if placement.purpose == "output" else made_for(slot, merges)
+            if quantizer is not None:
+                self.place(placement, quantizer)
+                placed[placement] = quantizer
+        pending = set(placed.values())
 
-        def setting_up(site: Site) -> Callable[..., None]:
-            def set_up(module: nn.Module, args: tuple[Any, ...], output: object = None) -> None:
-                quantizer = insert.input_quantizer(module) if site.side == "input" else insert.output_quantizer(module)
-                value = next((x for x in args if isinstance(x, Tensor)), None) if site.side == "input" else output
-                if quantizer is not None and quantizer not in initialized and isinstance(value, Tensor):
-                    initialized.add(quantizer)
-                    quantizer.initialize(value)
+        def before(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
+            if quantizer in pending:
+                pending.discard(quantizer)
+                quantizer.initialize(args[0])
 
-            return set_up
-
-        handles = [
-            modules[site.module].register_forward_pre_hook(setting_up(site), prepend=True)
-            if site.side == "input"
-            else modules[site.module].register_forward_hook(setting_up(site), prepend=True)
-            for site in pending.values()
-        ]
-        self._run_in_training_mode(handles)
-        self.table.note(f"sums, concatenations and what is pooled: {bit_width} bits at {len(placements)} places")
+        self._run_in_training_mode([quantizer.register_forward_pre_hook(before) for quantizer in pending])
+        merged = sum(placement.purpose != "output" for placement in placed)
+        if self.merge_bits is not None:
+            self.table.note(f"sums, concatenations and what is pooled: {self.merge_bits} bits at {merged} places")
 
     def _run_in_training_mode(self, handles: Sequence[RemovableHandle]) -> None:
         """Run the sample once with hooks, which are removed; training flags and the statistics of norms are as before."""
@@ -172,35 +161,25 @@ class QatJob(NetworkJob):
         """Whether the policy's exception for the first and the last layer applies to it."""
         return self.policy.first_last is not None and name in self.positions
 
-    def _weight(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
-        if not self.is_excepted(slot.name):
-            return factory(slot)
-        return LearnedScaleQuantizer(slot.bit_width, signed=True, granularity=Granularity.channel(slot.channel_axis))
+    def _made(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
+        return made_for(slot, self.edges if self.is_excepted(slot.name) else factory)
 
-    def _activation(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
-        if not self.is_excepted(slot.name):
-            return factory(slot)
-        return LearnedScaleQuantizer(slot.bit_width, signed=False, learn_offset=slot.is_signed, is_batched=True)
+    def _signs(self, placements: Iterable[Placement]) -> dict[str, bool]:
+        """Whether the tensors of these placements, by their names, hold negative values for the sample in evaluation mode."""
+        names = {site: placement.name for placement in placements for site in placement.sites}
+        signs = dict.fromkeys(names.values(), False)
 
-    @staticmethod
-    def _made(slot: Slot, make: Callable[[Slot, QuantizerFactory], Quantizer], factory: QuantizerFactory) -> Quantizer:
-        try:
-            return make(slot, factory)
-        except LowbitError as error:
-            raise _named(slot.name, slot.layer, error) from error
+        def note(site: Site, values: tuple[object, ...]) -> None:
+            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+            signs[names[site]] |= x is not None and bool((x < 0).any())
 
-    def _signs(self) -> dict[str, bool]:
-        """Whether each layer's input holds negative values for the sample."""
-        signs: dict[str, bool] = {}
-
-        def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def note(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-                value = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
-                signs[name] = signs.get(name, False) or (value is not None and bool((value < 0).any()))
-
-            return note
-
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in self.activation_bits]
+        handles = []
+        for site in names:  # behind the transforms of a layer
+            module = self.model.get_submodule(site.module)
+            if site.side == "input":
+                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
+            else:
+                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
         try:
             with evaluating(self.model):
                 self.model(*self.sample.args, **self.sample.kwargs)
@@ -208,6 +187,11 @@ class QatJob(NetworkJob):
             for handle in handles:
                 handle.remove()
         return signs
+
+    def _free(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """Those of ``sites`` whose module is there (surgery may have removed it) and that are no input of a layer, quantized already."""
+        modules = {name for name, _ in self.model.named_modules()}
+        return tuple(s for s in sites if s.module in modules and not (s.side == "input" and s.module in self.activation_bits))
 
 
 def _named(name: str, layer: nn.Module, error: LowbitError) -> LayerError:

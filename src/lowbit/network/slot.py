@@ -1,0 +1,52 @@
+"""What a method is told of the place that it makes a quantizer for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowbit.network.layers import output_channel_axis
+from lowbit.network.placement import Purpose
+from lowbit.quantizers import Quantizer
+from lowbit.spec import Position
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a quantizer.
+
+    Attributes:
+        name: Name of the layer; for a tensor between layers its place, such as ``layer1.0.norm2.output``.
+        layer: The layer itself; for a tensor between layers the module that the quantizer is hooked at.
+        bit_width: What the policy asks for.
+        is_signed: Whether the values can be negative (True for weights, and where no values were seen yet).
+        position: Whether the layer is the first or the last one to run.
+        purpose: What is quantized: a layer's ``weight``, ``input`` or ``output``, or a tensor between layers that takes part in a
+            ``sum`` or a ``concatenation`` or goes into a ``pool``.
+        operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
+        result_of: The sum or concatenation that the tensor comes from, or "".
+    """
+
+    name: str
+    layer: nn.Module
+    bit_width: int
+    is_signed: bool = True
+    position: Position = "inner"
+    purpose: Purpose = "weight"
+    operand_of: tuple[str, ...] = ()
+    result_of: str = ""
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the weight that counts output channels."""
+        return output_channel_axis(self.layer)
+
+    def __str__(self) -> str:
+        kind = "layer" if self.purpose in ("weight", "input", "output") else self.purpose
+        return f"{kind} {self.name!r} ({type(self.layer).__name__.removeprefix('Parametrized')})"
+
+
+QuantizerFactory = Callable[[Slot], Quantizer]
+MergeFactory = Callable[[Slot], Quantizer | None]  # None: the tensor stays float
