@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lowbit import errors
 from lowbit.measure.diagnose import diagnose
+from lowbit.qat import Classification, CriterionTask, MultiLabel, OptimizerSpec, Recipe, Regression, Scores, Segmentation, Task
 from lowbit.qat.loops.manual import parameter_groups, training
 from lowbit.qat.prepare import prepare
 from lowbit.qat.run import penalty
@@ -11,6 +12,7 @@ from lowbit.registry import MethodInfo, get_method, list_methods
 from lowbit.report.summary import summary
 from lowbit.runtime.compile import compile_runtime
 from lowbit.spec import BitPolicy, Budget, Granularity
+from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.load import load
 from lowbit.workflows.quantize import quantize
@@ -23,5 +25,6 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
-    "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "errors",
+    "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "ExportReport", "MethodInfo", "Recipe", "OptimizerSpec", "Task",
+    "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores", "errors",
 ]  # fmt: skip

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import DataError
-from lowbit.inputs import Calibration, Inputs
-
-_LABEL_KEYS = ("labels", "label", "targets", "target")
+from lowbit.inputs import Calibration, Inputs, known_length
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -62,33 +60,10 @@ def class_dimension(logits: Tensor) -> int:
     return 1 if logits.dim() >= 4 else logits.dim() - 1
 
 
-def labelled(batch: object) -> tuple[Inputs, Tensor]:
-    """Inputs and labels of a batch: ``(inputs, labels)``, a longer tuple that ends in labels, or a mapping with a ``labels`` entry.
-
-    Raises:
-        DataError: The batch holds no integer labels.
-    """
-    if isinstance(batch, Mapping):
-        for key in _LABEL_KEYS:
-            if isinstance(batch.get(key), Tensor):
-                return Inputs.of({name: value for name, value in batch.items() if name != key}), _checked(batch[key])
-    elif isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
-        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        return Inputs.of(tuple(inputs) if isinstance(inputs, list) else inputs), _checked(batch[-1])
-    kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, (tuple, list)) else type(batch).__name__
-    raise DataError(f"accuracy needs labels: a batch must be (inputs, labels) or a mapping with a 'labels' entry, got {kinds}")
-
-
-def _checked(labels: Tensor) -> Tensor:
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise DataError(f"labels must be class numbers (integers), got {labels.dtype} of shape {tuple(labels.shape)}")
-    return labels
-
-
 def batch_count(data: object, calibration: Calibration) -> int:
     """How many batches there are, without reading a loader that knows its own length."""
-    known = isinstance(data, Sized) and not isinstance(data, (Tensor, Mapping, Inputs, Calibration))
-    return len(data) if known else len(calibration)  # type: ignore[arg-type]
+    known = None if isinstance(data, (Tensor, Mapping, Inputs, Calibration)) else known_length(data)
+    return len(calibration) if known is None else known
 
 
 def pieces(inputs: Inputs, size: int) -> Iterator[Inputs]:

@@ -70,7 +70,7 @@ def prepare(
     policy = policy or BitPolicy.uniform(weight_bits, activation_bits if info.activation_bits is not None else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(model=plain_copy(model), policy=policy, sample=Inputs.of(sample), seed=seed)
+        job = QatJob(model=plain_copy(model), policy=policy, sample=Inputs.of(sample, model), seed=seed)
         check_method_bits(info, policy, job)
         dataflow = None if merge_bits is None else capture(job.model, job.sample)
         chosen.attach(job)

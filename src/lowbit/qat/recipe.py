@@ -74,9 +74,7 @@ class Recipe:
         batch_size: Samples of one step.
         optimizer: For weights and everything else that is not a quantizer's; methods derive the quantizers' from it.
         clip_norm: Largest norm of all gradients together, or ``None``.
-        label_smoothing: 0 to below 1.
-        distillation: Weight of the teacher's soft targets in the loss, 0 to 1; the rest is the labels'.
-        temperature: Of the soft targets.
+        distillation: Weight of the teacher's outputs in the loss, 0 to 1; the rest is the targets'.
         accumulate: Steps whose gradients are added up before the optimizer steps.
         average_weights: Decay of an exponential moving average of the weights that is used in the end, or ``None``.
         seed: Makes the run reproducible.
@@ -86,9 +84,7 @@ class Recipe:
     batch_size: int = 128
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     clip_norm: float | None = None
-    label_smoothing: float = 0.0
     distillation: float = 0.5
-    temperature: float = 4.0
     accumulate: int = 1
     average_weights: float | None = None
     seed: int = 0

@@ -12,11 +12,13 @@ from torch import nn
 from lowbit.errors import CalibrationError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network.job import check_method_bits
+from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, attach_record
 from lowbit.network.unwrap import plain_copy
 from lowbit.options import build_method
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
+from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import method_of_kind
 from lowbit.spec import BitPolicy
 
@@ -86,12 +88,12 @@ def run_job(
     info = method_of_kind(method, "post_training")
     chosen = build_method(info, dict(options))
     assert isinstance(chosen, PostTrainingMethod)
-    data = None if calibration is None else Calibration.of(calibration)
+    data = None if calibration is None else Calibration.of(calibration, model)
     if data is None and "calibration" in info.needs:
         raise CalibrationError(f"{method!r} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
     if data is None and sample is None:
         raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
-    first = Inputs.of(sample) if sample is not None else data.sample  # type: ignore[union-attr]
+    first = Inputs.of(sample, model) if sample is not None else data.sample  # type: ignore[union-attr]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         job = PtqJob(
@@ -104,8 +106,22 @@ def run_job(
             work_dir=None if work_dir is None else Path(work_dir),
         )
         check_method_bits(info, policy, job)
-        chosen.quantize(job)
+        try:
+            chosen.quantize(job)
+        except CalibrationError as error:
+            place = _first_not_finite(model, data)
+            raise error if place is None else CalibrationError(f"{place} on the calibration data: {error}") from error
         table = job.finish()
     used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     attach_record(job.model, QuantizationRecord(method, used, policy, seed, table))
     return job
+
+
+def _first_not_finite(model: nn.Module, data: Calibration | None) -> str | None:
+    """The first layer of the float network whose output is NaN or infinite on the calibration data, in words."""
+    with evaluating(model):
+        for inputs in data or ():
+            place = first_output_not_finite(model, lambda: model(*inputs.args, **inputs.kwargs))  # noqa: B023 - called at once
+            if place is not None:
+                return place
+    return None

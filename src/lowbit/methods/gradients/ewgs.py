@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.inputs import map_tensors
 from lowbit.network import insert
 from lowbit.qat import Slot, TrainRun
 from lowbit.qat.attach.normalized import NormalizedQuantizer, NormalizingMethod, needs_output_scale, spread_of
@@ -194,8 +195,8 @@ class Ewgs(NormalizingMethod):
 
         def losses() -> Iterator[Callable[[], Tensor]]:
             assert run.batches is not None
-            for x, target in run.batches(self.delta_batches):
-                batch = x.to(device), target.to(device)
+            for batch in run.batches(self.delta_batches):
+                batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 yield lambda batch=batch: run.task_loss(batch)  # type: ignore[misc]
 
         # neither compiled graphs nor wrappers that gather gradients can be differentiated twice

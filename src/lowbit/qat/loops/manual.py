@@ -18,9 +18,8 @@ from lowbit.qat.method import TrainingMethod
 from lowbit.qat.prepare import method_of, prepared_network
 from lowbit.qat.recipe import OptimizerSpec, Recipe, Role
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Batch, Classification, Task
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
+from lowbit.qat.task import Batch, Criterion, Task
+from lowbit.qat.tasks import Classification, as_task
 
 
 @dataclass
@@ -305,30 +304,6 @@ class OwnLoop(TrainRun):
         return self.method.role(name, parameter, self.model.get_submodule(name.rpartition(".")[0]))
 
 
-@dataclass(frozen=True)
-class CriterionTask(Task):
-    """A task that knows nothing but a loss.
-
-    Attributes:
-        criterion: ``criterion(output, target)``, a scalar; it is the metric as well.
-    """
-
-    criterion: Criterion
-    metric_name = "loss"
-    higher_is_better = False
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        return self.criterion(output, batch[1])
-
-    def distillation_loss(self, output: Tensor, teacher_output: Tensor) -> Tensor:
-        """Mean squared difference of the outputs."""
-        return nn.functional.mse_loss(output, teacher_output)
-
-    def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
-        count = len(batch[1])
-        return float(self.loss(output, batch)) * count, count
-
-
 def training(
     model: nn.Module,
     *,
@@ -348,7 +323,7 @@ def training(
         steps_per_epoch: Optimizer steps of an epoch.
         epochs: Of the whole training; schedules of methods are laid over them.
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight and temperature of distillation, seed, learning rate for ``run.parameter_groups``.
+        recipe: Weight of distillation, seed, learning rate for ``run.parameter_groups``.
         teacher: A network for soft targets in ``run.loss``; it is set to evaluation mode.
         batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
         reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
@@ -361,14 +336,10 @@ def training(
             raise SpecError(f"{name} must be 1 or more, got {value}")
     network = prepared_network(model)
     recipe = replace(recipe or Recipe(), epochs=epochs)
-    if task is None:
-        task = Classification(recipe.label_smoothing, recipe.temperature)
-    elif not isinstance(task, Task):
-        task = CriterionTask(task)
     run = OwnLoop(
         network,
         method_of(network),
-        task,
+        as_task(task),
         recipe,
         steps_per_epoch,
         teacher=None if teacher is None else teacher.eval(),
