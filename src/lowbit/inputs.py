@@ -207,7 +207,7 @@ def map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
         return {name: map_tensors(entry, change) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
         entries = [map_tensors(entry, change) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
     return value
 
 

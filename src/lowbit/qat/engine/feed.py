@@ -265,7 +265,7 @@ def _fetch(
             raise DataError(f"{where}: tensors must hold equally many samples, got {', '.join(map(str, counts))} in their order")
         return (lambda chosen, _: (map_tensors(data, lambda tensor: tensor[members]) for members in chosen)), counts[0]  # noqa: B023
     if isinstance(data, Sized) and (is_dataset or isinstance(data, Dataset) or _are_samples(data)):
-        return _dataset_fetch(cast(Dataset[Any], data), collate or collated, workers), len(cast(Sized, data))
+        return _dataset_fetch(cast(Dataset[Any], data), collate or collated, workers), len(data)
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return None, 0
     raise SpecError(f"{where}: expected a data set, tensors (inputs, targets), a list of samples or a loader, got {type(data).__name__}")
