@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import DataError
-from lowbit.inputs import Calibration, Inputs, known_length
+from lowbit.inputs import Calibration, Inputs, known_length, tensors_of
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -34,25 +33,11 @@ def output_tensor(output: object, key: str | int | None = None) -> Tensor:
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             held = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
             raise DataError(f"the network's output has no entry {key!r}; it is {held}") from error
-    found = next(_floating_tensors(output), None)
+    found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
     if found is None:
         kind = type(output).__name__
         raise DataError(f"the network's output ({kind}) holds no floating-point tensor to measure. Name the entry that holds the logits.")
     return found
-
-
-def _floating_tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floating_tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floating_tensors(value)
-    elif dataclasses.is_dataclass(output):
-        yield from _floating_tensors(vars(output))
 
 
 def class_dimension(logits: Tensor) -> int:
