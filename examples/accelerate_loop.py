@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.data import load_data, loader
-from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
 
 
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> float:
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
     network = accelerator.unwrap_model(model).cpu().eval()
-    accuracy = measure_accuracy(network, test).top1
+    accuracy = lowbit.evaluate(network, test)["accuracy"]
     if accelerator.is_main_process:
         print(f"quantized accuracy {accuracy:.2%}")
         print(lowbit.export(network, options.out, sample=sample[:32]))

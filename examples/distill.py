@@ -12,9 +12,8 @@ import torch
 
 import lowbit
 from lowbit.data import load_data, loader
-from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
-from lowbit.qat import Recipe
+
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -31,8 +30,9 @@ def main(arguments: list[str] | None = None) -> float:
     teacher = load_default()
     model = lowbit.prepare(teacher, weight_bits=options.weight_bits, activation_bits=options.activation_bits, sample=sample)
 
-    recipe = Recipe(distillation=0.5, temperature=4.0)  # weight of the soft targets in the loss, and how soft they are
-    run = lowbit.training(model, steps_per_epoch=len(batches), epochs=options.epochs, teacher=teacher, recipe=recipe)
+    task = lowbit.Classification(temperature=4.0)  # how soft they are
+    recipe = lowbit.Recipe(distillation=0.5)  # weight of the soft targets in the loss
+    run = lowbit.training(model, steps_per_epoch=len(batches), epochs=options.epochs, teacher=teacher, task=task, recipe=recipe)
     optimizer = torch.optim.Adam(run.parameter_groups(learning_rate=1e-3, weight_decay=0.0))
 
     model.train()
@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> float:
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
     model.eval()
-    accuracy = measure_accuracy(model, test).top1
-    print(f"quantized accuracy {accuracy:.2%}, teacher {measure_accuracy(teacher, test).top1:.2%}")
+    accuracy = lowbit.evaluate(model, test)["accuracy"]
+    print(f"quantized accuracy {accuracy:.2%}, teacher {lowbit.evaluate(teacher, test)['accuracy']:.2%}")
     print(lowbit.export(model, options.out, sample=sample[:32]))
     return accuracy
 

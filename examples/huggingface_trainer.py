@@ -16,7 +16,6 @@ from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_wa
 
 import lowbit
 from lowbit.data import load_data, loader
-from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
 from lowbit.qat.loops.huggingface import LowbitCallback
 
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> float:
         ).train()
 
     model.cpu().eval()
-    accuracy = measure_accuracy(model, test).top1
+    accuracy = lowbit.evaluate(model, test)["accuracy"]
     print(f"quantized accuracy {accuracy:.2%}")
     print(lowbit.export(model, options.out, sample=sample[:32]))
     return accuracy

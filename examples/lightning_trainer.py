@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.data import load_data, loader
-from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
 from lowbit.qat.loops.lightning import LowbitCallback
 
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> float:
     trainer.fit(Digits(model.train()), batches)
 
     model.cpu().eval()
-    accuracy = measure_accuracy(model, test).top1
+    accuracy = lowbit.evaluate(model, test)["accuracy"]
     print(f"quantized accuracy {accuracy:.2%}")
     print(lowbit.export(model, options.out, sample=sample[:32]))
     return accuracy

@@ -13,12 +13,14 @@ from lowbit.qat.method import TrainingMethod
 from lowbit.qat.prepare import prepare
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
 from lowbit.qat.run import TrainRun, penalty
-from lowbit.qat.task import Classification, Task
+from lowbit.qat.task import CriterionTask, Scores, Task
+from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 from lowbit.quantizers.base import Quantizer
 from lowbit.registry import MethodInfo, get_method, list_methods, register
 from lowbit.report.summary import summary
 from lowbit.runtime.compile import compile_runtime
 from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
+from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.load import load
 from lowbit.workflows.quantize import quantize
@@ -31,7 +33,8 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
-    "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
+    "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
-    "Recipe", "OptimizerSpec", "Phase", "Task", "Classification", "Trainer",
+    "Recipe", "OptimizerSpec", "Phase", "Trainer",
+    "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip

@@ -1,14 +1,52 @@
-"""Unlabelled batches that methods look at: validated, re-iterable, labels dropped."""
+"""Batches of any structure: what a network takes of them, how many samples they hold, and calibration data made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError
+
+TARGET_NAMES = ("labels", "label", "targets", "target")  # entries of a dict that a network takes only where it must
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Which inputs a network takes, as its ``forward`` says.
+
+    Attributes:
+        required: Positional arguments without a default.
+        optional: Further positional arguments that may be tensors: their default is ``None``.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(model: nn.Module) -> Takes | None:
+        """What ``model`` takes, wrappers such as ``DistributedDataParallel`` put aside; ``None`` where its ``forward`` does not say."""
+        names = getattr(model, "lowbit_inputs", None)  # networks loaded from a file
+        if names is not None:
+            return Takes(tuple(names))
+        inner = model._modules.get("module" if isinstance(model, _PARALLEL) else "_orig_mod")
+        if inner is not None:
+            return Takes.of(inner)
+        try:
+            parameters = list(inspect.signature(model.forward).parameters.values())
+        except (TypeError, ValueError):
+            return None
+        if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
+            return None
+        required = tuple(p.name for p in parameters if p.default is p.empty)
+        return Takes(required, tuple(p.name for p in parameters if p.default is None and p.name not in TARGET_NAMES))
+
+
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 @dataclass(frozen=True)
@@ -37,32 +75,140 @@ class Inputs:
         return Inputs(tuple(t[start:stop] for t in self.args), {k: t[start:stop] for k, t in self.kwargs.items()})
 
     @staticmethod
-    def of(batch: object) -> Inputs:
-        """Inputs from a batch: a tensor, ``(inputs, labels)``, a tuple of inputs, a dict of keyword inputs, or Inputs.
+    def of(batch: object, model: nn.Module | None = None) -> Inputs:
+        """Inputs from a batch; what the network does not take, targets above all, is dropped whatever it is.
 
-        In a pair the second tensor counts as labels when it is a vector of integers (or a vector where the first is not).
+        Args:
+            batch: A tensor, ``(inputs, targets, ...)``, ``((input, input), targets, ...)``, a dict with inputs by name, a tuple of inputs,
+                or Inputs.
+            model: The network, whose ``forward`` says what it takes. Without it, or where it does not say, all tensors of a batch are
+                inputs, but for the second of a pair that is a vector of integers (or a vector where the first is not), and
+                for entries of a dict called ``labels`` and the like.
+
+        Raises:
+            CalibrationError: The batch lacks an input that the network needs, or holds something else than tensors.
+
+        Example:
+            >>> batch = torch.zeros(2, 3), torch.ones(2, 3)
+            >>> len(Inputs.of(batch).args), len(Inputs.of(batch, nn.Linear(3, 1)).args)
+            (2, 1)
         """
         if isinstance(batch, Inputs):
             return batch
         if isinstance(batch, Tensor):
             return Inputs((batch,))
-        if isinstance(batch, Mapping) and batch and all(isinstance(value, Tensor) for value in batch.values()):
-            return Inputs((), dict(batch))
+        takes = None if model is None else Takes.of(model)
+        if isinstance(batch, Mapping) and batch:
+            return _named_inputs(batch, takes)
         if isinstance(batch, (tuple, list)) and batch:
-            if len(batch) == 2 and isinstance(batch[0], (tuple, list, Mapping)):
-                return Inputs.of(batch[0])
-            if all(isinstance(value, Tensor) for value in batch):
-                if len(batch) == 2 and _is_label(batch[1], batch[0]):
-                    return Inputs((batch[0],))
-                return Inputs(tuple(batch))
-        raise CalibrationError(
-            f"calibration: a batch must be a tensor, (inputs, labels), a tuple of tensors or a dict of tensors; got {type(batch).__name__}"
-            + (f" of {', '.join(type(v).__name__ for v in batch)}" if isinstance(batch, (tuple, list)) else "")
-        )
+            if len(batch) >= 2 and isinstance(batch[0], (tuple, list, Mapping)):
+                return Inputs.of(batch[0], model)
+            return _positional_inputs(batch, takes)
+        raise CalibrationError(f"{_EXPECTED}; got {_kinds(batch)}")
+
+
+_EXPECTED = "a batch must be a tensor, (inputs, targets), a tuple of tensors or a dict of tensors"
+
+
+def _positional_inputs(batch: tuple[object, ...] | list[object], takes: Takes | None) -> Inputs:
+    """The leading members that the network takes: as many as it needs, and optional ones that are no labels."""
+    members = list(batch)
+    if takes is not None and takes.required and not takes.optional:
+        if len(members) < len(takes.required):
+            raise CalibrationError(
+                f"the network takes {len(takes.required)} inputs ({', '.join(takes.required)}); a batch has {len(members)}"
+            )
+        members = members[: len(takes.required)]
+    else:
+        if takes is not None:
+            members = members[: len(takes.required) + len(takes.optional)]
+        needed = 1 if takes is None else max(len(takes.required), 1)
+        while takes is not None and len(members) > needed and not isinstance(members[-1], Tensor):
+            members.pop()
+        if len(members) == 2 and needed < 2 and all(isinstance(m, Tensor) for m in members) and _is_label(members[1], members[0]):  # type: ignore[arg-type]
+            members.pop()
+    if not all(isinstance(member, Tensor) for member in members):
+        raise CalibrationError(f"{_EXPECTED}; got {_kinds(batch)}")
+    return Inputs(tuple(member for member in members if isinstance(member, Tensor)))
+
+
+def _named_inputs(batch: Mapping[object, object], takes: Takes | None) -> Inputs:
+    """The entries that have the names of the network's arguments; one that has another name where the network takes one."""
+    tensors = {str(name): value for name, value in batch.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in tensors.items() if name not in TARGET_NAMES}
+    if takes is None:
+        found = others
+    else:
+        found = {name: tensors[name] for name in (*takes.required, *takes.optional) if name in tensors}
+        missing = [name for name in takes.required if name not in found]
+        if len(takes.required) == 1 and missing and len(others) == 1:
+            return Inputs(tuple(others.values()))
+        if missing:
+            raise CalibrationError(
+                f"the network takes {', '.join(takes.required)}; the batch holds the tensors {', '.join(tensors) or 'none'}. "
+                "Name the entries as the arguments of its forward, or give a task whose predict calls it."
+            )
+    if not found:
+        raise CalibrationError(f"{_EXPECTED}; got a dict of {', '.join(map(str, batch))} without a tensor that is an input")
+    return Inputs((), found)
 
 
 def _is_label(candidate: Tensor, inputs: Tensor) -> bool:
     return candidate.dim() <= 1 and inputs.dim() > 1 and (not candidate.is_floating_point() or candidate.dim() < inputs.dim() - 1)
+
+
+def _kinds(batch: object) -> str:
+    members = f" of {', '.join(type(member).__name__ for member in batch)}" if isinstance(batch, (tuple, list)) else ""
+    return f"{type(batch).__name__}{members}"
+
+
+def sample_count(batch: object) -> int:
+    """How many samples a batch of any structure holds: the length of a list of targets, else the size of the first tensor.
+
+    Example:
+        >>> sample_count({"image": torch.zeros(4, 3), "name": "abcd"}), sample_count((torch.zeros(0, 3), [{"box": 1}, {"box": 2}]))
+        (4, 2)
+    """
+    if isinstance(batch, (tuple, list)):
+        listed = [len(m) for m in batch if isinstance(m, list) and m and not isinstance(m[0], Tensor)]
+        if listed:
+            return listed[0]
+    first = next(tensors_of(batch), None)
+    return first.shape[0] if first is not None and first.dim() else 1
+
+
+def known_length(batches: object) -> int | None:
+    """How many batches there are; ``None`` where that is not known without reading them, as of a loader over a stream."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Every tensor in a nesting of tuples, lists, mappings, dataclasses and Inputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_of(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors_of(entry)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_of(vars(value))
+
+
+def map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """The same nesting of tuples, lists and mappings with every tensor changed; all else stays."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(entry, change) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        entries = [map_tensors(entry, change) for entry in value]
+        return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
+    return value
 
 
 class Calibration:
@@ -71,15 +217,18 @@ class Calibration:
     Raises CalibrationError when there is no batch, a batch holds no sample, or a value is NaN or infinite.
     """
 
-    def __init__(self, batches: Iterable[object], *, limit: int | None = None) -> None:
+    def __init__(self, batches: Iterable[object], *, model: nn.Module | None = None, limit: int | None = None) -> None:
         if isinstance(batches, Iterator):
             batches = list(batches)  # a generator can be read only once
-        self._batches, self._limit = batches, limit
+        self._batches, self._model, self._limit = batches, model, limit
         self._counts: list[int] | None = None
 
     @staticmethod
-    def of(data: object, *, limit: int | None = None) -> Calibration:
-        """Calibration from a loader, a list of batches, or one tensor (cut into batches of 32). ``limit`` caps the samples."""
+    def of(data: object, model: nn.Module | None = None, *, limit: int | None = None) -> Calibration:
+        """Calibration from a loader, a list of batches, or one tensor (cut into batches of 32).
+
+        ``model`` is the network they are for, see ``Inputs.of``; ``limit`` caps the samples.
+        """
         if isinstance(data, Calibration) and limit is None:
             return data
         if isinstance(data, Tensor):
@@ -88,12 +237,15 @@ class Calibration:
             data = [data]
         if not isinstance(data, Iterable):
             raise CalibrationError(f"calibration must be a loader, a list of batches or a tensor, got {type(data).__name__}")
-        return Calibration(data, limit=limit)
+        return Calibration(data, model=model, limit=limit)
 
     def __iter__(self) -> Iterator[Inputs]:
         counts: list[int] = []
         for index, batch in enumerate(self._batches):
-            inputs = Inputs.of(batch)
+            try:
+                inputs = Inputs.of(batch, self._model)
+            except CalibrationError as error:
+                raise CalibrationError(f"calibration batch {index}: {error}") from error
             if self._limit is not None:
                 inputs = inputs.take(0, self._limit - sum(counts)) if inputs.batch_size > self._limit - sum(counts) else inputs
             if self._counts is None:

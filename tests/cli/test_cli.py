@@ -110,8 +110,8 @@ def test_quantize_writes_a_report_with_the_fixed_names(quantized_folder: Path) -
     assert {path.name for path in quantized_folder.iterdir()} == {"report.json", "report.html", "policy.yaml", "model.lowbit", "model.onnx"}
     report = json.loads((quantized_folder / "report.json").read_text())
     assert (report["method"], report["weight_bits"], report["activation_bits"], report["seed"]) == ("round_to_nearest", 4, 8, 0)
-    assert report["float"]["accuracy"] > 0.95
-    assert report["quantized"]["accuracy"] > 0.9
+    assert report["metrics"]["accuracy"]["float"] > 0.95
+    assert report["metrics"]["accuracy"]["quantized"] > 0.9
     assert report["quantized"]["agreement"] > 0.9
     assert report["quantized"]["sqnr_db"] > 8
     assert report["size_bytes"]["packed"] == (quantized_folder / "model.lowbit").stat().st_size
@@ -144,9 +144,9 @@ def test_evaluate_agrees_with_the_report(quantized_folder: Path, tmp_path: Path)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "evaluation.json").read_text())
     report = json.loads((quantized_folder / "report.json").read_text())
-    assert found["float"]["accuracy"] == report["float"]["accuracy"]
-    assert found["model.lowbit"]["accuracy"] == pytest.approx(report["quantized"]["accuracy"], abs=0.003)
-    assert found["model.onnx"]["accuracy"] == pytest.approx(report["quantized"]["accuracy"], abs=0.01)
+    assert found["float"]["metrics"]["accuracy"] == report["metrics"]["accuracy"]["float"]
+    assert found["model.lowbit"]["metrics"]["accuracy"] == pytest.approx(report["metrics"]["accuracy"]["quantized"], abs=0.003)
+    assert found["model.onnx"]["metrics"]["accuracy"] == pytest.approx(report["metrics"]["accuracy"]["quantized"], abs=0.01)
     assert found["model.lowbit"]["sqnr_db"] == pytest.approx(report["quantized"]["sqnr_db"], abs=0.5)
 
 
@@ -157,7 +157,7 @@ def test_a_packed_file_is_exported_to_onnx(quantized_folder: Path, tmp_path: Pat
     assert found.exit_code == 0, found.output
     report = json.loads((quantized_folder / "report.json").read_text())
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluation["again.onnx"]["accuracy"] == pytest.approx(report["quantized"]["accuracy"], abs=0.01)
+    assert evaluation["again.onnx"]["metrics"]["accuracy"] == pytest.approx(report["metrics"]["accuracy"]["quantized"], abs=0.01)
 
 
 def test_diagnose_names_the_layer_that_hurts(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from lowbit import evaluate
 from lowbit.cli import app
 from lowbit.cli.train_recipe import TrainRecipe
 from lowbit.errors import SpecError, UnknownNameError
 from lowbit.files import read_tensors
-from lowbit.measure import measure_accuracy
 from lowbit.models import default_weights, load_default
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.spec import BitPolicy
@@ -82,13 +82,13 @@ def test_the_embedded_network_is_trained_at_four_bits_and_checked(trained_folder
     assert {path.name for path in (trained_folder / ".work").iterdir()} == {"best.safetensors", "done", "last.safetensors", "run.json"}
     report = json.loads((trained_folder / "report.json").read_text())
     assert (report["method"], report["weight_bits"], report["activation_bits"], report["seed"]) == ("lsq", 4, 4, 0)
-    assert report["float"]["accuracy"] > 0.98 and report["quantized"]["accuracy"] > 0.97
+    assert report["metrics"]["accuracy"]["float"] > 0.98 and report["metrics"]["accuracy"]["quantized"] > 0.97
     assert report["quantized"]["agreement"] > 0.97
     assert report["parity"]["packed"]["passed"] is True and report["parity"]["onnx"]["passed"] is True
     assert report["size_bytes"]["packed"] == (trained_folder / "model.lowbit").stat().st_size
     curve = report["training"]["curve"]
     assert [result["epoch"] for result in curve] == [1, 2, 3]
-    assert curve[-1]["metric"] == report["quantized"]["accuracy"]
+    assert curve[-1]["metrics"]["accuracy"] == report["metrics"]["accuracy"]["quantized"]
     assert report["training"]["metric"] == "accuracy" and report["training"]["recipe"]["epochs"] == 3
     assert curve == json.loads((trained_folder / "train.json").read_text())["curve"]
     page = (trained_folder / "report.html").read_text()
@@ -100,8 +100,8 @@ def test_the_packed_file_computes_what_was_trained(trained_folder: Path) -> None
     from lowbit.data import load_data, loader
 
     report = json.loads((trained_folder / "report.json").read_text())
-    accuracy = measure_accuracy(load(trained_folder / "model.lowbit"), loader(load_data("digits", split="test"), 100))
-    assert accuracy.top1 == pytest.approx(report["quantized"]["accuracy"], abs=0.002)
+    accuracy = evaluate(load(trained_folder / "model.lowbit"), loader(load_data("digits", split="test"), 100))
+    assert accuracy["accuracy"] == pytest.approx(report["metrics"]["accuracy"]["quantized"], abs=0.002)
 
 
 def test_a_finished_training_is_not_repeated_and_its_files_are_written_again(trained_folder: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from tests.optional import require
 
 import lowbit
+from lowbit import evaluate
 from lowbit.data import load_data, loader
-from lowbit.measure import measure_accuracy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PACKAGES = {  # beside lowbit's own
@@ -46,4 +46,4 @@ def test_an_example_trains_two_bits_and_writes_them(
     assert accuracy > 0.9  # untrained: 0.23
     assert f"quantized accuracy {accuracy:.2%}" in capfd.readouterr().out
     assert path.stat().st_size < 14_000  # 86.3 kB in float
-    assert measure_accuracy(lowbit.load(path), loader(load_data("digits", split="test"), 256)).top1 == pytest.approx(accuracy)
+    assert evaluate(lowbit.load(path), loader(load_data("digits", split="test"), 256))["accuracy"] == pytest.approx(accuracy)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.errors import DataError
 from lowbit.inputs import Inputs
-from lowbit.measure.outputs import labelled, output_tensor, pieces
+from lowbit.measure.outputs import output_tensor, pieces
 
 LOGITS = torch.tensor([[1.0, 2.0]])
 
@@ -40,24 +40,6 @@ def test_a_wrong_key_says_what_there_is() -> None:
         output_tensor({"a": LOGITS, "b": LOGITS}, "c")
     with pytest.raises(DataError, match="no floating-point tensor"):
         output_tensor({"ids": torch.tensor([1])})
-
-
-def test_labels_are_taken_from_pairs_longer_tuples_and_mappings() -> None:
-    image, vector, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5), torch.tensor([0, 1])
-    inputs, found = labelled((image, labels))
-    assert inputs.args == (image,) and found is labels
-    inputs, found = labelled((image, vector, labels))
-    assert inputs.args == (image, vector) and found is labels
-    inputs, found = labelled(({"image": image}, labels))
-    assert inputs.kwargs == {"image": image} and found is labels
-    inputs, found = labelled({"image": image, "labels": labels})
-    assert list(inputs.kwargs) == ["image"] and found is labels
-
-
-@pytest.mark.parametrize("batch", [torch.zeros(2, 3), (torch.zeros(2, 3), torch.zeros(2)), {"image": torch.zeros(2, 3)}])
-def test_batches_without_integer_labels_are_refused(batch: object) -> None:
-    with pytest.raises(DataError, match="labels"):
-        labelled(batch)
 
 
 def test_pieces_hold_every_sample_once_and_leave_unequal_inputs_whole() -> None:

@@ -14,7 +14,7 @@ import lowbit
 from lowbit.errors import OutputError
 from lowbit.report.histograms import WeightHistogram
 from lowbit.report.html import breakable, cards, computed_words, noise_bars, render_html, size_bars, storage_bars, write_html
-from lowbit.report.results import LayerResult, Parity, Report
+from lowbit.report.results import LayerResult, MetricResult, Parity, Report
 
 HOSTILE = """</style><script>alert("x")</script><img src=x onerror='y'>&{{ 7 * 7 }}"""
 VOID = {"meta", "link", "img", "br", "wbr", "input", "hr"}
@@ -25,8 +25,8 @@ REPORT = Report(
     seed=3,
     model="net",
     options={"iterations": 10},
-    float_accuracy=0.9,
-    quantized_accuracy=0.89,
+    metric="accuracy",
+    metrics={"accuracy": MetricResult(0.9, 0.89, "%"), "RMSE": MetricResult(0.25, 0.5)},
     samples=200,
     agreement=0.97,
     sqnr_db=21.5,
@@ -86,6 +86,7 @@ def card(report: Report, title: str) -> tuple[str, str, str]:
 
 def test_the_cards_hold_the_figures_of_the_report() -> None:
     assert card(REPORT, "Accuracy") == ("89.00 %", "float 90.00 %, -1.00 points", "")
+    assert card(REPORT, "RMSE") == ("0.5", "float 0.25, +0.25", "")
     assert card(REPORT, "Agreement")[0] == "97.00 %"
     assert card(REPORT, "Output SQNR")[:2] == ("21.5 dB", "largest difference 0.25")
     assert card(REPORT, "Stored")[:2] == ("125 B", "float 1 kB, 8.0x smaller")

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import OutputError
-from lowbit.report.results import LayerResult, Parity, Report, to_json, write_json
+from lowbit.report.results import LayerResult, MetricResult, Parity, Report, to_json, write_json
 
 REPORT = Report(
     method="brecq",
     weight_bits=4,
     activation_bits=8,
     seed=3,
-    float_accuracy=0.9,
-    quantized_accuracy=0.89,
+    metric="accuracy",
+    metrics={"accuracy": MetricResult(0.9, 0.89, "%"), "RMSE": MetricResult(0.25, 0.5)},
     agreement=0.97,
     sqnr_db=21.5,
     size_float=1000,
@@ -33,8 +33,10 @@ def test_the_file_has_the_names_that_scripts_rely_on(tmp_path: Path) -> None:
     write_json(REPORT, tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
     assert (data["method"], data["weight_bits"], data["activation_bits"], data["seed"]) == ("brecq", 4, 8, 3)
-    assert data["float"]["accuracy"] == 0.9
-    assert {k: data["quantized"][k] for k in ("accuracy", "agreement", "sqnr_db")} == {"accuracy": 0.89, "agreement": 0.97, "sqnr_db": 21.5}
+    assert data["metric"] == "accuracy"
+    assert data["metrics"]["accuracy"] == {"float": 0.9, "quantized": 0.89, "unit": "%"}
+    assert data["metrics"]["RMSE"] == {"float": 0.25, "quantized": 0.5, "unit": ""}
+    assert {k: data["quantized"][k] for k in ("agreement", "sqnr_db")} == {"agreement": 0.97, "sqnr_db": 21.5}
     assert data["size_bytes"] == {"float": 1000, "packed": 150, "onnx": 300}
     assert data["parity"]["onnx"] == {"max_abs_error": 1e-4, "top1_agreement": 1.0, "passed": True}
     assert data["parity"]["packed"] == {"max_abs_error": 0.0, "top1_agreement": 1.0, "passed": True}
@@ -47,7 +49,7 @@ def test_the_file_has_the_names_that_scripts_rely_on(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_null_and_still_there() -> None:
     data = json.loads(to_json(Report("dfq", None, 8, 0).to_dict()))
     assert data["weight_bits"] is None
-    assert data["quantized"]["accuracy"] is None and data["float"]["accuracy"] is None
+    assert data["metric"] is None and data["metrics"] == {}
     assert data["parity"]["onnx"] == {"max_abs_error": None, "top1_agreement": None, "passed": None}
     assert data["size_bytes"] == {"float": None, "packed": None, "onnx": None}
     assert data["latency_ms"]["float_onnx"] is None

@@ -13,10 +13,10 @@ from lowbit.cli.output import prepare_folder
 from lowbit.cli.request import make_policy, make_settings
 from lowbit.cli.source import open_source
 from lowbit.files import write_text
-from lowbit.measure import measure_accuracy
 from lowbit.measure.diagnose import diagnose as walk_chart
 from lowbit.progress import Progress
 from lowbit.report.results import to_json
+from lowbit.workflows.evaluate import evaluate as score
 from lowbit.workflows.quantize import run_job
 
 
@@ -74,7 +74,7 @@ def diagnose(
         job.model,
         calibration=source.calibration,
         reference=source.model,
-        evaluate=None if test is None else lambda network: measure_accuracy(network, test).top1,
+        evaluate=None if test is None else lambda network: score(network, test).value,
         samples=samples,
         remedies=remedies,
         progress=progress,

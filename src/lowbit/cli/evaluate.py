@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from lowbit.errors import FileFormatError
 from lowbit.files import write_text
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.inputs import Inputs
-from lowbit.measure import measure_accuracy, measure_agreement, measure_latency
+from lowbit.measure import measure_agreement, measure_latency
 from lowbit.progress import Progress
+from lowbit.qat.task import Task
+from lowbit.qat.tasks import Classification
 from lowbit.report.results import to_json
 from lowbit.report.words import bytes_word, db_word, percent_word
+from lowbit.workflows.evaluate import evaluate as measure
 from lowbit.workflows.load import load
 
 
@@ -31,6 +34,7 @@ class OnnxModule(nn.Module):
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__()
         self._network = load_onnx(path, threads=threads)
+        self.lowbit_inputs = self._network.input_names
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
         return self._network(Inputs(args, kwargs))
@@ -56,7 +60,7 @@ def evaluate(
     threads: shared.Threads = None,
     quiet: shared.Quiet = False,
 ) -> None:
-    """Measure accuracy, size and time of the float network and of exported files, and how closely these follow it."""
+    """Measure the metrics, size and time of the float network and of exported files, and how closely these follow it."""
     shared.set_threads(threads)
     files = [] if target is None else exported_files(target)
     source = open_source(
@@ -76,10 +80,10 @@ def evaluate(
         prepare_folder(out, needed_bytes=1_000_000)
     progress = Progress(quiet=quiet)
     compared = source.calibration if source.test is None else source.test
-    one = source.sample.take(0, 1)
+    one, task = source.sample.take(0, 1), Classification()
     found: dict[str, dict[str, object]] = {
         "float": {
-            **_accuracy(source.model, source.test, progress),
+            **_metrics(source.model, source.test, task, progress),
             "latency_ms": measure_latency(source.model, one).median_ms,
             "runtime": "torch",
         }
@@ -88,7 +92,7 @@ def evaluate(
         network = load(path) if path.suffix == ".lowbit" else OnnxModule(path, threads or 1)
         agreement = measure_agreement(source.model, network, compared, progress=progress)
         found[path.name] = {
-            **_accuracy(network, source.test, progress),
+            **_metrics(network, source.test, task, progress),
             "agreement": agreement.top1,
             "sqnr_db": agreement.sqnr_db,
             "size_bytes": path.stat().st_size,
@@ -96,10 +100,11 @@ def evaluate(
             "runtime": "torch, codes decoded to float" if path.suffix == ".lowbit" else "ONNX Runtime",
         }
     if not quiet:
+        names = list(cast(dict[str, float], found["float"]["metrics"]))
         say(f"{source.name} on {source.test_name or 'unlabelled samples'}")
         show_table(
-            ("", "accuracy", "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
-            [(name, *_words(entry)) for name, entry in found.items()],
+            ("", *names, "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
+            [(name, *(task.describe(n, entry["metrics"][n]) for n in names), *_words(entry)) for name, entry in found.items()],  # type: ignore[index]
         )
     if out is not None:
         path = out / "evaluation.json"
@@ -127,11 +132,12 @@ def exported_files(target: Path) -> list[Path]:
     return [target]
 
 
-def _accuracy(network: nn.Module, test: Iterable[object] | None, progress: Progress) -> dict[str, object]:
+def _metrics(network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress) -> dict[str, object]:
+    """The metrics by name; none without labelled data."""
     if test is None:
-        return {"accuracy": None}
-    accuracy = measure_accuracy(network, test, progress=progress)
-    return {"accuracy": accuracy.top1, "top5": accuracy.top5, "samples": accuracy.samples}
+        return {"metrics": {}, "samples": 0}
+    scores = measure(network, test, task=task, progress=progress)
+    return {"metrics": dict(scores.metrics), "samples": scores.samples}
 
 
 def _words(entry: dict[str, object]) -> tuple[str, ...]:
@@ -140,7 +146,6 @@ def _words(entry: dict[str, object]) -> tuple[str, ...]:
         return float(value) if isinstance(value, (int, float)) else None
 
     return (
-        percent_word(number("accuracy")),
         percent_word(number("agreement")),
         db_word(number("sqnr_db")),
         bytes_word(number("size_bytes")),

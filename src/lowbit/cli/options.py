@@ -46,7 +46,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Labelled data to measure accuracy on: a name from 'lowbit data list', or a folder with one sub-folder per class. "
+        help="Labelled data to measure on: a name from 'lowbit data list', or a folder with one sub-folder per class. "
         "Default: the embedded digits with the embedded network; none with any other network.",
         show_default=False,
         rich_help_panel=NETWORK,

@@ -171,5 +171,5 @@ def show_plan(plan: Plan, source: Source) -> None:
     show_layers(plan, source)
     say(f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in plan.settings.items()) or 'the defaults of the method'}")
     say(f"calibration: {'none' if source.calibration is None else f'{source.calibration.samples} samples of {source.calibration_name}'}")
-    say(f"accuracy: {'not measured, there are no labels' if source.test is None else source.test_name}")
+    say(f"metrics: {'not measured, there are no labels' if source.test is None else source.test_name}")
     say(f"would write {', '.join(plan.files)} to {plan.out}")

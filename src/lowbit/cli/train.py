@@ -66,7 +66,7 @@ def train(
         ),
     ] = None,
     test_data: Annotated[
-        str | None, option(shared.NETWORK, "Other data to measure accuracy on. Default: the test part of --data.", "--test-data")
+        str | None, option(shared.NETWORK, "Other data to measure on. Default: the test part of --data.", "--test-data")
     ] = None,
     preprocess: shared.Preprocess = None,
     strict: Annotated[
@@ -300,6 +300,7 @@ def _run(
         out=out,
         surrogate=asked.surrogate,
         teacher=start.teacher,
+        task=asked.task,
         augment=asked.augment,
         workers=workers,
         resume=resume,
@@ -316,11 +317,14 @@ def _deliver(plan: Plan, start: Start, trained: Trained, trainer: Trainer, *, qu
     record = record_of(trained.model)
     assert record is not None
     training = {
-        "metric": "accuracy",
+        "metric": trained.task.metric_name,
+        "task": trained.task.facts(),
         "recipe": dataclasses.asdict(trained.recipe),
         "curve": [dataclasses.asdict(result) for result in trained.curve],
     }
-    comparison = Comparison(trained.model.cpu(), start.source.sample, has_float=start.is_trained, training=training, notes=start.notes)
+    comparison = Comparison(
+        trained.model.cpu(), start.source.sample, has_float=start.is_trained, training=training, task=trained.task, notes=start.notes
+    )
     plan = dataclasses.replace(plan, policy=record.policy)
     outcome = deliver(plan, start.source, comparison, trainer.progress)
     before, after = outcome.report.latency_float_onnx, outcome.report.latency_quantized_onnx
@@ -338,7 +342,7 @@ def show_plan(plan: Plan, asked: TrainRecipe, start: Start) -> None:
     say(f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in plan.settings.items()) or 'the defaults of the method'}")
     say(f"phases: {phases}")
     say(f"training: {len(start.train)} samples of {start.train.name}, {asked.recipe.batch_size} at a time")
-    say(f"accuracy: {'not measured' if start.test is None else f'{len(start.test)} samples of {start.test.name}'}")
+    say(f"metrics: {'not measured' if start.test is None else f'{len(start.test)} samples of {start.test.name}'}")
     for note in start.notes:
         say(f"note: {note}")
     say(f"would write {', '.join([*plan.files, 'train.json', 'train.csv'])} to {plan.out}")

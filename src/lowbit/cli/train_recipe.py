@@ -17,6 +17,7 @@ from lowbit.options import convert_option
 from lowbit.qat.engine.feed import AugmentName
 from lowbit.qat.engine.trainer import PrecisionName, Selection
 from lowbit.qat.recipe import OptimizerSpec, Recipe
+from lowbit.qat.tasks import Classification
 from lowbit.registry import MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
@@ -37,6 +38,7 @@ class TrainRecipe:
         weight_bits, activation_bits, first_last_bits, keep, only, policy: Bits; ``policy`` replaces the others but ``keep``.
         merge_bits: Bits of residual sums and the like in place of what ``policy`` says, see ``lowbit.prepare``.
         teacher, teacher_options, teacher_weights: A network for soft targets.
+        label_smoothing, temperature: See ``Classification``.
         recipe: Epochs, optimizer and so on; its fields stand beside the others in the file.
         augment, precision, select: See ``lowbit.train``.
     """
@@ -60,6 +62,8 @@ class TrainRecipe:
     teacher: str | None = None
     teacher_options: Mapping[str, object] = field(default_factory=dict)
     teacher_weights: str | None = None
+    label_smoothing: float = 0.0
+    temperature: float = 4.0
     recipe: Recipe = field(default_factory=Recipe)
     augment: AugmentName = "auto"
     precision: PrecisionName = "32"
@@ -122,6 +126,11 @@ class TrainRecipe:
     def info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
         return find_method(self.method, "training")
+
+    @property
+    def task(self) -> Classification:
+        """What the network is trained for."""
+        return Classification(self.label_smoothing, self.temperature)
 
     def bit_policy(self) -> BitPolicy:
         """Bits for each layer.

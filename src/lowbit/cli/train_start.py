@@ -97,15 +97,15 @@ def _load_test(asked: TrainRecipe, named: str, strict: bool, notes: list[str]) -
     if asked.test_data is not None:
         found = _load(asked.test_data, "test", asked, strict)
         if found.num_classes is None:
-            raise DataError(f"--test-data {asked.test_data}: there are no labels to measure accuracy with")
+            raise DataError(f"--test-data {asked.test_data}: there are no labels to measure with")
         return found
     path = Path(named)
     if path.is_dir() and any((path / part).is_dir() for part in SPLIT_FOLDERS["train"]):
         if not any((path / part).is_dir() for part in SPLIT_FOLDERS["test"]):
-            notes.append(f"{named} has no test part: accuracy is not measured. Name labelled data with --test-data.")
+            notes.append(f"{named} has no test part: metrics are not measured. Name labelled data with --test-data.")
             return None
     elif path.exists():
-        notes.append(f"{named} has no test part: accuracy is measured on the training samples. Name other data with --test-data.")
+        notes.append(f"{named} has no test part: metrics are measured on the training samples. Name other data with --test-data.")
     return _load(named, "test", asked, strict)
 
 

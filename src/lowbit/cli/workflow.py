@@ -17,16 +17,19 @@ from lowbit.cli.source import Source
 from lowbit.errors import GraphError, MissingExtraError, ParityError
 from lowbit.files import write_text
 from lowbit.inputs import Calibration, Inputs
-from lowbit.measure import layer_noise, measure_accuracy, measure_agreement, tensor_bytes
+from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.progress import Progress
+from lowbit.qat.task import Task, metric_word
+from lowbit.qat.tasks import Classification
 from lowbit.report.histograms import weight_histograms
 from lowbit.report.html import write_html
-from lowbit.report.results import ParityResult, Report, write_json
+from lowbit.report.results import MetricResult, ParityResult, Report, write_json
 from lowbit.report.summary import layer_results
-from lowbit.report.words import bytes_word, db_word, operand_word, percent_word, ratio_word
+from lowbit.report.words import bytes_word, change_word, db_word, operand_word, percent_word, ratio_word
 from lowbit.spec import BitPolicy, Position
+from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.quantize import run_job
 from lowbit.workfolder import WorkFolder, tensors_digest, weights_digest
@@ -87,6 +90,7 @@ class Comparison:
         reference: A float network that ``model`` follows layer by layer; ``None``: ``model`` with its quantizers off.
         has_float: Whether the network of the source is a trained one that ``model`` can be compared with.
         training: What ``Report.training`` holds.
+        task: What the network is for.
         notes: More notes for the report.
     """
 
@@ -95,6 +99,7 @@ class Comparison:
     reference: nn.Module | None = None
     has_float: bool = True
     training: Mapping[str, object] | None = None
+    task: Task = field(default_factory=Classification)
     notes: Sequence[str] = ()
 
 
@@ -163,6 +168,7 @@ def _measured(plan: Plan, source: Source, result: Comparison, progress: Progress
         size_float=tensor_bytes(source.model),
         layers=layers,
         training=result.training,
+        metric=result.task.metric_name,
         notes=[*record.table.notes, *result.notes],
     )
     if source.calibration is None:
@@ -177,11 +183,14 @@ def _measured(plan: Plan, source: Source, result: Comparison, progress: Progress
         )
     if source.test is None:
         return report
-    after = measure_accuracy(model, source.test, progress=progress)
-    report = dataclasses.replace(report, quantized_accuracy=after.top1, samples=after.samples)
-    if not result.has_float:
-        return report
-    return dataclasses.replace(report, float_accuracy=measure_accuracy(source.model, source.test, progress=progress).top1)
+    task = result.task
+    after = evaluate(model, source.test, task=task, progress=progress)
+    before = evaluate(source.model, source.test, task=task, progress=progress).metrics if result.has_float else {}
+    metrics = {
+        name: MetricResult(before.get(name), value, task.units.get(name, ""), task.meanings.get(name, ""))
+        for name, value in after.metrics.items()
+    }
+    return dataclasses.replace(report, metrics=metrics, samples=after.samples)
 
 
 def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:
@@ -239,13 +248,10 @@ def show_outcome(outcome: Outcome) -> None:
         f"{operand_word(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
         highlight=False,
     )
-    rows: list[tuple[str, object, object, object]] = []
-    if report.quantized_accuracy is not None:
-        start = report.float_accuracy
-        change = "" if start is None else f"{100 * (report.quantized_accuracy - start):+.2f} points"
-        rows.append(("accuracy", percent_word(report.float_accuracy), percent_word(report.quantized_accuracy), change))
-    else:
-        rows.append(("accuracy", None, None, "not measured: name labelled data with --data"))
+    rows: list[tuple[str, object, object, object]] = [
+        (name, metric_word(metric.float, metric.unit), metric_word(metric.quantized, metric.unit), change_word(metric))
+        for name, metric in report.metrics.items()
+    ] or [(report.metric, None, None, "not measured: name labelled data with --data")]
     if report.sqnr_db is not None:
         rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
     for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):

@@ -1,8 +1,7 @@
-"""Measuring networks: accuracy, agreement with the float network, noise by layer, size, bit operations, latency, diagnosis."""
+"""Measuring networks: agreement with the float network, noise by layer, size, bit operations, latency, diagnosis."""
 
 from __future__ import annotations
 
-from lowbit.measure.accuracy import Accuracy, measure_accuracy
 from lowbit.measure.agreement import Agreement, AgreementMeter, measure_agreement, run_output
 from lowbit.measure.cost import (
     LayerCompute,
@@ -21,7 +20,7 @@ from lowbit.measure.outputs import output_tensor
 from lowbit.measure.sensitivity import LayerNoise, layer_noise, output_noise, weight_noise
 
 __all__ = [
-    "Accuracy", "Agreement", "AgreementMeter", "LayerCompute", "LayerNoise", "LayerSize", "Latency", "ModelSize", "Noise", "compute_cost",
-    "count_macs", "layer_bits", "layer_noise", "measure_accuracy", "measure_agreement", "measure_latency", "model_size", "noise_between",
+    "Agreement", "AgreementMeter", "LayerCompute", "LayerNoise", "LayerSize", "Latency", "ModelSize", "Noise", "compute_cost",
+    "count_macs", "layer_bits", "layer_noise", "measure_agreement", "measure_latency", "model_size", "noise_between",
     "output_noise", "output_tensor", "qtensor_bytes", "run_output", "sqnr_db", "tensor_bytes", "weight_noise",
 ]  # fmt: skip

@@ -85,7 +85,7 @@ def measure_agreement(
         CalibrationError: No batch, or inputs that are not finite.
         DataError: The outputs hold no such entry or differ in shape.
     """
-    calibration = Calibration.of(data)
+    calibration = Calibration.of(data, reference)
     meter = AgreementMeter()
     with (
         evaluating(reference),

@@ -162,7 +162,7 @@ def count_macs(model: nn.Module, sample: object) -> dict[str, float]:
     channels / groups) x kernel elements. Linear: output elements x input features, so every token counts. Calls add up;
     the batch is divided out. Layers that are not called as modules (only their weight is used) count zero.
     """
-    inputs = Inputs.of(sample).to(device_of(model))
+    inputs = Inputs.of(sample, model).to(device_of(model))
     layers = quantizable_layers(model)
     macs = dict.fromkeys(layers, 0)
     handles = [layer.register_forward_hook(_counter(name, layer, macs), with_kwargs=True) for name, layer in layers.items()]

@@ -67,7 +67,7 @@ def diagnose(
         LayerError: ``model`` has no quantizer.
         CalibrationError: No data, or values that are not finite.
     """
-    walk = _Walk(model, Calibration.of(calibration, limit=samples), reference, evaluate, output)
+    walk = _Walk(model, Calibration.of(calibration, reference or model, limit=samples), reference, evaluate, output)
     alternatives = alternatives or {}
     progress = progress or Progress.silent()
     with evaluating(model), evaluating(reference or model), ExitStack() as stack:

@@ -38,7 +38,7 @@ def measure_latency(model: nn.Module, sample: object, *, threads: int = 1, warmu
     if threads < 1 or runs < 1 or warmup < 0:
         raise SpecError(f"latency: threads and runs must be at least 1 and warmup at least 0, got {threads}, {runs}, {warmup}")
     device = device_of(model)
-    inputs = Inputs.of(sample).to(device)
+    inputs = Inputs.of(sample, model).to(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import DataError
-from lowbit.inputs import Calibration, Inputs
-
-_LABEL_KEYS = ("labels", "label", "targets", "target")
+from lowbit.inputs import Calibration, Inputs, known_length, tensors_of
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -36,25 +33,11 @@ def output_tensor(output: object, key: str | int | None = None) -> Tensor:
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             held = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
             raise DataError(f"the network's output has no entry {key!r}; it is {held}") from error
-    found = next(_floating_tensors(output), None)
+    found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
     if found is None:
         kind = type(output).__name__
         raise DataError(f"the network's output ({kind}) holds no floating-point tensor to measure. Name the entry that holds the logits.")
     return found
-
-
-def _floating_tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floating_tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floating_tensors(value)
-    elif dataclasses.is_dataclass(output):
-        yield from _floating_tensors(vars(output))
 
 
 def class_dimension(logits: Tensor) -> int:
@@ -62,33 +45,10 @@ def class_dimension(logits: Tensor) -> int:
     return 1 if logits.dim() >= 4 else logits.dim() - 1
 
 
-def labelled(batch: object) -> tuple[Inputs, Tensor]:
-    """Inputs and labels of a batch: ``(inputs, labels)``, a longer tuple that ends in labels, or a mapping with a ``labels`` entry.
-
-    Raises:
-        DataError: The batch holds no integer labels.
-    """
-    if isinstance(batch, Mapping):
-        for key in _LABEL_KEYS:
-            if isinstance(batch.get(key), Tensor):
-                return Inputs.of({name: value for name, value in batch.items() if name != key}), _checked(batch[key])
-    elif isinstance(batch, (tuple, list)) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
-        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        return Inputs.of(tuple(inputs) if isinstance(inputs, list) else inputs), _checked(batch[-1])
-    kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, (tuple, list)) else type(batch).__name__
-    raise DataError(f"accuracy needs labels: a batch must be (inputs, labels) or a mapping with a 'labels' entry, got {kinds}")
-
-
-def _checked(labels: Tensor) -> Tensor:
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise DataError(f"labels must be class numbers (integers), got {labels.dtype} of shape {tuple(labels.shape)}")
-    return labels
-
-
 def batch_count(data: object, calibration: Calibration) -> int:
     """How many batches there are, without reading a loader that knows its own length."""
-    known = isinstance(data, Sized) and not isinstance(data, (Tensor, Mapping, Inputs, Calibration))
-    return len(data) if known else len(calibration)  # type: ignore[arg-type]
+    known = None if isinstance(data, (Tensor, Mapping, Inputs, Calibration)) else known_length(data)
+    return len(calibration) if known is None else known
 
 
 def pieces(inputs: Inputs, size: int) -> Iterator[Inputs]:

@@ -92,7 +92,7 @@ def output_noise(
         progress: Where to show progress; silent when left out.
     """
     names = list(layers) if layers is not None else list(quantizable_layers(model))
-    calibration, device = Calibration.of(data), device_of(model)
+    calibration, device = Calibration.of(data, reference or model), device_of(model)
     noise = {name: Noise() for name in names}
     failed: set[str] = set()
     with (

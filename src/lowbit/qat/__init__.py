@@ -6,19 +6,10 @@ from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Classification, Task
+from lowbit.qat.task import CriterionTask, Scores, Supervised, Task
+from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 
 __all__ = [
-    "Classification",
-    "Companion",
-    "GivenNetworks",
-    "OptimizerSpec",
-    "Phase",
-    "QatJob",
-    "Recipe",
-    "Slot",
-    "Task",
-    "TrainRun",
-    "TrainingMethod",
-    "Turn",
-]
+    "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "QatJob", "Recipe", "Regression",
+    "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod", "Turn",
+]  # fmt: skip

@@ -72,7 +72,7 @@ def prepare(
     policy = training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(plain_copy(model), policy, Inputs.of(sample), seed, edges=chosen.edge_quantizer)
+        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer)
         check_method_bits(info, policy, job)
         chosen.attach(job)
         job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)

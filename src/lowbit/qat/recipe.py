@@ -68,9 +68,7 @@ class Recipe(CheckedSettings):
         batch_size: Samples of one step.
         optimizer: For weights and everything else that is not a quantizer's; methods derive the quantizers' from it.
         clip_norm: Largest norm of all gradients together, or ``None``.
-        label_smoothing: Share of each label that is spread over all classes.
-        distillation: Weight of the teacher's soft targets in the loss; the rest is the labels'.
-        temperature: Temperature of the soft targets.
+        distillation: Weight of the teacher's outputs in the loss; the rest is the targets'.
         accumulate: Batches whose gradients are added up before the optimizer steps.
         average_weights: Decay of an exponential moving average of the weights that is used in the end, or ``None``.
         seed: Makes the run reproducible.
@@ -80,9 +78,7 @@ class Recipe(CheckedSettings):
     batch_size: Annotated[int, AtLeast(1)] = 128
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     clip_norm: Annotated[float | None, Above(0)] = None
-    label_smoothing: Annotated[float, Interval(0, 1, closed="left")] = 0.0
     distillation: Annotated[float, Interval(0, 1)] = 0.5
-    temperature: Annotated[float, Above(0)] = 4.0
     accumulate: Annotated[int, AtLeast(1)] = 1
     average_weights: Annotated[float | None, Interval(0, 1, closed="left")] = None
     seed: int = 0

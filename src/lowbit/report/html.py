@@ -6,17 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowbit.files import write_text
 from lowbit.measure.diagnosis import Diagnosis
+from lowbit.qat.task import metric_word
 from lowbit.report import svg
 from lowbit.report.histograms import WeightHistogram
-from lowbit.report.results import LayerResult, ParityResult, Report
-from lowbit.report.words import NOTHING, bits_word, bytes_word, count_word, db_word, number_word, percent_word, ratio_word
+from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report
+from lowbit.report.words import NOTHING, bits_word, bytes_word, change_word, count_word, db_word, number_word, percent_word, ratio_word
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
 NUMBERED = 5  # suspects numbered in the sensitivity plot
@@ -85,15 +86,10 @@ def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), d
 
 def cards(report: Report) -> list[Card]:
     """The figures at the top of the page."""
-    found = []
-    if report.quantized_accuracy is not None:
-        lost = "" if report.float_accuracy is None else f"float {percent_word(report.float_accuracy)}"
-        if report.float_accuracy is not None:
-            lost += f", {100 * (report.quantized_accuracy - report.float_accuracy):+.2f} points"
-        counted = f" Counted on {report.samples} labelled samples." if report.samples else ""
-        found.append(Card("Accuracy", percent_word(report.quantized_accuracy), lost, f"How often the first prediction is right.{counted}"))
-    else:
-        found.append(Card("Accuracy", NOTHING, "not measured", "There were no labels; pass labelled data to measure it."))
+    found = [_metric_card(name, metric, report.samples) for name, metric in report.metrics.items()]
+    if not found:
+        name = report.metric or "metrics"
+        found = [Card(_title(name), NOTHING, "not measured", "There were no labels; pass labelled data to measure it.")]
     found += [
         Card(
             "Agreement",
@@ -122,6 +118,16 @@ def cards(report: Report) -> list[Card]:
         _parity_card(report),
     ]
     return found
+
+
+def _metric_card(name: str, metric: MetricResult, samples: int | None) -> Card:
+    before = "" if metric.float is None else f"float {metric_word(metric.float, metric.unit)}, {change_word(metric)}"
+    counted = f"Measured on {samples} labelled samples." if samples else ""
+    return Card(_title(name), metric_word(metric.quantized, metric.unit), before, f"{metric.meaning} {counted}".strip())
+
+
+def _title(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _times_smaller(before: float | None, after: float | None) -> str:
@@ -232,16 +238,19 @@ def learning_plots(report: Report) -> list[tuple[str, Markup]]:
     """Training loss and the metric on the test data over the epochs, each with a heading; nothing for a network that was not trained."""
     if report.training is None:
         return []
-    curve, metric = cast(Sequence[Mapping[str, object]], report.training["curve"]), str(report.training["metric"])
+    curve, metric = cast(Sequence[Mapping[str, Any]], report.training["curve"]), str(report.training["metric"])
     names = [f"epoch {result['epoch']} ({result['phase']})" for result in curve]
     plots = []
-    for key, title, colour in (("loss", "Training loss", "second"), ("metric", f"Test {metric}", "main")):
-        values = [float(v) if isinstance(v := result[key], (int, float)) else None for result in curve]
+    for title, colour, found in (
+        ("Training loss", "second", [result["loss"] for result in curve]),
+        (f"Test {metric}", "main", [result["metrics"].get(metric) for result in curve]),
+    ):
+        values = [float(value) if isinstance(value, (int, float)) else None for value in found]
         shown = [v for v in values if v is not None and math.isfinite(v)]
         if not shown:
             continue
         room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
-        span = (min(shown) - room, max(shown) + room) if key == "metric" else (0.0, max(*shown, 1e-12) * 1.05)
+        span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
         series = [svg.Series(title.lower(), colour, values)]
         plots.append((title, svg.curves(series, names, None, unit="", tell=number_word, span=span, title=f"{title} after each epoch")))
     return plots

@@ -1,15 +1,17 @@
 """The figures of one quantization, and ``report.json``.
 
-Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``float.accuracy``, ``quantized.accuracy``,
-``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
+Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``metric`` (the name of the one that
+selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
 ``parity.onnx|packed.max_abs_error|top1_agreement|passed``, ``latency_ms.float_onnx|quantized_onnx``,
 ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, and where the network was trained
-``training.metric``, ``training.recipe``, ``training.curve[].epoch|phase|step|loss|metric|learning_rate|seconds``. What was not measured is ``null``; nothing is ever left
-out or NaN.
+``training.metric``, ``training.recipe``, ``training.task``,
+``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``. What was not measured is ``null``, and without labelled data ``metrics`` is
+empty; nothing else is ever left out or NaN.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from lowbit.files import write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,22 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class MetricResult:
+    """One metric of the task, of the float and of the quantized network.
+
+    Attributes:
+        float, quantized: Values; ``None`` was not measured.
+        unit: ``%`` for fractions that are shown in percent.
+        meaning: A sentence on it.
+    """
+
+    float: builtins.float | None
+    quantized: builtins.float | None
+    unit: str = ""
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
 class ParityResult:
     """How an exported file's outputs compare with the quantized network's."""
 
@@ -61,18 +79,20 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything ``report.json`` holds. Accuracies and agreement are fractions from 0 to 1; ``None`` was not measured.
+    """Everything ``report.json`` holds. Agreement and metrics in ``%`` are fractions from 0 to 1; ``None`` was not measured.
 
     Attributes:
         model: Name of the network.
         method, weight_bits, activation_bits, seed, options: What was asked for; bits of ``None`` are float.
-        float_accuracy, quantized_accuracy: Top-1 on ``samples`` labelled samples.
+        metric: The name of the task's metric that selects.
+        metrics: Every metric of the task by name, on ``samples`` labelled samples; empty where there were none.
         agreement, sqnr_db, kl, max_abs_error: The quantized network against the float one; see ``measure.Agreement``.
         size_float, size_packed, size_onnx: Bytes of the float parameters and of the files.
         parity_packed, parity_onnx: Checks of the exported files.
         latency_float_onnx, latency_quantized_onnx: Median milliseconds per call in the runtime that ``latency_setting`` names.
         layers: In execution order.
-        training: Where the network was trained: ``metric`` (its name), ``recipe``, and ``curve``, a mapping for each epoch.
+        training: Where the network was trained: ``metric`` (the name of the one that selects), ``recipe``, ``task``, and
+            ``curve``, a mapping for each epoch.
         notes: What was skipped and why, for the whole network.
         extra: More entries for the file, under names of their own.
     """
@@ -83,8 +103,8 @@ class Report:
     seed: int
     model: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
-    float_accuracy: float | None = None
-    quantized_accuracy: float | None = None
+    metric: str = ""
+    metrics: Mapping[str, MetricResult] = field(default_factory=dict)
     samples: int | None = None
     agreement: float | None = None
     sqnr_db: float | None = None
@@ -114,9 +134,9 @@ class Report:
             "seed": self.seed,
             "options": dict(self.options),
             "samples": self.samples,
-            "float": {"accuracy": self.float_accuracy},
+            "metric": self.metric or None,
+            "metrics": {name: {"float": m.float, "quantized": m.quantized, "unit": m.unit} for name, m in self.metrics.items()},
             "quantized": {
-                "accuracy": self.quantized_accuracy,
                 "agreement": self.agreement,
                 "sqnr_db": self.sqnr_db,
                 "kl": self.kl,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from lowbit.qat.task import metric_word
+from lowbit.report.results import MetricResult
+
 NOTHING = "\N{EN DASH}"
 
 
@@ -56,6 +59,16 @@ def db_word(value: float | None) -> str:
 def percent_word(fraction: float | None, digits: int = 2) -> str:
     """``97.25 %``."""
     return NOTHING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f} %"
+
+
+def change_word(metric: MetricResult) -> str:
+    """What quantizing changed: ``-1.00 points`` where the metric is in percent, else ``+0.012``; empty where one was not measured."""
+    if metric.float is None or metric.quantized is None or math.isnan(metric.float) or math.isnan(metric.quantized):
+        return ""
+    change = metric.quantized - metric.float
+    if metric.unit == "%":
+        return f"{100 * change:+.2f} points"
+    return f"{'+' if change >= 0 else ''}{metric_word(change, metric.unit)}"
 
 
 def ratio_word(before: float | None, after: float | None) -> str:

@@ -54,7 +54,7 @@ class Profile:
 @torch.no_grad()
 def profile(network: PackedNetwork, sample: object, *, runs: int = 20) -> Profile:
     """Time whole calls and each operator call of ``network`` on ``sample``, ``runs`` times each, after some calls to warm up."""
-    inputs = Inputs.of(sample)
+    inputs = Inputs.of(sample, network)
     seconds: dict[str, list[float]] = {}
     operators: dict[str, str] = {}
 

@@ -97,7 +97,7 @@ def export(
         raise SpecError(f"{path}: an ONNX file is run by other runtimes. Few-bit kernels need a .lowbit file.")
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
-    inputs = Inputs.of(sample).to("cpu")
+    inputs = Inputs.of(sample, model).to("cpu")
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()
     if path.suffix == ".onnx":

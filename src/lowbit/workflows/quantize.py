@@ -13,6 +13,7 @@ from torch import nn
 from lowbit.errors import CalibrationError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network.job import check_method_bits
+from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, attach_record
 from lowbit.network.surgery.fold import EXACT_NORMS
 from lowbit.network.unwrap import plain_copy
@@ -20,6 +21,7 @@ from lowbit.options import choose_policy, make_method
 from lowbit.plugins import source_digest
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
+from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 
@@ -103,11 +105,11 @@ def run_job(
     info = find_method(method, "post_training")
     chosen = make_method(method, "post_training", options)
     assert isinstance(chosen, PostTrainingMethod)
-    data = None if calibration is None else Calibration.of(calibration)
+    data = None if calibration is None else Calibration.of(calibration, model)
     check_needs(info, calibration=data is not None)
     if data is None and sample is None:
         raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
-    first = Inputs.of(sample) if sample is not None else data.sample  # type: ignore[union-attr]
+    first = Inputs.of(sample, model) if sample is not None else data.sample  # type: ignore[union-attr]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         job = PtqJob(
@@ -126,8 +128,22 @@ def run_job(
         ):
             job.table.note(note)
         check_method_bits(info, policy, job)
-        chosen.quantize(job)
+        try:
+            chosen.quantize(job)
+        except CalibrationError as error:
+            place = _first_not_finite(model, data)
+            raise error if place is None else CalibrationError(f"{place} on the calibration data: {error}") from error
         table = job.finish()
     used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
     return job
+
+
+def _first_not_finite(model: nn.Module, data: Calibration | None) -> str | None:
+    """The first layer of the float network whose output is NaN or infinite on the calibration data, in words."""
+    with evaluating(model):
+        for inputs in data or ():
+            place = first_output_not_finite(model, lambda: model(*inputs.args, **inputs.kwargs))  # noqa: B023 - called at once
+            if place is not None:
+                return place
+    return None

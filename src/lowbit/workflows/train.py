@@ -30,7 +30,8 @@ from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare, training_policy
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Classification, Task
+from lowbit.qat.task import Criterion, Task
+from lowbit.qat.tasks import as_task
 from lowbit.registry import check_needs
 from lowbit.spec import BitPolicy, Bits
 from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
@@ -47,6 +48,7 @@ class Trained:
         curve: One result for each epoch.
         sample: The inputs that quantizers were initialized from.
         recipe: As it was used.
+        task: As it was used.
         is_main: Whether this is the process that goes on with the result; the others have the same network.
     """
 
@@ -54,6 +56,7 @@ class Trained:
     curve: Curve
     sample: Inputs
     recipe: Recipe
+    task: Task
     is_main: bool = True
 
 
@@ -71,8 +74,9 @@ def train(
     surrogate: str | None = None,
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
-    task: Task | None = None,
+    task: Task | Criterion | None = None,
     augment: AugmentName = "auto",
+    steps_per_epoch: int | None = None,
     sample: object = None,
     workers: int = 0,
     device: str | None = None,
@@ -91,13 +95,14 @@ def train(
 
     Args:
         model: Any network; it is not changed. Its weights are where training starts.
-        train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, a pair of tensors ``(inputs, labels)``, or a loader (its data
-            set is taken, shuffled anew in every epoch; a loader with a sampler of its own, or other batches, are used as they come).
+        train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, tensors such as ``(inputs, targets)`` or a dict, a list of samples, or
+            a loader (its data set is taken, shuffled anew in every epoch; a loader with a sampler of its own, a stream, or other batches are
+            used as they come). Targets are whatever the task takes.
         method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
-        test_data: What the task's metric is measured on after every epoch; the same kinds of data.
+        test_data: What the task's metrics are measured on after every epoch; the same kinds of data.
         recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
             size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
@@ -105,8 +110,10 @@ def train(
             last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
-        teacher: A float network whose outputs are soft targets; a copy is used.
-        task: Loss and metric. Default: classification.
+        teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
+        task: What the network is trained for: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
+            of your own, or a function ``criterion(output, target)``.
+        steps_per_epoch: Optimizer steps of an epoch, for batches that are used as they come. Default: one pass.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
         sample: Inputs that quantizers are initialized from. Default: the first batch in a fixed random order.
         workers: Processes that fetch samples.
@@ -128,7 +135,7 @@ def train(
     Raises:
         UnknownNameError: No such method, option or surrogate.
         SpecError: Something out of range, or a stopped run with other settings in ``out``.
-        DataError: Data without labels, or labels beyond the network's outputs.
+        DataError: Data without targets, or targets that do not fit the network.
         LayerError: A layer that cannot be quantized.
         DivergedError: The loss or a weight became NaN or infinite.
         OutputError: Files cannot be written, or another run works in ``out``.
@@ -164,6 +171,7 @@ def train(
         teacher=teacher,
         task=task,
         augment=augment,
+        steps_per_epoch=steps_per_epoch,
         sample=sample,
         workers=workers,
         resume=resume,
@@ -183,8 +191,9 @@ def train_network(
     out: Path | None = None,
     surrogate: str | None = None,
     teacher: nn.Module | None = None,
-    task: Task | None = None,
+    task: Task | Criterion | None = None,
     augment: AugmentName = "auto",
+    steps_per_epoch: int | None = None,
     sample: object = None,
     workers: int = 0,
     resume: bool = True,
@@ -198,9 +207,15 @@ def train_network(
     """
     trainer.launch()
     feed = make_feed(
-        train_data, recipe, augment=augment, rank=trainer.fabric.global_rank, processes=trainer.fabric.world_size, workers=workers
+        train_data,
+        recipe,
+        augment=augment,
+        rank=trainer.fabric.global_rank,
+        processes=trainer.fabric.world_size,
+        workers=workers,
+        steps=steps_per_epoch,
     )
-    inputs = Inputs.of(sample) if sample is not None else _first_inputs(feed, trainer.fabric.world_size)
+    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(feed, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if teacher is None else copy.deepcopy(teacher)
     quantized = prepare(
@@ -214,7 +229,7 @@ def train_network(
     )
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
         trainer.progress.say(note)
-    task = task or Classification(recipe.label_smoothing, recipe.temperature)
+    task = as_task(task)
     run = TrainRun(
         quantized,
         method_of(quantized),
@@ -230,7 +245,7 @@ def train_network(
         )
     test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
     if out is None:
-        return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, trainer.is_main)
+        return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, task, trainer.is_main)
     used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
     with only_run_in(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
@@ -251,12 +266,12 @@ def train_network(
         if trainer.is_main:
             work.mark_done()
         trainer.fabric.barrier()
-    return Trained(quantized, curve, inputs, recipe, trainer.is_main)
+    return Trained(quantized, curve, inputs, recipe, task, trainer.is_main)
 
 
-def _first_inputs(feed: Feed, count: int) -> Inputs:
-    """The inputs of the first ``count`` batches as one: as many samples as the processes take in a step."""
-    found = [Inputs.of(batch) for batch in feed.first(count)]
+def _first_inputs(feed: Feed, count: int, model: nn.Module) -> Inputs:
+    """What ``model`` takes of the first ``count`` batches, as one: as many samples as the processes take in a step."""
+    found = [Inputs.of(batch, model) for batch in feed.first(count)]
     if not found:
         raise DataError("the training data hold no batch")
     first = found[0]
@@ -286,6 +301,7 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "surrogate": surrogate,
         "policy": record.policy.to_dict(),
         "recipe": dataclasses.asdict(run.recipe),
+        "task": run.task.facts(),
         "seed": run.recipe.seed,
         "data": feed.facts(),
         "augment": augment,

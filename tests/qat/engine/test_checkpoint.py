@@ -69,7 +69,7 @@ def test_a_training_with_all_that_has_state_goes_on_from_any_step(step: int, tmp
     curves = [json.loads((tmp_path / name / "train.json").read_text())["curve"] for name in ("whole", "killed")]
     assert [(result["epoch"], result["step"]) for result in curves[0]] == [(1, 5), (2, 10)]
     for once, again in zip(*curves, strict=True):
-        assert (once["loss"], once["metric"], once["learning_rate"]) == (again["loss"], again["metric"], again["learning_rate"])
+        assert (once["loss"], once["metrics"], once["learning_rate"]) == (again["loss"], again["metrics"], again["learning_rate"])
 
 
 def test_an_epoch_that_was_interrupted_in_its_evaluation_is_evaluated_again(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_an_epoch_that_was_interrupted_in_its_evaluation_is_evaluated_again(tmp_
     assert_same(train(out=tmp_path, test_data=test, save_every="5"), train(test_data=test))
     curve = json.loads((tmp_path / "train.json").read_text())["curve"]
     assert [result["step"] for result in curve] == [5, 10, 15]
-    assert all(0 <= result["metric"] <= 1 for result in curve)
+    assert all(0 <= result["metrics"]["accuracy"] <= 1 for result in curve)
 
 
 @pytest.mark.parametrize(("number", "error", "code"), [(signal.SIGTERM, Terminated, 143), (signal.SIGINT, KeyboardInterrupt, None)])
@@ -203,8 +203,8 @@ def test_the_best_network_is_kept_beside_the_last_one(tmp_path: Path) -> None:
     train(out=tmp_path, test_data=test)
     curve = json.loads((tmp_path / "train.json").read_text())["curve"]
     _, facts = read_tensors(tmp_path / ".work" / "best.safetensors")
-    best = max(curve, key=lambda result: result["metric"])
-    assert (facts["epoch"], facts["metric"]) == (best["epoch"], best["metric"])  # type: ignore[index]
+    best = max(curve, key=lambda result: result["metrics"]["accuracy"])
+    assert (facts["epoch"], facts["metric"]) == (best["epoch"], best["metrics"]["accuracy"])  # type: ignore[index]
 
 
 @dataclass

@@ -88,7 +88,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch_even_after_a
     curves = [json.loads((folder / "train.json").read_text())["curve"] for folder in (out, tmp_path / "single")]
     for together, alone in zip(*curves, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-        assert together["metric"] == alone["metric"]  # each process measured on half of the test data
+        assert together["metrics"] == alone["metrics"]  # each process measured on half of the test data
 
     for rank, found in enumerate((first, second)):
         checks = {name.removeprefix("check."): value.tolist() for name, value in found.items() if name.startswith("check.")}

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import lowbit
+from lowbit import evaluate
 from lowbit.data import load_data
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, DivergedError, MissingExtraError, OutputError, SpecError
 from lowbit.files import read_tensors
-from lowbit.measure import measure_accuracy
 from lowbit.models import load_default
 from lowbit.progress import Progress
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
@@ -78,8 +78,8 @@ def test_training_learns_and_changes_nothing_of_the_callers() -> None:
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not trained.training
-    assert measure_accuracy(trained, DataLoader(data(), 40)).top1 > 0.8
-    assert measure_accuracy(model, DataLoader(data(), 40)).top1 < 0.6
+    assert evaluate(trained, DataLoader(data(), 40))["accuracy"] > 0.8
+    assert evaluate(model, DataLoader(data(), 40))["accuracy"] < 0.6
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_one_others() -> None:
@@ -146,7 +146,7 @@ def test_the_metric_is_the_networks_accuracy_on_the_test_data(tmp_path: Path) ->
     test = data(50, 5)
     trained = train(out=tmp_path, test_data=test)
     content = json.loads((tmp_path / "train.json").read_text())
-    assert content["curve"][-1]["metric"] == measure_accuracy(trained, DataLoader(test, 16)).top1
+    assert content["curve"][-1]["metrics"]["accuracy"] == evaluate(trained, DataLoader(test, 16))["accuracy"]
     assert content["metric"] == "accuracy" and content["is_done"] is True
     assert content["versions"]["torch"] == torch.__version__.partition("+")[0] or content["versions"]["torch"] == torch.__version__
     settings = content["settings"]
@@ -167,10 +167,10 @@ def test_the_metric_is_the_networks_accuracy_on_the_test_data(tmp_path: Path) ->
 def test_the_best_network_is_given_where_it_is_asked_for(out: bool, tmp_path: Path) -> None:
     test, recipe = data(60, 5), replace(RECIPE, epochs=6, optimizer=OptimizerSpec(learning_rate=0.5))
     train(out=tmp_path / "last", test_data=test, recipe=recipe)
-    curve = [result["metric"] for result in json.loads((tmp_path / "last" / "train.json").read_text())["curve"]]
+    curve = [result["metrics"]["accuracy"] for result in json.loads((tmp_path / "last" / "train.json").read_text())["curve"]]
     assert max(curve) > curve[-1]  # or the case shows nothing
     best = train(test_data=test, recipe=recipe, select="best", out=tmp_path / "best" if out else None)
-    assert measure_accuracy(best, DataLoader(test, 60)).top1 == max(curve)
+    assert evaluate(best, DataLoader(test, 60))["accuracy"] == max(curve)
 
 
 def test_mixed_precision_trains_float32_weights() -> None:
@@ -276,8 +276,8 @@ def test_labels_beyond_the_outputs_are_refused(make: Any, wrong: int) -> None:
 
 
 def test_numbers_out_of_range_are_refused_before_anything_is_done(tmp_path: Path) -> None:
-    for field, value in (("epochs", 0), ("batch_size", 0), ("accumulate", 0), ("label_smoothing", 1.0), ("average_weights", 1.0),
-                         ("distillation", 1.5), ("temperature", 0.0), ("clip_norm", -1.0)):  # fmt: skip
+    for field, value in (("epochs", 0), ("batch_size", 0), ("accumulate", 0), ("average_weights", 1.0),
+                         ("distillation", 1.5), ("clip_norm", -1.0)):  # fmt: skip
         with pytest.raises(SpecError, match=field):
             train(recipe=replace(RECIPE, **{field: value}), out=tmp_path / "out")
     for name, value in (("precision", "8"), ("select", "first"), ("devices", 0), ("save_every", "x"), ("augment", "cut"), ("device", "no")):
@@ -470,7 +470,7 @@ def test_tensorboard_gets_the_curve(tmp_path: Path) -> None:
     curve = json.loads((tmp_path / "train.json").read_text())["curve"]
     found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(point.step, round(point.value, 5)) for point in found.Scalars("epoch/accuracy")] == [
-        (result["step"], round(result["metric"], 5)) for result in curve
+        (result["step"], round(result["metrics"]["accuracy"], 5)) for result in curve
     ]
     assert [point.step for point in found.Scalars("loss")] == [1, 10]
 
@@ -478,4 +478,4 @@ def test_tensorboard_gets_the_curve(tmp_path: Path) -> None:
 def test_the_embedded_network_keeps_its_accuracy_at_two_bits() -> None:
     recipe = Recipe(epochs=3, batch_size=64)
     trained = lowbit.train(load_default(), load_data("digits"), weight_bits=2, activation_bits=2, recipe=recipe)
-    assert measure_accuracy(trained, evaluation_batches(load_data("digits", split="test"), 200)).top1 > 0.96
+    assert evaluate(trained, evaluation_batches(load_data("digits", split="test"), 200))["accuracy"] > 0.96

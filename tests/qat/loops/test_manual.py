@@ -381,7 +381,7 @@ def test_a_network_inside_a_larger_module_is_found() -> None:
 def test_soft_targets_of_the_teacher_are_mixed_in() -> None:
     model, teacher = prepared(), network().train()
     x, y = BATCHES[0]
-    run = lowbit.training(model, steps_per_epoch=1, epochs=1, teacher=teacher, recipe=Recipe(distillation=0.25, temperature=2.0))
+    run = lowbit.training(model, steps_per_epoch=1, epochs=1, teacher=teacher, task=Classification(temperature=2.0), recipe=Recipe(distillation=0.25))
     student, target = torch.log_softmax(model(x) / 2, 1), torch.softmax(teacher(x) / 2, 1)
     soft = 4 * (target * (target.log() - student)).sum(1).mean()
     expected = 0.75 * nn.functional.cross_entropy(model(x), y) + 0.25 * soft
@@ -396,7 +396,7 @@ def test_a_plain_function_is_a_task() -> None:
     assert run.loss((x, target)).item() == nn.functional.l1_loss(model(x), target).item()
     output, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
     assert run.task.distillation_loss(output, other).item() == 2.5  # (1 + 4) / 2
-    assert run.task.measure(output, (x, other)) == (1.5, 1)  # (1 + 2) / 2
+    assert run.task.measure(output, (output, other)) == (1.5, 1)  # (1 + 2) / 2
     assert not run.task.higher_is_better
 
 
@@ -486,8 +486,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 
 def test_a_recipe_keeps_its_values_but_for_the_epochs() -> None:
-    recipe = Recipe(epochs=99, seed=5, temperature=2.0, label_smoothing=0.1)
+    recipe = Recipe(epochs=99, seed=5, distillation=0.1)
     run = lowbit.training(prepared(), steps_per_epoch=1, epochs=3, recipe=recipe)
     assert run.recipe == replace(recipe, epochs=3)
-    assert run.task == Classification(0.1, 2.0)
+    assert run.task == Classification()
     assert run.generator.initial_seed() == 5

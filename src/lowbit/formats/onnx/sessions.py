@@ -95,6 +95,10 @@ def _weight_inputs(node: onnx.NodeProto) -> tuple[str, ...]:
 class Network(Protocol):
     """A file that a runtime has loaded."""
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, in the order of the file."""
+
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
         """The outputs by name, in the order of the file."""
 
@@ -140,11 +144,11 @@ def saturates() -> bool:
 class _OnnxRuntimeNetwork:
     def __init__(self, path: Path | str, threads: int, observe: tuple[str, ...]) -> None:
         self._session = _session(_with_outputs(path, observe) if observe else str(path), threads)
-        self._inputs = [value.name for value in self._session.get_inputs()]
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def prepare(self, inputs: Inputs) -> object:
-        return {name: tensor.detach().cpu().numpy() for name, tensor in name_inputs(self._inputs, inputs).items()}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in name_inputs(list(self.input_names), inputs).items()}
 
     def run(self, prepared: object) -> object:
         return self._session.run(None, prepared)
@@ -167,9 +171,10 @@ class _OpenVinoNetwork:
         except RuntimeError as error:
             raise FileFormatError(f"{path}: OpenVINO does not accept it: {str(error).strip().splitlines()[0]}") from error
         self._request = self._compiled.create_infer_request()
+        self.input_names = tuple(port.get_any_name() for port in self._compiled.inputs)
 
     def prepare(self, inputs: Inputs) -> object:
-        named = name_inputs([port.get_any_name() for port in self._compiled.inputs], inputs)
+        named = name_inputs(list(self.input_names), inputs)
         return {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}
 
     def run(self, prepared: object) -> object:

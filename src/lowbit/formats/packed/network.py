@@ -46,6 +46,11 @@ class PackedNetwork(nn.Module):
         if package.record is not None:
             attach_record(self, package.record)
 
+    @property
+    def lowbit_inputs(self) -> tuple[str, ...]:
+        """The names of its inputs, as its ``forward`` does not say them."""
+        return tuple(item.name for item in self.packed_graph.inputs)
+
     def weight_codes(self) -> dict[str, QTensor]:
         """The codes of each quantized weight by parameter name."""
         return dict(self.packed_codes)

@@ -70,7 +70,7 @@ def export_program(model: nn.Module, sample: object) -> Program:
     Raises:
         GraphError: The model cannot be exported; names the line of its code that blocks.
     """
-    inputs = Inputs.of(sample)
+    inputs = Inputs.of(sample, model)
     baked, weights = bake_weights(model)
     structure: list[Json] = [None]
     baked.register_forward_hook(_flattening(structure))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.measure.outputs import output_tensor
 from lowbit.methods.binary.bi_real_net import BiRealActivation, BiRealWeight
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
@@ -129,4 +130,4 @@ class ReactNetMethod(TrainingMethod):
         with torch.no_grad():
             target = run.task.predict(teacher, batch)
         output = run.task.predict(run.model if run.wrapped is None else run.wrapped, batch)
-        return distribution_loss(output, target) + run.penalty()
+        return distribution_loss(output_tensor(output), output_tensor(target)) + run.penalty()

@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from lowbit.inputs import map_tensors
 from lowbit.network import insert
 from lowbit.options import AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainRun
@@ -197,8 +198,8 @@ class Ewgs(NormalizingMethod):
 
         def losses() -> Iterator[Callable[[], Tensor]]:
             assert run.batches is not None
-            for x, target in run.batches(self.delta_batches):
-                batch = x.to(device), target.to(device)
+            for batch in run.batches(self.delta_batches):
+                batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 yield lambda batch=batch: run.task_loss(batch)  # type: ignore[misc]
 
         # neither compiled graphs nor wrappers that gather gradients can be differentiated twice

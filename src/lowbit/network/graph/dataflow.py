@@ -128,7 +128,7 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
         GraphError: The model cannot be exported (it branches on values, or calls what export does not know); the message
             names the line of the model that blocks.
     """
-    sample = Inputs.of(sample)
+    sample = Inputs.of(sample, model)
     names = {id(module): name for name, module in model.named_modules()}
     calls: Counter[str] = Counter()
     try:

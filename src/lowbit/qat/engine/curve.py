@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.files import write_text
+from lowbit.qat.task import Task
 
 PACKAGES = ("lowbit", "torch", "numpy", "safetensors", "lightning-fabric")
 
@@ -27,7 +28,7 @@ class EpochResult:
         phase: The name of its phase.
         step: Optimizer steps up to its end.
         loss: Mean training loss.
-        metric: On the test data after the epoch; ``None`` without test data.
+        metrics: The task's metrics on the test data after the epoch, by name; empty without test data.
         learning_rate: Of the weights in its last step.
         seconds: Training time up to its end, evaluation included.
         samples_per_second: In its training.
@@ -37,7 +38,7 @@ class EpochResult:
     phase: str
     step: int
     loss: float
-    metric: float | None
+    metrics: Mapping[str, float]
     learning_rate: float
     seconds: float
     samples_per_second: float
@@ -71,20 +72,22 @@ class TrainingLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def epoch(self, curve: Sequence[EpochResult], metric_name: str, *, is_done: bool = False) -> None:
+    def epoch(self, curve: Sequence[EpochResult], task: Task, *, is_done: bool = False) -> None:
         """An epoch has ended; ``curve`` holds all of them."""
         if curve and not is_done:
             last = curve[-1]
-            self.step(last.step, {"epoch/loss": last.loss, **({} if last.metric is None else {f"epoch/{metric_name}": last.metric})})
+            self.step(last.step, {"epoch/loss": last.loss, **{f"epoch/{name}": value for name, value in last.metrics.items()}})
             if self._writer is not None:
                 self._writer.flush()
         write_text(self._folder / "train.csv", _table(curve))
         content = {
             "settings": self._settings,
             "versions": versions(),
-            "metric": metric_name,
+            "metric": task.metric_name,
+            "higher_is_better": task.higher_is_better,
+            "units": dict(task.units),
             "is_done": is_done,
-            "curve": [{**asdict(result), "loss": result.loss if math.isfinite(result.loss) else None} for result in curve],
+            "curve": [_finite(asdict(result)) for result in curve],
         }
         write_text(self._folder / "train.json", json.dumps(content, indent=1, default=str) + "\n")
 
@@ -110,9 +113,18 @@ def _version(package: str) -> str | None:
 def _table(curve: Sequence[EpochResult]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(EpochResult)])
-    writer.writerows(list(asdict(result).values()) for result in curve)
+    metrics = list(dict.fromkeys(name for result in curve for name in result.metrics))
+    plain = [field.name for field in fields(EpochResult) if field.name != "metrics"]
+    writer.writerow([*plain, *metrics])
+    writer.writerows([*(getattr(result, name) for name in plain), *(result.metrics.get(name) for name in metrics)] for result in curve)
     return text.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    """With ``None`` for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(*, required: bool) -> Callable[..., object] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 from lowbit.data.augment import flip, pad_crop
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, SpecError
+from lowbit.inputs import known_length, map_tensors, tensors_of
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.task import Batch
 
@@ -153,70 +154,90 @@ class DatasetFeed(Feed):
 
 
 class BatchFeed(Feed):
-    """Batches as they come from an iterable that knows its length."""
+    """Batches as they come from an iterable that can be run through again and again.
 
-    def __init__(self, batches: Iterable[Batch], recipe: Recipe, processes: int = 1) -> None:
-        if not isinstance(batches, Sized):
-            raise SpecError(f"{type(batches).__name__} does not know how many batches it has (len). Pass a data set or a list of batches.")
+    Args:
+        batches: A loader, a list of batches, or a stream that does not know its length: its batches are counted in one pass.
+        recipe: Accumulation.
+        processes: How many there are; batches cannot be divided.
+        steps: Optimizer steps of an epoch. Default: as many as there are batches for.
+    """
+
+    def __init__(self, batches: Iterable[Batch], recipe: Recipe, processes: int = 1, steps: int | None = None) -> None:
+        if isinstance(batches, Iterator):
+            raise SpecError(f"training data: {type(batches).__name__} can be run through only once. Pass a list or a loader.")
         if processes > 1:
             raise SpecError("batches cannot be divided among processes: pass a data set, or train in one process.")
-        if len(batches) < recipe.accumulate:
-            raise DataError(
-                f"{len(batches)} batches are fewer than the {recipe.accumulate} whose gradients are accumulated. Use more data."
-            )
         self._batches, self._recipe, self.samples = batches, recipe, 0
-        self.steps = len(batches) // recipe.accumulate
+        if steps is not None:
+            self.steps = steps
+            return
+        count = known_length(batches)
+        count = sum(1 for _ in batches) if count is None else count
+        if count < recipe.accumulate:
+            raise DataError(f"{count} batches are fewer than the {recipe.accumulate} whose gradients are accumulated. Use more data.")
+        self.steps = count // recipe.accumulate
 
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Batch, float]]:
-        accumulate = self._recipe.accumulate
-        return ((batch, 1.0) for batch in itertools.islice(iter(self._batches), start * accumulate, self.steps * accumulate))
+        wanted, done = self.steps * self._recipe.accumulate, start * self._recipe.accumulate
+        for batch in itertools.islice(iter(self._batches), done, wanted):
+            done += 1
+            yield batch, 1.0
+        if done < wanted:
+            raise DataError(f"the training data ended after {done} batches, but an epoch takes {wanted}. Pass fewer steps_per_epoch.")
 
     def first(self, count: int) -> Iterable[Batch]:
         return itertools.islice(iter(self._batches), count)
 
 
-def make_feed(data: object, recipe: Recipe, *, augment: AugmentName = "auto", rank: int = 0, processes: int = 1, workers: int = 0) -> Feed:
+def make_feed(
+    data: object,
+    recipe: Recipe,
+    *,
+    augment: AugmentName = "auto",
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    steps: int | None = None,
+) -> Feed:
     """Training batches from whatever a user has.
 
     Args:
-        data: ``ImageData`` of ``lowbit.data``, a data set of torch, a pair of tensors ``(inputs, labels)``, a loader of torch (of
-            which data set, collating and workers are taken where it has no sampler of its own), or batches that know their number.
+        data: ``ImageData`` of ``lowbit.data``; a data set of torch; tensors: one of inputs, ``(inputs, targets)``,
+            ``((input, input), targets)`` or a dict; a list of samples; a loader of torch (of which data set, collating and workers are taken where it
+            has no sampler of its own); or batches: a list, or anything that can be run through again and again.
+            In a list of samples targets are numbers or tensors of no dimension, or members differ in their first size; a data set is always
+            understood.
         recipe: Batch size, accumulation, seed.
         augment: ``auto``, ``none``, ``crop`` or ``crop_flip``; for ``ImageData``.
         rank, processes: This process, and how many there are.
         workers: Processes that fetch samples.
+        steps: Optimizer steps of an epoch for batches that are used as they come, such as an endless stream.
 
     Raises:
         SpecError: Data of another kind.
         DataError: No sample, or no labels.
     """
     augmentation = Augmentation.of(augment, data)
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] = collated
+    is_dataset = isinstance(data, DataLoader)
     if isinstance(data, DataLoader):
         if not _has_plain_order(data):
-            return BatchFeed(data, recipe, processes)
-        collate, workers, data = data.collate_fn, max(workers, data.num_workers), data.dataset
+            return BatchFeed(data, recipe, processes, steps)
+        collate = collated if data.collate_fn is default_collate else data.collate_fn
+        workers, data = max(workers, data.num_workers), data.dataset
     if isinstance(data, ImageData):
         if data.num_classes is None:
             raise DataError(f"{data.name}: there are no labels to train with. Name a folder with one sub-folder for each class.")
         data = data.dataset
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        if len(data[0]) != len(data[1]):
-            raise DataError(f"training data: {len(data[0])} inputs, but {len(data[1])} labels")
-        feed = DatasetFeed(_tensor_fetch(*data), len(data[0]), recipe, augmentation=augmentation, rank=rank, processes=processes)
-        feed.targets = data[1]
-        return feed
-    fetch: Fetch
-    if isinstance(data, TensorImages):
-        fetch = _image_fetch(data)
-    elif isinstance(data, Dataset) and isinstance(data, Sized):
-        fetch = _dataset_fetch(data, collate, workers)
-    elif isinstance(data, Iterable):
-        return BatchFeed(data, recipe, processes)
-    else:
-        raise SpecError(f"training data: expected a data set, tensors (inputs, labels) or a loader, got {type(data).__name__}")
-    feed = DatasetFeed(fetch, len(data), recipe, augmentation=augmentation, rank=rank, processes=processes)
-    feed.targets = data.labels if isinstance(data, TensorImages) else None
+    fetch, count = _fetch(data, "training data", collate, workers, is_dataset=is_dataset)
+    if fetch is None:
+        return BatchFeed(cast(Iterable[Batch], data), recipe, processes, steps)
+    if steps is not None:
+        raise SpecError("steps_per_epoch is for batches that are used as they come; here every sample is taken once in an epoch.")
+    feed = DatasetFeed(fetch, count, recipe, augmentation=augmentation, rank=rank, processes=processes)
+    is_pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
+    feed.targets = data.labels if isinstance(data, TensorImages) else data[1] if is_pair else None  # type: ignore[index]
     return feed
 
 
@@ -224,15 +245,77 @@ def evaluation_batches(data: object, batch_size: int) -> Iterable[Batch]:
     """Batches of test data, in order; see ``make_feed`` for what ``data`` may be."""
     if isinstance(data, ImageData):
         data = data.dataset
-    if isinstance(data, TensorImages) or (isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(p, Tensor) for p in data)):
-        count = len(data) if isinstance(data, TensorImages) else len(data[0])
-        fetch = _image_fetch(data) if isinstance(data, TensorImages) else _tensor_fetch(*data)
-        return _Batches(fetch, [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)])
-    if isinstance(data, Dataset) and isinstance(data, Sized):
-        return DataLoader(data, batch_size)
-    if isinstance(data, Iterable):
+    if isinstance(data, DataLoader):
         return data
-    raise SpecError(f"test data: expected a data set, tensors (inputs, labels) or a loader, got {type(data).__name__}")
+    fetch, count = _fetch(data, "test data")
+    if fetch is None:
+        return cast(Iterable[Batch], list(data) if isinstance(data, Iterator) else data)
+    return _Batches(fetch, [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)])
+
+
+def _fetch(
+    data: object, where: str, collate: Callable[[list[Any]], Any] | None = None, workers: int = 0, *, is_dataset: bool = False
+) -> tuple[Fetch | None, int]:
+    """How to get samples of ``data`` by their numbers, and how many there are; no way where they are batches already."""
+    if isinstance(data, TensorImages):
+        return _image_fetch(data), len(data)
+    if not is_dataset and _are_columns(data):
+        counts = [len(tensor) if tensor.dim() else 0 for tensor in tensors_of(data)]
+        if len(set(counts)) > 1:
+            raise DataError(f"{where}: tensors must hold equally many samples, got {', '.join(map(str, counts))} in their order")
+        return (lambda chosen, _: (map_tensors(data, lambda tensor: tensor[members]) for members in chosen)), counts[0]  # noqa: B023
+    if isinstance(data, Sized) and (is_dataset or isinstance(data, Dataset) or _are_samples(data)):
+        return _dataset_fetch(cast(Dataset[Any], data), collate or collated, workers), len(data)
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
+        return None, 0
+    raise SpecError(f"{where}: expected a data set, tensors (inputs, targets), a list of samples or a loader, got {type(data).__name__}")
+
+
+def _are_columns(data: object) -> bool:
+    """Whether ``data`` are tensors that hold all samples: one, a pair, a dict, a tuple whose last is a tensor."""
+    if isinstance(data, Mapping):
+        return bool(data) and all(isinstance(value, Tensor) for value in data.values())
+    if isinstance(data, list):
+        return len(data) == 2 and all(isinstance(value, Tensor) for value in data)
+    if isinstance(data, tuple):
+        parts = [isinstance(part, Tensor) or _are_columns(part) for part in data]
+        return len(data) > 1 and all(parts) and isinstance(data[-1], Tensor)
+    return isinstance(data, Tensor)
+
+
+def _are_samples(data: object) -> bool:
+    """Whether ``data`` is a list of samples and not of batches: members of a batch share their first size, those of a sample hardly do."""
+    if not isinstance(data, (list, tuple)) or not data:
+        return False
+    if isinstance(data[0], Mapping):
+        members = list(data[0].values())
+    elif isinstance(data[0], (tuple, list)) and len(data[0]) > 1:
+        members = list(data[0])
+    else:
+        return False
+    if any(isinstance(member, (int, float)) or (isinstance(member, Tensor) and member.dim() == 0) for member in members):
+        return True
+    sizes = [len(member) for member in members if isinstance(member, Tensor)]
+    return len(set(sizes)) > 1
+
+
+def collated(samples: list[Any]) -> Any:
+    """A batch of samples; members that cannot be stacked (boxes, names, ``None``) stay lists.
+
+    Example:
+        >>> images, boxes = collated([(torch.zeros(2), None), (torch.ones(2), None)])
+        >>> images.shape, boxes
+        (torch.Size([2, 2]), [None, None])
+    """
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError):
+        first = samples[0]
+        if isinstance(first, Mapping):
+            return {key: collated([sample[key] for sample in samples]) for key in first}
+        if isinstance(first, (tuple, list)) and not hasattr(first, "_fields") and len({len(sample) for sample in samples}) == 1:
+            return tuple(collated(list(members)) for members in zip(*samples, strict=True))
+        return samples
 
 
 class _Batches(Iterable[Batch]):
@@ -251,10 +334,6 @@ class _Batches(Iterable[Batch]):
 def _has_plain_order(loader: DataLoader[Any]) -> bool:
     is_plain = isinstance(loader.sampler, (SequentialSampler, RandomSampler)) and not getattr(loader.sampler, "replacement", False)
     return is_plain and loader.batch_size is not None and isinstance(loader.dataset, Sized)
-
-
-def _tensor_fetch(inputs: Tensor, labels: Tensor) -> Fetch:
-    return lambda chosen, _: ((inputs[members], labels[members]) for members in chosen)
 
 
 def _image_fetch(data: TensorImages) -> Fetch:

@@ -37,13 +37,14 @@ def first_not_finite(model: nn.Module, inputs: object, run: Callable[[], object]
         return "the inputs of the batch hold NaN or infinity: check the data"
     return (
         values_not_finite(model, expected)
-        or _first_output(model, run)
+        or first_output_not_finite(model, run)
         or gradient_not_finite(model)
         or "every layer gives finite outputs, so it is the loss itself"
     )
 
 
-def _first_output(model: nn.Module, run: Callable[[], object]) -> str | None:
+def first_output_not_finite(model: nn.Module, run: Callable[[], object]) -> str | None:
+    """The first layer whose output is not finite while ``run`` calls the network, in words; ``None`` where there is none."""
     found: list[str] = []
 
     def noting(name: str) -> Callable[[nn.Module, Any, object], None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T", bound=Tensor)
+V = TypeVar("V")
 
 
 def process_count() -> int:
@@ -66,6 +67,15 @@ def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
     found = torch.tensor([float(flag) for flag in flags], device=device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
+
+
+def gathered_objects(value: V) -> list[V]:
+    """The values of all processes, in the order of their ranks."""
+    if process_count() == 1:
+        return [value]
+    found: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def gathered(value: Tensor, device: torch.device) -> list[Tensor]:

@@ -15,7 +15,8 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from lowbit.errors import DataError, DivergedError, SpecError, missing_extra
+from lowbit.errors import DivergedError, SpecError, missing_extra
+from lowbit.inputs import sample_count
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.averaging import WeightAverage
@@ -23,11 +24,19 @@ from lowbit.qat.engine.checkpoint import BEST, LAST, Checkpoints, RunState
 from lowbit.qat.engine.curve import Curve, EpochResult, TrainingLog
 from lowbit.qat.engine.feed import Feed
 from lowbit.qat.engine.finite import first_not_finite, gradient_is_finite, gradient_not_finite, names_not_finite, values_not_finite
-from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered, mean_over_processes, process_count
+from lowbit.qat.engine.processes import (
+    any_process,
+    average_buffers,
+    average_gradients,
+    gathered,
+    gathered_objects,
+    mean_over_processes,
+    process_count,
+)
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
 from lowbit.qat.engine.stopping import SaveEvery, StopSignals, Terminated
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Batch
+from lowbit.qat.task import Batch, Meter, Scores
 
 PrecisionName = Literal["32", "bf16", "fp16"]
 Selection = Literal["last", "best"]
@@ -183,7 +192,7 @@ class _Session:
         self.expected = frozenset(names_not_finite(run.model))
         self.kept = {name: companion.network for name, companion in run.companions.items() if companion.is_saved}
         self.best: tuple[Any, dict[str, Tensor]] | None = None  # the best network, where there are no checkpoints
-        self.output: Tensor | None = None  # an output of the network, to check targets against
+        self.output: object = None  # an output of the network, to check targets against
         self.stop = StopSignals()
 
     def train(self) -> Curve:
@@ -214,7 +223,7 @@ class _Session:
                 self.log.close()
         self._end()
         if self.log is not None:
-            self.log.epoch(self.state.curve, run.task.metric_name, is_done=True)
+            self.log.epoch(self.state.curve, run.task, is_done=True)
         return self.state.curve
 
     def _resume(self, store: Checkpoints) -> None:
@@ -242,18 +251,21 @@ class _Session:
             self._between_steps()
         rate = trained * process_count() / max(time.monotonic() - began, 1e-9)
         learning_rate = max((group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups), default=0.0)
-        metric = self._evaluate(epoch)
+        scores = self._evaluate(epoch)
         state.seconds = self._seconds_before + time.monotonic() - self._started
         loss = self._mean(state.loss_sum / max(state.loss_count, 1))
         state.curve.append(
-            EpochResult(epoch + 1, run.phase.name, run.step, loss, metric, learning_rate, round(state.seconds, 3), round(rate, 1))
-        )
-        self._keep_best(epoch, metric)
+            EpochResult(
+                epoch + 1, run.phase.name, run.step, loss, {} if scores is None else scores.metrics, learning_rate,
+                round(state.seconds, 3), round(rate, 1),
+            )
+        )  # fmt: skip
+        self._keep_best(epoch, None if scores is None else scores.value)
         if self.average is not None and epoch + 1 == run.epochs:
             self.average.apply(run.model)  # now, so that phases without an epoch, which end a training, work on these weights
         self._save()
         if self.log is not None:
-            self.log.epoch(state.curve, run.task.metric_name)
+            self.log.epoch(state.curve, run.task)
         self.trainer.progress.say(f"{self._place(epoch)}: loss {loss:.4g}{self._metric_word()}, {rate:,.0f} samples/s")
 
     def _step(self, batches: Iterator[tuple[Batch, float]]) -> int:
@@ -266,7 +278,7 @@ class _Session:
         self.last_loss = losses[0]
         self.state.loss_sum += self.last_loss
         self.state.loss_count += 1
-        return sum(len(batch[1]) for batch, _ in parts)
+        return sum(sample_count(batch) for batch, _ in parts)
 
     def _turn(self, parts: list[tuple[Batch, float]]) -> float:
         """One turn of a step: its backward passes over all batches, and its optimizer step; gives its mean loss."""
@@ -274,8 +286,8 @@ class _Session:
         run.before_step()
         run.gradient_scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         for batch, weight in parts:
-            self._check_targets(batch)
             batch = self.fabric.to_device(batch)
+            self._check_targets(batch)
             for loss in self._losses(batch):
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -388,11 +400,11 @@ class _Session:
                 Restoration(self.best[1]).put(self.best[0], model, "model")
         model.eval()
 
-    def _evaluate(self, epoch: int) -> float | None:
-        """The task's metric on the test data."""
+    def _evaluate(self, epoch: int) -> Scores | None:
+        """The task's metrics on the test data."""
         if self.test is None:
             return None
-        run, total, count = self.run, 0.0, 0
+        run, meter = self.run, Meter(self.run.task)
         applied = self.average.applied(run.model) if self.average is not None else contextlib.nullcontext()
         rank, processes = self.fabric.global_rank, process_count()
         with applied, run.evaluating():
@@ -400,18 +412,15 @@ class _Session:
                 if index % processes != rank:
                     continue
                 batch = self.fabric.to_device(batch)
-                output = run.task.predict(run.model, batch)
-                run.task.check(output, batch)
-                value, samples = run.task.measure(output, batch)
-                total, count = total + value, count + samples
+                meter.add(run.task.predict(run.model, batch), batch)
                 if self.stop.number is not None and processes == 1:
                     break
         if self.stop.number is not None and processes == 1:
             self._leave(self.stop.number == signal.SIGTERM)  # the evaluation is done again
-        total, count = self._mean(total) * processes, round(self._mean(count) * processes)
-        if count == 0:
-            raise DataError("the test data hold no sample. Leave them out, or pass a loader with at least one batch.")
-        return total / count
+        together = Meter(run.task)
+        for sums, samples in gathered_objects((meter.sums, meter.samples)):
+            together.merge(sums, samples)
+        return together.scores()
 
     def _mean(self, value: float) -> float:
         """The mean of a number over all processes."""
@@ -424,7 +433,7 @@ class _Session:
     def _check_targets(self, batch: Batch) -> None:
         if self.output is None:
             with evaluating(self.run.model), torch.random.fork_rng(devices=[]):
-                self.output = self.run.task.predict(self.run.model, self.fabric.to_device(batch)).detach().cpu()
+                self.output = self.run.task.predict(self.run.model, batch)
             if self.feed.targets is not None:
                 self.run.task.check(self.output, (batch[0], self.feed.targets))
         if self.feed.targets is None:
@@ -432,7 +441,7 @@ class _Session:
 
     def _diverged(self, batch: Batch, what: str) -> NoReturn:
         where = self._companion_not_finite(with_gradients=True) or first_not_finite(
-            self.run.model, batch[0], lambda: self.run.task.predict(self.run.model, batch), self.expected
+            self.run.model, batch, lambda: self.run.task.predict(self.run.model, batch), self.expected
         )
         raise DivergedError(f"training diverged at step {self.run.step + 1}: {what}; {where}. {self._advice()}")
 
@@ -453,8 +462,9 @@ class _Session:
         return f"epoch {epoch + 1}/{self.run.epochs}{phase}"
 
     def _metric_word(self) -> str:
-        metric = self.state.curve[-1].metric if self.state.curve else None
-        return "" if metric is None else f", {self.run.task.metric_name} {self.run.task.describe(metric)}"
+        task = self.run.task
+        metric = self.state.curve[-1].metrics.get(task.metric_name) if self.state.curve else None
+        return "" if metric is None else f", {task.metric_name} {task.describe(task.metric_name, metric)}"
 
     def _note(self, epoch: int, rate: float) -> str:
         mean = self.state.loss_sum / max(self.state.loss_count, 1)

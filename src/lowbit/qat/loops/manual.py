@@ -22,9 +22,8 @@ from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepared_network
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, covering
 from lowbit.qat.run import TrainRun, build_optimizers, named_roles, parameters_frozen_by_user
-from lowbit.qat.task import Batch, Classification, Task
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
+from lowbit.qat.task import Batch, Criterion, Task
+from lowbit.qat.tasks import as_task
 
 
 @dataclass
@@ -369,30 +368,6 @@ class OwnLoop(TrainRun):
         return self.method.role(name, parameter, self.model.get_submodule(name.rpartition(".")[0]))
 
 
-@dataclass(frozen=True)
-class CriterionTask(Task):
-    """A task that knows nothing but a loss.
-
-    Attributes:
-        criterion: ``criterion(output, target)``, a scalar; it is the metric as well.
-    """
-
-    criterion: Criterion
-    metric_name = "loss"
-    higher_is_better = False
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        return self.criterion(output, batch[1])
-
-    def distillation_loss(self, output: Tensor, teacher_output: Tensor) -> Tensor:
-        """Mean squared difference of the outputs."""
-        return nn.functional.mse_loss(output, teacher_output)
-
-    def measure(self, output: Tensor, batch: Batch) -> tuple[float, int]:
-        count = len(batch[1])
-        return float(self.loss(output, batch)) * count, count
-
-
 def training(
     model: nn.Module,
     *,
@@ -413,7 +388,7 @@ def training(
         steps_per_epoch: Optimizer steps of an epoch.
         epochs: Epochs of the whole training; schedules of methods are laid over them.
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight and temperature of distillation, seed, learning rate for ``run.parameter_groups``.
+        recipe: Weight of distillation, seed, learning rate for ``run.parameter_groups``.
         teacher: A network for soft targets in ``run.loss``. It becomes a part of the run: moved to the network's device, frozen, and in
             evaluation mode, unless the method trains it.
         float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
@@ -428,14 +403,10 @@ def training(
             raise SpecError(f"{name} must be 1 or more, got {value}")
     network = prepared_network(model)
     recipe = replace(recipe or Recipe(), epochs=epochs)
-    if task is None:
-        task = Classification(recipe.label_smoothing, recipe.temperature)
-    elif not isinstance(task, Task):
-        task = CriterionTask(task)
     run = OwnLoop(
         network,
         method_of(network),
-        task,
+        as_task(task),
         recipe,
         steps_per_epoch,
         given=GivenNetworks(teacher, float_network),

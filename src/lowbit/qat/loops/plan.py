@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lowbit.errors import LoopError, SpecError
-from lowbit.qat.loops.manual import Criterion, OwnLoop, training
+from lowbit.qat.loops.manual import OwnLoop, training
 from lowbit.qat.recipe import Recipe
-from lowbit.qat.task import Batch, Task
+from lowbit.qat.task import Batch, Criterion, Task
 
 
 class Planned:
@@ -18,7 +18,7 @@ class Planned:
 
     Args:
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight and temperature of distillation, seed.
+        recipe: Weight of distillation, seed.
         teacher: A network for soft targets in ``run.loss``.
         float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
         batches: Training batches for methods that look at data between epochs.

@@ -1,0 +1,53 @@
+"""``lowbit.evaluate``: how good a network is at its task."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lowbit.inputs import known_length, map_tensors
+from lowbit.measure.outputs import device_of
+from lowbit.network.layers import evaluating
+from lowbit.progress import Progress
+from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.task import Criterion, Meter, Scores, Task
+from lowbit.qat.tasks import as_task
+
+
+def evaluate(
+    model: nn.Module,
+    data: object,
+    *,
+    task: Task | Criterion | None = None,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Scores:
+    """The metrics of a task on labelled data.
+
+    The network is run in evaluation mode without gradients; its training flags are restored.
+
+    Args:
+        model: Any network: float, quantized, or one from ``lowbit.load``.
+        data: Labelled data of the kinds that ``lowbit.train`` takes.
+        task: What the network is for; default: classification.
+        batch_size: Samples of a call where ``data`` are no batches yet.
+        progress: Where to show progress; silent when left out.
+
+    Returns:
+        The metrics by name: ``evaluate(model, data)["accuracy"]``; ``.value`` is the one that selects.
+
+    Raises:
+        DataError: No sample, or targets that do not fit the network.
+
+    Example:
+        >>> import torch
+        >>> evaluate(torch.nn.Identity(), (torch.eye(4), torch.tensor([0, 1, 2, 0])))["accuracy"]
+        0.75
+    """
+    meter, device = Meter(as_task(task)), device_of(model)
+    batches = evaluation_batches(data, batch_size)
+    with evaluating(model), (progress or Progress.silent()).stage("evaluation", total=known_length(batches) or 0) as stage:
+        for batch in batches:
+            batch = map_tensors(batch, lambda tensor: tensor.to(device))
+            meter.add(meter.task.predict(model, batch), batch)
+            stage.advance()
+    return meter.scores()
