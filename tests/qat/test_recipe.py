@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lowbit.errors import SpecError
-from lowbit.qat import OptimizerSpec, Recipe
+from lowbit.qat import OptimizerSpec, Phase, Recipe, Turn
 
 
 def test_a_cosine_falls_from_the_rate_to_nothing() -> None:
@@ -35,6 +35,23 @@ def test_warm_up_rises_in_a_line_before_any_schedule(schedule: str, middle: floa
     assert spec.rate_at(0.6) == pytest.approx(middle)  # half of what comes after
 
 
+def test_warm_up_starts_and_schedules_end_at_shares_of_the_rate() -> None:
+    spec = OptimizerSpec(learning_rate=0.4, warmup=0.2, start_factor=0.1, final_factor=0.01)
+    assert [spec.rate_at(f) for f in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.04, 0.22, 0.4, 0.4 * (0.01 + 0.99 / 2), 0.004])
+    assert OptimizerSpec(learning_rate=0.4, schedule="linear", final_factor=0.5).rate_at(0.5) == pytest.approx(0.3)
+
+
+def test_a_specification_counts_for_the_roles_below_its_own() -> None:
+    phase = Phase("p", 1, {"others": OptimizerSpec(), "teacher.biases": OptimizerSpec()})
+    keys = {role: phase.key(role) for role in ("others", "others.norms", "weights", "teacher", "teacher.biases.last", "teacher.weights")}
+    assert keys == {
+        "others": "others", "others.norms": "others", "weights": None, "teacher": None, "teacher.biases.last": "teacher.biases",
+        "teacher.weights": None,
+    }  # fmt: skip
+    assert phase.key("others.norms", Turn("t", ("others.norms",))) == "others"
+    assert phase.key("others", Turn("t", ("others.norms",))) is None
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "step"])
 def test_no_rate_is_negative_behind_the_end(schedule: str) -> None:
     spec = OptimizerSpec(learning_rate=0.4, schedule=schedule)  # type: ignore[arg-type]
@@ -53,6 +70,10 @@ def test_no_rate_is_negative_behind_the_end(schedule: str) -> None:
         ({"momentum": -0.1}, "momentum"),
         ({"warmup": 1.0}, "warmup"),
         ({"warmup": -0.1}, "warmup"),
+        ({"start_factor": 1.1}, "start_factor"),
+        ({"final_factor": -0.1}, "final_factor"),
+        ({"betas": (0.9, 1.0)}, "betas must be from 0 to below 1"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"kind": "rmsprop"}, "kind .* 'sgd', 'adam', 'adamw', got 'rmsprop'"),
         ({"schedule": "exponential"}, "schedule .* 'cosine', 'step', 'linear', 'constant'"),
     ],

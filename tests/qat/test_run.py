@@ -7,6 +7,7 @@ import torch
 from tests.qat.recording import BATCHES, Recorder, prepared, recorded
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Phase, Recipe, TrainRun
@@ -214,6 +215,52 @@ def test_optimizers_are_new_in_each_epoch_where_a_phase_asks_for_it() -> None:
         run = run_of(model)
         found = [run.optimizers[0] for _ in run.each_epoch()]
         assert (found[0] is not found[1]) == renews
+
+
+def with_norm() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    return lowbit.prepare(model, method="lsq", sample=BATCHES[0][0]).train()
+
+
+def test_a_phase_may_train_norms_alone() -> None:
+    model = with_norm()
+    model.lowbit_method = Recorder(schedule=(Phase("norms", 1, {"others.norms": OptimizerSpec(learning_rate=0.1)}),))  # type: ignore[assignment]
+    run = run_of(model)
+    run.start_phase()
+    before = state(model)
+    step(run)
+    assert roles_changed(model, before) == {"others.norms"}
+    assert [tuple(p.shape) for p in run.parameters_of("others.norms")] == [(8,), (8,)]
+    assert len(run.parameters_of("others")) == 4  # two biases of layers too
+
+
+def test_layers_are_frozen_by_name_over_phases_until_they_are_released() -> None:
+    model, _ = recorded(("first", 1, ALL), ("second", 1, ALL))
+    run, moved = run_of(model), []
+    for epoch in run.each_epoch():
+        for action in ("freeze", "release") if epoch else ("train", "freeze"):
+            if action != "train":
+                getattr(run, action)("2")
+            before = state(model)
+            step(run)
+            weights = [insert.float_weight(model[index]) for index in (0, 2, 4)]  # type: ignore[index]
+            names = [f"{index}.parametrizations.weight.original" for index in (0, 2, 4)]
+            moved.append([not torch.equal(weight, before[name]) for weight, name in zip(weights, names, strict=True)])
+            assert not torch.equal(model[2].bias, before["2.bias"])  # type: ignore[index]
+    assert moved == [[True, True, True], [True, False, True], [True, False, True], [True, True, True]]
+
+
+def test_other_roles_of_a_layer_may_be_frozen() -> None:
+    run = run_of(prepared())
+    run.start_phase()
+    run.freeze("2", "4", roles=("weights", "others"))
+    frozen = {name for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"{layer}.{name}" for layer in (2, 4) for name in ("bias", "parametrizations.weight.original")} == set(run.frozen)
+    run.release("2", roles=("others",))
+    assert run.model[2].bias.requires_grad  # type: ignore[index]
+    with pytest.raises(SpecError, match="layer '1' of Sequential has no parameter with the role weights"):
+        run.freeze("1")
 
 
 # The step

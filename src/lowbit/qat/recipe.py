@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from lowbit.errors import SpecError
 from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 
 Role = str  # "weights", "quantizers", "others", "others.norms", or one that a method adds
@@ -45,6 +46,11 @@ class OptimizerSpec(CheckedSettings):
     start_factor: Annotated[float, Interval(0, 1)] = 0.0
     final_factor: Annotated[float, Interval(0, 1)] = 0.0
     betas: Annotated[tuple[float, float], Interval(0, 1, closed="left")] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise SpecError(f"{type(self).__name__}: betas must be two numbers, got {self.betas}")
 
     def rate_at(self, fraction: float) -> float:
         """The learning rate when ``fraction`` (0 to 1) of the phase is done."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.qat.companions import Mutual, method_in_place
 from tests.qat.recording import BATCHES, Recorder, recorded
 from tests.qat.training import RECIPE, Killing, assert_same, data, network, state, train
 from torch import Tensor, nn
@@ -28,14 +29,29 @@ from lowbit.errors import DataError, DivergedError, MissingExtraError, OutputErr
 from lowbit.files import read_tensors
 from lowbit.models import load_default
 from lowbit.progress import Progress
-from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat import Classification, OptimizerSpec, Phase, Recipe, TrainRun, Turn
 from lowbit.qat.engine.averaging import WeightAverage
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.feed import Augmentation, BatchFeed, DatasetFeed, evaluation_batches, make_feed, seeded
 from lowbit.qat.engine.trainer import Trainer
+from lowbit.qat.task import Batch
 from lowbit.workfolder import LOCK, only_run_in
 
 INPUTS, LABELS = data().tensors
+
+
+class InTurn(Mutual):
+    """The network and its teacher in turn: two optimizer steps over the same batches."""
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        phases = super().phases(recipe)
+        turns = (Turn("network", ("weights", "quantizers", "others")), Turn("teacher", ("teacher",)))
+        return [phases[0], replace(phases[1], turns=turns)]
+
+    def losses(self, run: TrainRun, batch: Batch) -> list[Tensor]:
+        output, target = (run.task.predict(model, batch) for model in (run.model, run.networks["teacher"]))
+        mine, other = (target, output) if run.turn.name == "teacher" else (output, target)
+        return [run.task.loss(mine, batch) + run.task.distillation_loss(mine, other.detach())]
 
 
 def images(size: int, channels: int = 1) -> ImageData:
@@ -140,6 +156,42 @@ def test_weights_are_averaged_over_steps_and_the_averages_are_kept() -> None:
     plain, averaged = train(), train(recipe=replace(RECIPE, average_weights=0.9))
     assert not torch.equal(plain[0].weight, averaged[0].weight)  # type: ignore[index]
     assert_same(plain, train(recipe=replace(RECIPE, average_weights=0.0)))
+
+
+def test_running_statistics_of_norms_are_averaged_too() -> None:
+    norm = nn.BatchNorm1d(1)
+    average = WeightAverage(norm, 0.75)
+    norm(torch.tensor([[2.0], [4.0]]))  # the running mean goes from 0 to 0.3
+    average.update(norm)
+    with average.applied(norm):
+        assert norm.running_mean.item() == pytest.approx(0.25 * 0.3)  # type: ignore[union-attr]
+        assert norm.num_batches_tracked == 1
+    assert norm.running_mean.item() == pytest.approx(0.3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", [Mutual, InTurn])
+def test_several_passes_over_accumulated_batches_are_those_over_one_large_batch(method: type[Mutual], tmp_path: Path) -> None:
+    recipe = replace(RECIPE, optimizer=OptimizerSpec(learning_rate=0.05))
+    with method_in_place(method):
+        train(network(norm=False), recipe=replace(recipe, batch_size=30), sample=INPUTS, out=tmp_path / "whole")
+        train(network(norm=False), recipe=replace(recipe, batch_size=10, accumulate=3), sample=INPUTS, out=tmp_path / "parts")
+    whole, parts = (read_tensors(tmp_path / name / ".work" / "last.safetensors")[0] for name in ("whole", "parts"))
+    for name in whole:
+        if name.startswith(("model.", "networks.")):
+            torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=5e-6, msg=name)
+
+
+def test_a_companion_that_is_not_finite_is_named() -> None:
+    class Exploding(Mutual):
+        def after_step(self, run: TrainRun) -> None:
+            if run.step == 6:
+                run.networks["teacher"][0].weight.data.fill_(torch.nan)  # type: ignore[index, union-attr, operator]
+
+    with (
+        method_in_place(Exploding),
+        pytest.raises(DivergedError, match=r"step 8: the loss is nan; companion 'teacher': '0\.weight' \(Conv2d\)"),
+    ):
+        train()
 
 
 def test_the_metric_is_the_networks_accuracy_on_the_test_data(tmp_path: Path) -> None:
