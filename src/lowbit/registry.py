@@ -251,6 +251,8 @@ def _of_kind(found: dict[Kind, MethodInfo], name: str, kind: Kind) -> MethodInfo
 def _check_facts(info: MethodInfo) -> None:
     for names, allowed in _SETS.items():
         value = getattr(info, names)
+        if names in ("axes", "needs") and not isinstance(value, tuple):
+            raise SpecError(f"method {info.name!r}: {names} must be a tuple such as ({allowed[0]!r},), got {value!r}")
         for one in value if isinstance(value, tuple) else (value,):
             if one not in allowed:
                 raise SpecError(f"method {info.name!r}: {names} may hold {', '.join(allowed)}; got {one!r}")

@@ -276,7 +276,7 @@ def _run(
     workers: int,
     quiet: bool,
 ) -> None:
-    settings = make_settings(asked.info.name, dict(asked.options), None)
+    settings = make_settings(asked.method, dict(asked.options), None, "training")
     if asked.surrogate is not None:
         make_surrogate(asked.surrogate)  # an unknown name fails here, before anything is loaded
     plan = Plan(asked.method, asked.bit_policy(), settings, asked.recipe.seed, out, packed=packed, onnx=onnx)

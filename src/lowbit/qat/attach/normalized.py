@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.network import insert
+from lowbit.options import AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.qat.attach.output_ratio import output_ratio
 from lowbit.qat.recipe import Role
@@ -136,7 +138,7 @@ class NormalizingMethod(TrainingMethod):
         quantizer_learning_rate: Of intervals and output scales (Adam), as a fraction of the weights'.
     """
 
-    quantizer_learning_rate: float = 0.01
+    quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
 
     def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
         super().initialize_layer(layer, x)
