@@ -23,6 +23,7 @@ from lowbit.plugins import source_digest
 from lowbit.qat.prepare import method_of
 from lowbit.registry import MethodInfo, check_needs, find_method, get_method, list_methods, register
 from lowbit.spec import LayerBits
+from tests.qat.training import assert_same, killed, train
 
 INFO = MethodInfo("two_ways", "", "", "other", ("data",), "synthesis", range(1, 9), None, (), "unverified", "")
 
@@ -259,3 +260,14 @@ def test_a_changed_file_is_another_method(tmp_path: Path) -> None:
     assert first is not None and second is not None
     assert [dataclasses.fields(cls)[-1].default for cls in (first, second)] == [1.0, 3.0]
     assert source_digest(Ewgs) is None and source_digest(second) is not None
+
+
+def test_a_stopped_run_of_a_changed_file_is_not_resumed(tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.py", tmp_path / "out"
+    path.write_text(FILE)
+    killed(7, out, method=f"{path}:Mine")
+    path.write_text(FILE + "# changed\n")
+    with pytest.raises(SpecError, match="method_source"):
+        train(out=out, method=f"{path}:Mine")
+    path.write_text(FILE)
+    assert_same(train(out=out, method=f"{path}:Mine"), train(method=f"{path}:Mine"))

@@ -136,11 +136,7 @@ class Method(CheckedSettings):
     ends: ClassVar[Literal["wide", "float", "same"]] = "wide"  # the paper's first and last layer: 8 bits or more, float, or as all others
 
     def default_policy(self, bits: LayerBits) -> BitPolicy:
-        """The bits of each layer as the paper has them, where inner layers have ``bits``; users get it with ``policy="paper"``.
-
-        >>> get_method("ewgs").method().default_policy(LayerBits(2, 2)).first_last
-        LayerBits(weight=None, activation=None)
-        """
+        """The bits of each layer as the paper has them, where inner layers have ``bits``; users get it with ``policy="paper"``."""
         if self.ends == "wide":
             return BitPolicy.uniform(bits.weight, bits.activation)
         return BitPolicy(bits, LayerBits(None, None) if self.ends == "float" else None)
