@@ -138,7 +138,7 @@ class Method(CheckedSettings):
     def default_policy(self, bits: LayerBits) -> BitPolicy:
         """The bits of each layer as the paper has them, where inner layers have ``bits``; users get it with ``policy="paper"``."""
         if self.ends == "wide":
-            return BitPolicy.uniform(bits.weight, bits.activation)
+            return BitPolicy.uniform(bits.weight, bits.activation, bits.output)
         return BitPolicy(bits, LayerBits(None, None) if self.ends == "float" else None)
 
 
@@ -148,7 +148,7 @@ def choose_policy(method: Method, policy: BitPolicy | Literal["paper"] | None, b
         if policy != "paper":
             raise SpecError(f"policy must be a BitPolicy or 'paper', got {policy!r}. To read a file: BitPolicy.from_yaml(path).")
         return method.default_policy(bits)
-    return policy or BitPolicy.uniform(bits.weight, bits.activation)
+    return policy or BitPolicy.uniform(bits.weight, bits.activation, bits.output)
 
 
 def check_settings(settings: object, where: str | None = None) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.bits import asked_bits, set_bits
-from lowbit.options import AtLeast
+from lowbit.options import AtLeast, Interval
 from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.output_ratio import output_ratio
 from lowbit.qat.recipe import Role
@@ -34,7 +34,7 @@ from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.ranges.observers import least_error_clip
 from lowbit.registry import MethodInfo, register
-from lowbit.spec import LayerBits, check_bit_width
+from lowbit.spec import LayerBits
 from lowbit.surrogates import pass_gradient, scale_gradient
 
 SMALLEST_DISTANCE = 1e-4
@@ -272,11 +272,7 @@ class Qil(TrainingMethod):
     rescale: bool = True
     scale_gradient: bool = False
     train_weights: bool = True
-    progressive: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for bits in self.progressive:
-            check_bit_width(bits, "qil: progressive")
+    progressive: Annotated[tuple[int, ...], Interval(1, 8)] = ()
 
     def default_recipe(self) -> Recipe:
         """The low-bit stages on ImageNet."""
