@@ -77,3 +77,38 @@ def test_bits_out_of_range_are_refused(bits: object) -> None:
 
 def test_thirty_two_bits_mean_float() -> None:
     assert parse_bits("32", "w") is None and parse_bits("float", "w") is None and parse_bits("4", "w") == 4
+
+
+def test_outputs_have_bits_of_their_own_which_rules_change_alone() -> None:
+    layer = nn.Linear(2, 2)
+    policy = BitPolicy.uniform(2, 4, 3).with_rule(match="a", output=6).with_rule(match="b", output="float").keep_float("c")
+    assert policy.bits_for("x", layer, position="last") == LayerBits(8, 8, 8)
+    assert [policy.bits_for(name, layer) for name in "xabc"] == [
+        LayerBits(2, 4, 3), LayerBits(2, 4, 6), LayerBits(2, 4), LayerBits(None, None),
+    ]  # fmt: skip
+
+
+def test_outputs_and_merges_survive_the_file_and_are_not_written_where_nothing_is_said(tmp_path: Path) -> None:
+    for policy in (
+        BitPolicy.uniform(4, 8, 8, merge_bits=8).with_rule(match="a", output=5),
+        BitPolicy.uniform(4, 8).with_merges("float"),
+        BitPolicy.uniform(4, 8).with_rule(match="a", output="float"),
+    ):
+        policy.to_yaml(tmp_path / "policy.yaml")
+        assert BitPolicy.from_yaml(tmp_path / "policy.yaml") == policy
+    assert BitPolicy.uniform(4, None).to_dict() == {
+        "default": {"weight": 4, "activation": "float"}, "first_last": {"weight": 8, "activation": "float"}, "rules": [],
+    }  # fmt: skip
+
+
+def test_a_policy_file_of_before_outputs_and_merges_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("default: {weight: 4, activation: 8}\nfirst_last: null\nrules: [{match: head, weight: 8}]\n")
+    assert BitPolicy.from_yaml(path) == BitPolicy(LayerBits(4, 8)).with_rule(match="head", weight=8)
+
+
+def test_merges_keep_what_was_said_unless_something_is_said() -> None:
+    policy = BitPolicy().with_merges(6)
+    assert policy.with_merges(None).merges == 6 and policy.with_merges("float").merges == "float" and policy.with_merges(32).merges == "float"
+    with pytest.raises(SpecError, match="merge_bits: bit_width must be a whole number from 1 to 8, got 9"):
+        policy.with_merges(9)
