@@ -62,7 +62,7 @@ def test_text_gives_the_granularity_back(granularity: Granularity) -> None:
 
 @pytest.mark.parametrize("text", ["per_sample", "axes:", "axes:0,a", "axes:0,0", "group:0", "group:x", ""])
 def test_text_that_is_no_granularity_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="axes must differ|group size must be|Allowed: per_tensor, per_channel, group:SIZE"):
+    with pytest.raises(SpecError, match=r"axes must differ|group size must be|Allowed: per_tensor, per_channel, group:SIZE"):
         Granularity.parse(text)
 
 

@@ -37,7 +37,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 def test_a_number_changes_all_but_the_first_and_last_layer() -> None:
     model = prepared()
-    assert set(get_bits(model)) == {*INNER, *ENDS} and list(get_bits(model))[0] == "stem"
+    assert set(get_bits(model)) == {*INNER, *ENDS} and next(iter(get_bits(model))) == "stem"
     set_bits(model, 2)
     bits = get_bits(model)
     assert {bits[name] for name in INNER} == {LayerBits(2, 2)} and {bits[name] for name in ENDS} == {LayerBits(8, 8)}
