@@ -176,6 +176,20 @@ def test_what_has_no_quantizer_cannot_be_asked_for_bits() -> None:
     assert get_bits(kept)["conv2"] == LayerBits(None, None)
 
 
+def test_outputs_change_where_the_policy_gave_them_a_quantizer() -> None:
+    policy = BitPolicy.uniform(4, 4).with_rule(match="conv2", output=6)
+    model = prepared(policy=policy)
+    assert get_bits(model)["conv2"] == LayerBits(4, 4, 6) and get_bits(model)["conv1"] == LayerBits(4, 4)
+    before = outputs(model)
+    set_bits(model, {"conv2": LayerBits(4, 4, 2)})
+    assert not torch.equal(outputs(model), before)
+    assert get_bits(model)["conv2"].output == record_of(model).table["conv2"].output_bits == 2  # type: ignore[union-attr]
+    set_bits(model, {"conv2": LayerBits(4, 4, 6)})
+    assert torch.equal(outputs(model), before)
+    with pytest.raises(SpecError, match="layer 'conv1': its output is in float and has no quantizer, asked for 3 bits"):
+        set_bits(model, {"conv1": LayerBits(4, 4, 3)})
+
+
 def test_a_float_network_has_nothing_to_change() -> None:
     with pytest.raises(LayerError, match="TinyNet has no quantizers"):
         set_bits(TinyNet(), 4)

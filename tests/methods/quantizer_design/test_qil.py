@@ -444,7 +444,7 @@ def test_a_run_that_returns_to_a_stage_has_its_bits() -> None:
 def test_stages_need_epochs_and_widths() -> None:
     with pytest.raises(SpecError, match="qil: 4 stages need as many epochs, got 3"):
         progressive(epochs=3)
-    with pytest.raises(SpecError, match="progressive: bit_width must be a whole number from 1 to 8, got 9"):
+    with pytest.raises(SpecError, match="qil: progressive must be from 1 to 8, got"):
         progressive(epochs=4, stages=(9,))
 
 
