@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.laws import checks, tiny, tiny_training as training
 from torch import nn
 
 from lowbit.errors import SpecError
 from lowbit.network.bits import get_bits, set_bits
 from lowbit.quantizers import Quantizer
-from lowbit.registry import list_methods
+from lowbit.registry import get_method, list_methods
+from lowbit.testing import checks, post_training, tiny, training
 
 METHODS = [info.name for info in list_methods() if info.kind in ("training", "post_training")]
 
 
 def ready(name: str) -> nn.Module:
     """The tiny network under the method, in evaluation mode."""
-    return training.prepared(name) if name in training.TRAINING else tiny.quantized(name)
+    return training.prepared(name) if get_method(name).kind == "training" else post_training.quantized(name)
 
 
 def try_width(quantizer: Quantizer, bits: int) -> bool:
