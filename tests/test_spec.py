@@ -12,9 +12,12 @@ from lowbit.spec import BitPolicy, Granularity, LayerBits, parse_bits
 
 @pytest.mark.parametrize(
     "granularity",
-    [Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(6), Granularity.group(4, axis=1)],
+    [
+        Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(6), Granularity.group(4, axis=1),
+        Granularity.over(0, 1), Granularity.over(3, 1), Granularity.over(0, -2), Granularity.over(0, 1, 2, 3), Granularity.channel(-1),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_broadcast_and_flatten_are_undone_by_their_inverses(granularity: Granularity) -> None:
     x = torch.arange(8 * 4 * 3 * 3, dtype=torch.float32).reshape(8, 4, 3, 3)
     assert torch.equal(granularity.restore(granularity.broadcast(x), x.shape), x)
@@ -27,6 +30,45 @@ def test_rows_of_flatten_follow_the_scale_in_order() -> None:
     means = granularity.flatten(x).mean(1)
     assert means.reshape(granularity.scale_shape(x)).shape == (1, 3, 1)
     assert means[1].item() == x[:, 1].mean().item()
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0), (-3, 1), (2,), (), (0, 1, 2)], ids=str)
+def test_one_scale_for_each_combination_of_indices(axes: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 4)
+    granularity = Granularity.over(*axes)
+    scale = granularity.flatten(x.abs()).amax(1).reshape(granularity.scale_shape(x))
+    kept = {axis % 3 for axis in axes}
+    others = tuple(axis for axis in range(3) if axis not in kept)
+    expected = x.abs().amax(others, keepdim=bool(axes)) if others else x.abs()
+    assert torch.equal(scale, expected) and granularity.shared_axes(x) == others
+    assert torch.equal((granularity.broadcast(x) / scale).abs().amax(), torch.tensor(1.0))
+
+
+def test_tensor_and_channel_are_cases_of_axes() -> None:
+    assert Granularity.over() == Granularity.tensor() and Granularity.over(1) == Granularity.channel(1)
+    kinds = [granularity.kind for granularity in (Granularity.over(), Granularity.over(1), Granularity.over(0, 1), Granularity.group(4))]
+    assert kinds == ["per_tensor", "per_channel", "per_axes", "per_group"]
+    assert Granularity.over(-1, 0).counted_from_zero(4) == Granularity.over(3, 0)
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    [Granularity.tensor(), Granularity.channel(1), Granularity.group(64, 1), Granularity.over(0, 1), Granularity.over(0, -1)],
+    ids=str,
+)
+def test_text_gives_the_granularity_back(granularity: Granularity) -> None:
+    assert Granularity.parse(str(granularity), granularity.axis) == granularity
+
+
+@pytest.mark.parametrize("text", ["per_sample", "axes:", "axes:0,a", "axes:0,0", "group:0", "group:x", ""])
+def test_text_that_is_no_granularity_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"axes must differ|group size must be|Allowed: per_tensor, per_channel, group:SIZE"):
+        Granularity.parse(text)
+
+
+def test_groups_lie_within_one_axis() -> None:
+    with pytest.raises(SpecError, match="groups lie within the indices of one axis"):
+        Granularity((0, 1), 4)
 
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:

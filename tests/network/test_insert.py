@@ -81,6 +81,40 @@ def test_switching_quantizers_off_gives_the_float_network(model: nn.Sequential) 
     assert set(insert.activation_quantizers(model)) == {"2.input"}
 
 
+def test_a_quantizer_of_no_bits_stays_off_where_others_are_enabled(model: nn.Sequential) -> None:
+    insert.weight_quantizer(model[0]).set_bit_width(None)  # type: ignore[union-attr]
+    with insert.quantization_enabled(model, weights=True, activations=True):
+        assert torch.equal(model[0].weight, insert.float_weight(model[0]))
+    with insert.quantization_enabled(model, weights=False, activations=False):
+        pass
+    assert torch.equal(model[0].weight, insert.float_weight(model[0])) and model[2].weight[0].unique().numel() <= 8
+
+
+@pytest.mark.parametrize("clone", ["deepcopy", "pickle", "export", "compile"])
+def test_copies_and_graphs_know_what_is_off(model: nn.Sequential, clone: str) -> None:
+    torch.compiler.reset()
+    on = model(X)
+    insert.weight_quantizer(model[0]).set_bit_width(None)  # type: ignore[union-attr]
+    insert.input_quantizer(model[2]).set_bit_width(None)  # type: ignore[union-attr]
+    expected = F.conv2d(F.relu(F.conv2d(X, insert.float_weight(model[0]), model[0].bias)), model[2].weight)
+    torch.testing.assert_close(CLONES[clone](model)(X), expected)
+    assert not torch.allclose(expected, on)
+
+
+def test_baking_leaves_a_weight_without_bits_in_float(model: nn.Sequential) -> None:
+    insert.weight_quantizer(model[0]).set_bit_width(None)  # type: ignore[union-attr]
+    baked, codes = insert.bake_weights(model)
+    assert set(codes) == {"2.weight"} and torch.equal(baked[0].weight, insert.float_weight(model[0]))
+    assert torch.equal(baked(X), model(X))
+
+
+def test_an_output_transform_goes_with_the_input_quantizer(model: nn.Sequential) -> None:
+    last, hidden = model[2], F.relu(model[0](X))
+    insert.set_output_transform(last, TimesMean())
+    insert.input_quantizer(last).set_bit_width(None)  # type: ignore[union-attr]
+    assert torch.equal(last(hidden), F.conv2d(hidden, last.weight))
+
+
 def test_functional_use_of_a_weight_sees_the_quantized_values() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -269,6 +303,8 @@ def test_the_bias_is_the_float_one_where_weight_quantizers_are_passed_by() -> No
     with insert.quantization_enabled(net, weights=False, activations=True):
         assert torch.equal(net[0].bias, insert.float_bias(net[0]))  # type: ignore[arg-type]
     assert torch.equal(net[0].bias, 2 * insert.float_bias(net[0]))  # type: ignore[operator]
+    insert.weight_quantizer(net[0]).set_bit_width(None)  # type: ignore[union-attr]
+    assert torch.equal(net[0].bias, insert.float_bias(net[0]))  # type: ignore[arg-type]
 
 
 def test_another_quantizer_gives_the_bias_back() -> None:

@@ -216,7 +216,9 @@ def test_copies_and_state_dicts_hold_every_width(kind: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("x", [torch.zeros(3, 1), torch.full((1, 5), -2.0), torch.randn(2, 3).bfloat16()], ids=["zeros", "equal", "bfloat16"])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 1), torch.full((1, 5), -2.0), torch.randn(2, 3).bfloat16()], ids=["zeros", "equal", "bfloat16"]
+)
 def test_edges_stay_finite_at_every_width(kind: str, x: Tensor) -> None:
     quantizer = MAKE[kind](4)
     quantizer.initialize(x.float())

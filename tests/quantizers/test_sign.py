@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.runtime.binary_cases import sign_layer
 from torch import nn
 
 from lowbit.quantizers import ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.ops import mark_codebook
 from lowbit.quantizers.qtensor import BinaryDecoder
-from lowbit.runtime.layers.binary import binary_linear, pack_conv_weight
+from lowbit.runtime.arguments import Epilogue
+from lowbit.runtime.layers.binary import binary_linear
 from lowbit.spec import Granularity
 from lowbit.surrogates import make_surrogate
 
@@ -81,4 +83,4 @@ def test_nan_counts_as_below_all_boundaries_everywhere() -> None:
     three = mark_codebook(x, torch.tensor([-0.5, 0.5]), torch.tensor([-1.0, 0.0, 1.0]))
     assert three.tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0, -1.0]
     assert nearest_level(x[None], torch.tensor([[-1.0, 0.0, 1.0]])).tolist() == [[0, 0, 1, 2, 2, 0]]
-    assert binary_linear(x[:, None], *pack_conv_weight(torch.ones(1, 1)), torch.ones(1), None, 1).flatten().tolist() == expected
+    assert binary_linear(x[:, None], sign_layer(torch.ones(1, 1)), Epilogue(torch.ones(1))).flatten().tolist() == expected

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from lowbit.registry import get_method
 from lowbit.spec import BitPolicy, LayerBits, Position
 
 BitsLike = int | LayerBits | None
-Part = Literal["weight", "activation"]
+Part = Literal["weight", "activation", "output"]
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,31 @@ class LayerQuantizers:
         layer: The layer.
         weight: Of its weight, or ``None``.
         activation: Of its input, wherever in the network it sits, or ``None``.
+        output: Of its output, where the policy asked for one, or ``None``.
     """
 
     layer: nn.Module
     weight: Quantizer | None
     activation: Quantizer | None
+    output: Quantizer | None
 
     @property
     def bits(self) -> LayerBits:
         """What they quantize to at present."""
-        return LayerBits(*(None if quantizer is None else quantizer.bits for quantizer in (self.weight, self.activation)))
+        return LayerBits(*(None if quantizer is None else quantizer.bits for quantizer in (self.weight, self.activation, self.output)))
 
 
 def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
     """The quantizers of every convolution and linear layer, by name: in execution order where a record says it, else as defined."""
     record, layers, sites = record_of(model), quantizable_layers(model), insert.sites(model)
-    inputs = {} if record is None else record.table.inputs
+    inputs, outputs = ({}, {}) if record is None else (record.table.inputs, record.table.outputs)
     recorded = [] if record is None else [row.name for row in record.table if row.name in layers]
     found = {}
     for name in dict.fromkeys([*recorded, *layers]):
         layer = layers[name]
         own = insert.input_quantizer(layer)
-        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), sites.get(inputs.get(name, "")) if own is None else own)
+        activation = sites.get(inputs.get(name, "")) if own is None else own
+        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), activation, sites.get(outputs.get(name, "")))
     return found
 
 
@@ -66,7 +69,7 @@ def get_bits(model: nn.Module) -> dict[str, LayerBits]:
     >>> model = lowbit.prepare(float_model, method="lsq", sample=torch.randn(8, 4))
     >>> set_bits(model, 3)
     >>> get_bits(model)["1"], get_bits(model)["2"]
-    (LayerBits(weight=3, activation=3), LayerBits(weight=8, activation=8))
+    (LayerBits(weight=3, activation=3, output=None), LayerBits(weight=8, activation=8, output=None))
     """
     return {name: quantizers.bits for name, quantizers in layer_quantizers(model).items()}
 
@@ -96,12 +99,12 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
         LayerError: A network without quantizers.
     """
     layers = layer_quantizers(model)
-    if not any(found.weight or found.activation for found in layers.values()):
+    if not any(found.weight or found.activation or found.output for found in layers.values()):
         raise LayerError(f"{type(model).__name__} has no quantizers whose bits could be changed. Prepare or quantize it first.")
     asked = _asked(model, layers, bits)
     changes: dict[Quantizer, tuple[int | None, str]] = {}
     for name, wanted in asked.items():
-        for part in ("weight", "activation"):
+        for part in get_args(Part):
             _note(changes, model, layers, name, part, getattr(wanted, part))
     weights = {found.weight: insert.float_weight(found.layer).detach() for found in layers.values() if found.weight is not None}
     for quantizer, (width, _) in changes.items():
@@ -110,7 +113,7 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
     for row in [] if record is None else list(record.table):
         if record is not None and row.name in layers:
             now = layers[row.name].bits
-            record.table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation))
+            record.table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation, output_bits=now.output))
 
 
 def _note(
@@ -144,7 +147,7 @@ def _check_method(model: nn.Module, name: str, part: Part, width: int) -> None:
     if record is None or (record.policy.first_last is not None and name in record.table.positions):
         return
     info = get_method(record.method)
-    widths = info.weight_bits if part == "weight" else info.activation_bits
+    widths = info.weight_bits if part == "weight" else info.activation_bits if part == "activation" else None
     if widths is not None and width not in widths:
         raise SpecError(f"layer {name!r}: {record.method} has {part} bits {', '.join(map(str, widths))}, got {width}. Choose one of them.")
 
@@ -191,22 +194,21 @@ def _by_pattern(
 
 
 def _require(asked: Mapping[str, LayerBits], layers: Mapping[str, LayerQuantizers], record: QuantizationRecord | None) -> None:
-    """SpecError where bits are asked for what has no quantizer; inputs of layers that the sample never reached have none."""
+    """SpecError where bits are asked for what has no quantizer; inputs and outputs of layers that the sample never reached have none."""
     promised = {} if record is None else _by_policy(record.policy, layers, record.table.positions)
     for name, wanted in asked.items():
         if wanted.weight is not None and layers[name].weight is None:
             raise SpecError(
                 f"layer {name!r}: its weight is in float and has no quantizer, asked for {wanted.weight} bits. Leave it at None."
             )
-        is_unreached = name in promised and promised[name].activation is not None
-        if wanted.activation is not None and layers[name].activation is None and not is_unreached:
-            raise SpecError(
-                f"layer {name!r}: its input is in float and has no quantizer, asked for {wanted.activation} bits. Leave it at None."
-            )
+        for part, where in (("activation", "input"), ("output", "output")):
+            width, is_unreached = getattr(wanted, part), getattr(promised.get(name), part, None) is not None
+            if width is not None and getattr(layers[name], part) is None and not is_unreached:
+                raise SpecError(f"layer {name!r}: its {where} is in float and has no quantizer, asked for {width} bits. Leave it at None.")
 
 
 def _layer_bits(bits: BitsLike) -> LayerBits:
-    return bits if isinstance(bits, LayerBits) else LayerBits(bits, bits)
+    return bits if isinstance(bits, LayerBits) else LayerBits(bits, bits, bits)
 
 
 def _record(model: nn.Module) -> QuantizationRecord:

@@ -155,6 +155,7 @@ class NetworkJob:
         """Fill the table; LayerError when a layer did not get what the policy asked for."""
         self.table.positions = dict(self.positions)
         self.table.inputs = {name: placement.name for placement in self.placements for name in placement.layers}
+        self.table.outputs = {p.output_of: p.name for p in self.placements if p.output_of is not None}
         fed = {name: placement.bit_width for placement in self.placements for name in placement.layers}
         given = {placement.output_of: placement.bit_width for placement in self.placements}
         for name in [*self._called, *(n for n in self._all_layers if n not in self._called)]:
@@ -173,9 +174,7 @@ class NetworkJob:
             elif asked.output is not None and name not in given:
                 raise LayerError(f"layer {name!r}: asked for {asked.output} output bits, but its output could not be quantized")
             status: Status = "skipped" if quantizer is None else "done"
-            self.table.add(
-                LayerRecord(name, layer_kind(layer), weight_bits, fed.get(name), status, "; ".join(reasons), given.get(name))
-            )
+            self.table.add(LayerRecord(name, layer_kind(layer), weight_bits, fed.get(name), status, "; ".join(reasons), given.get(name)))
         return self.table
 
 

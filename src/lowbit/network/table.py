@@ -35,6 +35,7 @@ class LayerTable:
     Attributes:
         notes: Remarks about the whole network.
         inputs: Where the quantizer of each layer's input sits, by layer: a site such as ``block.relu.output``; not in a file.
+        outputs: Where the quantizer sits that the policy asks for at a layer's output, by layer; not in a file.
         positions: The first and the last layer to run, by name; not in a file.
     """
 
@@ -42,6 +43,7 @@ class LayerTable:
         self._records: dict[str, LayerRecord] = {}
         self.notes: list[str] = []
         self.inputs: dict[str, str] = {}
+        self.outputs: dict[str, str] = {}
         self.positions: dict[str, Position] = {}
 
     def add(self, record: LayerRecord) -> None:

@@ -70,6 +70,7 @@ class DynamicMinMaxQuantizer(DynamicQuantizer):
         granularity: Which elements share a range.
         surrogate: Backward rule of the rounding.
 
+    >>> import torch
     >>> quantizer = DynamicMinMaxQuantizer(2, granularity=Granularity.over(0))
     >>> quantizer(torch.tensor([[0.0, 1.1, 3.0], [0.0, 11.0, 30.0]]))
     tensor([[ 0.,  1.,  3.],

@@ -26,8 +26,8 @@ class UniformQuantizer(TableQuantizer):
     """Evenly spaced levels with a fixed ``scale`` and ``zero_point``.
 
     Forward: ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``.
-    Each bit-width has its own scale and zero point: a new one gets what the observer chooses for it from what it saw, or covers the
-    same range where it saw nothing or the scale is learned.
+    Each bit-width has its own scale and zero point: a new one gets what the observer chooses for it from what it saw. It covers the
+    same range where the scale is learned, and where the observer saw nothing or finds no scale for so few codes.
 
     Args:
         bit_width: 1 to 8; codes are ``-2**(b-1) .. 2**(b-1) - 1`` when signed, else ``0 .. 2**b - 1``.
@@ -70,8 +70,10 @@ class UniformQuantizer(TableQuantizer):
 
     def carry_over(self, old_bits: int) -> None:
         if self.observer.lo is not None and not isinstance(self.scale, nn.Parameter):
-            self.take_observed()
-            return
+            found, _ = self.observer.parameters(self.qmin, self.qmax, symmetric=self.symmetric)
+            if bool(torch.isfinite(found).all()):
+                self.take_observed()
+                return
         scale, zero_point = self.scale.detach(), self.zero_point.detach()
         qmin, qmax = qrange(old_bits, signed=self.signed)
         if self.symmetric:

@@ -21,7 +21,9 @@ from lowbit.quantizers.qtensor import AffineDecoder
 from lowbit.spec import Granularity
 
 WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-GRANULARITIES = [Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(9), Granularity.group(12)]
+GRANULARITIES = [
+    Granularity.tensor(), Granularity.channel(0), Granularity.channel(1), Granularity.group(9), Granularity.group(12), Granularity.over(0, -3),
+]  # fmt: skip
 
 Make = Callable[[int, Granularity], Quantizer]
 KINDS: dict[str, tuple[range, Make]] = {

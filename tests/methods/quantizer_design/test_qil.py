@@ -20,8 +20,10 @@ from lowbit.methods.quantizer_design.qil import (
     transform_magnitudes,
 )
 from lowbit.network import insert
+from lowbit.network.bits import get_bits
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of
+from lowbit.spec import LayerBits
 from lowbit.surrogates import SURROGATES
 
 
@@ -374,6 +376,76 @@ def test_a_network_of_fewer_bits_goes_on_from_weights_and_intervals_of_one_of_mo
     assert all(torch.equal(a, b) for a, b in zip(fewer.parameters(), more.parameters(), strict=True))
     with torch.no_grad():
         assert fewer.conv1.weight.unique().numel() == 3  # type: ignore[union-attr, operator]
+
+
+def test_fewer_bits_keep_the_learned_interval_and_change_the_levels() -> None:
+    for q, levels in ((weight(5, 0.4, 0.3), 3), (at(QilActivation(5), 0.4, 0.3), 4)):
+        before, interval = q(W), (q.center, q.distance)
+        q.set_bit_width(2)
+        assert (q.center, q.distance) == interval and q.center.item() == pytest.approx(0.4)
+        assert q(W).unique().numel() == levels and torch.equal(q.encode(W).decode(), q(W))
+        q.set_bit_width(5)
+        assert torch.equal(q(W), before)
+
+
+def progressive(epochs: int, bits: int = 2, stages: tuple[int, ...] = (5, 4, 3)) -> TrainRun:
+    torch.manual_seed(0)
+    options = {"weight_bits": bits, "activation_bits": bits, "sample": X, "progressive": stages}
+    model = lowbit.prepare(TinyNet(), method="qil", **options).train()  # type: ignore[arg-type]
+    return TrainRun(model, method_of(model), Classification(), Recipe(epochs, optimizer=OptimizerSpec(learning_rate=0.05)), 2)
+
+
+def step(run: TrainRun) -> None:
+    run.before_step()
+    run.loss((X, torch.arange(len(X)) % 4)).backward()
+    run.optimizer_step()
+    run.after_step()
+
+
+def test_bits_fall_in_the_course_of_one_run_and_intervals_go_on() -> None:
+    run = progressive(epochs=9)
+    assert [(phase.name, phase.epochs) for phase in run.phases] == [("5 bits", 2), ("4 bits", 2), ("3 bits", 2), ("train", 3)]
+    assert get_bits(run.model)["conv1"] == LayerBits(2, 2)
+    seen, q = [], insert.weight_quantizer(run.model.conv1)  # type: ignore[arg-type]
+    assert isinstance(q, QilWeight)
+    center = q.center
+    for _ in run.each_epoch():
+        before = center.detach().clone()
+        bits = get_bits(run.model)
+        seen.append(bits["conv1"])
+        assert bits["conv1"] == bits["conv2"] and bits["stem"] == bits["head"] == LayerBits(8, 8)
+        step(run)
+        step(run)
+        assert q.center is center and (center - before).abs().item() < 0.05  # no stage starts over
+    assert [bits.weight for bits in seen] == [bits.activation for bits in seen] == [5, 5, 4, 4, 3, 3, 2, 2, 2]
+    with torch.no_grad():
+        assert run.model.conv1.weight.unique().numel() == 3  # type: ignore[union-attr, operator]
+    assert lowbit.summary(run.model).layers[1].weight_bits == 2
+
+
+def test_a_stage_is_at_least_as_wide_as_the_layers_own_bits() -> None:
+    run = progressive(epochs=4, bits=4)
+    assert [get_bits(run.model)["conv1"].weight for _ in run.each_epoch()] == [5, 4, 4, 4]
+
+
+def test_intervals_start_at_the_first_stages_bits() -> None:
+    five, staged = (insert.weight_quantizer(progressive(4, bits, stages).model.conv1) for bits, stages in ((5, ()), (2, (5, 4, 3))))  # type: ignore[arg-type]
+    assert isinstance(five, QilWeight) and isinstance(staged, QilWeight)
+    assert torch.equal(five.center, staged.center) and torch.equal(five.scale, staged.scale) and staged.bit_width == 2
+
+
+def test_a_run_that_returns_to_a_stage_has_its_bits() -> None:
+    run = progressive(epochs=8)
+    run.return_to(phase_index=2, epoch=1, step=10)
+    assert get_bits(run.model)["conv1"] == LayerBits(3, 3)
+    assert [get_bits(run.model)["conv1"].weight for _ in run.each_epoch()] == [3, 2, 2]
+
+
+def test_stages_need_epochs_and_widths() -> None:
+    with pytest.raises(SpecError, match="qil: 4 stages need as many epochs, got 3"):
+        progressive(epochs=3)
+    with pytest.raises(SpecError, match="qil: progressive must be from 1 to 8, got"):
+        progressive(epochs=4, stages=(9,))
 
 
 def test_signed_inputs_are_not_cut_off_at_zero() -> None:

@@ -306,9 +306,10 @@ class Qil(TrainingMethod):
             return
         stage = (*self.progressive, 1)[run.phase_index]
         asked = asked_bits(run.model)
-        set_bits(
-            run.model, {name: LayerBits(_at_least(stage, own.weight), _at_least(stage, own.activation)) for name, own in asked.items()}
-        )
+        stages = {
+            name: LayerBits(_at_least(stage, own.weight), _at_least(stage, own.activation), own.output) for name, own in asked.items()
+        }
+        set_bits(run.model, stages)
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         found = super().optimizers(recipe)
