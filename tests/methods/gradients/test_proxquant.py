@@ -12,7 +12,6 @@ from lowbit.methods.gradients.proxquant import (
     ProxQuantizer,
     alternating,
     greedy_median,
-    lazy_step,
     prox_binary,
     prox_median,
     prox_towards,
@@ -63,14 +62,16 @@ def test_one_plane_is_the_mean_magnitude_times_the_sign() -> None:
     torch.testing.assert_close(found.values, W.abs().mean(1, keepdim=True) * W.sign())
 
 
+def test_the_norm_rate_multiplies_the_values_and_not_the_magnitudes() -> None:
+    found = alternating(torch.tensor([[1.0, -0.5, 0.25, -0.45]]), 2, rounds=3, norm_rate=0.5)
+    assert found.alphas.flatten().tolist() == pytest.approx([0.7, 0.3], abs=1e-5)
+    assert found.values.flatten().tolist() == pytest.approx([0.5, -0.2, 0.2, -0.2], abs=1e-5)
+
+
 def test_training_passes_weights_through_and_evaluation_quantizes_them() -> None:
     quantizer = ProxQuantizer(1, "binary", Granularity.channel())
     assert torch.equal(quantizer.train()(W), W)
     assert quantizer.eval()(torch.tensor([-0.2, 0.0, 7.0])).tolist() == [-1, 1, 1]
-
-
-def test_the_lazy_step_is_clipped() -> None:
-    assert lazy_step(torch.tensor([0.9, -0.5]), torch.tensor([-3.0, 1.0]), 0.1).tolist() == pytest.approx([1.0, -0.6])
 
 
 def short_run(**options: object) -> tuple[TrainRun, nn.Module]:

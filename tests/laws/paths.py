@@ -1,0 +1,132 @@
+"""Which functions of lowbit run when users work with a method, and which of them an adapter calls itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import tempfile
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+from tests.laws import tiny
+from tests.laws.tiny_training import few_bits
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.errors import LowbitError
+from lowbit.models.loading import load_model
+from lowbit.options import settings_of
+from lowbit.qat import OptimizerSpec, Recipe
+from lowbit.registry import MethodInfo, get_method
+from lowbit.spec import BitPolicy
+
+SOURCE = str(Path(lowbit.__file__).parent)
+NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
+STEPS, BATCH = 2, 8
+
+
+def _name(code: CodeType) -> str:
+    return f"{Path(code.co_filename).relative_to(SOURCE)}:{code.co_qualname}"
+
+
+@contextlib.contextmanager
+def _watching(is_meant: Callable[[FrameType], bool]) -> Iterator[set[str]]:
+    """Collect the functions of lowbit that are called within, of those frames that ``is_meant`` says yes to."""
+    found: dict[int, CodeType] = {}
+    names: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and id(code) not in found and code.co_filename.startswith(SOURCE) and is_meant(frame):
+            found[id(code)] = code
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield names
+    finally:
+        sys.setprofile(before)
+        names.update(_name(code) for code in found.values())
+
+
+def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
+    """The functions of lowbit that ``work`` calls from the file ``adapter``, with nothing of lowbit in between; forward and backward."""
+
+    def is_direct(frame: FrameType) -> bool:
+        caller = frame.f_back
+        while caller is not None:
+            if caller.f_code.co_filename == str(adapter):
+                return True
+            if caller.f_code.co_filename.startswith(SOURCE):
+                return False
+            caller = caller.f_back
+        return False
+
+    with _watching(is_direct) as found:
+        work()
+    return found
+
+
+def variants(info: MethodInfo) -> Iterator[dict[str, object]]:
+    """The method's defaults, then each other choice of each of its options, one at a time."""
+    yield {}
+    assert info.method is not None
+    for name, setting in settings_of(info.method).items():
+        kinds = [setting.type, *typing.get_args(setting.type)]
+        choices = [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+        if setting.type is bool:
+            choices = [not setting.default]
+        if name == "weight_granularity":
+            choices = ["per_tensor", "per_channel", "group:4"]
+        yield from ({name: choice} for choice in choices if choice != setting.default)
+
+
+@functools.cache
+def _network(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    width, pixels = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load_model(name, num_classes=4, in_channels=3, width=width)
+        return model, (torch.randn(STEPS * BATCH, 3, pixels, pixels), torch.arange(STEPS * BATCH) % 4)
+
+
+def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, object]) -> nn.Module:
+    model, data = _network(network)
+    if info.kind == "post_training":
+        return lowbit.quantize(model, method=info.name, policy=policy, calibration=data[0], **{**tiny.budget(info, 4), **options})
+    recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
+    teacher = model if "teacher" in info.needs else None
+    return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
+
+
+def _exported(model: nn.Module, sample: Tensor) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.export(model, Path(folder) / "network.lowbit", sample=sample)
+        lowbit.load(Path(folder) / "network.lowbit")(sample)
+
+
+@functools.cache
+def reached_by_users(name: str) -> frozenset[str]:
+    """The functions that run when networks are built, quantized or trained by the method, exported and loaded, over its bits and options."""
+    info = get_method(name)
+    few = few_bits(name)
+    lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
+    with _watching(lambda _: True) as found:
+        for network in ("resnet8", "mobilenet_v2_small" if info.kind == "post_training" else "reactnet_a"):
+            _network.__wrapped__(network)
+            model = _made(info, network, BitPolicy.uniform(*few), {})
+            if network == "resnet8":
+                _exported(model, _network(network)[1][0][:2])
+        for bits in {1, 2, 3, 4, 8} - {few[0]}:
+            with contextlib.suppress(LowbitError):
+                _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
+        for options in variants(info):
+            for bits in (lowest, few):  # some choices need more bits than others, and some another choice beside them
+                with contextlib.suppress(LowbitError):
+                    _made(info, "resnet8", BitPolicy.uniform(*bits, first_last=None), options)
+                    break
+    return frozenset(found)
