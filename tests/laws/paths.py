@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.models.loading import load_model
+from lowbit.network.insert import bake_weights
 from lowbit.options import settings_of
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, get_method
@@ -27,6 +27,13 @@ from lowbit.spec import BitPolicy
 SOURCE = str(Path(lowbit.__file__).parent)
 NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
 STEPS, BATCH = 2, 8
+MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch something on, and choices that belong together
+    "bi_real_net": [{"pretraining": 0.5, "retrain_norms": 1}],
+    "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
+    "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
+    "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
+    "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
+}
 
 
 def _name(code: CodeType) -> str:
@@ -72,8 +79,7 @@ def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
 
 
 def variants(info: MethodInfo) -> Iterator[dict[str, object]]:
-    """The method's defaults, then each other choice of each of its options, one at a time."""
-    yield {}
+    """Each choice other than the default of each of its options, one at a time."""
     assert info.method is not None
     for name, setting in settings_of(info.method).items():
         kinds = [setting.type, *typing.get_args(setting.type)]
@@ -103,30 +109,23 @@ def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, 
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
 
 
-def _exported(model: nn.Module, sample: Tensor) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        lowbit.export(model, Path(folder) / "network.lowbit", sample=sample)
-        lowbit.load(Path(folder) / "network.lowbit")(sample)
-
-
 @functools.cache
 def reached_by_users(name: str) -> frozenset[str]:
-    """The functions that run when networks are built, quantized or trained by the method, exported and loaded, over its bits and options."""
+    """The functions that run when networks are built, quantized or trained by the method, and baked for export, over its bits and options."""
     info = get_method(name)
     few = few_bits(name)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
+    more = {"mobilenet_v2_small": "graph" in info.needs, "reactnet_a": info.section == "binary"}
     with _watching(lambda _: True) as found:
-        for network in ("resnet8", "mobilenet_v2_small" if info.kind == "post_training" else "reactnet_a"):
+        for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
-            model = _made(info, network, BitPolicy.uniform(*few), {})
-            if network == "resnet8":
-                _exported(model, _network(network)[1][0][:2])
+            bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
-        for options in variants(info):
-            for bits in (lowest, few):  # some choices need more bits than others, and some another choice beside them
+        for options in (*variants(info), *MORE_OPTIONS.get(name, [])):
+            for weight_bits, activation_bits in (lowest, few):  # some choices need more bits than others, and some another choice beside them
                 with contextlib.suppress(LowbitError):
-                    _made(info, "resnet8", BitPolicy.uniform(*bits, first_last=None), options)
+                    _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
                     break
     return frozenset(found)
