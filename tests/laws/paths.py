@@ -29,6 +29,7 @@ NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 3
 STEPS, BATCH = 2, 8
 MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch something on, and choices that belong together
     "bi_real_net": [{"pretraining": 0.5, "retrain_norms": 1}],
+    "dorefa": [{"gradient_bits": 6}],
     "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
     "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
     "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
@@ -61,10 +62,13 @@ def _watching(is_meant: Callable[[FrameType], bool]) -> Iterator[set[str]]:
 
 
 def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
-    """The functions of lowbit that ``work`` calls from the file ``adapter``, with nothing of lowbit in between; forward and backward."""
+    """The functions of lowbit that ``work`` calls from the file ``adapter``, with nothing of lowbit in between.
+
+    Backward passes count as autograd's; their forward passes are held to the law.
+    """
 
     def is_direct(frame: FrameType) -> bool:
-        caller = frame.f_back
+        caller = None if frame.f_code.co_name == "backward" else frame.f_back
         while caller is not None:
             if caller.f_code.co_filename == str(adapter):
                 return True
@@ -123,8 +127,9 @@ def reached_by_users(name: str) -> frozenset[str]:
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
-        for options in (*variants(info), *MORE_OPTIONS.get(name, [])):
-            for weight_bits, activation_bits in (lowest, few):  # some choices need more bits than others, and some another choice beside them
+        asked = [(options, (lowest, few)) for options in variants(info)] + [(options, (few,)) for options in MORE_OPTIONS.get(name, [])]
+        for options, widths in asked:
+            for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
                 with contextlib.suppress(LowbitError):
                     _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
                     break
