@@ -11,8 +11,6 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import torch
-from tests.laws import tiny
-from tests.laws.tiny_training import few_bits
 from torch import Tensor, nn
 
 import lowbit
@@ -23,6 +21,7 @@ from lowbit.options import settings_of
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, get_method
 from lowbit.spec import BitPolicy
+from lowbit.testing import post_training
 
 SOURCE = str(Path(lowbit.__file__).parent)
 NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
@@ -107,17 +106,21 @@ def _network(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, object]) -> nn.Module:
     model, data = _network(network)
     if info.kind == "post_training":
-        return lowbit.quantize(model, method=info.name, policy=policy, calibration=data[0], **{**tiny.budget(info, 4), **options})
+        return lowbit.quantize(model, method=info.name, policy=policy, calibration=data[0], **{**post_training.budget(info.name, 4), **options})
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
     teacher = model if "teacher" in info.needs else None
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
+
+
+def _nearest(wanted: int, supported: range) -> int:
+    return wanted if wanted in supported else supported[0]
 
 
 @functools.cache
 def reached_by_users(name: str) -> frozenset[str]:
     """The functions that run when networks are built, quantized or trained by the method, and baked for export, over its bits and options."""
     info = get_method(name)
-    few = few_bits(name)
+    few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {"mobilenet_v2_small": "graph" in info.needs, "reactnet_a": info.section == "binary"}
     with _watching(lambda _: True) as found:

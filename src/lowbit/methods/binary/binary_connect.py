@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.measure.outputs import output_tensor
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
 from lowbit.options import Above
-from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat import Classification, OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
@@ -191,8 +192,10 @@ class BinaryConnect(TrainingMethod):
         """The squared hinge of labels where that is asked for."""
         if not self.squared_hinge:
             return super().loss(run, batch)
-        scores = run.task.predict(run.model if run.wrapped is None else run.wrapped, batch)
-        targets = torch.full_like(scores, -1).scatter(1, batch[1].unsqueeze(1), 1)
+        if not isinstance(run.task, Classification):
+            raise SpecError(f"binary_connect: squared_hinge needs class labels, which {type(run.task).__name__} has none of; leave it out")
+        scores = output_tensor(run.task.predict(run.model if run.wrapped is None else run.wrapped, batch))
+        targets = torch.full_like(scores, -1).scatter(1, run.task.tensor_target(batch).unsqueeze(1), 1)
         return squared_hinge(scores, targets) + run.penalty()
 
     def after_backward(self, run: TrainRun) -> None:

@@ -201,8 +201,8 @@ class ObservedDsqQuantizer(GridQuantizer):
 
     def _set_range(self, lower: Tensor, upper: Tensor) -> None:
         scale, zero_point = affine_parameters(lower, upper, self.qmin, self.qmax, symmetric=False)
-        self._put(running_lower=lower.reshape(shape), running_upper=upper.reshape(shape))
-        self.set_parameters(scale.reshape(shape), zero_point.reshape(shape))
+        self._put(running_lower=lower, running_upper=upper)
+        self.set_parameters(scale, zero_point)
 
     @torch.no_grad()
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
