@@ -112,6 +112,19 @@ def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, 
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
 
 
+def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
+    """One step in a loop of the user's own, as the documentation writes it."""
+    model, data = _network("resnet8")
+    qat = lowbit.prepare(model, method=info.name, policy=policy, sample=data[0]).train()
+    run = lowbit.training(qat, steps_per_epoch=1, epochs=4)
+    optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.01))
+    run.before_step(optimizer)
+    run.loss(data).backward()
+    run.after_backward()
+    optimizer.step()
+    run.after_step()
+
+
 def _nearest(wanted: int, supported: range) -> int:
     return wanted if wanted in supported else supported[0]
 
@@ -127,6 +140,8 @@ def reached_by_users(name: str) -> frozenset[str]:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
             bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
+        if info.kind == "training":
+            _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
