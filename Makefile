@@ -1,19 +1,24 @@
-# make demo: quantize the embedded network and show the report.   make test: run the tests.   make lint: check the code.
+# make demo: quantize the embedded network and show the report.   make lint: check the code.
+# make test: run the tests but for the slow ones.   make test-all: run all of them.
 PYTHON3 ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= lowbit-out
 WORKERS ?= 2
+MARK ?= not slow
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/lowbit quantize --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations 15 $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --durations 15 -m "$(MARK)" $(TESTS)
+
+test-all: MARK =
+test-all: test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests

@@ -9,12 +9,19 @@ from lowbit.network.insert import set_weight_quantizer
 from lowbit.post_training.reconstruction.descent import Descent
 from lowbit.post_training.reconstruction.objective import Objective, rounding_loss, set_beta, weighted_penalty
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
-from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
+from lowbit.post_training.reconstruction.unit_data import CacheSpace, CallCache, TensorCache, UnitData
 from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
 from lowbit.spec import Granularity
 
 ACTIVATIONS = {"relu": nn.ReLU(), "none": nn.Identity()}
+
+
+def in_memory(x: Tensor) -> TensorCache:
+    """A cache in memory with one sample for each row of ``x``."""
+    cache = TensorCache(x, len(x), len(x), CacheSpace("ram", None))
+    cache.write(0, len(x), x)
+    return cache
 
 
 def rounding_of(bits: int, weight: Tensor, scale: Tensor, zero_point: Tensor, alpha: Tensor | None = None) -> AdaptiveRounding:
@@ -84,7 +91,7 @@ def optimize_layer(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]
     set_weight_quantizer(layer, rounding)
     activation = ACTIVATIONS[params["activation"]]
     unit = PlannedUnit("", ("",), activation, is_carried=False, channel_axis=1, cost=1.0)
-    cached = UnitData(CallCache.of(TensorCache.of(data)), TensorCache.of(activation(target)))
+    cached = UnitData(CallCache.of(in_memory(data)), in_memory(activation(target)))
     objective = Objective(
         params["iterations"],
         params["lr"],

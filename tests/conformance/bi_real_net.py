@@ -12,7 +12,7 @@ from lowbit.methods.binary.bi_real_net import BiRealNet
 from lowbit.methods.binary.react_net import ChannelShift, ReactNetMethod, distribution_loss
 from lowbit.models.reactnet import ReactBlock
 from lowbit.network import insert
-from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutUnit, pooled_shortcut
+from lowbit.network.surgery.shortcuts import ShiftedPReLU, ShortcutUnit
 from lowbit.qat import Classification, Slot, TrainingMethod
 
 
@@ -72,6 +72,14 @@ def weight_of(inputs: dict[str, Tensor], name: str, *shape: int) -> Tensor:
     """A weight that is stored flat or not."""
     value = inputs.get(f"state.{name}.weights")
     return inputs[f"state.{name}.weight"] if value is None else value.reshape(shape)
+
+
+def pooled_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    """Nothing where nothing changes; else average pool, 1x1 convolution and norm."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    pool = [nn.AvgPool2d(stride)] if stride > 1 else []
+    return nn.Sequential(*pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
 
 def block(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

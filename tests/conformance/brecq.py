@@ -18,7 +18,7 @@ from lowbit.post_training.reconstruction import objective as objectives, roundin
 from lowbit.post_training.reconstruction.descent import Descent
 from lowbit.post_training.reconstruction.objective import Objective, released_weight, rounding_loss, unit_loss
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
-from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData, call_of
+from lowbit.post_training.reconstruction.unit_data import CacheSpace, CallCache, TensorCache, UnitData, call_of
 from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
@@ -27,6 +27,13 @@ from lowbit.spec import BitPolicy, Granularity
 PADDING = {1: 0, 3: 1}  # by kernel size
 LAYERS = ("conv1", "conv2", "downsample")
 BLOCK = PlannedUnit("", ("",), None, is_carried=False, channel_axis=1, cost=1.0)
+
+
+def in_memory(x: Tensor) -> TensorCache:
+    """A cache in memory with one sample for each row of ``x``."""
+    cache = TensorCache(x, len(x), len(x), CacheSpace("ram", None))
+    cache.write(0, len(x), x)
+    return cache
 
 
 def quantizer_of(params: dict, *, channel_wise: bool) -> UniformQuantizer:
@@ -167,7 +174,7 @@ def block_reconstruction_weights(params: dict, inputs: dict[str, Tensor]) -> dic
         set_weight_quantizer(block.get_submodule(name), roundings[name])
     gradient = inputs.get("abs_grad_plus_1")
     cached = UnitData(
-        CallCache.of(TensorCache.of(data)), TensorCache.of(inputs["fp_output"]), None if gradient is None else TensorCache.of(gradient)
+        CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]), None if gradient is None else in_memory(gradient)
     )
     schedule = BetaSchedule("linear", params["iterations"], params["warmup"], *params["beta_range"])
     objective = Objective(
@@ -195,7 +202,7 @@ def block_reconstruction_activations(params: dict, inputs: dict[str, Tensor]) ->
     set_output_quantizer(block.relu1, quantizers["conv1"])
     for quantizer in quantizers.values():
         quantizer.learn_scale()
-    cached = UnitData(CallCache.of(TensorCache.of(data)), TensorCache.of(inputs["fp_output"]))
+    cached = UnitData(CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]))
     objective = Objective(params["iterations"], params["lr"], len(data), power=params["p"], is_annealed=True)
     descent = Descent(
         {name: quantizer.scale for name, quantizer in quantizers.items()},

@@ -7,12 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lowbit.methods.post_training.dfq import channel_mean, corrected_bias, empirically_corrected_bias
+from lowbit.methods.post_training.dfq import OffsetQuantizer, channel_mean, corrected_bias, empirically_corrected_bias
 from lowbit.network.graph import moments
 from lowbit.network.graph.moments import Moments, clipped
 from lowbit.network.surgery.equalize import LayerState, absorb_bias, chain_sets, channel_kind, equalize, equalize_set, pair_scales
 from lowbit.network.surgery.fold import fold_batch_norm
-from lowbit.quantizers.affine import affine_parameters, fake_quantize, fake_quantize_offset, qrange
+from lowbit.quantizers.affine import affine_parameters, fake_quantize, qrange
 from lowbit.surrogates import straight_through
 
 CLIPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0), "no_activation": (float("-inf"), float("inf"))}
@@ -133,9 +133,11 @@ def minmax_quantizer_float_offset(params: dict, inputs: dict[str, Tensor]) -> di
     x = inputs["x"].requires_grad_()
     qmin, qmax = qrange(params["bits"], signed=params["symmetric"])
     lo, hi = torch.tensor(params["min"]), torch.tensor(params["max"])
-    scale, zero_point = affine_parameters(lo, hi, qmin, qmax, symmetric=params["symmetric"])
     if params["symmetric"]:
+        scale, zero_point = affine_parameters(lo, hi, qmin, qmax, symmetric=True)
         y = fake_quantize(x, scale, zero_point, qmin, qmax, straight_through)
     else:
-        y = fake_quantize_offset(x, scale, lo, qmin, qmax)
+        quantizer = OffsetQuantizer(params["bits"])
+        quantizer.initialize(torch.stack([lo, hi]))
+        y = quantizer(x)
     return {"y": y, "grad_x": torch.autograd.grad(y, x, inputs["grad_output"])[0]}

@@ -6,16 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.methods.gradients.dsq import DsqQuantizer, soft_fake_quantize
+from lowbit.methods.gradients.dsq import DsqQuantizer, ObservedDsqQuantizer
+from lowbit.spec import Granularity
+
+BITS = {3: 3, 7: 4, 15: 4}  # by the largest code
 
 
 def dsq_affine(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     x = inputs["x"].requires_grad_()
-    scale, zero_point = inputs["scale"], inputs["zero_point"].float()
-    if params["ch_axis"] is not None:
-        shape = [len(scale) if axis == params["ch_axis"] else 1 for axis in range(x.dim())]
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    y = soft_fake_quantize(x, scale, zero_point, params["quant_min"], params["quant_max"], params["alpha"])
+    granularity = Granularity.tensor() if params["ch_axis"] is None else Granularity.channel(params["ch_axis"])
+    quantizer = ObservedDsqQuantizer(BITS[params["quant_max"]], is_weight=True, granularity=granularity, alpha=params["alpha"]).eval()
+    quantizer.qmin, quantizer.qmax = params["quant_min"], params["quant_max"]
+    shape = granularity.scale_shape(x)
+    quantizer.set_parameters(inputs["scale"].reshape(shape), inputs["zero_point"].float().reshape(shape))
+    y = quantizer(x)
     y.backward(inputs["grad_output"])
     return {"y": y, "grad_x": x.grad}
 

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowbit.methods.gradients import ewgs
-from lowbit.methods.gradients.ewgs import Ewgs, EwgsActivation, EwgsWeight, discretize, estimate_deltas
+from lowbit.methods.gradients.ewgs import Ewgs, EwgsActivation, EwgsWeight, estimate_deltas
 from lowbit.network import insert
 
 BITS = {2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6, 128: 7, 256: 8}
 
 
 def discretizer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    quantizer = EwgsActivation(BITS[params["levels"]], delta=params["delta"])
+    quantizer.set_interval(torch.tensor(0.0), torch.tensor(1.0))
     x = inputs["x"].requires_grad_()
-    y = discretize(x, params["levels"], params["delta"])
+    y = quantizer(x)
     y.backward(inputs["grad_output"])
     return {"y": y, "grad_x": x.grad}
 

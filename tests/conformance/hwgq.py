@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from lowbit.methods.quantization_aware.hwgq import Hwgq, half_wave_table, quantize_half_wave
+from lowbit.methods.quantization_aware.hwgq import AUTHORS_NON_UNIFORM, AUTHORS_UNIFORM, Hwgq
 from lowbit.network import insert
 from lowbit.qat import Slot
-from lowbit.quantizers import Quantizer, SignQuantizer
+from lowbit.quantizers import Quantizer
+
+LEVELS = {AUTHORS_UNIFORM: "authors", AUTHORS_NON_UNIFORM: "authors_non_uniform"}
 
 
 def activation(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    x = inputs["x"].requires_grad_()
+    x, count = inputs["x"].requires_grad_(), len(params["levels"])
+    quantizer: nn.Module = nn.ReLU()
+    if params["forward"] == "sign":
+        quantizer = Hwgq(signed_inputs="sign").activation_quantizer(Slot("x", nn.Identity(), 1, True, "inner"))
     if params["forward"] == "hwgq":
-        levels = torch.tensor(params["levels"])
-        y = quantize_half_wave(x, levels, "vanilla" if params["clip"] is None else "clipped")
-    else:
-        y = SignQuantizer(is_closed=True)(x) if params["forward"] == "sign" else nn.ReLU()(x)
+        backward, levels = "vanilla" if params["clip"] is None else "clipped", LEVELS[tuple(params["levels"])]
+        method = Hwgq(backward=backward, levels=levels, input_scale="unit", signed_inputs="rectify")
+        quantizer = method.activation_quantizer(Slot("x", nn.Identity(), 2, True, "inner"))
+        quantizer.initialize(x)
+    y = quantizer(x)
     y.backward(inputs["grad_output"])
-    found = {"y": y, "grad_x": x.grad}
-    return {**found, "thresholds": half_wave_table(levels)[0][1:]} if params["forward"] == "hwgq" else found
+    return {"y": y, "grad_x": x.grad} | ({"thresholds": quantizer.table()[0][1:count]} if count else {})
 
 
 def trained(layer: nn.Module, params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowbit.methods.binary.ir_net import IrNet, LibraWeight
 from lowbit.models.resnet import ResidualBlock
 from lowbit.network import insert
-from lowbit.network.surgery.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.network.surgery.shortcuts import PaddedShortcut, ShortcutUnit
 from lowbit.qat import Slot
 from lowbit.spec import Granularity
 from lowbit.surrogates import ErrorDecay
@@ -60,10 +60,21 @@ def conv_layer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, T
     return {"y": y, "grad_x": x.grad, "grad_weight": insert.float_weight(layer).grad}
 
 
+def shortcut_units(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Two 3x3 convolutions with norm, shortcut and Hardtanh; the first one changes the shape."""
+    shortcut = None if stride == 1 and in_channels == out_channels else PaddedShortcut(in_channels, out_channels, stride)
+    first = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+    last = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+    return nn.Sequential(
+        ShortcutUnit(first, nn.BatchNorm2d(out_channels), shortcut, nn.Hardtanh()),
+        ShortcutUnit(last, nn.BatchNorm2d(out_channels), None, nn.Hardtanh()),
+    )
+
+
 def block(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     size = params["in"], params["out"], params["stride"]
     if params["binary_activation"]:
-        model: nn.Module = shortcut_block(*size, shortcut=PaddedShortcut, activation=nn.Hardtanh)
+        model: nn.Module = shortcut_units(*size)
         parts = {"conv1": model[0].conv, "bn1": model[0].norm, "conv2": model[1].conv, "bn2": model[1].norm}
     else:
         model = ResidualBlock(*size)

@@ -18,6 +18,7 @@ from lowbit.network import insert
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.spec import Granularity
 
+ACTIVATIONS = {"relu": "relu", "tanh": "tanh"}
 BASES = {"dorefa": "dorefa", "BWN": "bwn", "BWN-F": "bwn_f"}
 
 
@@ -52,7 +53,7 @@ def method_of(params: dict[str, Any]) -> MetaQuant:
         meta=kind,
         hidden=params["hidden"],
         layers=params.get("num_fc", 2),
-        activation=activation or "none",
+        activation=ACTIVATIONS.get(activation, "none"),
         look_ahead="stored",
         meta_learning_rate=params.get("meta_lr", 1e-3),
     )

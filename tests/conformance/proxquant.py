@@ -12,7 +12,6 @@ from lowbit.methods.gradients.proxquant import (
     ProxQuantizer,
     alternating,
     greedy_median as greedy_median_of,
-    lazy_step,
     prox_binary as binary_map,
     prox_mean as mean_map,
     prox_median as median_map,
@@ -52,12 +51,17 @@ def alt_quantize(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str,
 
 
 def lazy_projection(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    weight, found = inputs["weight"], {}
+    weight, found = nn.Parameter(inputs["weight"]), {}
+    quantizer = ProxQuantizer(1, "binary", Granularity.tensor()).train()
+    quantizer.lazy_strength = params["reg"]
+    optimizer = torch.optim.SGD([weight], params["lr"])
     for step in range(params["steps"]):
-        projected = binary_map(weight, params["reg"]).requires_grad_()
+        optimizer.zero_grad()
+        projected = quantizer(weight)
         torch.nn.functional.mse_loss(projected, inputs["target"], reduction="sum").backward()
-        weight = lazy_step(weight, projected.grad, params["lr"])
-        found |= {f"w_binary{step}": projected.detach(), f"w{step}": weight}
+        optimizer.step()
+        weight.data.copy_(quantizer.proximal(weight.detach(), 0.0))
+        found |= {f"w_binary{step}": projected.detach(), f"w{step}": weight.detach().clone()}
     return found
 
 

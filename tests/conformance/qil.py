@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.methods.quantizer_design.qil import IntervalQuantizer, QilActivation, QilWeight, interval_of_histogram
+from lowbit.methods.quantizer_design.qil import IntervalQuantizer, QilActivation, QilWeight, interval_of_histogram, transform_magnitudes
 
 
 def _run(quantizer: QilWeight | QilActivation, x: Tensor, inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -15,7 +15,9 @@ def _run(quantizer: QilWeight | QilActivation, x: Tensor, inputs: dict[str, Tens
     y = quantizer(x)
     y.backward(inputs["grad_output"])
     gradients = {name: x.grad, "grad_center": quantizer.center.grad, "grad_distance": quantizer.distance.grad}
-    return {"transformed": quantizer.transform(x), "y": y, "center": quantizer.center, "distance": quantizer.distance, **gradients}
+    is_weight = isinstance(quantizer, QilWeight)
+    transformed = quantizer.transform(x) if is_weight else transform_magnitudes(x, *quantizer.interval(x))
+    return {"transformed": transformed, "y": y, "center": quantizer.center, "distance": quantizer.distance, **gradients}
 
 
 def _at(quantizer: IntervalQuantizer, params: dict[str, Any]) -> None:

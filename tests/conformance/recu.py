@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 from lowbit.methods.binary.recu import Recu, RecuActivation, clamp_tails, laplace_quantile, standardize, tau_at
 from lowbit.network import insert
-from lowbit.network.surgery.shortcuts import PaddedShortcut, shortcut_block
+from lowbit.network.surgery.shortcuts import PaddedShortcut, ShortcutUnit
 from lowbit.qat import Slot
 from lowbit.spec import Granularity
 
@@ -60,9 +59,19 @@ def conv_layer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, T
     }  # fmt: skip
 
 
+def shortcut_units(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Two 3x3 convolutions with norm, shortcut and Hardtanh; the first one changes the shape."""
+    shortcut = None if stride == 1 and in_channels == out_channels else PaddedShortcut(in_channels, out_channels, stride, pooled=True)
+    first = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+    last = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+    return nn.Sequential(
+        ShortcutUnit(first, nn.BatchNorm2d(out_channels), shortcut, nn.Hardtanh()),
+        ShortcutUnit(last, nn.BatchNorm2d(out_channels), None, nn.Hardtanh()),
+    )
+
+
 def block(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    shortcut = partial(PaddedShortcut, pooled=True)
-    model = shortcut_block(params["in"], params["out"], params["stride"], shortcut=shortcut, activation=nn.Hardtanh)
+    model = shortcut_units(params["in"], params["out"], params["stride"])
     parts = {"conv1": model[0].conv, "bn1": model[0].norm, "conv2": model[1].conv, "bn2": model[1].norm}
     for name, module in parts.items():
         prefix = f"state.{name}."

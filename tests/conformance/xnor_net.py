@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit.methods.quantization_aware.xnor_net import InputScale, XnorNet, sign_with_zero
+from lowbit.methods.quantization_aware.xnor_net import InputScale, XnorNet
 from lowbit.network import insert
 from lowbit.qat import Slot
-from lowbit.quantizers import SignQuantizer
 
 
 def layer_of(weight: Tensor, stride: int = 1, padding: int = 0) -> nn.Module:
@@ -51,7 +50,7 @@ def weight_forward(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]
 
 def activation(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     x = inputs["x"].requires_grad_()
-    y = sign_with_zero(x)
+    y = XnorNet(zero_inputs=True).activation_quantizer(Slot("x", nn.Identity(), 1, True, "inner"))(x)
     y.backward(inputs["grad_output"])
     return {"y": y, "grad_x": x.grad}
 
@@ -60,7 +59,7 @@ def conv_with_k(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     x = inputs["x"].requires_grad_()
     layer = layer_of(inputs["binary_weight"], params["stride"], params["padding"])
     scale = InputScale(layer)
-    insert.set_input_quantizer(layer, SignQuantizer())
+    insert.set_input_quantizer(layer, XnorNet().activation_quantizer(Slot("layer", layer, 1, True, "inner")))
     insert.set_output_transform(layer, scale)
     norm = [inputs[f"bn_{name}"] for name in ("mean", "var", "weight", "bias")]
     normed = functional.batch_norm(x, *norm, eps=params["bn_eps"])

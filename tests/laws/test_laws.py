@@ -72,6 +72,7 @@ def test_autocast_to_bfloat16_stays_near_float32(name: str) -> None:
     assert tiny.sqnr_db(expected, got.float()) > 20
 
 
+@pytest.mark.slow
 @every_method
 def test_the_compiled_network_computes_the_same(name: str) -> None:
     """Captured in one graph and run through autograd's tracing; no C++ compiler is needed for that."""

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.laws.paths import called_by, reached_by_users
 
 ADAPTERS = Path(__file__).parent.parent / "conformance"
 VECTORS = Path(os.environ.get("LOWBIT_REFERENCE_VECTORS", ADAPTERS.parents[1].parent / "shared" / "golden"))
@@ -51,6 +52,38 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
             assert bool((got <= expected * (1 + case.get("rtol", 1e-5)) + case.get("atol", 1e-6)).all()), name
         else:
             torch.testing.assert_close(got, expected, rtol=case.get("rtol", 1e-5), atol=case.get("atol", 1e-6), equal_nan=True, msg=name)
+
+
+METHODS = {"bi_real_net": ("bi_real_net", "react_net")}  # of adapters whose vectors are those of more than their own method
+# Functions that users call themselves, as nothing of a network needs them: the authors' file format, and what their program would choose.
+DOORS = {
+    "brecq": {"methods/post_training/brecq.py:released_layers"},
+    "twn": {"methods/quantization_aware/twn.py:pack_ternary", "methods/quantization_aware/twn.py:unpack_ternary"},
+}
+
+
+def called_for_all_cases(adapter: Path) -> set[str]:
+    """The functions of lowbit that an adapter calls itself in all its cases."""
+    content = json.loads((VECTORS / adapter.stem / "cases.json").read_text())["cases"]
+    tensors, module = load_file(VECTORS / adapter.stem / "tensors.safetensors"), load(adapter)
+
+    def work() -> None:
+        for case in content:
+            inputs = {key: tensors[value].clone() if isinstance(value, str) else value for key, value in case["inputs"].items()}
+            getattr(module, case["function"])(dict(case["params"]), inputs)
+
+    return called_by(adapter, work)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTED, ids=lambda path: path.stem)
+def test_adapters_call_only_what_runs_when_users_work_with_the_method(adapter: Path) -> None:
+    if not (VECTORS / adapter.stem / "cases.json").exists():
+        pytest.skip(f"no reference vectors at {VECTORS}; set LOWBIT_REFERENCE_VECTORS to their folder")
+    called = called_for_all_cases(adapter)
+    assert called, "an adapter that calls nothing of lowbit checks nothing"
+    reached = frozenset().union(*map(reached_by_users, METHODS.get(adapter.stem, (adapter.stem,))))
+    assert sorted(called - reached - DOORS.get(adapter.stem, set())) == []
 
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)

@@ -100,6 +100,7 @@ def test_autocast_to_bfloat16_stays_near_float32(name: str) -> None:
     assert tiny.sqnr_db(expected, got.float()) > 20
 
 
+@pytest.mark.slow
 @every_method
 def test_the_compiled_network_computes_the_same(name: str) -> None:
     torch.compiler.reset()
@@ -128,6 +129,7 @@ def test_a_step_under_autocast_learns_nearly_the_same(name: str) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.slow
 @every_method
 def test_the_compiled_network_learns_the_same(name: str) -> None:
     """Where a method's backward pass has effects the graph is broken there; the gradients are the same all the same."""
@@ -173,6 +175,7 @@ def test_packed_bytes_match_the_arithmetic_and_decode_to_the_same_outputs(name: 
     laws.the_file_is_small_and_decodes_to_the_same(name, tmp_path)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("case", ["odd_channels", "transposed_grouped"])
 def test_a_file_of_odd_layers_with_biases_decodes_to_the_same_outputs(name: str, case: str, tmp_path: Path) -> None:

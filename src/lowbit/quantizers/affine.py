@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.surrogates import Surrogate, clipped_straight_through, straight_through
+from lowbit.surrogates import Surrogate, clipped_straight_through
 
 SMALLEST_SCALE = 1e-20  # below it a division by the scale overflows float32
 
@@ -78,21 +78,3 @@ def fake_quantize(
     if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad)):
         return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
     return surrogate(x / scale, qmin - zero_point, qmax - zero_point) * scale
-
-
-def fake_quantize_offset(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, surrogate: Surrogate = straight_through) -> Tensor:
-    """Quantize and dequantize on levels that start at a real number: 0 need not be one of them.
-
-    Forward: ``clamp(round((x - offset) / scale), qmin, qmax) * scale + offset``.
-    Backward: the surrogate's for the rounding; scale and offset get the gradient of this expression.
-
-    Args:
-        x: Values of any shape.
-        scale: Positive, broadcasts with ``x``.
-        offset: What the code 0 stands for, broadcasts with ``x``.
-        qmin, qmax: Integer range of the codes.
-        surrogate: Backward rule of the rounding.
-
-    Source: Bhalgat et al. 2020, "LSQ+", Eq. 3-4.
-    """
-    return surrogate((x - offset) / scale, qmin, qmax) * scale + offset

@@ -155,6 +155,14 @@ def trained(steps: int, optimizer: OptimizerSpec, **options: object) -> nn.Modul
     return model
 
 
+def test_the_loss_is_the_squared_hinge_where_it_is_asked_for() -> None:
+    model = prepared(squared_hinge=True).train()
+    run = TrainRun(model, method_of(model), Classification(), Recipe(1), 1)
+    run.start_phase()
+    targets = torch.where(torch.nn.functional.one_hot(LABELS, 3) == 1, 1.0, -1.0)
+    assert run.loss((X, LABELS)).item() == pytest.approx(squared_hinge(model(X), targets).item())
+
+
 def plain_sgd(rate: float) -> OptimizerSpec:
     return OptimizerSpec("sgd", rate, momentum=0.0, weight_decay=0.0, schedule="constant")
 
@@ -226,7 +234,7 @@ def test_options_are_the_papers_hyper_parameters_alone() -> None:
     record = record_of(prepared())
     assert record is not None
     own = set(record.options) - {"quantizer_learning_rate", "quantizer_weight_decay"}
-    assert own == {"binarization", "evaluation", "limit", "learning_rate_scale"}
+    assert own == {"binarization", "evaluation", "limit", "learning_rate_scale", "squared_hinge"}
 
 
 def test_inputs_cannot_be_quantized() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.methods.gradients.dsq import Dsq, DsqQuantizer, soft_fake_quantize
+from lowbit.methods.gradients.dsq import Dsq, DsqQuantizer, ObservedDsqQuantizer
 
 
 def between(lower: float, upper: float, bit_width: int = 2, **options: object) -> DsqQuantizer:
@@ -49,7 +49,9 @@ def test_moving_everything_moves_the_output_and_clipped_elements_belong_to_their
 
 def test_a_fixed_affine_grid_rounds_and_has_the_soft_gradient() -> None:
     x = torch.tensor([0.24, 0.26, 3.0], requires_grad=True)
-    y = soft_fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -2, 1, 0.4)
+    quantizer = ObservedDsqQuantizer(2, is_weight=True, alpha=0.4).eval()
+    quantizer.set_parameters(torch.tensor(0.5), torch.tensor(2.0))
+    y = quantizer(x)
     assert y.tolist() == [0.0, 0.5, 0.5]
     y.sum().backward()
     assert x.grad is not None

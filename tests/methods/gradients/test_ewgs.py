@@ -12,7 +12,6 @@ from lowbit.methods.gradients.ewgs import (
     Ewgs,
     EwgsActivation,
     EwgsWeight,
-    discretize,
     estimate_deltas,
     hutchinson_trace,
     scaled_quantizers,
@@ -58,7 +57,9 @@ def interval_gradients(quantizer: EwgsWeight, x: Tensor) -> tuple[Tensor, ...]:
 
 def test_discretizing_scales_gradients_by_the_signed_error() -> None:
     x = torch.tensor([0.4, 0.4, 0.1], requires_grad=True)
-    y = discretize(x, 4, 0.5)
+    quantizer = EwgsActivation(2, delta=0.5)
+    quantizer.set_interval(torch.tensor(0.0), torch.tensor(1.0))
+    y = quantizer(x)
     torch.testing.assert_close(y, torch.tensor([1 / 3, 1 / 3, 0]))
     y.backward(torch.tensor([1.0, -1.0, 2.0]))
     assert x.grad is not None

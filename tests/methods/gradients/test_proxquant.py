@@ -12,7 +12,6 @@ from lowbit.methods.gradients.proxquant import (
     ProxQuantizer,
     alternating,
     greedy_median,
-    lazy_step,
     prox_binary,
     prox_median,
     prox_towards,
@@ -63,17 +62,19 @@ def test_one_plane_is_the_mean_magnitude_times_the_sign() -> None:
     torch.testing.assert_close(found.values, W.abs().mean(1, keepdim=True) * W.sign())
 
 
+def test_the_norm_rate_multiplies_the_values_and_not_the_magnitudes() -> None:
+    found = alternating(torch.tensor([[1.0, -0.5, 0.25, -0.45]]), 2, rounds=3, norm_rate=0.5)
+    assert found.alphas.flatten().tolist() == pytest.approx([0.7, 0.3], abs=1e-5)
+    assert found.values.flatten().tolist() == pytest.approx([0.5, -0.2, 0.2, -0.2], abs=1e-5)
+
+
 def test_training_passes_weights_through_and_evaluation_quantizes_them() -> None:
     quantizer = ProxQuantizer(1, "binary", Granularity.channel())
     assert torch.equal(quantizer.train()(W), W)
     assert quantizer.eval()(torch.tensor([-0.2, 0.0, 7.0])).tolist() == [-1, 1, 1]
 
 
-def test_the_lazy_step_is_clipped() -> None:
-    assert lazy_step(torch.tensor([0.9, -0.5]), torch.tensor([-3.0, 1.0]), 0.1).tolist() == pytest.approx([1.0, -0.6])
-
-
-def short_run(**options: object) -> tuple[TrainRun, nn.Module]:
+def short_run(*, is_checked: bool = True, **options: object) -> tuple[TrainRun, nn.Module]:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
@@ -90,7 +91,7 @@ def short_run(**options: object) -> tuple[TrainRun, nn.Module]:
             run.after_backward()
             run.optimizer_step()
             run.after_step()
-            if epoch == 2:
+            if epoch == 2 and is_checked:
                 assert torch.equal(insert.float_weight(layer), before)
     return run, layer
 
@@ -100,6 +101,25 @@ def test_weights_end_binary_and_stay_still_while_the_rest_trains() -> None:
     assert [phase.name for phase in run.phases] == ["prox", "frozen"]
     assert insert.float_weight(layer).detach().abs().unique().tolist() == [1.0]
     assert not insert.float_weight(layer).requires_grad
+
+
+def test_the_lazy_map_moves_what_the_network_sees_and_only_clips_what_is_stored() -> None:
+    quantizer = ProxQuantizer(1, "binary", Granularity.tensor()).train()
+    quantizer.lazy_strength = 0.1
+    weight = torch.tensor([-1.4, -0.95, 0.3], requires_grad=True)
+    seen = quantizer(weight)
+    torch.testing.assert_close(seen.detach(), torch.tensor([-1.0, -1.0, 0.4]))
+    seen.sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1, 1, 1]
+    assert quantizer.proximal(weight.detach(), 0.0).tolist() == pytest.approx([-1.0, -0.95, 0.3])
+
+
+def test_a_lazy_run_sees_signs_at_a_strength_of_one_and_ends_binary() -> None:
+    _, layer = short_run(lazy=True, reg_rate=1e9)
+    assert insert.float_weight(layer).detach().abs().unique().tolist() == [1.0]
+    _, layer = short_run(lazy=True, reg_rate=1e9, frozen_share=0.0, is_checked=False)
+    assert insert.float_weight(layer).detach().abs().max() <= 1 and insert.float_weight(layer).detach().abs().unique().numel() > 2
+    assert layer.train().weight.detach().abs().unique().tolist() == [1.0]
 
 
 def test_the_pull_is_spread_over_the_steps_of_the_phase() -> None:

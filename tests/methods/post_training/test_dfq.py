@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 import lowbit
 from lowbit.errors import CalibrationError, GraphError, SpecError
-from lowbit.methods.post_training.dfq import channel_mean, corrected_bias, empirically_corrected_bias
+from lowbit.methods.post_training.dfq import OffsetQuantizer, channel_mean, corrected_bias, empirically_corrected_bias
 from lowbit.network.graph.moments import clipped_normal_moments
 from lowbit.network.insert import activation_quantizers, quantized_layers, weight_quantizer
 from lowbit.quantizers import UniformQuantizer
+from lowbit.spec import Granularity
 from lowbit.testing import tiny
 
 X = torch.randn(128, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -171,6 +172,29 @@ def test_clipped_weights_get_a_narrower_range() -> None:
     scales = [weight_quantizer(m.get_submodule("conv1")).scale.item() for m in (wide, narrow)]  # type: ignore[union-attr]
     assert scales[0] > 10 * scales[1]
     assert scales[1] == pytest.approx(0.5 / 127, rel=1e-3)
+
+
+def test_a_real_offset_puts_levels_from_the_least_weight_to_the_largest() -> None:
+    quantizer = OffsetQuantizer(2)
+    x = torch.tensor([-0.5, 0.05, 0.3, 1.0], requires_grad=True)
+    quantizer.initialize(x)
+    y = quantizer(x)
+    y.sum().backward()
+    assert y.tolist() == pytest.approx([-0.5, 0.0, 0.5, 1.0])
+    assert x.grad is not None and x.grad.tolist() == pytest.approx([1, 1, 1, 1])
+    assert torch.equal(quantizer.encode(x).decode(), y)
+    constant = OffsetQuantizer(2, granularity=Granularity.channel())
+    constant.initialize(torch.full((2, 3), 0.25))
+    assert constant(torch.full((2, 3), 0.25)).unique().tolist() == [0.25]
+
+
+def test_a_network_with_real_offsets_keeps_its_codes_and_function() -> None:
+    model = unbalanced_depthwise()
+    quantized = dfq(model, real_offset=True)
+    for layer in quantized_layers(quantized).values():
+        quantizer = weight_quantizer(layer)
+        assert isinstance(quantizer, OffsetQuantizer)
+    assert sqnr(model, quantized) > sqnr(model, dfq(model)) - 1  # dB; a grid that need not hold 0 has finer steps
 
 
 def test_statistics_give_ranges_and_a_network_without_norms_is_told_by_its_weights() -> None:

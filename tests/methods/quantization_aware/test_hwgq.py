@@ -17,7 +17,6 @@ from lowbit.methods.quantization_aware.hwgq import (
     half_wave_table,
     lloyd_levels,
     positive_levels,
-    quantize_half_wave,
     symmetric_table,
     uniform_levels,
 )
@@ -79,10 +78,28 @@ def test_the_error_is_the_mean_squared_distance_from_the_nearest_level() -> None
 # The quantizer
 
 
+def at_levels(*levels: float, **options: object) -> GaussianQuantizer:
+    """A half-wave quantizer with these positive levels."""
+    quantizer = ready(2, **options)
+    quantizer.unit_levels, quantizer.scale = torch.tensor(levels), torch.tensor(1.0)
+    return quantizer
+
+
+def test_signed_one_bit_inputs_can_be_the_sign_with_the_gradient_of_a_hard_tanh() -> None:
+    x = torch.tensor([-1.5, -1.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
+    method = Hwgq(signed_inputs="sign")
+    y = method.activation_quantizer(Slot("x", nn.Identity(), 1, True, "inner"))(x)
+    y.sum().backward()
+    assert y.tolist() == [-1, -1, 1, 1, 1, 1]
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+    more, unsigned = (method.activation_quantizer(Slot("x", nn.Identity(), *slot, "inner")) for slot in ((2, True), (1, False)))
+    assert isinstance(more, GaussianQuantizer) and more.is_symmetric
+    assert isinstance(unsigned, GaussianQuantizer) and not unsigned.is_symmetric
+
+
 def test_every_positive_value_is_at_least_the_first_level_and_ties_go_down() -> None:
-    levels = torch.tensor([0.5, 1.0, 1.5])
     x = torch.tensor([-3.0, -0.1, 0.0, 1e-30, 0.24, 0.75, 0.76, 1.25, 1.26, 1.5, 99.0])
-    assert quantize_half_wave(x, levels).tolist() == [0, 0, 0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5]
+    assert at_levels(0.5, 1.0, 1.5)(x).tolist() == [0, 0, 0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5]
 
 
 def test_gradients_stop_at_the_largest_level_or_go_on_or_fade() -> None:
@@ -91,7 +108,7 @@ def test_gradients_stop_at_the_largest_level_or_go_on_or_fade() -> None:
     for backward, factors in expected.items():
         values = x.clone().requires_grad_()
         upstream = torch.arange(1.0, 7.0)
-        quantize_half_wave(values, torch.tensor([0.5, 1.0, 1.5]), backward).backward(upstream)  # type: ignore[arg-type]
+        at_levels(0.5, 1.0, 1.5, backward=backward)(values).backward(upstream)
         assert values.grad is not None
         assert values.grad.tolist() == pytest.approx((upstream * torch.tensor(factors, dtype=torch.float)).tolist())
 

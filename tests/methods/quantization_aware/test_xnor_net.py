@@ -17,7 +17,6 @@ from lowbit.methods.quantization_aware.xnor_net import (
     XnorWeightQuantizer,
     centre,
     input_channels,
-    sign_with_zero,
 )
 from lowbit.network import insert
 from lowbit.network.layers import output_channel_axis
@@ -190,8 +189,10 @@ def test_input_signs_pass_gradients_strictly_within_one() -> None:
     assert y.tolist() == [-1, -1, -1, 1, 1, 1, 1]
     assert x.grad is not None and x.grad.tolist() == [0, 0, 3, 4, 5, 0, 0]
     x.grad = None
-    authors = sign_with_zero(x)
+    quantizer = XnorNet(zero_inputs=True).activation_quantizer(slot_of(nn.Linear(1, 1))).train()
+    authors = quantizer(x)
     authors.backward(upstream)
+    assert quantizer.eval()(x).tolist() == [-1, -1, -1, 1, 1, 1, 1]
     assert authors.tolist() == [-1, -1, -1, 0, 1, 1, 1]
     assert x.grad.tolist() == [0, 0, 3, 4, 5, 0, 0]
 

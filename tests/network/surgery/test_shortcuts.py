@@ -16,8 +16,6 @@ from lowbit.network.surgery.shortcuts import (
     ShortcutBlock,
     ShortcutUnit,
     give_shortcuts,
-    pooled_shortcut,
-    shortcut_block,
 )
 
 
@@ -202,20 +200,11 @@ def test_a_child_with_a_name_that_is_needed_is_an_error_and_nothing_is_changed()
     assert str(model) == before
 
 
-def test_a_pooled_shortcut_is_the_identity_where_nothing_changes() -> None:
-    assert isinstance(pooled_shortcut(8, 8, 1), nn.Identity)
-    kinds = [type(layer) for layer in pooled_shortcut(8, 16, 2)]
-    assert kinds == [nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d]
-    assert [type(layer) for layer in pooled_shortcut(8, 16, 1)] == kinds[1:]
-
-
 def test_without_the_branch_a_unit_is_its_shortcut() -> None:
-    block = shortcut_block(8, 8).eval()
-    for unit in block:
-        assert isinstance(unit, ShortcutUnit)
-        nn.init.zeros_(unit.norm.weight)
+    unit = ShortcutUnit(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
+    nn.init.zeros_(unit.norm.weight)
     x = torch.randn(2, 8, 5, 5)
-    assert torch.equal(block(x), x)
+    assert torch.equal(unit(x), x)
 
 
 def test_a_prelu_with_shifts() -> None:

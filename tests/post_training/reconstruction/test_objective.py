@@ -23,10 +23,17 @@ from lowbit.post_training.reconstruction.objective import (  # fmt: skip
     weighted_penalty,
 )
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
-from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
+from lowbit.post_training.reconstruction.unit_data import CacheSpace, CallCache, TensorCache, UnitData
 from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.quantizers import UniformQuantizer
 from lowbit.spec import Granularity
+
+
+def in_memory(x: Tensor) -> TensorCache:
+    """A cache in memory with one sample for each row of ``x``."""
+    cache = TensorCache(x, len(x), len(x), CacheSpace("ram", None))
+    cache.write(0, len(x), x)
+    return cache
 
 
 def rounded(layer: nn.Module, bit_width: int = 2) -> UniformQuantizer:
@@ -42,7 +49,7 @@ def unit(activation: object = None, channel_axis: int = 1) -> PlannedUnit:
 
 
 def data_of(inputs: Tensor, target: Tensor, gradient: Tensor | None = None) -> UnitData:
-    return UnitData(CallCache.of(TensorCache.of(inputs)), TensorCache.of(target), None if gradient is None else TensorCache.of(gradient))
+    return UnitData(CallCache.of(in_memory(inputs)), in_memory(target), None if gradient is None else in_memory(gradient))
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.measure.outputs import output_tensor
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
 from lowbit.options import Above
-from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat import Classification, OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
+from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.registry import MethodInfo, register
@@ -137,6 +139,7 @@ class BinaryConnect(TrainingMethod):
         evaluation: ``binary``, or ``real`` weights, which the authors use after stochastic training; such a network has no codes to write.
         limit: ``H``, the size of binary weights and the bound of real ones; ``glorot``: ``sqrt(1.5 / (fan_in + fan_out))`` of the layer.
         learning_rate_scale: Factor of each step of the weights; ``glorot``: the inverse of that.
+        squared_hinge: Train on the paper's squared hinge of labels in place of the task's loss.
     """
 
     ends = "same"
@@ -145,6 +148,7 @@ class BinaryConnect(TrainingMethod):
     evaluation: Evaluation = "binary"
     limit: Annotated[float | Literal["glorot"], Above(0)] = 1.0
     learning_rate_scale: Annotated[float | Literal["glorot"], Above(0)] = "glorot"
+    squared_hinge: bool = False
 
     def default_recipe(self) -> Recipe:
         """CIFAR-10: from 3e-3 down to 2e-6, by the same factor after each epoch."""
@@ -183,6 +187,16 @@ class BinaryConnect(TrainingMethod):
     def step_scale(self, layer: nn.Module) -> float:
         """The factor of the steps of a layer's weight."""
         return self.glorot(layer)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
+
+    def loss(self, run: TrainRun, batch: Batch) -> Tensor:
+        """The squared hinge of labels where that is asked for."""
+        if not self.squared_hinge:
+            return super().loss(run, batch)
+        if not isinstance(run.task, Classification):
+            raise SpecError(f"binary_connect: squared_hinge needs class labels, which {type(run.task).__name__} has none of; leave it out")
+        scores = output_tensor(run.task.predict(run.model if run.wrapped is None else run.wrapped, batch))
+        targets = torch.full_like(scores, -1).scatter(1, run.task.tensor_target(batch).unsqueeze(1), 1)
+        return squared_hinge(scores, targets) + run.penalty()
 
     def after_backward(self, run: TrainRun) -> None:
         """Keep the weights that the optimizer starts from."""

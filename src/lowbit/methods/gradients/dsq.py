@@ -20,7 +20,7 @@ from lowbit.errors import SpecError
 from lowbit.options import AtLeast, Interval
 from lowbit.qat import Slot, TrainingMethod
 from lowbit.quantizers import Quantizer
-from lowbit.quantizers.affine import affine_parameters, fake_quantize
+from lowbit.quantizers.affine import affine_parameters
 from lowbit.quantizers.grid import Grid, GridQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
@@ -32,14 +32,6 @@ SMALLEST_WIDTH = 1e-4
 WEIGHT_SPREAD = 2.6  # standard deviations
 OBSERVER_MOMENTUM = 0.9  # of activation ranges that follow the data
 LEARNED_ALPHA, FIXED_ALPHA = 0.2, 0.4
-
-
-def soft_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, alpha: float) -> Tensor:
-    """A fixed affine grid with the soft gradient of fixed sharpness ``alpha``; the form of the authors' later toolkit.
-
-    Forward: ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``. Backward: that of ``SoftTanh``.
-    """
-    return fake_quantize(x, scale, zero_point, qmin, qmax, SoftTanh(alpha, is_learned=False).to(x.device))
 
 
 def spread_range(rows: Tensor, spread: float) -> tuple[Tensor, Tensor]:
@@ -209,8 +201,16 @@ class ObservedDsqQuantizer(GridQuantizer):
 
     def _set_range(self, lower: Tensor, upper: Tensor) -> None:
         scale, zero_point = affine_parameters(lower, upper, self.qmin, self.qmax, symmetric=False)
-        new = {"running_lower": lower, "running_upper": upper, "scale": scale, "zero_point": zero_point}
-        for name, value in new.items():
+        self._put(running_lower=lower, running_upper=upper)
+        self.set_parameters(scale, zero_point)
+
+    @torch.no_grad()
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take this grid; both must broadcast with ``granularity.broadcast(x)``."""
+        self._put(scale=scale, zero_point=zero_point)
+
+    def _put(self, **tables: Tensor) -> None:
+        for name, value in tables.items():
             current = self.get_buffer(name)
             if current.shape == value.shape:
                 current.copy_(value)

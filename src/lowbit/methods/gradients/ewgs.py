@@ -31,12 +31,6 @@ HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |N(0, 1)|, as 
 Probes = Callable[[int, int, torch.Size], Iterable[Tensor]]
 
 
-def discretize(x: Tensor, levels: int, delta: float) -> Tensor:
-    """``round(x (levels - 1)) / (levels - 1)`` for ``x`` in ``[0, 1]``; backward ``g (1 + delta sign(g) (x - q))``. Source: Eq. 4."""
-    code: Tensor = ElementwiseGradientScaling(delta)(x * (levels - 1), 0, levels - 1)
-    return code / (levels - 1)
-
-
 class EwgsWeight(NormalizedQuantizer):
     """Weights as ``(2 q - 1) |output_scale|``; the interval starts at three standard deviations."""
 

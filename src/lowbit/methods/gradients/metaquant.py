@@ -246,7 +246,7 @@ class MetaQuantizer(TableQuantizer):
             gradient_scale: The factor that is in the gradients, which may have made them infinite.
             reduce_mean: Averages over processes. One whose layer rested takes part without a gradient of its own.
         """
-        captured, preprocessed = self._captured, self._preprocessed
+        captured, preprocessed = self.captured, self._preprocessed
         if captured is None or preprocessed is None:
             captured, preprocessed = torch.zeros_like(weight, dtype=torch.float32), self.preprocess(self.look_ahead(weight.float()))
         pending = self.pending

@@ -29,6 +29,7 @@ from lowbit.quantizers.codebook import nearest_level
 from lowbit.quantizers.qtensor import BinaryDecoder, CodebookDecoder, QTensor
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import BitPolicy, Granularity, LayerBits
+from lowbit.surrogates import pass_gradient
 
 Kind = Literal["binary", "ternary", "mean", "median"]
 REFINEMENTS = 3  # rounds of the alternating quantizer
@@ -80,7 +81,7 @@ def prox_mean(weight: Tensor, bit_width: int, strength: float, *, by_row: bool =
 
 @dataclass(frozen=True)
 class BitPlanes:
-    """``values = sum_i alphas[:, i] planes[i]`` with planes of -1 and 1; ``alphas`` has one row, or one for each row of the matrix."""
+    """``values = norm_rate * sum_i alphas[:, i] planes[i]``, planes of -1 and 1; ``alphas`` has one row, or one for each row of the matrix."""
 
     values: Tensor
     alphas: Tensor
@@ -116,7 +117,7 @@ def alternating(weight: Tensor, bit_width: int, *, by_row: bool = True, rounds: 
         bit_width: Number of planes.
         by_row: Magnitudes for each row; else for the whole matrix.
         rounds: 1 is the greedy start alone.
-        norm_rate: Multiplies the values.
+        norm_rate: Multiplies the values, and leaves the magnitudes as they are.
 
     Source: section 4.2; Xu et al. 2018, "Alternating Multi-bit Quantization for Recurrent Neural Networks".
     """
@@ -130,7 +131,7 @@ def alternating(weight: Tensor, bit_width: int, *, by_row: bool = True, rounds: 
         alpha = _least_squares(weight, plane, alpha, by_row).abs().sort(dim=1, descending=True).values
         plane = _assign(weight, alpha, greedy=bit_width <= (3 if by_row else 4))
     values = torch.einsum("kij,ik->ij", plane, alpha.expand(len(weight), -1))
-    return BitPlanes(values * norm_rate, alpha * norm_rate, plane)
+    return BitPlanes(values * norm_rate, alpha, plane)
 
 
 def _least_squares(weight: Tensor, planes: Tensor, alphas: Tensor, by_row: bool) -> Tensor:
@@ -182,8 +183,9 @@ def _sums(alphas: Tensor) -> tuple[Tensor, Tensor]:
 class ProxQuantizer(TableQuantizer):
     """Passes weights through in training; hard-quantized values in evaluation.
 
-    Forward, in training: ``x``. In evaluation: ``+-1`` (``binary``), three values (``ternary``), sums of bit planes (``mean``: by the
-    alternating quantizer, ``median``: by the greedy one); after ``freeze`` the nearest of the levels found then. Backward: 1.
+    Forward, in training: ``x``, or while ``lazy_strength`` is a number, ``x`` after the proximal map of that strength. In evaluation:
+    ``+-1`` (``binary``), three values (``ternary``), sums of bit planes (``mean``: by the alternating quantizer, ``median``: by the greedy
+    one); after ``freeze`` the nearest of the levels found then. Backward: 1.
 
     Args:
         bit_width: 1 for ``binary``, 2 for ``ternary``, else the number of planes.
@@ -200,6 +202,7 @@ class ProxQuantizer(TableQuantizer):
         self.kind: Kind = kind
         self.levels: Tensor  # [rows, 2**bit_width] once frozen
         self._set_table("levels", torch.empty(0))
+        self.lazy_strength: float | None = None
 
     @property
     def bit_widths(self) -> Sequence[int]:
@@ -213,6 +216,8 @@ class ProxQuantizer(TableQuantizer):
         self._set_table("levels", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.lazy_strength is not None:
+            return pass_gradient(x, self.proximal(x.detach(), self.lazy_strength))
         return x if self.training else self.encode(x).decode().to(x.dtype)
 
     def proximal(self, x: Tensor, strength: float) -> Tensor:
@@ -266,11 +271,6 @@ class ProxQuantizer(TableQuantizer):
         )
 
 
-def lazy_step(weight: Tensor, gradient: Tensor, learning_rate: float) -> Tensor:
-    """The lazy counterpart (BinaryConnect): the gradient at the projected point moves the stored weight, clipped to ``[-1, 1]``."""
-    return (weight - learning_rate * gradient).clamp(-1, 1)
-
-
 @register(
     MethodInfo(
         name="proxquant",
@@ -303,6 +303,8 @@ class ProxQuant(TrainingMethod):
             Adam at 0.01.
         frozen_share: Share of the epochs that train the rest of the network with the quantized weights frozen.
         freeze_epoch: Freeze after so many epochs, whatever the share.
+        lazy: Let the proximal map move what the forward pass sees and not the stored weights, which are only clipped to ``[-1, 1]``: the
+            paper's lazy counterpart, which is BinaryConnect where the map reaches the sign.
         renew_optimizer: Start the optimizer's averages anew in every epoch, as the authors' program does.
     """
 
@@ -312,6 +314,7 @@ class ProxQuant(TrainingMethod):
     reg_rate: Annotated[float | None, AtLeast(0)] = None
     frozen_share: Annotated[float, Interval(0, 1, closed="left")] = 1 / 3
     freeze_epoch: Annotated[int | None, AtLeast(1)] = None
+    lazy: bool = False
     renew_optimizer: bool = False
 
     def default_policy(self, bits: LayerBits) -> BitPolicy:
@@ -348,13 +351,19 @@ class ProxQuant(TrainingMethod):
     def start_phase(self, run: TrainRun) -> None:
         if run.phase.name == "frozen":
             for weight, quantizer in self._weights(run):
+                quantizer.lazy_strength = None
                 weight.copy_(quantizer.freeze(weight))
+
+    def before_step(self, run: TrainRun) -> None:
+        if self.lazy and run.phase.name == "prox":
+            for _, quantizer in self._weights(run):
+                quantizer.lazy_strength = self.strength(run, quantizer.kind)
 
     @torch.no_grad()
     def after_step(self, run: TrainRun) -> None:
         if run.phase.name == "prox":
-            for weight, quantizer in self._weights(run):
-                weight.copy_(quantizer.proximal(weight, self.strength(run, quantizer.kind)))
+            for weight, quantizer in self._weights(run):  # without strength the map is the clipping alone
+                weight.copy_(quantizer.proximal(weight, 0.0 if self.lazy else self.strength(run, quantizer.kind)))
 
     def strength(self, run: TrainRun, kind: Kind) -> float:
         """The strength of the present step's proximal map: ``k / (1 + .. + n)`` of the whole pull in the ``k``-th of ``n`` steps.

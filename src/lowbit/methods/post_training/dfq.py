@@ -43,10 +43,11 @@ from lowbit.network.surgery.equalize import (
 from lowbit.options import Above, Finite
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.post_training.reconstruction.unit_data import call_of
-from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers import Grid, GridQuantizer, Quantizer, UniformQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
+from lowbit.surrogates import straight_through
 
 Absorb = Literal["all", "unpadded", "none"]
 Cover = Literal["pairs", "sets"]
@@ -79,6 +80,36 @@ def empirically_corrected_bias(bias: Tensor, float_mean: Tensor, quantized_mean:
 def channel_mean(x: Tensor, axis: int = 1) -> Tensor:
     """Mean over everything but the channels along ``axis``, float64."""
     return x.detach().double().movedim(axis, 0).flatten(1).mean(1)
+
+
+class OffsetQuantizer(GridQuantizer):
+    """Levels evenly spaced from the least value to the largest: 0 need not be one of them.
+
+    Forward: ``clamp(round((x - lower) / step), 0, 2**k - 1) * step + lower``. Backward: 1 everywhere.
+
+    Args:
+        bit_width: 1 to 8.
+        granularity: Which elements share a grid.
+    """
+
+    tables = ("lower", "step")
+
+    def __init__(self, bit_width: int, *, granularity: Granularity | None = None) -> None:
+        super().__init__(bit_width, 0, 2**bit_width - 1, granularity=granularity, surrogate=straight_through)
+        self.lower: Tensor
+        self.step: Tensor
+
+    def initialize(self, x: Tensor) -> None:
+        """The range of ``x``; one of no width gets the width 1."""
+        rows = self.granularity.flatten(x.detach().float())
+        lower, width = rows.amin(1), rows.amax(1) - rows.amin(1)
+        step = torch.where(width > 0, width, torch.ones_like(width)) / self.qmax
+        shape = self.granularity.scale_shape(x)
+        self._set_table("lower", lower.reshape(shape))
+        self._set_table("step", step.reshape(shape))
+
+    def grid(self, x: Tensor) -> Grid:
+        return Grid(self.lower, self.step, self.step, -self.lower / self.step)
 
 
 # Steps on a network, which other methods take too
@@ -298,6 +329,8 @@ class Dfq(PostTrainingMethod):
             added between), ``none``.
         bias_correction: ``analytic`` from statistics, ``empirical`` on calibration data, ``none``.
         shift_statistics: Let the analytic correction move the stored mean of the layer's output, as an independent program does.
+        real_offset: Let weight grids start at the least weight itself, so that 0 need not be a level, as in the same program; whatever
+            ``symmetric_weights``.
         weight_clip: Clip weights at plus and minus this value before their range is chosen (15 in the paper's comparison).
         activation_ranges: ``statistics``, ``data``, or ``auto``: data where there is any.
         n_sigma: Activation ranges from statistics reach that many deviations.
@@ -315,6 +348,7 @@ class Dfq(PostTrainingMethod):
     absorb_bias: Literal["all", "unpadded", "none"] = "unpadded"
     bias_correction: Literal["analytic", "empirical", "none"] = "analytic"
     shift_statistics: bool = False
+    real_offset: bool = False
     weight_clip: Annotated[float | None, Above(0)] = None
     activation_ranges: Literal["auto", "statistics", "data"] = "auto"
     n_sigma: Annotated[float, Above(0)] = 6.0
@@ -325,8 +359,10 @@ class Dfq(PostTrainingMethod):
         check_input_range("dfq", self.input_range)
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        """Symmetric or affine codes, signed."""
+        """Symmetric or affine codes, signed; with a real offset unsigned."""
         granularity = Granularity.parse(self.weight_granularity, slot.channel_axis)
+        if self.real_offset:
+            return OffsetQuantizer(slot.bit_width, granularity=granularity)
         observer = make_observer(self.weight_observer, granularity)
         return UniformQuantizer(slot.bit_width, signed=True, symmetric=self.symmetric_weights, granularity=granularity, observer=observer)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowbit.errors import SpecError
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
-from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer
+from lowbit.quantizers import CodebookDecoder, QTensor, Quantizer, ScaledSignQuantizer, SignQuantizer
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import count_below, mark_codebook
 from lowbit.registry import MethodInfo, register
@@ -203,24 +203,6 @@ def gradient_factor(x: Tensor, largest: Tensor, scale: Tensor, backward: Backwar
     return passes / (1 + (size - largest).clamp(min=0) / scale)
 
 
-def quantize_half_wave(x: Tensor, positive: Tensor, backward: Backward = "clipped") -> Tensor:
-    """Forward: the half-wave quantizer with these positive levels. Backward: ``gradient_factor``.
-
-    Args:
-        x: Activations of any shape.
-        positive: Ascending levels, ``[m]``.
-        backward: ``clipped``, ``vanilla`` or ``log_tailed``.
-
-    Returns:
-        Shaped like ``x``; 0 or one of the levels.
-
-    Source: section 4.
-    """
-    boundaries, levels = half_wave_table(positive)
-    factor = gradient_factor(x.detach(), positive[-1], torch.ones_like(positive[-1]), backward)
-    return pass_gradient(x * factor, levels[count_below(x.detach(), boundaries)])
-
-
 class GaussianQuantizer(TableQuantizer):
     """Fixed levels, optimal for a Gaussian or its positive half, times ``scale``.
 
@@ -325,8 +307,9 @@ class Hwgq(TrainingMethod):
         levels: ``uniform``, ``non_uniform``, or for 2 bits ``authors`` (0.538, 1.076, 1.614) or ``authors_non_uniform`` (0.453, 1.51).
         input_scale: ``measured`` (levels times the standard deviation in the first batch) or ``unit`` (as in the paper, for inputs
             from a batch norm without scale and shift).
-        signed_inputs: Where inputs can be negative, ``symmetric`` (levels on both sides of 0) or ``rectify`` (negative values become 0,
-            as in the paper, whose quantizer is also the activation function).
+        signed_inputs: Where inputs can be negative, ``symmetric`` (levels on both sides of 0), ``rectify`` (negative values become 0,
+            as in the paper, whose quantizer is also the activation function), or ``sign`` (1 bit is -1 and 1 with the gradient of a hard
+            tanh, which the paper compares with; more bits are symmetric).
         weight_scale: Multiply the signs of a filter by its mean magnitude.
     """
 
@@ -335,7 +318,7 @@ class Hwgq(TrainingMethod):
     backward: Backward = "clipped"
     levels: Levels = "uniform"
     input_scale: Literal["measured", "unit"] = "measured"
-    signed_inputs: Literal["symmetric", "rectify"] = "symmetric"
+    signed_inputs: Literal["symmetric", "rectify", "sign"] = "symmetric"
     weight_scale: bool = True
 
     def default_recipe(self) -> Recipe:
@@ -346,9 +329,11 @@ class Hwgq(TrainingMethod):
         return ScaledSignQuantizer(granularity=Granularity.channel(slot.channel_axis), has_scale=self.weight_scale)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
+        if slot.is_signed and slot.bit_width == 1 and self.signed_inputs == "sign":
+            return SignQuantizer(is_closed=True)
         return GaussianQuantizer(
             slot.bit_width,
-            is_symmetric=slot.is_signed and self.signed_inputs == "symmetric",
+            is_symmetric=slot.is_signed and self.signed_inputs != "rectify",
             levels=self.levels,
             backward=self.backward,
             has_unit_scale=self.input_scale == "unit",

@@ -9,7 +9,7 @@ Deviations:
     The gradient of the weights follows the chain rule (``corrected``); the paper's lacks a sum. Weights are centred and clamped as in
     the authors' program, right after each step instead of before it, so that a network is at all times the one that the next step
     trains. A layer with one input channel per group (depthwise) is not centred: that would leave nothing of it.
-    Zero counts as positive, which the authors' ``sign(0) = 0`` cannot be stored in one bit (``sign_with_zero`` has theirs).
+    Zero counts as positive, which the authors' ``sign(0) = 0`` cannot be stored in one bit (``zero_inputs`` trains with theirs).
     The paper's block is norm, sign, convolution, pooling. Changing the order of a network's blocks takes knowledge of the network,
     but their first half can be put in front of any layer: where inputs are never negative (behind a ReLU their signs would all be
     equal), ``input_norm`` inserts the norm before the sign; what stood there before stays.
@@ -94,7 +94,20 @@ def weight_proxy(weight: Tensor, scale: Tensor, size: int, gradient: WeightGradi
 
 def sign_with_zero(x: Tensor) -> Tensor:
     """The authors' binary input, which has a third value: ``sign(x)`` with ``sign(0) = 0``. Backward: 1 where ``|x| < 1``, else 0."""
-    return pass_gradient(SignQuantizer().proxy(x), x.detach().sign())
+    return pass_gradient(x * (x.detach().abs() < 1), x.detach().sign())
+
+
+class XnorActivation(SignQuantizer):
+    """The sign of inputs; in training with ``has_zero`` the authors' sign, in which 0 stays 0."""
+
+    def __init__(self, *, has_zero: bool = False) -> None:
+        super().__init__()
+        self.has_zero = has_zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.has_zero and self.training and self.surrogate is None:
+            return sign_with_zero(x.float()).to(x.dtype)
+        return super().forward(x)
 
 
 class XnorWeightQuantizer(ScaledSignQuantizer):
@@ -227,6 +240,7 @@ class XnorNet(TrainingMethod):
         input_scaling_gradient: Let gradients pass through K.
         input_norm: Put a batch norm before the sign: ``unsigned`` (where inputs are never negative), ``always`` or ``never``.
         norm_epsilon: Of that norm.
+        zero_inputs: Let inputs of exactly 0 stay 0 in training, as in the authors' program; elsewhere 0 counts as positive.
     """
 
     ends = "float"
@@ -241,6 +255,7 @@ class XnorNet(TrainingMethod):
     input_scaling_gradient: bool = True
     input_norm: NormPlaces = "unsigned"
     norm_epsilon: Annotated[float, Above(0)] = 1e-4
+    zero_inputs: bool = False
 
     def default_recipe(self) -> Recipe:
         """Network in network on CIFAR-10, in the PyTorch port."""
@@ -257,7 +272,7 @@ class XnorNet(TrainingMethod):
         )
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return SignQuantizer()
+        return XnorActivation(has_zero=self.zero_inputs)
 
     def attach(self, job: QatJob) -> None:
         def activation_quantizer(slot: Slot) -> Quantizer:

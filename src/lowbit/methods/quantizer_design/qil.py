@@ -210,10 +210,6 @@ class QilActivation(IntervalQuantizer):
         if self.is_signed:  # from the end of the magnitudes to its mirror image
             self.set_interval(torch.zeros_like(self.center), self.center.detach() + self.distance.detach())
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The activations before rounding, in ``[0, 1]``."""
-        return transform_magnitudes(x, *self.interval(x))
-
     def grid(self, x: Tensor) -> Grid:
         center, distance = self.interval(x)
         factor = 2 if self.is_signed else 1

@@ -49,14 +49,6 @@ def average(x: Tensor, stride: int) -> Tensor:
     return functional.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
 
 
-def pooled_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity where nothing changes; else average pool, 1x1 convolution in float and batch norm. Source: Bi-Real Net, section 3.2."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    pool = [nn.AvgPool2d(stride)] if stride > 1 else []
-    return nn.Sequential(*pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
-
-
 class ShortcutUnit(nn.Module):
     """``activation(norm(conv(x)) + shortcut(x))``: one convolution with a shortcut of its own.
 
@@ -99,38 +91,6 @@ class ShiftedPReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.prelu(x + self.shift_in) + self.shift_out
         return out
-
-
-def shortcut_block(
-    in_channels: int,
-    out_channels: int,
-    stride: int = 1,
-    *,
-    shortcut: Callable[[int, int, int], nn.Module] = pooled_shortcut,
-    activation: Callable[[], nn.Module] | None = None,
-    convolutions: int = 2,
-) -> nn.Sequential:
-    """``convolutions`` 3x3 convolutions with batch norm, each with a shortcut; the first one changes the shape.
-
-    Args:
-        in_channels, out_channels, stride: Of the first convolution.
-        shortcut: ``shortcut(in_channels, out_channels, stride)`` makes the first shortcut, if the shape changes.
-        activation: Makes what follows each sum.
-        convolutions: How many.
-    """
-    units = []
-    for index in range(convolutions):
-        channels, step = (in_channels, stride) if index == 0 else (out_channels, 1)
-        changes = channels != out_channels or step != 1
-        units.append(
-            ShortcutUnit(
-                nn.Conv2d(channels, out_channels, 3, step, 1, bias=False),
-                nn.BatchNorm2d(out_channels),
-                shortcut(channels, out_channels, step) if changes else None,
-                activation() if activation else None,
-            )
-        )
-    return nn.Sequential(*units)
 
 
 class ShortcutBlock(nn.Module):

@@ -100,13 +100,6 @@ class TensorCache:
         kept = _last(first).shape[1:] if self._is_image else first.shape[1:]
         self._data, self._path = space.allocate((samples, self.rows, *kept), first.dtype)
 
-    @staticmethod
-    def of(x: Tensor) -> TensorCache:
-        """A cache in memory with one sample for each row of ``x``."""
-        cache = TensorCache(x, len(x), len(x), CacheSpace("ram", None))
-        cache.write(0, len(x), x)
-        return cache
-
     @property
     def samples(self) -> int:
         """How many samples it holds."""

@@ -1,0 +1,154 @@
+"""Which functions of lowbit run when users work with a method, and which of them an adapter calls itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.errors import LowbitError
+from lowbit.models.loading import load_model
+from lowbit.network.insert import bake_weights
+from lowbit.options import settings_of
+from lowbit.qat import OptimizerSpec, Recipe
+from lowbit.registry import MethodInfo, get_method
+from lowbit.spec import BitPolicy
+from lowbit.testing import post_training
+
+SOURCE = str(Path(lowbit.__file__).parent)
+NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
+STEPS, BATCH = 2, 8
+MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch something on, and choices that belong together
+    "bi_real_net": [{"pretraining": 0.5, "retrain_norms": 1}],
+    "dorefa": [{"gradient_bits": 6}],
+    "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
+    "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
+    "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
+    "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
+}
+
+
+def _name(code: CodeType) -> str:
+    return f"{Path(code.co_filename).relative_to(SOURCE)}:{code.co_qualname}"
+
+
+@contextlib.contextmanager
+def _watching(is_meant: Callable[[FrameType], bool]) -> Iterator[set[str]]:
+    """Collect the functions of lowbit that are called within, of those frames that ``is_meant`` says yes to."""
+    found: dict[int, CodeType] = {}
+    names: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and id(code) not in found and code.co_filename.startswith(SOURCE) and is_meant(frame):
+            found[id(code)] = code
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield names
+    finally:
+        sys.setprofile(before)
+        names.update(_name(code) for code in found.values())
+
+
+def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
+    """The functions of lowbit that ``work`` calls from the file ``adapter``, with nothing of lowbit in between.
+
+    Backward passes count as autograd's; their forward passes are held to the law.
+    """
+
+    def is_direct(frame: FrameType) -> bool:
+        caller = None if frame.f_code.co_name == "backward" else frame.f_back
+        while caller is not None:
+            if caller.f_code.co_filename == str(adapter):
+                return True
+            if caller.f_code.co_filename.startswith(SOURCE):
+                return False
+            caller = caller.f_back
+        return False
+
+    with _watching(is_direct) as found:
+        work()
+    return found
+
+
+def variants(info: MethodInfo) -> Iterator[dict[str, object]]:
+    """Each choice other than the default of each of its options, one at a time."""
+    assert info.method is not None
+    for name, setting in settings_of(info.method).items():
+        kinds = [setting.type, *typing.get_args(setting.type)]
+        choices = [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+        if setting.type is bool:
+            choices = [not setting.default]
+        if name == "weight_granularity":
+            choices = ["per_tensor", "per_channel", "group:4"]
+        yield from ({name: choice} for choice in choices if choice != setting.default)
+
+
+@functools.cache
+def _network(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    width, pixels = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load_model(name, num_classes=4, in_channels=3, width=width)
+        return model, (torch.randn(STEPS * BATCH, 3, pixels, pixels), torch.arange(STEPS * BATCH) % 4)
+
+
+def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, object]) -> nn.Module:
+    model, data = _network(network)
+    if info.kind == "post_training":
+        return lowbit.quantize(model, method=info.name, policy=policy, calibration=data[0], **{**post_training.budget(info.name, 4), **options})
+    recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
+    teacher = model if "teacher" in info.needs else None
+    return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
+
+
+def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
+    """One step in a loop of the user's own, as the documentation writes it."""
+    model, data = _network("resnet8")
+    qat = lowbit.prepare(model, method=info.name, policy=policy, sample=data[0]).train()
+    run = lowbit.training(qat, steps_per_epoch=1, epochs=4)
+    optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.01))
+    run.before_step(optimizer)
+    run.loss(data).backward()
+    run.after_backward()
+    optimizer.step()
+    run.after_step()
+
+
+def _nearest(wanted: int, supported: range) -> int:
+    return wanted if wanted in supported else supported[0]
+
+
+@functools.cache
+def reached_by_users(name: str) -> frozenset[str]:
+    """The functions that run when networks are built, quantized or trained by the method, and baked for export, over its bits and options."""
+    info = get_method(name)
+    few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
+    lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
+    more = {"mobilenet_v2_small": "graph" in info.needs, "reactnet_a": info.section == "binary"}
+    with _watching(lambda _: True) as found:
+        for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
+            _network.__wrapped__(network)
+            bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
+        if info.kind == "training":
+            _own_loop(info, BitPolicy.uniform(few[0], few[1]))
+        for bits in {1, 2, 3, 4, 8} - {few[0]}:
+            with contextlib.suppress(LowbitError):
+                _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
+        asked = [(options, (lowest, few)) for options in variants(info)] + [(options, (few,)) for options in MORE_OPTIONS.get(name, [])]
+        for options, widths in asked:
+            for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
+                with contextlib.suppress(LowbitError):
+                    _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
+                    break
+    return frozenset(found)
