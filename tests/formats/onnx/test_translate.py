@@ -12,7 +12,7 @@ import onnxruntime
 
 from lowbit.formats.onnx.translate import DOMAIN, INT4_OPSET, OPSET, QUANTIZE, translate
 from lowbit.formats.program.program import export_program
-from lowbit.quantizers.ops import fake_quantize_affine, input_scale, marked_input_scale
+from lowbit.quantizers.ops import input_scale, mark_affine, mark_input_scale
 
 
 class Of(nn.Module):
@@ -47,13 +47,13 @@ def test_input_scaling_becomes_operators_of_onnx(
     shape: tuple[int, ...], window: tuple[list[int], list[int], list[int], list[int], int]
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    model = translate(export_program(Of(lambda _, x: marked_input_scale(x, *window)), x))
+    model = translate(export_program(Of(lambda _, x: mark_input_scale(x, *window)), x))
     assert {node.op_type for node in model.graph} <= {"Abs", "ReduceMean", "Conv", "Constant"}
     torch.testing.assert_close(answers(model, x), input_scale(x, *window), rtol=1e-5, atol=1e-6)
 
 
 def test_a_quantizer_is_one_node_whose_lower_end_is_that_of_code_0() -> None:
-    program = export_program(Of(lambda m, x: fake_quantize_affine(x.relu(), m.scale, m.zero, 0, 7)), torch.randn(2, 3))
+    program = export_program(Of(lambda m, x: mark_affine(x.relu(), m.scale, m.zero, 0, 7)), torch.randn(2, 3))
     (node,) = (node for node in translate(program).graph if node.domain == DOMAIN)
     assert (node.op_type, node.attributes["qmin"].as_int(), node.attributes["qmax"].as_int()) == (QUANTIZE, 0, 7)
     constants = [value.const_value.numpy().item() for value in node.inputs[1:]]

@@ -27,8 +27,10 @@ def test_files_written_before_load_and_answer_the_same(name: str) -> None:
 @torch.no_grad()
 def test_input_scaling_in_single_operators_is_computed_beside_the_layer() -> None:
     fast = lowbit.load(FILES / "xnor_net_input_scaling.lowbit", kernels=True)
-    kernels = {layer.name: (layer.kernel, layer.fused) for layer in fast.report.layers}  # type: ignore[attr-defined]
-    assert kernels["3"] == ("binary", ())
+    layers = {layer.name: layer for layer in fast.report.layers}  # type: ignore[attr-defined]
+    assert [layers[name].kernel for name in ("3", "6", "9")] == ["binary"] * 3
+    assert not any("input scaling" in layer.fused for layer in layers.values())
+    assert sum(node.operator == "aten.conv2d.default" for node in fast.packed_graph.nodes) == 2  # K of layers 3 and 6
 
 
 @torch.no_grad()

@@ -17,19 +17,9 @@ LAYER, WINDOW, EPILOGUE = sign_layer(torch.ones(4, 3, 1, 1)), Window((1, 1)), Ep
 
 def test_parts_are_flattened_to_the_parameters_of_the_schema_with_defaults_last() -> None:
     names = list(binary_conv2d.signature.parameters)
-    assert names[:9] == ["x", "words", "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "scale"]
-    assert names[9:] == [
-        "mask",
-        "threshold",
-        "flip",
-        "pad_value",
-        "bias",
-        "residual",
-        "input_scaling",
-        "activation",
-        "out_threshold",
-        "out_flip",
-    ]
+    assert names[:8] == ["x", "words", "in_channels", "kernel_size", "stride", "padding", "dilation", "scale"]
+    assert names[8:13] == ["mask", "threshold", "flip", "groups", "pad_value"]
+    assert names[13:] == ["bias", "residual", "input_scaling", "activation", "out_threshold", "out_flip"]
     schema = torch.ops.lowbit.binary_conv2d.default._schema
     assert [argument.name for argument in schema.arguments] == names
 
@@ -37,7 +27,7 @@ def test_parts_are_flattened_to_the_parameters_of_the_schema_with_defaults_last(
 def test_flat_arguments_leave_out_defaults_and_are_rebuilt_to_equal_parts() -> None:
     x = torch.zeros(1, 3, 2, 2)
     flat = binary_conv2d.flatten(x, LAYER, WINDOW, EPILOGUE)
-    assert set(flat) == {"x", "words", "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "scale"}
+    assert set(flat) == {"x", "words", "in_channels", "kernel_size", "stride", "padding", "dilation", "scale"}
     again = binary_conv2d.rebuild(**flat)
     assert again[0] is x
     assert again[2] == WINDOW
