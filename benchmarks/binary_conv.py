@@ -19,6 +19,7 @@ What can be reached depends on the processor. A core with VPOPCNTDQ does 341 pro
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -39,6 +40,7 @@ from lowbit.runtime.arguments import Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.compiled import VARIABLE
 from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.binary import binary_conv2d, compiled_loops, pack_conv_weight
+from lowbit.runtime.layers.operator import LayerCall
 from lowbit.runtime.layers.prepared import PreparedLayer
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,8 +65,7 @@ def convolutions(x: Tensor, weight: Tensor, folder: Path) -> dict[str, Callable[
     epilogue = Epilogue(torch.ones(len(weight)))
     calls_of = {name: binary_conv2d.flatten(x_last, layer_of(w), WINDOW, epilogue) for name, w in (("binary", signs), ("ternary", ternary))}
     calls = {
-        "binary": lambda: binary_conv2d.flat(**calls_of["binary"]),
-        "ternary": lambda: binary_conv2d.flat(**calls_of["ternary"]),
+        **{name: functools.partial(LayerCall(binary_conv2d), **arguments) for name, arguments in calls_of.items()},
         **core_loop(x_last, layer_of(signs)),
         "torch float32": lambda: layer(x),
         "torch float32 channels-last": lambda: last(x_last),

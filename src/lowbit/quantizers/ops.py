@@ -84,5 +84,5 @@ def input_scale(
     return convolve(mean, kernel, None, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-marked_input_scale = torch.library.custom_op("lowbit::input_scale", input_scale, mutates_args=())
-marked_input_scale.register_fake(input_scale)
+mark_input_scale = torch.library.custom_op("lowbit::input_scale", input_scale, mutates_args=())
+mark_input_scale.register_fake(input_scale)

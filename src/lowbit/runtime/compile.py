@@ -5,7 +5,7 @@ It works on the graph of a packed file, so that a trained network and one that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
@@ -16,10 +16,12 @@ from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.formats.packed.file import Package, package
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.program.calls import OperatorCall
+from lowbit.formats.program.operators import Function, find_operator
 from lowbit.formats.program.program import export_program
 from lowbit.network.record import record_of
 from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.binary import compiled_loops
+from lowbit.runtime.layers.operator import LayerCall
 from lowbit.runtime.lowering.convert import OPERATORS, Conversion, LayerPath, WeightOnly
 from lowbit.runtime.pieces import LARGEST_BYTES, Shape, images_are_apart
 
@@ -74,6 +76,9 @@ class RuntimeNetwork(PackedNetwork):
             why = "the kernels could not be compiled, so the reference runs"
         self.report = RuntimeReport(target.name, why, tuple(conversion.paths))
         self.source = content
+        self.packed_layers = {
+            node.name: LayerCall(OPERATORS[node.operator]) for node in self.packed_graph.nodes if node.operator in OPERATORS
+        }
         self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece of a batch of images of these shapes
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
@@ -128,12 +133,14 @@ class RuntimeNetwork(PackedNetwork):
             "weight_only='int8' or 'float'."
         )
 
-    def function_of(self, operator: str) -> Callable[..., object]:
+    def functions(self) -> list[Function]:
         """The runtime's operators beside those of packed files."""
-        found = OPERATORS.get(operator)
-        if found is None:
-            return super().function_of(operator)
-        return found.overload if torch.compiler.is_compiling() or torch.compiler.is_exporting() else found.flat
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return [
+                OPERATORS[call.node.operator].overload if call.node.name in self.packed_layers else find_operator(call.node.operator)
+                for call in self.packed_calls
+            ]
+        return [self.packed_layers.get(call.node.name) or find_operator(call.node.operator) for call in self.packed_calls]
 
 
 def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict[str, Tensor]]:

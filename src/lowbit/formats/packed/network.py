@@ -77,15 +77,19 @@ class PackedNetwork(nn.Module):
                 return [value_of(item) for item in argument]
             return argument
 
-        for call in self.packed_calls:
+        for call, function in zip(self.packed_calls, self.functions(), strict=True):
             arguments, options = call.arguments.copy(), call.options.copy()
+            for index, name in call.stored_arguments:
+                arguments[index] = stored[name]
+            for key, name in call.stored_options:
+                options[key] = stored[name]
             for index in call.open_arguments:
                 arguments[index] = value_of(arguments[index])
             for key in call.open_options:
                 options[key] = value_of(options[key])
             start = time.perf_counter() if self.packed_observer is not None else 0.0
             try:
-                values[call.node.name] = _call(self.function_of(call.node.operator), call.node, arguments, options)
+                values[call.node.name] = _call(function, call.node, arguments, options)
             except FileFormatError as error:
                 _check_equal_batches(graph, inputs, error)
                 raise
@@ -100,9 +104,9 @@ class PackedNetwork(nn.Module):
         found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
         return {name: tensor for name, *either in found for tensor in either if tensor is not None}
 
-    def function_of(self, operator: str) -> Function:
-        """The function that an operator of the graph names."""
-        return find_operator(operator)
+    def functions(self) -> list[Function]:
+        """What each node of the graph calls."""
+        return [find_operator(call.node.operator) for call in self.packed_calls]
 
     def _add(self, name: str, values: Tensor) -> None:
         """Register a tensor under its full name, in modules made for the parts of that name."""
@@ -123,11 +127,13 @@ class PackedNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class _PreparedCall:
-    """A node with its arguments as lists, which of them refer to values, and the results that nothing reads after it."""
+    """A node with its arguments as lists, which of them are stored tensors or hold other values, and the results that nothing reads after it."""
 
     node: OperatorCall
     arguments: list[object]
     options: dict[str, object]
+    stored_arguments: tuple[tuple[int, str], ...]
+    stored_options: tuple[tuple[str, str], ...]
     open_arguments: tuple[int, ...]
     open_options: tuple[str, ...]
     read_last: tuple[str, ...]
@@ -139,8 +145,10 @@ class _PreparedCall:
             node,
             arguments,
             options,
-            tuple(index for index, value in enumerate(arguments) if _is_open(value)),
-            tuple(key for key, value in options.items() if _is_open(value)),
+            tuple((index, value.name) for index, value in enumerate(arguments) if isinstance(value, Stored)),
+            tuple((key, value.name) for key, value in options.items() if isinstance(value, Stored)),
+            tuple(index for index, value in enumerate(arguments) if _is_open(value) and not isinstance(value, Stored)),
+            tuple(key for key, value in options.items() if _is_open(value) and not isinstance(value, Stored)),
             read_last,
         )
 

@@ -32,7 +32,7 @@ from lowbit.options import Above
 from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import NormPlaces, insert_with_norms
 from lowbit.quantizers import Quantizer, ScaledSignQuantizer, SignQuantizer
-from lowbit.quantizers.ops import input_scale, marked_input_scale
+from lowbit.quantizers.ops import input_scale, mark_input_scale
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, scale_gradient
@@ -177,7 +177,7 @@ class InputScale(nn.Module):
         if self.padding_mode != "zeros" or any(first != last for first, last in sides):
             mode = self.padding_mode if self.padding_mode != "zeros" else "constant"
             x, sides = functional.pad(x, [pad for pair in reversed(sides) for pad in pair], mode=mode), [(0, 0)] * dims
-        scale = marked_input_scale if torch.compiler.is_exporting() else input_scale
+        scale = mark_input_scale if torch.compiler.is_exporting() else input_scale
         padding = [first for first, _ in sides]
         found: Tensor = scale(x, list(self.kernel_size), list(self.stride), padding, list(self.dilation), self.groups)
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import typing
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -84,6 +85,39 @@ class Operator(Generic[P]):
         return function(*self.rebuild(*arguments, **options))
 
 
+class LayerCall:
+    """An operator as one layer of a graph calls it: parts are rebuilt only where arguments are others than at the call before.
+
+    Args:
+        operator: What is called.
+    """
+
+    def __init__(self, operator: Operator[...]) -> None:
+        self._operator = operator
+        self._known: tuple[tuple[object, ...], list[Any]] = (), []  # arguments of the last call and their parts
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, **options: object) -> Tensor:
+        given, parts = self._known
+        arguments = tuple(options.values())
+        if len(given) != len(arguments) or any(map(operator.is_not, given, arguments)):
+            parts = self._operator.rebuild(x, **options)[1:]
+            self._known = arguments, parts
+        if residual is not None:
+            parts = [*parts[:-1], parts[-1].with_residual(residual)]
+        function: Callable[..., Tensor] = self._operator.function
+        return function(x, *parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _call_of, (self._operator.name,)
+
+
+def _call_of(name: str) -> LayerCall:
+    return LayerCall(_operators[name])
+
+
+_operators: dict[str, Operator[...]] = {}
+
+
 def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Operator[P]]:
     """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled.
 
@@ -91,21 +125,22 @@ def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor
     """
 
     def register(function: Callable[P, Tensor]) -> Operator[P]:
-        operator = Operator(function)
+        registered = Operator(function)
+        _operators[registered.name] = registered
 
         def flat(*arguments: object, **options: object) -> Tensor:
-            return operator.flat(*arguments, **options)
+            return registered.flat(*arguments, **options)
 
         def flat_fake(*arguments: object, **options: object) -> Tensor:
             looks_like: Callable[..., Tensor] = fake
-            return looks_like(*operator.rebuild(*arguments, **options))
+            return looks_like(*registered.rebuild(*arguments, **options))
 
-        flat.__signature__ = operator.signature  # type: ignore[attr-defined]
+        flat.__signature__ = registered.signature  # type: ignore[attr-defined]
         name = f"lowbit::{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(flat, mutates_args=()))
         torch.library.impl(name, "CompositeExplicitAutograd", flat)
         torch.library.register_fake(name, flat_fake)
-        return operator
+        return registered
 
     return register
 

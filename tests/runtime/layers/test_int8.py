@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.errors import SpecError
+from lowbit.runtime.arguments import Affine, Window
+from lowbit.runtime.layers.int8 import (
+    InputGrid,
+    has_exact_kernels,
+    input_grid,
+    int8_conv2d,
+    int8_conv2d_reference,
+    int8_linear,
+    int8_linear_reference,
+)
+
+GRID = [0.0, 0.5, 2.0, 2.0, 0.5, 0.0, 7.0]  # codes 0 to 7 stand for -1 to 2.5
+needs_kernels = pytest.mark.skipif(not has_exact_kernels(), reason="torch has no exact 8-bit kernels for this processor")
+both = pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
+
+
+def test_codes_round_half_to_even_saturate_and_count_from_the_lowest() -> None:
+    x = torch.tensor([-9.0, -1.0, -0.25, 0.0, 0.25, 0.75, 2.5, 9.0])
+    assert input_grid(GRID).encode(x).tolist() == [0, 0, 2, 2, 2, 4, 7, 7]
+    signed = InputGrid(-0.7, 0.2, -4.0, 0.0, 0.2, -4, 3)
+    assert signed.encode(torch.tensor([-0.7, -0.5, 0.1, 5.0])).tolist() == [0, 1, 4, 7]
+    assert (input_grid(GRID).zero_code, signed.zero_code) == (2, 4)
+
+
+@both
+def test_a_convolution_of_codes_by_hand(is_reference: bool) -> None:
+    function = int8_conv2d_reference if is_reference else int8_conv2d
+    x = torch.tensor([[[[1.0, -3.0], [0.5, 2.0]]]])  # -3 saturates at -1
+    codes = torch.tensor([2, -1], dtype=torch.int8).view(1, 1, 1, 2)
+    y = function(x, codes, GRID, Window((1, 2)), Affine(torch.tensor([0.25]), torch.tensor([10.0])))
+    assert y.tolist() == [[[[10 + 0.25 * (2 * 1 + 1)], [10 + 0.25 * (2 * 0.5 - 2)]]]]
+
+
+@both
+def test_padding_counts_as_0_and_groups_and_dilation_as_in_float(is_reference: bool) -> None:
+    function = int8_conv2d_reference if is_reference else int8_conv2d
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 6, (2, 4, 7, 6), generator=generator) * 0.5
+    codes = torch.randint(-128, 128, (6, 2, 3, 3), generator=generator).to(torch.int8)
+    scale, window = torch.rand(6, generator=generator), Window([3, 3], [2, 1], [1, 2], [1, 2], 2)
+    expected = torch.nn.functional.conv2d(x, codes * scale.view(-1, 1, 1, 1), None, (2, 1), (1, 2), (1, 2), 2)
+    y = function(x, codes, GRID, window, Affine(scale))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@both
+def test_a_linear_layer_of_any_rank(is_reference: bool) -> None:
+    function = int8_linear_reference if is_reference else int8_linear
+    x, codes = torch.full((2, 3, 5), 0.5), torch.arange(-10, 10, dtype=torch.int8).view(4, 5)
+    y = function(x, codes, GRID, Affine(torch.full((4,), 2.0), torch.ones(4)))
+    assert y.shape == (2, 3, 4)
+    torch.testing.assert_close(y[1, 2], codes.float().sum(1) + 1)
+
+
+def test_codes_that_are_loaded_in_place_are_used_and_empty_batches_stay_empty() -> None:
+    x, codes, affine = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.int8), Affine(torch.ones(1))
+    assert int8_conv2d(x, codes, GRID, Window([1, 1]), affine).item() == 1.0
+    codes.fill_(-7)
+    assert int8_conv2d(x, codes, GRID, Window([1, 1]), affine).item() == -7.0
+    assert int8_conv2d(x[:0], codes, GRID, Window([1, 1]), affine).shape == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [
+        (Window((1, 1), stride=(0, 1)), "stride must be two whole numbers of at least 1"),
+        (Window((1, 1), pad_value=-1), "only layers of signs have a pad_value, got -1"),
+        (Window((3, 1)), r"codes of kernel size \[1, 1\] do not fit a window of \[3, 1\]"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_refused(window: Window, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        int8_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1, dtype=torch.int8), GRID, window, Affine(torch.ones(1)))
