@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,9 +132,8 @@ class Granularity:
         """``[scales, elements]``: one row for each scale, in the order of the flattened scale."""
         if self.group_size:
             return self.broadcast(x).flatten(0, 1)
-        order, kept = self._order(x.dim()), len(self.axes)
-        rows, elements = (math.prod(x.shape[axis] for axis in part) for part in (order[:kept], order[kept:]))
-        return _permuted(x, order).reshape(rows, elements)
+        moved, kept = _permuted(x, self._order(x.dim())), len(self.axes)
+        return moved.reshape(moved.shape[:kept].numel(), moved.shape[kept:].numel())
 
     def unflatten(self, rows: Tensor, shape: Iterable[int]) -> Tensor:
         """Undo ``flatten`` for a tensor whose shape was ``shape``."""
