@@ -287,7 +287,7 @@ def _attributes(value: object) -> dict[str, object]:
     names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name) for name in names if hasattr(value, name)}
     is_parametrized = isinstance(value, nn.Module) and parametrize.is_parametrized(value)
-    cls = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
+    cls: Any = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
     if cls.__getstate__ is object.__getstate__:
         return dict(held)
     kept = cls.__getstate__(value)
