@@ -309,6 +309,8 @@ def _key_of(tree: Any) -> Any:
 
 
 def _are_equal(a: object, b: object) -> bool:
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_are_equal, a, b))
     return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
 
 
