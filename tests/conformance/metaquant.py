@@ -52,7 +52,7 @@ def method_of(params: dict[str, Any]) -> MetaQuant:
         meta=kind,
         hidden=params["hidden"],
         layers=params.get("num_fc", 2),
-        activation=activation or "none",
+        activation=(activation or "none") if kind == "multi_fc" else "none",
         look_ahead="stored",
         meta_learning_rate=params.get("meta_lr", 1e-3),
     )
