@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.qat.companions import Mutual, method_in_place
+from tests.qat.companions import Adversarial, Mutual, method_in_place
 from tests.qat.recording import BATCHES, Recorder, recorded
 from tests.qat.training import RECIPE, Killing, assert_same, data, network, state, train
 from torch import Tensor, nn
@@ -27,9 +27,11 @@ from lowbit.data import load_data
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, DivergedError, MissingExtraError, OutputError, SpecError
 from lowbit.files import read_tensors
+from lowbit.methods.quantizer_design.lsq import Lsq
 from lowbit.models import load_default
 from lowbit.progress import Progress
 from lowbit.qat import Classification, OptimizerSpec, Phase, Recipe, TrainRun, Turn
+from lowbit.qat.engine import trainer as trainer_module
 from lowbit.qat.engine.averaging import WeightAverage
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.feed import Augmentation, BatchFeed, DatasetFeed, evaluation_batches, make_feed, seeded
@@ -179,6 +181,22 @@ def test_several_passes_over_accumulated_batches_are_those_over_one_large_batch(
     for name in whole:
         if name.startswith(("model.", "networks.")):
             torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=5e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [InTurn, Adversarial])
+def test_a_gradient_scaler_changes_nothing_but_the_scale(method: type[Lsq], monkeypatch: pytest.MonkeyPatch) -> None:
+    with method_in_place(method):
+        plain = train(network(norm=False))
+        init = trainer_module._Session.__init__
+
+        def with_scaler(session: Any, *arguments: Any) -> None:
+            init(session, *arguments)
+            session.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+        monkeypatch.setattr(trainer_module._Session, "__init__", with_scaler)
+        scaled = train(network(norm=False))
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(scaled)[name], value, rtol=0, atol=5e-6, msg=name)
 
 
 def test_a_companion_that_is_not_finite_is_named() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.optional import require
-from tests.qat.recording import BATCHES, prepared, recorded
+from tests.qat.companions import Adversarial, Mutual
+from tests.qat.recording import BATCHES, network, prepared, recorded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -62,7 +63,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def fit_lightning(model: nn.Module, folder: Path, epochs: int, resume: Path | None = None, accumulate: int = 1) -> object:
+def fit_lightning(
+    model: nn.Module, folder: Path, epochs: int, resume: Path | None = None, accumulate: int = 1, *, uses_run: bool = False
+) -> object:
     """Train for ``epochs`` with Lightning, with a checkpoint after each; the callback."""
     pl = require("lightning.pytorch")
     from lowbit.qat.loops.lightning import LowbitCallback
@@ -73,12 +76,14 @@ def fit_lightning(model: nn.Module, folder: Path, epochs: int, resume: Path | No
             self.network = model
 
         def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
+            if uses_run:
+                return callback.run.loss((batch["x"], batch["labels"]))
             return cross_entropy(self.network(batch["x"]), batch["labels"]) + lowbit.penalty(self.network)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return optimizer_of(self.network)
 
-    callback = LowbitCallback()
+    callback = LowbitCallback(float_network=network())
     checkpoints = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1)
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=[callback, checkpoints], default_root_dir=folder, logger=False,
@@ -88,7 +93,9 @@ def fit_lightning(model: nn.Module, folder: Path, epochs: int, resume: Path | No
     return callback
 
 
-def fit_huggingface(model: nn.Module, folder: Path, epochs: int, resume: Path | None = None, **arguments: object) -> object:
+def fit_huggingface(
+    model: nn.Module, folder: Path, epochs: int, resume: Path | None = None, *, uses_run: bool = False, **arguments: object
+) -> object:
     """Train for ``epochs`` with transformers; the callback."""
     transformers = require("transformers")
     require("accelerate")
@@ -101,6 +108,8 @@ def fit_huggingface(model: nn.Module, folder: Path, epochs: int, resume: Path | 
 
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
             logits = self.network(x)
+            if uses_run:
+                return {"loss": callback.run.loss((x, labels)), "logits": logits}
             return {"loss": cross_entropy(logits, labels) + lowbit.penalty(self.network), "logits": logits}
 
     class Trainer(transformers.Trainer):
@@ -109,7 +118,7 @@ def fit_huggingface(model: nn.Module, folder: Path, epochs: int, resume: Path | 
 
     optimizer = optimizer_of(model)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    callback = LowbitCallback()
+    callback = LowbitCallback(float_network=network())
     settings = transformers.TrainingArguments(
         str(folder), num_train_epochs=epochs, per_device_train_batch_size=8, max_grad_norm=0.0, report_to=[], use_cpu=True,
         disable_tqdm=True, **{"save_strategy": "no", **arguments},
@@ -185,6 +194,51 @@ def test_huggingface_goes_on_from_a_checkpoint_that_has_the_network_alone(tmp_pa
     assert callback.run.step == 12
     assert method.calls[:4] == ["phase first", "phase second", "epoch 1", "before 8"]
     assert_same(values(again), values(model))  # nothing of this method lies outside of the network
+
+
+def mutual() -> nn.Module:
+    model = prepared()
+    model.lowbit_method = Mutual()  # type: ignore[assignment]
+    return model
+
+
+def mutual_by_hand() -> tuple[nn.Module, nn.Module]:
+    """The network and its teacher after three epochs in a loop of one's own."""
+    run = lowbit.training(mutual(), steps_per_epoch=4, epochs=3, float_network=network())
+    optimizer = optimizer_of(run.model)
+    for batch in BATCHES * 3:
+        run.before_step(optimizer)
+        run.loss(batch).backward()
+        run.after_backward()
+        optimizer.step()
+        run.after_step()
+    return run.model, run.networks["teacher"]
+
+
+def test_lightning_trains_companions_and_goes_on_with_them(tmp_path: Path) -> None:
+    whole, teacher = mutual_by_hand()
+    fit_lightning(mutual(), tmp_path, epochs=3, uses_run=True)
+    again = mutual()
+    callback = fit_lightning(again, tmp_path, epochs=3, uses_run=True, resume=tmp_path / "epoch=1-step=8.ckpt")
+    assert_same(values(again), values(whole))
+    assert_same(values(callback.run.networks["teacher"]), values(teacher))
+    assert not torch.equal(teacher[0].weight, network()[0].weight)  # type: ignore[index]
+
+
+def test_huggingface_trains_companions_and_goes_on_with_them(tmp_path: Path) -> None:
+    whole, teacher = mutual_by_hand()
+    fit_huggingface(mutual(), tmp_path, epochs=3, uses_run=True, save_strategy="steps", save_steps=8)
+    again = mutual()
+    callback = fit_huggingface(again, tmp_path, epochs=3, uses_run=True, resume=tmp_path / "checkpoint-8")
+    assert_same(values(again), values(whole))
+    assert_same(values(callback.run.networks["teacher"]), values(teacher))
+
+
+def test_a_method_with_several_optimizer_turns_is_refused() -> None:
+    model = prepared()
+    model.lowbit_method = Adversarial(shape=(6,))  # type: ignore[assignment]
+    with pytest.raises(LoopError, match="'lsq' takes 3 turns with an optimizer step each in every step of its phase 'adversarial'"):
+        Planned(float_network=network()).start(model, 8, 2)
 
 
 @pytest.mark.parametrize(

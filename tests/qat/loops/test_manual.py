@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.qat.companions import Adversarial, Mutual
 from tests.qat.recording import BATCHES, Recorder, network, prepared, recorded
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.errors import FileFormatError, LoopError, SpecError
-from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.errors import FileFormatError, LoopError, SpecError, StateError
+from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
 from lowbit.qat.loops.manual import OwnLoop
 from lowbit.qat.prepare import method_of
 from lowbit.qat.task import Batch
@@ -491,3 +493,153 @@ def test_a_recipe_keeps_its_values_but_for_the_epochs() -> None:
     assert run.recipe == replace(recipe, epochs=3)
     assert run.task == Classification()
     assert run.generator.initial_seed() == 5
+
+
+# Companions and turns
+
+
+def mutual(method: TrainingMethod | None = None) -> nn.Module:
+    model = prepared()
+    model.lowbit_method = method or Mutual()  # type: ignore[assignment]
+    return model
+
+
+def in_turns(run: OwnLoop, optimizers: list[torch.optim.Optimizer], batch: Batch) -> None:
+    for _ in run.phase.turns:
+        run.before_step(*optimizers)
+        for loss in run.losses(batch):
+            loss.backward()
+        run.after_backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        run.after_step()
+
+
+def everything(run: TrainRun) -> dict[str, Tensor]:
+    networks = {"model": run.model, **run.networks}
+    return {f"{kind}.{name}": value for kind, network_ in networks.items() for name, value in values(network_).items()}
+
+
+@pytest.mark.parametrize("holder", ["user", "run"])
+@pytest.mark.parametrize("method", [Mutual(), Adversarial(shape=(6,))], ids=["passes", "turns"])
+def test_companions_learn_the_same_in_a_loop_of_ones_own(method: TrainingMethod, holder: str) -> None:
+    recipe = Recipe(2, optimizer=OptimizerSpec(learning_rate=0.02, momentum=0.9, schedule="constant"), seed=4)
+    model = mutual(method)
+    own = lowbit.training(copy.deepcopy(model), steps_per_epoch=4, epochs=2, float_network=network(), recipe=recipe)
+    run = TrainRun(model, method, Classification(), recipe, 4, GivenNetworks(float_network=network()))
+    for _ in run.each_epoch():
+        for batch in BATCHES:
+            for _ in run.phase.turns:
+                run.before_step()
+                for loss in run.losses(batch):
+                    loss.backward()
+                run.after_backward()
+                run.optimizer_step()
+                run.after_step()
+    groups = own.parameter_groups() if holder == "user" else lowbit.parameter_groups(own.model)
+    companion = "teacher" if isinstance(method, Mutual) else "generator"
+    assert [group["role"] for group in groups] == ["weights", "others", "quantizers", *([companion] if holder == "user" else [])]
+    kinds = {"sgd": lambda found: torch.optim.SGD(found, momentum=0.9), "adam": lambda found: torch.optim.Adam(found, betas=(0.5, 0.9))}
+    optimizers = [kinds[kind]([g for g in groups if g["kind"] == kind]) for kind in kinds if any(g["kind"] == kind for g in groups)]
+    for index in range(8):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            if group["role"] == companion:  # the user's schedule; the run's own follows the method's by itself
+                group["lr"] = own.phases[-1].optimizers[companion].rate_at(max(index - 4, 0) / 4 if companion == "teacher" else index / 8)
+                group["momentum"] = 0.5
+        in_turns(own, optimizers, BATCHES[index % 4])
+    assert_same(everything(own), everything(run))
+    assert not torch.equal(own.networks[companion].state_dict()[next(iter(own.networks[companion].state_dict()))], network()[0].weight)
+    assert own.step == own.total_steps == 8
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_with_companions_goes_on_from_its_state_to_the_same_weights(step: int, tmp_path: Path) -> None:
+    def started() -> OwnLoop:
+        return lowbit.training(mutual(), steps_per_epoch=4, epochs=2, float_network=network())
+
+    def optimizer_of(run: OwnLoop) -> torch.optim.SGD:
+        return torch.optim.SGD(lowbit.parameter_groups(run.model), momentum=0.9)
+
+    run = started()
+    optimizer = optimizer_of(run)
+    for index in range(8):
+        if index == step:
+            torch.save({"run": run.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+        in_turns(run, [optimizer], BATCHES[index % 4])
+    saved, resumed = torch.load(tmp_path / "state.pt", weights_only=True), started()
+    resumed.load_state_dict(saved["run"])
+    fresh = optimizer_of(resumed)
+    fresh.load_state_dict(saved["optimizer"])
+    for index in range(step, 8):
+        in_turns(resumed, [fresh], BATCHES[index % 4])
+    assert_same(everything(resumed), everything(run))
+
+
+def test_gradients_of_a_scaled_loss_reach_companions_unscaled_and_infinite_ones_do_not() -> None:
+    plain, scaled = (lowbit.training(mutual(Mutual(alone=0)), steps_per_epoch=4, epochs=1, float_network=network()) for _ in range(2))
+    for factor, run in ((1.0, plain), (1024.0, scaled)):
+        optimizer = torch.optim.SGD(lowbit.parameter_groups(run.model), lr=0.0)
+        run.before_step(optimizer)
+        run.gradient_scale = factor
+        for loss in run.losses(BATCHES[0]):
+            (factor * loss).backward()
+        for parameter in run.model.parameters():
+            parameter.grad /= factor  # what scaler.unscale_ does
+        run.after_backward()
+        run.after_step()
+    for a, b in zip(plain.networks["teacher"].parameters(), scaled.networks["teacher"].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    before = values(scaled.networks["teacher"])
+    scaled.before_step()
+    scaled.gradient_scale = 1e38
+    (1e38 * scaled.loss(BATCHES[0]) * 1e30).backward()
+    scaled.after_backward()
+    scaled.after_step()
+    assert_same(values(scaled.networks["teacher"]), before)
+
+
+def test_a_method_with_several_losses_is_not_trained_with_another_one() -> None:
+    run = lowbit.training(mutual(), steps_per_epoch=4, epochs=2, float_network=network())
+    x, y = BATCHES[0]
+    run.before_step(sgd(run))
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    with pytest.raises(LoopError, match="'lsq' has a loss of its own"):
+        run.after_backward()
+
+
+def test_a_state_between_two_turns_is_refused() -> None:
+    run = lowbit.training(mutual(Adversarial(shape=(6,))), steps_per_epoch=4, epochs=2, float_network=network())
+    run.before_step(sgd(run))
+    run.loss(BATCHES[0]).backward()
+    run.after_backward()
+    run.after_step()
+    with pytest.raises(LoopError, match="state_dict was called after 1 of the 3 turns of step 0: end the step first"):
+        run.state_dict()
+
+
+@dataclass
+class Counting(Recorder):
+    """Keeps an object that checkpoints know nothing of."""
+
+    def after_step(self, run: TrainRun) -> None:
+        run.model.counts.update([run.step % 2])  # type: ignore[operator, union-attr]
+
+
+def test_state_that_cannot_be_saved_is_an_error_when_it_is_asked_for() -> None:
+    model, _ = recorded(base=Counting)
+    model.counts = OddCounts()  # type: ignore[assignment]
+    run = lowbit.training(model, steps_per_epoch=4, epochs=1)
+    run.state_dict()
+    step(run, sgd(run), BATCHES[0])
+    with pytest.raises(StateError, match=r"'counts' of the network is a .*OddCounts, which checkpoints cannot save, and has changed"):
+        run.state_dict()
+
+
+class OddCounts:
+    """Counts of numbers, in a form of its own."""
+
+    def __init__(self) -> None:
+        self.found = Counter[int]()
+
+    def update(self, numbers: list[int]) -> None:
+        self.found.update(numbers)

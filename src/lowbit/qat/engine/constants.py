@@ -8,6 +8,7 @@ import hashlib
 import logging
 import pickle
 import types
+import typing
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -96,7 +97,7 @@ def _content(value: Any, saved: Collection[int], above: tuple[int, ...]) -> obje
         return kind
     if isinstance(value, enum.Enum):
         return kind, value.name
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)) or typing.get_origin(value) is not None:
         return kind, repr(value)
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
         return value.__module__, value.__qualname__

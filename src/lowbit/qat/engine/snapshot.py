@@ -287,7 +287,7 @@ def _attributes(value: object) -> dict[str, object]:
     names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     held = vars(value) if hasattr(value, "__dict__") else {name: getattr(value, name) for name in names if hasattr(value, name)}
     is_parametrized = isinstance(value, nn.Module) and parametrize.is_parametrized(value)
-    cls = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
+    cls: Any = type(value).__mro__[1] if is_parametrized else type(value)  # torch gives it a class of its own, which refuses
     if cls.__getstate__ is object.__getstate__:
         return dict(held)
     kept = cls.__getstate__(value)
@@ -309,6 +309,8 @@ def _key_of(tree: Any) -> Any:
 
 
 def _are_equal(a: object, b: object) -> bool:
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_are_equal, a, b))
     return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
 
 
