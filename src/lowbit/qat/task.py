@@ -90,7 +90,9 @@ class Task(ABC):
 
     def facts(self) -> dict[str, object]:
         """What tells this task from others, for records of a training."""
-        fields: dict[str, object] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
+        fields: dict[str, object] = (
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
+        )
         named = {key: getattr(value, "__qualname__", type(value).__name__) if callable(value) else value for key, value in fields.items()}
         return {"name": type(self).__qualname__, **named}
 

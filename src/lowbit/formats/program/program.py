@@ -138,7 +138,9 @@ def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int])
     for name in dynamic:
         if str(name) not in named:
             held = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors)
-            raise SpecError(f"dynamic: no input has the dimension {name!r}; the inputs have the shapes {held}. Allowed: H, W, D, L, or a number.")
+            raise SpecError(
+                f"dynamic: no input has the dimension {name!r}; the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
+            )
     try:
         exported = _trace(model, traced, shapes)
     except Exception as error:
@@ -156,16 +158,22 @@ def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int])
 
 def _try_another_size(model: nn.Module, exported: ExportedProgram, inputs: Inputs, wanted: Mapping[int, Mapping[int, str]]) -> None:
     """GraphError unless the network and its graph give the same where the open dimensions are twice as large."""
-    larger = [tensor.repeat(*(2 if dim in wanted[index] else 1 for dim in range(tensor.dim()))) for index, tensor in enumerate(inputs.tensors)]
+    larger = [
+        tensor.repeat(*(2 if dim in wanted[index] else 1 for dim in range(tensor.dim()))) for index, tensor in enumerate(inputs.tensors)
+    ]
     count = len(inputs.args)
     args, kwargs = tuple(larger[:count]), dict(zip(inputs.kwargs, larger[count:], strict=True))
     names = list(dict.fromkeys(name for chosen in wanted.values() for name in chosen.values()))
     try:
         expected, found = model(*args, **kwargs), exported.module()(*args, **kwargs)
     except Exception as error:
-        raise GraphError(f"{_not_open(names)}, twice the size fails: {blocking_line(error)}: {_first_line(error)}. {_OPEN_ADVICE}") from error
+        raise GraphError(
+            f"{_not_open(names)}, twice the size fails: {blocking_line(error)}: {_first_line(error)}. {_OPEN_ADVICE}"
+        ) from error
     pairs = list(zip(tensors_of(expected), tensors_of(found), strict=True))
-    if not all(a.shape == b.shape and float((a - b).abs().mean()) <= 0.01 * float(a.abs().mean()) + 1e-6 for a, b in pairs):  # a code or two may fall to the other side of a tie
+    if not all(
+        a.shape == b.shape and float((a - b).abs().mean()) <= 0.01 * float(a.abs().mean()) + 1e-6 for a, b in pairs
+    ):  # a code or two may fall to the other side of a tie
         raise GraphError(f"{_not_open(names)}: at twice the size the graph does not compute what the network does. {_OPEN_ADVICE}")
 
 
