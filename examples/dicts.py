@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from loops import train_float, train_low_bit
@@ -27,7 +27,7 @@ class Discs(Dataset[dict[str, object]]):
         centre, self.square = torch.rand(count, 2) * 6 + 3, torch.randint(0, 2, (count,))
         x, y = (grid - centre[:, :1])[:, None, :], (grid - centre[:, 1:])[:, :, None]
         distance = torch.maximum(x.abs(), y.abs())
-        shapes = torch.where(self.square[:, None, None] == 1, (1.4 < distance) & (distance < 2.6), x**2 + y**2 < 2.6**2)
+        shapes = torch.where(self.square[:, None, None] == 1, (distance > 1.4) & (distance < 2.6), x**2 + y**2 < 2.6**2)
         self.pictures, self.centre = shapes[:, None].float() + torch.randn(count, 1, 12, 12) * 0.1, centre / 12
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Find(lowbit.Task):
     """The kind counts once, the place ten times."""
 
     metric_name = "right kind"
-    units = {"right kind": "%", "distance": "pixels"}
+    units: ClassVar = {"right kind": "%", "distance": "pixels"}
 
     def loss(self, output: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
         return cross_entropy(output["kind"], batch["square"]) + 10 * mse_loss(output["centre"], batch["centre"])

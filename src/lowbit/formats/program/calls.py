@@ -74,7 +74,8 @@ class GraphInput:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(('any' if dim else 'batch') if size is None else str(size) for dim, size in enumerate(self.shape))}]"
+        sizes = [("any" if dim else "batch") if size is None else str(size) for dim, size in enumerate(self.shape)]
+        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
 @dataclass(frozen=True)
