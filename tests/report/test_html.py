@@ -14,7 +14,7 @@ import lowbit
 from lowbit.errors import OutputError
 from lowbit.report.histograms import WeightHistogram
 from lowbit.report.html import breakable, cards, computed_words, noise_bars, render_html, size_bars, storage_bars, write_html
-from lowbit.report.results import LayerResult, MetricResult, Parity, Report
+from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report
 
 HOSTILE = """</style><script>alert("x")</script><img src=x onerror='y'>&{{ 7 * 7 }}"""
 VOID = {"meta", "link", "img", "br", "wbr", "input", "hr"}
@@ -34,8 +34,8 @@ REPORT = Report(
     size_float=1000,
     size_packed=125,
     size_onnx=500,
-    parity_onnx=Parity(1e-4, 1.0, True),
-    parity_packed=Parity(0.0, 1.0, True),
+    parity_onnx=ParityResult(1e-4, 1.0, True),
+    parity_packed=ParityResult(0.0, 1.0, True),
     latency_float_onnx=10.0,
     latency_quantized_onnx=4.0,
     latency_setting="onnxruntime, 1 thread",
@@ -95,7 +95,7 @@ def test_the_cards_hold_the_figures_of_the_report() -> None:
 
 
 def test_a_slower_file_and_a_failed_check_are_not_glossed_over() -> None:
-    slow = Report("a", 4, 8, 0, latency_float_onnx=1.0, latency_quantized_onnx=4.0, parity_onnx=Parity(0.5, 0.2, False))
+    slow = Report("a", 4, 8, 0, latency_float_onnx=1.0, latency_quantized_onnx=4.0, parity_onnx=ParityResult(0.5, 0.2, False))
     assert card(slow, "Measured time")[1] == "float 1.00 ms, 0.25x as fast: not a gain"
     assert card(slow, "File check") == ("failed", "ONNX 0.5", "bad")
 
@@ -103,7 +103,7 @@ def test_a_slower_file_and_a_failed_check_are_not_glossed_over() -> None:
 def test_what_was_not_measured_is_a_dash_and_never_nan() -> None:
     nan = math.nan
     empty = Report("dfq", None, 8, 0)
-    broken = Report("dfq", 4, 8, 0, agreement=nan, sqnr_db=nan, max_abs_error=nan, parity_packed=Parity(nan, None, False), layers=[
+    broken = Report("dfq", 4, 8, 0, agreement=nan, sqnr_db=nan, max_abs_error=nan, parity_packed=ParityResult(nan, None, False), layers=[
         LayerResult("a", "linear", 4, 8, nan, weight_sqnr_db=nan), LayerResult("b", "linear", 4, 8, None),
     ])  # fmt: skip
     for report in (empty, broken):

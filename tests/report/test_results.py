@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import OutputError
-from lowbit.report.results import LayerResult, MetricResult, Parity, Report, to_json, write_json
+from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, to_json, write_json
 
 REPORT = Report(
     method="brecq",
@@ -21,8 +21,8 @@ REPORT = Report(
     size_float=1000,
     size_packed=150,
     size_onnx=300,
-    parity_onnx=Parity(1e-4, 1.0, True),
-    parity_packed=Parity(0.0, 1.0, True),
+    parity_onnx=ParityResult(1e-4, 1.0, True),
+    parity_packed=ParityResult(0.0, 1.0, True),
     latency_float_onnx=10.0,
     latency_quantized_onnx=4.0,
     layers=[LayerResult("conv1", "conv2d", 4, 8, 25.0)],

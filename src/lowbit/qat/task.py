@@ -98,10 +98,10 @@ class Task(ABC):
 
 
 def metric_word(value: float | None, unit: str = "") -> str:
-    """``97.25 %``, ``31.2 dB``, ``0.1234``; a dash for what was not measured.
+    """``97.25 %``, ``31.2 dB``, ``0.1235``; a dash for what was not measured.
 
     >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12345)
-    ('97.25 %', '31.24 dB', '0.1234')
+    ('97.25 %', '31.24 dB', '0.1235')
     """
     if value is None or math.isnan(value):
         return "\N{EN DASH}"
