@@ -15,7 +15,6 @@ from lowbit.data import load_data, loader
 from lowbit.models import load_default
 
 
-
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight-bits", type=int, default=2)

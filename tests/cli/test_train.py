@@ -24,7 +24,7 @@ from lowbit.cli.train_recipe import TrainRecipe
 from lowbit.errors import SpecError, UnknownNameError
 from lowbit.files import read_tensors
 from lowbit.models import default_weights, load_default
-from lowbit.qat import OptimizerSpec, Recipe
+from lowbit.qat import Classification, OptimizerSpec, Recipe
 from lowbit.spec import BitPolicy
 from lowbit.workflows.load import load
 
@@ -93,7 +93,7 @@ def test_the_embedded_network_is_trained_at_four_bits_and_checked(trained_folder
     assert curve == json.loads((trained_folder / "train.json").read_text())["curve"]
     page = (trained_folder / "report.html").read_text()
     assert "<h2>Training</h2>" in page and "Training loss" in page and "Test accuracy" in page
-    assert f"epoch 3 (train), test accuracy: {curve[-1]['metric']:.3g}" in page
+    assert f"epoch 3 (train), test accuracy: {curve[-1]['metrics']['accuracy']:.3g}" in page
 
 
 def test_the_packed_file_computes_what_was_trained(trained_folder: Path) -> None:
@@ -148,7 +148,8 @@ def test_the_printed_recipe_gives_itself_back_and_options_override_it(tmp_path: 
     assert changed["optimizer"] == content["optimizer"] | {"learning_rate": 0.01}
     assert changed["weight_bits"] == 3
     asked = TrainRecipe.from_yaml(path)
-    assert asked.recipe == Recipe(7, 128, OptimizerSpec("adamw", 0.05, weight_decay=0.0), 2.0, 0.1, average_weights=0.99)
+    assert asked.recipe == Recipe(7, 128, OptimizerSpec("adamw", 0.05, weight_decay=0.0), 2.0, average_weights=0.99)
+    assert asked.task == Classification(label_smoothing=0.1)
 
 
 def test_every_setting_of_a_recipe_is_read_back(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_samples_without_a_test_part_are_told_apart(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).random((16, 3, 8, 8)).astype(np.float32), labels=labels)
     result = run("--model", MODEL, "--data", tmp_path / "data.npz", "--batch-size", "8", "--out", tmp_path / "out", *SHORT)
     assert result.exit_code == 0, result.output
-    assert "has no test part: accuracy is measured on the training samples" in " ".join(result.output.split())
+    assert "has no test part: metrics are measured on the training samples" in " ".join(result.output.split())
     np.savez(tmp_path / "unlabelled.npz", images=np.zeros((4, 3, 8, 8), np.float32))
     assert "there are no labels to train with" in fails("--model", MODEL, "--data", tmp_path / "unlabelled.npz", *SHORT)
 

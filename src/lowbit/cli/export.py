@@ -55,6 +55,15 @@ def export(
             "--speed/--no-speed", help="Time the ONNX file of a quantized network against the float one.", rich_help_panel=shared.OUTPUT
         ),
     ] = True,
+    dynamic: Annotated[
+        str | None,
+        typer.Option(
+            "--dynamic",
+            help="Dimensions of the inputs that stay open besides the batch, joined by commas: H,W for pictures of any size.",
+            rich_help_panel=shared.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     seed: shared.Seed = 0,
     batch_size: shared.BatchSize = 32,
     threads: shared.Threads = None,
@@ -84,7 +93,13 @@ def export(
     network = source.model if packed is None else load(packed_file(packed))
     is_quantized = packed is not None  # the float network would be timed against itself
     report = export_file(
-        network, to, sample=source.sample, weight_container=weight_container, measure_speed=speed and is_quantized, kernels=runtime
+        network,
+        to,
+        sample=source.sample,
+        weight_container=weight_container,
+        measure_speed=speed and is_quantized,
+        kernels=runtime,
+        dynamic=[name for name in (dynamic or "").split(",") if name],
     )
     say(str(report))
 

@@ -90,16 +90,18 @@ class Task(ABC):
 
     def facts(self) -> dict[str, object]:
         """What tells this task from others, for records of a training."""
-        fields: dict[str, object] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
+        fields: dict[str, object] = (
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
+        )
         named = {key: getattr(value, "__qualname__", type(value).__name__) if callable(value) else value for key, value in fields.items()}
         return {"name": type(self).__qualname__, **named}
 
 
 def metric_word(value: float | None, unit: str = "") -> str:
-    """``97.25 %``, ``31.2 dB``, ``0.1234``; a dash for what was not measured.
+    """``97.25 %``, ``31.2 dB``, ``0.1235``; a dash for what was not measured.
 
     >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12345)
-    ('97.25 %', '31.24 dB', '0.1234')
+    ('97.25 %', '31.24 dB', '0.1235')
     """
     if value is None or math.isnan(value):
         return "\N{EN DASH}"

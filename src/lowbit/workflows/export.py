@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def export(
     weight_container: WeightContainer = "int8",
     measure_speed: bool = True,
     kernels: bool = False,
+    dynamic: Sequence[str | int] = (),
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.
 
@@ -79,11 +81,14 @@ def export(
         measure_speed: Whether to time the ONNX file.
         kernels: For ``.lowbit``: let ``lowbit.load`` put the network on few-bit kernels, on whatever processor that is; implied for a network
             from ``lowbit.compile_runtime``. The size stays the same, and the check compares what the kernels compute.
+        dynamic: Dimensions that stay open besides the batch: ``("H", "W")`` for height and width, ``"D"`` for the depth of volumes, ``"L"`` for
+            the length of sequences ``[N, C, L]``, or numbers of dimensions.
 
     Raises:
-        SpecError: An unknown suffix or container, or ``kernels`` for an ONNX file.
+        SpecError: An unknown suffix, container or dimension, or ``kernels`` for an ONNX file.
         LayerError: ``kernels`` where no layer can run on them; says why for each.
-        GraphError: The network has no single graph, or an operation that the format does not have; names it.
+        GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
+            ``dynamic``; names it.
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
         OutputError: The file cannot be written.
         MissingExtraError: A package for ONNX is not installed.
@@ -102,8 +107,8 @@ def export(
         model = copy.deepcopy(model).cpu()
     if path.suffix == ".onnx":
         require_onnx()
-        return _export_onnx(model, export_program(model, inputs), path, weight_container, measure_speed)
-    return _export_packed(model, export_program(model, inputs), path, kernels)
+        return _export_onnx(model, export_program(model, inputs, dynamic), path, weight_container, measure_speed)
+    return _export_packed(model, export_program(model, inputs, dynamic), path, kernels)
 
 
 def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:

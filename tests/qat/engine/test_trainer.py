@@ -482,9 +482,9 @@ def test_data_of_other_kinds_are_refused() -> None:
     unlabelled = replace(images(8), num_classes=None)
     for wrong, error, told in (
         (5, SpecError, "got int"),
-        (iter([]), SpecError, "does not know how many"),
+        (iter([]), SpecError, "can be run through only once"),
         (unlabelled, DataError, "no labels"),
-        ((INPUTS, LABELS[:3]), DataError, "80 inputs, but 3 labels"),
+        ((INPUTS, LABELS[:3]), DataError, "equally many samples, got 80, 3"),
         (TensorDataset(INPUTS[:2], LABELS[:2]), DataError, "2 training samples cannot be divided into 3"),
     ):
         with pytest.raises(error, match=told):

@@ -29,7 +29,9 @@ def measured(logits: Tensor, target: object, **options: int) -> dict[str, float]
     ids=["int64", "int32", "uint8", "column", "numpy", "one-hot", "integer one-hot", "boolean one-hot"],
 )  # fmt: skip
 def test_labels_of_every_form_give_one_loss_and_accuracy(target: object) -> None:
-    expected = sum(math.log(math.exp(-row[label]) * sum(map(math.exp, row))) for row, label in zip(LOGITS.tolist(), LABELS.tolist(), strict=True))
+    expected = sum(
+        math.log(math.exp(-row[label]) * sum(map(math.exp, row))) for row, label in zip(LOGITS.tolist(), LABELS.tolist(), strict=True)
+    )
     loss = Classification().loss(LOGITS, (LOGITS, target))
     assert loss.item() == pytest.approx(expected / 4, rel=1e-6)
     assert measured(LOGITS, target) == {"accuracy": 0.75}
@@ -37,7 +39,9 @@ def test_labels_of_every_form_give_one_loss_and_accuracy(target: object) -> None
 
 def test_probabilities_are_soft_labels() -> None:
     soft = torch.tensor([[0.5, 0.5]])
-    assert Classification().loss(torch.tensor([[0.0, math.log(3)]]), (None, soft)).item() == pytest.approx(-(math.log(1 / 4) + math.log(3 / 4)) / 2)
+    assert Classification().loss(torch.tensor([[0.0, math.log(3)]]), (None, soft)).item() == pytest.approx(
+        -(math.log(1 / 4) + math.log(3 / 4)) / 2
+    )
     assert measured(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.4, 0.6]])) == {"accuracy": 1.0}
 
 

@@ -50,7 +50,9 @@ def test_f1_counts_all_labels_together() -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0], [-1.0, -2.0, 1.0]])
     labels = torch.tensor([[1, 0, 0], [1, 0, 1]])  # 2 both, 1 only predicted, 1 only true, 2 neither
     for target in (labels, labels.bool(), labels.float()):
-        assert measured(MultiLabel(), (logits[:1], target[:1]), (logits[1:], target[1:])) == pytest.approx({"F1": 4 / 6, "label accuracy": 4 / 6})
+        assert measured(MultiLabel(), (logits[:1], target[:1]), (logits[1:], target[1:])) == pytest.approx(
+            {"F1": 4 / 6, "label accuracy": 4 / 6}
+        )
     assert measured(MultiLabel(), (-logits.abs(), torch.zeros(2, 3))) == {"F1": 1.0, "label accuracy": 1.0}
     assert measured(MultiLabel(), (-logits.abs(), torch.ones(2, 3))) == {"F1": 0.0, "label accuracy": 0.0}
 

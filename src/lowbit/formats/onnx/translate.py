@@ -134,14 +134,19 @@ def _mark_weight(graph: ir.Graph, name: str) -> None:
 
 
 def _name_batch(converted: torch.onnx.ONNXProgram) -> None:
-    """Call the open size ``batch`` and not ``s77``."""
+    """Call the open sizes ``batch``, ``height`` and ``width`` and not ``s77``."""
     import onnx_ir as ir
 
     sizes: set[str | ir.SymbolicDim] = set()
     for value in converted.model.graph.inputs:
         sizes.update(dim.value for dim in (value.shape or ())[:1] if isinstance(dim, ir.SymbolicDim) and dim.value)
-    if len(sizes) == 1:
-        converted.rename_axes({sizes.pop(): "batch"})
+    names = {sizes.pop(): "batch"} if len(sizes) == 1 else {}
+    for value in converted.model.graph.inputs:
+        for dim, name in zip((value.shape or ())[2:], ("height", "width"), strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value and len(value.shape or ()) == 4 and name not in names.values():
+                names.setdefault(dim.value, name)
+    if names:
+        converted.rename_axes(names)
 
 
 def _reason(error: BaseException) -> str:

@@ -176,7 +176,7 @@ def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict
             raise SpecError(f"input {name!r} must be a tensor: {expected[name]}; got {type(tensor).__name__}")
         if tensor.dtype != expected[name].dtype or not _fits(expected[name], tensor):
             raise SpecError(f"input {name!r} must be {expected[name]}, got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
-        sizes = _open_sizes(expected[name], tensor)
+        sizes = _open_batch(expected[name], tensor)
         if any(size < lowest or (highest is not None and size > highest) for size in sizes):
             raise SpecError(f"input {name!r}: the batch size must be {lowest} to {highest or 'any'}, got {sizes[0]}")
         if devices and tensor.device not in devices:
@@ -187,14 +187,14 @@ def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict
 
 def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: FileFormatError) -> None:
     """SpecError where inputs of different batch sizes may be why a node cannot be computed."""
-    sizes = {item.name: _open_sizes(item, inputs[item.name]) for item in graph.inputs}
+    sizes = {item.name: _open_batch(item, inputs[item.name]) for item in graph.inputs}
     if len({size for found in sizes.values() for size in found}) > 1:
         batches = ", ".join(f"{name} {size}" for name, found in sizes.items() for size in found)
         raise SpecError(f"the inputs differ in their batch size: {batches}. {error}") from error
 
 
-def _open_sizes(expected: GraphInput, tensor: Tensor) -> list[int]:
-    return [size for size, fixed in zip(tensor.shape, expected.shape, strict=True) if fixed is None]
+def _open_batch(expected: GraphInput, tensor: Tensor) -> list[int]:
+    return [tensor.shape[0]] if expected.shape and expected.shape[0] is None else []
 
 
 def _fits(expected: GraphInput, tensor: Tensor) -> bool:

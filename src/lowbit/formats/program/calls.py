@@ -74,14 +74,15 @@ class GraphInput:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join('batch' if size is None else str(size) for size in self.shape)}]"
+        sizes = [("any" if dim else "batch") if size is None else str(size) for dim, size in enumerate(self.shape)]
+        return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
 @dataclass(frozen=True)
 class Graph:
     """Inputs, operator calls in order, and the values returned with how they are nested.
 
-    ``batch_range`` holds the smallest and largest open size, ``None`` where there is no limit.
+    ``batch_range`` holds the smallest and largest size of the batch, ``None`` where there is no limit.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -153,8 +154,11 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
 
 
 def _batch_range(exported: ExportedProgram) -> tuple[int, int | None]:
+    inputs = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    batches = {str(value.shape[0]) for value in values if isinstance(value, Tensor) and value.dim()}
     lowest, highest = 1, math.inf
-    for constraint in exported.range_constraints.values():
+    for constraint in (found for size, found in exported.range_constraints.items() if str(size) in batches):
         if constraint.lower > 2:  # 2 is where torch starts: it sets sizes 0 and 1 apart
             lowest = max(lowest, int(constraint.lower))
         highest = min(highest, float(constraint.upper))

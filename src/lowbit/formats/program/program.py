@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import OutputKind
 
-from lowbit.errors import GraphError
+from lowbit.errors import GraphError, SpecError
 from lowbit.formats.program.constants import constant_of, fold_constants
 from lowbit.formats.program.structure import Json, flatten
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, tensors_of
 from lowbit.network.bits import layer_quantizers
 from lowbit.network.graph.dataflow import quiet_export
 from lowbit.network.insert import activation_quantizers, bake_weights
@@ -56,7 +56,7 @@ class Program:
         return _is_batch_dynamic(self.exported)
 
 
-def export_program(model: nn.Module, sample: object) -> Program:
+def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int] = ()) -> Program:
     """Export ``model`` in evaluation mode with its weights decoded.
 
     The batch size is left open where the model allows it, else fixed to the sample's, and a note says so. Checks that only guard
@@ -66,16 +66,18 @@ def export_program(model: nn.Module, sample: object) -> Program:
     Args:
         model: A quantized (or float) network; it is not changed.
         sample: Inputs of one call: a tensor, a tuple of tensors, a dict of keyword tensors, or ``Inputs``.
+        dynamic: Further dimensions to leave open, see ``lowbit.export``.
 
     Raises:
-        GraphError: The model cannot be exported; names the line of its code that blocks.
+        SpecError: A dimension that no input has.
+        GraphError: The model cannot be exported; names the line of its code that blocks, or why a dimension cannot stay open.
     """
     inputs = Inputs.of(sample, model)
     baked, weights = bake_weights(model)
     structure: list[Json] = [None]
     baked.register_forward_hook(_flattening(structure))
     with evaluating(baked):
-        exported, notes = _export(baked, inputs)
+        exported, notes = _export(baked, inputs) if not dynamic else (_export_open(baked, inputs, dynamic), ())
     _refuse_state(exported)
     _simplify(exported)
     fold_constants(exported)
@@ -116,6 +118,80 @@ def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[st
             "A file needs one graph for all inputs: rewrite that line without depending on tensor values, or export a part of the model."
         ) from error
     return exported, (f"the batch size is fixed to {inputs.batch_size}: {reason}",)
+
+
+_DIMENSIONS = {"D": -3, "H": -2, "W": -1, "L": -1}  # depth, height and width of pictures and volumes, length of sequences
+_RANKS = {"D": (5,), "H": (4, 5), "W": (4, 5), "L": (3,)}
+
+
+def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int]) -> ExportedProgram:
+    """With an open batch size and the further dimensions that ``dynamic`` names."""
+    traced = inputs if inputs.batch_size > 1 else _doubled(inputs)
+    shapes = ShapesCollection()
+    wanted: dict[int, dict[int, str]] = {}
+    for index, tensor in enumerate(traced.tensors):
+        chosen = {dim: str(name) for name in dynamic if (dim := _dimension(name, tensor)) is not None}
+        wanted[index] = chosen
+        batch = {0: Dim.AUTO} if _has_batch(tensor, traced.batch_size) else {}
+        shapes[tensor] = {**batch, **dict.fromkeys(chosen, Dim.AUTO)}
+    named = {name for chosen in wanted.values() for name in chosen.values()}
+    for name in dynamic:
+        if str(name) not in named:
+            held = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors)
+            raise SpecError(
+                f"dynamic: no input has the dimension {name!r}; the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
+            )
+    try:
+        exported = _trace(model, traced, shapes)
+    except Exception as error:
+        raise GraphError(f"{_not_open(dynamic)}: {blocking_line(error)}: {_first_line(error)}. {_OPEN_ADVICE}") from error
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    for index, name in enumerate(names):
+        for dim, asked in wanted[index].items():
+            size = values[str(name)].shape[dim]
+            if isinstance(size, int):
+                raise GraphError(f"{_not_open([asked])}: the network computes with its size as a constant, {size}. {_OPEN_ADVICE}")
+    _try_another_size(model, exported, traced, wanted)
+    return exported
+
+
+def _try_another_size(model: nn.Module, exported: ExportedProgram, inputs: Inputs, wanted: Mapping[int, Mapping[int, str]]) -> None:
+    """GraphError unless the network and its graph give the same where the open dimensions are twice as large."""
+    larger = [
+        tensor.repeat(*(2 if dim in wanted[index] else 1 for dim in range(tensor.dim()))) for index, tensor in enumerate(inputs.tensors)
+    ]
+    count = len(inputs.args)
+    args, kwargs = tuple(larger[:count]), dict(zip(inputs.kwargs, larger[count:], strict=True))
+    names = list(dict.fromkeys(name for chosen in wanted.values() for name in chosen.values()))
+    try:
+        expected, found = model(*args, **kwargs), exported.module()(*args, **kwargs)
+    except Exception as error:
+        raise GraphError(
+            f"{_not_open(names)}, twice the size fails: {blocking_line(error)}: {_first_line(error)}. {_OPEN_ADVICE}"
+        ) from error
+    pairs = list(zip(tensors_of(expected), tensors_of(found), strict=True))
+    if not all(
+        a.shape == b.shape and float((a - b).abs().mean()) <= 0.01 * float(a.abs().mean()) + 1e-6 for a, b in pairs
+    ):  # a code or two may fall to the other side of a tie
+        raise GraphError(f"{_not_open(names)}: at twice the size the graph does not compute what the network does. {_OPEN_ADVICE}")
+
+
+def _dimension(name: str | int, tensor: Tensor) -> int | None:
+    """The number of the dimension called ``name``; ``None`` where the tensor has none."""
+    if isinstance(name, str):
+        return tensor.dim() + _DIMENSIONS[name] if tensor.dim() in _RANKS.get(name, ()) else None
+    return name if 0 < name < tensor.dim() else None
+
+
+def _not_open(dynamic: Sequence[str | int]) -> str:
+    return f"the dimension{'s' if len(dynamic) > 1 else ''} {', '.join(map(str, dynamic))} cannot stay open"
+
+
+_OPEN_ADVICE = (
+    "Only networks that take any size can: convolutions, and pooling to one size before linear layers. Leave it out of dynamic, or use "
+    "nn.AdaptiveAvgPool2d(1) before nn.Flatten."
+)
 
 
 def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) -> ExportedProgram:
