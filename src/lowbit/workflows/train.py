@@ -34,7 +34,7 @@ from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.registry import check_needs
 from lowbit.spec import BitPolicy, Bits
-from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
+from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
 WORK = ".work"  # the folder of checkpoints in the output folder
 
@@ -247,7 +247,7 @@ def train_network(
     if out is None:
         return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, task, trainer.is_main)
     used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
-    with only_run_in(out) if trainer.is_main else contextlib.nullcontext():
+    with exclusive_run(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
             fingerprint["teacher"] = None if teacher is None else weights_digest(teacher)
