@@ -70,7 +70,7 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
         if not replaces or earlier.get("kind") != settings.get("kind"):
             raise SpecError(
                 f"{path.parent} holds a stopped run with other settings ({_difference(earlier, json.loads(text))}). "
-                "Go on with those settings, start over with --fresh (resume=False in Python), which deletes its state, or name another folder."
+                "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
             )
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)

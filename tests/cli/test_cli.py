@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import lowbit
 from lowbit.cli import app
-from lowbit.cli.workflow import Outcome
+from lowbit.cli.app import COMMANDS
 from lowbit.models import load_default
 from lowbit.network.layers import quantizable_layers
 from lowbit.progress import Stage
 from lowbit.registry import list_methods
+from lowbit.workflows.deliver import Delivery
 
 FAST = ["--calibration-samples", "32", "--batch-size", "16"]
 
@@ -56,14 +59,13 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.strip() == f"lowbit {version('lowbit')}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "train", "evaluate", "export", "run", "diagnose", "doctor", "methods", "data", "models"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_and_every_option_has_help(command: str) -> None:
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    callback = next((c.callback for c in app.registered_commands if c.name == command), None)
-    if callback is not None:
-        for hint in callback.__annotations__.values():
-            assert hint == "None" or "Annotated" in str(hint) or "shared." in str(hint)
+    assert run(command, "--help").exit_code == 0
+    real = typer.main.get_command(importlib.import_module(f"lowbit.cli.{command}").app)
+    for each in [*getattr(real, "commands", {}).values()] or [real]:
+        assert each.help
+        assert [parameter.name for parameter in each.params if not getattr(parameter, "help", None)] == []
 
 
 @pytest.mark.parametrize(("active", "shown"), [(True, "triton: it works"), (False, "reference: it does not")])
@@ -271,10 +273,10 @@ def test_a_stopped_run_says_how_to_go_on_and_gives_the_same_bits(tmp_path: Path,
 def test_a_failed_run_leaves_earlier_results_alone(quantized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in quantized_folder.iterdir()}
 
-    def full_disk(*_: object) -> Outcome:
+    def full_disk(*_: object, **__: object) -> Delivery:
         raise lowbit.errors.OutputError("cannot write: the disk is full")
 
-    monkeypatch.setattr("lowbit.cli.quantize.run_plan", full_disk)
+    monkeypatch.setattr("lowbit.workflows.quantize.deliver", full_disk)
     assert "the disk is full" in fails("quantize", "--method", "round_to_nearest", "--out", quantized_folder, *FAST)
     after = {path.name: path.read_bytes() for path in quantized_folder.iterdir() if path.is_file()}
     assert after == before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.cli.output import prepare_folder
+from lowbit.workflows.output import prepare_folder
 from lowbit.errors import OutputError
 
 
