@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -23,6 +24,7 @@ from lowbit.network.layers import quantizable_layers
 from lowbit.progress import Stage
 from lowbit.registry import list_methods
 from lowbit.workflows.deliver import Delivery
+from lowbit.workfolder import exclusive_run
 
 FAST = ["--calibration-samples", "32", "--batch-size", "16"]
 
@@ -332,3 +334,46 @@ def test_the_table_of_methods_in_the_readme_is_the_registry() -> None:
     script = Path(__file__).parents[2] / "scripts" / "methods_table.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_quantize_reads_the_recipe_that_it_prints_and_options_override_it(tmp_path: Path) -> None:
+    arguments = [
+        "-m",
+        "brecq",
+        "-w",
+        "3",
+        "--iterations",
+        "7",
+        "-o",
+        "activation_iterations=5",
+        "--keep",
+        "fc",
+        "--calibration-samples",
+        "32",
+    ]
+    printed = run("quantize", *arguments, "--print-config")
+    assert printed.exit_code == 0, printed.output
+    content = yaml.safe_load(printed.output)
+    assert (content["method"], content["weight_bits"], content["activation_bits"], content["keep"]) == ("brecq", 3, 8, ["fc"])
+    assert content["options"] == {"iterations": "7", "activation_iterations": "5"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(printed.output)
+    assert run("quantize", path, "--print-config").output == printed.output
+    assert yaml.safe_load(run("quantize", path, "-w", "2", "--print-config").output)["weight_bits"] == 2
+    dry = run("quantize", path, "--dry-run")
+    assert "iterations=7, activation_iterations=5" in dry.output and "32 samples of digits" in dry.output
+    path.write_text("weight_bit: 3")
+    assert "Did you mean 'weight_bits'" in fails("quantize", path)
+
+
+def test_a_hyper_parameter_given_in_two_ways_is_an_error(tmp_path: Path) -> None:
+    told = fails(
+        "quantize", "-m", "round_to_nearest", "--weight-observer", "mse", "-o", "weight_observer=min_max", "--out", tmp_path / "out"
+    )
+    assert "weight_observer was given by --weight-observer too" in told
+
+
+def test_quantize_refuses_a_folder_that_another_run_works_in(tmp_path: Path) -> None:
+    with exclusive_run(tmp_path):
+        assert "another run is working in this folder" in fails("quantize", "-m", "round_to_nearest", "--out", tmp_path, *FAST)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -42,19 +42,20 @@ def run(
     import torch
 
     from lowbit.workflows.export import packed_file
-    from lowbit.workflows.run import Labels, classify, load_on_kernels, prepare_table, time_network, write_classes
+    from lowbit.workflows.run import Labels, classify, find_pictures, load_on_kernels, prepare_table, time_network, write_classes
 
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     loaded = load_on_kernels(packed_file(Path(packed)), weight_only=request.weight_only)
     labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess)
+    paths = [] if pictures is None else find_pictures(Path(pictures))
     if not quiet:
         say(loaded.summary)
-    if labels is not None and pictures is not None:
+    if labels is not None:
         if request.out is not None:
             prepare_table(Path(request.out))
         progress = SpokenProgress(quiet=quiet)
-        rows = classify(loaded.network, Path(pictures), labels, top=request.top, batch_size=request.batch_size, progress=progress)
+        rows = classify(loaded.network, paths, labels, top=request.top, batch_size=request.batch_size, progress=progress)
         if not quiet:
             show_table(
                 ("picture", *(f"class {index + 1}" for index in range(len(rows[0][1])))),

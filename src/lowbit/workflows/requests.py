@@ -450,7 +450,7 @@ class TrainRequest(
     device: str = "auto"
 
     @property
-    def info(self) -> MethodInfo:
+    def method_info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
         return find_method(self.method, "training")
 
@@ -470,7 +470,7 @@ class TrainRequest(
         return self if self.policy is not None else self._filled(self._default_bits())
 
     def _default_bits(self) -> LayerBits:
-        info = self.info
+        info = self.method_info
         return LayerBits(_nearest(info.weight_bits), None if info.activation_bits is None else _nearest(info.activation_bits))
 
 

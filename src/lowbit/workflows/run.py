@@ -90,11 +90,15 @@ class Labels:
         return self.names[label] if label < len(self.names) else str(label)
 
 
+def find_pictures(path: Path) -> list[Path]:
+    """A picture, or the pictures in a folder; DataError when there are none."""
+    return [path] if path.is_file() else list(pictures_in(path))
+
+
 def classify(
-    network: PackedNetwork, pictures: Path, labels: Labels, *, top: int = 3, batch_size: int = 1, progress: Progress | None = None
+    network: PackedNetwork, paths: Sequence[Path], labels: Labels, *, top: int = 3, batch_size: int = 1, progress: Progress | None = None
 ) -> Classes:
-    """The ``top`` classes of a picture, or of each picture in a folder, with their shares."""
-    paths = [pictures] if pictures.is_file() else pictures_in(pictures)
+    """The ``top`` classes of each picture, with their shares."""
     rows: Classes = []
     with (progress or Progress.silent()).stage("pictures", len(paths)) as stage, torch.no_grad():
         for start in range(0, len(paths), batch_size):

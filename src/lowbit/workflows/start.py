@@ -73,13 +73,13 @@ def open_start(asked: TrainRequest) -> Start:
     )
     if not is_trained and _is_known_untrained(asked.model):
         notes.append(f"no weights: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
-        if "pretrained" in asked.info.needs:
-            notes.append(f"{asked.info.name} is made for trained weights: give some with weights=")
+        if "pretrained" in asked.method_info.needs:
+            notes.append(f"{asked.method_info.name} is made for trained weights: give some with weights=")
     else:
         is_trained = True
 
     teacher = _teacher(asked, network, options, train)
-    if teacher is None and "teacher" in asked.info.needs:
+    if teacher is None and "teacher" in asked.method_info.needs:
         notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with teacher=.")
         teacher = network
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
