@@ -44,7 +44,7 @@ def test_without_a_float_network_nothing_is_compared(tmp_path: Path) -> None:
 
 
 def test_a_network_that_is_not_quantized_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="Linear is not quantized: deliver what lowbit.quantize"):
+    with pytest.raises(SpecError, match=r"Linear is not quantized: deliver what lowbit.quantize"):
         lowbit.deliver(nn.Linear(2, 2), tmp_path / "out", calibration=torch.randn(4, 2))
     small = lowbit.quantize(nn.Sequential(nn.Linear(6, 4)), calibration=torch.randn(8, 6))
     with pytest.raises(SpecError, match="pass calibration= or sample="):

@@ -54,7 +54,7 @@ def test_a_policy_may_be_a_file_or_an_object_and_other_bits_beside_it_are_an_err
 
 @pytest.mark.parametrize("bits", ["0", "9", "-1", "four", "2.5"])
 def test_bits_out_of_range_name_the_setting(bits: str) -> None:
-    with pytest.raises(SpecError, match="^weight_bits: bit_width must be"):
+    with pytest.raises(SpecError, match=r"^weight_bits: bit_width must be"):
         QuantizeRequest(weight_bits=bits)
 
 
