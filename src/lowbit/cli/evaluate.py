@@ -32,14 +32,12 @@ def evaluate(
 
     found = evaluate_files(request, progress=SpokenProgress(quiet=quiet))
     if not quiet:
-        names = list(cast(dict[str, float], found.results["float"]["metrics"]))
+        rows = [(name, entry, cast(dict[str, float], entry["metrics"])) for name, entry in found.results.items()]
+        names = list(rows[0][2])
         say(f"{found.source.name} on {found.source.test_name or 'unlabelled samples'}")
         show_table(
             ("", *names, "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
-            [
-                (name, *(found.task.describe(n, entry["metrics"][n]) for n in names), *_words(entry))
-                for name, entry in found.results.items()
-            ],  # type: ignore[index]
+            [(name, *(found.task.describe(n, metrics[n]) for n in names), *_words(entry)) for name, entry, metrics in rows],
         )
     if found.path is not None:
         say(f"evaluation: {found.path}")
