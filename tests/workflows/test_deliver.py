@@ -27,7 +27,7 @@ def test_python_and_a_request_give_the_same_report_and_the_same_file(tmp_path: P
     test = loader(load_data("digits", split="test"), 32)
     given = lowbit.deliver(small, tmp_path / "python", calibration=samples, float_model=model, test_data=test, name="digits", onnx=False)
     first, second = asked.report.to_dict(), given.report.to_dict()
-    for name in ("quantized", "float", "size_bytes", "options", "samples", "weight_bits", "model"):
+    for name in ("quantized", "metrics", "size_bytes", "options", "samples", "weight_bits", "model"):
         assert first[name] == second[name], name
     assert (tmp_path / "request" / "model.lowbit").read_bytes() == (tmp_path / "python" / "model.lowbit").read_bytes()
     assert {path.name for path in (tmp_path / "python").iterdir()} == {"report.json", "report.html", "policy.yaml", "model.lowbit"}
