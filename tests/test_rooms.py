@@ -13,7 +13,7 @@ import lowbit
 SOURCE = Path(__file__).parent.parent / "src" / "lowbit"
 # From the bottom up. Rooms of one line do not import each other, but for those after the arrow: they may read what stands before it.
 ORDER = (
-    ("errors",),
+    ("errors", "lazy"),
     ("files", "plugins", "progress", "spec"),
     ("registry", "inputs"),
     ("options", "workfolder"),

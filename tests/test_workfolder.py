@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from lowbit.workfolder import open_work_folder, weights_digest
+from lowbit.errors import OutputError
+from lowbit.workfolder import LOCK, exclusive_run, open_work_folder, weights_digest
 
 
 def test_state_of_the_same_run_is_kept_and_of_another_run_deleted(tmp_path: Path) -> None:
@@ -70,3 +74,46 @@ def test_only_state_to_go_on_from_survives_an_error(tmp_path: Path) -> None:
     (path / "unit.safetensors").write_text("half done")
     work.remove_if_useless()
     assert (path / "unit.safetensors").exists()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_next_one_may_work_there(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with exclusive_run(folder):
+        with pytest.raises(OutputError, match=rf"{folder}: another run is working in this folder. Wait for it"), exclusive_run(folder):
+            pass
+        assert (folder / LOCK).exists()
+    assert list(folder.iterdir()) == []
+    with exclusive_run(folder):
+        pass
+
+
+def test_an_error_within_a_run_frees_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="broken"), exclusive_run(tmp_path):
+        raise ValueError("broken")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from lowbit.workfolder import exclusive_run
+with exclusive_run(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match="another run"), exclusive_run(tmp_path):
+            pass
+        holder.kill()
+    assert (tmp_path / LOCK).exists()  # a dead process cannot remove it
+    with exclusive_run(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write there"), exclusive_run(tmp_path / "out"):
+        pass

@@ -1,30 +1,36 @@
 """lowbit: quantize any PyTorch network to 1-8 bits with the methods of the classic reading list."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from lowbit import errors
-from lowbit.measure.diagnose import diagnose
-from lowbit.network.slot import Slot
-from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.qat.attach.job import QatJob
-from lowbit.qat.engine.trainer import Trainer
-from lowbit.qat.loops.manual import parameter_groups, training
-from lowbit.qat.method import TrainingMethod
-from lowbit.qat.prepare import prepare
-from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
-from lowbit.qat.run import TrainRun, penalty
-from lowbit.qat.task import CriterionTask, Scores, Task
-from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
-from lowbit.quantizers.base import Quantizer
-from lowbit.registry import MethodInfo, get_method, list_methods, register
-from lowbit.report.summary import summary
-from lowbit.runtime.compile import compile_runtime
-from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
-from lowbit.workflows.evaluate import evaluate
-from lowbit.workflows.export import ExportReport, export
-from lowbit.workflows.load import load
-from lowbit.workflows.quantize import quantize
-from lowbit.workflows.train import train
+from lowbit.lazy import lazy_imports
+
+if TYPE_CHECKING:  # imported when they are first used
+    from lowbit.measure.diagnose import diagnose
+    from lowbit.network.slot import Slot
+    from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+    from lowbit.qat.attach.job import QatJob
+    from lowbit.qat.engine.trainer import Trainer
+    from lowbit.qat.loops.manual import parameter_groups, training
+    from lowbit.qat.method import TrainingMethod
+    from lowbit.qat.prepare import prepare
+    from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
+    from lowbit.qat.run import TrainRun, penalty
+    from lowbit.qat.task import CriterionTask, Scores, Task
+    from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
+    from lowbit.quantizers.base import Quantizer
+    from lowbit.registry import MethodInfo, get_method, list_methods, register
+    from lowbit.report.summary import summary
+    from lowbit.runtime.compile import compile_runtime
+    from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
+    from lowbit.workflows.deliver import Delivery, deliver
+    from lowbit.workflows.evaluate import evaluate
+    from lowbit.workflows.export import ExportReport, export
+    from lowbit.workflows.load import load
+    from lowbit.workflows.quantize import quantize, quantize_and_deliver
+    from lowbit.workflows.requests import QuantizeRequest, TrainRequest
+    from lowbit.workflows.train import train, train_and_deliver
 
 try:
     __version__ = version("lowbit")
@@ -33,8 +39,11 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
+    "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
     "Recipe", "OptimizerSpec", "Phase", "Trainer",
     "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip
+
+__getattr__, __dir__ = lazy_imports(__name__)

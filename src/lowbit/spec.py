@@ -6,12 +6,14 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import yaml
-from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Position = Literal["first", "last", "inner"]
 

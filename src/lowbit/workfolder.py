@@ -5,25 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import cast
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from lowbit.errors import OutputError, SpecError
 from lowbit.files import write_text
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # not on Windows; there two runs that start in the same instant are not told apart
-    fcntl = None
 
 _SETTINGS, _DONE = "run.json", "done"
 LOCK = ".lock"
@@ -79,7 +70,7 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
         if not replaces or earlier.get("kind") != settings.get("kind"):
             raise SpecError(
                 f"{path.parent} holds a stopped run with other settings ({_difference(earlier, json.loads(text))}). "
-                "Go on with those settings, start over with --fresh (resume=False in Python), which deletes its state, or name another folder."
+                "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
             )
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
@@ -111,86 +102,27 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Within the context no other run may work in ``folder``: a file there names this process.
-
-    A file that a killed process left behind is taken over.
+def exclusive_run(folder: Path) -> Iterator[None]:
+    """Within the context no other run may work in ``folder``. The lock of a process that was killed is taken over.
 
     Raises:
-        OutputError: A living process works there, or the file cannot be written.
+        OutputError: Another run works there, or the folder cannot be written to.
     """
     path = folder / LOCK
-    me = {"pid": os.getpid(), "started": _start_of(os.getpid()), "host": socket.gethostname()}
+    lock = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _guarded(path) as file:
-            holder = _read_holder(file)
-            if holder is not None and _is_alive(holder):
-                raise OutputError(
-                    f"{folder}: another run (process {holder['pid']} on {holder['host']}) is working in this folder. "
-                    f"Wait for it, stop it, or name another folder. If there is no such process, delete {path}."
-                )
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(me).encode(), 0)
-    except OutputError:
-        raise
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(f"{folder}: another run is working in this folder. Wait for it, stop it, or name another folder.") from error
     except OSError as error:
         raise OutputError(f"{folder}: cannot write there ({error.strerror}). Name another folder.") from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-@contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[int]:
-    """The open file at ``path``, which nobody else reads or changes within the context."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                try:
-                    is_current = os.fstat(file).st_ino == path.stat().st_ino
-                except FileNotFoundError:
-                    is_current = False  # its holder has just deleted it
-                if not is_current:
-                    continue
-            yield file
-            return
-        finally:
-            os.close(file)
-
-
-def _read_holder(file: int) -> dict[str, object] | None:
-    try:
-        holder = json.loads(os.pread(file, 4096, 0))
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else None
-
-
-def _is_alive(holder: Mapping[str, object]) -> bool:
-    if holder.get("host") != socket.gethostname():
-        return True  # nobody here can tell
-    pid = cast(int, holder["pid"])
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it belongs to somebody else
-    return holder.get("started") in (None, _start_of(pid))  # another process may have got the number
-
-
-def _start_of(pid: int) -> str | None:
-    """When the process was started, in the system's own units; ``None`` where that cannot be found out, or it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state == "Z" else fields[18]
-    except (OSError, ValueError, IndexError):
-        return None
+        with contextlib.suppress(OSError):  # Windows deletes it on release
+            path.unlink()  # while it is held: whoever gets the lock of a deleted file tries again with a new one
+        lock.release()
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+import yaml
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import lowbit
 from lowbit.cli import app
-from lowbit.cli.workflow import Outcome
+from lowbit.cli.app import COMMANDS
 from lowbit.models import load_default
 from lowbit.network.layers import quantizable_layers
 from lowbit.progress import Stage
 from lowbit.registry import list_methods
+from lowbit.workflows.deliver import Delivery
+from lowbit.workfolder import exclusive_run
 
 FAST = ["--calibration-samples", "32", "--batch-size", "16"]
 
@@ -56,14 +61,13 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.strip() == f"lowbit {version('lowbit')}"
 
 
-@pytest.mark.parametrize("command", ["quantize", "train", "evaluate", "export", "run", "diagnose", "doctor", "methods", "data", "models"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_and_every_option_has_help(command: str) -> None:
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    callback = next((c.callback for c in app.registered_commands if c.name == command), None)
-    if callback is not None:
-        for hint in callback.__annotations__.values():
-            assert hint == "None" or "Annotated" in str(hint) or "shared." in str(hint)
+    assert run(command, "--help").exit_code == 0
+    real = typer.main.get_command(importlib.import_module(f"lowbit.cli.{command}").app)
+    for each in [*getattr(real, "commands", {}).values()] or [real]:
+        assert each.help
+        assert [parameter.name for parameter in each.params if not getattr(parameter, "help", None)] == []
 
 
 @pytest.mark.parametrize(("active", "shown"), [(True, "triton: it works"), (False, "reference: it does not")])
@@ -271,10 +275,10 @@ def test_a_stopped_run_says_how_to_go_on_and_gives_the_same_bits(tmp_path: Path,
 def test_a_failed_run_leaves_earlier_results_alone(quantized_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in quantized_folder.iterdir()}
 
-    def full_disk(*_: object) -> Outcome:
+    def full_disk(*_: object, **__: object) -> Delivery:
         raise lowbit.errors.OutputError("cannot write: the disk is full")
 
-    monkeypatch.setattr("lowbit.cli.quantize.run_plan", full_disk)
+    monkeypatch.setattr("lowbit.workflows.quantize.deliver", full_disk)
     assert "the disk is full" in fails("quantize", "--method", "round_to_nearest", "--out", quantized_folder, *FAST)
     after = {path.name: path.read_bytes() for path in quantized_folder.iterdir() if path.is_file()}
     assert after == before
@@ -330,3 +334,46 @@ def test_the_table_of_methods_in_the_readme_is_the_registry() -> None:
     script = Path(__file__).parents[2] / "scripts" / "methods_table.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_quantize_reads_the_recipe_that_it_prints_and_options_override_it(tmp_path: Path) -> None:
+    arguments = [
+        "-m",
+        "brecq",
+        "-w",
+        "3",
+        "--iterations",
+        "7",
+        "-o",
+        "activation_iterations=5",
+        "--keep",
+        "fc",
+        "--calibration-samples",
+        "32",
+    ]
+    printed = run("quantize", *arguments, "--print-config")
+    assert printed.exit_code == 0, printed.output
+    content = yaml.safe_load(printed.output)
+    assert (content["method"], content["weight_bits"], content["activation_bits"], content["keep"]) == ("brecq", 3, 8, ["fc"])
+    assert content["options"] == {"iterations": "7", "activation_iterations": "5"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(printed.output)
+    assert run("quantize", path, "--print-config").output == printed.output
+    assert yaml.safe_load(run("quantize", path, "-w", "2", "--print-config").output)["weight_bits"] == 2
+    dry = run("quantize", path, "--dry-run")
+    assert "activation_iterations=5, iterations=7" in dry.output and "32 samples of digits" in dry.output
+    path.write_text("weight_bit: 3")
+    assert "Did you mean 'weight_bits'" in fails("quantize", path)
+
+
+def test_a_hyper_parameter_given_in_two_ways_is_an_error(tmp_path: Path) -> None:
+    told = fails(
+        "quantize", "-m", "round_to_nearest", "--weight-observer", "mse", "-o", "weight_observer=min_max", "--out", tmp_path / "out"
+    )
+    assert "weight_observer was given by --weight-observer too" in told
+
+
+def test_quantize_refuses_a_folder_that_another_run_works_in(tmp_path: Path) -> None:
+    with exclusive_run(tmp_path):
+        assert "another run is working in this folder" in fails("quantize", "-m", "round_to_nearest", "--out", tmp_path, *FAST)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -90,7 +90,7 @@ def test_the_benchmark_names_both_sides_and_where_the_time_goes(packed: Path) ->
     result = run(packed, "--benchmark", "--runs", "2", "--batch-size", "3", "--threads", "1")
     torch.set_num_threads(before)
     assert result.exit_code == 0, result.output
-    for word in ("few-bit kernels", "decoded to float", "binary_conv2d", "batch 3", "where the time goes"):
+    for word in ("low-bit kernels", "decoded to float", "binary_conv2d", "batch 3", "where the time goes"):
         assert word in result.output
 
 

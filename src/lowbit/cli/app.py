@@ -1,25 +1,52 @@
-"""The ``lowbit`` command: its subcommands, and how errors and interruptions end it."""
+"""The ``lowbit`` command: its subcommands, each imported when it is called, and how errors and interruptions end it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from lowbit.cli import data, diagnose, doctor, evaluate, export, methods, models, quantize, run, train
 from lowbit.cli.console import errors, say
+from lowbit.cli.flags import in_flags
 from lowbit.errors import LowbitError
 
 EXIT_ERROR = 2  # the input was bad; nothing was written
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+COMMANDS = {  # each is the variable ``app`` of the file of its name
+    "quantize": "Quantize a trained network, check the result, and write files and a report.",
+    "train": "Train a low-bit network, check the result, and write files and a report.",
+    "evaluate": "Measure accuracy, size and time of the float network and of exported files.",
+    "export": "Write a network to a file, check the file against the network, and time it.",
+    "run": "Classify pictures with a packed network on low-bit kernels, or time it.",
+    "diagnose": "Quantize, then walk the white paper's debugging chart: which layers hurt, and what helps.",
+    "doctor": "Say what is installed, what the processor can do, and which kernels low-bit layers run on.",
+    "methods": "Which methods there are, and what each one does and takes.",
+    "data": "Which data can be named, where it is looked for, and what is in it.",
+    "models": "Which networks can be named, and how to name any other.",
+}
+
+
+class LazyCommand(TyperCommand):
+    """A subcommand that is known by its name and one line of help until it is called, or asked for help or completions."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command."""
+        assert self.name is not None
+        module = importlib.import_module(f"lowbit.cli.{self.name}")
+        return typer.main.get_command(module.app).make_context(info_name, args, parent=parent, **extra)
 
 
 class LowbitGroup(TyperGroup):
-    """Turns lowbit's errors into one readable message and an exit code."""
+    """Subcommands that are imported late; turns lowbit's errors into one readable message and an exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: LazyCommand(name, help=line, callback=None, params=[]) for name, line in COMMANDS.items()}
 
     def invoke(self, ctx: Any) -> object:
         """Run the subcommand."""
@@ -28,7 +55,7 @@ class LowbitGroup(TyperGroup):
         except LowbitError as error:
             if os.environ.get("LOWBIT_DEBUG"):
                 raise
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {escape(in_flags(str(error)))}", soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as error:
             errors.print("[bold red]stopped[/]")
@@ -43,7 +70,7 @@ def _show_version(asked: bool) -> None:
 
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", "-V", help="Print the version and stop.", callback=_show_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error. Also: LOWBIT_DEBUG=1.")] = False,
 ) -> None:
@@ -69,13 +96,3 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command("quantize")(quantize.quantize)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("run")(run.run)
-app.command("diagnose")(diagnose.diagnose)
-app.command("doctor")(doctor.doctor)
-app.add_typer(methods.app, name="methods")
-app.add_typer(data.app, name="data")
-app.add_typer(models.app, name="models")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lowbit.cli.flags import in_flags
+from lowbit.progress import Progress
 from lowbit.report.words import NOTHING
 
 _WIDE = 140  # characters of a line in files and pipes, where rich would assume a terminal of 80
@@ -26,11 +30,30 @@ def say(text: str) -> None:
     results.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_how_to_go_on(what: str, kept: str) -> None:
-    """Tell that the run has stopped, what is kept of it, and the command that goes on with it."""
+class SpokenProgress(Progress):
+    """Progress that speaks of options where the library speaks of settings."""
+
+    def say(self, message: str) -> None:
+        """Print one line, unless quiet."""
+        super().say(in_flags(message))
+
+
+def say_how_to_resume(what: str, kept: str) -> None:
+    """Tell that the run has stopped, what is kept of it, and the command that resumes it."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
-    errors.print(f"[bold red]{escape(what)}[/]; {escape(kept)}. Go on with:", highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]{escape(what)}[/]; {escape(kept)}. Resume it with:", highlight=False, soft_wrap=True)
     errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def resumable(*, is_first: bool = True) -> Iterator[None]:
+    """Ctrl-C ends the command with the one that resumes it; only the first of several processes says so."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if is_first:
+            say_how_to_resume("stopped", "what was finished is kept")
+        raise typer.Exit(130) from error
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lowbit.cli.console import say, show_table
-from lowbit.cli.options import Preprocess
-from lowbit.cli.source import preprocessing_of
-from lowbit.data import SUITES, Split, load_data
+from lowbit.cli.names import data_names
+from lowbit.cli.settings import key_values, name_completion
+from lowbit.options import settings_of
+from lowbit.workflows.requests import NetworkSettings
 
-app = typer.Typer(help="Which data --data and --calibration know by name, where it is looked for, and what is in it.", no_args_is_help=True)
-SPLITS: tuple[Split, ...] = ("train", "test")
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Which data --data and --calibration know by name, where it is looked for, and what is in it.",
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def list_data() -> None:
     """List the data suites: where they are looked for, and how to get them."""
+    from lowbit.data import SUITES
+
     show_table(("--data", "what it is", "where it is looked for"), ((name, suite.summary, suite.places) for name, suite in SUITES.items()))
     say("")
     show_table(
@@ -33,13 +41,26 @@ def list_data() -> None:
 
 @app.command("show")
 def show_data(
-    name: Annotated[str, typer.Argument(help="A suite from 'lowbit data list', NAME:FOLDER, a folder of pictures, or a .npy/.npz file.")],
-    preprocess: Preprocess = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A suite from 'lowbit data list', NAME:FOLDER, a folder of pictures, or a .npy/.npz file.",
+            autocompletion=name_completion(data_names),
+        ),
+    ],
+    preprocess: Annotated[
+        list[str] | None,
+        typer.Option("--preprocess", help=settings_of(NetworkSettings)["preprocess"].meaning, metavar="NAME=VALUE", show_default=False),
+    ] = None,
 ) -> None:
     """Read the data and show what is in it."""
+    from lowbit.data import load_data
+    from lowbit.workflows.source import preprocessing_of
+
     rows = []
+    preprocessing = preprocessing_of(key_values(preprocess or [], "--preprocess"))
     for split in SPLITS:
-        found = load_data(name, split=split, preprocessing=preprocessing_of(preprocess))
+        found = load_data(name, split=split, preprocessing=preprocessing)
         classes = "no labels" if found.num_classes is None else found.num_classes
         rows.append((split, len(found), "x".join(map(str, found.input_shape)), classes, _numbers(found.mean), _numbers(found.std)))
     show_table(("split", "samples", "shape", "classes", "mean", "std"), rows, title=name)

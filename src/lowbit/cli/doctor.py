@@ -22,6 +22,7 @@ from lowbit.runtime.cpu.target import active_target, processor_features
 from lowbit.runtime.cuda.target import cuda_target
 from lowbit.runtime.layers.binary import compiled_loops
 
+app = typer.Typer(add_completion=False)
 PACKAGES = ("torch", "numba", "llvmlite", "triton", "onnx", "onnxruntime", "openvino", "lightning", "transformers", "timm")
 FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcntdq", "amx-int8", "neon", "dotprod")
 _FORMS = {"count": "differing bits counted in words", "lookup": "differing bits looked up, four at a time"}
@@ -34,6 +35,7 @@ print(time.perf_counter() - start)
 """
 
 
+@app.command("doctor")
 def doctor(
     times: Annotated[
         bool, typer.Option("--time", help="Also time the first use of the kernels, with an empty cache and a filled one.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,10 +9,12 @@ import typer
 
 from lowbit import registry
 from lowbit.cli.console import results, say, show_table
+from lowbit.cli.names import method_names
+from lowbit.cli.settings import name_completion, type_word, value_word
 from lowbit.errors import unknown_name
 from lowbit.options import settings_of
 
-app = typer.Typer(help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -34,7 +34,12 @@ def list_methods(
 
 @app.command("show")
 def show_method(
-    name: Annotated[str, typer.Argument(help="Name of the method, as 'lowbit methods list' prints it, or FILE.py:CLASS.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of the method, as 'lowbit methods list' prints it, or FILE.py:CLASS.", autocompletion=name_completion(method_names)
+        ),
+    ],
     kind: Annotated[registry.Kind | None, typer.Option(help="Which one, where methods of several kinds have this name.")] = None,
 ) -> None:
     """Show the paper, the axes and the hyper-parameters of one method."""
@@ -75,25 +80,6 @@ def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str
     """Name, type, range, default and meaning of each hyper-parameter of a method."""
     assert info.method is not None
     return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in settings_of(info.method).values()]
-
-
-def type_word(hint: object) -> str:
-    """What a value may be: ``int``, ``mse | fisher_diag``, ``float | none``, ``text, text, ...``."""
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join(map(type_word, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        inner = type_word(typing.get_args(hint)[0])
-        return f"{inner}, {inner}, ..."
-    return {str: "text", bool: "true | false", type(None): "none"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
-
-
-def value_word(value: object) -> str:
-    """A default as users would type it."""
-    if isinstance(value, tuple):
-        return ",".join(map(value_word, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def span(bits: range | None) -> str:

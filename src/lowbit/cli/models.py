@@ -5,9 +5,8 @@ from __future__ import annotations
 import typer
 
 from lowbit.cli.console import say, show_table
-from lowbit.models import BUILT_IN
 
-app = typer.Typer(help="Which networks --model knows by name, and how to name any other.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, help="Which networks --model knows by name, and how to name any other.", no_args_is_help=True)
 
 
 @app.callback()
@@ -18,6 +17,8 @@ def _group() -> None:
 @app.command("list")
 def list_models() -> None:
     """List the built-in networks and the ways to name any other."""
+    from lowbit.models import BUILT_IN
+
     show_table(("--model", "what it is"), ((name, summary) for name, (_, summary) in BUILT_IN.items()))
     say("")
     show_table(

@@ -13,6 +13,9 @@ from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 Role = str  # "weights", "quantizers", "others", "others.norms", or one that a method adds
 OptimizerKind = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "step", "linear", "constant"]
+AugmentName = Literal["auto", "none", "crop", "crop_flip"]
+PrecisionName = Literal["32", "bf16", "fp16"]
+Selection = Literal["last", "best"]
 
 
 @dataclass(frozen=True)

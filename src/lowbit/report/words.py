@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from lowbit.qat.task import metric_word
-from lowbit.report.results import MetricResult
+if TYPE_CHECKING:
+    from lowbit.report.results import MetricResult
 
 NOTHING = "\N{EN DASH}"
 
@@ -65,6 +66,8 @@ def change_word(metric: MetricResult) -> str:
     """What quantizing changed: ``-1.00 points`` where the metric is in percent, else ``+0.012``; empty where one was not measured."""
     if metric.float is None or metric.quantized is None or math.isnan(metric.float) or math.isnan(metric.quantized):
         return ""
+    from lowbit.qat.task import metric_word  # brings torch, which the command line's help does not need
+
     change = metric.quantized - metric.float
     if metric.unit == "%":
         return f"{100 * change:+.2f} points"

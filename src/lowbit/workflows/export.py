@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from lowbit.errors import SpecError
+from lowbit.errors import FileFormatError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
 from lowbit.formats.checks.speed import Speed, compare_speed
@@ -24,6 +25,9 @@ from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.workflows.load import load
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.requests import ExportRequest
+from lowbit.workflows.source import open_source
 
 FORMATS = (".lowbit", ".onnx")
 
@@ -150,3 +154,43 @@ def _export_onnx(model: nn.Module, program: Program, path: Path, weight_containe
                 notes.append("the file is not faster than the float network on this machine")
         size = temporary.stat().st_size
     return ExportReport(path, "onnx", size, parity, speed, integer, tuple(notes))
+
+
+def load_and_export(request: ExportRequest) -> ExportReport:
+    """Write the packed file, or the float network, that ``request`` names to another file; what ``lowbit export`` does.
+
+    The data only gives the inputs that the check runs on.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written, or is not allowed.
+    """
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    to = Path(request.to)
+    if to.suffix not in FORMATS:
+        raise SpecError(f"to={str(to)!r}: cannot tell the format. Allowed suffixes: {', '.join(FORMATS)}.")
+    if request.runtime and to.suffix != ".lowbit":
+        raise SpecError(f"runtime=True, to={str(to)!r}: {to.suffix} files are run by other runtimes. Write a .lowbit file.")
+    prepare_folder(to.parent, needed_bytes=0, name="to")
+    source = open_source(request, request, device=request.device, seed=request.seed)
+    network = source.model if request.packed is None else load(packed_file(Path(request.packed)))
+    is_quantized = request.packed is not None  # the float network would be timed against itself
+    return export(
+        network,
+        to,
+        sample=source.sample,
+        weight_container=request.weight_container,
+        measure_speed=request.speed and is_quantized,
+        kernels=request.runtime,
+        dynamic=[name for name in (request.dynamic or "").split(",") if name],
+    )
+
+
+def packed_file(path: Path) -> Path:
+    """``path`` itself, or the packed file in that folder; FileFormatError when there is none."""
+    found = path / "model.lowbit" if path.is_dir() else path
+    if not found.is_file():
+        raise FileFormatError(f"{found}: there is no such file. Name a .lowbit file or a folder that 'lowbit quantize' wrote.")
+    if found.suffix != ".lowbit":
+        raise FileFormatError(f"{found}: expected a .lowbit file, got {found.suffix or 'no suffix'}")
+    return found

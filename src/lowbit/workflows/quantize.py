@@ -1,17 +1,19 @@
-"""``lowbit.quantize``: a trained network in, a quantized copy out."""
+"""``lowbit.quantize``: a trained network in, a quantized copy out; and the same by a request, delivered to files."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from lowbit.errors import CalibrationError
+from lowbit.errors import CalibrationError, LowbitError
 from lowbit.inputs import Calibration, Inputs
+from lowbit.measure import tensor_bytes
 from lowbit.network.job import check_method_bits
 from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, attach_record
@@ -21,9 +23,17 @@ from lowbit.options import choose_policy, make_method
 from lowbit.plugins import source_digest
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
+from lowbit.qat.engine.curve import versions
 from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
+from lowbit.workflows.deliver import Delivery, deliver
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.requests import QuantizeRequest
+from lowbit.workflows.source import Source, open_source
+from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
+
+WORK = ".work"  # the folder of a run's state in the output folder
 
 
 def quantize(
@@ -147,3 +157,111 @@ def _first_not_finite(model: nn.Module, data: Calibration | None) -> str | None:
             if place is not None:
                 return place
     return None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What ``quantize_and_deliver`` is going to do: the request with everything that it names opened.
+
+    Attributes:
+        request: What is asked for.
+        source: The network and its data.
+        policy: Bits for each layer.
+    """
+
+    request: QuantizeRequest
+    source: Source
+    policy: BitPolicy
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that the resulting bits depend on."""
+        tensors = (tensor for inputs in self.source.calibration or [self.source.sample] for tensor in inputs.tensors)
+        return {
+            "kind": "quantize",
+            "version": versions()["lowbit"],
+            "method": self.request.method,
+            "policy": self.policy.to_dict(),
+            "settings": dict(self.request.options),
+            "seed": self.request.seed,
+            "weights": weights_digest(self.source.model),
+            "calibration": tensors_digest(tensors),
+            "device": str(self.source.device),
+        }
+
+
+def open_quantization(request: QuantizeRequest) -> Quantization:
+    """Check ``request`` and open the network and the data that it names; nothing is written.
+
+    Raises:
+        LowbitError: Something cannot be found or read, or is not allowed.
+    """
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    info = find_method(request.method, "post_training")
+    make_method(request.method, "post_training", request.options)  # unknown names and wrong types fail here, before anything is loaded
+    policy = request.bit_policy()
+    source = open_source(request, request, device=request.device, seed=request.seed)
+    if source.calibration is None and "calibration" in info.needs:
+        raise CalibrationError(
+            f"method={request.method!r} needs samples to look at: name some with calibration= (a folder of images, or see 'lowbit data list'). "
+            "'lowbit methods list' says which methods need none."
+        )
+    return Quantization(request, source, policy)
+
+
+def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None = None) -> Delivery:
+    """Quantize the network that ``request`` names and write every file into ``request.out``; what ``lowbit quantize`` does.
+
+    A run that was stopped is resumed where the request is the same, to the same bits.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written, is not allowed, or another run works in the folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     request = QuantizeRequest(method="round_to_nearest", weight_bits=4, calibration_samples=32, onnx=False, out=folder)
+        ...     delivery = quantize_and_deliver(request)
+        >>> delivery.report.model, delivery.report.weight_bits, delivery.report.parity_packed.passed
+        ('digits', 4, True)
+    """
+    progress = progress or Progress.silent()
+    plan = open_quantization(request)
+    source = plan.source
+    out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(source.model))
+    with exclusive_run(out):
+        work = open_work_folder(out / WORK, plan.fingerprint(), resume=request.resume)
+        if work.is_replaced:
+            progress.say(f"{out} held a stopped run with other settings; its state is deleted")
+        if work.is_resumed:
+            progress.say("resuming the run that was stopped")
+        try:
+            job = run_job(
+                source.model,
+                request.method,
+                request.options,
+                policy=plan.policy,
+                calibration=source.calibration,
+                sample=source.sample,
+                seed=request.seed,
+                progress=progress,
+                work_dir=work.path,
+            )
+            delivery = deliver(
+                job.model,
+                out,
+                calibration=source.calibration,
+                sample=job.sample,
+                float_model=source.model,
+                test_data=source.test,
+                reference=job.reference,
+                name=source.name,
+                packed=request.packed,
+                onnx=request.onnx,
+                progress=progress,
+            )
+        except LowbitError:
+            work.remove_if_useless()
+            raise
+        work.remove()
+    return delivery

@@ -1,4 +1,4 @@
-"""``lowbit.train``: a float network and data in, a trained low-bit network out."""
+"""``lowbit.train``: a float network and data in, a trained low-bit network out; and the same by a request, delivered to files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import yaml
 from torch import nn
 
 from lowbit.errors import DataError, LowbitError, SpecError
 from lowbit.inputs import Inputs
+from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.options import make_method
@@ -23,20 +25,24 @@ from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
-from lowbit.qat.engine.feed import AugmentName, Feed, evaluation_batches, make_feed
-from lowbit.qat.engine.trainer import Selection, Trainer
+from lowbit.qat.engine.feed import Feed, evaluation_batches, make_feed
+from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare, training_policy
-from lowbit.qat.recipe import Recipe
+from lowbit.qat.recipe import AugmentName, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.registry import check_needs
 from lowbit.spec import BitPolicy, Bits
-from lowbit.workfolder import only_run_in, open_work_folder, tensors_digest, weights_digest
-
-WORK = ".work"  # the folder of checkpoints in the output folder
+from lowbit.surrogates import make_surrogate
+from lowbit.workflows.deliver import Delivery, deliver
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.quantize import WORK
+from lowbit.workflows.requests import TrainRequest
+from lowbit.workflows.start import Start, open_start
+from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
 
 @dataclass(frozen=True)
@@ -247,13 +253,13 @@ def train_network(
     if out is None:
         return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, task, trainer.is_main)
     used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
-    with only_run_in(out) if trainer.is_main else contextlib.nullcontext():
+    with exclusive_run(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
             fingerprint["teacher"] = None if teacher is None else weights_digest(teacher)
             work = open_work_folder(out / WORK, fingerprint, resume=resume, replaces=False)
             if work.is_resumed:
-                trainer.progress.say("going on with the run that is in this folder")
+                trainer.progress.say("resuming the run that is in this folder")
         trainer.fabric.barrier()
         told = {**(settings or {}), **used, "threads": torch.get_num_threads()}
         log = TrainingLog(out, told, tensorboard=tensorboard) if trainer.is_main else None
@@ -310,3 +316,102 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "processes": trainer.fabric.world_size,
         "select": trainer.select,
     }
+
+
+def open_training(request: TrainRequest) -> Start:
+    """Check ``request`` and open the network, the data and the teacher that it names; nothing is written.
+
+    Raises:
+        LowbitError: Something cannot be found or read, or is not allowed.
+    """
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    trainer_for(request)
+    make_method(request.method, "training", request.options)
+    if request.surrogate is not None:
+        make_surrogate(request.surrogate)  # an unknown name fails here, before anything is loaded
+    request.bit_policy()
+    return open_start(request)
+
+
+def trainer_for(request: TrainRequest, progress: Progress | None = None) -> Trainer:
+    """The trainer that ``request`` asks for, not launched."""
+    return Trainer(
+        device=request.device,
+        devices=request.devices,
+        nodes=request.nodes,
+        precision=request.precision,
+        save_every=request.save_every,
+        select=request.select,
+        progress=progress or Progress.silent(),
+    )
+
+
+def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None) -> Delivery | None:
+    """Train the network that ``request`` names and write every file into ``request.out``; what ``lowbit train`` does.
+
+    A run that was stopped is resumed where the request is the same, to the same weights.
+
+    Returns:
+        The report and what could not be written; ``None`` in all processes but the first.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written, is not allowed, or another run works in the folder.
+        DivergedError: The loss or a weight became NaN or infinite.
+    """
+    start, trainer, out = open_training(request), trainer_for(request, progress), Path(request.out)
+    trainer.launch()
+    if trainer.is_main:
+        prepare_folder(out, needed_bytes=12 * tensor_bytes(start.source.model))
+        for note in start.notes:
+            trainer.progress.say(note)
+    trained = train_network(
+        start.source.model,
+        start.train,
+        trainer,
+        method=request.method,
+        recipe=request.recipe,
+        policy=request.bit_policy(),
+        test_data=start.test,
+        out=out,
+        surrogate=request.surrogate,
+        teacher=start.teacher,
+        task=request.task,
+        augment=request.augment,
+        workers=request.workers,
+        resume=request.resume,
+        tensorboard=request.tensorboard,
+        options=request.options,
+        settings={"recipe_file": yaml.safe_load(request.resolved().to_yaml())},
+    )
+    if not trained.is_main:
+        return None
+    training = {
+        "metric": trained.task.metric_name,
+        "task": trained.task.facts(),
+        "recipe": dataclasses.asdict(trained.recipe),
+        "curve": [dataclasses.asdict(result) for result in trained.curve],
+    }
+    model = trained.model.cpu()  # where files are checked
+    record = record_of(model)
+    assert record is not None
+    delivery = deliver(
+        model,
+        out,
+        calibration=start.source.calibration,
+        sample=start.source.sample,
+        float_model=start.source.model,
+        test_data=start.source.test,
+        name=start.source.name,
+        packed=request.packed,
+        onnx=request.onnx,
+        compare=start.is_trained,
+        task=trained.task,
+        training=training,
+        notes=start.notes,
+        progress=trainer.progress,
+    )
+    before, after = delivery.report.latency_float_onnx, delivery.report.latency_quantized_onnx
+    if record.policy.merges is None and before is not None and after is not None and after >= before:
+        trainer.progress.say("to let residual sums run in integers too, which makes model.onnx faster, train with merge_bits=8")
+    return delivery

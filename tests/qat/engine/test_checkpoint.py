@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_in_it_runs(damage: object, tm
 def test_a_stopped_run_with_other_settings_is_neither_mixed_up_nor_deleted(tmp_path: Path) -> None:
     killed(7, tmp_path)
     saved = (tmp_path / ".work" / "last.safetensors").read_bytes()
-    with pytest.raises(SpecError, match=r"recipe\.epochs: 3, now 4.*--fresh"):
+    with pytest.raises(SpecError, match=r"recipe\.epochs: 3, now 4.*resume=False"):
         train(out=tmp_path, recipe=replace(RECIPE, epochs=4))
     with pytest.raises(SpecError, match="weights: "):
         train(nn.Sequential(*network()[:-1], nn.Linear(8, 3)), out=tmp_path)

@@ -7,7 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -17,10 +17,9 @@ from lowbit.data.augment import flip, pad_crop
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import known_length, map_tensors, tensors_of
-from lowbit.qat.recipe import Recipe
+from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.qat.task import Batch
 
-AugmentName = Literal["auto", "none", "crop", "crop_flip"]
 Fetch = Callable[[list[list[int]], Generator], Iterable[Batch]]  # batches for lists of sample numbers
 SMALLEST_AUGMENTED = 28  # pixels; smaller pictures lose too much when they are shifted
 

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -35,11 +35,10 @@ from lowbit.qat.engine.processes import (
 )
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
 from lowbit.qat.engine.stopping import SaveEvery, StopSignals, Terminated
+from lowbit.qat.recipe import PrecisionName, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch, Meter, Scores
 
-PrecisionName = Literal["32", "bf16", "fp16"]
-Selection = Literal["last", "best"]
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has come down to this meets nothing but infinities
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.cli.source import DEFAULT, Source, make_network, preprocessing_of, stacked
-from lowbit.cli.train_recipe import TrainRecipe
 from lowbit.data import ImageData, Split, load_data
 from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
 from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.workflows.requests import TrainRequest
+from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing_of, stacked
 
 SAMPLES = 256  # that the report looks at where there are no labels
 BATCH = 32  # of these at a time: exported files are timed with so many
@@ -45,18 +45,18 @@ class Start:
     notes: tuple[str, ...]
 
 
-def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
+def open_start(asked: TrainRequest) -> Start:
     """The network, the data and the teacher that are asked for.
 
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
-    is_embedded = asked.model is None and asked.init is None and not asked.model_options
+    is_embedded = asked.model is None and asked.weights is None and not asked.model_options
     named = asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
     if named is None:
-        raise DataError(f"there is no data to train {asked.model} on: name some with --data (see 'lowbit data list').")
+        raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list').")
     notes: list[str] = []
-    train, test = _load(named, "train", asked, strict), _load_test(asked, named, strict, notes)
+    train, test = _load(named, "train", asked), _load_test(asked, named, notes)
     if train.num_classes is None:
         raise DataError(
             f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
@@ -65,21 +65,22 @@ def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
         f"{len(data.skipped)} pictures of {data.name} cannot be decoded and are left out" for data in (train, test) if data and data.skipped
     ]
 
-    init = None if asked.init is None else Path(asked.init)
     options = _fitting(asked.model, asked.model_options, train)
     with _seeded(asked.recipe.seed):
-        name, network = make_network(asked.model, init, options, "cpu")
-    is_trained = init is not None or (name == DEFAULT and options == {}) or any(asked.model_options.get(word) for word in TRAINED_WORDS)
+        name, network = make_network(asked.model, asked.weights, options, "cpu")
+    is_trained = (
+        asked.weights is not None or (name == DEFAULT and options == {}) or any(asked.model_options.get(word) for word in TRAINED_WORDS)
+    )
     if not is_trained and _is_known_untrained(asked.model):
-        notes.append(f"no --init: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
-        if "pretrained" in asked.info.needs:
-            notes.append(f"{asked.info.name} is made for trained weights: give some with --init")
+        notes.append(f"no weights: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
+        if "pretrained" in asked.method_info.needs:
+            notes.append(f"{asked.method_info.name} is made for trained weights: give some with weights=")
     else:
         is_trained = True
 
     teacher = _teacher(asked, network, options, train)
-    if teacher is None and "teacher" in asked.info.needs:
-        notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with --teacher.")
+    if teacher is None and "teacher" in asked.method_info.needs:
+        notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with teacher=.")
         teacher = network
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
     calibration = Calibration.of(stacked(train.dataset, order, BATCH, torch.device("cpu")))
@@ -88,25 +89,24 @@ def open_start(asked: TrainRecipe, *, strict: bool) -> Start:
     return Start(source, train, test, teacher, is_trained, tuple(notes))
 
 
-def _load(data: str, split: Split, asked: TrainRecipe, strict: bool) -> ImageData:
-    pairs = [f"{name}={_option_text(value)}" for name, value in asked.preprocess.items()]
-    return load_data(data, split=split, preprocessing=preprocessing_of(pairs), strict=strict)
+def _load(data: str, split: Split, asked: TrainRequest) -> ImageData:
+    return load_data(data, split=split, preprocessing=preprocessing_of(asked.preprocess), strict=asked.strict)
 
 
-def _load_test(asked: TrainRecipe, named: str, strict: bool, notes: list[str]) -> ImageData | None:
+def _load_test(asked: TrainRequest, named: str, notes: list[str]) -> ImageData | None:
     if asked.test_data is not None:
-        found = _load(asked.test_data, "test", asked, strict)
+        found = _load(asked.test_data, "test", asked)
         if found.num_classes is None:
-            raise DataError(f"--test-data {asked.test_data}: there are no labels to measure with")
+            raise DataError(f"test_data={asked.test_data!r}: there are no labels to measure with")
         return found
     path = Path(named)
     if path.is_dir() and any((path / part).is_dir() for part in SPLIT_FOLDERS["train"]):
         if not any((path / part).is_dir() for part in SPLIT_FOLDERS["test"]):
-            notes.append(f"{named} has no test part: metrics are not measured. Name labelled data with --test-data.")
+            notes.append(f"{named} has no test part: metrics are not measured. Name labelled data with test_data=.")
             return None
     elif path.exists():
-        notes.append(f"{named} has no test part: metrics are measured on the training samples. Name other data with --test-data.")
-    return _load(named, "test", asked, strict)
+        notes.append(f"{named} has no test part: metrics are measured on the training samples. Name other data with test_data=.")
+    return _load(named, "test", asked)
 
 
 def _fitting(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
@@ -121,11 +121,11 @@ def _is_known_untrained(model: str | None) -> bool:
     return model is not None and (model in BUILT_IN or model.partition(":")[0] in ("timm", "torchvision"))
 
 
-def _teacher(asked: TrainRecipe, network: nn.Module, options: Mapping[str, object], data: ImageData) -> nn.Module | None:
-    weights = None if asked.teacher_weights is None else Path(asked.teacher_weights)
+def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, object], data: ImageData) -> nn.Module | None:
+    weights = asked.teacher_weights
     if asked.teacher is None:
         if weights is not None or asked.teacher_options:
-            raise SpecError("--teacher-weights and --teacher-option belong to a teacher: name its network with --teacher.")
+            raise SpecError("teacher_weights and teacher_options belong to a teacher: name its network with teacher=.")
         return None
     if asked.teacher == SELF:
         return network
@@ -134,7 +134,7 @@ def _teacher(asked: TrainRecipe, network: nn.Module, options: Mapping[str, objec
     fitting = _fitting(asked.teacher, asked.teacher_options, data)
     is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
     if not is_trained and _is_known_untrained(asked.teacher):
-        raise SpecError(f"--teacher {asked.teacher} has random weights: give trained ones with --teacher-weights.")
+        raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")
     return make_network(asked.teacher, weights, fitting, "cpu")[1]
 
 
@@ -143,7 +143,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _option_text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

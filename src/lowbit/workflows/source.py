@@ -1,4 +1,4 @@
-"""The network and the data that a command works on."""
+"""The network and the data that a request names."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lowbit.cli.options import key_values
 from lowbit.data import Preprocessing, load_data, loader
 from lowbit.data.image_data import Sample
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
 from lowbit.models import default_weights, load_default, load_model
 from lowbit.options import convert_option
+from lowbit.workflows.requests import NetworkSettings, SampleSettings
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
 NO_DATA = (
-    "name some with --calibration (a folder of images, or see 'lowbit data list'), "
-    "or for a method that needs none give the shape of one sample: --input-shape 3x224x224"
+    "name some with calibration= (a folder of images, or see 'lowbit data list'), "
+    "or for a method that needs none give the shape of one sample: input_shape='3x224x224'"
 )
 
 
@@ -48,18 +47,17 @@ class Source:
     test_name: str
 
 
-def open_network(model: str | None, weights: Path | None, model_options: list[str] | None, device: str) -> tuple[str, nn.Module]:
-    """The network that the options name, and what to call it; the embedded one when they name none."""
-    options = {key: yaml.safe_load(value) for key, value in key_values(model_options or [], "--model-option").items()}
-    return make_network(model, weights, options, device)
+def open_network(settings: NetworkSettings, device: str) -> tuple[str, nn.Module]:
+    """The network that is asked for, and what to call it; the embedded one when none is named."""
+    return make_network(settings.model, settings.weights, settings.model_options, device)
 
 
-def make_network(model: str | None, weights: Path | None, options: Mapping[str, object], device: str) -> tuple[str, nn.Module]:
-    """``open_network`` with options that are values already."""
+def make_network(model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str) -> tuple[str, nn.Module]:
+    """The network of that name, weights and arguments of its factory, and what to call it."""
     if model is None and weights is None and not options:
         return DEFAULT, load_default().to(open_device(device))
     if model is None:
-        raise SpecError("--weights and --model-option belong to a network: name it with --model (see 'lowbit models list').")
+        raise SpecError("weights and model_options belong to a network: name it with model (see 'lowbit models list').")
     if model == DEFAULT and weights is None and not options:
         weights = default_weights()
     return model, load_model(model, weights, **options).to(open_device(device))
@@ -71,45 +69,39 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise SpecError(f"device={name!r}: {str(error).splitlines()[0]}") from error
     return device
 
 
 def open_source(
-    model: str | None,
-    weights: Path | None,
-    data: str | None,
-    calibration: str | None,
-    calibration_samples: int,
+    settings: NetworkSettings,
+    samples: SampleSettings | None = None,
     *,
-    model_options: list[str] | None = None,
-    input_shape: str | None = None,
-    preprocess: list[str] | None = None,
-    batch_size: int = 32,
     device: str = "cpu",
     seed: int = 0,
     missing: str = NO_DATA,
 ) -> Source:
     """The network and its data.
 
-    Calibration samples come from the training samples of ``calibration``, or of ``data`` where that is not named, in a fixed random
-    order. ``missing`` tells users what to do where there is neither data nor ``input_shape``.
+    Calibration samples come from the training samples of ``samples.calibration``, or of ``settings.data`` where that is not named, in a fixed
+    random order. ``missing`` tells users what to do where there is neither data nor ``samples.input_shape``.
 
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
     """
-    name, network = open_network(model, weights, model_options, device)
-    if data is None and name == DEFAULT:
-        data = DEFAULT
-    place, preprocessing = open_device(device), preprocessing_of(preprocess)
-    looked_at = calibration or data
+    samples = samples or SampleSettings()
+    name, network = open_network(settings, device)
+    data = DEFAULT if settings.data is None and name == DEFAULT else settings.data
+    place, preprocessing = open_device(device), preprocessing_of(settings.preprocess)
+    looked_at = samples.calibration or data
     if looked_at is None:
-        if input_shape is None:
+        if samples.input_shape is None:
             raise CalibrationError(f"there is no data for the network {name}: {missing}")
-        sample = Inputs((noise(input_shape, seed).to(place),))
+        sample = Inputs((noise(samples.input_shape, seed).to(place),))
         return Source(name, network, place, sample, None, "no data", None, "")
-    batches = Calibration.of(samples_of(looked_at, calibration_samples, batch_size, place, preprocessing))
-    test = None if data is None else labelled_batches(data, batch_size, preprocessing)
+    found = samples_of(looked_at, samples.calibration_samples, samples.batch_size, place, preprocessing)
+    batches = Calibration.of(found)
+    test = None if data is None else labelled_batches(data, samples.batch_size, preprocessing)
     return Source(name, network, place, batches.sample, batches, looked_at, test, "" if test is None else str(data))
 
 
@@ -117,25 +109,25 @@ def noise(shape: str, seed: int) -> Tensor:
     """Two samples of standard normal noise of the input shape that the user gave, for methods that look at no data."""
     sizes = shape.lower().split("x")
     if not all(size.isdigit() and int(size) for size in sizes):
-        raise SpecError(f"--input-shape {shape}: expected whole numbers joined by x, for example 3x224x224")
+        raise SpecError(f"input_shape={shape!r}: expected whole numbers joined by x, for example 3x224x224")
     return torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))
 
 
-def preprocessing_of(pairs: list[str] | None) -> Preprocessing | None:
+def preprocessing_of(settings: Mapping[str, object]) -> Preprocessing | None:
     """How pictures become inputs; ``None`` when the user did not say.
 
     Raises:
         UnknownNameError: There is no such setting.
         SpecError: A value that is not allowed.
     """
-    if not pairs:
+    if not settings:
         return None
     hints = typing.get_type_hints(Preprocessing)
     values: dict[str, Any] = {}
-    for name, value in key_values(pairs, "--preprocess").items():
+    for name, value in settings.items():
         if name not in hints:
-            raise unknown_name("setting of --preprocess", name, hints)
-        values[name] = convert_option("--preprocess", name, value, hints[name])
+            raise unknown_name("setting of preprocess", name, hints)
+        values[name] = convert_option("preprocess", name, value, hints[name])
     return Preprocessing(**values)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.cli.output import prepare_folder
 from lowbit.errors import OutputError
+from lowbit.workflows.output import prepare_folder
 
 
 def test_a_missing_folder_is_made_and_left_empty(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from lowbit.errors import OutputError
 
 
-def prepare_folder(path: Path, needed_bytes: int, option: str = "--out") -> Path:
-    """Make the folder ``path`` of ``option`` if it is not there, and check that it is writable with ``needed_bytes`` free.
+def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
+    """Make the folder ``path`` that the setting ``name`` gives, if it is not there, and check that it is writable with ``needed_bytes`` free.
 
     Raises:
         OutputError: It is a file, cannot be written to, or its disk is too full.
@@ -20,13 +20,13 @@ def prepare_folder(path: Path, needed_bytes: int, option: str = "--out") -> Path
         with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-"):
             pass
     except FileExistsError as error:
-        raise OutputError(f"{option} {path}: there is a file of this name. Name a folder.") from error
+        raise OutputError(f"{name}={str(path)!r}: there is a file of this name. Name a folder.") from error
     except OSError as error:
-        raise OutputError(f"{option} {path}: cannot write there ({error.strerror}). Name another folder with {option}.") from error
+        raise OutputError(f"{name}={str(path)!r}: cannot write there ({error.strerror}). Name another folder with {name}.") from error
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise OutputError(
-            f"{option} {path}: {free / 1e6:.1f} MB are free, about {needed_bytes / 1e6:.1f} MB are needed. "
+            f"{name}={str(path)!r}: {free / 1e6:.1f} MB are free, about {needed_bytes / 1e6:.1f} MB are needed. "
             "Make room or name a folder on another disk."
         )
     return path

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.cli.options import key_values
+from lowbit.cli.settings import key_values
 from lowbit.errors import SpecError
 
 

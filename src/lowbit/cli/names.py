@@ -1,0 +1,53 @@
+"""Names that the shell completes, read from the sources without importing them: importing them would take torch, and seconds."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1]
+
+
+def method_names(kind: str | None = None) -> list[str]:
+    """Registered methods, of one kind or all."""
+    return sorted(name for name, of in _methods().items() if kind in (None, of))
+
+
+def model_names() -> list[str]:
+    """Built-in networks."""
+    return _keys("models/loading.py", "BUILT_IN")
+
+
+def data_names() -> list[str]:
+    """Data suites."""
+    return _keys("data/loading.py", "SUITES")
+
+
+def surrogate_names() -> list[str]:
+    """Gradient surrogates."""
+    return _keys("surrogates/__init__.py", "SURROGATES")
+
+
+@cache
+def _methods() -> dict[str, str]:
+    """The kind of each method, by name: keywords of every ``MethodInfo(...)`` below ``methods/``."""
+    found = {}
+    for path in (SOURCE / "methods").rglob("*.py"):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            decorators = statement.decorator_list if isinstance(statement, ast.ClassDef) else []
+            for node in (node for decorator in decorators for node in ast.walk(decorator)):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MethodInfo":
+                    facts = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+                    found[str(facts["name"])] = str(facts["kind"])
+    return found
+
+
+def _keys(path: str, name: str) -> list[str]:
+    """The keys of the dictionary ``name`` that a file defines at its top."""
+    for node in ast.parse((SOURCE / path).read_text(encoding="utf-8")).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        value = node.value if isinstance(node, (ast.AnnAssign, ast.Assign)) else None
+        if isinstance(target, ast.Name) and target.id == name and isinstance(value, ast.Dict):
+            return [str(key.value) for key in value.keys if isinstance(key, ast.Constant)]
+    raise LookupError(f"{path} defines no dictionary {name}")

@@ -1,0 +1,74 @@
+"""How results of the public verbs are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import typer
+from rich.markup import escape
+
+from lowbit.cli.console import errors, results, say, show_table
+from lowbit.qat.task import metric_word
+from lowbit.report.words import bytes_word, change_word, db_word, operand_word, percent_word, ratio_word
+from lowbit.workflows.deliver import Delivery
+from lowbit.workflows.plan import PlannedLayer
+
+
+def report_delivery(delivery: Delivery, *, quiet: bool) -> None:
+    """Print the delivery and where the report is; exits with 1 where a file could not be written."""
+    if not quiet:
+        show_delivery(delivery)
+    for problem in delivery.problems:
+        errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    say(f"report: {delivery.out / 'report.html'}")
+    if delivery.problems:
+        raise typer.Exit(1)
+
+
+def show_layers(layers: list[PlannedLayer], title: str) -> None:
+    """Print the bits that each layer would get."""
+    rows = [
+        (e.name, e.kind, *("float" if value is None else value for value in (e.bits.weight, e.bits.activation, e.bits.output)))
+        for e in layers
+    ]
+    show_table(("layer", "kind", "weight bits", "activation bits", "output bits"), rows, title=title)
+
+
+def options_line(options: Mapping[str, object]) -> str:
+    """The hyper-parameters that were given, in one line."""
+    return f"\nhyper-parameters: {', '.join(f'{key}={value}' for key, value in options.items()) or 'the defaults of the method'}"
+
+
+def show_delivery(delivery: Delivery) -> None:
+    """Print what was gained and what it cost."""
+    report = delivery.report
+    done = sum(layer.status == "done" for layer in report.layers)
+    results.print(
+        f"[bold]{escape(report.model)}[/] with [bold]{report.method}[/]: {operand_word(report.weight_bits, 'weights')}, "
+        f"{operand_word(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
+        highlight=False,
+    )
+    rows: list[tuple[str, object, object, object]] = [
+        (name, metric_word(metric.float, metric.unit), metric_word(metric.quantized, metric.unit), change_word(metric))
+        for name, metric in report.metrics.items()
+    ] or [(report.metric, None, None, "not measured: name labelled data with --data")]
+    if report.sqnr_db is not None:
+        rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
+    for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
+        if size is not None:
+            rows.append((label, bytes_word(report.size_float), bytes_word(size), f"{ratio_word(report.size_float, size)} smaller"))
+    if report.latency_float_onnx is not None and report.latency_quantized_onnx is not None:
+        before, after = report.latency_float_onnx, report.latency_quantized_onnx
+        rows.append(("time per call, ONNX", f"{before:.3g} ms", f"{after:.3g} ms", f"{before / after:.2f}x as fast"))
+    show_table(("", "float", "quantized", ""), rows)
+    for label, parity in (("model.lowbit", report.parity_packed), ("model.onnx", report.parity_onnx)):
+        if parity.passed is not None:
+            agreement = "" if parity.top1_agreement is None else f", same answer {percent_word(parity.top1_agreement)}"
+            results.print(
+                f"{label} computes what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}", highlight=False
+            )
+    problems = {f"not written: {problem}" for problem in delivery.problems}
+    for note in report.notes:
+        if note in problems:
+            continue  # those go to standard error
+        results.print(f"note: {note}", markup=False, highlight=False)

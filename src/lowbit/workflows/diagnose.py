@@ -1,0 +1,58 @@
+"""Quantize a network and walk the white paper's debugging chart; what ``lowbit diagnose`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lowbit.files import write_text
+from lowbit.measure.diagnose import diagnose
+from lowbit.measure.diagnosis import Diagnosis
+from lowbit.options import make_method
+from lowbit.progress import Progress
+from lowbit.report.results import to_json
+from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.quantize import run_job
+from lowbit.workflows.requests import DiagnoseRequest
+from lowbit.workflows.source import open_source
+
+
+def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None = None) -> Diagnosis:
+    """Quantize the network that ``request`` names, and find the layers that hurt and what helps; ``diagnosis.json`` goes to ``request.out``.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written, or is not allowed.
+    """
+    progress = progress or Progress.silent()
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    make_method(request.method, "post_training", request.options)
+    policy = request.bit_policy()
+    missing = "name some with calibration=: a folder of images, or a name from 'lowbit data list'"
+    source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
+    out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
+    job = run_job(
+        source.model,
+        request.method,
+        request.options,
+        policy=policy,
+        calibration=source.calibration,
+        sample=source.sample,
+        seed=request.seed,
+        progress=progress,
+    )
+    test = source.test
+    found = diagnose(
+        job.model,
+        calibration=source.calibration,
+        reference=source.model,
+        evaluate=None if test is None else lambda network: evaluate(network, test).value,
+        samples=request.samples,
+        remedies=request.remedies,
+        progress=progress,
+    )
+    if out is not None:
+        write_text(out / "diagnosis.json", to_json(found.to_dict()) + "\n")
+    return found

@@ -1,0 +1,128 @@
+"""How right and how fast a float network and the files made of it are; what ``lowbit evaluate`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import FileFormatError
+from lowbit.files import write_text
+from lowbit.formats.onnx.sessions import load_onnx
+from lowbit.inputs import Inputs
+from lowbit.measure import measure_agreement, measure_latency
+from lowbit.progress import Progress
+from lowbit.qat.task import Task
+from lowbit.qat.tasks import Classification
+from lowbit.report.results import to_json
+from lowbit.workflows.deliver import FILES
+from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.load import load
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.requests import EvaluateRequest, SampleSettings
+from lowbit.workflows.source import Source, open_source
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate_files`` found.
+
+    Attributes:
+        source: The float network and the data.
+        task: What the network is for.
+        results: Figures of ``float`` and of each file, by name.
+        path: The file with the figures, where one was asked for.
+    """
+
+    source: Source
+    task: Task
+    results: dict[str, dict[str, object]]
+    path: Path | None
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file as a module: tensors in, a dictionary of tensors out."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__()
+        self._network = load_onnx(path, threads=threads)
+        self.lowbit_inputs = self._network.input_names
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        return self._network(Inputs(args, kwargs))
+
+
+def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None) -> Evaluation:
+    """Measure the metrics, size and time of the float network and of exported files, and how closely these follow it.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written.
+    """
+    progress = progress or Progress.silent()
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    files = [] if request.target is None else exported_files(Path(request.target))
+    source = open_source(
+        request,
+        SampleSettings(calibration_samples=request.samples, batch_size=request.batch_size),
+        device=request.device,
+        seed=request.seed,
+        missing="name some with data=: a labelled folder, or a name from 'lowbit data list'",
+    )
+    out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
+    compared = source.calibration if source.test is None else source.test
+    assert compared is not None  # without any data there is no source
+    one, task = source.sample.take(0, 1), Classification()
+    found: dict[str, dict[str, object]] = {
+        "float": {
+            **_metrics(source.model, source.test, task, progress),
+            "latency_ms": measure_latency(source.model, one).median_ms,
+            "runtime": "torch",
+        }
+    }
+    for path in files:
+        network = load(path) if path.suffix == ".lowbit" else OnnxModule(path, request.threads or 1)
+        agreement = measure_agreement(source.model, network, compared, progress=progress)
+        found[path.name] = {
+            **_metrics(network, source.test, task, progress),
+            "agreement": agreement.top1,
+            "sqnr_db": agreement.sqnr_db,
+            "size_bytes": path.stat().st_size,
+            "latency_ms": measure_latency(network, one).median_ms,
+            "runtime": "torch, codes decoded to float" if path.suffix == ".lowbit" else "ONNX Runtime",
+        }
+    if out is None:
+        return Evaluation(source, task, found, None)
+    write_text(out / "evaluation.json", to_json(found) + "\n")
+    return Evaluation(source, task, found, out / "evaluation.json")
+
+
+def exported_files(target: Path) -> list[Path]:
+    """The files that ``target`` names: itself, or those that ``lowbit quantize`` wrote into it.
+
+    Raises:
+        FileFormatError: There is no such file, or it is neither .lowbit nor .onnx.
+    """
+    if target.is_dir():
+        files = [target / name for name in FILES if (target / name).is_file()]
+        if not files:
+            raise FileFormatError(
+                f"{target}: there is neither {' nor '.join(FILES)} in this folder. Name a folder that 'lowbit quantize' wrote."
+            )
+        return files
+    if not target.is_file():
+        raise FileFormatError(f"{target}: there is no such file or folder")
+    if target.suffix not in (".lowbit", ".onnx"):
+        raise FileFormatError(f"{target}: expected a .lowbit or .onnx file, got {target.suffix or 'no suffix'}")
+    return [target]
+
+
+def _metrics(network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress) -> dict[str, object]:
+    """The metrics by name; none without labelled data."""
+    if test is None:
+        return {"metrics": {}, "samples": 0}
+    scores = evaluate(network, test, task=task, progress=progress)
+    return {"metrics": dict(scores.metrics), "samples": scores.samples}

@@ -1,0 +1,539 @@
+"""What the public verbs are asked for, one frozen dataclass each: the same from Python, the command line and a YAML file.
+
+Settings of a request are grouped by what they are about; the first line of a group's docstring is its heading in ``--help``, the ``Attributes``
+section says what each setting means. Nothing here needs torch, so that help and errors in options come at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+
+from lowbit.errors import SpecError, unknown_name
+from lowbit.options import Above, AtLeast, Interval, Setting, check_settings, convert_option, settings_of
+from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
+from lowbit.registry import MethodInfo, find_method
+from lowbit.spec import BitPolicy, LayerBits, parse_bits
+
+if TYPE_CHECKING:
+    from lowbit.qat.tasks import Classification
+
+Bits = int | str | None
+EIGHT_BITS = LayerBits(8, 8)  # what layers get without training where nothing is said
+LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Base of all requests: values are converted and checked when one is made."""
+
+    command: ClassVar[str] = ""  # the subcommand of the command line, for hints
+    decides: ClassVar[bool] = True  # whether the settings of a group decide what is made, and so belong in a file
+
+    def __post_init__(self) -> None:
+        for name, setting in settings_of(type(self)).items():
+            if not dataclasses.is_dataclass(setting.type):
+                object.__setattr__(self, name, _converted(setting, getattr(self, name), ""))
+        check_settings(self, where=self.command or type(self).__name__)
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> Self:
+        """The request in the file.
+
+        Raises:
+            SpecError: It cannot be read, or holds a value that is not allowed.
+            UnknownNameError: It holds an unknown name.
+        """
+        path, command = Path(path), f"lowbit {cls.command}"
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To resume the run in it: {command} --out {path} --resume")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SpecError(f"{path}: cannot be read as a recipe ({error}). See '{command} --print-config'.") from error
+        if content is not None and not isinstance(content, dict):
+            raise SpecError(f"{path}: expected names and values, as '{command} --print-config' writes them, got {content!r}")
+        known = [name for name, owner in fields_of(cls) if decides_result(owner)]
+        return cls()._changed(content or {}, str(path), known)
+
+    def changed(self, values: Mapping[Any, object], where: str = "") -> Self:
+        """This request with some values replaced, named as in the file; ``where`` is for errors.
+
+        >>> TrainRequest().changed({"epochs": "3", "optimizer": {"learning_rate": 0.1}}).recipe.epochs
+        3
+        """
+        return self._changed(values, where, [name for name, _ in fields_of(type(self))])
+
+    def _changed(self, values: Mapping[Any, object], where: str, known: list[str]) -> Self:
+        own = settings_of(type(self))
+        nested = {name: settings_of(own[name].type) for name in known if dataclasses.is_dataclass(own[name].type)}
+        names = [name for name in known if name not in nested] + [name for inner in nested.values() for name in inner]
+        changes: dict[str, Any] = {}
+        for name, value in values.items():
+            owner = next((owner for owner, inner in nested.items() if name in inner), None)
+            if name not in names:
+                raise unknown_name(f"entry of {where}" if where else "setting", str(name), names)
+            if owner is None:
+                changes[name] = _converted(own[name], value, where)
+            else:
+                group = changes.get(owner, getattr(self, owner))
+                changes[owner] = replace(group, **{name: _nested(nested[owner][name], value, getattr(group, name), where)})
+        return replace(self, **changes)
+
+    def to_yaml(self) -> str:
+        """The request as ``from_yaml`` reads it."""
+        values: dict[str, object] = {}
+        for name, owner in fields_of(type(self)):
+            value = getattr(self, name)
+            if dataclasses.is_dataclass(value):
+                values |= {key: _plain(part) for key, part in dataclasses.asdict(value).items()}  # type: ignore[arg-type]
+            elif decides_result(owner):
+                values[name] = _plain(value)
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def fields_of(cls: type) -> Iterator[tuple[str, type]]:
+    """Each field of a request with the group that declares it, group by group as the class names them."""
+    names = {entry.name for entry in dataclasses.fields(cls)}
+    owners = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base) if name in names}
+    for base in (*cls.__mro__[1:], cls):
+        yield from ((name, base) for name in inspect.get_annotations(base) if owners.get(name) is base)
+
+
+def decides_result(group: type) -> bool:
+    """Whether the settings that ``group`` declares decide what is made; those that do not, such as folders, are in no file."""
+    return bool(vars(group).get("decides", True))
+
+
+@dataclass(frozen=True)
+class NetworkSettings(Request):
+    """Network and data.
+
+    Attributes:
+        model: The network: 'package.module:factory', 'file.py:factory' (a function or class that returns the network), 'timm:NAME',
+            'torchvision:NAME', or a name from 'lowbit models list'. Default: the embedded digits network.
+        model_options: Arguments for the network's factory, for example num_classes=10.
+        weights: Trained weights, .safetensors or a .pt/.pth state dict (no code in it is run). Default: what the factory returns; the
+            embedded network has its own.
+        data: Labelled data: a name from 'lowbit data list', or a folder with one sub-folder per class (inside train/ and test/ or val/).
+            Default: the embedded digits with the embedded network; none with any other network.
+        preprocess: How pictures of a folder become inputs: size=224, crop_fraction=0.875, mean=0.485,0.456,0.406, std=0.229,0.224,0.225,
+            interpolation=bicubic, grey=false (these are the defaults).
+    """
+
+    model: str | None = None
+    model_options: Mapping[str, object] = field(default_factory=dict)
+    weights: str | None = None
+    data: str | None = None
+    preprocess: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleSettings(Request):
+    """Network and data.
+
+    Attributes:
+        calibration: Samples that the method looks at, no labels needed: a name from 'lowbit data list', a folder of images, or a .npy/.npz
+            file. Default: training samples of the data.
+        calibration_samples: How many samples the method looks at, at most.
+        input_shape: Shape of one sample, for example 3x224x224, where there is no data and the method needs none. Default: that of the data.
+        batch_size: Samples per forward pass; changes memory and speed only.
+    """
+
+    calibration: str | None = None
+    calibration_samples: Annotated[int, AtLeast(1)] = 256
+    input_shape: str | None = None
+    batch_size: Annotated[int, AtLeast(1)] = 32
+
+
+@dataclass(frozen=True)
+class MethodSettings(Request):
+    """Method.
+
+    Attributes:
+        method: How to quantize: a name from 'lowbit methods list'.
+        options: Hyper-parameters of the method; 'lowbit methods show METHOD' lists them.
+    """
+
+    method: str = "white_paper"
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BitSettings(Request):
+    """Bits.
+
+    Attributes:
+        weight_bits: Bits of a weight, 1 to 8, or 'float'. Default: 8 without training, 4 in training, or the method's nearest.
+        activation_bits: Bits of an activation, 1 to 8, or 'float'. Default: as for weights.
+        first_last_bits: The least bits in the first and the last layer, 1 to 8, or 'same' for no exception. Default: 8.
+        merge_bits: Bits of residual sums, concatenations and what is pooled, 1 to 8, or 'float'; whole networks run in integers with 8.
+            Default: what the policy says, else 8 after training and 'float' in training.
+        policy: Bits for each layer; on the command line a YAML file, like the policy.yaml that 'lowbit quantize' writes. Replaces the other
+            settings of bits but merge_bits and keep.
+        keep: Patterns of the names of layers to leave in float, for example 'head.*'.
+        only: Patterns of the names of the only layers to quantize. Default: all.
+    """
+
+    weight_bits: Bits = None
+    activation_bits: Bits = None
+    first_last_bits: Bits = None
+    merge_bits: Bits = None
+    policy: Mapping[str, object] | None = None
+    keep: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def bit_policy(self, default: LayerBits = EIGHT_BITS) -> BitPolicy:
+        """Bits for each layer, those of ``default`` where none are given.
+
+        Raises:
+            SpecError: A policy together with settings that it replaces.
+        """
+        if self.policy is not None:
+            given = [name for name in (*LAYER_BITS, "only") if getattr(self, name)]
+            if given:
+                raise SpecError(f"a policy says the bits of every layer; leave out {', '.join(given)}, or change the policy.")
+            policy = BitPolicy.from_dict(dict(self.policy))
+        else:
+            weight = default.weight if self.weight_bits is None else parse_bits(self.weight_bits, "weight_bits")
+            activation = default.activation if self.activation_bits is None else parse_bits(self.activation_bits, "activation_bits")
+            if self.only:
+                policy = BitPolicy.uniform(None, None, first_last=None)
+                for pattern in self.only:
+                    policy = policy.with_rule(match=pattern, weight=weight or "float", activation=activation or "float")
+            else:
+                first_last = self.first_last_bits
+                ends = None if first_last == "same" else 8 if first_last is None else parse_bits(first_last, "first_last_bits")
+                policy = BitPolicy.uniform(weight, activation, first_last=ends)
+        for pattern in self.keep:
+            policy = policy.keep_float(pattern)
+        return policy.with_merges(self.merge_bits)
+
+    def _filled(self, default: LayerBits) -> Self:
+        if self.policy is not None or self.only:
+            return self
+        bits = self.bit_policy(default).default
+        return replace(self, weight_bits=bits.weight or "float", activation_bits=bits.activation or "float")
+
+
+@dataclass(frozen=True)
+class OutputSettings(Request):
+    """Output.
+
+    Attributes:
+        out: Folder for report.html, report.json, policy.yaml, model.lowbit and model.onnx; training adds train.json, train.csv and
+            tensorboard/.
+        packed: Write model.lowbit: exactly the bits asked for, loads without the model's code.
+        onnx: Write model.onnx: integer kernels in ONNX Runtime and OpenVINO.
+        resume: Resume a stopped run with the same settings, or start over.
+    """
+
+    decides: ClassVar[bool] = False
+
+    out: str = "lowbit-out"
+    packed: bool = True
+    onnx: bool = True
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings(Request):
+    """Run.
+
+    Attributes:
+        device: Where torch computes: cpu, cuda, cuda:1, mps; training also takes auto (cuda if there is one).
+        threads: CPU threads for torch. Default: as many as torch chooses.
+    """
+
+    decides: ClassVar[bool] = False
+
+    device: str = "cpu"
+    threads: Annotated[int | None, AtLeast(1)] = None
+
+
+@dataclass(frozen=True)
+class QuantizeRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettings, OutputSettings, RunSettings):
+    """Run.
+
+    Attributes:
+        seed: Makes the result reproducible: the same seed gives the same bits.
+    """
+
+    command: ClassVar[str] = "quantize"
+
+    seed: int = 0
+
+    def resolved(self) -> Self:
+        """With the bits that are not given filled in."""
+        return self._filled(EIGHT_BITS)
+
+
+@dataclass(frozen=True)
+class DiagnoseRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettings, RunSettings):
+    """Run.
+
+    Attributes:
+        samples: Samples to look at; time grows with samples x layers.
+        remedies: For how many of the worst quantizers remedies are tried.
+        seed: Makes the result reproducible.
+        out: Folder for diagnosis.json. Default: only print.
+    """
+
+    command: ClassVar[str] = "diagnose"
+
+    method: str = "round_to_nearest"
+    samples: Annotated[int, AtLeast(1)] = 32
+    remedies: Annotated[int, AtLeast(0)] = 3
+    seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(NetworkSettings, RunSettings):
+    """Run.
+
+    Attributes:
+        target: A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote. Default: the float network alone.
+        samples: Samples to compare on where there are no labels, at most.
+        batch_size: Samples per forward pass.
+        seed: Makes the result reproducible.
+        out: Folder for evaluation.json. Default: only print.
+    """
+
+    command: ClassVar[str] = "evaluate"
+
+    target: str | None = None
+    samples: Annotated[int, AtLeast(1)] = 256
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
+    """Output.
+
+    Attributes:
+        packed: A .lowbit file, or a folder that 'lowbit quantize' wrote. Default: the float network.
+        to: The file to write; its suffix, .onnx or .lowbit, is the format.
+        weight_container: What an ONNX file keeps weight codes in: int8 is fast; int4 takes half a byte for codes of up to 4 bits, but
+            runtimes compute with them in float.
+        runtime: For a .lowbit file: lowbit.load and 'lowbit run' put its low-bit layers on low-bit kernels. Each weight still takes its bits
+            and no more.
+        speed: Time the ONNX file of a quantized network against the float one.
+        dynamic: Dimensions of the inputs that stay open besides the batch, joined by commas: H,W for pictures of any size.
+        seed: Seed of the noise that stands in for samples.
+    """
+
+    command: ClassVar[str] = "export"
+
+    calibration_samples: Annotated[int, AtLeast(1)] = 32
+    packed: str | None = None
+    to: str = "model.onnx"
+    weight_container: Literal["int8", "int4"] = "int8"
+    runtime: bool = False
+    speed: bool = True
+    dynamic: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunRequest(Request):
+    """Run.
+
+    Attributes:
+        data: The data set that the network was trained on (see 'lowbit data list'): its pixel mean and std and its class names are used.
+        preprocess: How pictures become inputs where no data set says so: mean=0.5, std=0.5 and the like.
+        weight_only: Layers whose weights alone are quantized: none: in float; float: decoded while they run, little memory; int8: inputs of
+            linear layers are rounded to 8 bits besides, fast for few samples.
+        top: How many classes to show for each picture.
+        runs: How many calls to time.
+        batch_size: Samples per forward pass.
+        out: CSV file for the classes of each picture.
+        threads: CPU threads for torch. Default: as many as torch chooses.
+    """
+
+    command: ClassVar[str] = "run"
+
+    data: str | None = None
+    preprocess: Mapping[str, object] = field(default_factory=dict)
+    weight_only: Literal["none", "float", "int8"] = "none"
+    top: Annotated[int, AtLeast(1)] = 3
+    runs: Annotated[int, AtLeast(1)] = 30
+    batch_size: Annotated[int, AtLeast(1)] = 1
+    out: str | None = None
+    threads: Annotated[int | None, AtLeast(1)] = None
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Request):
+    """Teacher.
+
+    Attributes:
+        teacher: A float network whose outputs are soft targets: 'self' (the network that training starts from), a weights file for the same
+            network, or a network as for the model. Default: none.
+        teacher_options: Arguments for the teacher's factory.
+        teacher_weights: Weights of the network that the teacher names.
+    """
+
+    teacher: str | None = None
+    teacher_options: Mapping[str, object] = field(default_factory=dict)
+    teacher_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Request):
+    """Training.
+
+    Attributes:
+        recipe: Epochs, optimizer and so on; its fields stand beside the others in a file.
+        label_smoothing: Share of each label that is spread over all classes, from 0 to below 1.
+        temperature: Softness of a teacher's targets.
+        augment: none, crop (shifts), crop_flip (mirrors too), or auto: crop_flip from 28 pixels on.
+        select: The network to end with: of the last epoch, or the best on the test data.
+        precision: 32, or bf16 / fp16 for mixed precision of the forward pass.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    label_smoothing: Annotated[float, Interval(0, 1, closed="left")] = 0.0
+    temperature: Annotated[float, Above(0)] = 4.0
+    augment: AugmentName = "auto"
+    select: Selection = "last"
+    precision: PrecisionName = "32"
+
+
+@dataclass(frozen=True)
+class ProcessSettings(Request):
+    """Run.
+
+    Attributes:
+        devices: Processes on this machine, one for each device. Default: 1.
+        nodes: Machines; each runs this command. Default: 1.
+        workers: Processes that decode pictures.
+        strict: A picture that cannot be decoded is an error. Default: left out, and counted.
+        save_every: How often the state is saved besides the end of each epoch: a time such as 300s or 10m, or a number of steps.
+        tensorboard: Write files for TensorBoard. Default: if it is installed.
+    """
+
+    decides: ClassVar[bool] = False
+
+    devices: Annotated[int | None, AtLeast(1)] = None
+    nodes: Annotated[int | None, AtLeast(1)] = None
+    workers: Annotated[int, AtLeast(0)] = 0
+    strict: bool = False
+    save_every: str = "5m"
+    tensorboard: bool | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest(
+    NetworkSettings, MethodSettings, BitSettings, TeacherSettings, TrainingSettings, OutputSettings, RunSettings, ProcessSettings
+):
+    """Method.
+
+    Attributes:
+        test_data: Other data to measure on. Default: the test part of the data.
+        surrogate: Gradient of rounding in place of the method's own, by its name.
+    """
+
+    command: ClassVar[str] = "train"
+
+    method: str = "lsq"
+    test_data: str | None = None
+    surrogate: str | None = None
+    out: str = "lowbit-trained"
+    device: str = "auto"
+
+    @property
+    def method_info(self) -> MethodInfo:
+        """The method's facts; SpecError when it is no training method."""
+        return find_method(self.method, "training")
+
+    @property
+    def task(self) -> Classification:
+        """What the network is trained for."""
+        from lowbit.qat.tasks import Classification  # brings torch
+
+        return Classification(self.label_smoothing, self.temperature)
+
+    def bit_policy(self, default: LayerBits | None = None) -> BitPolicy:
+        """Bits for each layer; where none are given 4, or the nearest below or above that the method supports."""
+        return super().bit_policy(default or self._default_bits())
+
+    def resolved(self) -> Self:
+        """With the bits that are not given filled in."""
+        return self if self.policy is not None else self._filled(self._default_bits())
+
+    def _default_bits(self) -> LayerBits:
+        info = self.method_info
+        return LayerBits(_nearest(info.weight_bits), None if info.activation_bits is None else _nearest(info.activation_bits))
+
+
+def _nearest(bits: range, wanted: int = 4) -> int:
+    return min(bits, key=lambda value: (abs(value - wanted), value))
+
+
+def _converted(setting: Setting, value: object, where: str) -> object:
+    name, place = setting.name, f"{where}: " if where else ""
+    if setting.type == Bits:
+        return _bits(value, name, f"{place}{name}")
+    if setting.type == tuple[str, ...]:
+        return _list(value, f"{place}{name}")
+    if typing.get_origin(setting.type) is Mapping or setting.type == Mapping[str, object] | None:
+        if name == "policy" and isinstance(value, (str, Path)):
+            return BitPolicy.from_yaml(value).to_dict()
+        if name == "policy" and isinstance(value, BitPolicy):
+            return value.to_dict()
+        return _mapping(value, name, place)
+    text = isinstance(value, Path) or setting.type is PrecisionName
+    return convert_option(where or "settings", name, str(value) if text else value, setting.type)
+
+
+def _nested(setting: Setting, value: object, before: object, where: str) -> object:
+    if setting.type is not OptimizerSpec:
+        return convert_option(where or "settings", setting.name, value, setting.type)
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{where}: optimizer must hold names and values such as learning_rate: 0.02, got {value!r}")
+    known = settings_of(OptimizerSpec)
+    changes: dict[str, Any] = {}
+    for name, entry in value.items():
+        if name not in known:
+            raise unknown_name(f"entry of optimizer in {where}", str(name), known)
+        changes[name] = convert_option(where or "settings", f"optimizer.{name}", entry, known[name].type)
+    return replace(typing.cast(OptimizerSpec, before), **changes)
+
+
+def _mapping(value: object, name: str, place: str) -> dict[str, object] | None:
+    if value is None:
+        return None if name == "policy" else {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise SpecError(f"{place}{name} must hold names and values, got {value!r}")
+    return dict(value)
+
+
+def _list(value: object, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+        raise SpecError(f"{where} must be a list of patterns, got {value!r}")
+    return tuple(value)
+
+
+def _bits(value: object, name: str, where: str) -> int | str | None:
+    if value is None or (name == "first_last_bits" and value == "same"):
+        return value
+    bits = parse_bits(value, where)
+    return "float" if bits is None else bits
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value

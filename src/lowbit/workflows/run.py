@@ -1,0 +1,167 @@
+"""A packed file at work on this machine's low-bit kernels: classes of pictures, and where the time goes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.data import Preprocessing, load_data
+from lowbit.data.folders import pictures_in
+from lowbit.data.images import read_picture
+from lowbit.errors import LayerError, SpecError
+from lowbit.files import write_text
+from lowbit.formats.packed.network import PackedNetwork
+from lowbit.progress import Progress
+from lowbit.runtime.compile import RuntimeNetwork, compile_runtime
+from lowbit.runtime.profile import Profile, profile
+from lowbit.workflows.load import load
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.source import preprocessing_of
+
+Classes = list[tuple[str, list[tuple[str, float]]]]
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A packed file as networks.
+
+    Attributes:
+        plain: All layers in float.
+        network: Low-bit layers on kernels; ``plain`` itself where none can be.
+        summary: Which layers run on what, and why.
+    """
+
+    plain: PackedNetwork
+    network: PackedNetwork
+    summary: str
+
+
+def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"] = "none") -> LoadedNetwork:
+    """The network in a packed file, on kernels where it can be; arguments and errors as ``load`` and ``compile_runtime``."""
+    plain = load(path)
+    try:
+        network = compile_runtime(plain, weight_only=weight_only)
+    except LayerError as error:
+        return LoadedNetwork(plain, plain, f"in float: {error}")
+    assert isinstance(network, RuntimeNetwork)
+    return LoadedNetwork(plain, network, str(network.report))
+
+
+class Labels:
+    """How pictures become inputs of a network, and what its classes are called."""
+
+    def __init__(self, preprocessing: Preprocessing, names: Sequence[str]) -> None:
+        self.preprocessing, self.names = preprocessing, names
+
+    @staticmethod
+    def of(network: PackedNetwork, data: str | None, preprocess: Mapping[str, object]) -> Labels:
+        """As ``data`` or ``preprocess`` say; size and colours that they leave open are those of the network's input."""
+        inputs = network.packed_graph.inputs
+        shape = inputs[0].shape[1:]
+        if len(inputs) != 1 or len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or None in shape:
+            raise SpecError(f"the network takes {', '.join(map(str, inputs))}, no square grey or colour pictures: it can only be timed")
+        if data is not None and preprocess:
+            raise SpecError("data= gives the preprocessing: leave out preprocess=, or the data")
+        known = None if data is None else load_data(data, split="test")
+        settings: dict[str, object] = {"size": str(shape[1]), "grey": shape[0] == 1, "crop_fraction": 1.0}
+        if known is not None:
+            settings |= {"mean": known.mean, "std": known.std}
+        elif shape[0] == 1:
+            settings |= {"mean": (0.5,), "std": (0.5,)}
+        preprocessing = preprocessing_of({**settings, **preprocess})
+        assert preprocessing is not None
+        if (preprocessing.channels, preprocessing.size) != shape[:2]:
+            raise SpecError(
+                f"preprocess= makes {preprocessing.channels} x {preprocessing.size} x {preprocessing.size}, the network takes {inputs[0]}"
+            )
+        return Labels(preprocessing, () if known is None else known.class_names)
+
+    def name(self, label: int) -> str:
+        """The name of a class, or its number."""
+        return self.names[label] if label < len(self.names) else str(label)
+
+
+def find_pictures(path: Path) -> list[Path]:
+    """A picture, or the pictures in a folder; DataError when there are none."""
+    return [path] if path.is_file() else list(pictures_in(path))
+
+
+def classify(
+    network: PackedNetwork, paths: Sequence[Path], labels: Labels, *, top: int = 3, batch_size: int = 1, progress: Progress | None = None
+) -> Classes:
+    """The ``top`` classes of each picture, with their shares."""
+    rows: Classes = []
+    with (progress or Progress.silent()).stage("pictures", len(paths)) as stage, torch.no_grad():
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            scores = network(torch.stack([labels.preprocessing(read_picture(path)) for path in batch]))
+            if not isinstance(scores, Tensor) or scores.dim() != 2:
+                raise SpecError("the network's output is no table of class scores: it can only be timed")
+            chosen = scores.softmax(1).topk(min(top, scores.shape[1]))
+            for path, shares, found in zip(batch, chosen.values.tolist(), chosen.indices.tolist(), strict=True):
+                rows.append((str(path), [(labels.name(label), share) for share, label in zip(shares, found, strict=True)]))
+            stage.advance(len(batch))
+    return rows
+
+
+def write_classes(classes: Classes, path: Path) -> None:
+    """Write ``classes`` as a table of comma-separated values."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["picture", *(f"{what}_{index + 1}" for index in range(len(classes[0][1])) for what in ("class", "share"))])
+    writer.writerows([path, *(part for name, share in found for part in (name, f"{share:.6f}"))] for path, found in classes)
+    write_text(path, text.getvalue())
+
+
+def prepare_table(path: Path) -> None:
+    """Make the folder of ``path``; OutputError where it cannot be written to."""
+    prepare_folder(path.parent, needed_bytes=1_000_000)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one network.
+
+    Attributes:
+        medians: Milliseconds of a call, of the network as it runs and of the same file in float.
+        profile: Where the time of the first goes.
+    """
+
+    medians: dict[str, float]
+    profile: Profile
+
+
+@torch.no_grad()
+def time_network(loaded: LoadedNetwork, *, batch_size: int = 1, runs: int = 30) -> Timing:
+    """Time a network and the same file in float, turn by turn on the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn([batch_size if size is None else size for size in item.shape], generator=generator).to(item.dtype)
+        for item in loaded.plain.packed_graph.inputs
+    ]
+    networks: dict[str, PackedNetwork] = {"low-bit kernels": loaded.network, "decoded to float": loaded.plain}
+    if loaded.network is loaded.plain:
+        del networks["low-bit kernels"]
+    milliseconds: dict[str, list[float]] = {name: [] for name in networks}
+    for index in range(runs + 2):
+        for name, timed in networks.items():
+            passed = _milliseconds(lambda timed=timed: timed(*inputs))  # type: ignore[misc]
+            if index >= 2:
+                milliseconds[name].append(passed)
+    medians = {name: statistics.median(found) for name, found in milliseconds.items()}
+    return Timing(medians, profile(loaded.network, tuple(inputs), runs=runs))
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
