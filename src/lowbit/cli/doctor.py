@@ -28,7 +28,7 @@ FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcnt
 _FORMS = {"count": "differing bits counted in words", "lookup": "differing bits looked up, four at a time"}
 _FIRST_USE = """
 import time
-from lowbit.runtime.binary_conv import compiled_loops
+from lowbit.runtime.layers.binary import compiled_loops
 start = time.perf_counter()
 compiled_loops()
 print(time.perf_counter() - start)
