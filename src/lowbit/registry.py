@@ -61,6 +61,11 @@ class MethodInfo:
         margin_points: Points of accuracy by which a training method beats round_to_nearest after a short run at 2 bits of weights and
             4 of activations, or the nearest it has, on a tiny task (a law holds it).
         method: The class; its fields are the paper's hyper-parameters with the paper's defaults.
+
+    Example:
+        >>> import lowbit
+        >>> info = lowbit.get_method("lsq")
+        >>> info.kind, info.weight_bits, info.needs
     """
 
     name: str
@@ -88,6 +93,16 @@ def register(info: MethodInfo) -> Callable[[type[T]], type[T]]:
     Raises:
         SpecError: A fact outside of its closed set, or bits outside of 1 to 8.
         ValueError: The name is taken in this kind.
+
+    Example:
+        >>> import lowbit
+        >>> info = lowbit.get_method("lsq")
+        >>> @lowbit.register(info)
+        ... class Lsq(lowbit.TrainingMethod):
+        ...     pass
+        Traceback (most recent call last):
+            ...
+        ValueError: a training method called 'lsq' is registered already: <class 'lowbit.methods.quantizer_design.lsq.Lsq'>
     """
     _check_facts(info)
 

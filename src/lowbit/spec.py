@@ -33,6 +33,12 @@ class Granularity:
 
     No axis is one scale for the whole tensor, one axis a scale for each channel, ``(0, 1)`` a scale for each sample and channel.
     ``broadcast(x)`` is a view of ``x`` on which a scale of shape ``scale_shape(x)`` broadcasts, so that all of these are one code path.
+
+    Example:
+        >>> import torch, lowbit
+        >>> weight = torch.zeros(8, 3, 3, 3)
+        >>> [lowbit.Granularity.parse(text).scale_shape(weight) for text in ("per_tensor", "per_channel", "group:9")]
+        [(), (8, 1, 1, 1), (8, 3, 1)]
     """
 
     axes: tuple[int, ...] = ()
@@ -177,6 +183,11 @@ class LayerBits:
     """Bit-widths of one layer: its weight, its input activation and its output. ``None`` means float.
 
     The output is what the layer itself computes, before any activation function that follows.
+
+    Example:
+        >>> import lowbit
+        >>> lowbit.LayerBits(weight=2, activation=None)
+        LayerBits(weight=2, activation=None, output=None)
     """
 
     weight: int | None
@@ -372,7 +383,13 @@ class BitPolicy:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a bit search may spend: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits)."""
+    """What a bit search may spend: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits).
+
+    Example:
+        >>> import lowbit
+        >>> lowbit.Budget(size_mb=1.5)
+        Budget(size_mb=1.5, bops=None)
+    """
 
     size_mb: float | None = None
     bops: float | None = None

@@ -66,6 +66,15 @@ def diagnose(
     Raises:
         LayerError: ``model`` has no quantizer.
         CalibrationError: No data, or values that are not finite.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=3, calibration=inputs)
+        >>> diagnosis = lowbit.diagnose(quantized, calibration=inputs, remedies=0)
+        >>> diagnosis.setting("weights").sqnr_db > diagnosis.setting("all").sqnr_db
+        True
     """
     walk = _Walk(model, Calibration.of(calibration, reference or model, limit=samples), reference, evaluate, output)
     alternatives = alternatives or {}

@@ -27,6 +27,12 @@ class Slot:
             ``sum`` or a ``concatenation`` or goes into a ``pool``.
         operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
         result_of: The sum or concatenation that the tensor comes from, or "".
+
+    Example:
+        >>> import torch, lowbit
+        >>> slot = lowbit.Slot("conv", torch.nn.ConvTranspose2d(3, 8, 3), bit_width=4)
+        >>> str(slot), slot.channel_axis
+        ("layer 'conv' (ConvTranspose2d)", 1)
     """
 
     name: str

@@ -31,6 +31,24 @@ class TrainingMethod(Method, ABC):
     Attributes:
         quantizer_learning_rate: Learning rate of the quantizers' parameters as a fraction of the weights'.
         quantizer_weight_decay: L2 penalty on the quantizers' parameters.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.quantizers import BinaryQuantizer, LearnedScaleQuantizer
+        >>> info = lowbit.MethodInfo(
+        ...     name="signs", title="Binary weights", paper="none", section="other", axes=("weight_quantizer",), kind="training",
+        ...     weight_bits=range(1, 2), activation_bits=range(1, 9), needs=("labels",), fidelity="unverified", summary="signs of weights",
+        ... )
+        >>> @lowbit.register(info)
+        ... class Signs(lowbit.TrainingMethod):
+        ...     def weight_quantizer(self, slot):
+        ...         return BinaryQuantizer(granularity=lowbit.Granularity.channel(slot.channel_axis))
+        ...     def activation_quantizer(self, slot):
+        ...         return LearnedScaleQuantizer(slot.bit_width, signed=slot.is_signed, is_batched=True)
+        >>> policy = lowbit.BitPolicy.uniform(1, 4, first_last=None)
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method=Signs, policy=policy, sample=torch.rand(8, 4))
+        >>> model.weight[0].abs().unique().numel()
+        1
     """
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0

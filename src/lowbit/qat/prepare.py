@@ -65,6 +65,14 @@ def prepare(
         CalibrationError: A sample that does not fit the network.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> policy = lowbit.BitPolicy.uniform(2, 4, first_last=None)
+        >>> prepared = lowbit.prepare(model, method="lsq", policy=policy, sample=torch.rand(32, 8))
+        >>> prepared[0].weight[0].unique().numel() <= 4
+        True
     """
     info = find_method(method, "training")
     chosen = make_method(method, "training", options)

@@ -35,6 +35,12 @@ class OptimizerSpec(CheckedSettings):
         start_factor: Share of the learning rate at which the warm-up starts.
         final_factor: Share of the learning rate to which ``cosine`` and ``linear`` fall.
         betas: Decay rates of Adam's two moments.
+
+    Example:
+        >>> import lowbit
+        >>> spec = lowbit.OptimizerSpec(learning_rate=0.1, schedule="step", milestones=(0.5,))
+        >>> spec.rate_at(0.2), round(spec.rate_at(0.7), 6)
+        (0.1, 0.01)
     """
 
     kind: OptimizerKind = "sgd"
@@ -81,6 +87,12 @@ class Recipe(CheckedSettings):
         accumulate: Batches whose gradients are added up before the optimizer steps.
         average_weights: Decay of an exponential moving average of the weights that is used in the end, or ``None``.
         seed: Makes the run reproducible.
+
+    Example:
+        >>> import lowbit
+        >>> recipe = lowbit.Recipe(epochs=20, optimizer=lowbit.OptimizerSpec(kind="adam", learning_rate=1e-3))
+        >>> recipe.batch_size, recipe.optimizer.rate_at(1.0)
+        (128, 0.0)
     """
 
     epochs: Annotated[int, AtLeast(1)] = 10
@@ -120,6 +132,12 @@ class Phase:
         clip_norm: Largest norm of all gradients of one network together, or ``None``.
         renew_each_epoch: Build the optimizers anew at the start of every epoch.
         turns: What a step consists of; each turn sees the batches of the step, and has its own backward passes and optimizer step.
+
+    Example:
+        >>> import lowbit
+        >>> phase = lowbit.Phase("norms", epochs=1, optimizers={"others.norms": lowbit.OptimizerSpec()})
+        >>> phase.key("others.norms"), phase.key("weights")
+        ('others.norms', None)
     """
 
     name: str

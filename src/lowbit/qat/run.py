@@ -87,6 +87,12 @@ class TrainRun:
         companions: What the method declared beside ``model``, by name.
         networks: The networks of the companions by name: ``run.networks["teacher"]``.
         frozen: Names of the parameters of ``model`` that ``freeze`` has frozen.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=torch.rand(8, 4))
+        >>> run = lowbit.TrainRun(model, model.lowbit_method, lowbit.Classification(), lowbit.Recipe(epochs=3), steps_per_epoch=10)
+        >>> run.epochs, run.phase.name, len(run.parameters_of("quantizers"))
     """
 
     model: nn.Module
@@ -446,7 +452,15 @@ def _set_trainable(parameter: nn.Parameter, is_trained: bool) -> None:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of the penalties of every quantizer of ``model``, to add to a training loss; 0 where there is none."""
+    """The sum of the penalties of every quantizer of ``model``, to add to a training loss; 0 where there is none.
+
+    Example:
+        >>> import torch, lowbit
+        >>> policy = lowbit.BitPolicy.uniform(4, 4, first_last=None)
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="pact", policy=policy, clip_init=2.0, clip_decay=0.1, sample=torch.rand(8, 4))
+        >>> f"{lowbit.penalty(model).item():.3f}"
+        '0.400'
+    """
     terms = [module.penalty() for module in model.modules() if isinstance(module, Quantizer)]
     terms = [term for term in terms if term.requires_grad]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=next(model.parameters()).device)

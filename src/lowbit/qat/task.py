@@ -44,6 +44,19 @@ class Task(ABC):
         higher_is_better: Whether larger values of it are better.
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
+
+    Example:
+        >>> import torch, lowbit
+        >>> class Distance(lowbit.Task):
+        ...     metric_name, higher_is_better = "distance", False
+        ...     def loss(self, output, batch):
+        ...         return (output - batch["points"]).square().mean()
+        ...     def measure(self, output, batch):
+        ...         distances = (output - batch["points"]).norm(dim=-1)
+        ...         return distances.sum(), len(distances)
+        >>> batch = {"input": torch.zeros(2, 2), "points": torch.tensor([[3.0, 4.0], [0.0, 0.0]])}
+        >>> lowbit.evaluate(torch.nn.Identity(), [batch], task=Distance())["distance"]
+        2.5
     """
 
     metric_name: ClassVar[str]
@@ -190,6 +203,12 @@ class CriterionTask(Supervised):
 
     Attributes:
         criterion: ``criterion(output, target)``, a scalar mean over samples; it is the metric as well.
+
+    Example:
+        >>> import torch, lowbit
+        >>> task = lowbit.CriterionTask(torch.nn.functional.l1_loss)
+        >>> lowbit.evaluate(torch.nn.Identity(), (torch.zeros(2, 3), torch.ones(2, 3)), task=task)["loss"]
+        1.0
     """
 
     criterion: Criterion
@@ -212,6 +231,12 @@ class Scores:
         metrics: Every metric of the task by name.
         metric_name: The one that selects.
         samples: Samples measured on.
+
+    Example:
+        >>> import lowbit
+        >>> scores = lowbit.Scores({"accuracy": 0.75, "top-5 accuracy": 1.0}, metric_name="accuracy", samples=4)
+        >>> scores.value, scores["top-5 accuracy"]
+        (0.75, 1.0)
     """
 
     metrics: Mapping[str, float]

@@ -84,6 +84,13 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
         model: The network; it is not changed.
         sample: Inputs of one call; with them each layer's multiply-accumulates and bit operations are counted.
         noise: What each layer lost, as ``measure.layer_noise`` returns it.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> found = lowbit.summary(model)
+        >>> found.stored_bytes, [layer.shape for layer in found.layers]
+        (848, [(16, 8), (4, 16)])
     """
     record = record_of(model)
     size = model_size(model)

@@ -165,6 +165,15 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
         SpecError: ``sample`` is missing, or ``weight_only`` is none of these.
         LayerError: No layer could be converted; says why for each.
         GraphError: The network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", calibration=images)
+        >>> compiled = lowbit.compile_runtime(quantized, sample=images)
+        >>> torch.allclose(compiled(images), quantized(images), atol=1e-4)
+        True
     """
     if weight_only not in get_args(WeightOnly):
         raise SpecError(f"weight_only must be one of {', '.join(get_args(WeightOnly))}, got {weight_only!r}")

@@ -44,6 +44,14 @@ class ExportReport:
         speed: Time against the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
         integer: What ONNX Runtime computes in integers; ``None`` for a packed file.
         notes: What was left in float and why, and what else the user should know.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> report = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> report.path.name, report.size_bytes == report.path.stat().st_size
+        ('network.lowbit', True)
     """
 
     path: Path
@@ -96,6 +104,14 @@ def export(
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
         OutputError: The file cannot be written.
         MissingExtraError: A package for ONNX is not installed.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", calibration=inputs)
+        >>> report = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> report.format, report.parity.max_difference
     """
     path = Path(path)
     if path.suffix not in FORMATS:

@@ -24,6 +24,14 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
     Raises:
         DataError: There is no such file, or it cannot be read.
         FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> _ = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> torch.equal(lowbit.load("network.lowbit")(inputs), quantized(inputs))
+        True
     """
     content = read_package(path)
     try:

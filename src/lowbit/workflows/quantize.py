@@ -79,6 +79,13 @@ def quantize(
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: Bits of sums and concatenations are asked for, and the network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=4, calibration=torch.rand(32, 8))
+        >>> [(layer.name, layer.weight_bits) for layer in lowbit.summary(quantized).layers]
+        [('0', 8), ('2', 8)]
     """
     bits = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
     chosen = make_method(method, "post_training", options)

@@ -146,6 +146,16 @@ def train(
         DivergedError: The loss or a weight became NaN or infinite.
         OutputError: Files cannot be written, or another run works in ``out``.
         MissingExtraError: Lightning Fabric is not installed.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.randn(64, 2)
+        >>> labels = (inputs.sum(1) > 0).long()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> recipe = lowbit.Recipe(epochs=20, batch_size=16, optimizer=lowbit.OptimizerSpec(learning_rate=0.1))
+        >>> trained = lowbit.train(model, (inputs, labels), method="lsq", recipe=recipe)
+        >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
+        True
     """
     chosen = make_method(method, "training", options)
     assert isinstance(chosen, TrainingMethod)

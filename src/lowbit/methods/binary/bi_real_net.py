@@ -4,10 +4,12 @@ Paper: Liu, Wu, Luo, Yang, Liu, Cheng 2018, "Bi-Real Net: Enhancing the Performa
     Capability and Advanced Training Algorithm", ECCV. Section 3.2 (shortcuts), section 3.3 (ApproxSign, magnitude-aware gradient,
     initialization).
 Symbols: alpha -> scale, W -> weight, F -> ``approx_sign``.
-Deviations: zero counts as positive. The default trains as the authors' PyTorch release does: no gradient through the scale, weights pass
-    gradients within [-1, 1], all in one step; ``weight_gradient``, ``pretraining`` and ``retrain_norms`` have the paper's. Weights start
-    where they are; ``weight_init="uniform"`` draws them from [0, 0.001) as the release does. ReLU modules become the identity where inputs
-    are binary.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - By default the network trains as in the authors' PyTorch release: no gradient through the scale, weights pass gradients within
+      [-1, 1], all in one step. ``weight_gradient``, ``pretraining`` and ``retrain_norms`` select what the paper describes.
+    - Weights start from the given network; ``weight_init="uniform"`` draws them from [0, 0.001) as the release does.
+    - ReLU modules become the identity where inputs are binary, because the signs behind a ReLU would all be equal.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 Paper: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks with binary weights during propagations", NIPS.
     Section 2.2 (deterministic and stochastic binarization, Eq. 1-3), section 2.4 (clipping), Algorithm 1, section 2.5 (learning rates).
 Symbols: w -> weight, w_b -> binary weight, H -> limit, sigma -> hard_sigmoid, W_LR_scale -> learning_rate_scale.
-Deviations: the deterministic form is the default, as the networks that are written have binary weights; the authors' scripts train
-    stochastically and test with the real weights, which ``binarization="stochastic"`` with ``evaluation="real"`` does. Zero counts as positive.
-    Fan-in and fan-out count the channels of a group. The paper's inputs stay in float; it binarizes the first and the last layer too, which
-    ``--first-last-bits 1`` does.
+Differs from the paper:
+    - The deterministic form is the default, as exported networks have binary weights. The authors' scripts train stochastically and test
+      with the real weights: ``binarization="stochastic"`` with ``evaluation="real"``.
+    - Zero counts as positive, because one bit has no third level.
+    - Fan-in and fan-out count the channels of a group, which the paper does not treat.
+    - The first and the last layer have more bits, as in all methods of lowbit; the paper makes them binary too (``first_last=1`` in the
+      policy). Inputs stay in float as in the paper.
 """
 
 from __future__ import annotations

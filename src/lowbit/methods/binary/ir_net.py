@@ -3,9 +3,11 @@
 Paper: Qin, Gong, Liu, Shen, Wei, Yu, Song 2020, "Forward and Backward Information Retention for Accurate Binary Neural Networks",
     CVPR. Section 3.2 (Libra parameter binarization, Eq. 7-10), section 3.3 (error-decay estimator, Eq. 12-15).
 Symbols: w_std -> standardized, s -> exponent, t -> steepness, k -> height.
-Deviations: zero counts as positive; a filter whose weights are all alike, or of a single weight, is not divided by its deviation. The paper's
-    networks have Hardtanh where others have ReLU as soon as inputs are binary: ``hardtanh`` replaces ``nn.ReLU`` modules; where inputs are
-    never negative all the same, a batch norm stands before the sign.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - A filter of equal weights, or of a single weight, is not divided by its standard deviation, which is 0.
+    - ``hardtanh`` replaces ``nn.ReLU`` modules where inputs are binary, as the paper's networks have Hardtanh there; where inputs are never
+      negative nonetheless, a batch norm is inserted before the sign.
 """
 
 from __future__ import annotations

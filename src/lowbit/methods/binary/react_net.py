@@ -3,8 +3,11 @@
 Paper: Liu, Shen, Savvides, Cheng 2020, "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions", ECCV.
     Section 4.2 (RSign, RPReLU, Eq. 2-4), section 4.3 (distributional loss, Eq. 5), section 5.1 (two steps).
 Symbols: alpha -> minus shift (of RSign), beta -> slope, gamma and zeta -> shifts of RPReLU, f -> ``ShiftedPReLU``.
-Deviations: zero counts as positive. Without a teacher the loss is the task's. Outside of residual blocks ReLUs stay, with a batch norm
-    in front of a sign whose inputs are never negative.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - Without a teacher the loss is the task's, as there is no distribution to match.
+    - Outside of residual blocks ReLUs stay, with a batch norm in front of a sign whose inputs are never negative, because those
+      signs would all be equal.
 """
 
 from __future__ import annotations

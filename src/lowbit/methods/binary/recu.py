@@ -3,9 +3,12 @@
 Paper: Xu, Lin, Liu, Chen, Shao, Gao, Tian, Ji 2021, "ReCU: Reviving the Dead Weights in Binary Neural Networks", ICCV.
     Section 3.2 (rectified clamp unit, Eq. 8-12), section 3.3 (entropy, Eq. 17-19), section 3.4 (tau), section 4.1 (schedule).
 Symbols: w -> weight, tau -> tau, Q(tau) -> quantile, b -> spread, alpha -> scale.
-Deviations: zero counts as positive. ``alpha`` multiplies the binary weight instead of the layer's output: the same but for a bias, which
-    is not multiplied here. The paper's networks have Hardtanh where others have ReLU: ``hardtanh`` replaces ``nn.ReLU`` modules; where inputs
-    are never negative all the same, a batch norm stands before the sign.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - ``alpha`` multiplies the binary weight instead of the layer's output, so that the scale is stored with the weight. The only
+      difference is that a bias is not multiplied.
+    - ``hardtanh`` replaces ``nn.ReLU`` modules, as the paper's networks have Hardtanh there; where inputs are never negative nonetheless, a
+      batch norm is inserted before the sign.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 Paper: Kim, Lee, Ham 2021, "Distance-aware Quantization", ICCV.
     Section 3.1 (quantizer), section 3.2 and Eq. 5-10 (distance-aware soft rounding and its temperature controller).
 Symbols: gamma -> gamma, sigma -> sigma, l and u -> lower and upper, beta -> output_scale, r -> the rounded code.
-Deviations: the forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
-    ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``; where a layer's input can be negative, activations become ``2 q - 1``
-    on ``[-upper, upper]``; where a layer's weight stays in float, its input's levels hold the output scale.
+Differs from the paper:
+    - The forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
+      ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``: the same values at less cost.
+    - Where a layer's input can be negative, activations become ``2 q - 1`` on ``[-upper, upper]``, so that both signs have levels.
+    - Where a layer's weight stays in float, the levels of its input include the output scale, as there is no weight quantizer to hold it.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 Paper: Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan 2019, "Differentiable Soft Quantization: Bridging Full-Precision and Low-Bit Neural
     Networks", ICCV. Section 3.2 (Eq. 3-8, the soft curve), section 3.3 (learned sharpness), section 3.4 (learned range).
 Symbols: l and u -> lower and upper, alpha -> alpha, Delta -> step, Q_S -> the soft curve, Q_H -> the forward pass.
-Deviations: the forward pass is the hard one, as in the paper's algorithm 1; ``alpha_decay`` is not given in the paper; ranges start at
-    2.6 standard deviations around the mean for weights, as in the authors' later toolkit, and at the least squared error for activations.
-    ``bounds="observed"`` is the form of that toolkit: an affine grid that follows the data, and a fixed alpha.
+Differs from the paper:
+    - The forward pass is the hard one, as in the paper's algorithm 1, so that training sees the values that are exported.
+    - ``alpha_decay`` has a default of this library, as the paper gives none.
+    - Ranges of weights start at 2.6 standard deviations around the mean, as in the authors' later toolkit, and ranges of activations at the
+      least squared error, which suits inputs of any distribution.
+    - ``bounds="observed"`` selects that toolkit's variant: an affine grid that follows the data, and a fixed alpha.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 Paper: Lee, Kim, Ham 2021, "Network Quantization with Element-wise Gradient Scaling", CVPR.
     Section 3.1 (quantizer), Eq. 4 (gradient scaling), section 3.3 and Eq. 9-11 (the factor from the Hessian's trace).
 Symbols: l and u -> lower and upper, delta -> delta, x_q -> discretized, alpha -> output_scale.
-Deviations: as in the authors' program, the gradient's size in the factor is three standard deviations; the interval is kept from
-    closing; where a layer's input can be negative, activations become ``2 q - 1``; where a layer's weight stays in float, its input's
-    levels hold the output scale; short runs update ``delta`` once at least.
+Differs from the paper:
+    - The size of the gradient in the factor is three standard deviations, as in the authors' code.
+    - The interval is kept from closing, because an empty one divides by zero.
+    - Where a layer's input can be negative, activations become ``2 q - 1``, so that both signs have levels.
+    - Where a layer's weight stays in float, the levels of its input include the output scale, as there is no weight quantizer to hold it.
+    - ``delta`` is updated at least once, even in runs shorter than the update interval.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ Paper: Chen, Wang, Pan 2019, "MetaQuant: Learning to Quantize by Learning to Pen
     Section 3.1 (Eq. 3-6, meta quantizers), section 3.2 (Eq. 7-10, training), section 4.1 (settings).
 Symbols: M_phi -> meta network, g_Wb -> the gradient at the quantized weight, W~ -> preprocessed weight, pi -> refined_gradient,
     dA/dW -> calibration.
-Deviations: the meta network starts as the factor 1 (chance may give a negative one, which turns every update around). The look-ahead
-    weight is the paper's; ``look_ahead="stored"`` is the authors' program's, which looks ahead along the update it has applied before.
+Differs from the paper:
+    - The meta network starts as the factor 1, because a random start may give a negative factor, which reverses every update.
+    - The look-ahead weight is the paper's; ``look_ahead="stored"`` is that of the authors' code, which looks ahead along the update that
+      it applied before.
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 Paper: Bai, Wang, Liberty 2019, "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR.
     Section 3.1 (algorithm 1), section 3.2 (W-shaped regularizers and their proximal maps, Eq. 6-9), section 3.3 (homotopy).
 Symbols: lambda -> strength, R -> the regularizer of each kind, theta -> the float weights.
-Deviations: the strength is spread over the user's epochs so that the whole pull is ``pull``, linearly growing; ``reg_rate`` is the authors'
-    schedule, learning rate x reg_rate x epoch. A weight of exactly 0 counts as +1 where it is stored, and so does a residual of 0 in
-    bit planes (the authors: a random sign). From the moment weights are frozen their levels are too: quantizing quantized weights
-    anew would in general move them.
+Differs from the paper:
+    - The strength is spread over the run's epochs so that it grows linearly and adds up to ``pull``, which suits
+      runs of any length. ``reg_rate`` selects the authors' schedule, learning rate x ``reg_rate`` x epoch.
+    - A weight of exactly 0 is stored as +1, and so is a residual of 0 in bit planes, so that results are reproducible; the authors draw a
+      random sign.
+    - When weights are frozen their levels are frozen too, because quantizing quantized weights again would in general move them.
 """
 
 from __future__ import annotations

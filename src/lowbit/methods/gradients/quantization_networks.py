@@ -3,11 +3,14 @@
 Paper: Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua 2019, "Quantization Networks", CVPR.
     Section 3.2 (Eq. 3-6, the soft and the hard function), section 3.3 (gradients, Eq. 8-10), section 3.4 (training).
 Symbols: Y -> values, s_i -> gaps, b_i -> biases, o -> offset, alpha -> output_scale, beta -> input_scale, T -> temperature.
-Deviations: gradients are the true derivative, as in the authors' program (Eq. 8 and 10 print another); its derivative at temperature 1
-    for binary steps is the option ``unit_backward``, with which binary activations learn badly in short runs. The temperature rises
-    geometrically over the run, so that it gets as steep in a short one; ``temperature`` gives the paper's schedule. Scales learn at a
-    hundredth of the weights' rate (the paper: the same, a small one). Weights and activations are trained together unless ``staged``
-    asks for the paper's three phases; where a layer's input can be negative, activations have centred values.
+Differs from the paper:
+    - Gradients are the true derivative, as in the authors' code (Eq. 8 and 10 print a different one). The derivative at temperature 1 for
+      binary steps is the option ``unit_backward``; binary activations learn poorly with it in short runs.
+    - The temperature rises geometrically over the run, so that it becomes as steep in a short one; ``temperature`` selects the paper's
+      schedule.
+    - Scales learn at a hundredth of the weights' rate; the paper uses one small rate for both.
+    - Weights and activations are trained together, which takes one run instead of three; ``staged`` selects the paper's three phases.
+    - Where a layer's input can be negative, activations have centred values, so that both signs have levels.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Paper: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML.
     Section 3.2 (relaxation, regularizer), section 3.3 (asymmetric reconstruction, activation function), section 4 (experiments).
 Symbols: V -> logits, h(V) -> share, s -> scale, lambda -> regularization, beta -> beta.
-Deviations: scales are per output channel by default (the paper's are per tensor: ``weight_granularity=per_tensor``); a layer whose
-    learned rounding is worse than rounding to nearest on the calibration data keeps the latter.
+Differs from the paper:
+    - Scales are per output channel by default, which is more accurate; ``weight_granularity=per_tensor`` selects the paper's.
+    - A layer whose learned rounding is worse than rounding to nearest on the calibration data keeps the latter, so that no layer gets worse.
 """
 
 from __future__ import annotations

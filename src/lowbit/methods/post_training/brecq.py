@@ -3,11 +3,14 @@
 Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
     Reconstruction", ICLR. Section 3.2 (blocks), section 3.3 (Fisher weights, activation scales), section 4 (settings).
 Symbols: Delta -> scale, V -> logits, lambda -> regularization, beta -> beta.
-Deviations: activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an add reads, the network's
-    input too, and their ranges are initialized on all calibration samples and contain 0, as padding needs; layers of 8 weight bits
-    get a symmetric grid by default; a unit for which nothing better was learned on the calibration data
-    stays as it was; activation scales learn on the inputs that the quantized blocks before give, not on the float network's,
-    because the roundings have learned to make up for those.
+Differs from the paper:
+    - Activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an addition reads, the network's
+      input included, so that exports of all methods have the same form.
+    - Ranges of activations are initialized on all calibration samples and contain 0, as padding needs it.
+    - Layers of 8 weight bits get a symmetric grid by default, because runtimes compute those fastest.
+    - A unit for which nothing better was learned on the calibration data stays as it was, so that no unit gets worse.
+    - Activation scales learn from the outputs of the preceding quantized blocks instead of the float network's, because the learned
+      roundings compensate for their errors.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV.
     Section 4.1 (equalization, absorption: ``lowbit.network.surgery.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
 Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
-Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
-    biases are absorbed only where the next layer adds no zeros, because it is wrong at borders (``absorb_bias=all``);
-    ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose their accuracy
-    with the paper's ReLU (``relu6=replace``); where no batch norm tells the distribution of a
-    tensor it is propagated through the layers (``lowbit.network.graph.dataflow.moments``); with calibration data ranges come from that.
+Differs from the paper:
+    - Weights are symmetric by default, because runtimes compute those fastest; ``symmetric_weights=no`` selects the paper's affine grid.
+    - Biases are absorbed only where the next layer does not pad with zeros, because absorption is wrong at borders; ``absorb_bias=all``
+      absorbs them everywhere.
+    - A ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose accuracy with
+      the paper's ReLU (``relu6=replace``).
+    - Where no batch norm gives the distribution of a tensor, it is propagated through the layers (``lowbit.network.graph.moments``), so
+      that networks without batch norms can be quantized too.
+    - With calibration data, ranges come from the data, which is more exact than a normal distribution.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 Paper: Choukroun, Kravchik, Yang, Kisilev 2019, "Low-bit Quantization of Neural Networks for Efficient Inference", ICCV Workshops.
     Section 3 (MMSE scale), section 4 (one scale per kernel; several tensors for key layers), section 5 (scale refinement).
 Symbols: alpha -> scale, T~ -> codes, tau -> threshold on |T - T^|**2 / |T|**2.
-Deviations: the authors published no code. Our choices: tau is normalised and at most a share of the layers become key layers
-    (the paper's absolute tau is not known); the refinement moves the logarithm of each scale, which keeps it positive; activation
-    statistics come from one pass with quantized weights, and activations stay single tensors.
+Differs from the paper:
+    - The threshold tau is normalised, and at most a given share of the layers become key layers, because the paper does not give its
+      absolute tau and the authors published no code.
+    - The refinement moves the logarithm of each scale, which keeps it positive.
+    - Activation statistics come from one pass with quantized weights, the values that the exported network sees.
+    - Activations stay single tensors; only weights are split.
 """
 
 from __future__ import annotations

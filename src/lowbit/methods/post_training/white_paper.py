@@ -2,8 +2,9 @@
 
 Paper: Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort 2021, "A White Paper on Neural Network Quantization",
     section 3.4 (post-training pipeline).
-Deviations: no range is chosen by cross entropy, because the network's outputs are not quantized; layers of 8 weight bits are rounded to
-    nearest, learned rounding begins below, where the paper finds it indispensable.
+Differs from the paper:
+    - No range is chosen by cross entropy, because the outputs of the network are not quantized.
+    - Layers of 8 weight bits are rounded to nearest; learned rounding starts below 8 bits, where the paper finds it indispensable.
 """
 
 from __future__ import annotations

@@ -3,10 +3,14 @@
 Paper: Zhou, Wu, Ni, Zhou, Wen, Zou 2016, "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth
     Gradients". Eq. 5 (quantize_k), Eq. 7-9 (weights), Eq. 10-11 (activations), Eq. 12 (gradients).
 Symbols: k -> bit_width, f_w -> DorefaWeight, f_a -> DorefaActivation, f_g -> GradientQuantizer, N(k) -> noise.
-Deviations: where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1]; a sample whose gradient is
-    all zero keeps it, and a weight that is all zero is not divided by its maximum (the authors divide by zero). The clip replaces a ReLU
-    that stays in the network, where it changes nothing. Gradients stay in float unless ``gradient_bits`` asks for fewer.
-    ``rescale`` is this library's, for networks without batch norm.
+Differs from the paper:
+    - Where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1].
+    - A sample whose gradient is all zero keeps it, and a weight that is all zero is not divided by its maximum, because the authors' code
+      divides by zero there.
+    - The clip replaces a ReLU in the paper; here the ReLU stays in the network, where it changes nothing.
+    - Gradients stay in float unless ``gradient_bits`` is set, because quantizing them changes the
+      training, not the exported network.
+    - ``rescale`` is an addition for networks without batch norm.
 """
 
 from __future__ import annotations

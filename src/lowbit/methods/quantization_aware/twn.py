@@ -3,10 +3,12 @@
 Paper: Li, Liu, Wang, Zhang, Yan 2016, "Ternary Weight Networks", NIPS workshop on efficient methods for deep neural networks.
     Section 2.1 (the problem, Eq. 2 and 3), section 2.2 (threshold, Eq. 5 and 6; scale, Eq. 4), section 2.3 (training).
 Symbols: W -> weight, W^t -> codes, Delta -> threshold, alpha -> scale, 0.7 -> delta_factor.
-Deviations: the first and the last layer have 8 bits unless the policy says otherwise (the authors make every layer ternary: a policy
-    with ``first_last=None``). The scale's sum is divided by its count, without the 1e-6 of the authors' GPU program. ``search`` and
-    scales for each channel are not in the paper. Activations stay in float as in the paper; a policy that asks for activation bits
-    gets learned-scale quantizers.
+Differs from the paper:
+    - The first and the last layer have 8 bits unless the policy says otherwise, as in all methods of lowbit; the authors make every layer
+      ternary (a policy with ``first_last=None``).
+    - The sum of the scale is divided by its count, without the 1e-6 of the authors' GPU code, which only avoids a division by zero.
+    - ``search`` and scales for each channel are additions.
+    - Activations stay in float as in the paper; a policy that asks for activation bits gets learned-scale quantizers.
 """
 
 from __future__ import annotations

@@ -4,16 +4,15 @@ Paper: Rastegari, Ordonez, Redmon, Farhadi 2016, "XNOR-Net: ImageNet Classificat
     ECCV. Section 3.1 (binary weights, Eq. 4 to 6), section 3.2 (binary inputs, Eq. 11 for K; block order in Figure 3), Algorithm 1.
 Symbols: W -> weight, B -> its signs, alpha -> scale, I -> x, A -> mean magnitude over channels, K -> ``InputScale.scale_map``.
 Which of the two is trained is a matter of bits: activations left in float (32) are the paper's BWN, one bit is XNOR-Net.
-
-Deviations:
-    The gradient of the weights follows the chain rule (``corrected``); the paper's lacks a sum. Weights are centred and clamped as in
-    the authors' program, right after each step instead of before it, so that a network is at all times the one that the next step
-    trains. A layer with one input channel per group (depthwise) is not centred: that would leave nothing of it.
-    Zero counts as positive, which the authors' ``sign(0) = 0`` cannot be stored in one bit (``zero_inputs`` trains with theirs).
-    The paper's block is norm, sign, convolution, pooling. Changing the order of a network's blocks takes knowledge of the network,
-    but their first half can be put in front of any layer: where inputs are never negative (behind a ReLU their signs would all be
-    equal), ``input_norm`` inserts the norm before the sign; what stood there before stays.
-    K exists for grouped layers (a map for each group) and for transposed ones (the mean over the inputs that reach an output).
+Differs from the paper:
+    - The gradient of the weights follows the chain rule (``corrected``), because the paper's formula lacks a sum.
+    - Weights are centred and clamped as in the authors' code, but right after each step instead of before it, so that the network is
+      always the one that the next step trains.
+    - A layer with one input channel per group (depthwise) is not centred, because nothing would be left of it.
+    - Zero counts as positive, because the authors' ``sign(0) = 0`` cannot be stored in one bit (``zero_inputs`` trains with theirs).
+    - Blocks keep their order, as reordering them to the paper's norm, sign, convolution, pooling takes knowledge of the network. Where
+      inputs are never negative (behind a ReLU their signs would all be equal), ``input_norm`` inserts a norm before the sign.
+    - K also exists for grouped layers (one map per group) and transposed ones (the mean over the inputs that reach an output).
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ Paper: Yamamoto 2021, "Learnable Companding Quantization for Accurate Low-bit Ne
     Section 3.1 (Eq. 1-6, companding), section 3.2 (gradients), section 3.3 (limited weight normalization), section 3.4 (outer
     quantization of the levels).
 Symbols: alpha -> clip, theta -> logits, gamma -> slopes, beta -> heights, Delta -> 1 / intervals, s -> steps, q_8 -> outer rounding.
-Deviations: clips of activations start at the least squared error of the first batch unless ``activation_clip`` says otherwise; where a
-    layer's input can be negative, activations are quantized as weights are, on both sides. 2-bit weights have the levels
-    ``-clip, 0, clip`` whatever the curve, and are the plain ternary quantizer.
+Differs from the paper:
+    - Clips of activations start at the least squared error of the first batch, which suits inputs of any scale;
+      ``activation_clip`` sets another start.
+    - Where a layer's input can be negative, activations are quantized on both sides, as weights are.
+    - 2-bit weights are plain ternary: their levels are ``-clip, 0, clip`` whatever the curve.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 Paper: Zhang, Yang, Ye, Hua 2018, "LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks", ECCV.
     Section 3.1 (Eq. 3-5, the quantizer), section 3.2 and algorithm 1 (quantization error minimization, moving average), section 3.3.
 Symbols: v -> basis, b -> codes, B -> the codes of all elements, K -> bit_width.
-Deviations: bases start at the data (a few steps of the paper's alternation) unless ``start`` says otherwise; activations get the tiny
-    pull towards the present basis that weights have, so that a bit which never varies is no error; where a layer's input can be
-    negative, activations have the symmetric codes of weights.
+Differs from the paper:
+    - Bases start from the data (a few steps of the paper's alternation), which suits weights of any distribution; ``start`` selects others.
+    - Bases of activations get the tiny pull towards the current basis that those of weights have, so that a bit that never varies does
+      not make the least squares singular.
+    - Where a layer's input can be negative, activations have the symmetric codes of weights.
 """
 
 from __future__ import annotations

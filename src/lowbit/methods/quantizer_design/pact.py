@@ -4,9 +4,12 @@ Paper: Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018, "PACT
     Neural Networks". Section 3, Eq. 1 (clip), Eq. 2 (quantize), Eq. 3 (gradient of the clip level).
     Choi et al. 2019, "Accurate and Efficient 2-bit Quantized Neural Networks", MLSys, section 3 (SAWB).
 Symbols: alpha -> clip, lambda_alpha -> clip_decay, k -> bit_width, c1 and c2 -> SAWB_COEFFICIENTS.
-Deviations: where a layer's input can be negative it is clipped at both ends. The clip replaces a ReLU that stays in the network, where it
-    changes nothing. The paper trains for many epochs from a large clip; short runs at 2 bits gain some twenty points by
-    ``clip_init="least_error"``, which is ours. Weights are DoReFa's as in the PACT paper; ``weights="sawb"`` has the follow-up's.
+Differs from the paper:
+    - Where a layer's input can be negative it is clipped at both ends.
+    - The clip replaces a ReLU in the paper; here the ReLU stays in the network, where it changes nothing.
+    - ``clip_init="least_error"`` is an addition: the paper trains for many epochs from a large clip, and short runs at 2 bits gain some
+      twenty points by a better start.
+    - Weights are DoReFa's as in the PACT paper; ``weights="sawb"`` selects those of the follow-up.
 """
 
 from __future__ import annotations

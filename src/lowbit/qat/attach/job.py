@@ -42,6 +42,14 @@ class QatJob(NetworkJob):
 
     Raises:
         GraphError: The policy asks for bits of sums and concatenations, and the network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.inputs import Inputs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> job = lowbit.QatJob(model, lowbit.BitPolicy.uniform(2, 4), Inputs.of(torch.rand(8, 4), model))
+        >>> list(job.layers), job.positions
+        (['0', '2'], {'0': 'first', '2': 'last'})
     """
 
     allows_float_weights = True

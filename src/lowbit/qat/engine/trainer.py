@@ -61,6 +61,11 @@ class Trainer:
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
         progress: Where to show progress; silent when left out.
+
+    Example:
+        >>> import lowbit
+        >>> trainer = lowbit.Trainer(device="cpu", select="best", save_every="10m")
+        >>> trainer.saves
     """
 
     device: str = "cpu"

@@ -397,6 +397,22 @@ def training(
 
     Raises:
         SpecError: ``model`` was not prepared, a number is out of range, or the method needs more epochs.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs, labels = torch.rand(8, 4), torch.arange(8) % 2
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=inputs)
+        >>> run = lowbit.training(model, steps_per_epoch=1, epochs=3)
+        >>> optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.1), lr=0.1)
+        >>> for _ in range(run.total_steps):
+        ...     run.before_step(optimizer)
+        ...     optimizer.zero_grad()
+        ...     run.loss((inputs, labels)).backward()
+        ...     run.after_backward()
+        ...     optimizer.step()
+        ...     run.after_step()
+        >>> run.step, run.progress
+        (3, 1.0)
     """
     for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs)):
         if value < 1:
@@ -428,6 +444,12 @@ def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_de
         model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.
         learning_rate: Of the weights.
         weight_decay: Of the weights.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=torch.rand(8, 4))
+        >>> [(group["role"], group["lr"]) for group in lowbit.parameter_groups(model, learning_rate=0.1)]
+        [('weights', 0.1), ('others', 0.1), ('quantizers', 0.1)]
     """
     network = prepared_network(model)
     method, frozen = method_of(network), set(map(id, parameters_frozen_by_user(network)))

@@ -27,6 +27,13 @@ class Classification(Supervised):
         label_smoothing: Share of the label that is spread over all classes.
         temperature: Temperature of the softmax of a teacher's targets; the distillation loss is multiplied by its square.
         ignored_label: Class number of samples that count neither in the loss nor in the metrics.
+
+    Example:
+        >>> import torch, lowbit
+        >>> task = lowbit.Classification(label_smoothing=0.1)
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+        >>> lowbit.evaluate(torch.nn.Identity(), (logits, labels), task=task).metrics
+        {'accuracy': 0.5}
     """
 
     label_smoothing: Annotated[float, Interval(0, 1, closed="left")] = 0.0

@@ -20,6 +20,12 @@ class MultiLabel(Supervised):
 
     Outputs are logits, positive where a label is predicted; targets have their shape, with 1 where a label holds and 0 where not (probabilities in
     between are labels from 0.5 on).
+
+    Example:
+        >>> import torch, lowbit
+        >>> logits, targets = torch.tensor([[2.0, -1.0], [1.0, 3.0]]), torch.tensor([[1, 0], [0, 1]])
+        >>> lowbit.evaluate(torch.nn.Identity(), (logits, targets), task=lowbit.MultiLabel()).metrics
+        {'F1': 0.8, 'label accuracy': 0.75}
     """
 
     metric_name = "F1"

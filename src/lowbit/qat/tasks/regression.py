@@ -20,6 +20,12 @@ class Regression(Supervised):
 
     Targets have the shape of the outputs; ``[N]`` goes with outputs ``[N, 1]`` and the other way round. R2 is the mean over the columns of
     ``[N, columns]``, and taken over all values together where there are more dimensions.
+
+    Example:
+        >>> import torch, lowbit
+        >>> predicted, targets = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])
+        >>> lowbit.evaluate(torch.nn.Identity(), (predicted, targets), task=lowbit.Regression()).metrics
+        {'RMSE': 1.0, 'R2': 0.0}
     """
 
     metric_name = "RMSE"
