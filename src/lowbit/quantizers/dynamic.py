@@ -70,6 +70,7 @@ class DynamicMinMaxQuantizer(DynamicQuantizer):
         granularity: Which elements share a range.
         surrogate: Backward rule of the rounding.
 
+    >>> import torch
     >>> from lowbit import Granularity
     >>> from lowbit.quantizers.dynamic import DynamicMinMaxQuantizer
     >>> quantizer = DynamicMinMaxQuantizer(2, granularity=Granularity.over(0))

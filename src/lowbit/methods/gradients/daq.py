@@ -1,4 +1,4 @@
-"""DAQ: rounding as a soft choice between two levels that is always equally sharp, corrected to equal the hard one.
+"""DAQ: rounding as a soft assignment to two levels, equally sharp everywhere and corrected to equal hard rounding.
 
 Paper: Kim, Lee, Ham 2021, "Distance-aware Quantization", ICCV.
     Section 3.1 (quantizer), section 3.2 and Eq. 5-10 (distance-aware soft rounding and its temperature controller).
@@ -34,11 +34,11 @@ class DaqWeight(NormalizedQuantizer):
         super().__init__(bit_width, is_centred=True, has_output_scale=True, surrogate=DistanceAwareRounding(gamma, sigma))
 
     def initialize(self, x: Tensor) -> None:
-        """The interval is three standard deviations either side."""
+        """Start at an interval of three standard deviations on either side."""
         self.set_interval(x.new_tensor(-3.0), x.new_tensor(3.0))
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The standardized weights; those that are all alike lie at the end of the interval that has their sign."""
+        """The standardized weights; weights that are all equal lie at the end of the interval with their sign."""
         values = x.detach()
         mean, std = values.mean(), values.std() if values.numel() > 1 else values.new_zeros(())
         is_constant = std <= 1e-6 * mean.abs()
@@ -73,7 +73,7 @@ class DaqActivation(NormalizedQuantizer):
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="the gradient of a soft rounding that equals the hard one in the forward pass",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=60,
     )
 )

@@ -169,7 +169,7 @@ class GradientQuantizer(nn.Module):
         return quantized.to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "generator": None}  # it belongs to a run
+        return {**self.__dict__, "generator": None}  # the generator belongs to a run
 
 
 @register(
@@ -185,7 +185,7 @@ class GradientQuantizer(nn.Module):
         needs=("labels",),
         fidelity="exact",
         summary="fixed grids: weights squashed by tanh, activations clipped to [0, 1], gradients in few bits too",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=55,
     )
 )
@@ -193,13 +193,13 @@ class GradientQuantizer(nn.Module):
 class Dorefa(TrainingMethod):
     """Fixed uniform grids.
 
-    Weights lie in ``[-1, 1]`` whatever their scale was, and 2 bits have no zero: a batch norm after each layer is needed, and its
-    statistics have to be learned anew.
+    Weights lie in ``[-1, 1]`` whatever their scale was, and 2 bits have no zero. Each layer therefore needs a batch norm after it, whose
+    statistics have to be learned from scratch.
 
     Attributes:
         gradient_bits: Bits of the gradients of layer outputs, 1 to 8; 32 leaves them in float.
-        rescale: Multiply weights of 2 bits and more by their ``max|tanh(w)|``, for networks that have no batch norm after each layer;
-            where there is one it makes no difference to what is learned.
+        rescale: Multiply weights of 2 bits or more by their ``max|tanh(w)|``, for networks without a batch norm after each layer; with
+            one it makes no difference to what is learned.
     """
 
     ends = "float"
@@ -208,7 +208,7 @@ class Dorefa(TrainingMethod):
     rescale: bool = False
 
     def default_recipe(self) -> Recipe:
-        """The network for SVHN in the authors' program, without its weight decay of 1e-7 on the classifier."""
+        """The SVHN network of the authors' code, without its weight decay of 1e-7 on the classifier."""
         return Recipe(200, 128, OptimizerSpec("adam", 1e-3, weight_decay=0.0, schedule="step", milestones=(0.5,), gamma=0.5))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:

@@ -293,7 +293,7 @@ class GaussianQuantizer(TableQuantizer):
         needs=("labels",),
         fidelity="exact",
         summary="binary weights, activations on levels that suit half a Gaussian",
-        evidence="held against the authors' program (the log-tailed gradient is the paper's alone)",
+        evidence="checked against the authors' code (the log-tailed gradient is in the paper only)",
         margin_points=50,
     )
 )

@@ -214,7 +214,7 @@ class CompandingQuantizer(TableQuantizer):
         needs=("labels", "pretrained"),
         fidelity="equations",
         summary="learns where levels lie through a piecewise linear curve; 8-bit look-up table at inference",
-        evidence="held against a re-implementation",
+        evidence="checked against a re-implementation",
         margin_points=50,
     )
 )
@@ -223,13 +223,13 @@ class Lcq(TrainingMethod):
     """Learned companding.
 
     Attributes:
-        quantizer_learning_rate: Of clips and curves, as a fraction of the weights'.
+        quantizer_learning_rate: Learning rate of clips and curves, as a fraction of the weights'.
         intervals: Pieces of the curve.
-        weight_clip: Where the clip of the normalized weights starts; the usual constant is 3; ``none``: at the least squared error.
-        activation_clip: Where the clip of activations starts, in their units; the usual constant is 8; ``none``: at the least squared error.
+        weight_clip: Initial clip of the normalized weights, usually 3; ``none``: the clip of least squared error.
+        activation_clip: Initial clip of activations, in their units, usually 8; ``none``: the clip of least squared error.
         outer_bits: Bits of the levels, as in the look-up table; ``none``: levels in float.
-        normalize_weights: Limited weight normalization.
-        detach_statistics: Count the mean and standard deviation of the weights as constants in the backward pass.
+        normalize_weights: Use limited weight normalization.
+        detach_statistics: Treat the mean and standard deviation of the weights as constants in the backward pass.
     """
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.1

@@ -1,4 +1,4 @@
-"""LSQ: the step size of a uniform grid is learned with the network. The baseline that later methods compare with.
+"""LSQ: the step size of a uniform grid is learned with the network; the baseline of later methods.
 
 Paper: Esser, McKinstry, Bablani, Appuswamy, Modha 2020, "Learned Step Size Quantization", ICLR.
     Section 2.1 (gradient of the step size, Eq. 3), section 2.2 (its scale).
