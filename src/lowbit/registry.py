@@ -66,6 +66,7 @@ class MethodInfo:
         >>> import lowbit
         >>> info = lowbit.get_method("lsq")
         >>> info.kind, info.weight_bits, info.needs
+        ('training', range(1, 9), ('labels',))
     """
 
     name: str

@@ -93,6 +93,7 @@ class TrainRun:
         >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=torch.rand(8, 4))
         >>> run = lowbit.TrainRun(model, model.lowbit_method, lowbit.Classification(), lowbit.Recipe(epochs=3), steps_per_epoch=10)
         >>> run.epochs, run.phase.name, len(run.parameters_of("quantizers"))
+        (3, 'train', 2)
     """
 
     model: nn.Module

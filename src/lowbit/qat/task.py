@@ -27,17 +27,7 @@ Sums: TypeAlias = Mapping[str, Any]  # for each metric its sum and the number of
 class Task(ABC):
     """Turns batches and a network's outputs into a loss and metrics; nothing else knows what is in the data.
 
-    A task of one's own has a loss and a metric::
-
-        class KeyPoints(Task):
-            metric_name, higher_is_better = "distance", False
-
-            def loss(self, output, batch):
-                return mse_loss(output, batch["points"])
-
-            def measure(self, output, batch):
-                distances = (output - batch["points"]).norm(dim=-1).mean(dim=1)
-                return distances.sum(), len(distances)
+    A custom task needs a loss and a metric, see the example.
 
     Attributes:
         metric_name: The metric that selects the best network.
@@ -113,7 +103,7 @@ class Task(ABC):
 def metric_word(value: float | None, unit: str = "") -> str:
     """``97.25 %``, ``31.2 dB``, ``0.1235``; a dash for what was not measured.
 
-    >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12345)
+    >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12346)
     ('97.25 %', '31.24 dB', '0.1235')
     """
     if value is None or math.isnan(value):

@@ -111,7 +111,8 @@ def export(
         >>> inputs = torch.rand(32, 8)
         >>> quantized = lowbit.quantize(model, method="round_to_nearest", calibration=inputs)
         >>> report = lowbit.export(quantized, "network.lowbit", sample=inputs)
-        >>> report.format, report.parity.max_difference
+        >>> report.format, report.parity.passed
+        ('lowbit', True)
     """
     path = Path(path)
     if path.suffix not in FORMATS:

@@ -65,7 +65,8 @@ class Trainer:
     Example:
         >>> import lowbit
         >>> trainer = lowbit.Trainer(device="cpu", select="best", save_every="10m")
-        >>> trainer.saves
+        >>> trainer.saves.seconds
+        600.0
     """
 
     device: str = "cpu"
