@@ -1,4 +1,4 @@
-"""What was done to each layer, and why not where nothing was done."""
+"""What was done to each layer, or the reason why nothing was."""
 
 from __future__ import annotations
 

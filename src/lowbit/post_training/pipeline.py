@@ -1,6 +1,6 @@
-"""The steps that post-training methods are made of, and the state that they share.
+"""The steps that post-training methods consist of, and the state that they share.
 
-A method is the order in which it takes these steps, plus what it does between them::
+A method is the order of these steps, plus what it does between them::
 
     job.fold(); job.insert_weights(...); <round the weights>; job.insert_activations(...); job.calibrate_activations()
 """
@@ -128,7 +128,7 @@ class PtqJob(NetworkJob):
         """The calibration data, or CalibrationError saying what needs it."""
         if self.calibration is None:
             raise CalibrationError(
-                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples), or --calibration on the command line."
+                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples)."
             )
         return self.calibration
 

@@ -140,7 +140,7 @@ def set_surrogate(job: QatJob, name: str, method: str) -> None:
     own = {id(q): layer for layer, q in job.inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in job.inserted}
     rigid = dict.fromkeys(own[id(q)] for q in everything if id(q) in own and not hasattr(q, "surrogate"))
     if not any(id(q) in own and hasattr(q, "surrogate") for q in everything):
-        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave --surrogate out.")
+        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave surrogate out.")
     for quantizer in everything:
         if hasattr(quantizer, "surrogate"):
             del quantizer.surrogate

@@ -1,4 +1,4 @@
-"""``lowbit.summary``: what a network's layers are, what was done to each, and what they take."""
+"""``lowbit.summary``: the layers of a network, what was done to each, and how much they store."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Summary:
 
     Attributes:
         model: Class of the network.
-        method: How it was quantized; empty for a float network.
-        layers: In execution order where a quantization recorded it, else in definition order.
-        stored_bytes, float_bytes: By arithmetic: packed codes, tables, biases and all else; the same network in float32.
+        method: Method that quantized it; empty for a float network.
+        layers: Layers in execution order if a quantization recorded it, else in definition order.
+        stored_bytes, float_bytes: Computed size of packed codes, tables, biases and everything else; the same network in float32.
         other_bytes: The part of ``stored_bytes`` outside the layers (norms, embeddings, activation grids).
         notes: Remarks about the whole network.
     """
@@ -82,8 +82,8 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
 
     Args:
         model: The network; it is not changed.
-        sample: Inputs of one call; with them each layer's multiply-accumulates and bit operations are counted.
-        noise: What each layer lost, as ``measure.layer_noise`` returns it.
+        sample: Inputs of one call; if given, each layer's multiply-accumulates and bit operations are counted.
+        noise: Noise of each layer, as returned by ``measure.layer_noise``.
 
     Example:
         >>> import torch, lowbit

@@ -32,12 +32,12 @@ def store_weight(layer: nn.Module, values: Tensor) -> None:
 
 
 class Phase(ABC):
-    """What is learned in each unit: roundings, or activation scales."""
+    """A phase of reconstruction: what is learned in each unit (roundings or activation scales)."""
 
     name: str
 
     def __init__(self, job: PtqJob, objective: Objective, *, is_symmetric: bool) -> None:
-        """``is_symmetric`` says that inputs come from the float network, not from the part quantized already."""
+        """``is_symmetric``: whether inputs come from the float network instead of the part that is quantized already."""
         self.job, self.objective, self.is_symmetric = job, objective, is_symmetric
 
     @abstractmethod
