@@ -1,4 +1,4 @@
-"""What is asked for: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
+"""Specifications of a quantization: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def parse_said_bits(value: object, where: str) -> Bits:
 class Rule:
     """Bits for the layers whose name matches ``match`` (shell pattern) or whose class is called ``type``.
 
-    A field that is ``None`` leaves what earlier rules said; ``"float"`` switches quantization off.
+    A field that is ``None`` keeps the bits of earlier rules; ``"float"`` disables quantization.
     """
 
     match: str | None = None
@@ -246,7 +246,7 @@ class BitPolicy:
     """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win).
 
     Attributes:
-        default: Bits of a layer that nothing else is said about.
+        default: Bits of layers without an exception.
         first_last: Bits of the first and the last layer to run; ``None``: no exception.
         rules: Further exceptions; later ones win.
         merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
@@ -383,7 +383,7 @@ class BitPolicy:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a bit search may spend: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits).
+    """Budget of a bit search: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits).
 
     Example:
         >>> import lowbit

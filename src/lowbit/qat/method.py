@@ -1,4 +1,4 @@
-"""What a trained method is: the quantizers it puts in, and what it does in the course of training.
+"""The base class of training methods: the quantizers they insert, and what they do during training.
 
 Everything has a default, so that a method's file holds only what its paper changes.
 """
@@ -55,7 +55,7 @@ class TrainingMethod(Method, ABC):
     quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0
 
     def default_recipe(self) -> Recipe:
-        """How the paper trains; users get it with ``recipe="paper"``. Unless it says: the library's default."""
+        """Recipe of the paper, which users select with ``recipe="paper"``; by default the library's default recipe."""
         return Recipe()
 
     @abstractmethod
@@ -121,7 +121,7 @@ class TrainingMethod(Method, ABC):
         return [Phase("train", recipe.epochs, self.optimizers(recipe), recipe.clip_norm)]
 
     def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
-        """Networks to train with, beside the prepared ``model``; the default is the user's teacher, as it is.
+        """Companion networks of the prepared ``model``; by default the user's teacher, unchanged.
 
         Called when a run is made, with torch's random numbers at the recipe's seed.
         """

@@ -1,4 +1,4 @@
-"""How a network is trained: what the user asks for, and the phases and optimizers that a method makes of it."""
+"""How a network is trained: the user's recipe, and the phases and optimizers that a method derives from it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Recipe(CheckedSettings):
     Attributes:
         epochs: Passes over the training data, over all phases together.
         batch_size: Samples of one step.
-        optimizer: For weights and everything else that is not a quantizer's; methods derive the quantizers' from it.
+        optimizer: Optimizer of everything except quantizers; methods derive the quantizers' optimizer from it.
         clip_norm: Largest norm of all gradients together, or ``None``.
         distillation: Weight of the teacher's outputs in the loss; the rest is the targets'.
         accumulate: Batches whose gradients are added up before the optimizer steps.
@@ -120,7 +120,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own optimizers.
+    """A part of the training with its own optimizers.
 
     Roles are dotted names, and a specification for one counts for all below it that have none of their own: ``{"others": spec}`` trains
     norms as well, ``{"others.norms": spec}`` trains nothing but norms.
@@ -130,8 +130,8 @@ class Phase:
         epochs: Passes over the data.
         optimizers: An optimizer for each role of parameters; a role without one is frozen.
         clip_norm: Largest norm of all gradients of one network together, or ``None``.
-        renew_each_epoch: Build the optimizers anew at the start of every epoch.
-        turns: What a step consists of; each turn sees the batches of the step, and has its own backward passes and optimizer step.
+        renew_each_epoch: Build new optimizers at the start of every epoch.
+        turns: Turns of a step; each sees the batches of the step and has its own backward passes and optimizer step.
 
     Example:
         >>> import lowbit

@@ -1,4 +1,4 @@
-"""What a network is trained for: its loss, its predictions, and the metrics that say how good it is."""
+"""Tasks: the loss of a network, its predictions, and the metrics that measure them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Task(ABC):
         return metric_word(value, self.units.get(name, ""))
 
     def facts(self) -> dict[str, object]:
-        """What tells this task from others, for records of a training."""
+        """What distinguishes this task from others, for records of a training."""
         fields: dict[str, object] = (
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
         )
@@ -189,7 +189,7 @@ def _target(batch: Batch, key: int | str | None) -> Any:
 
 @dataclass(frozen=True)
 class CriterionTask(Supervised):
-    """A task that knows nothing but a loss.
+    """A task that consists of a loss only.
 
     Attributes:
         criterion: ``criterion(output, target)``, a scalar mean over samples; it is the metric as well.
@@ -215,12 +215,12 @@ class CriterionTask(Supervised):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network scored.
+    """Metrics of a network.
 
     Attributes:
         metrics: Every metric of the task by name.
-        metric_name: The one that selects.
-        samples: Samples measured on.
+        metric_name: Name of the metric that selects the best network.
+        samples: Number of samples measured.
 
     Example:
         >>> import lowbit

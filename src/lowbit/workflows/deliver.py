@@ -33,12 +33,21 @@ TEST_BATCH = 128  # samples of a call where the test data are no batches yet
 
 @dataclass(frozen=True)
 class Delivery:
-    """What ``deliver`` gives.
+    """The result of ``deliver``.
 
     Attributes:
         report: Everything that was measured.
         out: The folder with the files.
-        problems: The files that were asked for and could not be written, each with its reason.
+        problems: The requested files that could not be written, each with its reason.
+
+    Example:
+        >>> import lowbit, tempfile, torch
+        >>> images = torch.randn(64, 8)
+        >>> small = lowbit.quantize(torch.nn.Linear(8, 4), weight_bits=4, calibration=images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     delivery = lowbit.deliver(small, folder, calibration=images, onnx=False)
+        >>> delivery.report.parity_packed.passed, delivery.problems
+        (True, [])
     """
 
     report: Report

@@ -18,12 +18,12 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
 
     Args:
         path: The file.
-        kernels: Whether layers of few bits run on few-bit kernels, as ``lowbit.compile_runtime`` puts them there, or all in float; left
-            out, as the file says (see ``lowbit.export``).
+        kernels: Whether low-bit layers run on low-bit kernels (see ``lowbit.compile_runtime``) or everything runs in float; default: as
+            the file says (see ``lowbit.export``).
 
     Raises:
         DataError: There is no such file, or it cannot be read.
-        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load.
 
     Example:
         >>> import torch, lowbit

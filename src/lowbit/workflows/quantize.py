@@ -65,8 +65,8 @@ def quantize(
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
             overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
-        seed: Makes the result reproducible.
-        progress: Where to show progress; silent when left out.
+        seed: Seed of everything random.
+        progress: Where to show progress; default: silent.
         work_dir: Folder for caches and for resuming after a kill.
         **options: The method's hyper-parameters.
 
@@ -114,7 +114,7 @@ def run_job(
     progress: Progress | None = None,
     work_dir: Path | str | None = None,
 ) -> PtqJob:
-    """What ``quantize`` does, with everything known afterwards.
+    """Do what ``quantize`` does, and return everything known afterwards.
 
     Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
     equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.

@@ -1,7 +1,7 @@
-"""What the public verbs are asked for, one frozen dataclass each: the same from Python, the command line and a YAML file.
+"""Requests of the public verbs, one frozen dataclass each: the same from Python, the command line and a YAML file.
 
-Settings of a request are grouped by what they are about; the first line of a group's docstring is its heading in ``--help``, the ``Attributes``
-section says what each setting means. Nothing here needs torch, so that help and errors in options come at once.
+Settings of a request are grouped by topic; the first line of a group's docstring is its heading in the help of a command, the
+``Attributes`` section describes each setting. Nothing here needs torch, so that help and errors in options come at once.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Request:
             SpecError: It cannot be read, or holds a value that is not allowed.
             UnknownNameError: It holds an unknown name.
         """
-        path, command = Path(path), f"lowbit {cls.command}"
+        path = Path(path)
         if path.is_dir():
-            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To resume the run in it: {command} --out {path} --resume")
+            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To resume the run in it, pass out={str(path)!r} and resume=True.")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{path}: cannot be read as a recipe ({error}). See '{command} --print-config'.") from error
+            raise SpecError(f"{path}: cannot be read as a recipe ({error}). A recipe is YAML such as weight_bits: 4.") from error
         if content is not None and not isinstance(content, dict):
-            raise SpecError(f"{path}: expected names and values, as '{command} --print-config' writes them, got {content!r}")
+            raise SpecError(f"{path}: expected names and values such as weight_bits: 4, got {content!r}")
         known = [name for name, owner in fields_of(cls) if decides_result(owner)]
         return cls()._changed(content or {}, str(path), known)
 
@@ -264,6 +264,12 @@ class QuantizeRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
 
     Attributes:
         seed: Makes the result reproducible: the same seed gives the same bits.
+
+    Example:
+        >>> import lowbit
+        >>> request = lowbit.QuantizeRequest(method="adaround", weight_bits=4, keep=["fc"])
+        >>> request.bit_policy().default
+        LayerBits(weight=4, activation=8, output=None)
     """
 
     command: ClassVar[str] = "quantize"
@@ -440,7 +446,13 @@ class TrainRequest(
 
     Attributes:
         test_data: Other data to measure on. Default: the test part of the data.
-        surrogate: Gradient of rounding in place of the method's own, by its name.
+        surrogate: Name of the gradient surrogate to use instead of the method's own.
+
+    Example:
+        >>> import lowbit
+        >>> request = lowbit.TrainRequest(method="pact", weight_bits=2).changed({"epochs": 3})
+        >>> request.recipe.epochs, request.bit_policy().default
+        (3, LayerBits(weight=2, activation=4, output=None))
     """
 
     command: ClassVar[str] = "train"

@@ -47,15 +47,15 @@ from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, w
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gives.
+    """The result of a training.
 
     Attributes:
         model: The low-bit network in evaluation mode.
         curve: One result for each epoch.
         sample: The inputs that quantizers were initialized from.
-        recipe: As it was used.
-        task: As it was used.
-        is_main: Whether this is the process that goes on with the result; the others have the same network.
+        recipe: The recipe that was used.
+        task: The task that was used.
+        is_main: Whether this is the process that handles the result; the others have the same network.
     """
 
     model: nn.Module
@@ -102,13 +102,13 @@ def train(
     Args:
         model: Any network; it is not changed. Its weights are where training starts.
         train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, tensors such as ``(inputs, targets)`` or a dict, a list of samples, or
-            a loader (its data set is taken, shuffled anew in every epoch; a loader with a sampler of its own, a stream, or other batches are
-            used as they come). Targets are whatever the task takes.
+            a loader (its data set is used, shuffled in every epoch; a loader with its own sampler, a stream, or other batches are used as
+            they come). Targets are whatever the task takes.
         method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
-        test_data: What the task's metrics are measured on after every epoch; the same kinds of data.
+        test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
         recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
             size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
@@ -117,7 +117,7 @@ def train(
         surrogate: Gradient surrogate to use in place of the method's.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
-        task: What the network is trained for: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
+        task: Task of the network: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
             of your own, or a function ``criterion(output, target)``.
         steps_per_epoch: Optimizer steps of an epoch, for batches that are used as they come. Default: one pass.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
@@ -125,12 +125,12 @@ def train(
         workers: Processes that fetch samples.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``. Default: where ``model`` is.
         devices: Processes on this machine, one for each device; the script is run again for each.
-        nodes: Machines.
+        nodes: Number of machines.
         strategy: How processes are started, see ``Trainer``.
         precision: ``32``, or ``bf16`` / ``fp16`` for mixed precision.
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
-        resume: Go on with a stopped run of the same settings in ``out``; False starts over.
+        resume: Whether to resume a stopped run with the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
         progress: Where to show progress; silent when left out.
         **options: The method's hyper-parameters.
@@ -217,7 +217,7 @@ def train_network(
     options: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Trained:
-    """What ``train`` does, with everything known afterwards.
+    """Do what ``train`` does, and return everything known afterwards.
 
     Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
     """
@@ -368,6 +368,14 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     Raises:
         LowbitError: Something cannot be found, read or written, is not allowed, or another run works in the folder.
         DivergedError: The loss or a weight became NaN or infinite.
+
+    Example:
+        >>> import lowbit, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     request = lowbit.TrainRequest(method="lsq", onnx=False, device="cpu", out=folder).changed({"epochs": 1})
+        ...     delivery = lowbit.train_and_deliver(request)
+        >>> delivery.report.metrics["accuracy"].quantized > 0.9
+        True
     """
     start, trainer, out = open_training(request), trainer_for(request, progress), Path(request.out)
     trainer.launch()

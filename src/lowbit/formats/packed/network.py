@@ -38,7 +38,7 @@ class PackedNetwork(nn.Module):
         ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
         self.packed_observer: Callable[[OperatorCall, float, object], None] | None = (
-            None  # is told of each call, its seconds and its result
+            None  # called with each call, its seconds and its result
         )
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor

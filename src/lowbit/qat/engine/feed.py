@@ -35,9 +35,9 @@ class Augmentation:
     """Random changes of pictures ``[N, C, H, W]``.
 
     Attributes:
-        padding: Pictures are shifted by up to so many pixels each way.
-        flips: Mirror half of them left to right.
-        fill: What comes in from outside, one value for each channel.
+        padding: Largest shift in pixels, each way.
+        flips: Whether to mirror half of the pictures left to right.
+        fill: Value outside of the picture, one for each channel.
     """
 
     padding: int = 0
@@ -75,8 +75,8 @@ class Feed(ABC):
 
     Attributes:
         steps: Optimizer steps of an epoch.
-        samples: Of an epoch, over all processes; 0 where that is not known.
-        targets: Those of all samples, where they lie in memory.
+        samples: Samples of an epoch, over all processes; 0 if unknown.
+        targets: Targets of all samples, if they are in memory.
     """
 
     steps: int
@@ -96,7 +96,7 @@ class Feed(ABC):
         """``count`` batches at most in a fixed order, without augmentation, the same in every process."""
 
     def facts(self) -> dict[str, object]:
-        """What tells this data from other data."""
+        """What distinguishes this data from other data."""
         return {"samples": self.samples, "steps": self.steps}
 
 

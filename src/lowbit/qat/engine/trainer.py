@@ -1,4 +1,4 @@
-"""The trainer: drives a run's hooks over the data, in one process or several, evaluates, saves, and goes on after a kill."""
+"""The trainer: drives a run's hooks over the data in one or more processes, evaluates, saves, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch, Meter, Scores
 
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
-SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has come down to this meets nothing but infinities
+SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has fallen to this sees nothing but infinities
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -56,7 +56,7 @@ class Trainer:
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: a GPU of CUDA where there is one, else the CPU.
         devices: Processes on this machine, one for each device. Under ``torchrun`` its processes are used.
         nodes: Machines; each runs the same command.
-        strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the present command again for each.
+        strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the current command again for each.
         precision: ``32``, or ``bf16`` / ``fp16``: mixed precision of the forward pass, weights and quantizers' steps stay float32.
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
@@ -154,8 +154,8 @@ class Trainer:
             run: A new run, on the CPU or the trainer's device.
             feed: Training batches.
             test: Batches to measure the task's metric on after every epoch.
-            checkpoints: Where the state is saved; a run that is there is gone on with.
-            log: Where the curve is written.
+            checkpoints: Checkpoints to save to; a run that is there is resumed.
+            log: Log that the curve is written to.
 
         Raises:
             DivergedError: The loss, a gradient or a weight became NaN or infinite; checkpoints before that are kept.
@@ -482,7 +482,7 @@ def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
 
 @contextlib.contextmanager
 def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the context the generators of torch and Python start at ``seed``; those of the caller go on afterwards as before."""
+    """Within the context the generators of torch and Python start at ``seed``; the caller's continue afterwards as before."""
     before = random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

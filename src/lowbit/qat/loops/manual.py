@@ -1,4 +1,4 @@
-"""``lowbit.training``: the hooks of a method for a training loop of one's own, whose optimizer and schedule belong to the user."""
+"""``lowbit.training``: the hooks of a method for a custom training loop, in which the user owns the optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lowbit.qat.tasks import as_task
 
 @dataclass
 class OwnLoop(TrainRun):
-    """A training run whose loop, optimizer and learning-rate schedule are the user's; ``lowbit.training`` makes it.
+    """A training run for a custom loop with the user's optimizer and learning-rate schedule; created by ``lowbit.training``.
 
     Three calls for each optimizer step, in this order::
 
@@ -79,7 +79,7 @@ class OwnLoop(TrainRun):
 
     @property
     def learning_rate(self) -> float:
-        """The present learning rate of the weights in the user's optimizer; before the first step the recipe's."""
+        """Current learning rate of the weights in the user's optimizer; before the first step the recipe's."""
         return super().learning_rate if self._rate is None else float(self._rate["lr"])  # type: ignore[arg-type]
 
     @property
@@ -91,8 +91,8 @@ class OwnLoop(TrainRun):
         """Parameter groups for any ``torch.optim`` optimizer, one for each role, with the method's rates for quantizers.
 
         Args:
-            learning_rate: Of the weights; default: the recipe's.
-            weight_decay: Of the weights; default: the recipe's.
+            learning_rate: Learning rate of the weights; default: the recipe's.
+            weight_decay: Weight decay of the weights; default: the recipe's.
 
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay``, ``role``, and ``kind``: the optimizer that the method wants for the role
@@ -187,7 +187,7 @@ class OwnLoop(TrainRun):
         return {**objects, "companion_optimizers": optimizers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken by a run of the same settings.
+        """Resume where ``state_dict`` was taken by a run with the same settings.
 
         Comes before the optimizer is made and loaded; one that exists already follows the network at the next ``before_step``.
 
@@ -208,7 +208,7 @@ class OwnLoop(TrainRun):
             ) from error
 
     def resume(self, step: int) -> None:
-        """Go on after ``step`` steps of which only the network's ``state_dict`` was kept, and loaded.
+        """Resume after ``step`` steps with nothing but the network's ``state_dict``, which has been loaded already.
 
         The method's generator starts from the recipe's seed, and what it keeps outside of the network's ``state_dict`` as well.
         """
@@ -333,11 +333,11 @@ class OwnLoop(TrainRun):
         network = named_roles(self.model, self.method.role)
         added = [(role, p) for role, _, p in network if id(p) not in there and self.phase.key(role) is not None]
         for new in _groups(self.phases, added):
-            mine = next((group for group in groups if group.get("role") == new["role"]), None)
-            if mine is None:
+            group = next((group for group in groups if group.get("role") == new["role"]), None)
+            if group is None:
                 self.optimizers[0].add_param_group(new)
             else:
-                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
+                group["params"] = [*group["params"], *new["params"]]  # type: ignore[misc]
         self._known = dict(self.model.named_parameters())
 
     def _find_learning_rate(self) -> None:
@@ -380,20 +380,20 @@ def training(
     batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
     reduce_mean: Callable[[Tensor], None] | None = None,
 ) -> OwnLoop:
-    """The hooks of the method that ``model`` was prepared with, for a training loop of one's own.
+    """The hooks of the method that ``model`` was prepared with, for a custom training loop.
 
     Args:
         model: What ``lowbit.prepare`` returned, or a wrapper around it (``DistributedDataParallel``, ``torch.compile``, a module that
             has it as a submodule).
         steps_per_epoch: Optimizer steps of an epoch.
-        epochs: Epochs of the whole training; schedules of methods are laid over them.
+        epochs: Epochs of the whole training, over which methods spread their schedules.
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight of distillation, seed, learning rate for ``run.parameter_groups``.
-        teacher: A network for soft targets in ``run.loss``. It becomes a part of the run: moved to the network's device, frozen, and in
-            evaluation mode, unless the method trains it.
-        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
-        batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
-        reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
+        recipe: Recipe with the weight of distillation, the seed, and the learning rate of ``run.parameter_groups``.
+        teacher: Network that gives soft targets in ``run.loss``. It becomes part of the run: it is moved to the network's device, frozen
+            and put in evaluation mode, unless the method trains it.
+        float_network: The network given to ``lowbit.prepare``, for methods that train a float twin too.
+        batches: Training batches for methods that look at data between epochs: a loader, or a function that returns the first ``n``.
+        reduce_mean: Function that averages a tensor over all processes in place. Default: by ``torch.distributed`` if it runs.
 
     Raises:
         SpecError: ``model`` was not prepared, a number is out of range, or the method needs more epochs.
@@ -438,12 +438,12 @@ def training(
 
 
 def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_decay: float = 1e-4) -> list[dict[str, object]]:
-    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, where no run is at hand yet; see ``OwnLoop``.
+    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, for use before a run exists; see ``OwnLoop``.
 
     Args:
         model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.
-        learning_rate: Of the weights.
-        weight_decay: Of the weights.
+        learning_rate: Learning rate of the weights.
+        weight_decay: Weight decay of the weights.
 
     Example:
         >>> import torch, lowbit

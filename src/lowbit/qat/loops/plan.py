@@ -14,13 +14,13 @@ from lowbit.qat.task import Batch, Criterion, Task
 
 
 class Planned:
-    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts.
+    """The arguments of ``lowbit.training`` given by the user, and the run that is created from them when training starts.
 
     Args:
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight of distillation, seed.
-        teacher: A network for soft targets in ``run.loss``.
-        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
+        recipe: Recipe with the weight of distillation and the seed.
+        teacher: Network that gives soft targets in ``run.loss``.
+        float_network: The network given to ``lowbit.prepare``, for methods that train a float twin too.
         batches: Training batches for methods that look at data between epochs.
     """
 

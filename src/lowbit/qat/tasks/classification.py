@@ -1,4 +1,4 @@
-"""One class for each sample or each position: cross-entropy and accuracy."""
+"""Classification: one class for each sample or each position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any number of labels for each sample."""
+"""Multi-label classification: any number of labels for each sample."""
 
 from __future__ import annotations
 

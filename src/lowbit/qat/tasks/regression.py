@@ -1,4 +1,4 @@
-"""Numbers."""
+"""Regression: the targets are numbers."""
 
 from __future__ import annotations
 

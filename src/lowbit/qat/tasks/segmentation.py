@@ -1,4 +1,4 @@
-"""A class for each pixel."""
+"""Segmentation: a class for each pixel."""
 
 from __future__ import annotations
 

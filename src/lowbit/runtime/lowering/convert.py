@@ -1,4 +1,4 @@
-"""The graph of a packed network rewritten so that layers run on few-bit kernels, with what stands around them computed along.
+"""The graph of a packed network, rewritten so that layers run on low-bit kernels that also compute the operators around them.
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
 becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
@@ -91,11 +91,11 @@ class Conversion:
     """Rewrites a graph.
 
     Args:
-        graph: Of a packed file.
+        graph: Graph of a packed file.
         stored: Its tensors, decoded.
         codes: The codes of quantized weights.
-        weight_only: What becomes of layers with quantized weights and other inputs: ``none``: they stay in float; ``float``: weights stay
-            packed and are decoded bit by bit, the arithmetic is float; ``int8``: inputs of linear layers are rounded to 8 bits besides, row by row.
+        weight_only: Treatment of layers with quantized weights and float inputs: ``none``: they stay in float; ``float``: weights stay
+            packed and are decoded during the call, in float arithmetic; ``int8``: inputs of linear layers are also rounded to 8 bits per row.
 
     Attributes:
         graph: The rewritten graph.
@@ -135,7 +135,7 @@ class Conversion:
         if any(path.name == name for path in self.paths):  # a layer that is called twice, with norms of its own perhaps
             name = f"{name}.{node.name}"
         if isinstance(options.get("padding"), str):
-            return LayerPath(name, "float", reason="its padding is given as a word")
+            return LayerPath(name, "float", reason="its padding is a string ('same' or 'valid')")
         source = self._editor.source(node.args[0])
         if source is not None and self._find.is_sign(source):
             signs = self._find.signs_and_scale(weight.name)
@@ -247,7 +247,7 @@ class Conversion:
         return sign_threshold(function, len(scale))
 
     def _to_planes(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | None:
-        """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""
+        """Replace a layer with low-bit integer weights and inputs if planes are fastest."""
         weight, inputs = self._find.whole_numbers(cast(Stored, node.args[1]).name), self._find.input_grid(quantizer)
         if weight is None or inputs is None:
             return None
