@@ -89,7 +89,7 @@ class Task(ABC):
 
     def describe(self, name: str, value: float) -> str:
         """A value of a metric as people read it."""
-        return metric_word(value, self.units.get(name, ""))
+        return format_metric(value, self.units.get(name, ""))
 
     def facts(self) -> dict[str, object]:
         """What distinguishes this task from others, for records of a training."""
@@ -100,10 +100,10 @@ class Task(ABC):
         return {"name": type(self).__qualname__, **named}
 
 
-def metric_word(value: float | None, unit: str = "") -> str:
+def format_metric(value: float | None, unit: str = "") -> str:
     """``97.25 %``, ``31.2 dB``, ``0.1235``; a dash for what was not measured.
 
-    >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12346)
+    >>> format_metric(0.9725, "%"), format_metric(31.24, "dB"), format_metric(0.12346)
     ('97.25 %', '31.24 dB', '0.1235')
     """
     if value is None or math.isnan(value):
@@ -159,7 +159,7 @@ class Supervised(Task):
         return found
 
 
-def shape_word(tensor: Tensor, without: int | None = None) -> str:
+def format_shape(tensor: Tensor, without: int | None = None) -> str:
     """``[N, 4, 8]``: the shape of a batch in words, ``without`` one of its dimensions."""
     sizes = ["N", *(str(size) for dim, size in enumerate(tensor.shape[1:], 1) if dim != without)]
     return f"[{', '.join(sizes)}]" if tensor.dim() else "[]"

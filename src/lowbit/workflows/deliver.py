@@ -15,7 +15,7 @@ from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.report.histograms import weight_histograms

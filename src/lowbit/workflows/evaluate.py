@@ -8,7 +8,7 @@ from lowbit.inputs import known_length, map_tensors
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Meter, Scores, Task
 from lowbit.qat.tasks import as_task
 

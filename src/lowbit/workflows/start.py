@@ -15,7 +15,7 @@ from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.workflows.requests import TrainRequest
 from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing_of, stacked
 

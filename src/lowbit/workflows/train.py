@@ -23,9 +23,9 @@ from lowbit.network.record import record_of
 from lowbit.options import make_method
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
+from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
-from lowbit.qat.engine.feed import Feed, evaluation_batches, make_feed
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
@@ -222,7 +222,7 @@ def train_network(
     Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
     """
     trainer.launch()
-    feed = make_feed(
+    source = make_source(
         train_data,
         recipe,
         augment=augment,
@@ -231,7 +231,7 @@ def train_network(
         workers=workers,
         steps=steps_per_epoch,
     )
-    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(feed, trainer.fabric.world_size, model)
+    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if teacher is None else copy.deepcopy(teacher)
     quantized = prepare(
@@ -251,9 +251,9 @@ def train_network(
         method_of(quantized),
         task,
         recipe,
-        feed.steps,
+        source.steps,
         given=GivenNetworks(teacher, own),
-        batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(feed.first(count), count)],
+        batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(source.first(count), count)],
     )
     if run.epochs > recipe.epochs:
         raise SpecError(
@@ -261,8 +261,8 @@ def train_network(
         )
     test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
     if out is None:
-        return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, task, trainer.is_main)
-    used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
+        return Trained(quantized, trainer.fit(run, source, test), inputs, recipe, task, trainer.is_main)
+    used = run_settings(run, source, trainer, augment=augment, surrogate=surrogate)
     with exclusive_run(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
@@ -274,7 +274,7 @@ def train_network(
         told = {**(settings or {}), **used, "threads": torch.get_num_threads()}
         log = TrainingLog(out, told, tensorboard=tensorboard) if trainer.is_main else None
         try:
-            curve = trainer.fit(run, feed, test, checkpoints=Checkpoints(out / WORK), log=log)
+            curve = trainer.fit(run, source, test, checkpoints=Checkpoints(out / WORK), log=log)
         except LowbitError:
             if trainer.is_main:
                 work.remove_if_useless()
@@ -285,9 +285,9 @@ def train_network(
     return Trained(quantized, curve, inputs, recipe, task, trainer.is_main)
 
 
-def _first_inputs(feed: Feed, count: int, model: nn.Module) -> Inputs:
+def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
     """What ``model`` takes of the first ``count`` batches, as one: as many samples as the processes take in a step."""
-    found = [Inputs.of(batch, model) for batch in feed.first(count)]
+    found = [Inputs.of(batch, model) for batch in source.first(count)]
     if not found:
         raise DataError("the training data hold no batch")
     first = found[0]
@@ -304,7 +304,7 @@ def paper_recipe(method: TrainingMethod, asked: str) -> Recipe:
     return method.default_recipe()
 
 
-def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
+def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
     """Everything that the resulting weights depend on, but for the weights and data themselves."""
     record = record_of(run.model)
     assert record is not None
@@ -319,7 +319,7 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "recipe": dataclasses.asdict(run.recipe),
         "task": run.task.facts(),
         "seed": run.recipe.seed,
-        "data": feed.facts(),
+        "data": source.facts(),
         "augment": augment,
         "precision": trainer.precision,
         "device": trainer.fabric.device.type,

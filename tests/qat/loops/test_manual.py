@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import FileFormatError, LoopError, SpecError, StateError
 from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
-from lowbit.qat.loops.manual import OwnLoop
+from lowbit.qat.loops.manual import ManualLoop
 from lowbit.qat.prepare import method_of
 from lowbit.qat.task import Batch
 from lowbit.quantizers import LearnedScaleQuantizer
@@ -23,11 +23,11 @@ from lowbit.registry import list_methods
 from lowbit.testing.training import batch as tiny_batch, one_step, prepared as tiny_prepared
 
 
-def sgd(run: OwnLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
+def sgd(run: ManualLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD(run.parameter_groups(learning_rate, 1e-2), momentum=0.9)
 
 
-def step(run: OwnLoop, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def step(run: ManualLoop, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     optimizer.zero_grad()
     run.before_step(optimizer)
     run.loss(batch).backward()
@@ -504,7 +504,7 @@ def mutual(method: TrainingMethod | None = None) -> nn.Module:
     return model
 
 
-def in_turns(run: OwnLoop, optimizers: list[torch.optim.Optimizer], batch: Batch) -> None:
+def in_turns(run: ManualLoop, optimizers: list[torch.optim.Optimizer], batch: Batch) -> None:
     for _ in run.phase.turns:
         run.before_step(*optimizers)
         for loss in run.losses(batch):
@@ -554,10 +554,10 @@ def test_companions_learn_the_same_in_a_loop_of_ones_own(method: TrainingMethod,
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_run_with_companions_goes_on_from_its_state_to_the_same_weights(step: int, tmp_path: Path) -> None:
-    def started() -> OwnLoop:
+    def started() -> ManualLoop:
         return lowbit.training(mutual(), steps_per_epoch=4, epochs=2, float_network=network())
 
-    def optimizer_of(run: OwnLoop) -> torch.optim.SGD:
+    def optimizer_of(run: ManualLoop) -> torch.optim.SGD:
         return torch.optim.SGD(lowbit.parameter_groups(run.model), momentum=0.9)
 
     run = started()

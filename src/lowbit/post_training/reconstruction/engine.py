@@ -20,7 +20,7 @@ from lowbit.errors import SpecError
 from lowbit.measure.outputs import pieces
 from lowbit.network.layers import evaluating
 from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import UnitReport, fisher_gradient, released_weight
 from lowbit.post_training.reconstruction.phases import Loss, Phase
 from lowbit.post_training.reconstruction.resume import Facts, RunState, fingerprint
@@ -112,20 +112,20 @@ class Reconstruction:
     def _learn(self, phase: Phase, unit: PlannedUnit, key: str, data: UnitData, stage: Stage, cost: float) -> UnitReport:
         part = f"{key}-part"
 
-        def run(descent: Descent, loss: Loss) -> None:
+        def run(adam: ResumableAdam, loss: Loss) -> None:
             saved = self.state.load(part)
             if saved is not None:
-                descent.load(saved[0], int(saved[1]["iteration"]))
-                stage.advance(cost * descent.iteration / descent.iterations)
-                self.job.progress.say(f"{unit.name}: resuming at iteration {descent.iteration} of {descent.iterations}")
-            shown = descent.iteration
-            while not descent.is_finished:
-                descent.step(loss)
-                if descent.iteration % self.save_every == 0 and not descent.is_finished:
-                    self.state.save(part, descent.state(), {"iteration": descent.iteration})
-                if descent.iteration % STEP_NOTES == 0 or descent.is_finished:
-                    stage.advance(cost * (descent.iteration - shown) / descent.iterations, note=unit.name)
-                    shown = descent.iteration
+                adam.load(saved[0], int(saved[1]["iteration"]))
+                stage.advance(cost * adam.iteration / adam.iterations)
+                self.job.progress.say(f"{unit.name}: resuming at iteration {adam.iteration} of {adam.iterations}")
+            shown = adam.iteration
+            while not adam.is_finished:
+                adam.step(loss)
+                if adam.iteration % self.save_every == 0 and not adam.is_finished:
+                    self.state.save(part, adam.state(), {"iteration": adam.iteration})
+                if adam.iteration % STEP_NOTES == 0 or adam.is_finished:
+                    stage.advance(cost * (adam.iteration - shown) / adam.iterations, note=unit.name)
+                    shown = adam.iteration
 
         result, report = phase.learn(unit, data, run, zlib.crc32(f"{self.job.seed} {phase.name} {unit.name}".encode()))
         self.state.save(key, result, {**asdict(report)})

@@ -30,7 +30,7 @@ PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 3e-2
 
 @dataclass(frozen=True)
 class Objective(CheckedSettings):
-    """What a unit minimises and how (see ``reconstruction_loss`` and ``Descent``).
+    """What a unit minimises and how (see ``reconstruction_loss`` and ``ResumableAdam``).
 
     Attributes:
         fisher: How saved gradients ``g`` weigh errors: ``released`` by ``|g| + 1``, ``paper`` by ``g`` scaled to mean square 1.

@@ -20,9 +20,9 @@ from lowbit.inputs import sample_count
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.averaging import WeightAverage
+from lowbit.qat.engine.batches import BatchSource
 from lowbit.qat.engine.checkpoint import BEST, LAST, Checkpoints, RunState
 from lowbit.qat.engine.curve import Curve, EpochResult, TrainingLog
-from lowbit.qat.engine.feed import Feed
 from lowbit.qat.engine.finite import first_not_finite, gradient_is_finite, gradient_not_finite, names_not_finite, values_not_finite
 from lowbit.qat.engine.processes import (
     any_process,
@@ -142,7 +142,7 @@ class Trainer:
     def fit(
         self,
         run: TrainRun,
-        feed: Feed,
+        source: BatchSource,
         test: Iterable[Batch] | None = None,
         *,
         checkpoints: Checkpoints | None = None,
@@ -152,7 +152,7 @@ class Trainer:
 
         Args:
             run: A new run, on the CPU or the trainer's device.
-            feed: Training batches.
+            source: Training batches.
             test: Batches to measure the task's metric on after every epoch.
             checkpoints: Checkpoints to save to; a run that is there is resumed.
             log: Log that the curve is written to.
@@ -169,7 +169,7 @@ class Trainer:
         run.to(device)
         run.reduce_mean = mean_over_processes
         with _own_random_numbers(run.recipe.seed + 1_000_003 * self.fabric.global_rank, device):
-            session = _Session(self, run, feed, test, checkpoints, log if self.is_main else None)
+            session = _Session(self, run, source, test, checkpoints, log if self.is_main else None)
             return session.train()
 
     def _device(self) -> str:
@@ -183,12 +183,12 @@ class _Session:
         self,
         trainer: Trainer,
         run: TrainRun,
-        feed: Feed,
+        source: BatchSource,
         test: Iterable[Batch] | None,
         checkpoints: Checkpoints | None,
         log: TrainingLog | None,
     ) -> None:
-        self.trainer, self.run, self.feed, self.test, self.checkpoints, self.log = trainer, run, feed, test, checkpoints, log
+        self.trainer, self.run, self.source, self.test, self.checkpoints, self.log = trainer, run, source, test, checkpoints, log
         self.fabric, self.device = trainer.fabric, trainer.fabric.device
         decay = run.recipe.average_weights
         self.average = None if decay is None else WeightAverage(run.model, decay)
@@ -246,7 +246,7 @@ class _Session:
         if start == 0:
             state.loss_sum, state.loss_count = 0.0, 0
         began, trained = time.monotonic(), 0
-        batches = self.feed.epoch(epoch, start)
+        batches = self.source.epoch(epoch, start)
         for _ in range(start, run.steps_per_epoch):
             trained += self._step(batches)
             rate = trained * process_count() / max(time.monotonic() - began, 1e-9)
@@ -439,9 +439,9 @@ class _Session:
         if self.output is None:
             with evaluating(self.run.model), torch.random.fork_rng(devices=[]):
                 self.output = self.run.task.predict(self.run.model, batch)
-            if self.feed.targets is not None:
-                self.run.task.check(self.output, (batch[0], self.feed.targets))
-        if self.feed.targets is None:
+            if self.source.targets is not None:
+                self.run.task.check(self.output, (batch[0], self.source.targets))
+        if self.source.targets is None:
             self.run.task.check(self.output, batch)
 
     def _diverged(self, batch: Batch, what: str) -> NoReturn:

@@ -27,7 +27,7 @@ from lowbit.qat.tasks import as_task
 
 
 @dataclass
-class OwnLoop(TrainRun):
+class ManualLoop(TrainRun):
     """A training run for a custom loop with the user's optimizer and learning-rate schedule; created by ``lowbit.training``.
 
     Three calls for each optimizer step, in this order::
@@ -333,11 +333,11 @@ class OwnLoop(TrainRun):
         network = named_roles(self.model, self.method.role)
         added = [(role, p) for role, _, p in network if id(p) not in there and self.phase.key(role) is not None]
         for new in _groups(self.phases, added):
-            group = next((group for group in groups if group.get("role") == new["role"]), None)
-            if group is None:
+            same = next((group for group in groups if group.get("role") == new["role"]), None)
+            if same is None:
                 self.optimizers[0].add_param_group(new)
             else:
-                group["params"] = [*group["params"], *new["params"]]  # type: ignore[misc]
+                same["params"] = [*same["params"], *new["params"]]  # type: ignore[misc]
         self._known = dict(self.model.named_parameters())
 
     def _find_learning_rate(self) -> None:
@@ -379,7 +379,7 @@ def training(
     float_network: nn.Module | None = None,
     batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
     reduce_mean: Callable[[Tensor], None] | None = None,
-) -> OwnLoop:
+) -> ManualLoop:
     """The hooks of the method that ``model`` was prepared with, for a custom training loop.
 
     Args:
@@ -419,7 +419,7 @@ def training(
             raise SpecError(f"{name} must be 1 or more, got {value}")
     network = prepared_network(model)
     recipe = replace(recipe or Recipe(), epochs=epochs)
-    run = OwnLoop(
+    run = ManualLoop(
         network,
         method_of(network),
         as_task(task),
@@ -438,7 +438,7 @@ def training(
 
 
 def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_decay: float = 1e-4) -> list[dict[str, object]]:
-    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, for use before a run exists; see ``OwnLoop``.
+    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, for use before a run exists; see ``ManualLoop``.
 
     Args:
         model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lowbit.errors import LoopError, SpecError
-from lowbit.qat.loops.manual import OwnLoop, training
+from lowbit.qat.loops.manual import ManualLoop, training
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.task import Batch, Criterion, Task
 
@@ -36,16 +36,16 @@ class Planned:
         super().__init__()
         self.task, self.recipe, self.batches = task, recipe, batches
         self.teacher, self.float_network = teacher, float_network
-        self._run: OwnLoop | None = None
+        self._run: ManualLoop | None = None
 
     @property
-    def run(self) -> OwnLoop:
+    def run(self) -> ManualLoop:
         """The run; LoopError before training has started."""
         if self._run is None:
             raise LoopError("the run is made when training starts: use it in the training step, not before")
         return self._run
 
-    def start(self, model: nn.Module, steps: float, epochs: int) -> OwnLoop:
+    def start(self, model: nn.Module, steps: float, epochs: int) -> ManualLoop:
         """Make the run for ``steps`` optimizer steps in ``epochs``."""
         if not math.isfinite(steps) or steps < 1 or epochs < 1:
             raise SpecError(

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lowbit.errors import DataError
 from lowbit.measure.outputs import class_dimension
 from lowbit.options import Above, Interval
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 TOP = 5  # classes among which the label may be
 
@@ -103,8 +103,8 @@ class Classification(Supervised):
                 if target.dim() == logits.dim() and target.shape[dim] == 1 and tuple(target.movedim(dim, 1).shape[2:]) == tuple(positions):
                     return aligned, target.squeeze(dim).long()
         raise DataError(
-            f"{type(self).__name__}: a network with outputs of shape {shape_word(logits)} needs labels of shape "
-            f"{shape_word(logits, 1)} (integers) or probabilities of shape {shape_word(logits)}; got {_type(target)} of shape {shape_word(target)}. "
+            f"{type(self).__name__}: a network with outputs of shape {format_shape(logits)} needs labels of shape "
+            f"{format_shape(logits, 1)} (integers) or probabilities of shape {format_shape(logits)}; got {_type(target)} of shape {format_shape(target)}. "
             "Change the data, or give the task that fits them."
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import DataError
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MultiLabel(Supervised):
         logits, target = self.output_in(output), self.tensor_target(batch)
         if target.shape[1:] != logits.shape[1:]:
             raise DataError(
-                f"MultiLabel: a network with outputs of shape {shape_word(logits)} needs targets of that shape, 0 or 1 for each label; "
-                f"got {shape_word(target)}. If each sample has one label, the task is Classification."
+                f"MultiLabel: a network with outputs of shape {format_shape(logits)} needs targets of that shape, 0 or 1 for each label; "
+                f"got {format_shape(target)}. If each sample has one label, the task is Classification."
             )
         return logits, target.to(logits)

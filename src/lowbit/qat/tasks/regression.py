@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import DataError
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Regression(Supervised):
         given, wanted = tuple(target.shape[1:]), tuple(predicted.shape[1:])
         if given != wanted and {given, wanted} != {(), (1,)}:  # broadcasting them would compare each sample with all others
             raise DataError(
-                f"Regression: a network with outputs of shape {shape_word(predicted)} needs targets of that shape, got {shape_word(target)}. "
+                f"Regression: a network with outputs of shape {format_shape(predicted)} needs targets of that shape, got {format_shape(target)}. "
                 "Reshape one of them."
             )
         return predicted, target.to(predicted).reshape(-1, *wanted)

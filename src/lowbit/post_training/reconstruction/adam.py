@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Descent:
+class ResumableAdam:
     """``iterations`` steps of Adam (default betas, no weight decay) over ``parameters``.
 
     Each step draws ``batch_size`` of ``samples`` without replacement; all of them when there are no more. With ``is_annealed`` the

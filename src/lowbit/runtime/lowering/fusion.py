@@ -27,7 +27,7 @@ INPUT_SCALE = "lowbit.input_scale.default"
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
 
-class Surroundings:
+class FusionPatterns:
     """Finds the patterns that can be fused with a layer.
 
     Args:
