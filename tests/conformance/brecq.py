@@ -173,9 +173,7 @@ def block_reconstruction_weights(params: dict, inputs: dict[str, Tensor]) -> dic
         roundings[name] = rounding_of(params["weight_bits"], weight, inputs[f"{name}.delta"], inputs[f"{name}.zero_point"])
         set_weight_quantizer(block.get_submodule(name), roundings[name])
     gradient = inputs.get("abs_grad_plus_1")
-    cached = UnitData(
-        CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]), None if gradient is None else in_memory(gradient)
-    )
+    cached = UnitData(CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]), None if gradient is None else in_memory(gradient))
     schedule = BetaSchedule("linear", params["iterations"], params["warmup"], *params["beta_range"])
     objective = Objective(
         params["iterations"], params["lr"], len(data), loss=params["mode"], schedule=schedule, regularization=params["reg_weight"]

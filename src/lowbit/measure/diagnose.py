@@ -196,7 +196,7 @@ class _Walk:
             def see(x: Tensor) -> Tensor:
                 order.setdefault(quantizer)
                 meters[quantizer].add(x)
-                seen = x.clone()  # a tensor of its own, so that its readers can be told from those of the unquantized one
+                seen = x.clone()  # a tensor of its own, so that its readers can be distinguished from those of the unquantized one
                 makers[seen.untyped_storage().data_ptr()] = (seen, quantizer)
                 return seen
 

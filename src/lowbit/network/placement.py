@@ -96,10 +96,7 @@ def place_at_layers(inputs: Mapping[str, int], outputs: Mapping[str, int] | None
     """One quantizer at the input of each layer of ``inputs`` and at the output of each of ``outputs`` (layer name to bits)."""
     return [
         *(Placement((Site(name, "input"),), bit_width, (name,)) for name, bit_width in inputs.items()),
-        *(
-            Placement((Site(name, "output"),), bit_width, purpose="output", output_of=name)
-            for name, bit_width in (outputs or {}).items()
-        ),
+        *(Placement((Site(name, "output"),), bit_width, purpose="output", output_of=name) for name, bit_width in (outputs or {}).items()),
     ]
 
 

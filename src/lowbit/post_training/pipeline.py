@@ -83,7 +83,11 @@ class PostTrainingMethod(Method, ABC):
         """The quantizer of what layers read: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
         granularity = Granularity.tensor()
         return UniformQuantizer(
-            slot.bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
+            slot.bit_width,
+            signed=False,
+            symmetric=False,
+            granularity=granularity,
+            observer=make_observer(self.activation_observer, granularity),
         )
 
     def output_quantizer(self, slot: Slot) -> Quantizer:
@@ -127,9 +131,7 @@ class PtqJob(NetworkJob):
     def need_calibration(self, why: str) -> Calibration:
         """The calibration data, or CalibrationError saying what needs it."""
         if self.calibration is None:
-            raise CalibrationError(
-                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples)."
-            )
+            raise CalibrationError(f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
         return self.calibration
 
     def need_graph(self, why: str) -> Dataflow:

@@ -53,7 +53,9 @@ class Request:
         """
         path = Path(path)
         if path.is_dir():
-            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To resume the run in it, pass out={str(path)!r} and resume=True.")
+            raise SpecError(
+                f"{path} is a folder, a recipe is a YAML file. To resume the run in it, pass out={str(path)!r} and resume=True."
+            )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -271,8 +271,8 @@ def train_network(
             if work.is_resumed:
                 trainer.progress.say("resuming the run that is in this folder")
         trainer.fabric.barrier()
-        told = {**(settings or {}), **used, "threads": torch.get_num_threads()}
-        log = TrainingLog(out, told, tensorboard=tensorboard) if trainer.is_main else None
+        facts = {**(settings or {}), **used, "threads": torch.get_num_threads()}
+        log = TrainingLog(out, facts, tensorboard=tensorboard) if trainer.is_main else None
         try:
             curve = trainer.fit(run, source, test, checkpoints=Checkpoints(out / WORK), log=log)
         except LowbitError:

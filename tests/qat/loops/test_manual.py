@@ -383,7 +383,9 @@ def test_a_network_inside_a_larger_module_is_found() -> None:
 def test_soft_targets_of_the_teacher_are_mixed_in() -> None:
     model, teacher = prepared(), network().train()
     x, y = BATCHES[0]
-    run = lowbit.training(model, steps_per_epoch=1, epochs=1, teacher=teacher, task=Classification(temperature=2.0), recipe=Recipe(distillation=0.25))
+    run = lowbit.training(
+        model, steps_per_epoch=1, epochs=1, teacher=teacher, task=Classification(temperature=2.0), recipe=Recipe(distillation=0.25)
+    )
     student, target = torch.log_softmax(model(x) / 2, 1), torch.softmax(teacher(x) / 2, 1)
     soft = 4 * (target * (target.log() - student)).sum(1).mean()
     expected = 0.75 * nn.functional.cross_entropy(model(x), y) + 0.25 * soft

@@ -296,9 +296,7 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         return torch.stack([lo for lo, _ in ends]).min(), torch.stack([hi for _, hi in ends]).max()
 
     job.set_activation_ranges(found)
-    job.table.note(
-        f"activation ranges reach {n_sigma:g} deviations around the means given by batch norms and weights; no data was used"
-    )
+    job.table.note(f"activation ranges reach {n_sigma:g} deviations around the means given by batch norms and weights; no data was used")
 
 
 @register(

@@ -190,7 +190,9 @@ class CallCache:
     def read(self, index: Tensor) -> Call:
         """Arguments and keyword arguments for the samples ``index``."""
         made: Call = _map(
-            self._template, _Place, lambda place: self._constants[place.index] if place.is_constant else self._caches[place.index].read(index)
+            self._template,
+            _Place,
+            lambda place: self._constants[place.index] if place.is_constant else self._caches[place.index].read(index),
         )
         return made
 
