@@ -184,7 +184,7 @@ def make_method(method: object, kind: Kind, options: Mapping[str, object]) -> Me
 
     Args:
         method: What ``find_method`` takes; an object is used as it is.
-        kind: What it has to do.
+        kind: Kind that the method must have.
         options: Hyper-parameters by name, each checked and converted to its field's type.
 
     Raises:

@@ -129,7 +129,7 @@ def get_method(name: str, kind: Kind | None = None) -> MethodInfo:
 
     Args:
         name: A name of ``list_methods``.
-        kind: Which of several methods of that name is meant.
+        kind: Kind of the method, if methods of several kinds have this name.
 
     Raises:
         UnknownNameError: No method has this name.
@@ -156,7 +156,7 @@ def find_method(method: object, kind: Kind | None = None) -> MethodInfo:
     Args:
         method: The name of a registered method, ``path/to/file.py:Class``, a class, or an object of one. A class has the facts of its
             ``@register`` or of the class it derives from; in a file of its own its name may be taken.
-        kind: What it has to do; left out: whatever it does.
+        kind: Kind that the method must have; default: any.
 
     Raises:
         UnknownNameError: No such method, or no such class in the file.

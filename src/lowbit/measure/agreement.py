@@ -79,7 +79,7 @@ def measure_agreement(
         model: The quantized network.
         data: Batches as for calibration; labels are dropped.
         output: Entry of the output to compare; default: the first floating-point tensor.
-        progress: Where to show progress; default: silent.
+        progress: Progress display; default: silent.
 
     Raises:
         CalibrationError: No batch, or inputs that are not finite.

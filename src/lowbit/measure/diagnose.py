@@ -61,7 +61,7 @@ def diagnose(
         samples: Number of samples to use.
         remedies: Number of worst quantizers to try remedies for.
         output: Entry of the network's output to measure; default: the first floating-point tensor.
-        progress: Where to show progress; default: silent.
+        progress: Progress display; default: silent.
 
     Raises:
         LayerError: ``model`` has no quantizer.

@@ -151,7 +151,7 @@ class PtqJob(NetworkJob):
         self.update_reference()
 
     def update_reference(self) -> None:
-        """Make the present float network the one to follow (after a step that keeps its function)."""
+        """Make the current float network the one to follow (after a step that keeps its function)."""
         self.reference = copy.deepcopy(self.model)
 
     @property

@@ -279,7 +279,7 @@ class TrainRun:
         self.method.before_step(self)
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """The method's losses of one batch in the present turn. Each needs its backward pass before the next one is asked for."""
+        """The method's losses of one batch in the current turn. Each needs its backward pass before the next one is asked for."""
         return iter(self.method.losses(self, batch))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -347,7 +347,7 @@ class TrainRun:
             yield from self._companion_roles(name)
 
     def set_trainable(self) -> None:
-        """Let those parameters ask for gradients that the present phase and turn train, but for what is frozen."""
+        """Let those parameters ask for gradients that the current phase and turn train, but for what is frozen."""
         by_user, frozen_by_run = set(map(id, self._frozen_by_user)), set()
         frozen, phase, turn = set(self.frozen), self.phase, self.turn
         for role, name, parameter in named_roles(self.model, self.method.role):

@@ -116,9 +116,9 @@ class Supervised(Task):
     """A task whose batches hold a target; base of the built-in ones.
 
     Attributes:
-        target: Where the target is in a batch: an index or a key. Default: the second member of a tuple, the entry
+        target: Index or key of the target in a batch. Default: the second member of a tuple, the entry
             ``labels`` or ``target`` of a dict.
-        output: Which entry of the network's output is meant: a key or an index. Default: the first floating-point tensor.
+        output: Key or index of the entry of the network's output. Default: the first floating-point tensor.
     """
 
     target: int | str | None = None

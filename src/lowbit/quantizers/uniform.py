@@ -34,7 +34,7 @@ class UniformQuantizer(TableQuantizer):
         signed: Whether codes can be negative.
         symmetric: Whether the zero point is fixed at 0.
         granularity: Which elements share a scale.
-        observer: Chooses the range from data; min-max when left out.
+        observer: Chooses the range from data; default: min-max.
         surrogate: Backward rule of the rounding.
     """
 

@@ -99,7 +99,7 @@ def deliver(
         task: What the network is for, see ``lowbit.train``. Default: classification.
         training: What ``Report.training`` holds.
         notes: More notes for the report.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
 
     Raises:
         SpecError: The network is not quantized, or there is neither ``calibration`` nor ``sample``.

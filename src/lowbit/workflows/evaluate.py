@@ -30,7 +30,7 @@ def evaluate(
         data: Labelled data of the kinds that ``lowbit.train`` takes.
         task: What the network is for; default: classification.
         batch_size: Samples of a call where ``data`` are no batches yet.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
 
     Returns:
         The metrics by name: ``evaluate(model, data)["accuracy"]``; ``.value`` is the one that selects.

@@ -60,13 +60,13 @@ def quantize(
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
-        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
             overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
         seed: Seed of everything random.
-        progress: Where to show progress; default: silent.
+        progress: Progress display; default: silent.
         work_dir: Folder for caches and for resuming after a kill.
         **options: The method's hyper-parameters.
 

@@ -132,7 +132,7 @@ def train(
         select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
         resume: Whether to resume a stopped run with the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
         **options: The method's hyper-parameters.
 
     Returns:

@@ -100,7 +100,7 @@ class PackedNetwork(nn.Module):
         return [value_of(output) for output in graph.outputs]
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The present parameters and buffers by their names in the file."""
+        """The current parameters and buffers by their names in the file."""
         found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
         return {name: tensor for name, *either in found for tensor in either if tensor is not None}
 

@@ -76,7 +76,7 @@ class CompandingQuantizer(TableQuantizer):
     Args:
         bit_width: 1 to 8, signed 2 to 8.
         signed: Whether values can be negative.
-        clip: Where the clip starts; ``None``: at the least squared error of the first data.
+        clip: Initial clip; ``None``: the clip of least squared error on the first data.
         intervals: Pieces of the curve; ``None``: no curve, a uniform quantizer.
         outer_bits: Bits of the levels, or ``None`` for levels in float.
         normalizes: Quantize ``(x - mean) / std`` and multiply by ``std`` (limited weight normalization).

@@ -137,12 +137,12 @@ class LearnedBasis(TableQuantizer):
         return levels, self.codes[order]
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the present basis."""
+        """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the current basis."""
         levels, codes = self.levels()
         return _normal_equations(rows, nearest_level(rows, levels), codes)
 
     def solve(self, gram: Tensor, moment: Tensor) -> Tensor:
-        """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the present one where that is not finite."""
+        """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the current one where that is not finite."""
         pull = self.pull * (gram.diagonal(dim1=1, dim2=2).amax(1) if self.pull_by_element else torch.ones_like(gram[:, 0, 0]))
         pull = pull.clamp(min=1e-30).view(-1, 1)
         basis = self.basis.double()

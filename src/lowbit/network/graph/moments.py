@@ -93,7 +93,7 @@ def clipped_normal_moments(mean: Tensor, std: Tensor, low: float = 0.0, high: fl
 
     Args:
         mean, std: Equal shapes; the sign of ``std`` does not count.
-        low, high: Where it is clipped; infinite for no limit.
+        low, high: Limits of the clip; infinite for no limit.
 
     Source: appendix C.
     """

@@ -51,7 +51,7 @@ class TrainingLog:
     """Writes ``train.json``, ``train.csv`` and, where it is installed, TensorBoard's files into a folder.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         settings: Everything the training was started with, for ``train.json``.
         tensorboard: Whether to write files for TensorBoard; ``None`` where it is installed.
     """

@@ -60,7 +60,7 @@ class Trainer:
         precision: ``32``, or ``bf16`` / ``fp16``: mixed precision of the forward pass, weights and quantizers' steps stay float32.
         save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
 
     Example:
         >>> import lowbit
@@ -103,7 +103,7 @@ class Trainer:
         return bool(self.fabric.global_rank == 0)
 
     def launch(self) -> None:
-        """Start the other processes, if there are to be any. They run the present command from its start up to here.
+        """Start the other processes, if there are to be any. They run the current command from its start up to here.
 
         Raises:
             MissingExtraError: Lightning Fabric is not installed.
@@ -372,7 +372,7 @@ class _Session:
 
     @property
     def _may_be_best(self) -> bool:
-        """Whether the present phase is the last one: in earlier ones a method may not have come down to the bits asked for."""
+        """Whether the current phase is the last one: in earlier ones a method may not have come down to the bits asked for."""
         return self.run.phase_index == len(self.run.phases) - 1
 
     def _keep_best(self, epoch: int, metric: float | None) -> None:

@@ -61,7 +61,7 @@ class ManualLoop(TrainRun):
     scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
 
     Attributes:
-        next_hook: Which of the three has to be called next.
+        next_hook: The hook that has to be called next.
     """
 
     next_hook: Literal["before_step", "after_backward", "after_step"] = field(default="before_step", init=False)
