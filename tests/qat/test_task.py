@@ -1,4 +1,4 @@
-"""Tasks: what they take of a batch, how metrics add up, and how a task of one's own is written."""
+"""Tasks: what they take of a batch, how metrics add up, and how a custom task is written."""
 
 from __future__ import annotations
 

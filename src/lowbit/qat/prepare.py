@@ -37,7 +37,7 @@ def prepare(
     seed: int = 0,
     **options: object,
 ) -> nn.Module:
-    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a loop of one's own.
+    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a custom loop.
 
     Args:
         model: Any network; it is not changed.

@@ -27,7 +27,7 @@ class Quantizer(nn.Module, ABC):
         bit_width: Width of the grid.
         granularity: Which elements share a scale.
         enabled: Whether values are quantized; else they pass unchanged.
-        is_dynamic: Whether every input has a grid of its own (see ``quantizers.dynamic``).
+        is_dynamic: Whether every input has its own grid (see ``quantizers.dynamic``).
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ class Quantizer(nn.Module, ABC):
 
         Args:
             bits: One of ``bit_widths``, or ``None``.
-            values: Tensor (a weight, say) to fit the grid to if this width is new and needs a grid of its own. Without it the new grid
+            values: Tensor (a weight, say) to fit the grid to if this width is new and needs its own grid. Without it the new grid
                 is derived from the current one and covers the same range.
 
         Raises:

@@ -22,7 +22,7 @@ class DynamicQuantizer(GridQuantizer):
     """A quantizer whose grid follows from the statistics of each input.
 
     A subclass writes ``grid_of(x)``; statistics are taken along ``granularity.shared_axes(x)`` and get no gradient.
-    ``Granularity.over(0)`` gives each sample a grid of its own and ``over(0, 1)`` each channel of each sample; samples of a batch then do
+    ``Granularity.over(0)`` gives each sample its own grid and ``over(0, 1)`` each channel of each sample; samples of a batch then do
     not influence each other. Without axes the whole batch shares one.
 
     Args:

@@ -457,7 +457,7 @@ def test_an_optimizer_that_does_not_fit_the_network_is_refused() -> None:
 
 @dataclass
 class TwoPasses(Recorder):
-    """Has a loss of its own."""
+    """Has its own loss."""
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         return 2 * run.task_loss(batch)
@@ -470,7 +470,7 @@ def test_a_method_with_a_loss_of_its_own_is_not_trained_with_another() -> None:
     x, y = BATCHES[0]
     run.before_step(optimizer)
     nn.functional.cross_entropy(model(x), y).backward()
-    with pytest.raises(LoopError, match=r"'lsq' has a loss of its own: compute it with run.loss\(\(inputs, targets\)\)"):
+    with pytest.raises(LoopError, match=r"'lsq' has its own loss: compute it with run.loss\(\(inputs, targets\)\)"):
         run.after_backward()
     loss = run.loss((x, y))
     assert loss.item() == pytest.approx(2 * nn.functional.cross_entropy(model(x), y).item())
@@ -605,7 +605,7 @@ def test_a_method_with_several_losses_is_not_trained_with_another_one() -> None:
     x, y = BATCHES[0]
     run.before_step(sgd(run))
     nn.functional.cross_entropy(run.model(x), y).backward()
-    with pytest.raises(LoopError, match="'lsq' has a loss of its own"):
+    with pytest.raises(LoopError, match="'lsq' has its own loss"):
         run.after_backward()
 
 

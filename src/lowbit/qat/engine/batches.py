@@ -344,7 +344,7 @@ def _image_fetch(data: TensorImages) -> Fetch:
 
 def _dataset_fetch(data: Dataset[Any], collate: Callable[[list[Any]], Any], workers: int) -> Fetch:
     def fetch(chosen: list[list[int]], generator: Generator) -> Iterable[Batch]:
-        # a generator of its own: a loader draws from torch's, which would then depend on how often training was stopped
+        # its own generator: a loader draws from torch's, which would then depend on how often training was stopped
         return DataLoader(data, batch_sampler=_Fixed(chosen), collate_fn=collate, num_workers=workers, generator=generator)
 
     return fetch

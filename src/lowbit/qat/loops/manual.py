@@ -135,12 +135,12 @@ class ManualLoop(TrainRun):
         """After the last backward pass of the step and before the optimizer's step (and before clipping gradients).
 
         Raises:
-            LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
+            LoopError: Called out of order, there is no gradient, or the method has its own loss that was not used.
         """
         self._expect("after_backward", "after_backward")
         if not self._has_called_loss and _has_loss_of_its_own(self.method):
             raise LoopError(
-                f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
+                f"{self.method.info.name!r} has its own loss: compute it with run.loss((inputs, targets)), then loss.backward()"
             )
         if all(parameter.grad is None for parameter in self.parameters()):
             raise LoopError(
