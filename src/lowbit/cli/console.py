@@ -1,4 +1,4 @@
-"""What commands print with: results on standard output, everything else on standard error."""
+"""Consoles of the commands: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 

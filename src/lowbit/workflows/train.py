@@ -128,7 +128,7 @@ def train(
         nodes: Number of machines.
         strategy: How processes are started, see ``Trainer``.
         precision: ``32``, or ``bf16`` / ``fp16`` for mixed precision.
-        save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
+        save_every: Interval between saves of the state within an epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
         resume: Whether to resume a stopped run with the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.

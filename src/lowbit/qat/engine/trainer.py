@@ -58,8 +58,8 @@ class Trainer:
         nodes: Machines; each runs the same command.
         strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the current command again for each.
         precision: ``32``, or ``bf16`` / ``fp16``: mixed precision of the forward pass, weights and quantizers' steps stay float32.
-        save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
-        select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
+        save_every: Interval between saves of the state within an epoch: ``300s``, ``10m``, or a number of steps.
+        select: Network to keep: that of the ``last`` epoch, or the ``best`` on the test data in the last phase.
         progress: Progress display; default: silent.
 
     Example:
