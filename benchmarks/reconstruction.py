@@ -36,7 +36,7 @@ from lowbit.models.resnet import ResidualBlock
 from lowbit.network.insert import float_weight, set_weight_quantizer
 from lowbit.network.layers import quantizable_layers
 from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import Objective, rounding_loss
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
 from lowbit.post_training.reconstruction.unit_data import CallCache, TensorCache, UnitData
@@ -99,7 +99,7 @@ class Learning:
         self._module, self._roundings = job.model, roundings
         self._objective = Objective(10_000, 1e-3, BATCH, schedule=BetaSchedule("cosine", 10_000, warm_start=0.0), precision=precision)  # type: ignore[arg-type]
         logits = {name: rounding.logits for name, rounding in roundings.items()}
-        self._descent = Descent(logits, learning_rate=1e-3, iterations=10_000, samples=len(x), batch_size=BATCH, seed=0)
+        self._descent = ResumableAdam(logits, learning_rate=1e-3, iterations=10_000, samples=len(x), batch_size=BATCH, seed=0)
 
     def run(self) -> None:
         """One iteration."""

@@ -1,4 +1,4 @@
-"""Batches and outputs are dicts: a task of one's own reads both, and has two metrics.
+"""Batches and outputs are dicts: a custom task reads both, and has two metrics.
 
 python examples/dicts.py
 """

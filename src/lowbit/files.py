@@ -20,10 +20,10 @@ _FACTS = "facts"  # the entry of a safetensors header that holds JSON
 
 
 def check_readable(path: Path | str, *, max_bytes: int | None = None, error: type[LowbitError] = DataError) -> Path:
-    """``path`` if it is an ordinary file of at most ``max_bytes`` bytes; reading a pipe or a device could wait or go on for ever.
+    """``path`` if it is an ordinary file of at most ``max_bytes`` bytes; reading a pipe or a device might never end.
 
     Raises:
-        LowbitError: Of the class ``error``: there is no such file, it is none to read from, or it is too large.
+        LowbitError: There is no such file, it is not an ordinary file, or it is too large; an object of the class ``error``.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Batches of any structure: what a network takes of them, how many samples they hold, and calibration data made of them."""
+"""Batches of any structure: the inputs that a network takes from them, their number of samples, and calibration data."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one call of the model gets: ``model(*args, **kwargs)``."""
+    """Inputs of one call of the model: ``model(*args, **kwargs)``."""
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)

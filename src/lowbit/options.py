@@ -82,9 +82,9 @@ class Setting:
     Attributes:
         name: What users type.
         type: Its type, without its range.
-        default: Its default; ``dataclasses.MISSING`` where it has none.
-        interval: The range of numbers, of each one where there are several; ``None`` where nothing is said.
-        meaning: What it is for, from the ``Attributes`` section.
+        default: Its default; ``dataclasses.MISSING`` if it has none.
+        interval: Range of its numbers; ``None`` if it declares none.
+        meaning: Its meaning, from the ``Attributes`` section.
     """
 
     name: str
@@ -123,7 +123,7 @@ def field_meanings(cls: type) -> dict[str, str]:
 
 
 class CheckedSettings:
-    """Base of dataclasses whose values are held to their declared ranges and choices when an object is made."""
+    """Base of dataclasses whose values are checked against their declared ranges and choices when an object is created."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -184,7 +184,7 @@ def make_method(method: object, kind: Kind, options: Mapping[str, object]) -> Me
 
     Args:
         method: What ``find_method`` takes; an object is used as it is.
-        kind: What it has to do.
+        kind: Kind that the method must have.
         options: Hyper-parameters by name, each checked and converted to its field's type.
 
     Raises:

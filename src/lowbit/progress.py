@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an estimate of the time left, plain lines when nobody watches a terminal."""
+"""Progress of long work: a bar with an estimate of the time left, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 

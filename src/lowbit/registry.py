@@ -53,14 +53,20 @@ class MethodInfo:
         activation_bits: Activation bit-widths it supports; ``None`` when it leaves activations alone.
         needs: What it works with: ``calibration``, ``labels``, ``graph`` and ``batch_norm`` (an error without them); ``teacher`` and
             ``pretrained`` (a note without them).
-        fidelity: How close it is to the paper: ``exact``; ``equations`` (the paper's, where no program of the authors is known);
+        fidelity: How close it is to the paper: ``exact``; ``equations`` (the paper's, as the authors published no code);
             ``partial`` (something is left out or changed); ``baseline`` (there is no paper to follow); ``unverified``.
         summary: One line.
-        evidence: What it was held against, and what is missing.
+        evidence: What it was checked against, and what is missing.
         margin_db: Logit SQNR in dB by which it beats round_to_nearest at 3 bits on a tiny task (a law holds it).
         margin_points: Points of accuracy by which a training method beats round_to_nearest after a short run at 2 bits of weights and
             4 of activations, or the nearest it has, on a tiny task (a law holds it).
         method: The class; its fields are the paper's hyper-parameters with the paper's defaults.
+
+    Example:
+        >>> import lowbit
+        >>> info = lowbit.get_method("lsq")
+        >>> info.kind, info.weight_bits, info.needs
+        ('training', range(1, 9), ('labels',))
     """
 
     name: str
@@ -88,6 +94,16 @@ def register(info: MethodInfo) -> Callable[[type[T]], type[T]]:
     Raises:
         SpecError: A fact outside of its closed set, or bits outside of 1 to 8.
         ValueError: The name is taken in this kind.
+
+    Example:
+        >>> import lowbit
+        >>> info = lowbit.get_method("lsq")
+        >>> @lowbit.register(info)
+        ... class Lsq(lowbit.TrainingMethod):
+        ...     pass
+        Traceback (most recent call last):
+            ...
+        ValueError: a training method called 'lsq' is registered already: <class 'lowbit.methods.quantizer_design.lsq.Lsq'>
     """
     _check_facts(info)
 
@@ -97,7 +113,7 @@ def register(info: MethodInfo) -> Callable[[type[T]], type[T]]:
         known = replace(info, method=cls)
         if not _is_private:
             if not cls.__module__.startswith("lowbit."):
-                _import_own()  # so that a clash is the newcomer's error
+                _import_own()  # so that a clash raises at the new method
             key = (info.name, info.kind)
             if key in _methods:
                 raise ValueError(f"a {info.kind} method called {info.name!r} is registered already: {_methods[key].method}")
@@ -113,7 +129,7 @@ def get_method(name: str, kind: Kind | None = None) -> MethodInfo:
 
     Args:
         name: A name of ``list_methods``.
-        kind: Which of several methods of that name is meant.
+        kind: Kind of the method, if methods of several kinds have this name.
 
     Raises:
         UnknownNameError: No method has this name.
@@ -140,7 +156,7 @@ def find_method(method: object, kind: Kind | None = None) -> MethodInfo:
     Args:
         method: The name of a registered method, ``path/to/file.py:Class``, a class, or an object of one. A class has the facts of its
             ``@register`` or of the class it derives from; in a file of its own its name may be taken.
-        kind: What it has to do; left out: whatever it does.
+        kind: Kind that the method must have; default: any.
 
     Raises:
         UnknownNameError: No such method, or no such class in the file.
@@ -189,18 +205,18 @@ def check_needs(
     batch_norm: bool | None = None,
     pretrained: bool | None = None,
 ) -> list[str]:
-    """Hold the method's needs against what there is, before anything runs.
+    """Check the method's needs against what is available, before anything runs.
 
     Args:
         info: The method.
-        labels, teacher, calibration, graph, batch_norm, pretrained: Whether it is there; ``None`` where that is not known.
-            ``graph`` may be a text that says why the dataflow cannot be captured.
+        labels, teacher, calibration, graph, batch_norm, pretrained: Whether it is available; ``None`` if unknown. ``graph`` may be a
+            string that says why the dataflow cannot be captured.
 
     Returns:
-        What to tell the user of needs that are not met and that the method can do without.
+        Notes for the user about unmet needs that the method can do without.
 
     Raises:
-        CalibrationError, DataError, GraphError, LayerError: A need without which it cannot work.
+        CalibrationError, DataError, GraphError, LayerError: An unmet need that the method cannot do without.
 
     >>> check_needs(get_method("ewgs"), labels=True, pretrained=False)
     ["'ewgs' is made for trained weights, and training starts from random ones: train the float network first"]

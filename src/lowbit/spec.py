@@ -1,4 +1,4 @@
-"""What is asked for: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
+"""Specifications of a quantization: bit-widths per layer, granularity, budgets. Plain frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class Granularity:
 
     No axis is one scale for the whole tensor, one axis a scale for each channel, ``(0, 1)`` a scale for each sample and channel.
     ``broadcast(x)`` is a view of ``x`` on which a scale of shape ``scale_shape(x)`` broadcasts, so that all of these are one code path.
+
+    Example:
+        >>> import torch, lowbit
+        >>> weight = torch.zeros(8, 3, 3, 3)
+        >>> [lowbit.Granularity.parse(text).scale_shape(weight) for text in ("per_tensor", "per_channel", "group:9")]
+        [(), (8, 1, 1, 1), (8, 3, 1)]
     """
 
     axes: tuple[int, ...] = ()
@@ -177,6 +183,11 @@ class LayerBits:
     """Bit-widths of one layer: its weight, its input activation and its output. ``None`` means float.
 
     The output is what the layer itself computes, before any activation function that follows.
+
+    Example:
+        >>> import lowbit
+        >>> lowbit.LayerBits(weight=2, activation=None)
+        LayerBits(weight=2, activation=None, output=None)
     """
 
     weight: int | None
@@ -212,7 +223,7 @@ def parse_said_bits(value: object, where: str) -> Bits:
 class Rule:
     """Bits for the layers whose name matches ``match`` (shell pattern) or whose class is called ``type``.
 
-    A field that is ``None`` leaves what earlier rules said; ``"float"`` switches quantization off.
+    A field that is ``None`` keeps the bits of earlier rules; ``"float"`` disables quantization.
     """
 
     match: str | None = None
@@ -235,7 +246,7 @@ class BitPolicy:
     """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win).
 
     Attributes:
-        default: Bits of a layer that nothing else is said about.
+        default: Bits of layers without an exception.
         first_last: Bits of the first and the last layer to run; ``None``: no exception.
         rules: Further exceptions; later ones win.
         merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
@@ -372,7 +383,13 @@ class BitPolicy:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a bit search may spend: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits)."""
+    """Budget of a bit search: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits).
+
+    Example:
+        >>> import lowbit
+        >>> lowbit.Budget(size_mb=1.5)
+        Budget(size_mb=1.5, bops=None)
+    """
 
     size_mb: float | None = None
     bops: float | None = None

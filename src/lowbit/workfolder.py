@@ -1,4 +1,4 @@
-"""Where a long run keeps what it needs to go on after a kill: one folder, tied to the run's exact settings; and who works in it."""
+"""The folder in which a long run keeps the state to resume from, tied to its exact settings and locked while it works."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class WorkFolder:
     """State of a run at ``path``.
 
     Attributes:
-        is_resumed: An earlier run with the same settings left state to go on from.
-        is_replaced: State of a run with other settings was here and has been deleted.
+        is_resumed: Whether an earlier run with the same settings left state to resume from.
+        is_replaced: Whether state of a run with other settings was here and has been deleted.
     """
 
     def __init__(self, path: Path, *, is_resumed: bool, is_replaced: bool = False) -> None:
@@ -36,7 +36,7 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def remove_if_useless(self) -> None:
-        """Delete the state where there is nothing in it to go on from."""
+        """Delete the state if it contains nothing to resume from."""
         if not any(self.path.rglob("*.safetensors")):
             self.remove()
 
@@ -48,8 +48,8 @@ class WorkFolder:
 def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool, replaces: bool = True) -> WorkFolder:
     """The folder for the run with ``settings``.
 
-    State of a run with the same settings is kept when ``resume``; state of any other run is deleted, because going on from it
-    would give a mixture of both.
+    State of a run with the same settings is kept when ``resume``; state of any other run is deleted, because resuming from
+    it would mix the two runs.
 
     Args:
         path: The folder.

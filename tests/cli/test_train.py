@@ -202,7 +202,7 @@ def test_a_wrong_recipe_is_refused_with_the_place(content: str, error: type[Exce
 
 
 def test_a_folder_in_place_of_a_recipe_is_refused_with_the_way_to_go_on(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=re.escape(f"lowbit train --out {tmp_path} --resume")):
+    with pytest.raises(SpecError, match=re.escape(f"pass out={str(tmp_path)!r} and resume=True")):
         TrainRequest.from_yaml(tmp_path)
 
 

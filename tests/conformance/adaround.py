@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.network.insert import set_weight_quantizer
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import Objective, rounding_loss, set_beta, weighted_penalty
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, reconstruction_loss
 from lowbit.post_training.reconstruction.unit_data import CacheSpace, CallCache, TensorCache, UnitData
@@ -99,10 +99,10 @@ def optimize_layer(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]
         schedule=schedule_of(params, params["beta_schedule"]),
         regularization=params["reg_param"],
     )
-    descent = Descent(
+    adam = ResumableAdam(
         {"": rounding.logits}, learning_rate=params["lr"], iterations=params["iterations"], samples=len(data), batch_size=len(data), seed=0
     )
-    while not descent.is_finished:
-        descent.step(lambda index: rounding_loss(unit, layer, cached, index, objective, [rounding], descent.iteration))
+    while not adam.is_finished:
+        adam.step(lambda index: rounding_loss(unit, layer, cached, index, objective, [rounding], adam.iteration))
     settled = rounding.encode(weight).decode()
     return {"alpha_init": start, "alpha_final": rounding.logits, "hard_weight": settled, "stable_mask": torch.ones_like(weight)}

@@ -15,7 +15,7 @@ from lowbit.network.layers import evaluating
 from lowbit.network.surgery.fold import fold_batch_norm
 from lowbit.post_training.pipeline import PtqJob
 from lowbit.post_training.reconstruction import objective as objectives, rounding as roundings_of
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import Objective, released_weight, rounding_loss, unit_loss
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule
 from lowbit.post_training.reconstruction.unit_data import CacheSpace, CallCache, TensorCache, UnitData, call_of
@@ -173,19 +173,17 @@ def block_reconstruction_weights(params: dict, inputs: dict[str, Tensor]) -> dic
         roundings[name] = rounding_of(params["weight_bits"], weight, inputs[f"{name}.delta"], inputs[f"{name}.zero_point"])
         set_weight_quantizer(block.get_submodule(name), roundings[name])
     gradient = inputs.get("abs_grad_plus_1")
-    cached = UnitData(
-        CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]), None if gradient is None else in_memory(gradient)
-    )
+    cached = UnitData(CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]), None if gradient is None else in_memory(gradient))
     schedule = BetaSchedule("linear", params["iterations"], params["warmup"], *params["beta_range"])
     objective = Objective(
         params["iterations"], params["lr"], len(data), loss=params["mode"], schedule=schedule, regularization=params["reg_weight"]
     )
-    descent = Descent(
+    adam = ResumableAdam(
         {name: rounding.logits for name, rounding in roundings.items()},
         learning_rate=params["lr"], iterations=params["iterations"], samples=len(data), batch_size=len(data), seed=0,
     )  # fmt: skip
-    while not descent.is_finished:
-        descent.step(lambda index: rounding_loss(BLOCK, block, cached, index, objective, roundings.values(), descent.iteration))
+    while not adam.is_finished:
+        adam.step(lambda index: rounding_loss(BLOCK, block, cached, index, objective, roundings.values(), adam.iteration))
     result = {}
     for name, rounding in roundings.items():
         weight = inputs[f"{name}.weight"]
@@ -204,10 +202,10 @@ def block_reconstruction_activations(params: dict, inputs: dict[str, Tensor]) ->
         quantizer.learn_scale()
     cached = UnitData(CallCache.of(in_memory(data)), in_memory(inputs["fp_output"]))
     objective = Objective(params["iterations"], params["lr"], len(data), power=params["p"], is_annealed=True)
-    descent = Descent(
+    adam = ResumableAdam(
         {name: quantizer.scale for name, quantizer in quantizers.items()},
         learning_rate=params["lr"], iterations=params["iterations"], samples=len(data), batch_size=len(data), seed=0, is_annealed=True,
     )  # fmt: skip
-    while not descent.is_finished:
-        descent.step(lambda index: unit_loss(BLOCK, block, cached, index, objective))
+    while not adam.is_finished:
+        adam.step(lambda index: unit_loss(BLOCK, block, cached, index, objective))
     return {f"{name}.act_delta_final": quantizer.scale for name, quantizer in quantizers.items()}

@@ -1,4 +1,4 @@
-"""Tasks: what they take of a batch, how metrics add up, and how a task of one's own is written."""
+"""Tasks: what they take of a batch, how metrics add up, and how a custom task is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from lowbit.errors import DataError, SpecError
 from lowbit.qat import Classification, CriterionTask, Regression, Task
-from lowbit.qat.task import Meter, metric_word
+from lowbit.qat.task import Meter, format_metric
 
 
 class TwoInputs(nn.Module):
@@ -135,7 +135,7 @@ def test_a_task_must_measure_what_it_selects_by() -> None:
 def test_values_are_told_in_their_units() -> None:
     assert Classification().describe("accuracy", 0.9725) == "97.25 %"
     assert Regression().describe("RMSE", 0.123456) == "0.1235"
-    assert metric_word(31.2, "dB") == "31.2 dB" and metric_word(None) == "\N{EN DASH}"
+    assert format_metric(31.2, "dB") == "31.2 dB" and format_metric(None) == "\N{EN DASH}"
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -134,12 +134,12 @@ def test_files_compute_the_grid_and_the_report_says_what_is_emulated(axes: tuple
     model = network()
     insert.set_input_quantizer(model[2], quantizer(axes, 4))
     report = lowbit.export(model, tmp_path / "net.lowbit", sample=X)
-    assert "emulated in float, because every input has a grid of its own: 2" in report.notes
+    assert "emulated in float, because every input has its own grid: 2" in report.notes
     other = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(lowbit.load(tmp_path / "net.lowbit")(other), model(other))
     pytest.importorskip("onnxruntime")
     report = lowbit.export(model, tmp_path / "net.onnx", sample=X, measure_speed=False)
-    assert "computed in float, because every input has a grid of its own: 2" in report.notes
+    assert "computed in float, because every input has its own grid: 2" in report.notes
     insert.input_quantizer(model[2]).set_bit_width(None)  # type: ignore[union-attr]
     assert not any("grid of its own" in note for note in lowbit.export(model, tmp_path / "net.lowbit", sample=X).notes)
 

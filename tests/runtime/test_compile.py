@@ -204,9 +204,9 @@ def test_a_compiled_network_is_saved_in_the_bits_of_its_codes_and_loads_onto_the
 
 def test_a_file_for_the_kernels_is_not_written_where_nothing_runs_on_them_or_another_runtime_reads_it(tmp_path: Path) -> None:
     model = lowbit.prepare(load_model("resnet8", num_classes=5), method="lsq", weight_bits=4, activation_bits=None, sample=images())
-    with pytest.raises(LayerError, match="no layer can run on few-bit kernels: conv: float"):
+    with pytest.raises(LayerError, match="no layer can run on low-bit kernels: conv: float"):
         lowbit.export(model, tmp_path / "m.lowbit", sample=images(), kernels=True)
-    with pytest.raises(SpecError, match=r"Few-bit kernels need a \.lowbit file"):
+    with pytest.raises(SpecError, match=r"Low-bit kernels need a \.lowbit file"):
         lowbit.export(model, tmp_path / "m.onnx", sample=images(), kernels=True)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""What commands print with: results on standard output, everything else on standard error."""
+"""Consoles of the commands: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lowbit.cli.flags import in_flags
 from lowbit.progress import Progress
-from lowbit.report.words import NOTHING
+from lowbit.report.formatting import NOTHING
 
 _WIDE = 140  # characters of a line in files and pipes, where rich would assume a terminal of 80
 _NAME = 28  # characters in the first column that narrow terminals do not break, such as a method's name

@@ -1,4 +1,4 @@
-"""``lowbit doctor``: what this machine has, and which kernels few-bit layers run on."""
+"""``lowbit doctor``: what this machine has, and which kernels low-bit layers run on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def doctor(
         bool, typer.Option("--time", help="Also time the first use of the kernels, with an empty cache and a filled one.")
     ] = False,
 ) -> None:
-    """Say what is installed, what the processor can do, and which kernels few-bit layers run on and why."""
+    """Show what is installed, what the processor can do, and which kernels low-bit layers run on and why."""
     show_table(("package", "version"), ((name, _version(name)) for name in ("lowbit", *PACKAGES)))
     show_table(("\nkernels", ""), _kernels())
     if times:
@@ -81,7 +81,7 @@ def _kernels() -> Iterator[tuple[str, object]]:
 def _state(folder: Path) -> str:
     if compiled.is_sound(folder):
         return "filled"
-    return "cannot be written: each process compiles anew" if not os.access(compiled.cache_root(), os.W_OK) else "empty"
+    return "cannot be written: each process compiles again" if not os.access(compiled.cache_root(), os.W_OK) else "empty"
 
 
 def _first_use() -> Iterator[tuple[str, object]]:

@@ -8,7 +8,7 @@ import typer
 
 from lowbit.cli.console import SpokenProgress, say, show_table
 from lowbit.cli.settings import Quiet, options_of
-from lowbit.report.words import bytes_word, db_word, percent_word
+from lowbit.report.formatting import format_bytes, format_db, format_percent
 from lowbit.workflows.requests import EvaluateRequest
 
 app = typer.Typer(add_completion=False)
@@ -49,9 +49,9 @@ def _words(entry: dict[str, object]) -> tuple[str, ...]:
         return float(value) if isinstance(value, (int, float)) else None
 
     return (
-        percent_word(number("agreement")),
-        db_word(number("sqnr_db")),
-        bytes_word(number("size_bytes")),
+        format_percent(number("agreement")),
+        format_db(number("sqnr_db")),
+        format_bytes(number("size_bytes")),
         f"{number('latency_ms'):.2f} ms",
         str(entry["runtime"]),
     )

@@ -1,4 +1,4 @@
-"""What settings are called on the command line, and errors of the library in these words."""
+"""Names of settings on the command line, and translation of the library's errors into them."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ class Shortcuts:
     """Hyper-parameters that several methods share, as options of their own.
 
     Attributes:
-        granularity: Which weights share a scale: per_tensor, per_channel, or group:SIZE. Default: the method's.
-        weight_observer: How weight ranges are chosen, for example min_max or mse. Default: the method's.
-        activation_observer: How activation ranges are chosen, for example min_max, percentile or mse. Default: the method's.
+        granularity: Weights that share a scale: per_tensor, per_channel, or group:SIZE. Default: the method's.
+        weight_observer: Observer that chooses weight ranges, for example min_max or mse. Default: the method's.
+        activation_observer: Observer that chooses activation ranges, for example min_max, percentile or mse. Default: the method's.
         blocks: Patterns of the modules to reconstruct as a whole, separated by commas: 'layer*.*'. Default: found in the network.
-        cache: Where reconstruction keeps layer inputs: ram, or disk (less memory). Default: the method's.
+        cache: Storage of layer inputs during reconstruction: ram, or disk (less memory). Default: the method's.
         iterations: Steps of reconstruction for each layer or block; more is better and slower. Default: the paper's.
     """
 

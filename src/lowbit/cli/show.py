@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from lowbit.cli.console import errors, results, say, show_table
-from lowbit.qat.task import metric_word
-from lowbit.report.words import bytes_word, change_word, db_word, operand_word, percent_word, ratio_word
+from lowbit.qat.task import format_metric
+from lowbit.report.formatting import format_bytes, format_change, format_db, format_operand, format_percent, format_ratio
 from lowbit.workflows.deliver import Delivery
 from lowbit.workflows.plan import PlannedLayer
 
@@ -44,26 +44,26 @@ def show_delivery(delivery: Delivery) -> None:
     report = delivery.report
     done = sum(layer.status == "done" for layer in report.layers)
     results.print(
-        f"[bold]{escape(report.model)}[/] with [bold]{report.method}[/]: {operand_word(report.weight_bits, 'weights')}, "
-        f"{operand_word(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
+        f"[bold]{escape(report.model)}[/] with [bold]{report.method}[/]: {format_operand(report.weight_bits, 'weights')}, "
+        f"{format_operand(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
         highlight=False,
     )
     rows: list[tuple[str, object, object, object]] = [
-        (name, metric_word(metric.float, metric.unit), metric_word(metric.quantized, metric.unit), change_word(metric))
+        (name, format_metric(metric.float, metric.unit), format_metric(metric.quantized, metric.unit), format_change(metric))
         for name, metric in report.metrics.items()
     ] or [(report.metric, None, None, "not measured: name labelled data with --data")]
     if report.sqnr_db is not None:
-        rows.append(("same answer as float", None, percent_word(report.agreement), f"output SQNR {db_word(report.sqnr_db)}"))
+        rows.append(("same answer as float", None, format_percent(report.agreement), f"output SQNR {format_db(report.sqnr_db)}"))
     for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
         if size is not None:
-            rows.append((label, bytes_word(report.size_float), bytes_word(size), f"{ratio_word(report.size_float, size)} smaller"))
+            rows.append((label, format_bytes(report.size_float), format_bytes(size), f"{format_ratio(report.size_float, size)} smaller"))
     if report.latency_float_onnx is not None and report.latency_quantized_onnx is not None:
         before, after = report.latency_float_onnx, report.latency_quantized_onnx
         rows.append(("time per call, ONNX", f"{before:.3g} ms", f"{after:.3g} ms", f"{before / after:.2f}x as fast"))
     show_table(("", "float", "quantized", ""), rows)
     for label, parity in (("model.lowbit", report.parity_packed), ("model.onnx", report.parity_onnx)):
         if parity.passed is not None:
-            agreement = "" if parity.top1_agreement is None else f", same answer {percent_word(parity.top1_agreement)}"
+            agreement = "" if parity.top1_agreement is None else f", same answer {format_percent(parity.top1_agreement)}"
             results.print(
                 f"{label} computes what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}", highlight=False
             )

@@ -39,7 +39,7 @@ def load_folder(folder: Path, split: Split, preprocessing: Preprocessing, *, str
     pictures for every split. Files that are no pictures by their suffix are ignored and counted.
 
     Args:
-        folder: Where to look.
+        folder: The folder.
         split: Which part.
         preprocessing: From picture to tensor.
         strict: A picture that cannot be decoded raises DataError when its turn comes. False decodes all of them once now, and leaves

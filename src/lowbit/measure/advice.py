@@ -10,8 +10,8 @@ from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.spec import Granularity
 
 FLOAT_DB = 60.0  # from here on two networks differ by rounding of float32 only
-UNEVEN = 4.0  # widest over median channel from which equalization is worth a word
-OUTLYING = 3.0  # largest value over the bulk from which another range is worth a word
+UNEVEN = 4.0  # widest over median channel from which equalization is suggested
+OUTLYING = 3.0  # largest value over the bulk from which another range is suggested
 WIDE = 8  # bits that cure nearly everything
 NAMED = 5  # suspects that get a line of their own
 
@@ -25,11 +25,11 @@ Candidate = tuple[str, UniformQuantizer, Mapping[str, object] | None]
 
 
 def candidates(suspect: Suspect, quantizer: Quantizer, axis: int) -> Iterator[Candidate]:
-    """Quantizers to try in place of ``quantizer``: what to call it, the quantizer (no range yet), the policy rule that asks for it.
+    """Quantizers to try instead of ``quantizer``: a description, the quantizer (without a range yet), and the policy rule for it.
 
     Args:
-        suspect: What the quantizer was found to do.
-        quantizer: The one in place.
+        suspect: The findings about the quantizer.
+        quantizer: The current quantizer.
         axis: Output channel axis of a weight.
     """
     is_weight, bit_width = suspect.kind == "weight", suspect.bit_width

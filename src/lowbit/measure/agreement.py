@@ -17,7 +17,7 @@ from lowbit.progress import Progress
 
 @dataclass(frozen=True)
 class Agreement:
-    """What ``measure_agreement`` found.
+    """Result of ``measure_agreement``.
 
     Attributes:
         samples: Samples compared.
@@ -78,8 +78,8 @@ def measure_agreement(
         reference: The float network.
         model: The quantized network.
         data: Batches as for calibration; labels are dropped.
-        output: Which entry of the output to compare; the first floating-point tensor when left out.
-        progress: Where to show progress; silent when left out.
+        output: Entry of the output to compare; default: the first floating-point tensor.
+        progress: Progress display; default: silent.
 
     Raises:
         CalibrationError: No batch, or inputs that are not finite.

@@ -46,26 +46,35 @@ def diagnose(
 ) -> Diagnosis:
     """Walk the white paper's debugging chart over a quantized network.
 
-    1. Quantizers off: must give the float network. 2. Weights only, activations only, everything. 3. Each quantizer alone, and
-    everything but it. 4. Ranges, outliers and uneven channels of what each sees, noise of each layer's output. 5. For the worst
-    quantizers, what to try; what can be tried by exchanging one quantizer is tried and its gain on the whole network measured.
-    It takes about ``2 x quantizers + 8`` passes over ``samples`` samples.
+    1. All quantizers disabled: the outputs must be the float network's. 2. Weights only, activations only, everything. 3. Each
+    quantizer alone, and everything except it. 4. Ranges, outliers and uneven channels of the values each one sees, and the noise of
+    each layer's output. 5. Remedies for the worst quantizers; those that exchange one quantizer are tried, and their gain on the whole
+    network is measured. All of this takes about ``2 x quantizers + 8`` passes over ``samples`` samples.
 
     Args:
         model: A quantized network; it is not changed.
         calibration: Batches as for calibration; the first ``samples`` samples are used.
-        reference: The float network that ``model`` was made from; left out, ``model`` with its quantizers off.
-        evaluate: Scores a network (accuracy, say; more is better); called once for each setting of steps 1 and 2.
-        alternatives: Other quantizations of the same network to try as a whole (by name, made when called), such as
-            equalization or learned rounding; the SQNR of each is measured.
-        samples: Samples to use.
-        remedies: For how many of the worst quantizers to look for remedies.
-        output: Which entry of the network's output to look at; the first floating-point tensor when left out.
-        progress: Where to show progress; silent when left out.
+        reference: The float network that ``model`` was made from; default: ``model`` with its quantizers disabled.
+        evaluate: Function that scores a network (its accuracy, say; higher is better), called for each setting of steps 1 and 2.
+        alternatives: Functions by name that quantize the same network in other ways, such as by equalization or learned rounding; the
+            SQNR of each result is measured.
+        samples: Number of samples to use.
+        remedies: Number of worst quantizers to try remedies for.
+        output: Entry of the network's output to measure; default: the first floating-point tensor.
+        progress: Progress display; default: silent.
 
     Raises:
         LayerError: ``model`` has no quantizer.
         CalibrationError: No data, or values that are not finite.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=3, calibration=inputs)
+        >>> diagnosis = lowbit.diagnose(quantized, calibration=inputs, remedies=0)
+        >>> diagnosis.setting("weights").sqnr_db > diagnosis.setting("all").sqnr_db
+        True
     """
     walk = _Walk(model, Calibration.of(calibration, reference or model, limit=samples), reference, evaluate, output)
     alternatives = alternatives or {}
@@ -124,7 +133,7 @@ class _Walk:
         return found
 
     def against_float(self, model: nn.Module, silent: Iterable[Quantizer], name: str) -> Setting:
-        """``model`` with the quantizers ``silent`` switched off."""
+        """``model`` with the quantizers ``silent`` disabled."""
         meter = AgreementMeter()
         with evaluating(model), disabled(silent):
             for inputs, target in zip(self.batches, self.targets, strict=True):
@@ -187,7 +196,7 @@ class _Walk:
             def see(x: Tensor) -> Tensor:
                 order.setdefault(quantizer)
                 meters[quantizer].add(x)
-                seen = x.clone()  # a tensor of its own, so that its readers can be told from those of the unquantized one
+                seen = x.clone()  # a tensor of its own, so that its readers can be distinguished from those of the unquantized one
                 makers[seen.untyped_storage().data_ptr()] = (seen, quantizer)
                 return seen
 

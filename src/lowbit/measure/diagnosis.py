@@ -14,7 +14,7 @@ from lowbit.measure.ranges import Range
 
 @dataclass(frozen=True)
 class Setting:
-    """The network with some of its quantizers on, against the float one; ``score`` is what ``evaluate`` returned."""
+    """The network with some of its quantizers enabled, compared with the float one; ``score`` is what ``evaluate`` returned."""
 
     name: str
     sqnr_db: float
@@ -35,8 +35,8 @@ class Suspect:
         place: Its position in execution order.
         only_on_db: SQNR of the output with this quantizer alone.
         only_off_db: SQNR of the output with all quantizers but this one.
-        gain_db: How much that is more than with all quantizers.
-        share: Its part of the noise power that all quantizers make one by one, 0 to 1.
+        gain_db: Gain over the network with all quantizers.
+        share: Its share of the summed noise power of all quantizers taken one by one, 0 to 1.
         range: The values it saw; ``None`` for one that the data never reaches.
     """
 
@@ -71,7 +71,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found; ``suspects`` come worst first, ``output_db`` is the SQNR of each layer's output."""
+    """Result of ``diagnose``; ``suspects`` are sorted worst first, ``output_db`` is the SQNR of each layer's output."""
 
     samples: int
     settings: tuple[Setting, ...]

@@ -1,4 +1,4 @@
-"""How far one tensor is from another: signal-to-quantization-noise ratio, mean squared and largest error, streamed over batches."""
+"""Distance between two tensors: signal-to-quantization-noise ratio, mean squared and largest error, streamed over batches."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def output_tensor(output: object, key: str | int | None = None) -> Tensor:
 
     Args:
         output: A tensor, or any nesting of tuples, lists, mappings and dataclasses.
-        key: Which entry: a mapping's key, an index, or an attribute; left out, the first floating-point tensor found.
+        key: Which entry: a mapping's key, an index, or an attribute; default: the first floating-point tensor found.
 
     Raises:
         DataError: There is no such entry, or no floating-point tensor.

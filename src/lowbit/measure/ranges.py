@@ -16,15 +16,15 @@ BULK = 0.999  # the share of values that outliers are compared with
 
 @dataclass(frozen=True)
 class Range:
-    """Values that one quantizer saw and what it made of them.
+    """Values that one quantizer saw, and their quantized counterparts.
 
     Attributes:
         low, high: Smallest and largest value.
-        grid_low, grid_high: Smallest and largest value that came out.
+        grid_low, grid_high: Smallest and largest quantized value.
         clipped: Fraction of values outside what the grid can represent.
         outlier_ratio: Largest magnitude over the magnitude that 99.9 % of the values stay below; near 1 without outliers.
         channel_ratio: Largest over median range of the output channels of a weight; ``None`` for activations.
-        sqnr_db: This tensor before against after its own quantizer.
+        sqnr_db: SQNR of the quantized tensor alone.
     """
 
     low: float

@@ -51,8 +51,8 @@ def original_weights(model: nn.Module, reference: nn.Module | None = None) -> di
 
     Args:
         model: The quantized network.
-        reference: The float network, its batch norms folded as in ``model``; left out, the weights behind the quantizers
-            count, which rounding methods replace by what they learned.
+        reference: The float network, its batch norms folded as in ``model``; default: the weights behind the
+            quantizers, which rounding methods replace by what they learned.
 
     Raises:
         LayerError: ``reference`` lacks a layer, or its weight has another shape.
@@ -87,9 +87,9 @@ def output_noise(
     Args:
         model: The quantized network.
         data: Batches as for calibration.
-        reference: The float network, its batch norms folded as in ``model``; left out, ``model`` with its quantizers off.
-        layers: Names of modules to look at; every convolution and linear layer when left out.
-        progress: Where to show progress; silent when left out.
+        reference: The float network, its batch norms folded as in ``model``; default: ``model`` with its quantizers off.
+        layers: Names of modules to look at; default: every convolution and linear layer.
+        progress: Progress display; default: silent.
     """
     names = list(layers) if layers is not None else list(quantizable_layers(model))
     calibration, device = Calibration.of(data, reference or model), device_of(model)

@@ -20,9 +20,9 @@ class ReactBlock(nn.Module):
     Where the width doubles, two 1x1 convolutions of the same input each have the shortcut, and their results lie side by side.
 
     Args:
-        in_channels: Of the input.
+        in_channels: Number of input channels.
         out_channels: As many, or twice as many.
-        stride: Of the 3x3 convolution; its shortcut averages.
+        stride: Stride of the 3x3 convolution, whose shortcut averages.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:

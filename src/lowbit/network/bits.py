@@ -1,6 +1,6 @@
-"""Bits as state: what each layer of a quantized network takes at present, and how that is changed while the network lives.
+"""Bits as state: the current bits of each layer of a quantized network, and how to change them in place.
 
-Nothing is prepared anew: every quantizer changes its own bit-width and keeps what it learned (``Quantizer.set_bit_width``).
+Nothing is prepared again: every quantizer changes its own bit-width and keeps what it learned (``Quantizer.set_bit_width``).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LayerQuantizers:
 
     Attributes:
         layer: The layer.
-        weight: Of its weight, or ``None``.
-        activation: Of its input, wherever in the network it sits, or ``None``.
-        output: Of its output, where the policy asked for one, or ``None``.
+        weight: Quantizer of its weight, or ``None``.
+        activation: Quantizer of its input, wherever in the network it sits, or ``None``.
+        output: Quantizer of its output, if the policy asked for one, or ``None``.
     """
 
     layer: nn.Module
@@ -42,12 +42,12 @@ class LayerQuantizers:
 
     @property
     def bits(self) -> LayerBits:
-        """What they quantize to at present."""
+        """Current bits of these quantizers."""
         return LayerBits(*(None if quantizer is None else quantizer.bits for quantizer in (self.weight, self.activation, self.output)))
 
 
 def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
-    """The quantizers of every convolution and linear layer, by name: in execution order where a record says it, else as defined."""
+    """The quantizers of every convolution and linear layer by name, in execution order if a record knows it, else as defined."""
     record, layers, sites = record_of(model), quantizable_layers(model), insert.sites(model)
     inputs, outputs = ({}, {}) if record is None else (record.table.inputs, record.table.outputs)
     recorded = [] if record is None else [row.name for row in record.table if row.name in layers]
@@ -61,7 +61,7 @@ def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
 
 
 def get_bits(model: nn.Module) -> dict[str, LayerBits]:
-    """The bits of every convolution and linear layer at present; ``None`` is float.
+    """The current bits of every convolution and linear layer; ``None`` is float.
 
     >>> import torch, lowbit
     >>> from lowbit.network.bits import get_bits, set_bits
@@ -75,27 +75,27 @@ def get_bits(model: nn.Module) -> dict[str, LayerBits]:
 
 
 def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
-    """What the policy of the network's record asks for each layer, whatever it has at present; SpecError without a record."""
+    """Bits that the policy in the network's record asks for each layer, whatever it has now; SpecError without a record."""
     record = _record(model)
     return _by_policy(record.policy, layer_quantizers(model), record.table.positions)
 
 
 def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy) -> None:
-    """Change the bits of a quantized network in place; nothing is changed where an error is raised.
+    """Change the bits of a quantized network in place; nothing is changed if an error is raised.
 
-    Layers keep what they learned at every width, so going there and back changes nothing. ``lowbit.summary`` and the network's record
-    tell the new bits.
+    Layers keep what they learned at every width, so changing bits and changing them back has no effect. ``lowbit.summary`` and the
+    network's record show the new bits.
 
     Args:
         model: A network from ``lowbit.prepare``, ``lowbit.train`` or ``lowbit.quantize``.
-        bits: A number: for every quantizer that is there, but for the layers that the network's own policy excepts (its first and last
-            one, those that a rule names). ``LayerBits``: the same, but it is an error where a layer lacks a quantizer that is asked for.
-            ``None``: the float network. A mapping of name patterns (``"layer1.*"``) to any of these: for the layers that match, the
-            later pattern winning. A ``BitPolicy``: for every layer what it says.
+        bits: A number sets every existing quantizer except in layers that the network's policy excepts (the first and last one, and
+            those named by a rule). ``LayerBits`` does the same, but raises an error if a layer lacks a requested quantizer. ``None``
+            gives the float network. A mapping from name patterns (``"layer1.*"``) to any of these sets the layers that match; later
+            patterns win. A ``BitPolicy`` sets every layer.
 
     Raises:
-        SpecError: A width that the method or a quantizer does not have (lists those it has), a pattern that matches no layer, different
-            bits for layers that read one quantizer, or a layer without a quantizer that is asked for.
+        SpecError: A width that the method or a quantizer does not support (the message lists those it does), a pattern that matches no
+            layer, different bits for layers that share a quantizer, or a layer without a requested quantizer.
         LayerError: A network without quantizers.
     """
     layers = layer_quantizers(model)

@@ -39,7 +39,7 @@ class WeightParametrization(nn.Module):
 
 @runtime_checkable
 class ScalesBias(Protocol):
-    """A weight quantizer whose levels hold a factor of the layer's whole output: its bias is to be scaled as well."""
+    """A weight quantizer whose levels include a factor of the layer's whole output, so that its bias has to be scaled too."""
 
     def scale_bias(self, bias: Tensor) -> Tensor:
         """The bias of the scaled layer."""
@@ -205,9 +205,9 @@ def sites(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) -> AbstractContextManager[None]:
-    """Within the context, weight quantizers, or activation quantizers and output transforms, are disabled where ``False`` is asked.
+    """Within the context, ``False`` disables weight quantizers, or activation quantizers and output transforms.
 
-    Those that are left alone stay as they are: enabled, unless ``set_bit_width(None)`` or an outer context disabled them.
+    The others stay as they are: enabled, unless ``set_bit_width(None)`` or an outer context disabled them.
     """
     off: list[nn.Module] = []
     for module in model.modules():

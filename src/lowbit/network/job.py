@@ -1,4 +1,4 @@
-"""One network on its way from float to quantized: what is asked for, what is inserted, what became of each layer."""
+"""One network on its way from float to quantized: the requested bits, the inserted quantizers, the result for each layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NetworkJob:
         model: The copy that is being quantized.
         policy: Bits for each layer.
         sample: Inputs of one call, used for shapes and the order of layers.
-        seed: Makes what is random reproducible.
+        seed: Seed of everything random.
         table: What was done to each layer.
         layers: Layers that get quantized weights, in execution order.
         positions: The first and the last layer to run, by name.

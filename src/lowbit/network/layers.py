@@ -29,7 +29,7 @@ def output_channel_axis(layer: nn.Module) -> int:
 
 
 def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[], nn.Module]) -> int:
-    """Put ``make()`` in the place of every submodule of exactly the class ``kind``; gives the number of places."""
+    """Replace every submodule of exactly the class ``kind`` by ``make()``; returns how many were replaced."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

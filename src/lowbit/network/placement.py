@@ -59,14 +59,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Placement:
-    """One quantizer: where it is hooked and what for.
+    """One quantizer: where it is hooked and what it quantizes.
 
     Attributes:
         sites: Its hooks.
         bit_width: Its bits.
         layers: The layers whose input it quantizes.
         tensor: Its tensor's name in the dataflow; without one it quantizes whatever its layers get or give.
-        purpose: What it is there for: the ``input`` of ``layers``, the ``output`` of ``output_of``, else the kind of merge.
+        purpose: What it quantizes: the ``input`` of ``layers``, the ``output`` of ``output_of``, else an operand of that kind of merge.
         output_of: The layer whose output it quantizes because the policy asks for it.
         operand_of: The sums and concatenations that read the tensor, by their names in the dataflow.
         result_of: The sum or concatenation that the tensor comes from, or "".
@@ -96,10 +96,7 @@ def place_at_layers(inputs: Mapping[str, int], outputs: Mapping[str, int] | None
     """One quantizer at the input of each layer of ``inputs`` and at the output of each of ``outputs`` (layer name to bits)."""
     return [
         *(Placement((Site(name, "input"),), bit_width, (name,)) for name, bit_width in inputs.items()),
-        *(
-            Placement((Site(name, "output"),), bit_width, purpose="output", output_of=name)
-            for name, bit_width in (outputs or {}).items()
-        ),
+        *(Placement((Site(name, "output"),), bit_width, purpose="output", output_of=name) for name, bit_width in (outputs or {}).items()),
     ]
 
 
@@ -109,11 +106,11 @@ def place_at_tensors(
     """One quantizer for each tensor that has to be quantized, whatever the number of its readers.
 
     Args:
-        dataflow: Of the network without quantizers.
+        dataflow: Dataflow of the network without quantizers.
         inputs: Layers whose input is quantized, with the bits.
         outputs: Layers whose output is quantized, with the bits.
         merge_bits: Bits of the operands and results of sums and concatenations and of the operands of average pooling, where they are
-            nothing that a layer of ``inputs`` reads or one of ``outputs`` gives; ``None`` leaves them alone.
+            neither read by a layer of ``inputs`` nor the result of one of ``outputs``; ``None`` leaves them in float.
     """
     outputs = outputs or {}
     placed_outputs = {dataflow.of_layer(name)[0].name: name for name in outputs if _runs_once(dataflow, name)}
@@ -151,7 +148,7 @@ def place_at_tensors(
 
 @dataclass
 class _Merge:
-    """The part that a tensor takes in merges: the first kind, the merges that read it and the one it comes from."""
+    """The role of a tensor in merges: the first kind, the merges that read it and the one that it comes from."""
 
     purpose: Purpose | None = None
     operand_of: list[str] = field(default_factory=list)

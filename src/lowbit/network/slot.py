@@ -1,4 +1,4 @@
-"""What a method is told of the place that it makes a quantizer for."""
+"""The place that a method creates a quantizer for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ class Slot:
     Attributes:
         name: Name of the layer; for a tensor between layers its place, such as ``layer1.0.norm2.output``.
         layer: The layer itself; for a tensor between layers the module that the quantizer is hooked at.
-        bit_width: What the policy asks for.
+        bit_width: Bit-width that the policy asks for.
         is_signed: Whether the values can be negative (True for weights, and where no values were seen yet).
         position: Whether the layer is the first or the last one to run.
         purpose: What is quantized: a layer's ``weight``, ``input`` or ``output``, or a tensor between layers that takes part in a
             ``sum`` or a ``concatenation`` or goes into a ``pool``.
         operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
         result_of: The sum or concatenation that the tensor comes from, or "".
+
+    Example:
+        >>> import torch, lowbit
+        >>> slot = lowbit.Slot("conv", torch.nn.ConvTranspose2d(3, 8, 3), bit_width=4)
+        >>> str(slot), slot.channel_axis
+        ("layer 'conv' (ConvTranspose2d)", 1)
     """
 
     name: str

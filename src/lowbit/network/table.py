@@ -1,4 +1,4 @@
-"""What was done to each layer, and why not where nothing was done."""
+"""What was done to each layer, or the reason why nothing was."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LayerTable:
 
     Attributes:
         notes: Remarks about the whole network.
-        inputs: Where the quantizer of each layer's input sits, by layer: a site such as ``block.relu.output``; not in a file.
-        outputs: Where the quantizer sits that the policy asks for at a layer's output, by layer; not in a file.
+        inputs: Site of the quantizer of each layer's input, such as ``block.relu.output``, by layer; not saved in files.
+        outputs: Site of the quantizer that the policy asks for at a layer's output, by layer; not saved in files.
         positions: The first and the last layer to run, by name; not in a file.
     """
 

@@ -1,4 +1,4 @@
-"""A network freed of what other tools wrap around it: compilers and parallel wrappers, which would run the code from before."""
+"""Removal of wrappers by other tools (compilers, data parallelism), which would keep running the old code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` without wrappers, at any depth, so that what is inserted into it is what runs.
+    """A deep copy of ``model`` without wrappers at any depth, so that quantizers inserted into it take effect.
 
     ``torch.compile`` keeps compiled code that knows nothing of quantizers inserted later, and ``DataParallel`` and
-    ``DistributedDataParallel`` call copies of their own. Names of layers lose the wrappers' parts (``_orig_mod.``, ``module.``).
+    ``DistributedDataParallel`` call their own copies. Names of layers lose the wrappers' parts (``_orig_mod.``, ``module.``).
 
     Raises:
         LayerError: A part of it was scripted or traced by ``torch.jit``, whose code cannot be changed.

@@ -1,1 +1,1 @@
-"""What post-training methods are made of: the steps they share, and learned rounding."""
+"""The building blocks of post-training methods: shared steps and learned rounding."""

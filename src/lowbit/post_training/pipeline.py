@@ -1,6 +1,6 @@
-"""The steps that post-training methods are made of, and the state that they share.
+"""The steps that post-training methods consist of, and the state that they share.
 
-A method is the order in which it takes these steps, plus what it does between them::
+A method is the order of these steps, plus what it does between them::
 
     job.fold(); job.insert_weights(...); <round the weights>; job.insert_activations(...); job.calibrate_activations()
 """
@@ -43,6 +43,23 @@ class PostTrainingMethod(Method, ABC):
         weight_granularity: ``per_channel``, ``per_tensor`` or ``group:SIZE``.
         weight_observer: How the weight range is chosen.
         activation_observer: How activation ranges are chosen from calibration data.
+
+    Example:
+        >>> import torch, lowbit
+        >>> info = lowbit.MethodInfo(
+        ...     name="weights_first", title="Weights, then activations", paper="none", section="other", axes=("procedure",),
+        ...     kind="post_training", weight_bits=range(1, 9), activation_bits=range(1, 9), needs=("calibration",), fidelity="unverified",
+        ...     summary="rounds weights before it calibrates activations",
+        ... )
+        >>> @lowbit.register(info)
+        ... class WeightsFirst(lowbit.PostTrainingMethod):
+        ...     def quantize(self, job):
+        ...         job.insert_weights(self.weight_quantizer)
+        ...         job.insert_activations(self)
+        ...         job.calibrate_activations()
+        >>> quantized = lowbit.quantize(torch.nn.Linear(4, 2), method=WeightsFirst, weight_bits=8, calibration=torch.rand(8, 4))
+        >>> lowbit.summary(quantized).method
+        'weights_first'
     """
 
     weight_granularity: str = "per_channel"
@@ -66,7 +83,11 @@ class PostTrainingMethod(Method, ABC):
         """The quantizer of what layers read: affine and unsigned, per tensor (zero point 0 after a ReLU)."""
         granularity = Granularity.tensor()
         return UniformQuantizer(
-            slot.bit_width, signed=False, symmetric=False, granularity=granularity, observer=make_observer(self.activation_observer, granularity)
+            slot.bit_width,
+            signed=False,
+            symmetric=False,
+            granularity=granularity,
+            observer=make_observer(self.activation_observer, granularity),
         )
 
     def output_quantizer(self, slot: Slot) -> Quantizer:
@@ -87,6 +108,15 @@ class PtqJob(NetworkJob):
         reference: The float network that the quantized one must follow; batch norm folded once ``fold`` has run.
         graph: The dataflow, or ``None`` with ``graph_error`` saying why.
         statistics: Mean and standard deviation of each output channel before the activation, from folded batch norms.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.inputs import Inputs
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+        >>> job = lowbit.PtqJob(model, lowbit.BitPolicy.uniform(4, 8), Inputs.of(torch.rand(8, 1, 8, 8), model))
+        >>> job.fold()
+        >>> type(job.model[1]).__name__, list(job.statistics)
+        ('Identity', ['0'])
     """
 
     calibration: Calibration | None = None
@@ -101,9 +131,7 @@ class PtqJob(NetworkJob):
     def need_calibration(self, why: str) -> Calibration:
         """The calibration data, or CalibrationError saying what needs it."""
         if self.calibration is None:
-            raise CalibrationError(
-                f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples), or --calibration on the command line."
-            )
+            raise CalibrationError(f"{why} needs calibration data: pass calibration= (a loader or tensor of unlabelled samples).")
         return self.calibration
 
     def need_graph(self, why: str) -> Dataflow:
@@ -123,7 +151,7 @@ class PtqJob(NetworkJob):
         self.update_reference()
 
     def update_reference(self) -> None:
-        """Make the present float network the one to follow (after a step that keeps its function)."""
+        """Make the current float network the one to follow (after a step that keeps its function)."""
         self.reference = copy.deepcopy(self.model)
 
     @property

@@ -1,4 +1,4 @@
-"""What a trained method is: the quantizers it puts in, and what it does in the course of training.
+"""The base class of training methods: the quantizers they insert, and what they do during training.
 
 Everything has a default, so that a method's file holds only what its paper changes.
 """
@@ -31,13 +31,31 @@ class TrainingMethod(Method, ABC):
     Attributes:
         quantizer_learning_rate: Learning rate of the quantizers' parameters as a fraction of the weights'.
         quantizer_weight_decay: L2 penalty on the quantizers' parameters.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.quantizers import BinaryQuantizer, LearnedScaleQuantizer
+        >>> info = lowbit.MethodInfo(
+        ...     name="signs", title="Binary weights", paper="none", section="other", axes=("weight_quantizer",), kind="training",
+        ...     weight_bits=range(1, 2), activation_bits=range(1, 9), needs=("labels",), fidelity="unverified", summary="signs of weights",
+        ... )
+        >>> @lowbit.register(info)
+        ... class Signs(lowbit.TrainingMethod):
+        ...     def weight_quantizer(self, slot):
+        ...         return BinaryQuantizer(granularity=lowbit.Granularity.channel(slot.channel_axis))
+        ...     def activation_quantizer(self, slot):
+        ...         return LearnedScaleQuantizer(slot.bit_width, signed=slot.is_signed, is_batched=True)
+        >>> policy = lowbit.BitPolicy.uniform(1, 4, first_last=None)
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method=Signs, policy=policy, sample=torch.rand(8, 4))
+        >>> model.weight[0].abs().unique().numel()
+        1
     """
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0
     quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0
 
     def default_recipe(self) -> Recipe:
-        """How the paper trains; users get it with ``recipe="paper"``. Unless it says: the library's default."""
+        """Recipe of the paper, which users select with ``recipe="paper"``; by default the library's default recipe."""
         return Recipe()
 
     @abstractmethod
@@ -103,7 +121,7 @@ class TrainingMethod(Method, ABC):
         return [Phase("train", recipe.epochs, self.optimizers(recipe), recipe.clip_norm)]
 
     def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
-        """Networks to train with, beside the prepared ``model``; the default is the user's teacher, as it is.
+        """Companion networks of the prepared ``model``; by default the user's teacher, unchanged.
 
         Called when a run is made, with torch's random numbers at the recipe's seed.
         """

@@ -37,7 +37,7 @@ def prepare(
     seed: int = 0,
     **options: object,
 ) -> nn.Module:
-    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a loop of one's own.
+    """A copy of ``model`` with the trainable quantizers of ``method``, ready for ``lowbit.train`` or a custom loop.
 
     Args:
         model: Any network; it is not changed.
@@ -46,7 +46,7 @@ def prepare(
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
-        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
@@ -65,6 +65,14 @@ def prepare(
         CalibrationError: A sample that does not fit the network.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> policy = lowbit.BitPolicy.uniform(2, 4, first_last=None)
+        >>> prepared = lowbit.prepare(model, method="lsq", policy=policy, sample=torch.rand(32, 8))
+        >>> prepared[0].weight[0].unique().numel() <= 4
+        True
     """
     info = find_method(method, "training")
     chosen = make_method(method, "training", options)
@@ -132,7 +140,7 @@ def set_surrogate(job: QatJob, name: str, method: str) -> None:
     own = {id(q): layer for layer, q in job.inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in job.inserted}
     rigid = dict.fromkeys(own[id(q)] for q in everything if id(q) in own and not hasattr(q, "surrogate"))
     if not any(id(q) in own and hasattr(q, "surrogate") for q in everything):
-        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave --surrogate out.")
+        raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave surrogate out.")
     for quantizer in everything:
         if hasattr(quantizer, "surrogate"):
             del quantizer.surrogate

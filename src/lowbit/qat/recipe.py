@@ -1,4 +1,4 @@
-"""How a network is trained: what the user asks for, and the phases and optimizers that a method makes of it."""
+"""How a network is trained: the user's recipe, and the phases and optimizers that a method derives from it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class OptimizerSpec(CheckedSettings):
         start_factor: Share of the learning rate at which the warm-up starts.
         final_factor: Share of the learning rate to which ``cosine`` and ``linear`` fall.
         betas: Decay rates of Adam's two moments.
+
+    Example:
+        >>> import lowbit
+        >>> spec = lowbit.OptimizerSpec(learning_rate=0.1, schedule="step", milestones=(0.5,))
+        >>> spec.rate_at(0.2), round(spec.rate_at(0.7), 6)
+        (0.1, 0.01)
     """
 
     kind: OptimizerKind = "sgd"
@@ -75,12 +81,18 @@ class Recipe(CheckedSettings):
     Attributes:
         epochs: Passes over the training data, over all phases together.
         batch_size: Samples of one step.
-        optimizer: For weights and everything else that is not a quantizer's; methods derive the quantizers' from it.
+        optimizer: Optimizer of everything except quantizers; methods derive the quantizers' optimizer from it.
         clip_norm: Largest norm of all gradients together, or ``None``.
         distillation: Weight of the teacher's outputs in the loss; the rest is the targets'.
         accumulate: Batches whose gradients are added up before the optimizer steps.
         average_weights: Decay of an exponential moving average of the weights that is used in the end, or ``None``.
         seed: Makes the run reproducible.
+
+    Example:
+        >>> import lowbit
+        >>> recipe = lowbit.Recipe(epochs=20, optimizer=lowbit.OptimizerSpec(kind="adam", learning_rate=1e-3))
+        >>> recipe.batch_size, recipe.optimizer.rate_at(1.0)
+        (128, 0.0)
     """
 
     epochs: Annotated[int, AtLeast(1)] = 10
@@ -108,7 +120,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own optimizers.
+    """A part of the training with its own optimizers.
 
     Roles are dotted names, and a specification for one counts for all below it that have none of their own: ``{"others": spec}`` trains
     norms as well, ``{"others.norms": spec}`` trains nothing but norms.
@@ -118,8 +130,14 @@ class Phase:
         epochs: Passes over the data.
         optimizers: An optimizer for each role of parameters; a role without one is frozen.
         clip_norm: Largest norm of all gradients of one network together, or ``None``.
-        renew_each_epoch: Build the optimizers anew at the start of every epoch.
-        turns: What a step consists of; each turn sees the batches of the step, and has its own backward passes and optimizer step.
+        renew_each_epoch: Build new optimizers at the start of every epoch.
+        turns: Turns of a step; each sees the batches of the step and has its own backward passes and optimizer step.
+
+    Example:
+        >>> import lowbit
+        >>> phase = lowbit.Phase("norms", epochs=1, optimizers={"others.norms": lowbit.OptimizerSpec()})
+        >>> phase.key("others.norms"), phase.key("weights")
+        ('others.norms', None)
     """
 
     name: str

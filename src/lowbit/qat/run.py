@@ -49,7 +49,7 @@ class Hooks(Protocol):
 
 @dataclass
 class TrainRun:
-    """One training run: where it stands, and what a method needs to know of it.
+    """One training run: its position, and everything that a method needs to know about it.
 
     A loop calls the hooks in this order::
 
@@ -72,14 +72,14 @@ class TrainRun:
         model: The prepared network.
         method: Its method.
         task: Loss and metric.
-        recipe: What the user decided.
+        recipe: The user's recipe.
         steps_per_epoch: Training steps of an epoch.
         given: Networks that the user gave for the method to make companions from.
-        batches: Gives the first so many training batches, for methods that look at data between epochs.
+        batches: ``batches(n)`` returns the first ``n`` training batches, for methods that look at data between epochs.
         reduce_mean: Averages a tensor over all processes in place; does nothing in a single one.
-        phase_index, epoch, step: Where the run stands: the phase, the epoch in it, and the steps so far over all phases.
+        phase_index, epoch, step: Position of the run: the phase, the epoch in it, and the steps so far over all phases.
         turn_index: The turn of the step.
-        optimizers: Those of the present phase, each with the roles and specifications of its parameter groups.
+        optimizers: Optimizers of the current phase, each with the roles and specifications of its parameter groups.
         gradient_scale: What the loss was multiplied by before the backward pass of this step, for methods that look at gradients inside
             the network; gradients of parameters are free of it when ``after_backward`` is called.
         wrapped: ``model`` inside a wrapper that has to be called in its place (``DistributedDataParallel``, ``torch.compile``).
@@ -87,6 +87,13 @@ class TrainRun:
         companions: What the method declared beside ``model``, by name.
         networks: The networks of the companions by name: ``run.networks["teacher"]``.
         frozen: Names of the parameters of ``model`` that ``freeze`` has frozen.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=torch.rand(8, 4))
+        >>> run = lowbit.TrainRun(model, model.lowbit_method, lowbit.Classification(), lowbit.Recipe(epochs=3), steps_per_epoch=10)
+        >>> run.epochs, run.phase.name, len(run.parameters_of("quantizers"))
+        (3, 'train', 2)
     """
 
     model: nn.Module
@@ -125,12 +132,12 @@ class TrainRun:
 
     @property
     def phase(self) -> Phase:
-        """The present phase."""
+        """The current phase."""
         return self.phases[self.phase_index]
 
     @property
     def turn(self) -> Turn:
-        """The present turn of the step."""
+        """The current turn of the step."""
         return self.phase.turns[self.turn_index]
 
     @property
@@ -140,7 +147,7 @@ class TrainRun:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs before the present one, over all phases."""
+        """Epochs before the current one, over all phases."""
         return sum(phase.epochs for phase in self.phases[: self.phase_index]) + self.epoch
 
     @property
@@ -150,13 +157,13 @@ class TrainRun:
 
     @property
     def phase_progress(self) -> float:
-        """The fraction of the present phase's steps that is done, 0 or more."""
+        """Fraction of the current phase's steps that are done, 0 or more."""
         before = sum(phase.epochs for phase in self.phases[: self.phase_index]) * self.steps_per_epoch
         return max(self.step - before, 0) / max(self.phase.epochs * self.steps_per_epoch, 1)
 
     @property
     def learning_rate(self) -> float:
-        """The present learning rate of the weights."""
+        """Current learning rate of the weights."""
         spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()), None)
         return 0.0 if spec is None else spec.rate_at(self.phase_progress)
 
@@ -178,7 +185,7 @@ class TrainRun:
         return {"generator": self.generator, "model": self.model, "method": vars(self.method), "frozen": self.frozen, **saved}
 
     def not_saved(self) -> tuple[object, ...]:
-        """What is made anew by whoever makes the run."""
+        """Objects that the creator of the run provides again, so that they are not saved."""
         networks = [companion.network for companion in self.companions.values() if not companion.is_saved]
         return (self, self.recipe, self.task, self.given, *networks)
 
@@ -272,7 +279,7 @@ class TrainRun:
         self.method.before_step(self)
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """The method's losses of one batch in the present turn. Each needs its backward pass before the next one is asked for."""
+        """The method's losses of one batch in the current turn. Each needs its backward pass before the next one is asked for."""
         return iter(self.method.losses(self, batch))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -340,7 +347,7 @@ class TrainRun:
             yield from self._companion_roles(name)
 
     def set_trainable(self) -> None:
-        """Let those parameters ask for gradients that the present phase and turn train, but for what is frozen."""
+        """Let those parameters ask for gradients that the current phase and turn train, but for what is frozen."""
         by_user, frozen_by_run = set(map(id, self._frozen_by_user)), set()
         frozen, phase, turn = set(self.frozen), self.phase, self.turn
         for role, name, parameter in named_roles(self.model, self.method.role):
@@ -446,7 +453,15 @@ def _set_trainable(parameter: nn.Parameter, is_trained: bool) -> None:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of the penalties of every quantizer of ``model``, to add to a training loss; 0 where there is none."""
+    """The sum of the penalties of every quantizer of ``model``, to add to a training loss; 0 where there is none.
+
+    Example:
+        >>> import torch, lowbit
+        >>> policy = lowbit.BitPolicy.uniform(4, 4, first_last=None)
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="pact", policy=policy, clip_init=2.0, clip_decay=0.1, sample=torch.rand(8, 4))
+        >>> f"{lowbit.penalty(model).item():.3f}"
+        '0.400'
+    """
     terms = [module.penalty() for module in model.modules() if isinstance(module, Quantizer)]
     terms = [term for term in terms if term.requires_grad]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=next(model.parameters()).device)

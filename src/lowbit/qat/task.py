@@ -1,4 +1,4 @@
-"""What a network is trained for: its loss, its predictions, and the metrics that say how good it is."""
+"""Tasks: the loss of a network, its predictions, and the metrics that measure them."""
 
 from __future__ import annotations
 
@@ -27,23 +27,26 @@ Sums: TypeAlias = Mapping[str, Any]  # for each metric its sum and the number of
 class Task(ABC):
     """Turns batches and a network's outputs into a loss and metrics; nothing else knows what is in the data.
 
-    A task of one's own has a loss and a metric::
-
-        class KeyPoints(Task):
-            metric_name, higher_is_better = "distance", False
-
-            def loss(self, output, batch):
-                return mse_loss(output, batch["points"])
-
-            def measure(self, output, batch):
-                distances = (output - batch["points"]).norm(dim=-1).mean(dim=1)
-                return distances.sum(), len(distances)
+    A custom task needs a loss and a metric, see the example.
 
     Attributes:
         metric_name: The metric that selects the best network.
         higher_is_better: Whether larger values of it are better.
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
+
+    Example:
+        >>> import torch, lowbit
+        >>> class Distance(lowbit.Task):
+        ...     metric_name, higher_is_better = "distance", False
+        ...     def loss(self, output, batch):
+        ...         return (output - batch["points"]).square().mean()
+        ...     def measure(self, output, batch):
+        ...         distances = (output - batch["points"]).norm(dim=-1)
+        ...         return distances.sum(), len(distances)
+        >>> batch = {"input": torch.zeros(2, 2), "points": torch.tensor([[3.0, 4.0], [0.0, 0.0]])}
+        >>> lowbit.evaluate(torch.nn.Identity(), [batch], task=Distance())["distance"]
+        2.5
     """
 
     metric_name: ClassVar[str]
@@ -86,10 +89,10 @@ class Task(ABC):
 
     def describe(self, name: str, value: float) -> str:
         """A value of a metric as people read it."""
-        return metric_word(value, self.units.get(name, ""))
+        return format_metric(value, self.units.get(name, ""))
 
     def facts(self) -> dict[str, object]:
-        """What tells this task from others, for records of a training."""
+        """What distinguishes this task from others, for records of a training."""
         fields: dict[str, object] = (
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} if dataclasses.is_dataclass(self) else {}
         )
@@ -97,10 +100,10 @@ class Task(ABC):
         return {"name": type(self).__qualname__, **named}
 
 
-def metric_word(value: float | None, unit: str = "") -> str:
+def format_metric(value: float | None, unit: str = "") -> str:
     """``97.25 %``, ``31.2 dB``, ``0.1235``; a dash for what was not measured.
 
-    >>> metric_word(0.9725, "%"), metric_word(31.24, "dB"), metric_word(0.12345)
+    >>> format_metric(0.9725, "%"), format_metric(31.24, "dB"), format_metric(0.12346)
     ('97.25 %', '31.24 dB', '0.1235')
     """
     if value is None or math.isnan(value):
@@ -113,9 +116,9 @@ class Supervised(Task):
     """A task whose batches hold a target; base of the built-in ones.
 
     Attributes:
-        target: Where the target is in a batch: an index or a key. Default: the second member of a tuple, the entry
+        target: Index or key of the target in a batch. Default: the second member of a tuple, the entry
             ``labels`` or ``target`` of a dict.
-        output: Which entry of the network's output is meant: a key or an index. Default: the first floating-point tensor.
+        output: Key or index of the entry of the network's output. Default: the first floating-point tensor.
     """
 
     target: int | str | None = None
@@ -156,7 +159,7 @@ class Supervised(Task):
         return found
 
 
-def shape_word(tensor: Tensor, without: int | None = None) -> str:
+def format_shape(tensor: Tensor, without: int | None = None) -> str:
     """``[N, 4, 8]``: the shape of a batch in words, ``without`` one of its dimensions."""
     sizes = ["N", *(str(size) for dim, size in enumerate(tensor.shape[1:], 1) if dim != without)]
     return f"[{', '.join(sizes)}]" if tensor.dim() else "[]"
@@ -186,10 +189,16 @@ def _target(batch: Batch, key: int | str | None) -> Any:
 
 @dataclass(frozen=True)
 class CriterionTask(Supervised):
-    """A task that knows nothing but a loss.
+    """A task that consists of a loss only.
 
     Attributes:
         criterion: ``criterion(output, target)``, a scalar mean over samples; it is the metric as well.
+
+    Example:
+        >>> import torch, lowbit
+        >>> task = lowbit.CriterionTask(torch.nn.functional.l1_loss)
+        >>> lowbit.evaluate(torch.nn.Identity(), (torch.zeros(2, 3), torch.ones(2, 3)), task=task)["loss"]
+        1.0
     """
 
     criterion: Criterion
@@ -206,12 +215,18 @@ class CriterionTask(Supervised):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network scored.
+    """Metrics of a network.
 
     Attributes:
         metrics: Every metric of the task by name.
-        metric_name: The one that selects.
-        samples: Samples measured on.
+        metric_name: Name of the metric that selects the best network.
+        samples: Number of samples measured.
+
+    Example:
+        >>> import lowbit
+        >>> scores = lowbit.Scores({"accuracy": 0.75, "top-5 accuracy": 1.0}, metric_name="accuracy", samples=4)
+        >>> scores.value, scores["top-5 accuracy"]
+        (0.75, 1.0)
     """
 
     metrics: Mapping[str, float]

@@ -18,16 +18,25 @@ _AT_WIDTH = "_at_width_"  # between the name of a table and the bit-width that i
 
 
 class Quantizer(nn.Module, ABC):
-    """Maps a tensor to values on a grid of at most ``2**bit_width`` levels (for each scale of its granularity).
+    """Maps a tensor to values on a grid of at most ``2**bit_width`` levels for each scale of its granularity.
 
     A subclass writes ``forward``, ``encode`` and ``initialize``. The law it keeps: in evaluation mode ``encode(x).decode()`` equals
-    ``quantizer(x)`` bit for bit. Calling the quantizer looks at ``enabled`` first, wherever it is called from; ``forward`` need not.
+    ``quantizer(x)`` bit for bit. Calling the quantizer checks ``enabled`` first, so ``forward`` need not.
 
     Attributes:
         bit_width: Width of the grid.
         granularity: Which elements share a scale.
         enabled: Whether values are quantized; else they pass unchanged.
-        is_dynamic: Whether every input has a grid of its own (see ``quantizers.dynamic``).
+        is_dynamic: Whether every input has its own grid (see ``quantizers.dynamic``).
+
+    Example:
+        >>> import torch
+        >>> from lowbit.quantizers import UniformQuantizer
+        >>> quantizer = UniformQuantizer(2, signed=False, symmetric=False)
+        >>> quantizer.initialize(torch.tensor([0.0, 3.0]))
+        >>> codes = quantizer.encode(torch.tensor([0.9, 2.2]))
+        >>> codes.codes, codes.decode()
+        (tensor([1, 2], dtype=torch.uint8), tensor([1., 2.]))
     """
 
     is_dynamic = False
@@ -52,23 +61,23 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def initialize(self, x: Tensor) -> None:
-        """Set the parameters of the grid from data."""
+        """Fit the parameters of the grid to data."""
 
     def penalty(self) -> Tensor:
         """Regularization term to add to a training loss; zero unless a subclass has one."""
         return torch.zeros(())
 
     def project(self) -> None:
-        """Bring the parameters back to where they are allowed, after an optimizer step; nothing unless a subclass needs it."""
+        """Bring the parameters back into their allowed range after an optimizer step; does nothing by default."""
 
     @property
     def bits(self) -> int | None:
-        """What values take at present: ``bit_width``, or ``None`` while they pass."""
+        """Current width of the values: ``bit_width``, or ``None`` while they pass unchanged."""
         return self.bit_width if self.enabled else None
 
     @property
     def bit_widths(self) -> Sequence[int]:
-        """The widths that ``set_bit_width`` takes; the present one alone unless a subclass says how its grid changes."""
+        """Widths that ``set_bit_width`` accepts; only the current one unless a subclass defines how its grid changes."""
         return (self.bit_width,)
 
     def set_bit_width(self, bits: int | None, values: Tensor | None = None) -> None:
@@ -79,11 +88,11 @@ class Quantizer(nn.Module, ABC):
 
         Args:
             bits: One of ``bit_widths``, or ``None``.
-            values: What to fit the grid to where this width is new and needs one of its own (a weight); without them it follows from
-                the present grid, and covers the same range.
+            values: Tensor (a weight, say) to fit the grid to if this width is new and needs its own grid. Without it the new grid
+                is derived from the current one and covers the same range.
 
         Raises:
-            SpecError: A width that this quantizer does not have; lists those it has.
+            SpecError: The quantizer does not support this width; the message lists those it does.
 
         >>> from lowbit.quantizers import UniformQuantizer
         >>> quantizer = UniformQuantizer(8, signed=False, symmetric=False)
@@ -112,11 +121,11 @@ class Quantizer(nn.Module, ABC):
             )
 
     def has_grid_for(self, bits: int) -> bool:
-        """Whether a grid of this width is there already."""
+        """Whether there already is a grid of this width."""
         return bits == self.bit_width
 
     def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
-        """Move to another width of ``bit_widths``."""
+        """Change to another width of ``bit_widths``."""
         self.bit_width = bits
 
 
@@ -127,8 +136,8 @@ class TableQuantizer(Quantizer):
 
     Attributes:
         tables: Names of these buffers (or parameters).
-        tables_by_width: Those tensors of which each bit-width has its own. While another width is in use they are buffers beside the
-            present ones, so that copies, checkpoints and state dicts hold them.
+        tables_by_width: Names of the tensors that each bit-width has its own version of. Those of unused widths are kept as buffers, so
+            that copies, checkpoints and state dicts contain them.
     """
 
     tables: tuple[str, ...] = ("scale",)
@@ -149,10 +158,10 @@ class TableQuantizer(Quantizer):
         return super().has_grid_for(bits) or not self.tables_by_width or f"{self.tables_by_width[0]}{_AT_WIDTH}{bits}" in self._buffers
 
     def resize(self) -> None:
-        """Set what follows from ``bit_width`` alone, such as the range of the codes; nothing unless a subclass has something."""
+        """Set what follows from ``bit_width`` alone, such as the range of the codes; does nothing by default."""
 
     def carry_over(self, old_bits: int) -> None:
-        """Derive the ``tables_by_width`` of a width that is new from those of ``old_bits``, which are still in place."""
+        """Derive the ``tables_by_width`` of a new width from those of ``old_bits``, which are still in place."""
 
     def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
         was_there, was_set, old_bits = self.has_grid_for(bits), self.is_initialized, self.bit_width

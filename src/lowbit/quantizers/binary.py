@@ -14,7 +14,7 @@ from lowbit.quantizers.qtensor import BinaryDecoder, QTensor
 from lowbit.spec import Granularity
 from lowbit.surrogates import Surrogate, pass_gradient
 
-# the largest number below zero: "above it" is ">= 0", which the codebook operator has no form for
+# the largest number below zero: the codebook operator compares with ">", and "> this number" means ">= 0"
 _BELOW_ZERO = -(2.0**-149)
 
 

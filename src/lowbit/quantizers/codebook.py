@@ -30,7 +30,7 @@ class CodebookQuantizer(TableQuantizer):
     """``2**bit_width`` free levels for each scale of the granularity.
 
     Forward: the nearest level (ties to the lower one). Backward: 1 (straight-through).
-    Each bit-width has its own levels: those of a new one are read off between the present ones, at even distances of their indices.
+    Each bit-width has its own levels: those of a new width are interpolated between the current ones, at evenly spaced indices.
     """
 
     tables = tables_by_width = ("levels",)

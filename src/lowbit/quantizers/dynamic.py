@@ -1,8 +1,8 @@
-"""Activation quantizers whose grid is made of the present input: per tensor, per sample, per sample and channel.
+"""Activation quantizers whose grid is computed from each input: per tensor, per sample, or per sample and channel.
 
-Nothing is learned or calibrated. ``encode`` gives the codes with the scales that this very input has, so the law of all quantizers
-holds; what a runtime would have to know before it starts is not known, so exported networks compute the grid, and the layer behind it, in
-float ("emulated", as the report of the export says).
+Nothing is learned or calibrated. ``encode`` returns the codes with the scales of that input, so the law of all quantizers holds.
+As a runtime cannot know the scales in advance, exported networks compute the grid and the layer behind it in float; the export
+report calls these layers "emulated".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DynamicQuantizer(GridQuantizer):
     """A quantizer whose grid follows from the statistics of each input.
 
     A subclass writes ``grid_of(x)``; statistics are taken along ``granularity.shared_axes(x)`` and get no gradient.
-    ``Granularity.over(0)`` gives each sample a grid of its own and ``over(0, 1)`` each channel of each sample; samples of a batch then do
+    ``Granularity.over(0)`` gives each sample its own grid and ``over(0, 1)`` each channel of each sample; samples of a batch then do
     not influence each other. Without axes the whole batch shares one.
 
     Args:
@@ -59,7 +59,7 @@ class DynamicQuantizer(GridQuantizer):
 
 
 class DynamicMinMaxQuantizer(DynamicQuantizer):
-    """An affine grid from the least to the largest value of the present input, both widened to 0.
+    """An affine grid from the smallest to the largest value of each input, widened to contain 0.
 
     Forward: ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``; values that are all 0 stay 0.
     Backward: the surrogate's; nothing through the range.
@@ -71,6 +71,8 @@ class DynamicMinMaxQuantizer(DynamicQuantizer):
         surrogate: Backward rule of the rounding.
 
     >>> import torch
+    >>> from lowbit import Granularity
+    >>> from lowbit.quantizers.dynamic import DynamicMinMaxQuantizer
     >>> quantizer = DynamicMinMaxQuantizer(2, granularity=Granularity.over(0))
     >>> quantizer(torch.tensor([[0.0, 1.1, 3.0], [0.0, 11.0, 30.0]]))
     tensor([[ 0.,  1.,  3.],

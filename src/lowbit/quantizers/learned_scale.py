@@ -25,13 +25,13 @@ class LearnedScaleQuantizer(GridQuantizer):
     ``round(-offset / scale)`` where the offset is learned. One signed bit has the levels ``-scale`` and ``+scale``.
     Backward: 1 to ``x`` inside the range, else 0; to ``scale`` ``code - x / scale`` inside, the clipped code outside, times
     ``1 / sqrt(elements * qmax)``.
-    Each bit-width has its own scale: a new one starts where it covers the same range. The offset, an end of the range, is shared.
+    Each bit-width has its own scale: that of a new width starts so that it covers the same range. The offset is shared.
 
     Args:
         bit_width: 1 to 8.
         signed: Whether codes can be negative.
         granularity: Which elements share a scale.
-        learn_offset: Learn a zero point too (unsigned codes).
+        learn_offset: Whether to learn a zero point too (unsigned codes).
         scale_gradient: Multiply the gradient of the scale by ``1 / sqrt(elements * qmax)``, elements of one sample where
             ``is_batched``.
         is_batched: Whether the first dimension counts samples (activations).

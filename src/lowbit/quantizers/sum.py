@@ -14,7 +14,7 @@ from lowbit.surrogates import pass_gradient
 
 
 class SumQuantizer(Quantizer):
-    """Quantizes ``x`` with the first part, what is left with the second, and so on.
+    """Quantizes ``x`` with the first part, the residual with the second, and so on.
 
     Forward: ``y_1 + y_2 + ...`` with ``y_1 = part_1(x)``, ``y_2 = part_2(x - y_1)``. Backward: 1 (straight-through).
     Parts have equal bit-width, signedness and granularity, and change their bit-width together.

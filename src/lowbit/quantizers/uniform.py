@@ -34,7 +34,7 @@ class UniformQuantizer(TableQuantizer):
         signed: Whether codes can be negative.
         symmetric: Whether the zero point is fixed at 0.
         granularity: Which elements share a scale.
-        observer: Chooses the range from data; min-max when left out.
+        observer: Chooses the range from data; default: min-max.
         surrogate: Backward rule of the rounding.
     """
 
@@ -105,7 +105,7 @@ class UniformQuantizer(TableQuantizer):
         """Set the grid from what the observer saw; CalibrationError where it saw nothing.
 
         Args:
-            shape: Of a scale; left out: the present one, ``()`` before there is one.
+            shape: Shape of the scale; default: the current one, ``()`` before there is one.
         """
         shape = tuple(self.scale.shape) if shape is None else shape
         scale, zero_point = self.observer.parameters(self.qmin, self.qmax, symmetric=self.symmetric)

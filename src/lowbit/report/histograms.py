@@ -45,7 +45,7 @@ def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> l
 
     Args:
         model: The quantized network.
-        reference: The float network with the original weights; left out, the float weights behind the quantizers are drawn.
+        reference: The float network with the original weights; default: the float weights behind the quantizers.
     """
     found = []
     for name, original in original_weights(model, reference).items():

@@ -13,11 +13,21 @@ from markupsafe import Markup
 
 from lowbit.files import write_text
 from lowbit.measure.diagnosis import Diagnosis
-from lowbit.qat.task import metric_word
+from lowbit.qat.task import format_metric
 from lowbit.report import svg
+from lowbit.report.formatting import (
+    NOTHING,
+    format_bits,
+    format_bytes,
+    format_change,
+    format_count,
+    format_db,
+    format_number,
+    format_percent,
+    format_ratio,
+)
 from lowbit.report.histograms import WeightHistogram
 from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report
-from lowbit.report.words import NOTHING, bits_word, bytes_word, change_word, count_word, db_word, number_word, percent_word, ratio_word
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
 NUMBERED = 5  # suspects numbered in the sensitivity plot
@@ -63,7 +73,7 @@ def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), d
     environment = Environment(
         loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"db": db_word, "bytes": bytes_word, "count": count_word, "percent": percent_word, "bits": bits_word}
+    environment.filters |= {"db": format_db, "bytes": format_bytes, "count": format_count, "percent": format_percent, "bits": format_bits}
     environment.filters["breakable"] = breakable
     return environment.get_template("report.html.jinja").render(
         report=report,
@@ -93,20 +103,20 @@ def cards(report: Report) -> list[Card]:
     found += [
         Card(
             "Agreement",
-            percent_word(report.agreement),
+            format_percent(report.agreement),
             "same first prediction as float",
             "How often both networks predict the same; needs no labels.",
         ),
         Card(
             "Output SQNR",
-            db_word(report.sqnr_db),
-            f"largest difference {number_word(report.max_abs_error)}",
+            format_db(report.sqnr_db),
+            f"largest difference {format_number(report.max_abs_error)}",
             "Signal to quantization noise of the logits: 10 dB more is a tenth of the noise. From about 20 dB predictions rarely change.",
         ),
         Card(
             "Stored",
-            bytes_word(report.size_packed),
-            f"float {bytes_word(report.size_float)}{_times_smaller(report.size_float, report.size_packed)}",
+            format_bytes(report.size_packed),
+            f"float {format_bytes(report.size_float)}{_times_smaller(report.size_float, report.size_packed)}",
             "Bytes of the packed file on disk.",
         ),
         Card(
@@ -121,9 +131,9 @@ def cards(report: Report) -> list[Card]:
 
 
 def _metric_card(name: str, metric: MetricResult, samples: int | None) -> Card:
-    before = "" if metric.float is None else f"float {metric_word(metric.float, metric.unit)}, {change_word(metric)}"
+    before = "" if metric.float is None else f"float {format_metric(metric.float, metric.unit)}, {format_change(metric)}"
     counted = f"Measured on {samples} labelled samples." if samples else ""
-    return Card(_title(name), metric_word(metric.quantized, metric.unit), before, f"{metric.meaning} {counted}".strip())
+    return Card(_title(name), format_metric(metric.quantized, metric.unit), before, f"{metric.meaning} {counted}".strip())
 
 
 def _title(name: str) -> str:
@@ -131,7 +141,7 @@ def _title(name: str) -> str:
 
 
 def _times_smaller(before: float | None, after: float | None) -> str:
-    ratio = ratio_word(before, after)
+    ratio = format_ratio(before, after)
     return f", {ratio} smaller" if ratio else ""
 
 
@@ -139,7 +149,7 @@ def _speed(report: Report) -> str:
     before, after = report.latency_float_onnx, report.latency_quantized_onnx
     if before is None or not after:
         return "not measured"
-    return f"float {before:.2f} ms, {ratio_word(before, after)} " + ("faster" if after < before else "as fast: not a gain")
+    return f"float {before:.2f} ms, {format_ratio(before, after)} " + ("faster" if after < before else "as fast: not a gain")
 
 
 def _parity_card(report: Report) -> Card:
@@ -158,7 +168,7 @@ def _parity_card(report: Report) -> Card:
 
 
 def _parity_word(parity: ParityResult) -> str:
-    return "exact" if parity.max_abs_error == 0 else number_word(parity.max_abs_error)
+    return "exact" if parity.max_abs_error == 0 else format_number(parity.max_abs_error)
 
 
 def size_bars(report: Report) -> list[Bar]:
@@ -170,7 +180,7 @@ def size_bars(report: Report) -> list[Bar]:
     for name, size in known.items():
         saving = _times_smaller(report.size_float, size) if size < (report.size_float or 0) else ""
         colour = "muted" if name == "float parameters" else "main"
-        bars.append(Bar(name, f"{bytes_word(size)}{saving}", ((colour, 100 * size / most, bytes_word(size)),)))
+        bars.append(Bar(name, f"{format_bytes(size)}{saving}", ((colour, 100 * size / most, format_bytes(size)),)))
     return bars
 
 
@@ -181,7 +191,7 @@ def storage_bars(layers: Sequence[LayerResult]) -> list[Bar]:
     return [
         Bar(
             layer.name,
-            f"{bytes_word(layer.stored_bytes)} of {bytes_word(layer.float_bytes)}",
+            f"{format_bytes(layer.stored_bytes)} of {format_bytes(layer.float_bytes)}",
             (
                 ("main", 100 * (layer.stored_bytes or 0) / most, "stored"),
                 ("saved", 100 * max(0, (layer.float_bytes or 0) - (layer.stored_bytes or 0)) / most, "saved"),
@@ -198,8 +208,8 @@ def noise_bars(layers: Sequence[LayerResult]) -> list[Bar]:
     return [
         Bar(
             layer.name,
-            db_word(db),
-            (("poor" if db < POOR_DB else "main", 100.0 if db == math.inf else 100 * min(1.0, max(0.0, db / most)), db_word(db)),),
+            format_db(db),
+            (("poor" if db < POOR_DB else "main", 100.0 if db == math.inf else 100 * min(1.0, max(0.0, db / most)), format_db(db)),),
         )
         for layer, db in known
     ]
@@ -212,10 +222,10 @@ def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
     if not macs or not bops:
         return None
     return {
-        "macs": count_word(macs),
-        "bops": count_word(bops),
-        "float_bops": count_word(macs * 32 * 32),
-        "ratio": ratio_word(macs * 32 * 32, bops),
+        "macs": format_count(macs),
+        "bops": format_count(bops),
+        "float_bops": format_count(macs * 32 * 32),
+        "ratio": format_ratio(macs * 32 * 32, bops),
     }
 
 
@@ -252,7 +262,7 @@ def learning_plots(report: Report) -> list[tuple[str, Markup]]:
         room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
         span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
         series = [svg.Series(title.lower(), colour, values)]
-        plots.append((title, svg.curves(series, names, None, unit="", tell=number_word, span=span, title=f"{title} after each epoch")))
+        plots.append((title, svg.curves(series, names, None, unit="", tell=format_number, span=span, title=f"{title} after each epoch")))
     return plots
 
 

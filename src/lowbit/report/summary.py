@@ -1,4 +1,4 @@
-"""``lowbit.summary``: what a network's layers are, what was done to each, and what they take."""
+"""``lowbit.summary``: the layers of a network, what was done to each, and how much they store."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lowbit.network.layers import layer_kind, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.quantizers import Quantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, Decoder
+from lowbit.report.formatting import format_bits, format_bytes, format_db
 from lowbit.report.results import LayerResult
-from lowbit.report.words import bits_word, bytes_word, db_word
 
 WIDTH = 160  # characters of a printed table where there is no terminal
 
@@ -30,9 +30,9 @@ class Summary:
 
     Attributes:
         model: Class of the network.
-        method: How it was quantized; empty for a float network.
-        layers: In execution order where a quantization recorded it, else in definition order.
-        stored_bytes, float_bytes: By arithmetic: packed codes, tables, biases and all else; the same network in float32.
+        method: Method that quantized it; empty for a float network.
+        layers: Layers in execution order if a quantization recorded it, else in definition order.
+        stored_bytes, float_bytes: Computed size of packed codes, tables, biases and everything else; the same network in float32.
         other_bytes: The part of ``stored_bytes`` outside the layers (norms, embeddings, activation grids).
         notes: Remarks about the whole network.
     """
@@ -48,8 +48,8 @@ class Summary:
     def __rich__(self) -> RichTable:
         title = f"{self.model}, {self.method}" if self.method else self.model
         ratio = f" ({self.float_bytes / self.stored_bytes:.1f}x smaller)" if 0 < self.stored_bytes < self.float_bytes else ""
-        caption = f"stored {bytes_word(self.stored_bytes)}, in float32 {bytes_word(self.float_bytes)}{ratio}"
-        lines = [caption, f"outside the layers {bytes_word(self.other_bytes)}", *self.notes]
+        caption = f"stored {format_bytes(self.stored_bytes)}, in float32 {format_bytes(self.float_bytes)}{ratio}"
+        lines = [caption, f"outside the layers {format_bytes(self.other_bytes)}", *self.notes]
         table = RichTable(title=Text(title), title_justify="left", caption=Text("\n".join(lines)), caption_justify="left")
         has_noise = any(layer.sqnr_db is not None for layer in self.layers)
         has_outputs = any(layer.output_bits is not None for layer in self.layers)
@@ -61,12 +61,12 @@ class Summary:
                 layer.name,
                 layer.kind,
                 "x".join(map(str, layer.shape)),
-                bits_word(layer.weight_bits),
-                bits_word(layer.activation_bits),
-                *([bits_word(layer.output_bits)] if has_outputs else []),
+                format_bits(layer.weight_bits),
+                format_bits(layer.activation_bits),
+                *([format_bits(layer.output_bits)] if has_outputs else []),
             ]
-            cells += [", ".join(filter(None, (layer.quantizer, layer.granularity.replace("_", " ")))), bytes_word(layer.stored_bytes)]
-            cells += [db_word(layer.sqnr_db)] if has_noise else []
+            cells += [", ".join(filter(None, (layer.quantizer, layer.granularity.replace("_", " ")))), format_bytes(layer.stored_bytes)]
+            cells += [format_db(layer.sqnr_db)] if has_noise else []
             cells.append(f"{layer.status}: {layer.reason}" if layer.reason else layer.status)
             table.add_row(*map(Text, cells))
         return table
@@ -82,8 +82,15 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
 
     Args:
         model: The network; it is not changed.
-        sample: Inputs of one call; with them each layer's multiply-accumulates and bit operations are counted.
-        noise: What each layer lost, as ``measure.layer_noise`` returns it.
+        sample: Inputs of one call; if given, each layer's multiply-accumulates and bit operations are counted.
+        noise: Noise of each layer, as returned by ``measure.layer_noise``.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> found = lowbit.summary(model)
+        >>> found.stored_bytes, [layer.shape for layer in found.layers]
+        (848, [(16, 8), (4, 16)])
     """
     record = record_of(model)
     size = model_size(model)

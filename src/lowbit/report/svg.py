@@ -105,17 +105,17 @@ def curves(
     span: tuple[float, float] | None = None,
     title: str = "SQNR of the network's output with single quantizers on and off",
 ) -> Markup:
-    """Values over ``names`` as lines with dots that tell their value when pointed at.
+    """Values over ``names`` as lines with dots that show their value on hover.
 
     Args:
         series: Lines, each as long as ``names``.
         names: What the horizontal axis counts.
         baseline: A value to draw across, or ``None``.
         marked: Positions to number on the plot.
-        unit: Of the values, written at the vertical axis.
-        tell: A value in words.
-        span: Of the vertical axis; from 0 to a little above the largest value when left out.
-        title: What screen readers say.
+        unit: Unit of the values, shown at the vertical axis.
+        tell: Function that formats a value.
+        span: Range of the vertical axis; default: from 0 to slightly above the largest value.
+        title: Text for screen readers.
     """
     width, height, left, bottom = 900.0, 300.0, 44.0, 24.0
     shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
@@ -134,8 +134,8 @@ def curves(
         path = "".join(f"{'M' if index == 0 else 'L'}{x(p):.1f} {y(v):.1f}" for index, (p, v) in enumerate(points))
         parts.append(element("path", d=path, class_=f"curve {one.class_}"))
         for p, v in points:
-            told = element("title", f"{names[p]}, {one.name}: {tell(v)}")
-            parts.append(element("circle", told, cx=f"{x(p):.1f}", cy=f"{y(v):.1f}", r="3", class_=one.class_))
+            tooltip = element("title", f"{names[p]}, {one.name}: {tell(v)}")
+            parts.append(element("circle", tooltip, cx=f"{x(p):.1f}", cy=f"{y(v):.1f}", r="3", class_=one.class_))
     for number, position in enumerate(marked, 1):
         parts += [
             line(x(position), 10, x(position), height - bottom, "mark"),

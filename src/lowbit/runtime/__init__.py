@@ -1,4 +1,4 @@
-"""Layers of few bits computed with few bits.
+"""Low-bit layers computed in low precision.
 
 Imports run down: ``compile`` -> ``lowering`` -> ``layers`` -> ``cuda``, ``cpu`` -> ``arguments``, ``activation``, ``thresholds``, ``kept``.
 

@@ -80,7 +80,7 @@ class SignLayer(Generic[T]):
     Attributes:
         words: Signs of the weight, from ``pack_conv_weight``.
         in_channels: Number of input channels.
-        mask: Where the weight is not 0; ``None``: nowhere 0.
+        mask: Mask of nonzero weights; ``None``: no weight is 0.
         threshold: ``[in_channels]`` float32: inputs from there on are +1, others -1. ``None``: 0.
         flip: ``[in_channels]`` bool: the other way round.
     """
@@ -111,7 +111,7 @@ class PlanesLayer(Generic[T]):
         in_channels: Number of input channels.
         thresholds: ``[levels, 1 or in_channels]`` float32, ascending: an input's code is the number of those it reaches.
         zero_code: The code that stands for 0.
-        mask: Where bits of the weight are not 0; ``None``: nowhere 0.
+        mask: Mask of nonzero bits of the weight; ``None``: no bit is 0.
     """
 
     words: T

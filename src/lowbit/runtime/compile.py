@@ -1,4 +1,4 @@
-"""``lowbit.compile_runtime``: a network whose layers run on few-bit kernels.
+"""``lowbit.compile_runtime``: a network whose layers run on low-bit kernels.
 
 It works on the graph of a packed file, so that a trained network and one that was loaded are the same to it.
 """
@@ -119,7 +119,7 @@ class RuntimeNetwork(PackedNetwork):
         return max(LARGEST_BYTES // largest, 1) if images_are_apart(self.packed_graph, shapes) else 0
 
     def in_float(self) -> PackedNetwork:
-        """The same network with every layer in float: what the kernels are held against."""
+        """The same network with every layer in float, the reference for the kernels."""
         return PackedNetwork(self.source).eval()
 
     def require_kernels(self) -> None:
@@ -128,7 +128,7 @@ class RuntimeNetwork(PackedNetwork):
             return
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
         raise LayerError(
-            f"no layer can run on few-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
+            f"no layer can run on low-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
             "and weights on affine grids of up to 8 bits: quantize or train with activation_bits. Layers of quantized weights alone: "
             "weight_only='int8' or 'float'."
         )
@@ -149,14 +149,14 @@ def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict
 
 
 def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: WeightOnly = "none") -> RuntimeNetwork:
-    """A network that computes what ``model`` computes, its layers of few bits on kernels for few bits.
+    """A network that computes what ``model`` computes, with its low-bit layers on low-bit kernels.
 
     Args:
         model: A network with quantizers, or one from ``lowbit.load``; it is not changed.
         sample: Inputs of one call, needed for the first kind.
-        weight_only: What becomes of layers whose weights are quantized and whose inputs are not: ``none``: they stay in float; ``float``:
-            their weights stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs of linear layers
-            are rounded to 8 bits row by row besides, which is fast for few rows and changes the outputs by about half a percent.
+        weight_only: Treatment of layers with quantized weights and float inputs: ``none``: they stay in float; ``float``: their weights
+            stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs of linear layers are also
+            rounded to 8 bits per row, which is fast for few rows and changes the outputs by about half a percent.
 
     Returns:
         A module in evaluation mode; ``.report`` lists every layer with what it runs on, or why it stayed in float.
@@ -165,6 +165,15 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
         SpecError: ``sample`` is missing, or ``weight_only`` is none of these.
         LayerError: No layer could be converted; says why for each.
         GraphError: The network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", calibration=images)
+        >>> compiled = lowbit.compile_runtime(quantized, sample=images)
+        >>> torch.allclose(compiled(images), quantized(images), atol=1e-4)
+        True
     """
     if weight_only not in get_args(WeightOnly):
         raise SpecError(f"weight_only must be one of {', '.join(get_args(WeightOnly))}, got {weight_only!r}")

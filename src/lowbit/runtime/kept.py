@@ -18,7 +18,7 @@ class PreparedWeights(Generic[T]):
         self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
 
     def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
-        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; a state dict that is loaded into them makes it anew."""
+        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; made again when a state dict is loaded into them."""
         state = (version_of(words), version_of(mask), *numbers)
         known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
         if known is None or known[0] is not mask or known[1] != state:

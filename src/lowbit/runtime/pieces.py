@@ -34,8 +34,8 @@ def images_are_apart(graph: Graph, shapes: Mapping[str, Shape]) -> bool:
     """Whether each output of a network for an image depends on that image alone, as far as the operators of its graph tell.
 
     Args:
-        graph: Of the network; all its inputs have an open batch size.
-        shapes: Of each node's result in a call with one image, the first one where there are several.
+        graph: Graph of the network; all its inputs have an open batch size.
+        shapes: Shape of each node's (first) result in a call with one image.
     """
     batched = {item.name for item in graph.inputs if item.shape and item.shape[0] is None}
     if len(batched) != len(graph.inputs):

@@ -20,7 +20,7 @@ class OperatorTime:
     """Median milliseconds of one operator call, all pieces of a batch together.
 
     Attributes:
-        name: Of the call in the graph.
+        name: Name of the call in the graph.
         operator: What is called.
         milliseconds: Median over the runs.
     """

@@ -1,4 +1,4 @@
-"""Distance-aware rounding: the gradient of a soft assignment to the two neighbouring levels that is always equally sharp.
+"""Distance-aware rounding: the gradient of a soft assignment to the two neighbouring levels, equally sharp everywhere.
 
 Paper: Kim et al. 2021, "Distance-aware Quantization", section 3.
 Symbols: gamma -> gamma (sharpness of the assignment), sigma -> sigma (width of the kernel).
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 
-LARGEST_GAMMA = 80.0  # beyond, no gradient of float32 is left
+LARGEST_GAMMA = 80.0  # beyond it the gradient vanishes in float32
 
 
 class _Round(torch.autograd.Function):

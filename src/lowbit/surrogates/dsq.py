@@ -40,7 +40,7 @@ class _Soft(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return by_position, None, None, None
         total = (grad * by_alpha).sum().reshape(alpha.shape)
-        # an alpha that a step has carried beyond its range goes no further, and can come back
+        # an alpha that a step has carried beyond its range moves no further, but can come back
         leaves = ((learned < SHARPEST) & (total > 0)) | ((learned > SOFTEST) & (total < 0))
         return by_position, torch.where(leaves, torch.zeros_like(total), total), None, None
 
@@ -53,7 +53,7 @@ class SoftTanh(nn.Module):
     Backward, to ``alpha``: the derivative of the soft curve ``i + (s t + 1) / 2``, 0 outside the range.
 
     Args:
-        alpha: 0.001 to 0.5; small is close to the step. Values beyond, where a learned one may get to, count as the end of the range.
+        alpha: 0.001 to 0.5; smaller is closer to the step. Values beyond the range, which a learned alpha may reach, count as its ends.
         is_learned: Whether alpha is a parameter; else a buffer.
     """
 

@@ -1,4 +1,4 @@
-"""A sum of sigmoids that grows sharper: the derivative of a smooth staircase.
+"""A sum of sigmoids that sharpens during training: the derivative of a smooth staircase.
 
 Paper: Yang et al. 2019, "Quantization Networks", Eq. 4-6.
 Symbols: T -> temperature, b_i -> the decision points ``i + 1/2`` in units of the step.

@@ -44,7 +44,7 @@ def write_skeleton(name: str, kind: SkeletonKind = "training", folder: Path | st
     Args:
         name: The method's name.
         kind: What the method does.
-        folder: Default: ``lowbit_<name>`` in the present one.
+        folder: Default: ``lowbit_<name>`` in the current one.
 
     Raises:
         SpecError: As ``skeleton``.

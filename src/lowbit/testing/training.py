@@ -31,7 +31,7 @@ def few_bits(method: MethodRef) -> tuple[int, int | None]:
 def ready(
     method: MethodRef, model: nn.Module, sample: Tensor, *, weight_bits: int | None = None, activation_bits: int | None = None
 ) -> nn.Module:
-    """``model`` with the method's quantizers at these bits; left out: at few bits."""
+    """``model`` with the method's quantizers at these bits; default: at few bits."""
     few = few_bits(method)
     bits = few if weight_bits is None else (weight_bits, activation_bits)
     return prepare(model, method=method, weight_bits=bits[0], activation_bits=bits[1], sample=sample, seed=3)

@@ -15,7 +15,7 @@ from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.report.histograms import weight_histograms
@@ -33,12 +33,21 @@ TEST_BATCH = 128  # samples of a call where the test data are no batches yet
 
 @dataclass(frozen=True)
 class Delivery:
-    """What ``deliver`` gives.
+    """The result of ``deliver``.
 
     Attributes:
         report: Everything that was measured.
         out: The folder with the files.
-        problems: The files that were asked for and could not be written, each with its reason.
+        problems: The requested files that could not be written, each with its reason.
+
+    Example:
+        >>> import lowbit, tempfile, torch
+        >>> images = torch.randn(64, 8)
+        >>> small = lowbit.quantize(torch.nn.Linear(8, 4), weight_bits=4, calibration=images)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     delivery = lowbit.deliver(small, folder, calibration=images, onnx=False)
+        >>> delivery.report.parity_packed.passed, delivery.problems
+        (True, [])
     """
 
     report: Report
@@ -90,7 +99,7 @@ def deliver(
         task: What the network is for, see ``lowbit.train``. Default: classification.
         training: What ``Report.training`` holds.
         notes: More notes for the report.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
 
     Raises:
         SpecError: The network is not quantized, or there is neither ``calibration`` nor ``sample``.

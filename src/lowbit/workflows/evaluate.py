@@ -8,7 +8,7 @@ from lowbit.inputs import known_length, map_tensors
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Meter, Scores, Task
 from lowbit.qat.tasks import as_task
 
@@ -30,7 +30,7 @@ def evaluate(
         data: Labelled data of the kinds that ``lowbit.train`` takes.
         task: What the network is for; default: classification.
         batch_size: Samples of a call where ``data`` are no batches yet.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
 
     Returns:
         The metrics by name: ``evaluate(model, data)["accuracy"]``; ``.value`` is the one that selects.

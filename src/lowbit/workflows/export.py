@@ -34,16 +34,24 @@ FORMATS = (".lowbit", ".onnx")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A written file and what its checks found.
+    """A written file and the results of its checks.
 
     Attributes:
         path: The file.
         format: ``lowbit`` or ``onnx``.
         size_bytes: Its size.
-        parity: How its outputs compare with the quantized network's; it has passed, else there would be no file.
-        speed: Time against the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
-        integer: What ONNX Runtime computes in integers; ``None`` for a packed file.
-        notes: What was left in float and why, and what else the user should know.
+        parity: Comparison of its outputs with the quantized network's; always passed, else there would be no file.
+        speed: Speed compared with the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
+        integer: Layers that ONNX Runtime computes in integers; ``None`` for a packed file.
+        notes: Notes for the user, such as what was left in float and why.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> report = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> report.path.name, report.size_bytes == report.path.stat().st_size
+        ('network.lowbit', True)
     """
 
     path: Path
@@ -83,8 +91,8 @@ def export(
         weight_container: For ONNX: ``int8`` is fast; ``int4`` takes half a byte for codes of up to 4 bits, but runtimes compute with
             them in float.
         measure_speed: Whether to time the ONNX file.
-        kernels: For ``.lowbit``: let ``lowbit.load`` put the network on few-bit kernels, on whatever processor that is; implied for a network
-            from ``lowbit.compile_runtime``. The size stays the same, and the check compares what the kernels compute.
+        kernels: For ``.lowbit``: let ``lowbit.load`` put the network on low-bit kernels of whatever processor it runs on; implied for a
+            network from ``lowbit.compile_runtime``. The size stays the same, and the check compares the results of the kernels.
         dynamic: Dimensions that stay open besides the batch: ``("H", "W")`` for height and width, ``"D"`` for the depth of volumes, ``"L"`` for
             the length of sequences ``[N, C, L]``, or numbers of dimensions.
 
@@ -96,6 +104,15 @@ def export(
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
         OutputError: The file cannot be written.
         MissingExtraError: A package for ONNX is not installed.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", calibration=inputs)
+        >>> report = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> report.format, report.parity.passed
+        ('lowbit', True)
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -103,7 +120,7 @@ def export(
     if weight_container not in ("int8", "int4"):
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     if kernels and path.suffix == ".onnx":
-        raise SpecError(f"{path}: an ONNX file is run by other runtimes. Few-bit kernels need a .lowbit file.")
+        raise SpecError(f"{path}: an ONNX file is run by other runtimes. Low-bit kernels need a .lowbit file.")
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
     inputs = Inputs.of(sample, model).to("cpu")

@@ -18,12 +18,20 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
 
     Args:
         path: The file.
-        kernels: Whether layers of few bits run on few-bit kernels, as ``lowbit.compile_runtime`` puts them there, or all in float; left
-            out, as the file says (see ``lowbit.export``).
+        kernels: Whether low-bit layers run on low-bit kernels (see ``lowbit.compile_runtime``) or everything runs in float; default: as
+            the file says (see ``lowbit.export``).
 
     Raises:
         DataError: There is no such file, or it cannot be read.
-        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> _ = lowbit.export(quantized, "network.lowbit", sample=inputs)
+        >>> torch.equal(lowbit.load("network.lowbit")(inputs), quantized(inputs))
+        True
     """
     content = read_package(path)
     try:

@@ -60,13 +60,13 @@ def quantize(
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
-        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Left out: those everywhere, at least 8
+        policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
             overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
-        seed: Makes the result reproducible.
-        progress: Where to show progress; silent when left out.
+        seed: Seed of everything random.
+        progress: Progress display; default: silent.
         work_dir: Folder for caches and for resuming after a kill.
         **options: The method's hyper-parameters.
 
@@ -79,6 +79,13 @@ def quantize(
         CalibrationError: Calibration data missing, empty, not finite or not fitting the model.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: Bits of sums and concatenations are asked for, and the network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> quantized = lowbit.quantize(model, method="round_to_nearest", weight_bits=4, calibration=torch.rand(32, 8))
+        >>> [(layer.name, layer.weight_bits) for layer in lowbit.summary(quantized).layers]
+        [('0', 8), ('2', 8)]
     """
     bits = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
     chosen = make_method(method, "post_training", options)
@@ -107,7 +114,7 @@ def run_job(
     progress: Progress | None = None,
     work_dir: Path | str | None = None,
 ) -> PtqJob:
-    """What ``quantize`` does, with everything known afterwards.
+    """Do what ``quantize`` does, and return everything known afterwards.
 
     Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
     equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.

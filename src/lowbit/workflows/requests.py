@@ -1,7 +1,7 @@
-"""What the public verbs are asked for, one frozen dataclass each: the same from Python, the command line and a YAML file.
+"""Requests of the public verbs, one frozen dataclass each: the same from Python, the command line and a YAML file.
 
-Settings of a request are grouped by what they are about; the first line of a group's docstring is its heading in ``--help``, the ``Attributes``
-section says what each setting means. Nothing here needs torch, so that help and errors in options come at once.
+Settings of a request are grouped by topic; the first line of a group's docstring is its heading in the help of a command, the
+``Attributes`` section describes each setting. Nothing here needs torch, so that help and errors in options come at once.
 """
 
 from __future__ import annotations
@@ -51,15 +51,17 @@ class Request:
             SpecError: It cannot be read, or holds a value that is not allowed.
             UnknownNameError: It holds an unknown name.
         """
-        path, command = Path(path), f"lowbit {cls.command}"
+        path = Path(path)
         if path.is_dir():
-            raise SpecError(f"{path} is a folder, a recipe is a YAML file. To resume the run in it: {command} --out {path} --resume")
+            raise SpecError(
+                f"{path} is a folder, a recipe is a YAML file. To resume the run in it, pass out={str(path)!r} and resume=True."
+            )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{path}: cannot be read as a recipe ({error}). See '{command} --print-config'.") from error
+            raise SpecError(f"{path}: cannot be read as a recipe ({error}). A recipe is YAML such as weight_bits: 4.") from error
         if content is not None and not isinstance(content, dict):
-            raise SpecError(f"{path}: expected names and values, as '{command} --print-config' writes them, got {content!r}")
+            raise SpecError(f"{path}: expected names and values such as weight_bits: 4, got {content!r}")
         known = [name for name, owner in fields_of(cls) if decides_result(owner)]
         return cls()._changed(content or {}, str(path), known)
 
@@ -140,10 +142,10 @@ class SampleSettings(Request):
     """Network and data.
 
     Attributes:
-        calibration: Samples that the method looks at, no labels needed: a name from 'lowbit data list', a folder of images, or a .npy/.npz
-            file. Default: training samples of the data.
-        calibration_samples: How many samples the method looks at, at most.
-        input_shape: Shape of one sample, for example 3x224x224, where there is no data and the method needs none. Default: that of the data.
+        calibration: Samples to calibrate on, without labels: a name from 'lowbit data list', a folder of images, or a .npy/.npz file.
+            Default: training samples of the data.
+        calibration_samples: Largest number of calibration samples.
+        input_shape: Shape of one sample, for example 3x224x224, if there is no data and the method needs none. Default: that of the data.
         batch_size: Samples per forward pass; changes memory and speed only.
     """
 
@@ -158,7 +160,7 @@ class MethodSettings(Request):
     """Method.
 
     Attributes:
-        method: How to quantize: a name from 'lowbit methods list'.
+        method: Name of the method, see 'lowbit methods list'.
         options: Hyper-parameters of the method; 'lowbit methods show METHOD' lists them.
     """
 
@@ -173,13 +175,13 @@ class BitSettings(Request):
     Attributes:
         weight_bits: Bits of a weight, 1 to 8, or 'float'. Default: 8 without training, 4 in training, or the method's nearest.
         activation_bits: Bits of an activation, 1 to 8, or 'float'. Default: as for weights.
-        first_last_bits: The least bits in the first and the last layer, 1 to 8, or 'same' for no exception. Default: 8.
+        first_last_bits: Minimum bits of the first and the last layer, 1 to 8, or 'same' for no exception. Default: 8.
         merge_bits: Bits of residual sums, concatenations and what is pooled, 1 to 8, or 'float'; whole networks run in integers with 8.
             Default: what the policy says, else 8 after training and 'float' in training.
         policy: Bits for each layer; on the command line a YAML file, like the policy.yaml that 'lowbit quantize' writes. Replaces the other
             settings of bits but merge_bits and keep.
-        keep: Patterns of the names of layers to leave in float, for example 'head.*'.
-        only: Patterns of the names of the only layers to quantize. Default: all.
+        keep: Name patterns of layers to leave in float, for example 'head.*'.
+        only: Name patterns of the only layers to quantize. Default: all.
     """
 
     weight_bits: Bits = None
@@ -191,7 +193,7 @@ class BitSettings(Request):
     only: tuple[str, ...] = ()
 
     def bit_policy(self, default: LayerBits = EIGHT_BITS) -> BitPolicy:
-        """Bits for each layer, those of ``default`` where none are given.
+        """Bits for each layer; ``default`` where none are given.
 
         Raises:
             SpecError: A policy together with settings that it replaces.
@@ -248,7 +250,7 @@ class RunSettings(Request):
     """Run.
 
     Attributes:
-        device: Where torch computes: cpu, cuda, cuda:1, mps; training also takes auto (cuda if there is one).
+        device: Device for torch: cpu, cuda, cuda:1 or mps; training also takes auto (cuda if available).
         threads: CPU threads for torch. Default: as many as torch chooses.
     """
 
@@ -264,6 +266,12 @@ class QuantizeRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
 
     Attributes:
         seed: Makes the result reproducible: the same seed gives the same bits.
+
+    Example:
+        >>> import lowbit
+        >>> request = lowbit.QuantizeRequest(method="adaround", weight_bits=4, keep=["fc"])
+        >>> request.bit_policy().default
+        LayerBits(weight=4, activation=8, output=None)
     """
 
     command: ClassVar[str] = "quantize"
@@ -280,8 +288,8 @@ class DiagnoseRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
     """Run.
 
     Attributes:
-        samples: Samples to look at; time grows with samples x layers.
-        remedies: For how many of the worst quantizers remedies are tried.
+        samples: Number of samples to measure on; the time grows with samples x layers.
+        remedies: Number of worst quantizers to try remedies for.
         seed: Makes the result reproducible.
         out: Folder for diagnosis.json. Default: only print.
     """
@@ -301,7 +309,7 @@ class EvaluateRequest(NetworkSettings, RunSettings):
 
     Attributes:
         target: A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote. Default: the float network alone.
-        samples: Samples to compare on where there are no labels, at most.
+        samples: Largest number of samples to compare on if there are no labels.
         batch_size: Samples per forward pass.
         seed: Makes the result reproducible.
         out: Folder for evaluation.json. Default: only print.
@@ -323,12 +331,12 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     Attributes:
         packed: A .lowbit file, or a folder that 'lowbit quantize' wrote. Default: the float network.
         to: The file to write; its suffix, .onnx or .lowbit, is the format.
-        weight_container: What an ONNX file keeps weight codes in: int8 is fast; int4 takes half a byte for codes of up to 4 bits, but
+        weight_container: Type of the weight codes in an ONNX file: int8 is fast; int4 takes half a byte for codes of up to 4 bits, but
             runtimes compute with them in float.
         runtime: For a .lowbit file: lowbit.load and 'lowbit run' put its low-bit layers on low-bit kernels. Each weight still takes its bits
             and no more.
         speed: Time the ONNX file of a quantized network against the float one.
-        dynamic: Dimensions of the inputs that stay open besides the batch, joined by commas: H,W for pictures of any size.
+        dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size.
         seed: Seed of the noise that stands in for samples.
     """
 
@@ -351,10 +359,10 @@ class RunRequest(Request):
     Attributes:
         data: The data set that the network was trained on (see 'lowbit data list'): its pixel mean and std and its class names are used.
         preprocess: How pictures become inputs where no data set says so: mean=0.5, std=0.5 and the like.
-        weight_only: Layers whose weights alone are quantized: none: in float; float: decoded while they run, little memory; int8: inputs of
-            linear layers are rounded to 8 bits besides, fast for few samples.
-        top: How many classes to show for each picture.
-        runs: How many calls to time.
+        weight_only: Treatment of layers with quantized weights and float inputs: none: in float; float: decoded while they run, with little
+            memory; int8: inputs of linear layers are also rounded to 8 bits, fast for few samples.
+        top: Number of classes to show for each picture.
+        runs: Number of calls to time.
         batch_size: Samples per forward pass.
         out: CSV file for the classes of each picture.
         threads: CPU threads for torch. Default: as many as torch chooses.
@@ -393,11 +401,11 @@ class TrainingSettings(Request):
     """Training.
 
     Attributes:
-        recipe: Epochs, optimizer and so on; its fields stand beside the others in a file.
+        recipe: Epochs, optimizer and so on; in a file its fields are listed with the others.
         label_smoothing: Share of each label that is spread over all classes, from 0 to below 1.
-        temperature: Softness of a teacher's targets.
+        temperature: Temperature of a teacher's soft targets.
         augment: none, crop (shifts), crop_flip (mirrors too), or auto: crop_flip from 28 pixels on.
-        select: The network to end with: of the last epoch, or the best on the test data.
+        select: Network to keep: that of the last epoch, or the best on the test data.
         precision: 32, or bf16 / fp16 for mixed precision of the forward pass.
     """
 
@@ -415,10 +423,10 @@ class ProcessSettings(Request):
 
     Attributes:
         devices: Processes on this machine, one for each device. Default: 1.
-        nodes: Machines; each runs this command. Default: 1.
+        nodes: Number of machines; each runs this command. Default: 1.
         workers: Processes that decode pictures.
-        strict: A picture that cannot be decoded is an error. Default: left out, and counted.
-        save_every: How often the state is saved besides the end of each epoch: a time such as 300s or 10m, or a number of steps.
+        strict: Raise an error for a picture that cannot be decoded. Default: it is left out and counted.
+        save_every: Interval between saves of the state within an epoch: a time such as 300s or 10m, or a number of steps.
         tensorboard: Write files for TensorBoard. Default: if it is installed.
     """
 
@@ -439,8 +447,14 @@ class TrainRequest(
     """Method.
 
     Attributes:
-        test_data: Other data to measure on. Default: the test part of the data.
-        surrogate: Gradient of rounding in place of the method's own, by its name.
+        test_data: Data to measure on. Default: the test part of the data.
+        surrogate: Name of the gradient surrogate to use instead of the method's own.
+
+    Example:
+        >>> import lowbit
+        >>> request = lowbit.TrainRequest(method="pact", weight_bits=2).changed({"epochs": 3})
+        >>> request.recipe.epochs, request.bit_policy().default
+        (3, LayerBits(weight=2, activation=4, output=None))
     """
 
     command: ClassVar[str] = "train"

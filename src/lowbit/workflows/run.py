@@ -133,7 +133,7 @@ class Timing:
 
     Attributes:
         medians: Milliseconds of a call, of the network as it runs and of the same file in float.
-        profile: Where the time of the first goes.
+        profile: Profile of the first.
     """
 
     medians: dict[str, float]

@@ -1,4 +1,4 @@
-"""What a training starts from: the network, the data and the teacher that are asked for."""
+"""The start of a training: the network, the data and the teacher that were asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
-from lowbit.qat.engine.feed import evaluation_batches
+from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.workflows.requests import TrainRequest
 from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing_of, stacked
 
@@ -72,7 +72,7 @@ def open_start(asked: TrainRequest) -> Start:
         asked.weights is not None or (name == DEFAULT and options == {}) or any(asked.model_options.get(word) for word in TRAINED_WORDS)
     )
     if not is_trained and _is_known_untrained(asked.model):
-        notes.append(f"no weights: training of {name} starts from random weights. Few-bit networks become better from trained float ones.")
+        notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
         if "pretrained" in asked.method_info.needs:
             notes.append(f"{asked.method_info.name} is made for trained weights: give some with weights=")
     else:

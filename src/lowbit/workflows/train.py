@@ -23,9 +23,9 @@ from lowbit.network.record import record_of
 from lowbit.options import make_method
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
+from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
-from lowbit.qat.engine.feed import Feed, evaluation_batches, make_feed
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
@@ -47,15 +47,15 @@ from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, w
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gives.
+    """The result of a training.
 
     Attributes:
         model: The low-bit network in evaluation mode.
         curve: One result for each epoch.
         sample: The inputs that quantizers were initialized from.
-        recipe: As it was used.
-        task: As it was used.
-        is_main: Whether this is the process that goes on with the result; the others have the same network.
+        recipe: The recipe that was used.
+        task: The task that was used.
+        is_main: Whether this is the process that handles the result; the others have the same network.
     """
 
     model: nn.Module
@@ -102,13 +102,13 @@ def train(
     Args:
         model: Any network; it is not changed. Its weights are where training starts.
         train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, tensors such as ``(inputs, targets)`` or a dict, a list of samples, or
-            a loader (its data set is taken, shuffled anew in every epoch; a loader with a sampler of its own, a stream, or other batches are
-            used as they come). Targets are whatever the task takes.
+            a loader (its data set is used, shuffled in every epoch; a loader with its own sampler, a stream, or other batches are used as
+            they come). Targets are whatever the task takes.
         method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
-        test_data: What the task's metrics are measured on after every epoch; the same kinds of data.
+        test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
         recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
             size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
@@ -117,7 +117,7 @@ def train(
         surrogate: Gradient surrogate to use in place of the method's.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
-        task: What the network is trained for: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
+        task: Task of the network: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
             of your own, or a function ``criterion(output, target)``.
         steps_per_epoch: Optimizer steps of an epoch, for batches that are used as they come. Default: one pass.
         augment: ``auto`` (shift and mirror pictures of 28 pixels and more), ``none``, ``crop`` or ``crop_flip``.
@@ -125,14 +125,14 @@ def train(
         workers: Processes that fetch samples.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``. Default: where ``model`` is.
         devices: Processes on this machine, one for each device; the script is run again for each.
-        nodes: Machines.
+        nodes: Number of machines.
         strategy: How processes are started, see ``Trainer``.
         precision: ``32``, or ``bf16`` / ``fp16`` for mixed precision.
-        save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
+        save_every: Interval between saves of the state within an epoch: ``300s``, ``10m``, or a number of steps.
         select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
-        resume: Go on with a stopped run of the same settings in ``out``; False starts over.
+        resume: Whether to resume a stopped run with the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
-        progress: Where to show progress; silent when left out.
+        progress: Progress display; default: silent.
         **options: The method's hyper-parameters.
 
     Returns:
@@ -146,6 +146,16 @@ def train(
         DivergedError: The loss or a weight became NaN or infinite.
         OutputError: Files cannot be written, or another run works in ``out``.
         MissingExtraError: Lightning Fabric is not installed.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.randn(64, 2)
+        >>> labels = (inputs.sum(1) > 0).long()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> recipe = lowbit.Recipe(epochs=20, batch_size=16, optimizer=lowbit.OptimizerSpec(learning_rate=0.1))
+        >>> trained = lowbit.train(model, (inputs, labels), method="lsq", recipe=recipe)
+        >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
+        True
     """
     chosen = make_method(method, "training", options)
     assert isinstance(chosen, TrainingMethod)
@@ -207,12 +217,12 @@ def train_network(
     options: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Trained:
-    """What ``train`` does, with everything known afterwards.
+    """Do what ``train`` does, and return everything known afterwards.
 
     Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
     """
     trainer.launch()
-    feed = make_feed(
+    source = make_source(
         train_data,
         recipe,
         augment=augment,
@@ -221,7 +231,7 @@ def train_network(
         workers=workers,
         steps=steps_per_epoch,
     )
-    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(feed, trainer.fabric.world_size, model)
+    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if teacher is None else copy.deepcopy(teacher)
     quantized = prepare(
@@ -241,9 +251,9 @@ def train_network(
         method_of(quantized),
         task,
         recipe,
-        feed.steps,
+        source.steps,
         given=GivenNetworks(teacher, own),
-        batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(feed.first(count), count)],
+        batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(source.first(count), count)],
     )
     if run.epochs > recipe.epochs:
         raise SpecError(
@@ -251,8 +261,8 @@ def train_network(
         )
     test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
     if out is None:
-        return Trained(quantized, trainer.fit(run, feed, test), inputs, recipe, task, trainer.is_main)
-    used = run_settings(run, feed, trainer, augment=augment, surrogate=surrogate)
+        return Trained(quantized, trainer.fit(run, source, test), inputs, recipe, task, trainer.is_main)
+    used = run_settings(run, source, trainer, augment=augment, surrogate=surrogate)
     with exclusive_run(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
@@ -261,10 +271,10 @@ def train_network(
             if work.is_resumed:
                 trainer.progress.say("resuming the run that is in this folder")
         trainer.fabric.barrier()
-        told = {**(settings or {}), **used, "threads": torch.get_num_threads()}
-        log = TrainingLog(out, told, tensorboard=tensorboard) if trainer.is_main else None
+        facts = {**(settings or {}), **used, "threads": torch.get_num_threads()}
+        log = TrainingLog(out, facts, tensorboard=tensorboard) if trainer.is_main else None
         try:
-            curve = trainer.fit(run, feed, test, checkpoints=Checkpoints(out / WORK), log=log)
+            curve = trainer.fit(run, source, test, checkpoints=Checkpoints(out / WORK), log=log)
         except LowbitError:
             if trainer.is_main:
                 work.remove_if_useless()
@@ -275,9 +285,9 @@ def train_network(
     return Trained(quantized, curve, inputs, recipe, task, trainer.is_main)
 
 
-def _first_inputs(feed: Feed, count: int, model: nn.Module) -> Inputs:
+def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
     """What ``model`` takes of the first ``count`` batches, as one: as many samples as the processes take in a step."""
-    found = [Inputs.of(batch, model) for batch in feed.first(count)]
+    found = [Inputs.of(batch, model) for batch in source.first(count)]
     if not found:
         raise DataError("the training data hold no batch")
     first = found[0]
@@ -294,7 +304,7 @@ def paper_recipe(method: TrainingMethod, asked: str) -> Recipe:
     return method.default_recipe()
 
 
-def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
+def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
     """Everything that the resulting weights depend on, but for the weights and data themselves."""
     record = record_of(run.model)
     assert record is not None
@@ -309,7 +319,7 @@ def run_settings(run: TrainRun, feed: Feed, trainer: Trainer, *, augment: str, s
         "recipe": dataclasses.asdict(run.recipe),
         "task": run.task.facts(),
         "seed": run.recipe.seed,
-        "data": feed.facts(),
+        "data": source.facts(),
         "augment": augment,
         "precision": trainer.precision,
         "device": trainer.fabric.device.type,
@@ -358,6 +368,14 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     Raises:
         LowbitError: Something cannot be found, read or written, is not allowed, or another run works in the folder.
         DivergedError: The loss or a weight became NaN or infinite.
+
+    Example:
+        >>> import lowbit, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     request = lowbit.TrainRequest(method="lsq", onnx=False, device="cpu", out=folder).changed({"epochs": 1})
+        ...     delivery = lowbit.train_and_deliver(request)
+        >>> delivery.report.metrics["accuracy"].quantized > 0.9
+        True
     """
     start, trainer, out = open_training(request), trainer_for(request, progress), Path(request.out)
     trainer.launch()

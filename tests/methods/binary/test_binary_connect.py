@@ -240,5 +240,5 @@ def test_options_are_the_papers_hyper_parameters_alone() -> None:
 def test_inputs_cannot_be_quantized() -> None:
     with pytest.raises(SpecError, match="leaves inputs in float"):
         BinaryConnect().activation_quantizer(Slot("layer", nn.Linear(2, 2), 1, True, "inner"))
-    with pytest.raises(LayerError, match="leaves inputs in float; ask for activation_bits=None"):
+    with pytest.raises(LayerError, match=r"leaves inputs in float\. Pass activation_bits=None"):
         lowbit.prepare(nn.Linear(6, 3), method="binary_connect", sample=X, policy=BitPolicy.uniform(1, 1, first_last=None))

@@ -100,7 +100,7 @@ def test_weights_have_one_scale_and_ranges_come_from_statistics() -> None:
     }
     assert len(ranges) >= 4
     assert ranges["stem.input"] == pytest.approx(8.0, rel=1e-3), ranges
-    assert "no data was looked at" in notes(model)
+    assert "no data was used" in notes(model)
 
 
 def test_the_corrected_bias_restores_the_expected_output() -> None:

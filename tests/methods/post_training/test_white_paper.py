@@ -38,7 +38,7 @@ def test_it_is_the_default_and_needs_no_data() -> None:
     result = white_paper(model)
     assert lowbit.summary(result).method == "white_paper"
     assert tiny.sqnr_db(tiny.outputs(model, X), tiny.outputs(result, X)) > 20
-    assert "no data was looked at" in notes(result)
+    assert "no data was used" in notes(result)
     assert "were corrected analytically" in notes(result)
     assert "equalized" not in notes(result)  # weights have a scale for each channel
 

@@ -28,7 +28,7 @@ from lowbit.models.resnet import resnet8
 from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, weight_quantizer
 from lowbit.network.record import record_of
 from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.engine import Reconstruction
 from lowbit.post_training.reconstruction.objective import Objective
 from lowbit.post_training.reconstruction.phases import LearnScales, RoundWeights
@@ -206,16 +206,16 @@ class Killed(Exception):
 
 def killing(after: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Let step ``after`` of all descents fail; returns how many steps were taken."""
-    taken, step = 0, Descent.step
+    taken, step = 0, ResumableAdam.step
 
-    def counted(self: Descent, loss: Callable[[Tensor], Tensor]) -> None:
+    def counted(self: ResumableAdam, loss: Callable[[Tensor], Tensor]) -> None:
         nonlocal taken
         if taken == after:
             raise Killed
         taken += 1
         step(self, loss)
 
-    monkeypatch.setattr(Descent, "step", counted)
+    monkeypatch.setattr(ResumableAdam, "step", counted)
     return lambda: taken
 
 

@@ -32,8 +32,8 @@ from lowbit.progress import Progress
 from lowbit.qat import Classification, OptimizerSpec, Phase, Recipe, TrainRun, Turn
 from lowbit.qat.engine import trainer as trainer_module
 from lowbit.qat.engine.averaging import WeightAverage
+from lowbit.qat.engine.batches import Augmentation, DatasetSource, IterableSource, evaluation_batches, make_source, seeded
 from lowbit.qat.engine.checkpoint import Checkpoints
-from lowbit.qat.engine.feed import Augmentation, BatchFeed, DatasetFeed, evaluation_batches, make_feed, seeded
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.task import Batch
 from lowbit.workfolder import LOCK, exclusive_run
@@ -69,7 +69,7 @@ def test_hooks_are_called_as_a_run_documents_them() -> None:
     model, method = recorded(("first", 1, ("weights", "others")), ("second", 1, ("weights",)), ("last", 0, ("weights",)))
     run = TrainRun(model, method, Classification(), Recipe(epochs=2, batch_size=8), 4)
     inputs, labels = (torch.cat([batch[index] for batch in BATCHES]) for index in (0, 1))
-    Trainer().fit(run, make_feed((inputs, labels), run.recipe))
+    Trainer().fit(run, make_source((inputs, labels), run.recipe))
 
     def epoch(first: int) -> list[str]:
         return ["epoch 0", *(call for step in range(first, first + 4) for call in (f"before {step}", "backward", "after"))]
@@ -81,7 +81,7 @@ def test_frozen_roles_stay_as_they_are() -> None:
     model, method = recorded(("only", 1, ("weights",)))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     run = TrainRun(model, method, Classification(), Recipe(epochs=1, batch_size=8), 4)
-    Trainer().fit(run, make_feed((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe))
+    Trainer().fit(run, make_source((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe))
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {f"{index}.parametrizations.weight.original" for index in (0, 2, 4)}
 
@@ -137,7 +137,7 @@ def test_clipped_gradients_are_no_longer_than_asked_for() -> None:
     for clip_norm in (None, 0.01):
         model, method = recorded(base=Measuring)
         run = TrainRun(model, method, Classification(), Recipe(epochs=1, batch_size=8, clip_norm=clip_norm), 4)
-        Trainer().fit(run, make_feed((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe))
+        Trainer().fit(run, make_source((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe))
     assert min(norms[:4]) > 0.02
     assert all(norm == pytest.approx(0.01, rel=1e-4) for norm in norms[4:])
 
@@ -306,9 +306,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
     model, method = recorded(base=Spoiling)
     run = TrainRun(model, method, Classification(), Recipe(epochs=1, batch_size=8), 4)
-    feed = make_feed((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe)
+    source = make_source((torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])), run.recipe)
     with pytest.raises(DivergedError, match=r"before step 4: '2\.bias' \(Linear\) holds NaN or infinity"):
-        Trainer(save_every="1").fit(run, feed, checkpoints=Checkpoints(tmp_path))
+        Trainer(save_every="1").fit(run, source, checkpoints=Checkpoints(tmp_path))
     assert read_tensors(tmp_path / "last.safetensors")[1]["position"]["step"] == 2  # type: ignore[index]
 
 
@@ -403,13 +403,13 @@ def test_a_lock_file_that_nobody_holds_is_taken_over(left: str, tmp_path: Path) 
 
 def test_an_epoch_has_every_sample_once_in_batches_of_nearly_equal_size() -> None:
     numbers = torch.arange(47)
-    feed = make_feed((numbers.float().unsqueeze(1), numbers), Recipe(batch_size=10, seed=4))
-    first, second = ([batch for batch, _ in feed.epoch(index)] for index in (0, 1))
-    assert [len(y) for _, y in first] == [10, 10, 9, 9, 9] and feed.steps == 5
+    source = make_source((numbers.float().unsqueeze(1), numbers), Recipe(batch_size=10, seed=4))
+    first, second = ([batch for batch, _ in source.epoch(index)] for index in (0, 1))
+    assert [len(y) for _, y in first] == [10, 10, 9, 9, 9] and source.steps == 5
     orders = [torch.cat([y for _, y in epoch]) for epoch in (first, second)]
     assert all(order.sort().values.equal(numbers) for order in orders)
     assert not orders[0].equal(orders[1]) and not orders[0].equal(numbers)
-    again = make_feed((numbers.float().unsqueeze(1), numbers), Recipe(batch_size=10, seed=4))
+    again = make_source((numbers.float().unsqueeze(1), numbers), Recipe(batch_size=10, seed=4))
     assert torch.cat([y for (_, y), _ in again.epoch(1, start=2)]).equal(torch.cat([y for _, y in second[2:]]))
 
 
@@ -417,8 +417,8 @@ def test_processes_share_the_batches_of_one_process_with_a_larger_batch() -> Non
     numbers = torch.arange(50)
 
     def batches(rank: int, processes: int, **changes: Any) -> list[tuple[list[int], float]]:
-        feed = make_feed((numbers, numbers), Recipe(**changes), rank=rank, processes=processes)
-        return [(y.tolist(), weight) for (_, y), weight in feed.epoch(3)]
+        source = make_source((numbers, numbers), Recipe(**changes), rank=rank, processes=processes)
+        return [(y.tolist(), weight) for (_, y), weight in source.epoch(3)]
 
     whole = batches(0, 1, batch_size=16)
     ranks = [batches(rank, 2, batch_size=8) for rank in (0, 1)]
@@ -433,20 +433,20 @@ def test_processes_share_the_batches_of_one_process_with_a_larger_batch() -> Non
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_of_samples_is_collated_and_fetched_by_workers(workers: int) -> None:
     dataset = TensorDataset(torch.arange(12.0).unsqueeze(1), torch.arange(12))
-    plain = make_feed((dataset.tensors[0], dataset.tensors[1]), Recipe(batch_size=4))
-    fetched = make_feed(dataset, Recipe(batch_size=4), workers=workers)
+    plain = make_source((dataset.tensors[0], dataset.tensors[1]), Recipe(batch_size=4))
+    fetched = make_source(dataset, Recipe(batch_size=4), workers=workers)
     for ((x, y), _), ((u, v), _) in zip(plain.epoch(0), fetched.epoch(0), strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
 
 
 def test_a_loaders_data_set_is_taken_unless_it_has_an_order_of_its_own() -> None:
     dataset = data(20, 2)
-    taken = make_feed(DataLoader(dataset, 5, shuffle=True), Recipe(batch_size=10))
-    assert isinstance(taken, DatasetFeed) and taken.steps == 2
-    kept = make_feed(DataLoader(dataset, 5, sampler=WeightedRandomSampler([1.0] * 20, 20)), Recipe(batch_size=10))
-    assert isinstance(kept, BatchFeed) and kept.steps == 4
+    taken = make_source(DataLoader(dataset, 5, shuffle=True), Recipe(batch_size=10))
+    assert isinstance(taken, DatasetSource) and taken.steps == 2
+    kept = make_source(DataLoader(dataset, 5, sampler=WeightedRandomSampler([1.0] * 20, 20)), Recipe(batch_size=10))
+    assert isinstance(kept, IterableSource) and kept.steps == 4
     batches = [(torch.full((2, 1), float(i)), torch.tensor([i, i])) for i in range(5)]
-    given = make_feed(batches, Recipe(accumulate=2))
+    given = make_source(batches, Recipe(accumulate=2))
     assert given.steps == 2
     assert [int(y[0]) for (_, y), _ in given.epoch(0, start=1)] == [2, 3]
 
@@ -466,9 +466,9 @@ def test_data_of_other_kinds_are_refused() -> None:
         (TensorDataset(INPUTS[:2], LABELS[:2]), DataError, "2 training samples cannot be divided into 3"),
     ):
         with pytest.raises(error, match=told):
-            make_feed(wrong, Recipe(accumulate=3))
+            make_source(wrong, Recipe(accumulate=3))
     with pytest.raises(SpecError, match="cannot be divided among processes"):
-        make_feed([1, 2, 3], Recipe(), processes=2)
+        make_source([1, 2, 3], Recipe(), processes=2)
 
 
 def test_only_pictures_of_28_pixels_and_more_are_augmented_by_themselves() -> None:
@@ -484,21 +484,21 @@ def test_only_pictures_of_28_pixels_and_more_are_augmented_by_themselves() -> No
 def test_augmentation_shifts_in_black_and_depends_on_seed_epoch_and_step_alone() -> None:
     pictures = images(28)
     black = -0.5
-    feed = make_feed(pictures, Recipe(batch_size=10))
-    (x, y), _ = next(feed.epoch(0))
-    plain = pictures.dataset.normalized(pictures.dataset.images[[int(i) for i in _order(feed)[:10]]])  # type: ignore[attr-defined]
+    source = make_source(pictures, Recipe(batch_size=10))
+    (x, y), _ = next(source.epoch(0))
+    plain = pictures.dataset.normalized(pictures.dataset.images[[int(i) for i in _order(source)[:10]]])  # type: ignore[attr-defined]
     assert x.shape == plain.shape and not torch.equal(x, plain)
     assert bool((x == black).all(dim=3).any() or (x == black).all(dim=2).any())  # a row or a column came in from outside
-    later = [batch for batch, _ in feed.epoch(0)][1]
-    resumed, _ = next(make_feed(pictures, Recipe(batch_size=10)).epoch(0, start=1))
+    later = [batch for batch, _ in source.epoch(0)][1]
+    resumed, _ = next(make_source(pictures, Recipe(batch_size=10)).epoch(0, start=1))
     assert torch.equal(later[0], resumed[0]) and torch.equal(later[1], resumed[1])
-    assert not torch.equal(next(feed.epoch(1))[0][0], x)
-    assert torch.equal(next(iter(feed.first(1)))[0], next(iter(make_feed(pictures, Recipe(batch_size=10), augment="none").first(1)))[0])
+    assert not torch.equal(next(source.epoch(1))[0][0], x)
+    assert torch.equal(next(iter(source.first(1)))[0], next(iter(make_source(pictures, Recipe(batch_size=10), augment="none").first(1)))[0])
     assert len(y) == 10
 
 
-def _order(feed: Any) -> Tensor:
-    return torch.randperm(20, generator=seeded(0, 0)).tensor_split(feed.steps)[0]
+def _order(source: Any) -> Tensor:
+    return torch.randperm(20, generator=seeded(0, 0)).tensor_split(source.steps)[0]
 
 
 def test_test_batches_are_in_order_and_can_be_run_through_again() -> None:

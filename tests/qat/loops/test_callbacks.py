@@ -203,7 +203,7 @@ def mutual() -> nn.Module:
 
 
 def mutual_by_hand() -> tuple[nn.Module, nn.Module]:
-    """The network and its teacher after three epochs in a loop of one's own."""
+    """The network and its teacher after three epochs in a custom loop."""
     run = lowbit.training(mutual(), steps_per_epoch=4, epochs=3, float_network=network())
     optimizer = optimizer_of(run.model)
     for batch in BATCHES * 3:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import FileFormatError, LoopError, SpecError, StateError
 from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
-from lowbit.qat.loops.manual import OwnLoop
+from lowbit.qat.loops.manual import ManualLoop
 from lowbit.qat.prepare import method_of
 from lowbit.qat.task import Batch
 from lowbit.quantizers import LearnedScaleQuantizer
@@ -23,11 +23,11 @@ from lowbit.registry import list_methods
 from lowbit.testing.training import batch as tiny_batch, one_step, prepared as tiny_prepared
 
 
-def sgd(run: OwnLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
+def sgd(run: ManualLoop, learning_rate: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD(run.parameter_groups(learning_rate, 1e-2), momentum=0.9)
 
 
-def step(run: OwnLoop, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def step(run: ManualLoop, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     optimizer.zero_grad()
     run.before_step(optimizer)
     run.loss(batch).backward()
@@ -383,7 +383,9 @@ def test_a_network_inside_a_larger_module_is_found() -> None:
 def test_soft_targets_of_the_teacher_are_mixed_in() -> None:
     model, teacher = prepared(), network().train()
     x, y = BATCHES[0]
-    run = lowbit.training(model, steps_per_epoch=1, epochs=1, teacher=teacher, task=Classification(temperature=2.0), recipe=Recipe(distillation=0.25))
+    run = lowbit.training(
+        model, steps_per_epoch=1, epochs=1, teacher=teacher, task=Classification(temperature=2.0), recipe=Recipe(distillation=0.25)
+    )
     student, target = torch.log_softmax(model(x) / 2, 1), torch.softmax(teacher(x) / 2, 1)
     soft = 4 * (target * (target.log() - student)).sum(1).mean()
     expected = 0.75 * nn.functional.cross_entropy(model(x), y) + 0.25 * soft
@@ -455,7 +457,7 @@ def test_an_optimizer_that_does_not_fit_the_network_is_refused() -> None:
 
 @dataclass
 class TwoPasses(Recorder):
-    """Has a loss of its own."""
+    """Has its own loss."""
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         return 2 * run.task_loss(batch)
@@ -468,7 +470,7 @@ def test_a_method_with_a_loss_of_its_own_is_not_trained_with_another() -> None:
     x, y = BATCHES[0]
     run.before_step(optimizer)
     nn.functional.cross_entropy(model(x), y).backward()
-    with pytest.raises(LoopError, match=r"'lsq' has a loss of its own: compute it with run.loss\(\(inputs, targets\)\)"):
+    with pytest.raises(LoopError, match=r"'lsq' has its own loss: compute it with run.loss\(\(inputs, targets\)\)"):
         run.after_backward()
     loss = run.loss((x, y))
     assert loss.item() == pytest.approx(2 * nn.functional.cross_entropy(model(x), y).item())
@@ -504,7 +506,7 @@ def mutual(method: TrainingMethod | None = None) -> nn.Module:
     return model
 
 
-def in_turns(run: OwnLoop, optimizers: list[torch.optim.Optimizer], batch: Batch) -> None:
+def in_turns(run: ManualLoop, optimizers: list[torch.optim.Optimizer], batch: Batch) -> None:
     for _ in run.phase.turns:
         run.before_step(*optimizers)
         for loss in run.losses(batch):
@@ -554,10 +556,10 @@ def test_companions_learn_the_same_in_a_loop_of_ones_own(method: TrainingMethod,
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_run_with_companions_goes_on_from_its_state_to_the_same_weights(step: int, tmp_path: Path) -> None:
-    def started() -> OwnLoop:
+    def started() -> ManualLoop:
         return lowbit.training(mutual(), steps_per_epoch=4, epochs=2, float_network=network())
 
-    def optimizer_of(run: OwnLoop) -> torch.optim.SGD:
+    def optimizer_of(run: ManualLoop) -> torch.optim.SGD:
         return torch.optim.SGD(lowbit.parameter_groups(run.model), momentum=0.9)
 
     run = started()
@@ -603,7 +605,7 @@ def test_a_method_with_several_losses_is_not_trained_with_another_one() -> None:
     x, y = BATCHES[0]
     run.before_step(sgd(run))
     nn.functional.cross_entropy(run.model(x), y).backward()
-    with pytest.raises(LoopError, match="'lsq' has a loss of its own"):
+    with pytest.raises(LoopError, match="'lsq' has its own loss"):
         run.after_backward()
 
 

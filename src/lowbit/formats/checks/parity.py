@@ -145,7 +145,7 @@ def _leaves(output: object) -> list[Tensor]:
 
 
 class _Follower(fx.Interpreter):
-    """Runs a program, compares each activation quantizer with what a file computed, and goes on with the file's values."""
+    """Runs a program, compares each activation quantizer with what a file computed, and continues with the file's values."""
 
     def __init__(self, program: Program, observed: Mapping[str, Tensor]) -> None:
         super().__init__(program.exported.graph_module)

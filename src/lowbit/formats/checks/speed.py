@@ -94,10 +94,10 @@ def time_interleaved(networks: list[Network], inputs: Inputs, *, runs: int = RUN
     times: list[list[float]] = [[] for _ in networks]
     deadline = time.perf_counter() + SECONDS
     for turn in range(WARMUP + runs):
-        for network, values, mine in zip(networks, prepared, times, strict=True):
+        for network, values, own_times in zip(networks, prepared, times, strict=True):
             start = time.perf_counter()
             network.run(values)
-            mine.append((time.perf_counter() - start) * 1000)
+            own_times.append((time.perf_counter() - start) * 1000)
         if turn + 1 >= WARMUP + min(FEWEST_RUNS, runs) and time.perf_counter() > deadline:
             break
-    return [mine[WARMUP:] for mine in times]
+    return [own_times[WARMUP:] for own_times in times]

@@ -1,4 +1,4 @@
-"""How far an exported file may be from the network: distances in quantization steps, and what rounding biases can do."""
+"""Tolerances of an exported file: distances from the network in quantization steps, and the effect of rounded biases."""
 
 from __future__ import annotations
 

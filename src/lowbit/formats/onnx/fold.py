@@ -1,4 +1,4 @@
-"""What follows a layer with integer weights and only scales and shifts its channels becomes a part of the layer.
+"""Folding of operators that only scale and shift channels into the integer-weight layer before them.
 
 A trained network keeps its batch norms; between a layer and its quantizer one would keep the layer in float. It goes into the scales
 of the weight, one for each channel then, and into the bias; codes stay as they are but for their sign where the norm's is negative.

@@ -57,7 +57,7 @@ def integer_network(
         weights: The codes of the weights by parameter name.
         weight_container: ``int8`` (integer kernels), or ``int4``, which takes half a byte for codes of up to 4 bits but which
             runtimes decode and compute in float.
-        emulated: Layers whose input has a grid of its own in every call.
+        emulated: Layers whose input has its own grid in every call.
 
     Raises:
         SpecError: 4-bit codes in a graph of an opset without them.

@@ -9,7 +9,7 @@ The ``manifest`` is JSON too, deflated and written in base 85, with
 - ``tensors``: dtype, shape and BLAKE2b of every tensor;
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
-- ``kernels``: true where the network is to run on few-bit kernels once it is loaded; left out otherwise;
+- ``kernels``: true if the network runs on low-bit kernels once it is loaded; absent otherwise;
 - ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
 
 All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
@@ -60,7 +60,7 @@ class Package:
         tensors: Every tensor that the graph reads, packed where it is quantized.
         layouts: Memory format of the tensors that are not row-major.
         record: How the network was quantized; ``None`` where it does not say.
-        runs_on_kernels: Whether ``lowbit.load`` puts the network on few-bit kernels. The file holds the same codes either way: how kernels
+        runs_on_kernels: Whether ``lowbit.load`` puts the network on low-bit kernels. The file holds the same codes either way: how kernels
             want them is a matter of the processor that loads it.
     """
 

@@ -38,7 +38,7 @@ class PackedNetwork(nn.Module):
         ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
         self.packed_observer: Callable[[OperatorCall, float, object], None] | None = (
-            None  # is told of each call, its seconds and its result
+            None  # called with each call, its seconds and its result
         )
         for name, tensor in package.tensors.items():
             values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
@@ -100,7 +100,7 @@ class PackedNetwork(nn.Module):
         return [value_of(output) for output in graph.outputs]
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The present parameters and buffers by their names in the file."""
+        """The current parameters and buffers by their names in the file."""
         found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
         return {name: tensor for name, *either in found for tensor in either if tensor is not None}
 

@@ -146,7 +146,7 @@ def _resize(function: Function) -> Function:
 
 
 def _group_norm(function: Function) -> Function:
-    """``function`` where the sizes that it is told are those of its input: torch divides by them and counts with them."""
+    """``function`` after checking that its size arguments are those of its input: torch divides by them and counts with them."""
 
     def checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, batch: int, channels: int, rest: int, *args: object) -> object:
         if x.dim() < 2 or x.shape[:2] != (batch, channels) or math.prod(x.shape[2:]) != rest:

@@ -24,7 +24,7 @@ from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
 from lowbit.quantizers import QTensor
 
-GRID_OF_ITS_OWN = "every input has a grid of its own"  # why a layer is emulated
+GRID_OF_ITS_OWN = "every input has its own grid"  # why a layer is emulated
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ class Program:
         sample: The inputs it was exported with.
         structure: How the flattened outputs are nested.
         notes: What the user should know, for example that the batch size is fixed and why.
-        emulated: Layers (or sites of quantizers) whose input has a grid of its own in every call, which is computed with values in float.
+        emulated: Layers (or sites of quantizers) whose input has its own grid in every call, which is computed with values in float.
     """
 
     exported: ExportedProgram

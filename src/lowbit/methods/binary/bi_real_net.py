@@ -4,10 +4,12 @@ Paper: Liu, Wu, Luo, Yang, Liu, Cheng 2018, "Bi-Real Net: Enhancing the Performa
     Capability and Advanced Training Algorithm", ECCV. Section 3.2 (shortcuts), section 3.3 (ApproxSign, magnitude-aware gradient,
     initialization).
 Symbols: alpha -> scale, W -> weight, F -> ``approx_sign``.
-Deviations: zero counts as positive. The default trains as the authors' PyTorch release does: no gradient through the scale, weights pass
-    gradients within [-1, 1], all in one step; ``weight_gradient``, ``pretraining`` and ``retrain_norms`` have the paper's. Weights start
-    where they are; ``weight_init="uniform"`` draws them from [0, 0.001) as the release does. ReLU modules become the identity where inputs
-    are binary.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - By default the network trains as in the authors' PyTorch release: no gradient through the scale, weights pass gradients within
+      [-1, 1], all in one step. ``weight_gradient``, ``pretraining`` and ``retrain_norms`` select what the paper describes.
+    - Weights start from the given network; ``weight_init="uniform"`` draws them from [0, 0.001) as the release does.
+    - ReLU modules become the identity where inputs are binary, because the signs behind a ReLU would all be equal.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def leaky_clip(x: Tensor, slope: float = LEAK) -> Tensor:
 
 
 class BiRealWeight(ScaledSignQuantizer):
-    """Two levels ``-scale`` and ``+scale`` for each filter, ``scale = mean |w|`` of the present weights.
+    """Two levels ``-scale`` and ``+scale`` for each filter, with ``scale = mean |w|`` of the current weights.
 
     Forward: ``scale`` where ``w >= 0``, else ``-scale``; ``w`` itself while ``is_real`` in training. Backward: ``release``: 1 where
     ``|w| <= 1``, else 0; ``magnitude_aware``: ``scale`` where ``-1 < w <= 1``, else 0; ``caffe``: 1. Source: section 3.3.
@@ -92,7 +94,7 @@ class BiRealActivation(SignQuantizer):
         needs=("labels",),
         fidelity="exact",
         summary="a shortcut around every binary convolution, a better derivative of the sign",
-        evidence="held against the authors' PyTorch release and their Caffe source",
+        evidence="checked against the authors' PyTorch release and their Caffe source",
         margin_points=50,
     )
 )
@@ -101,12 +103,13 @@ class BiRealNet(TrainingMethod):
     """Shortcuts, ApproxSign, scaled binary weights.
 
     Attributes:
-        weight_gradient: ``release``: the authors' PyTorch program; ``magnitude_aware``: the paper; ``caffe``: their Caffe layer in training.
-        shortcuts: Give each convolution of a residual block a shortcut of its own, where inputs are binary: ``auto``: if the network has
+        weight_gradient: Gradient of the weights: ``release``: as in the authors' PyTorch code; ``magnitude_aware``: as in the paper;
+            ``caffe``: as in their Caffe layer.
+        shortcuts: Give each convolution of a residual block its own shortcut where inputs are binary: ``auto``: if the network has
             residual blocks; ``yes``: an error if it has none; ``no``.
         weight_init: ``keep`` the weights, or draw them ``uniform`` from [0, 0.001), as the release does for training from scratch.
-        pretraining: Share of the epochs in which weights are real and activations clipped, leakily in the first half of them.
-        retrain_norms: Epochs at the end in which binary weights lose their scale and stay, and all else is trained.
+        pretraining: Share of the epochs in which weights are real and activations are clipped, with a leak in the first half.
+        retrain_norms: Epochs at the end in which binary weights are fixed without their scale and everything else is trained.
     """
 
     ends = "float"

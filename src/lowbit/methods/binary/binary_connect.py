@@ -1,12 +1,15 @@
-"""BinaryConnect: real weights that collect updates, binary copies of them that compute.
+"""BinaryConnect: real weights accumulate the updates, binary copies of them compute.
 
 Paper: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks with binary weights during propagations", NIPS.
     Section 2.2 (deterministic and stochastic binarization, Eq. 1-3), section 2.4 (clipping), Algorithm 1, section 2.5 (learning rates).
 Symbols: w -> weight, w_b -> binary weight, H -> limit, sigma -> hard_sigmoid, W_LR_scale -> learning_rate_scale.
-Deviations: the deterministic form is the default, as the networks that are written have binary weights; the authors' scripts train
-    stochastically and test with the real weights, which ``binarization="stochastic"`` with ``evaluation="real"`` does. Zero counts as positive.
-    Fan-in and fan-out count the channels of a group. The paper's inputs stay in float; it binarizes the first and the last layer too, which
-    ``--first-last-bits 1`` does.
+Differs from the paper:
+    - The deterministic form is the default, as exported networks have binary weights. The authors' scripts train stochastically and test
+      with the real weights: ``binarization="stochastic"`` with ``evaluation="real"``.
+    - Zero counts as positive, because one bit has no third level.
+    - Fan-in and fan-out count the channels of a group, which the paper does not treat.
+    - The first and the last layer have more bits, as in all methods of lowbit; the paper makes them binary too (``first_last=1`` in the
+      policy). Inputs stay in float as in the paper.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 def glorot_scales(fan_in: float, fan_out: float) -> tuple[float, float]:
-    """The learning-rate scale ``1 / sqrt(1.5 / (fan_in + fan_out))`` and the limit ``H``, its inverse, of a layer. Source: authors' program."""
+    """The learning-rate scale ``1 / sqrt(1.5 / (fan_in + fan_out))`` and the limit ``H``, its inverse, of a layer. Source: authors' code."""
     limit = math.sqrt(1.5 / (fan_in + fan_out))
     return 1 / limit, limit
 
@@ -67,13 +70,13 @@ class BinaryConnectWeight(Quantizer):
     """Two levels ``-limit`` and ``+limit``.
 
     Forward: ``limit`` where ``w >= 0``, else ``-limit``; stochastic training: ``limit`` with the probability ``hard_sigmoid(w / limit)``,
-    drawn anew in every forward pass. Backward: 1 everywhere. Source: Eq. 1-3.
+    drawn again in every forward pass. Backward: 1 everywhere. Source: Eq. 1-3.
 
     Args:
         limit: ``H``, positive.
         binarization: How weights become binary in training.
         evaluation: ``real``: the real weights are used in evaluation, and there are no codes.
-        seed: Of what is drawn.
+        seed: Seed of the random draws.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class BinaryConnectWeight(Quantizer):
         """Nothing to set."""
 
     def probability(self, x: Tensor) -> Tensor:
-        """That a weight becomes ``+limit`` when it is drawn."""
+        """Probability that a weight is drawn as ``+limit``."""
         return hard_sigmoid(x / self.limit)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class BinaryConnectWeight(Quantizer):
         needs=("labels",),
         fidelity="exact",
         summary="signs of real weights that are clipped to -1 .. 1 and take steps of a size that suits their layer",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=50,
     )
 )
@@ -168,12 +171,12 @@ class BinaryConnect(TrainingMethod):
         return BinaryConnectWeight(limit, binarization=self.binarization, evaluation=self.evaluation, seed=seed)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        raise SpecError("binary_connect leaves inputs in float; ask for activation_bits=None (32 on the command line)")
+        raise SpecError("binary_connect leaves inputs in float. Pass activation_bits=None.")
 
     def attach(self, job: QatJob) -> None:
         generator = job.generator()
 
-        def weight_quantizer(slot: Slot) -> Quantizer:  # each with a seed of its own, of which generators use the lower 32 bits
+        def weight_quantizer(slot: Slot) -> Quantizer:  # each has its own seed; generators use its lower 32 bits
             return self.weight_quantizer(slot, int(torch.randint(2**32, (), generator=generator)))
 
         job.insert(weight_quantizer, self.activation_quantizer)
@@ -181,11 +184,11 @@ class BinaryConnect(TrainingMethod):
 
     @staticmethod
     def glorot(layer: nn.Module) -> tuple[float, float]:
-        """The learning-rate scale and the limit that suit a layer."""
+        """Learning-rate scale and limit of a layer."""
         return glorot_scales(*fans(tuple(insert.float_weight(layer).shape), is_transposed=isinstance(layer, TRANSPOSED)))
 
     def step_scale(self, layer: nn.Module) -> float:
-        """The factor of the steps of a layer's weight."""
+        """Factor of the steps of a layer's weight."""
         return self.glorot(layer)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:

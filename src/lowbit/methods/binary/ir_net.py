@@ -1,11 +1,13 @@
-"""IR-Net: binary weights of balanced, standardized filters with a power of two as scale, and a gradient that grows steep.
+"""IR-Net: binary weights from balanced, standardized filters with power-of-two scales, and a gradient that steepens.
 
 Paper: Qin, Gong, Liu, Shen, Wei, Yu, Song 2020, "Forward and Backward Information Retention for Accurate Binary Neural Networks",
     CVPR. Section 3.2 (Libra parameter binarization, Eq. 7-10), section 3.3 (error-decay estimator, Eq. 12-15).
 Symbols: w_std -> standardized, s -> exponent, t -> steepness, k -> height.
-Deviations: zero counts as positive; a filter whose weights are all alike, or of a single weight, is not divided by its deviation. The paper's
-    networks have Hardtanh where others have ReLU as soon as inputs are binary: ``hardtanh`` replaces ``nn.ReLU`` modules; where inputs are
-    never negative all the same, a batch norm stands before the sign.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - A filter of equal weights, or of a single weight, is not divided by its standard deviation, which is 0.
+    - ``hardtanh`` replaces ``nn.ReLU`` modules where inputs are binary, as the paper's networks have Hardtanh there; where inputs are never
+      negative nonetheless, a batch norm is inserted before the sign.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from lowbit.surrogates import ErrorDecay, Surrogate
 def standardize(weight: Tensor, granularity: Granularity) -> Tensor:
     """``(w - mean) / std`` for each filter, unbiased; differentiable through both. Source: Eq. 8.
 
-    A filter of one weight is left as it is. One whose weights are all alike, but for rounding, is 0 and not divided.
+    A filter of one weight is left unchanged. One whose weights are equal up to rounding becomes 0 without division.
     """
     rows = granularity.flatten(weight)
     if rows.shape[1] < 2:
@@ -87,7 +89,7 @@ class LibraWeight(ScaledSignQuantizer):
         needs=("labels",),
         fidelity="exact",
         summary="standardized binary weights with powers of two as scales, a gradient that turns from a line into the sign",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=50,
     )
 )
@@ -96,9 +98,9 @@ class IrNet(TrainingMethod):
     """Balanced binary weights and the error-decay estimator.
 
     Attributes:
-        t_min, t_max: Steepness of the estimator in the first epoch and, nearly, in the last. (One of the authors' scripts has 0.001.)
-        hardtanh: Where inputs are binary, put Hardtanh in the place of ``nn.ReLU`` modules, as in the paper's networks.
-        shortcuts: Where inputs are binary, give each convolution of a residual block a shortcut of its own, as the paper's ResNet-20 has:
+        t_min, t_max: Steepness of the estimator in the first and (nearly) in the last epoch; one of the authors' scripts starts at 0.001.
+        hardtanh: Where inputs are binary, replace ``nn.ReLU`` modules by Hardtanh, as in the paper's networks.
+        shortcuts: Where inputs are binary, give each convolution of a residual block its own shortcut, as the paper's ResNet-20 has:
             ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 

@@ -1,10 +1,13 @@
-"""ReActNet: signs and activations with learned shifts, a loss that is the teacher's distribution alone, two steps.
+"""ReActNet: signs and activations with learned shifts, trained in two steps on nothing but the teacher's distribution.
 
 Paper: Liu, Shen, Savvides, Cheng 2020, "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions", ECCV.
     Section 4.2 (RSign, RPReLU, Eq. 2-4), section 4.3 (distributional loss, Eq. 5), section 5.1 (two steps).
 Symbols: alpha -> minus shift (of RSign), beta -> slope, gamma and zeta -> shifts of RPReLU, f -> ``ShiftedPReLU``.
-Deviations: zero counts as positive. Without a teacher the loss is the task's. Outside of residual blocks ReLUs stay, with a batch norm
-    in front of a sign whose inputs are never negative.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - Without a teacher the loss is the task's, as there is no distribution to match.
+    - Outside of residual blocks ReLUs stay, with a batch norm in front of a sign whose inputs are never negative, because those
+      signs would all be equal.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class ChannelShift(nn.Module):
     """``x + shift`` with a learned shift for each channel, 0 at the start; before a sign it is RSign with ``alpha = -shift``. Source: Eq. 2.
 
     Args:
-        layer: Convolution (channels come second) or linear layer (features come last) in front of which it stands.
+        layer: The layer that follows: a convolution (channels come second) or a linear layer (features come last).
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -67,7 +70,7 @@ class ChannelShift(nn.Module):
         needs=("labels", "teacher"),
         fidelity="exact",
         summary="Bi-Real Net with learned shifts before signs and around PReLUs, trained on a teacher's distribution in two steps",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=25,
     )
 )
@@ -76,10 +79,10 @@ class ReactNetMethod(TrainingMethod):
     """Learned shifts, distributional loss, two steps.
 
     Attributes:
-        shortcuts: Give each convolution of a residual block a shortcut of its own and a PReLU with shifts, where inputs are binary:
+        shortcuts: Give each convolution of a residual block its own shortcut and a PReLU with shifts where inputs are binary:
             ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
         real_weights: Share of the epochs in which weights are real and inputs binary.
-        real_weight_decay: Weight decay of that step; the second has the recipe's own (the paper: none).
+        real_weight_decay: Weight decay of that step; the second step uses the recipe's (none in the paper).
     """
 
     ends = "float"
@@ -89,7 +92,7 @@ class ReactNetMethod(TrainingMethod):
     real_weight_decay: Annotated[float, AtLeast(0)] = 1e-5
 
     def default_recipe(self) -> Recipe:
-        """ResNets on ImageNet, both steps of 128 epochs; the teacher's outputs are all the loss."""
+        """ResNets on ImageNet, two steps of 128 epochs each; the loss uses the teacher's outputs only."""
         return Recipe(256, 512, OptimizerSpec("adam", 2.5e-3, weight_decay=0.0, schedule="linear"), distillation=1.0)
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
@@ -103,7 +106,7 @@ class ReactNetMethod(TrainingMethod):
             change_network(job, self.shortcuts, ShiftedPReLU)
 
         def activation_quantizer(slot: Slot) -> Quantizer:
-            if slot.is_signed:  # elsewhere a norm stands before the sign, which shifts as well
+            if slot.is_signed:  # elsewhere a norm precedes the sign, which shifts as well
                 insert.set_input_transform(slot.layer, ChannelShift(slot.layer))
             return self.activation_quantizer(slot)
 

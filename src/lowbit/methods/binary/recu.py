@@ -3,9 +3,12 @@
 Paper: Xu, Lin, Liu, Chen, Shao, Gao, Tian, Ji 2021, "ReCU: Reviving the Dead Weights in Binary Neural Networks", ICCV.
     Section 3.2 (rectified clamp unit, Eq. 8-12), section 3.3 (entropy, Eq. 17-19), section 3.4 (tau), section 4.1 (schedule).
 Symbols: w -> weight, tau -> tau, Q(tau) -> quantile, b -> spread, alpha -> scale.
-Deviations: zero counts as positive. ``alpha`` multiplies the binary weight instead of the layer's output: the same but for a bias, which
-    is not multiplied here. The paper's networks have Hardtanh where others have ReLU: ``hardtanh`` replaces ``nn.ReLU`` modules; where inputs
-    are never negative all the same, a batch norm stands before the sign.
+Differs from the paper:
+    - Zero counts as positive, because one bit has no third level.
+    - ``alpha`` multiplies the binary weight instead of the layer's output, so that the scale is stored with the weight. The only
+      difference is that a bias is not multiplied.
+    - ``hardtanh`` replaces ``nn.ReLU`` modules, as the paper's networks have Hardtanh there; where inputs are never negative nonetheless, a
+      batch norm is inserted before the sign.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from lowbit.surrogates import pass_gradient
 from lowbit.surrogates.approx_sign import approx_sign
 
 EPSILON = 1e-5
-E = 2.71828  # as in the authors' program
+E = 2.71828  # as in the authors' code
 
 
 def tau_at(epoch: float, epochs: float, tau_min: float = 0.85, tau_max: float = 0.99) -> float:
@@ -45,7 +48,7 @@ def tau_at(epoch: float, epochs: float, tau_min: float = 0.85, tau_max: float = 
 def standardize(weight: Tensor, granularity: Granularity) -> Tensor:
     """``2 sqrt(2) (w - mean) / sqrt(var + 1e-5)`` for each filter, unbiased variance; differentiable through both. Source: Eq. 17.
 
-    A filter of one weight is left as it is.
+    A filter of one weight is left unchanged.
     """
     rows = granularity.flatten(weight)
     if rows.shape[1] < 2:
@@ -56,7 +59,7 @@ def standardize(weight: Tensor, granularity: Granularity) -> Tensor:
 
 
 def laplace_quantile(standardized: Tensor, tau: float | Tensor) -> Tensor:
-    """Where a Laplace distribution around 0 with the spread ``mean |w|`` reaches the probability ``tau``: ``-spread ln(2 - 2 tau)``.
+    """Quantile ``tau`` of a Laplace distribution around 0 with the spread ``mean |w|``: ``-spread ln(2 - 2 tau)``.
 
     Infinite for ``tau`` 1, 0 without spread; without gradient. Source: Eq. 9.
     """
@@ -77,7 +80,7 @@ class RecuWeight(TableQuantizer):
     signs. Source: Eq. 8-12 and 17.
 
     Args:
-        granularity: Which elements are a filter.
+        granularity: Which elements form a filter.
         scale_init: ``uniform``: drawn from [0, 1), as the authors do; ``magnitude``: the filter's mean magnitude.
         generator: Draws the scales.
     """
@@ -119,7 +122,7 @@ class RecuActivation(SignQuantizer):
     """The sign, with the gradient of ApproxSign at the normalized input.
 
     Forward: 1 where ``x >= 0``, else -1. Backward: ``max(2 - 2|z|, 0)`` at ``z = x / sqrt(var + 1e-5)`` with the unbiased variance of each
-    sample, and on through ``z``; in evaluation ``z = x``. Source: section 4.1 and the authors' program.
+    sample, and on through ``z``; in evaluation ``z = x``. Source: section 4.1 and the authors' code.
     """
 
     def proxy(self, x: Tensor) -> Tensor:
@@ -143,8 +146,8 @@ class RecuActivation(SignQuantizer):
         activation_bits=range(1, 2),
         needs=("labels",),
         fidelity="exact",
-        summary="weights in the tails are clamped before the sign, less and less, so that they come alive again",
-        evidence="held against the authors' program",
+        summary="weights in the tails are clamped before the sign, ever less, so that their gradients revive",
+        evidence="checked against the authors' code",
         margin_points=50,
     )
 )
@@ -153,10 +156,10 @@ class Recu(TrainingMethod):
     """Binary weights whose tails are clamped.
 
     Attributes:
-        tau_min, tau_max: Probability at which weights are clamped in the first epoch and, nearly, in the last; above 0.5, at most 1.
-        scale_init: Scales of filters at the start: ``uniform`` from [0, 1), as the authors do, or ``magnitude``, the mean magnitude.
-        hardtanh: Where inputs are binary, put Hardtanh in the place of ``nn.ReLU`` modules, as in the paper's networks.
-        shortcuts: Where inputs are binary, give each convolution of a residual block a shortcut of its own, as the paper's ResNet-20 has:
+        tau_min, tau_max: Quantile at which weights are clamped in the first and (nearly) in the last epoch; above 0.5, at most 1.
+        scale_init: Initial scales of filters: ``uniform`` from [0, 1), as the authors do, or ``magnitude``, the mean magnitude.
+        hardtanh: Where inputs are binary, replace ``nn.ReLU`` modules by Hardtanh, as in the paper's networks.
+        shortcuts: Where inputs are binary, give each convolution of a residual block its own shortcut, as the paper's ResNet-20 has:
             ``auto``: if the network has residual blocks; ``yes``: an error if it has none; ``no``.
     """
 
@@ -169,7 +172,7 @@ class Recu(TrainingMethod):
     shortcuts: Shortcuts = "auto"
 
     def default_recipe(self) -> Recipe:
-        """CIFAR-10; the rate warms up in steps of a batch, not of an epoch."""
+        """CIFAR-10; the learning rate warms up per batch, not per epoch."""
         return Recipe(600, 256, OptimizerSpec(learning_rate=0.1, weight_decay=5e-4, warmup=5 / 600))
 
     def __post_init__(self) -> None:

@@ -1,11 +1,13 @@
-"""DAQ: rounding as a soft choice between two levels that is always equally sharp, corrected to equal the hard one.
+"""DAQ: rounding as a soft assignment to two levels, equally sharp everywhere and corrected to equal hard rounding.
 
 Paper: Kim, Lee, Ham 2021, "Distance-aware Quantization", ICCV.
     Section 3.1 (quantizer), section 3.2 and Eq. 5-10 (distance-aware soft rounding and its temperature controller).
 Symbols: gamma -> gamma, sigma -> sigma, l and u -> lower and upper, beta -> output_scale, r -> the rounded code.
-Deviations: the forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
-    ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``; where a layer's input can be negative, activations become ``2 q - 1``
-    on ``[-upper, upper]``; where a layer's weight stays in float, its input's levels hold the output scale.
+Differs from the paper:
+    - The forward pass rounds, which the soft rounding equals by construction, and the backward pass is its closed form,
+      ``gamma / (2 sinh gamma) coth(|z - 1/2| + 1 / (2 sigma**2))``: the same values at less cost.
+    - Where a layer's input can be negative, activations become ``2 q - 1`` on ``[-upper, upper]``, so that both signs have levels.
+    - Where a layer's weight stays in float, the levels of its input include the output scale, as there is no weight quantizer to hold it.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ class DaqWeight(NormalizedQuantizer):
         super().__init__(bit_width, is_centred=True, has_output_scale=True, surrogate=DistanceAwareRounding(gamma, sigma))
 
     def initialize(self, x: Tensor) -> None:
-        """The interval is three standard deviations either side."""
+        """Start at an interval of three standard deviations on either side."""
         self.set_interval(x.new_tensor(-3.0), x.new_tensor(3.0))
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The standardized weights; those that are all alike lie at the end of the interval that has their sign."""
+        """The standardized weights; weights that are all equal lie at the end of the interval with their sign."""
         values = x.detach()
         mean, std = values.mean(), values.std() if values.numel() > 1 else values.new_zeros(())
         is_constant = std <= 1e-6 * mean.abs()
@@ -71,7 +73,7 @@ class DaqActivation(NormalizedQuantizer):
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="the gradient of a soft rounding that equals the hard one in the forward pass",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=60,
     )
 )

@@ -3,9 +3,12 @@
 Paper: Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan 2019, "Differentiable Soft Quantization: Bridging Full-Precision and Low-Bit Neural
     Networks", ICCV. Section 3.2 (Eq. 3-8, the soft curve), section 3.3 (learned sharpness), section 3.4 (learned range).
 Symbols: l and u -> lower and upper, alpha -> alpha, Delta -> step, Q_S -> the soft curve, Q_H -> the forward pass.
-Deviations: the forward pass is the hard one, as in the paper's algorithm 1; ``alpha_decay`` is not given in the paper; ranges start at
-    2.6 standard deviations around the mean for weights, as in the authors' later toolkit, and at the least squared error for activations.
-    ``bounds="observed"`` is the form of that toolkit: an affine grid that follows the data, and a fixed alpha.
+Differs from the paper:
+    - The forward pass is the hard one, as in the paper's algorithm 1, so that training sees the values that are exported.
+    - ``alpha_decay`` has a default of this library, as the paper gives none.
+    - Ranges of weights start at 2.6 standard deviations around the mean, as in the authors' later toolkit, and ranges of activations at the
+      least squared error, which suits inputs of any distribution.
+    - ``bounds="observed"`` selects that toolkit's variant: an affine grid that follows the data, and a fixed alpha.
 """
 
 from __future__ import annotations
@@ -50,13 +53,13 @@ class DsqQuantizer(GridQuantizer):
 
     Args:
         bit_width: 1 to 8.
-        spread: Start at so many standard deviations around the mean (weights); ``None``: at the range of least squared error.
-        alpha: Sharpness at the start.
+        spread: Initial range in standard deviations around the mean (weights); ``None``: the range of least squared error.
+        alpha: Initial sharpness.
         alpha_decay: ``penalty`` is ``alpha_decay * alpha**2``.
         granularity: Which elements share bounds; not with ``spans_data``.
         momentum: Use ``(1 - momentum) * running + momentum * learned`` bounds in training, the running ones in evaluation; ``None``:
             the learned bounds. The running bounds are where the learned ones started.
-        spans_data: The levels span the clipped values from the least to the largest instead of the bounds.
+        spans_data: Whether the levels span the clipped values from the smallest to the largest instead of the bounds.
     """
 
     tables = ("running_lower", "running_upper", "lower", "upper")
@@ -139,7 +142,7 @@ class DsqQuantizer(GridQuantizer):
 
 
 class ObservedDsqQuantizer(GridQuantizer):
-    """An affine grid with whole zero points that follows the data, and the soft gradient of fixed sharpness.
+    """An affine grid with integer zero points that follows the data, and the soft gradient of fixed sharpness.
 
     Forward: ``(clamp(round(x / scale + zero_point), 0, 2**k - 1) - zero_point) * scale``. Backward: that of ``SoftTanh`` to ``x``; scale
     and zero point get none. Every training pass sets them: for weights from ``mean -+ 2.6 std``, for activations from moving averages
@@ -147,7 +150,7 @@ class ObservedDsqQuantizer(GridQuantizer):
 
     Args:
         bit_width: 2 to 8.
-        is_weight: Which of the two.
+        is_weight: Whether it quantizes weights; else activations.
         granularity: Which elements share a scale.
         alpha: Sharpness.
     """
@@ -231,7 +234,7 @@ class ObservedDsqQuantizer(GridQuantizer):
         needs=("labels", "pretrained"),
         fidelity="equations",
         summary="a tanh staircase as derivative, its sharpness and range learned",
-        evidence="held against two re-implementations, one by the same group",
+        evidence="checked against two re-implementations, one by the same group",
         margin_points=60,
     )
 )
@@ -241,9 +244,9 @@ class Dsq(TrainingMethod):
 
     Attributes:
         alpha: Sharpness at the start, 0.001 (close to the step) to 0.5. ``none``: 0.2, or 0.4 where it is fixed.
-        alpha_decay: Weight of ``alpha**2`` in the loss; the paper constrains the norm of alpha and does not say how strongly.
-        bounds: ``learned`` by gradients; ``blended``: a tenth of the learned bound and the rest where it started; ``observed``: an
-            affine grid that follows the data, with a fixed alpha, 2 bits or more.
+        alpha_decay: Weight of ``alpha**2`` in the loss; the paper constrains the norm of alpha without saying how strongly.
+        bounds: ``learned``: by gradients; ``blended``: a tenth of the learned bound plus nine tenths of its start; ``observed``: an
+            affine grid that follows the data, with a fixed alpha, for 2 bits or more.
         weight_granularity: ``per_tensor``, ``per_channel`` or ``group:SIZE``.
     """
 

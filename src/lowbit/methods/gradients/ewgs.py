@@ -3,9 +3,12 @@
 Paper: Lee, Kim, Ham 2021, "Network Quantization with Element-wise Gradient Scaling", CVPR.
     Section 3.1 (quantizer), Eq. 4 (gradient scaling), section 3.3 and Eq. 9-11 (the factor from the Hessian's trace).
 Symbols: l and u -> lower and upper, delta -> delta, x_q -> discretized, alpha -> output_scale.
-Deviations: as in the authors' program, the gradient's size in the factor is three standard deviations; the interval is kept from
-    closing; where a layer's input can be negative, activations become ``2 q - 1``; where a layer's weight stays in float, its input's
-    levels hold the output scale; short runs update ``delta`` once at least.
+Differs from the paper:
+    - The size of the gradient in the factor is three standard deviations, as in the authors' code.
+    - The interval is kept from closing, because an empty one divides by zero.
+    - Where a layer's input can be negative, activations become ``2 q - 1``, so that both signs have levels.
+    - Where a layer's weight stays in float, the levels of its input include the output scale, as there is no weight quantizer to hold it.
+    - ``delta`` is updated at least once, even in runs shorter than the update interval.
 """
 
 from __future__ import annotations
@@ -67,11 +70,11 @@ def hutchinson_trace(
     (signed) value. Source: Eq. 10; Hutchinson 1990.
 
     Args:
-        gradient: Of the loss with respect to ``tensor``, with its graph.
-        tensor: Where the Hessian is taken.
+        gradient: Gradient of the loss with respect to ``tensor``, with its graph.
+        tensor: Tensor at which the Hessian is taken.
         probes: Vectors shaped like ``tensor``.
-        max_iterations: At most so many.
-        tolerance: When to stop.
+        max_iterations: Maximum number of probes.
+        tolerance: Relative change below which to stop.
 
     Returns:
         The mean of the ``h_i``, and the ``h_i``.
@@ -93,15 +96,15 @@ def hutchinson_trace(
 def estimate_deltas(
     quantizers: Sequence[NormalizedQuantizer], losses: Iterable[Callable[[], Tensor]], probes: Probes, *, max_iterations: int = 50
 ) -> list[float | None]:
-    """The scaling factor of every quantizer: ``max(0, mean of trace / numel / (3 std(g)))`` over the batches. Source: Eq. 11.
+    """Scaling factor of every quantizer: ``max(0, mean of trace / numel / (3 std(g)))`` over the batches. Source: Eq. 11.
 
-    ``None`` for a quantizer that has no part in the losses.
+    ``None`` for a quantizer that does not contribute to the losses.
 
     Args:
         quantizers: Activations first, then weights, as the authors do.
-        losses: One for each batch; called in training mode, it runs the network and gives the loss.
-        probes: ``probes(batch, quantizer, shape)`` gives random vectors of +-1.
-        max_iterations: Probes for each tensor and batch at most.
+        losses: One function per batch; called in training mode, it runs the network and returns the loss.
+        probes: ``probes(batch, quantizer, shape)`` yields random vectors of +-1.
+        max_iterations: Maximum number of probes per tensor and batch.
     """
     shares: list[list[float]] = [[] for _ in quantizers]
     for quantizer in quantizers:
@@ -114,13 +117,13 @@ def estimate_deltas(
                 if tensor is None or not tensor.requires_grad:
                     continue
                 gradient = torch.autograd.grad(loss, tensor, create_graph=True, allow_unused=True)[0]
-                if gradient is not None:  # it is for a tensor that had no part in the loss
+                if gradient is not None:  # None for a tensor that did not contribute to the loss
                     vectors = probes(batch, index, tensor.shape)
                     trace, _ = hutchinson_trace(gradient, tensor, vectors, max_iterations=max_iterations)
                     size = 3 * float(gradient.detach().std()) if gradient.numel() > 1 else 0.0
                     shares[index].append(trace / tensor.numel() / size if size > 0 else 0.0)
             for quantizer in quantizers:
-                quantizer.discretized = None  # lets go of the graph
+                quantizer.discretized = None  # frees the autograd graph
     finally:
         for quantizer in quantizers:
             quantizer.is_probed, quantizer.discretized = False, None
@@ -140,7 +143,7 @@ def estimate_deltas(
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="scales every gradient element by how far it is from the next decision point, by the loss's curvature",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=60,
     )
 )
@@ -150,11 +153,11 @@ class Ewgs(NormalizingMethod):
 
     Attributes:
         delta: Strength of the scaling before its first update; 0 is the straight-through estimator. The authors' runs with a fixed
-            strength (``delta_interval=0``) have 0.001.
-        delta_interval: Epochs between updates of the strength from the Hessian's trace (10 for CIFAR-10, 1 for ImageNet), half of the run
-            where that is less; 0: never. An update costs some twenty backward passes for each quantizer and batch.
-        delta_batches: Batches that an update looks at (3 for CIFAR-10, 10 of 16 images for ImageNet).
-        delta_probes: Random vectors for each tensor and batch at most.
+            strength (``delta_interval=0``) use 0.001.
+        delta_interval: Epochs between updates of the strength from the Hessian's trace (10 for CIFAR-10, 1 for ImageNet), at most half of
+            the run; 0: never. An update costs some twenty backward passes per quantizer and batch.
+        delta_batches: Batches used by an update (3 for CIFAR-10, 10 of 16 images for ImageNet).
+        delta_probes: Maximum number of random vectors per tensor and batch.
     """
 
     ends = "float"
@@ -180,7 +183,7 @@ class Ewgs(NormalizingMethod):
             self.update_deltas(run)
 
     def update_deltas(self, run: TrainRun) -> None:
-        """Estimate the strength of every quantizer anew, where the run can give batches; running statistics of norms move as in training."""
+        """Estimate the strength of every quantizer again, if the run provides batches; norms update their running statistics as in training."""
         chosen = scaled_quantizers(run.model)
         if run.batches is None or not chosen:
             return
@@ -196,7 +199,7 @@ class Ewgs(NormalizingMethod):
                 batch = map_tensors(batch, lambda tensor: tensor.to(device))
                 yield lambda batch=batch: run.task_loss(batch)  # type: ignore[misc]
 
-        # neither compiled graphs nor wrappers that gather gradients can be differentiated twice
+        # compiled graphs and wrappers that gather gradients cannot be differentiated twice
         wrapped, run.wrapped = run.wrapped, None
         try:
             deltas = estimate_deltas(chosen, losses(), probes, max_iterations=self.delta_probes)

@@ -4,8 +4,10 @@ Paper: Chen, Wang, Pan 2019, "MetaQuant: Learning to Quantize by Learning to Pen
     Section 3.1 (Eq. 3-6, meta quantizers), section 3.2 (Eq. 7-10, training), section 4.1 (settings).
 Symbols: M_phi -> meta network, g_Wb -> the gradient at the quantized weight, W~ -> preprocessed weight, pi -> refined_gradient,
     dA/dW -> calibration.
-Deviations: the meta network starts as the factor 1 (chance may give a negative one, which turns every update around). The look-ahead
-    weight is the paper's; ``look_ahead="stored"`` is the authors' program's, which looks ahead along the update it has applied before.
+Differs from the paper:
+    - The meta network starts as the factor 1, because a random start may give a negative factor, which reverses every update.
+    - The look-ahead weight is the paper's; ``look_ahead="stored"`` is that of the authors' code, which looks ahead along the update that
+      it applied before.
 """
 
 from __future__ import annotations
@@ -88,9 +90,9 @@ class LstmFc(nn.Module):
 
 
 def _product(linears: Iterable[nn.Module]) -> Tensor:
-    """The one factor that layers without anything between them are, shape ``()``.
+    """The factor that consecutive linear layers amount to, shape ``()``.
 
-    Multiplying the layers first spares ``hidden`` numbers for every weight of the network.
+    Multiplying the layers first saves ``hidden`` numbers for every weight of the network.
     """
     product: Tensor | None = None
     for linear in linears:
@@ -102,7 +104,7 @@ def _product(linears: Iterable[nn.Module]) -> Tensor:
 
 @torch.no_grad()
 def _start_at_one(linears: list[nn.Linear]) -> None:
-    """Positive weights whose product over the layers is 1, with the spread of the present ones."""
+    """Make weights positive with a product of 1 over the layers, keeping their spread."""
     for linear in linears:
         linear.weight.copy_((linear.weight / linear.weight.abs().mean().clamp(min=_TINY)).abs().clamp(min=0.1))
     linears[-1].weight.div_(_product(linears))
@@ -113,9 +115,9 @@ class LookAhead:
     """Where the next passes run.
 
     Attributes:
-        meta_gradient: Gives ``m``, differentiable in the meta network; called in every pass, so that each has a graph of its own.
-        update: What is taken from the weight times the learning rate, a constant.
-        learning_rate: Of the weights.
+        meta_gradient: Returns ``m``, differentiable in the meta network; called in every pass, so that each has its own graph.
+        update: Update that is subtracted from the weight, times the learning rate; a constant.
+        learning_rate: Learning rate of the weights.
         value: ``m`` without its graph.
         state: The next state of the meta network, if it has one.
         bias: The layer's bias as it was before it was moved ahead.
@@ -138,10 +140,10 @@ class MetaQuantizer(TableQuantizer):
 
     Args:
         bit_width: 1 to 8; 1 for ``bwn`` and ``bwn_f``.
-        base: Which quantizer.
-        granularity: For ``bwn_f``.
+        base: Base quantizer.
+        granularity: Granularity of the scales of ``bwn_f``.
 
-    All bit-widths share what the meta network remembers.
+    All bit-widths share the memory of the meta network.
     """
 
     tables = ("last_gradient", "last_weight", "last_update", "last_bias_update", "state")
@@ -177,7 +179,7 @@ class MetaQuantizer(TableQuantizer):
         """Nothing to set."""
 
     def calibration(self, x: Tensor) -> Tensor:
-        """``C``: what the preprocessing contributes to the gradient, without the factors that cancel; a constant."""
+        """``C``: contribution of the preprocessing to the gradient, without the factors that cancel; a constant."""
         if self.base != "dorefa":
             return torch.ones_like(x)
         t = torch.tanh(x.detach())
@@ -239,12 +241,12 @@ class MetaQuantizer(TableQuantizer):
         return self._captured
 
     def remember(self, weight: Tensor, gradient_scale: float = 1.0, reduce_mean: Callable[[Tensor], None] = lambda _: None) -> bool:
-        """Keep what the meta network looks at in the next step; ``False`` where that is not finite, and nothing is kept.
+        """Keep the inputs of the meta network for the next step; ``False`` if they are not finite, in which case nothing is kept.
 
         Args:
             weight: The float weight.
-            gradient_scale: The factor that is in the gradients, which may have made them infinite.
-            reduce_mean: Averages over processes. One whose layer rested takes part without a gradient of its own.
+            gradient_scale: Loss scale contained in the gradients, which may have made them infinite.
+            reduce_mean: Averages over processes; one whose layer did not run takes part without a gradient.
         """
         captured, preprocessed = self.captured, self._preprocessed
         if captured is None or preprocessed is None:
@@ -313,7 +315,7 @@ def refined_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, 
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="a small network, trained along, turns gradients at quantized weights into gradients for the float ones",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=50,
     )
 )
@@ -324,12 +326,12 @@ class MetaQuant(TrainingMethod):
     Attributes:
         base: The forward quantizer: ``dorefa``, ``bwn`` (one scale) or ``bwn_f`` (a scale for each channel), the last two at 1 bit.
         meta: The meta network: ``fc_grad``, ``multi_fc`` or ``lstm_fc``.
-        hidden: Its width.
-        layers: Its fully connected layers, in ``multi_fc``.
-        activation: Between the layers of ``multi_fc``: ``none``, ``relu`` or ``tanh``.
-        meta_learning_rate: Of its Adam.
-        look_ahead: ``refined``: the pass runs where the coming update will lead (the paper); ``stored``: where the last one would lead
-            once more, biases too (the authors' program).
+        hidden: Width of the meta network.
+        layers: Number of fully connected layers in ``multi_fc``.
+        activation: Activation between the layers of ``multi_fc``: ``none``, ``relu`` or ``tanh``.
+        meta_learning_rate: Adam learning rate of the meta network.
+        look_ahead: ``refined``: the pass runs where the coming update will lead (the paper); ``stored``: where the last update would lead
+            if repeated, biases too (the authors' code).
     """
 
     ends = "same"
@@ -349,7 +351,7 @@ class MetaQuant(TrainingMethod):
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         if self.base != "dorefa" and slot.bit_width != 1:
             raise SpecError(f"metaquant: base {self.base!r} has 1 bit, got {slot.bit_width} weight bits. Use base 'dorefa', or 1 bit.")
-        # as in the authors' program, linear layers have one scale
+        # linear layers have one scale, as in the authors' code
         base: Base = "bwn" if self.base == "bwn_f" and isinstance(slot.layer, nn.Linear) else self.base
         return MetaQuantizer(slot.bit_width, base, Granularity.channel(slot.channel_axis))
 
@@ -403,13 +405,13 @@ class MetaQuant(TrainingMethod):
             weight, bias, pending = insert.float_weight(layer), _bias(layer), quantizer.pending
             if pending is not None and pending.bias is not None and bias is not None:
                 bias.copy_(pending.bias)
-            if weight.grad is None:  # the layer rested, in every process
+            if weight.grad is None:  # the layer did not run, in any process
                 quantizer.forget()
                 continue
             if not quantizer.remember(weight.detach(), run.gradient_scale, run.reduce_mean):
                 continue
             update, bias_update = weight.grad, None if bias is None else bias.grad
-            if pending is None:  # its first step only gathers what the meta network looks at
+            if pending is None:  # the first step only gathers the inputs of the meta network
                 weight.grad = None
                 if bias is not None:
                     bias.grad = None

@@ -1,12 +1,14 @@
-"""ProxQuant: weights are drawn to their quantized values by a proximal step, more and more; no gradient passes a quantizer.
+"""ProxQuant: a proximal step pulls weights to their quantized values, ever more strongly; no gradient passes a quantizer.
 
 Paper: Bai, Wang, Liberty 2019, "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR.
     Section 3.1 (algorithm 1), section 3.2 (W-shaped regularizers and their proximal maps, Eq. 6-9), section 3.3 (homotopy).
 Symbols: lambda -> strength, R -> the regularizer of each kind, theta -> the float weights.
-Deviations: the strength is spread over the user's epochs so that the whole pull is ``pull``, linearly growing; ``reg_rate`` is the authors'
-    schedule, learning rate x reg_rate x epoch. A weight of exactly 0 counts as +1 where it is stored, and so does a residual of 0 in
-    bit planes (the authors: a random sign). From the moment weights are frozen their levels are too: quantizing quantized weights
-    anew would in general move them.
+Differs from the paper:
+    - The strength is spread over the run's epochs so that it grows linearly and adds up to ``pull``, which suits
+      runs of any length. ``reg_rate`` selects the authors' schedule, learning rate x ``reg_rate`` x epoch.
+    - A weight of exactly 0 is stored as +1, and so is a residual of 0 in bit planes, so that results are reproducible; the authors draw a
+      random sign.
+    - When weights are frozen their levels are frozen too, because quantizing quantized weights again would in general move them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from lowbit.surrogates import pass_gradient
 Kind = Literal["binary", "ternary", "mean", "median"]
 REFINEMENTS = 3  # rounds of the alternating quantizer
 TERNARY_THRESHOLD = 0.7  # times mean |w|
-DRAWN = "drawn"  # the role of weights that are drawn to quantized values, and frozen in the end
+DRAWN = "drawn"  # the role of weights that are pulled to quantized values and finally frozen
 _EPSILON = 1e-6
 
 
@@ -72,7 +74,7 @@ def prox_median(weight: Tensor, bit_width: int, strength: float, *, by_row: bool
 
 
 def prox_mean(weight: Tensor, bit_width: int, strength: float, *, by_row: bool = True, rounds: int = 1) -> Tensor:
-    """``rounds`` times: the alternating quantizer of the present point, and from ``weight`` a step towards it."""
+    """``rounds`` times: quantize the current point by alternation, then step from ``weight`` towards the result."""
     point = weight
     for _ in range(rounds):
         point = prox_towards(weight, alternating(point, bit_width, by_row=by_row).values, strength)
@@ -101,7 +103,7 @@ def _lower_median(x: Tensor, by_row: bool) -> Tensor:
 
 
 def greedy_median(weight: Tensor, bit_width: int, *, by_row: bool = True) -> tuple[Tensor, Tensor]:
-    """Bit planes by the sign of what is left, each times the (lower) median of its magnitude; values and ``[bits, rows or 1]``."""
+    """Bit planes by the sign of the residual, each times the (lower) median of its magnitude; values and ``[bits, rows or 1]``."""
     residual, alphas = weight, []
     for _ in range(bit_width):
         alphas.append(_lower_median(residual.abs(), by_row))
@@ -110,7 +112,7 @@ def greedy_median(weight: Tensor, bit_width: int, *, by_row: bool = True) -> tup
 
 
 def alternating(weight: Tensor, bit_width: int, *, by_row: bool = True, rounds: int = REFINEMENTS, norm_rate: float = 1.0) -> BitPlanes:
-    """A matrix as a sum of bit planes: greedy first, then magnitudes by least squares and planes by turns.
+    """A matrix as a sum of bit planes: a greedy start, then magnitudes by least squares and planes in turn.
 
     Args:
         weight: ``[rows, columns]``.
@@ -135,7 +137,7 @@ def alternating(weight: Tensor, bit_width: int, *, by_row: bool = True, rounds: 
 
 
 def _least_squares(weight: Tensor, planes: Tensor, alphas: Tensor, by_row: bool) -> Tensor:
-    """Magnitudes of least squared error; by conjugate gradients, which a row without residual does not trouble."""
+    """Magnitudes of least squared error, by conjugate gradients, which also handle a row without residual."""
     if by_row:
         gram, moment = torch.einsum("kij,lij->ikl", planes, planes), torch.einsum("kij,ij->ik", planes, weight)
     else:
@@ -157,7 +159,7 @@ def _least_squares(weight: Tensor, planes: Tensor, alphas: Tensor, by_row: bool)
 
 
 def _assign(weight: Tensor, alphas: Tensor, *, greedy: bool) -> Tensor:
-    """The planes for given magnitudes: by the sign of what is left, or those of the nearest sum."""
+    """The planes for given magnitudes: by the sign of the residual, or those of the nearest sum."""
     if greedy:
         residual, planes = weight, []
         for index in range(alphas.shape[1]):
@@ -189,7 +191,7 @@ class ProxQuantizer(TableQuantizer):
 
     Args:
         bit_width: 1 for ``binary``, 2 for ``ternary``, else the number of planes.
-        kind: Which values.
+        kind: Kind of quantized values.
         granularity: Which weights share magnitudes; binary and ternary ones are per tensor.
 
     Sums of planes may have any bit-width; each has its own frozen levels, none where it is new.
@@ -212,7 +214,7 @@ class ProxQuantizer(TableQuantizer):
         self._set_table("levels", torch.empty(0))
 
     def initialize(self, x: Tensor) -> None:
-        """Nothing to set but that no levels are frozen."""
+        """Unfreeze the levels; there is nothing else to set."""
         self._set_table("levels", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,7 +237,7 @@ class ProxQuantizer(TableQuantizer):
 
     @torch.no_grad()
     def freeze(self, x: Tensor) -> Tensor:
-        """Keep the levels of ``x`` for good; gives the quantized values, which evaluation leaves as they are."""
+        """Freeze the levels of ``x``; returns the quantized values, which evaluation leaves unchanged."""
         encoded = self.encode(x)
         if isinstance(encoded.decoder, CodebookDecoder):
             self._set_table("levels", encoded.decoder.levels)
@@ -284,7 +286,7 @@ class ProxQuantizer(TableQuantizer):
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="float weights drawn to quantized values by a proximal step that grows, then frozen",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=55,
     )
 )
@@ -295,17 +297,17 @@ class ProxQuant(TrainingMethod):
     1 bit is binary: exactly +-1, so a batch norm has to follow each layer. 2 bits are ternary, more are sums of bit planes.
 
     Attributes:
-        two_bits: What 2 bits are: ``ternary``, or two bit planes (``mean`` or ``median``).
+        two_bits: Meaning of 2 bits: ``ternary``, or two bit planes (``mean`` or ``median``).
         planes: How bit planes are found: ``mean`` (alternating, squared distance) or ``median`` (greedy, absolute distance).
-        pull: What all proximal steps do together, whatever the epochs: 1 moves a binary or ``median`` weight by 1; of the distance of a
-            ternary or ``mean`` weight ``exp(-pull)`` is left. ``none``: 1.5 and 5.
-        reg_rate: The authors' schedule in its place: learning rate x ``reg_rate`` x epoch, 1e-4 in the paper's 300 epochs of
-            Adam at 0.01.
+        pull: Combined effect of all proximal steps, whatever the number of epochs: 1 moves a binary or ``median`` weight by 1, and
+            leaves ``exp(-pull)`` of the distance of a ternary or ``mean`` weight. ``none``: 1.5 and 5.
+        reg_rate: Use the authors' schedule instead: learning rate x ``reg_rate`` x epoch, 1e-4 in the paper's 300 epochs of Adam at
+            0.01.
         frozen_share: Share of the epochs that train the rest of the network with the quantized weights frozen.
-        freeze_epoch: Freeze after so many epochs, whatever the share.
-        lazy: Let the proximal map move what the forward pass sees and not the stored weights, which are only clipped to ``[-1, 1]``: the
-            paper's lazy counterpart, which is BinaryConnect where the map reaches the sign.
-        renew_optimizer: Start the optimizer's averages anew in every epoch, as the authors' program does.
+        freeze_epoch: Freeze after this many epochs; overrides the share.
+        lazy: Apply the proximal map to the forward pass only; stored weights are just clipped to ``[-1, 1]``. This is the paper's lazy
+            counterpart, which equals BinaryConnect once the map reaches the sign.
+        renew_optimizer: Reset the optimizer's averages at the start of every epoch, as the authors' code does.
     """
 
     two_bits: Literal["ternary", "mean", "median"] = "ternary"
@@ -318,7 +320,7 @@ class ProxQuant(TrainingMethod):
     renew_optimizer: bool = False
 
     def default_policy(self, bits: LayerBits) -> BitPolicy:
-        """Ternary networks keep the first and the last layer in float, all others quantize them as well."""
+        """Ternary networks keep the first and the last layer in float; all others quantize them too."""
         return BitPolicy(bits, LayerBits(None, None) if bits.weight == 2 and self.two_bits == "ternary" else None)
 
     def default_recipe(self) -> Recipe:
@@ -366,9 +368,9 @@ class ProxQuant(TrainingMethod):
                 weight.copy_(quantizer.proximal(weight, 0.0 if self.lazy else self.strength(run, quantizer.kind)))
 
     def strength(self, run: TrainRun, kind: Kind) -> float:
-        """The strength of the present step's proximal map: ``k / (1 + .. + n)`` of the whole pull in the ``k``-th of ``n`` steps.
+        """Strength of the current step's proximal map: ``k / (1 + .. + n)`` of the whole pull in the ``k``-th of ``n`` steps.
 
-        Maps of the squared distance leave ``1 / (1 + strength)`` of it, so that ``exp(share) - 1`` makes shares add up.
+        Maps of the squared distance leave ``1 / (1 + strength)`` of it, so shares add up with ``exp(share) - 1``.
         """
         if self.reg_rate is not None:
             return run.learning_rate * self.reg_rate * run.epochs_done

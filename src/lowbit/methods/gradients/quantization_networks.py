@@ -1,13 +1,16 @@
-"""Quantization Networks: a staircase of sigmoids that grows steeper in training, and is a staircase of steps in use.
+"""Quantization Networks: a staircase of sigmoids that grows steeper during training and becomes a staircase of steps at inference.
 
 Paper: Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua 2019, "Quantization Networks", CVPR.
     Section 3.2 (Eq. 3-6, the soft and the hard function), section 3.3 (gradients, Eq. 8-10), section 3.4 (training).
 Symbols: Y -> values, s_i -> gaps, b_i -> biases, o -> offset, alpha -> output_scale, beta -> input_scale, T -> temperature.
-Deviations: gradients are the true derivative, as in the authors' program (Eq. 8 and 10 print another); its derivative at temperature 1
-    for binary steps is the option ``unit_backward``, with which binary activations learn badly in short runs. The temperature rises
-    geometrically over the run, so that it gets as steep in a short one; ``temperature`` gives the paper's schedule. Scales learn at a
-    hundredth of the weights' rate (the paper: the same, a small one). Weights and activations are trained together unless ``staged``
-    asks for the paper's three phases; where a layer's input can be negative, activations have centred values.
+Differs from the paper:
+    - Gradients are the true derivative, as in the authors' code (Eq. 8 and 10 print a different one). The derivative at temperature 1 for
+      binary steps is the option ``unit_backward``; binary activations learn poorly with it in short runs.
+    - The temperature rises geometrically over the run, so that it becomes as steep in a short one; ``temperature`` selects the paper's
+      schedule.
+    - Scales learn at a hundredth of the weights' rate; the paper uses one small rate for both.
+    - Weights and activations are trained together, which takes one run instead of three; ``staged`` selects the paper's three phases.
+    - Where a layer's input can be negative, activations have centred values, so that both signs have levels.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 
 LARGEST_WEIGHT_TEMPERATURE = 2000.0
-WEIGHT_SCALES, ACTIVATION_SCALES = "weight_scales", "activation_scales"  # roles of their own where phases treat them apart
+WEIGHT_SCALES, ACTIVATION_SCALES = "weight_scales", "activation_scales"  # separate roles where phases treat them differently
 NEAR_ZERO = 0.05  # where ternary weights and binary activations step, in scaled units
 SMALLEST_SCALE = 1e-6
 _CLUSTER_STEPS, _CLUSTER_SAMPLES = 100, 20_000
@@ -90,14 +93,14 @@ class StairsQuantizer(TableQuantizer):
         bit_width: 1 to 8.
         values: The target values, ascending; at most ``2**bit_width`` distinct levels.
         is_centred: Whether the output is centred (weights); else it starts at 0.
-        unit_backward: Evaluate the derivative's sigmoids at temperature 1 (the authors do for binary ones).
+        unit_backward: Evaluate the derivative's sigmoids at temperature 1 (as the authors do for binary steps).
         is_weight: Whether the outer temperature stays in the backward pass where ``unit_backward``, and temperatures are capped.
         is_tight: The two steps beside the value 0 lie 0.05 from it in scaled units, as in the paper, instead of where clusters meet.
-        value_set: Where ``target_values`` finds the values of other bit-widths; ``None``: this width is the only one. With it
-            ``unit_backward`` is for 1 bit alone.
+        value_set: Set from which ``target_values`` takes the values of other bit-widths; ``None``: this width is the only one. If
+            given, ``unit_backward`` only applies at 1 bit.
 
-    Each bit-width has its own values, steps and scales. At a new one the steps lie midway between the values, and the scales are such
-    that the largest value stands for what it stood for.
+    Each bit-width has its own values, steps and scales. At a new width the steps lie midway between the values, and the scales keep
+    the output of the largest value.
     """
 
     tables = ("biases",)
@@ -146,7 +149,7 @@ class StairsQuantizer(TableQuantizer):
 
     @property
     def soft_temperature(self) -> float:
-        """The temperature that is used: capped for weights."""
+        """The effective temperature, which is capped for weights."""
         return min(float(self.temperature), LARGEST_WEIGHT_TEMPERATURE) if self.is_weight else float(self.temperature)
 
     def backward_temperatures(self) -> tuple[float, float]:
@@ -290,7 +293,7 @@ def target_values(bit_width: int, value_set: ValueSet) -> tuple[float, ...]:
         needs=("labels", "pretrained"),
         fidelity="exact",
         summary="a staircase of sigmoids that grows steeper with the epochs",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=25,
     )
 )
@@ -299,16 +302,16 @@ class QuantizationNetworks(TrainingMethod):
     """Soft staircases.
 
     Attributes:
-        temperature: The paper's schedule: epoch ``e``, from 0, has ``temperature (e + 1)``; it takes 5 or 10 and 55 epochs. ``none``: a
-            geometric rise over the steps, which suits short runs.
-        first_temperature: At the first step, where ``temperature`` is none.
-        final_temperature: At the last step, where ``temperature`` is none.
-        soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values. The paper: 5 for weights, 20
-            with activations, at a learning rate of 0.001; 1 limits a step at 0.02 as 20 does there. ``none``: no limit.
+        temperature: The paper's schedule: ``temperature (e + 1)`` in epoch ``e``, counted from 0; the paper uses 5 or 10 and 55 epochs.
+            ``none``: a geometric rise over the steps, which suits short runs.
+        first_temperature: Temperature at the first step, if ``temperature`` is none.
+        final_temperature: Temperature at the last step, if ``temperature`` is none.
+        soft_clip_norm: Largest norm of all gradients together, those of weights taken at the soft values. The paper uses 5 for weights
+            and 20 with activations at a learning rate of 0.001; 1 limits a step at 0.02 as 20 does there. ``none``: no limit.
         three_bits: Values of 3-bit weights: ``powers`` (+-1, +-2, +-4) or ``uniform`` (up to +-3).
-        tight_zero: Only scaled weights within 0.05 of 0 become 0, as in the paper, instead of those in the cluster around it.
-        staged: Where weights and activations are both quantized: train weights with float activations, then activations with hard
-            weights, then both, as in the paper, each for a third of the epochs and with temperatures from the start.
+        tight_zero: Whether only scaled weights within 0.05 of 0 become 0, as in the paper, instead of those in the cluster around it.
+        staged: If weights and activations are both quantized, train weights with float activations, then activations with hard
+            weights, then both, as in the paper; each phase takes a third of the epochs and restarts the temperatures.
         joint_learning_rate: With ``staged``, learning rate of all but the activations' scales in the last phase, as a fraction.
         unit_backward: Evaluate the derivative of binary steps at temperature 1, as the authors do.
     """
@@ -404,7 +407,7 @@ class QuantizationNetworks(TrainingMethod):
 
     @torch.no_grad()
     def after_backward(self, run: TrainRun) -> None:
-        """Clip before the chain rule: it is linear, so that gradients behind it may be multiplied by the same factor after it."""
+        """Clip before the chain rule: as it is linear, gradients behind it can be multiplied by the same factor afterwards."""
         weights = [quantizer for quantizer in self._stairs(run) if quantizer.is_weight]
         gradients = [quantizer.soft_gradient for quantizer in weights]
         for quantizer in weights:
@@ -421,7 +424,7 @@ class QuantizationNetworks(TrainingMethod):
         if not squares:
             return
         total = torch.stack(squares).sum()
-        run.reduce_mean(total)  # soft gradients are those of this process's samples; all have to clip alike
+        run.reduce_mean(total)  # soft gradients belong to this process's samples; all processes must clip alike
         norm = float(total.sqrt())
         if norm > self.soft_clip_norm:
             for parameter in parameters:

@@ -3,8 +3,9 @@
 Paper: Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML.
     Section 3.2 (relaxation, regularizer), section 3.3 (asymmetric reconstruction, activation function), section 4 (experiments).
 Symbols: V -> logits, h(V) -> share, s -> scale, lambda -> regularization, beta -> beta.
-Deviations: scales are per output channel by default (the paper's are per tensor: ``weight_granularity=per_tensor``); a layer whose
-    learned rounding is worse than rounding to nearest on the calibration data keeps the latter.
+Differs from the paper:
+    - Scales are per output channel by default, which is more accurate; ``weight_granularity=per_tensor`` selects the paper's.
+    - A layer whose learned rounding is worse than rounding to nearest on the calibration data keeps the latter, so that no layer gets worse.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PAPER_ITERATIONS = 10_000
         needs=("calibration",),
         fidelity="exact",
         summary="learns to round each weight up or down, layer by layer, so that the layer's output stays",
-        evidence="held against the authors' company's toolkit (AIMET)",
+        evidence="checked against the authors' company's toolkit (AIMET)",
         margin_db=0.5,
     )
 )
@@ -49,19 +50,19 @@ class Adaround(PostTrainingMethod):
 
     Attributes:
         iterations: Steps of Adam for each layer.
-        batch_size: Calibration samples of one step, drawn at random.
-        learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 10000 as much
-            more, at most 0.03.
+        batch_size: Calibration samples per step, drawn at random.
+        learning_rate: Adam learning rate of the rounding logits. Default: the paper's 0.001 for its 10000 iterations, and proportionally
+            more for fewer, at most 0.03.
         regularization: Weight of the regularizer (lambda); it belongs to a loss that is summed over channels.
         warm_start: Share of the iterations without the regularizer.
         beta_start: The regularizer's exponent after the warm start.
         beta_end: The regularizer's exponent at the end.
         schedule: How the exponent falls: ``cosine`` or ``linear``.
-        asymmetric: Learn on the inputs that the already quantized layers give, not on those of the float network.
-        use_activation: Take the activation function that directly follows a layer into its loss.
-        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor has it, a little less exact.
-        cache: Where inputs and targets of a layer are kept: ``ram``, or ``disk`` for memory-mapped files.
-        save_every: Iterations after which a layer's state is saved, so that a killed run goes on from there.
+        asymmetric: Learn from the outputs of the layers quantized so far instead of the float network's.
+        use_activation: Include the activation function that directly follows a layer in its loss.
+        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor supports it, slightly less exact.
+        cache: Storage of a layer's inputs and targets: ``ram``, or ``disk`` for memory-mapped files.
+        save_every: Iterations between saves of a layer's state, from which a killed run resumes.
     """
 
     ends = "same"
@@ -88,13 +89,13 @@ class Adaround(PostTrainingMethod):
         job.calibrate_activations()
 
     def round_weights(self, job: PtqJob) -> None:
-        """Learn the rounding of every layer of a job whose weights are quantized and whose activations are not yet."""
+        """Learn the rounding of every layer of a job with quantized weights and still float activations."""
         units = plan_units(job, layer_units(job), use_activations=self.use_activation)
         phase = RoundWeights(job, self.objective(), is_symmetric=not self.asymmetric)
         reconstruct(job, units, phase, {"method": type(self).__name__, **asdict(self)}, cache=self.cache, save_every=self.save_every)
 
     def objective(self) -> Objective:
-        """What each layer is asked to minimise."""
+        """Objective that each layer minimises."""
         rate = rounding_learning_rate(self.learning_rate, self.iterations, PAPER_ITERATIONS)
         beta = BetaSchedule(self.schedule, self.iterations, self.warm_start, self.beta_start, self.beta_end)
         return Objective(
@@ -105,11 +106,11 @@ class Adaround(PostTrainingMethod):
 def reconstruct(
     job: PtqJob, units: Sequence[PlannedUnit], phase: Phase, facts: dict[str, object], *, cache: CacheKind, save_every: int
 ) -> None:
-    """Run one phase over ``units`` and say in the table which units stayed as they were."""
+    """Run one phase over ``units`` and note in the table which units stayed unchanged."""
     engine = Reconstruction(job, units, facts, cache=cache, save_every=save_every)
     try:
         kept = [report.unit for report in engine.run(phase) if report.is_kept]
     finally:
         engine.close()
     if kept:
-        job.table.note(f"{phase.name}: nothing better was learned for {', '.join(kept)}, which stayed as they were")
+        job.table.note(f"{phase.name}: learning did not improve {', '.join(kept)}, which stayed unchanged")

@@ -3,11 +3,14 @@
 Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
     Reconstruction", ICLR. Section 3.2 (blocks), section 3.3 (Fisher weights, activation scales), section 4 (settings).
 Symbols: Delta -> scale, V -> logits, lambda -> regularization, beta -> beta.
-Deviations: activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an add reads, the network's
-    input too, and their ranges are initialized on all calibration samples and contain 0, as padding needs; layers of 8 weight bits
-    get a symmetric grid by default; a unit for which nothing better was learned on the calibration data
-    stays as it was; activation scales learn on the inputs that the quantized blocks before give, not on the float network's,
-    because the roundings have learned to make up for those.
+Differs from the paper:
+    - Activation quantizers sit where all methods of lowbit put them, on every tensor that a layer or an addition reads, the network's
+      input included, so that exports of all methods have the same form.
+    - Ranges of activations are initialized on all calibration samples and contain 0, as padding needs it.
+    - Layers of 8 weight bits get a symmetric grid by default, because runtimes compute those fastest.
+    - A unit for which nothing better was learned on the calibration data stays as it was, so that no unit gets worse.
+    - Activation scales learn from the outputs of the preceding quantized blocks instead of the float network's, because the learned
+      roundings compensate for their errors.
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 
-POWER = 2.4  # of the range search and of the activation phase
+POWER = 2.4  # exponent of the error in the range search and the activation phase
 PAPER_ITERATIONS = 20_000
 WIDE = 8  # bits of the first and the last layer
 
 
 @dataclass(frozen=True)
 class ReleasedLayer:
-    """What the released program does with one layer: bits of its weight and of its output, and whether it is reconstructed."""
+    """Settings of one layer in the released code: bits of its weight and of its output, and whether it is reconstructed."""
 
     weight_bits: int
     output_bits: int
@@ -45,13 +48,13 @@ class ReleasedLayer:
 
 
 def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[ReleasedLayer]:
-    """The settings of ``count`` layers in definition order as the released program chooses them, its quirk included.
+    """The settings of ``count`` layers in definition order as the released code chooses them, including its quirk.
 
-    Weights of the first and the last layer, the output of the first and that of the last but one in definition order get 8 bits; the
-    first layer is not reconstructed. In a network whose last but one layer is a shortcut, the classifier's input so keeps
-    ``activation_bits``; lowbit gives it 8 bits, as was meant.
+    Weights of the first and the last layer and outputs of the first and the second to last layer in definition order get 8 bits; the
+    first layer is not reconstructed. If the second to last layer is a shortcut, the classifier's input thus keeps
+    ``activation_bits``; lowbit gives it 8 bits, as was intended.
 
-    Source: the released program, ``set_first_last_layer_to_8bit``.
+    Source: the released code, ``set_first_last_layer_to_8bit``.
     """
     ends, wide_outputs = {0, count - 1}, {0, count - 2}
     return [
@@ -73,7 +76,7 @@ def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[
         needs=("calibration",),
         fidelity="partial",
         summary="learns the rounding of a whole block at once, then the activation scales, from the error at the block's output",
-        evidence="held against the authors' code; activation quantizers stand in other places, its bit search is not part of it",
+        evidence="checked against the authors' code; activation quantizers sit in other places, and its bit search is not included",
         margin_db=3.0,
     )
 )
@@ -82,28 +85,28 @@ class Brecq(PostTrainingMethod):
     """Block reconstruction.
 
     Attributes:
-        weight_grid: ``affine`` as in the paper, its range found by the least error to the power 2.4; ``symmetric``; or ``mixed``:
-            symmetric for layers of 8 weight bits, with which runtimes then compute in integers, affine for all others.
-        blocks: Patterns of the modules to reconstruct as a whole, for example ``layer*.*``; found in the network when left out.
-        reconstruct_first: Also reconstruct a first layer of 8 weight bits, which is hardly ever worth it.
+        weight_grid: ``affine``: as in the paper, with the range of least error to the power of 2.4; ``symmetric``; or ``mixed``:
+            symmetric for layers of 8 weight bits, which runtimes can compute in integers, affine for all others.
+        blocks: Patterns of the modules to reconstruct as a whole, for example ``layer*.*``; default: blocks found in the network.
+        reconstruct_first: Also reconstruct a first layer of 8 weight bits, which is hardly ever worthwhile.
         iterations: Steps of Adam for each block.
-        batch_size: Calibration samples of one step, drawn at random.
-        learning_rate: Of Adam, on the logits of the rounding; left out, the paper's 0.001, or with fewer iterations than its 20000 as much
-            more, at most 0.03.
+        batch_size: Calibration samples per step, drawn at random.
+        learning_rate: Adam learning rate of the rounding logits. Default: the paper's 0.001 for its 20000 iterations, and proportionally
+            more for fewer, at most 0.03.
         loss: Error at a block's output: ``mse`` (the released default), ``fisher_diag`` (the paper's) or ``fisher_full``.
         fisher: Weights of the Fisher losses: the gradients scaled to mean square 1 (``paper``), or ``|g| + 1`` (``released``).
         regularization: Weight of the regularizer (lambda); the authors use 0.1 for MobileNetV2 at 2 bits.
         warm_start: Share of the iterations without the regularizer.
         beta_start: The regularizer's exponent after the warm start.
         beta_end: The regularizer's exponent at the end; it falls linearly.
-        asymmetric: Learn roundings on the inputs that the already quantized blocks give.
+        asymmetric: Learn roundings from the outputs of the blocks quantized so far instead of the float network's.
         activation_iterations: Steps of Adam for each block's activation scales; 0 keeps the scales of the range search.
-        activation_inputs: What that phase learns on: the inputs that the ``quantized`` blocks before give, which the roundings were
-            learned on too, or those of the ``float`` network, as in the released program.
-        activation_learning_rate: Of that phase; falls to 0 along a cosine.
-        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor has it, a little less exact.
-        cache: Where inputs and targets of a block are kept: ``ram``, or ``disk`` for memory-mapped files.
-        save_every: Iterations after which a block's state is saved, so that a killed run goes on from there.
+        activation_inputs: Inputs of that phase: outputs of the preceding ``quantized`` blocks, which the roundings were learned from too,
+            or those of the ``float`` network, as in the released code.
+        activation_learning_rate: Learning rate of the activation scales; falls to 0 along a cosine.
+        precision: ``fp32``, or ``bf16`` for autocast: faster where the processor supports it, slightly less exact.
+        cache: Storage of a block's inputs and targets: ``ram``, or ``disk`` for memory-mapped files.
+        save_every: Iterations between saves of a block's state, from which a killed run resumes.
     """
 
     weight_grid: Literal["affine", "symmetric", "mixed"] = "mixed"
@@ -153,7 +156,7 @@ class Brecq(PostTrainingMethod):
             reconstruct(job, units, scales, facts, cache=self.cache, save_every=self.save_every)
 
     def rounding_objective(self) -> Objective:
-        """What the roundings of a block are asked to minimise."""
+        """Objective that the roundings of a block minimise."""
         rate = rounding_learning_rate(self.learning_rate, self.iterations, PAPER_ITERATIONS)
         beta = BetaSchedule("linear", self.iterations, self.warm_start, self.beta_start, self.beta_end)
         return Objective(
@@ -162,7 +165,7 @@ class Brecq(PostTrainingMethod):
         )  # fmt: skip
 
     def scale_objective(self) -> Objective:
-        """What the activation scales of a block are asked to minimise."""
+        """Objective that the activation scales of a block minimise."""
         return Objective(
             self.activation_iterations,
             self.activation_learning_rate,

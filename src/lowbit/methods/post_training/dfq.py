@@ -3,11 +3,15 @@
 Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV.
     Section 4.1 (equalization, absorption: ``lowbit.network.surgery.equalize``), section 4.2 and appendix C, D (bias correction), section 5 (ranges).
 Symbols: W~ - W -> the rounding error of a weight, beta, gamma -> mean, std of a layer's output before the activation, n -> n_sigma.
-Deviations: weights are symmetric by default, because runtimes compute those fastest (the paper's grid is affine: ``symmetric_weights=no``);
-    biases are absorbed only where the next layer adds no zeros, because it is wrong at borders (``absorb_bias=all``);
-    ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose their accuracy
-    with the paper's ReLU (``relu6=replace``); where no batch norm tells the distribution of a
-    tensor it is propagated through the layers (``lowbit.network.graph.dataflow.moments``); with calibration data ranges come from that.
+Differs from the paper:
+    - Weights are symmetric by default, because runtimes compute those fastest; ``symmetric_weights=no`` selects the paper's affine grid.
+    - Biases are absorbed only where the next layer does not pad with zeros, because absorption is wrong at borders; ``absorb_bias=all``
+      absorbs them everywhere.
+    - A ReLU6 between equalized layers gets a limit for each channel by default, because networks that rely on the clip lose accuracy with
+      the paper's ReLU (``relu6=replace``).
+    - Where no batch norm gives the distribution of a tensor, it is propagated through the layers (``lowbit.network.graph.moments``), so
+      that networks without batch norms can be quantized too.
+    - With calibration data, ranges come from the data, which is more exact than a normal distribution.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ Cover = Literal["pairs", "sets"]
 def corrected_bias(bias: Tensor, weight: Tensor, quantized: Tensor, input_mean: Tensor, *, groups: int = 1) -> Tensor:
     """``b - (W~ - W) E[x]``: the bias with which the layer's expected output is that of the float weight again.
 
-    The same moves a stored mean of the output along with the correction.
+    The same formula updates a stored mean of the output.
 
     Args:
         bias: ``[out]``.
@@ -118,9 +122,9 @@ class OffsetQuantizer(GridQuantizer):
 def equalize_layers(
     job: PtqJob, *, cover: Cover = "pairs", kind: RangeKind = "max_abs", relu6: ClipKind = "scale", absorb: Absorb = "unpadded"
 ) -> None:
-    """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; it is the reference from then on.
+    """Equalize the float network of ``job``, whose batch norms are folded, and absorb high biases; the result is the new reference.
 
-    ``relu6`` says what becomes of ReLU6 between layers (``open_clips``); notes in the table say what was done.
+    ``relu6`` says what becomes of ReLU6 between layers (``open_clips``); what was done is noted in the table.
     """
     graph = job.need_graph("equalization")
     found = find_links(job.model, graph)
@@ -157,7 +161,7 @@ def equalize_layers(
 
 
 def input_moments(job: PtqJob, input_range: tuple[float, ...] | None) -> Moments:
-    """What is known of the network's inputs: the range that the user names, else calibration data, else the sample."""
+    """Statistics of the network's inputs: from the range that the user gave, else from calibration data, else from the sample."""
     if input_range is not None:
         return Moments.uniform(*input_range)
     if job.calibration is None:
@@ -176,7 +180,7 @@ def input_moments(job: PtqJob, input_range: tuple[float, ...] | None) -> Moments
 
 
 def correct_biases(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0, shift_statistics: bool = False) -> None:
-    """Take the expected effect of weight rounding out of every layer's bias (``corrected_bias``), in execution order.
+    """Remove the expected effect of weight rounding from every layer's bias (``corrected_bias``), in execution order.
 
     Layers that read the network's input, or channels that no statistics describe, keep their bias.
     """
@@ -205,8 +209,8 @@ def correct_biases(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0, shift_
 def correct_biases_empirically(job: PtqJob) -> None:
     """Make the mean output of every layer, before its activation, that of the float network on the calibration data.
 
-    In execution order, so that all layers before are quantized and corrected; weights and inputs are quantized, the layer's own
-    output is not.
+    Layers are corrected in execution order, so that all preceding ones are quantized and corrected already. Weights and inputs are
+    quantized, the layer's own output is not.
     """
     calibration = job.need_calibration("empirical bias correction")
     names = [name for name in job.layers if job.graph is None or job.graph.calls(name) == 1]
@@ -262,7 +266,7 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
     """Set the range of every activation quantizer without data: ``n_sigma`` deviations around the mean of each channel.
 
     Raises:
-        CalibrationError: Nothing is known of a tensor; names the operation that blocks.
+        CalibrationError: Nothing is known about a tensor; the message names the operation that blocks the statistics.
     """
     graph = job.need_graph("activation ranges without data")
     walk = MomentsWalk(job.model, graph, job.statistics, inputs, n_sigma=n_sigma)
@@ -285,16 +289,14 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
                 else "a layer that the dataflow does not show"
             )
             raise CalibrationError(
-                f"activation {placement.name!r}: no statistics tell its range, because of {place}. Pass calibration= (a loader or tensor of unlabelled "
-                "samples, --calibration on the command line), or leave activations in float with activation_bits=None."
+                f"activation {placement.name!r}: no statistics give its range, because of {place}. Pass calibration= (a loader or tensor of unlabelled "
+                "samples), or leave activations in float with activation_bits=None."
             )
         ends = [walk.known[name].range() for name in names]
         return torch.stack([lo for lo, _ in ends]).min(), torch.stack([hi for _, hi in ends]).max()
 
     job.set_activation_ranges(found)
-    job.table.note(
-        f"activation ranges reach {n_sigma:g} deviations around the means that batch norms and weights tell; no data was looked at"
-    )
+    job.table.note(f"activation ranges reach {n_sigma:g} deviations around the means given by batch norms and weights; no data was used")
 
 
 @register(
@@ -310,7 +312,7 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         needs=("graph",),
         fidelity="exact",
         summary="no data: equalizes channels across layers, corrects biases, takes ranges from batch norms",
-        evidence="held against the authors' company's toolkit (AIMET) and an independent program",
+        evidence="checked against the authors' company's toolkit (AIMET) and an independent program",
         margin_db=10.0,
     )
 )
@@ -320,21 +322,21 @@ class Dfq(PostTrainingMethod):
 
     Attributes:
         symmetric_weights: Weight grid with zero point 0; the paper's is affine.
-        equalize: ``pairs``: all neighbouring layers, again and again until nothing moves; ``sets``: AIMET's pairs and depthwise
-            triples; ``none``.
-        equalize_range: What counts as a channel's range: ``max_abs``, or ``max_minus_min``.
-        relu6: What becomes of ReLU6 between equalized layers: ``scale``, a limit for each channel, so that the network's function
-            stays; ``replace``, a ReLU as in the paper; ``keep``, it ends the chain.
+        equalize: ``pairs``: all neighbouring layers, repeatedly until nothing changes; ``sets``: AIMET's pairs and depthwise triples;
+            ``none``.
+        equalize_range: Definition of a channel's range: ``max_abs`` or ``max_minus_min``.
+        relu6: Treatment of ReLU6 between equalized layers: ``scale``: a limit for each channel, which preserves the network's function;
+            ``replace``: a ReLU, as in the paper; ``keep``: it ends the chain of equalized layers.
         absorb_bias: Move high biases into the next layer: ``all``, ``unpadded`` (only where that is exact up to rare values: no zeros are
             added between), ``none``.
         bias_correction: ``analytic`` from statistics, ``empirical`` on calibration data, ``none``.
-        shift_statistics: Let the analytic correction move the stored mean of the layer's output, as an independent program does.
-        real_offset: Let weight grids start at the least weight itself, so that 0 need not be a level, as in the same program; whatever
-            ``symmetric_weights``.
+        shift_statistics: Let the analytic correction update the stored mean of the layer's output too, as an independent program does.
+        real_offset: Let weight grids start at the smallest weight itself, so that 0 need not be a level, as in the same program;
+            overrides ``symmetric_weights``.
         weight_clip: Clip weights at plus and minus this value before their range is chosen (15 in the paper's comparison).
-        activation_ranges: ``statistics``, ``data``, or ``auto``: data where there is any.
-        n_sigma: Activation ranges from statistics reach that many deviations.
-        input_range: Lower and upper end of the network's input, where there is no data.
+        activation_ranges: Source of activation ranges: ``statistics``, ``data``, or ``auto`` (data if there is any).
+        n_sigma: Width of activation ranges from statistics, in standard deviations.
+        input_range: Lower and upper end of the network's input, if there is no data.
     """
 
     ends = "same"

@@ -3,9 +3,12 @@
 Paper: Choukroun, Kravchik, Yang, Kisilev 2019, "Low-bit Quantization of Neural Networks for Efficient Inference", ICCV Workshops.
     Section 3 (MMSE scale), section 4 (one scale per kernel; several tensors for key layers), section 5 (scale refinement).
 Symbols: alpha -> scale, T~ -> codes, tau -> threshold on |T - T^|**2 / |T|**2.
-Deviations: the authors published no code. Our choices: tau is normalised and at most a share of the layers become key layers
-    (the paper's absolute tau is not known); the refinement moves the logarithm of each scale, which keeps it positive; activation
-    statistics come from one pass with quantized weights, and activations stay single tensors.
+Differs from the paper:
+    - The threshold tau is normalised, and at most a given share of the layers become key layers, because the paper does not give its
+      absolute tau and the authors published no code.
+    - The refinement moves the logarithm of each scale, which keeps it positive.
+    - Activation statistics come from one pass with quantized weights, the values that the exported network sees.
+    - Activations stay single tensors; only weights are split.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from lowbit.quantizers.ranges.scale_search import mmse_scale
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 
-OUTER_CANDIDATES, INNER_CANDIDATES = 48, 64  # of the first and the second scale of a dual tensor
+OUTER_CANDIDATES, INNER_CANDIDATES = 48, 64  # candidates of the first and the second scale of a dual tensor
 POLISH_ROUNDS = 10
 ELEMENTS = 1 << 22  # residuals searched together; bounds the memory
 
@@ -182,17 +185,17 @@ class FrozenCodes:
 
 
 class ScaleRefinement:
-    """Tunes all weight scales so that the network's outputs come closest to the float network's; codes stay as they are.
+    """Tunes all weight scales so that the network's outputs come closest to the float network's; codes stay unchanged.
 
     Minimises ``mean |f(x) - f_alpha(x)|**2`` over the samples by Adam. As ``W^ = alpha W~``, the gradient of ``alpha`` is
-    ``<dL/dW^, W~>``. Scales with the smallest loss over all samples are kept, those at the start among them.
+    ``<dL/dW^, W~>``. The scales with the smallest loss over all samples are kept, which may be the initial ones.
 
     Source: Choukroun et al. 2019, section 5.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module], learning_rate: float) -> None:
         users = [float_weight(layer) for layer in layers.values()]
-        # a weight that several layers share would need one scale for all of them: it keeps its own
+        # a weight shared by several layers would need one scale for all of them, so it keeps its scale
         self.frozen = {name: FrozenCodes(layer) for name, layer in layers.items() if sum(w is float_weight(layer) for w in users) == 1}
         self.model = model
         self.shifts = [shift for frozen in self.frozen.values() for shift in frozen.shifts]
@@ -215,13 +218,13 @@ class ScaleRefinement:
 
     @torch.no_grad()
     def keep_if_better(self, batches: list[tuple[Inputs, Tensor]]) -> None:
-        """Remember the present scales if no others had a smaller loss over all samples."""
+        """Remember the current scales if their loss over all samples is the smallest so far."""
         total = sum(float(self.loss(inputs, target)) * len(target) for inputs, target in batches)
         if total < self.best:
             self.best, self.kept = total, [shift.detach().clone() for shift in self.shifts]
 
     def store(self) -> None:
-        """Give all layers the scales that were kept."""
+        """Give all layers the remembered scales."""
         with torch.no_grad():
             for shift, kept in zip(self.shifts, self.kept, strict=True):
                 shift.copy_(kept)
@@ -237,7 +240,7 @@ class ScaleRefinement:
         state.save("scales", tensors, {"epoch": epoch, "best": self.best})
 
     def restore(self, state: RunState) -> int:
-        """Continue from what ``save`` kept; the number of epochs already done."""
+        """Resume from what ``save`` kept; returns the number of epochs already done."""
         found = state.load("scales")
         if found is None:
             return 0
@@ -267,7 +270,7 @@ class ScaleRefinement:
         needs=("calibration",),
         fidelity="equations",
         summary="scales of least squared error, two tensors for key layers, scales tuned on the logits",
-        evidence="details are open, no official code; scale search within the bounds of two independent programs",
+        evidence="some details are not published and there is no official code; the scale search agrees with two independent programs",
         margin_db=6.0,
     )
 )
@@ -277,12 +280,12 @@ class Lbq(PostTrainingMethod):
 
     Attributes:
         fold_batch_norm: Fold batch norms into the layers before them first.
-        tau: A layer whose weight error ``|T - T^|**2 / |T|**2`` exceeds it is a key layer and gets two weight tensors, each with
-            codes of the asked bit-width: it is stored, and computed, twice. ``inf`` for none.
-        key_share: At most this share of the layers becomes key layers.
-        epochs: Passes over the calibration data that tune the scales; 0 leaves them.
-        learning_rate: Of Adam, on the logarithm of the scales.
-        batch_size: Samples of one step.
+        tau: Threshold of the weight error ``|T - T^|**2 / |T|**2`` above which a layer is a key layer. It then gets two weight tensors
+            of the requested bit-width, so it is stored and computed twice. ``inf``: no key layers.
+        key_share: Largest share of the layers that become key layers.
+        epochs: Passes over the calibration data that tune the scales; 0: no tuning.
+        learning_rate: Adam learning rate of the logarithms of the scales.
+        batch_size: Samples per step.
     """
 
     weight_observer: str = "omse"

@@ -1,9 +1,10 @@
-"""The white paper's recipe: equalization, ranges, then learned rounding or bias correction, chosen by what data there is.
+"""The white paper's pipeline: equalization, ranges, then learned rounding or bias correction, depending on the available data.
 
 Paper: Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort 2021, "A White Paper on Neural Network Quantization",
     section 3.4 (post-training pipeline).
-Deviations: no range is chosen by cross entropy, because the network's outputs are not quantized; layers of 8 weight bits are rounded to
-    nearest, learned rounding begins below, where the paper finds it indispensable.
+Differs from the paper:
+    - No range is chosen by cross entropy, because the outputs of the network are not quantized.
+    - Layers of 8 weight bits are rounded to nearest; learned rounding starts below 8 bits, where the paper finds it indispensable.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ WIDE = 8  # weight bits at which rounding to nearest is enough
         needs=(),
         fidelity="equations",
         summary="the default: equalization, ranges of least error, and learned rounding (with data) or bias correction (without)",
-        evidence="of parts that are held against their authors' code",
+        evidence="its parts are checked against their authors' code",
         margin_db=0.5,
     )
 )
 @dataclass
 class WhitePaper(PostTrainingMethod):
-    """Each step where it helps: what is done, and what could not be, is noted in the report.
+    """The pipeline with each step where it helps; the report notes which steps were taken and which could not be.
 
     Attributes:
-        equalize: Equalize ranges across layers first: ``auto`` (where weights have one scale per tensor, which needs it), ``always``
-            or ``never``. It makes ReLU6 a ReLU.
+        equalize: Equalize ranges across layers first: ``auto`` (if weights have one scale per tensor, which needs it), ``always``
+            or ``never``. It turns ReLU6 into ReLU.
         rounding: ``auto`` learns rounding (AdaRound) where there is calibration data and a layer below 8 weight bits, else rounds to
             nearest; ``adaround`` or ``nearest``.
         bias_correction: Correct biases from the statistics of batch norms where there is no calibration data.
-        n_sigma: Without calibration data activation ranges reach that many deviations around the means of batch norms.
-        input_range: Lower and upper end of the network's input, where there is no data.
+        n_sigma: Width of activation ranges without calibration data, in standard deviations around the means of batch norms.
+        input_range: Lower and upper end of the network's input, if there is no data.
         iterations: Steps of learned rounding for each layer.
-        batch_size: Calibration samples of one step of it.
-        learning_rate: Of learned rounding; left out, as in ``adaround``.
-        precision: Of learned rounding: ``fp32``, or ``bf16`` for autocast.
-        cache: Where learned rounding keeps inputs and targets of a layer: ``ram`` or ``disk``.
+        batch_size: Calibration samples per step of learned rounding.
+        learning_rate: Learning rate of learned rounding; default: as in ``adaround``.
+        precision: Precision of learned rounding: ``fp32``, or ``bf16`` for autocast.
+        cache: Storage of a layer's inputs and targets during learned rounding: ``ram`` or ``disk``.
     """
 
     equalize: Literal["auto", "always", "never"] = "auto"

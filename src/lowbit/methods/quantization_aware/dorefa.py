@@ -3,10 +3,14 @@
 Paper: Zhou, Wu, Ni, Zhou, Wen, Zou 2016, "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth
     Gradients". Eq. 5 (quantize_k), Eq. 7-9 (weights), Eq. 10-11 (activations), Eq. 12 (gradients).
 Symbols: k -> bit_width, f_w -> DorefaWeight, f_a -> DorefaActivation, f_g -> GradientQuantizer, N(k) -> noise.
-Deviations: where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1]; a sample whose gradient is
-    all zero keeps it, and a weight that is all zero is not divided by its maximum (the authors divide by zero). The clip replaces a ReLU
-    that stays in the network, where it changes nothing. Gradients stay in float unless ``gradient_bits`` asks for fewer.
-    ``rescale`` is this library's, for networks without batch norm.
+Differs from the paper:
+    - Where a layer's input can be negative, activations are clipped to [-1, 1] instead of [0, 1].
+    - A sample whose gradient is all zero keeps it, and a weight that is all zero is not divided by its maximum, because the authors' code
+      divides by zero there.
+    - The clip replaces a ReLU in the paper; here the ReLU stays in the network, where it changes nothing.
+    - Gradients stay in float unless ``gradient_bits`` is set, because quantizing them changes the
+      training, not the exported network.
+    - ``rescale`` is an addition for networks without batch norm.
 """
 
 from __future__ import annotations
@@ -165,7 +169,7 @@ class GradientQuantizer(nn.Module):
         return quantized.to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "generator": None}  # it belongs to a run
+        return {**self.__dict__, "generator": None}  # the generator belongs to a run
 
 
 @register(
@@ -181,7 +185,7 @@ class GradientQuantizer(nn.Module):
         needs=("labels",),
         fidelity="exact",
         summary="fixed grids: weights squashed by tanh, activations clipped to [0, 1], gradients in few bits too",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=55,
     )
 )
@@ -189,13 +193,13 @@ class GradientQuantizer(nn.Module):
 class Dorefa(TrainingMethod):
     """Fixed uniform grids.
 
-    Weights lie in ``[-1, 1]`` whatever their scale was, and 2 bits have no zero: a batch norm after each layer is needed, and its
-    statistics have to be learned anew.
+    Weights lie in ``[-1, 1]`` whatever their scale was, and 2 bits have no zero. Each layer therefore needs a batch norm after it, whose
+    statistics have to be learned from scratch.
 
     Attributes:
         gradient_bits: Bits of the gradients of layer outputs, 1 to 8; 32 leaves them in float.
-        rescale: Multiply weights of 2 bits and more by their ``max|tanh(w)|``, for networks that have no batch norm after each layer;
-            where there is one it makes no difference to what is learned.
+        rescale: Multiply weights of 2 bits or more by their ``max|tanh(w)|``, for networks without a batch norm after each layer; with
+            one it makes no difference to what is learned.
     """
 
     ends = "float"
@@ -204,7 +208,7 @@ class Dorefa(TrainingMethod):
     rescale: bool = False
 
     def default_recipe(self) -> Recipe:
-        """The network for SVHN in the authors' program, without its weight decay of 1e-7 on the classifier."""
+        """The SVHN network of the authors' code, without its weight decay of 1e-7 on the classifier."""
         return Recipe(200, 128, OptimizerSpec("adam", 1e-3, weight_decay=0.0, schedule="step", milestones=(0.5,), gamma=0.5))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:

@@ -4,15 +4,14 @@ Paper: Cai, He, Sun, Vasconcelos 2017, "Deep Learning with Low Precision by Half
     Section 3.1 (binary weights), section 4.1 (half-wave Gaussian quantizer, Eq. 11 to 14), section 4.2 (gradients: vanilla ReLU,
     clipped ReLU Eq. 17, log-tailed ReLU Eq. 19).
 Symbols: q_i -> levels, t_i -> boundaries, m -> positive levels, q_m -> the largest level, tau -> largest level - 1, alpha -> scale.
-
-Deviations:
-    The paper's inputs come from a batch norm without scale and shift and so have the variance 1. In a network of any kind that is
-    not so: ``input_scale="measured"`` multiplies the levels by the standard deviation found in the first batch, ``unit`` does not.
-    Inputs that can be negative keep their sign (``signed_inputs="symmetric"``): the levels are optimal for a whole Gaussian then, which
-    for levels of any spacing are the same on both sides of 0. ``rectify`` is the paper's quantizer, a ReLU in itself, for networks
-    built as in the paper: batch norm without scale and shift, no ReLU, this quantizer, convolution.
-    Levels are computed; ``authors`` takes the rounded constants of the authors' program. Its ``negative_slope`` (0 in every published
-    network) does not exist here.
+Differs from the paper:
+    - ``input_scale="measured"`` multiplies the levels by the standard deviation of the first batch: the paper's inputs come from a batch
+      norm without scale and shift and have variance 1, those of other networks do not. ``unit`` does not multiply.
+    - Inputs that can be negative keep their sign (``signed_inputs="symmetric"``): the levels are then optimal for a whole Gaussian, on both
+      sides of 0. ``rectify`` is the paper's quantizer, itself a ReLU, for networks built as in the paper: batch norm without scale and
+      shift, no ReLU, this quantizer, convolution.
+    - Levels are computed; ``authors`` takes the rounded constants of the authors' code.
+    - The authors' ``negative_slope`` is left out, as it is 0 in every published network.
 """
 
 from __future__ import annotations
@@ -294,7 +293,7 @@ class GaussianQuantizer(TableQuantizer):
         needs=("labels",),
         fidelity="exact",
         summary="binary weights, activations on levels that suit half a Gaussian",
-        evidence="held against the authors' program (the log-tailed gradient is the paper's alone)",
+        evidence="checked against the authors' code (the log-tailed gradient is in the paper only)",
         margin_points=50,
     )
 )

@@ -1,4 +1,4 @@
-"""Fixed ranges and the straight-through estimator: quantization-aware training at its plainest.
+"""Fixed ranges and the straight-through estimator: the simplest form of quantization-aware training.
 
 Source: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", section 3.2; Nagel et al. 2021,
 "A White Paper on Neural Network Quantization", section 4.

@@ -1,12 +1,14 @@
-"""TWN: weights are minus a scale, zero or plus a scale, by a rule for the threshold.
+"""TWN: weights become ``-scale``, 0 or ``+scale``, by a threshold from their mean magnitude.
 
 Paper: Li, Liu, Wang, Zhang, Yan 2016, "Ternary Weight Networks", NIPS workshop on efficient methods for deep neural networks.
     Section 2.1 (the problem, Eq. 2 and 3), section 2.2 (threshold, Eq. 5 and 6; scale, Eq. 4), section 2.3 (training).
 Symbols: W -> weight, W^t -> codes, Delta -> threshold, alpha -> scale, 0.7 -> delta_factor.
-Deviations: the first and the last layer have 8 bits unless the policy says otherwise (the authors make every layer ternary: a policy
-    with ``first_last=None``). The scale's sum is divided by its count, without the 1e-6 of the authors' GPU program. ``search`` and
-    scales for each channel are not in the paper. Activations stay in float as in the paper; a policy that asks for activation bits
-    gets learned-scale quantizers.
+Differs from the paper:
+    - The first and the last layer have 8 bits unless the policy says otherwise, as in all methods of lowbit; the authors make every layer
+      ternary (a policy with ``first_last=None``).
+    - The sum of the scale is divided by its count, without the 1e-6 of the authors' GPU code, which only avoids a division by zero.
+    - ``search`` and scales for each channel are additions.
+    - Activations stay in float as in the paper; a policy that asks for activation bits gets learned-scale quantizers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, straight_through
 
-LARGEST_THRESHOLD = 100.0  # of the authors' program
+LARGEST_THRESHOLD = 100.0  # cap in the authors' code
 WEIGHTS_PER_WORD = 16
 
 
@@ -139,7 +141,7 @@ def pack_ternary(ternary: Tensor, scale: Tensor) -> Tensor:
     Returns:
         The words as int64, ``[ceil(elements / 16)]``.
 
-    Source: authors' program (``TernaryToProto``).
+    Source: authors' code (``TernaryToProto``).
     """
     values = ternary.detach().flatten()
     codes = (values > -scale / 2).long() + 2 * (values > scale / 2).long()
@@ -170,7 +172,7 @@ def _shifts(words: Tensor) -> Tensor:
         needs=("labels",),
         fidelity="exact",
         summary="ternary weights, threshold 0.7 times the mean magnitude",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=60,
     )
 )
@@ -179,7 +181,7 @@ class Twn(TrainingMethod):
     """Ternary weights.
 
     Attributes:
-        delta_factor: Threshold over mean magnitude; positive.
+        delta_factor: Threshold relative to the mean magnitude; positive.
         threshold: ``rule`` (the paper's, with ``delta_factor``) or ``search`` (the threshold of least squared error).
         weight_granularity: ``per_tensor`` (the paper's), ``per_channel`` or ``group:SIZE``.
     """
@@ -191,7 +193,7 @@ class Twn(TrainingMethod):
     weight_granularity: str = "per_tensor"
 
     def default_recipe(self) -> Recipe:
-        """LeNet on MNIST in the authors' program: 30000 iterations."""
+        """LeNet on MNIST as in the authors' code: 30000 iterations."""
         return Recipe(25, 50, OptimizerSpec(learning_rate=0.01, schedule="step", milestones=(0.5, 5 / 6)))
 
     def __post_init__(self) -> None:

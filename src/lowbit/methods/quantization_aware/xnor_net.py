@@ -3,17 +3,16 @@
 Paper: Rastegari, Ordonez, Redmon, Farhadi 2016, "XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
     ECCV. Section 3.1 (binary weights, Eq. 4 to 6), section 3.2 (binary inputs, Eq. 11 for K; block order in Figure 3), Algorithm 1.
 Symbols: W -> weight, B -> its signs, alpha -> scale, I -> x, A -> mean magnitude over channels, K -> ``InputScale.scale_map``.
-Which of the two is trained is a matter of bits: activations left in float (32) are the paper's BWN, one bit is XNOR-Net.
-
-Deviations:
-    The gradient of the weights follows the chain rule (``corrected``); the paper's lacks a sum. Weights are centred and clamped as in
-    the authors' program, right after each step instead of before it, so that a network is at all times the one that the next step
-    trains. A layer with one input channel per group (depthwise) is not centred: that would leave nothing of it.
-    Zero counts as positive, which the authors' ``sign(0) = 0`` cannot be stored in one bit (``zero_inputs`` trains with theirs).
-    The paper's block is norm, sign, convolution, pooling. Changing the order of a network's blocks takes knowledge of the network,
-    but their first half can be put in front of any layer: where inputs are never negative (behind a ReLU their signs would all be
-    equal), ``input_norm`` inserts the norm before the sign; what stood there before stays.
-    K exists for grouped layers (a map for each group) and for transposed ones (the mean over the inputs that reach an output).
+Activations left in float give the paper's BWN, activations of one bit give XNOR-Net.
+Differs from the paper:
+    - The gradient of the weights follows the chain rule (``corrected``), because the paper's formula lacks a sum.
+    - Weights are centred and clamped as in the authors' code, but right after each step instead of before it, so that the network is
+      always the one that the next step trains.
+    - A layer with one input channel per group (depthwise) is not centred, because nothing would be left of it.
+    - Zero counts as positive, because the authors' ``sign(0) = 0`` cannot be stored in one bit (``zero_inputs`` trains with theirs).
+    - Blocks keep their order, as reordering them to the paper's norm, sign, convolution, pooling takes knowledge of the network. Where
+      inputs are never negative (behind a ReLU their signs would all be equal), ``input_norm`` inserts a norm before the sign.
+    - K also exists for grouped layers (one map per group) and transposed ones (the mean over the inputs that reach an output).
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ def centre(weight: Tensor, *, groups: int = 1, is_transposed: bool = False) -> T
 
     Args:
         weight: ``[out, in / groups, ...]``, transposed ``[in, out / groups, ...]``.
-        groups: Of the layer.
+        groups: Number of groups.
         is_transposed: Whether the layer is a transposed convolution.
 
     Returns:
         Shaped like ``weight``; ``weight`` itself where there is one input channel.
 
-    Source: authors' program, before each iteration.
+    Source: authors' code, before each iteration.
     """
     by_group = weight.unflatten(0, (groups, -1)) if is_transposed else weight
     if by_group.shape[1] == 1:
@@ -218,7 +217,7 @@ class InputScale(nn.Module):
         needs=("labels",),
         fidelity="exact",
         summary="binary weights with a scale for each filter; binary inputs too, or float ones (BWN)",
-        evidence="held against the authors' program and two ports",
+        evidence="checked against the authors' code and two ports",
         margin_points=40,
     )
 )
@@ -231,16 +230,16 @@ class XnorNet(TrainingMethod):
         centre: Keep the mean of a stored weight over its input channels at 0.
         clamp: Keep stored weights within -1 and 1, where the estimator passes gradients.
         centring_gradient: Multiply the gradient of weights by ``1 - 1 / input channels``, as both programs do for the centring.
-        gradient_multiplier: Factor of the gradient of weights; in the authors' program ``1e9`` with Adam (there for all parameters, and
-            in place of ``multiply_by_size``), which makes weight decay and epsilon negligible.
-        multiply_by_size: Multiply the gradient of weights by the elements of a filter, as the authors' program does with SGD: the scale
-            in the gradient makes steps small otherwise, so that few signs change in a short run. With Adam it makes no difference.
-        input_scaling: Multiply outputs by K, the mean magnitude of the inputs that they come from (binary inputs only). In the paper,
-            which finds that it adds less than 1 % accuracy; not in the authors' program.
+        gradient_multiplier: Factor of the gradient of weights. The authors' code uses ``1e9`` with Adam (for all parameters, and
+            instead of ``multiply_by_size``), which makes weight decay and epsilon negligible.
+        multiply_by_size: Multiply the gradient of weights by the elements of a filter, as the authors' code does with SGD. The scale
+            in the gradient otherwise makes steps so small that few signs change in a short run. With Adam it makes no difference.
+        input_scaling: Multiply outputs by K, the mean magnitude of the inputs that they come from (binary inputs only). The paper has
+            it and finds that it adds less than 1 % accuracy; the authors' code does not.
         input_scaling_gradient: Let gradients pass through K.
         input_norm: Put a batch norm before the sign: ``unsigned`` (where inputs are never negative), ``always`` or ``never``.
-        norm_epsilon: Of that norm.
-        zero_inputs: Let inputs of exactly 0 stay 0 in training, as in the authors' program; elsewhere 0 counts as positive.
+        norm_epsilon: Epsilon of that batch norm.
+        zero_inputs: Let inputs of exactly 0 stay 0 in training, as in the authors' code; otherwise 0 counts as positive.
     """
 
     ends = "float"

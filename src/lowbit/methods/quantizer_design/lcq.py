@@ -4,9 +4,11 @@ Paper: Yamamoto 2021, "Learnable Companding Quantization for Accurate Low-bit Ne
     Section 3.1 (Eq. 1-6, companding), section 3.2 (gradients), section 3.3 (limited weight normalization), section 3.4 (outer
     quantization of the levels).
 Symbols: alpha -> clip, theta -> logits, gamma -> slopes, beta -> heights, Delta -> 1 / intervals, s -> steps, q_8 -> outer rounding.
-Deviations: clips of activations start at the least squared error of the first batch unless ``activation_clip`` says otherwise; where a
-    layer's input can be negative, activations are quantized as weights are, on both sides. 2-bit weights have the levels
-    ``-clip, 0, clip`` whatever the curve, and are the plain ternary quantizer.
+Differs from the paper:
+    - Clips of activations start at the least squared error of the first batch, which suits inputs of any scale;
+      ``activation_clip`` sets another start.
+    - Where a layer's input can be negative, activations are quantized on both sides, as weights are.
+    - 2-bit weights are plain ternary: their levels are ``-clip, 0, clip`` whatever the curve.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class CompandingQuantizer(TableQuantizer):
     Args:
         bit_width: 1 to 8, signed 2 to 8.
         signed: Whether values can be negative.
-        clip: Where the clip starts; ``None``: at the least squared error of the first data.
+        clip: Initial clip; ``None``: the clip of least squared error on the first data.
         intervals: Pieces of the curve; ``None``: no curve, a uniform quantizer.
         outer_bits: Bits of the levels, or ``None`` for levels in float.
         normalizes: Quantize ``(x - mean) / std`` and multiply by ``std`` (limited weight normalization).
@@ -212,7 +214,7 @@ class CompandingQuantizer(TableQuantizer):
         needs=("labels", "pretrained"),
         fidelity="equations",
         summary="learns where levels lie through a piecewise linear curve; 8-bit look-up table at inference",
-        evidence="held against a re-implementation",
+        evidence="checked against a re-implementation",
         margin_points=50,
     )
 )
@@ -221,13 +223,13 @@ class Lcq(TrainingMethod):
     """Learned companding.
 
     Attributes:
-        quantizer_learning_rate: Of clips and curves, as a fraction of the weights'.
+        quantizer_learning_rate: Learning rate of clips and curves, as a fraction of the weights'.
         intervals: Pieces of the curve.
-        weight_clip: Where the clip of the normalized weights starts; the usual constant is 3; ``none``: at the least squared error.
-        activation_clip: Where the clip of activations starts, in their units; the usual constant is 8; ``none``: at the least squared error.
+        weight_clip: Initial clip of the normalized weights, usually 3; ``none``: the clip of least squared error.
+        activation_clip: Initial clip of activations, in their units, usually 8; ``none``: the clip of least squared error.
         outer_bits: Bits of the levels, as in the look-up table; ``none``: levels in float.
-        normalize_weights: Limited weight normalization.
-        detach_statistics: Count the mean and standard deviation of the weights as constants in the backward pass.
+        normalize_weights: Use limited weight normalization.
+        detach_statistics: Treat the mean and standard deviation of the weights as constants in the backward pass.
     """
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.1

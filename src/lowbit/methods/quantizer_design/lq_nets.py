@@ -1,11 +1,13 @@
-"""LQ-Nets: levels are all sums of a few learned numbers, so that codes stay bit planes; the numbers follow by least squares.
+"""LQ-Nets: levels are all sums of a few numbers learned by least squares, so that codes stay bit planes.
 
 Paper: Zhang, Yang, Ye, Hua 2018, "LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks", ECCV.
     Section 3.1 (Eq. 3-5, the quantizer), section 3.2 and algorithm 1 (quantization error minimization, moving average), section 3.3.
 Symbols: v -> basis, b -> codes, B -> the codes of all elements, K -> bit_width.
-Deviations: bases start at the data (a few steps of the paper's alternation) unless ``start`` says otherwise; activations get the tiny
-    pull towards the present basis that weights have, so that a bit which never varies is no error; where a layer's input can be
-    negative, activations have the symmetric codes of weights.
+Differs from the paper:
+    - Bases start from the data (a few steps of the paper's alternation), which suits weights of any distribution; ``start`` selects others.
+    - Bases of activations get the tiny pull towards the current basis that those of weights have, so that a bit that never varies does
+      not make the least squares singular.
+    - Where a layer's input can be negative, activations have the symmetric codes of weights.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient
 
-QUARTILE = 0.6745  # of the standard normal
+QUARTILE = 0.6745  # upper quartile of the standard normal
 WEIGHT_PULL = 1e-4
-ACTIVATION_PULL = 1e-9  # of the number of elements
+ACTIVATION_PULL = 1e-9  # relative to the number of elements
 START_STEPS = 20
 
 
@@ -42,13 +44,13 @@ def binary_codes(bit_width: int, *, signed: bool) -> Tensor:
 
 
 def initial_activation_basis(bit_width: int) -> Tensor:
-    """``2**j * 2 * 0.6745 / (2**K - 1)``, ``[K]``: uniform levels up to 1.349. Source: the authors' program."""
+    """``2**j * 2 * 0.6745 / (2**K - 1)``, ``[K]``: uniform levels up to 1.349. Source: the authors' code."""
     basis: Tensor = torch.exp2(torch.arange(bit_width)) * 2 * QUARTILE / (2**bit_width - 1)
     return basis
 
 
 def initial_weight_basis(bit_width: int, fan_out: int, channels: int) -> Tensor:
-    """``2**j * 0.6745 sqrt(2 / fan_out) / 2**(K - 1)``, ``[K, channels]``. Source: the authors' program."""
+    """``2**j * 0.6745 sqrt(2 / fan_out) / 2**(K - 1)``, ``[K, channels]``. Source: the authors' code."""
     basis: Tensor = torch.exp2(torch.arange(bit_width)) * QUARTILE * math.sqrt(2 / fan_out) / 2 ** (bit_width - 1)
     return basis.unsqueeze(1).repeat(1, channels)
 
@@ -65,10 +67,10 @@ class LearnedBasis(TableQuantizer):
         signed: Codes of -1 and 1 instead of 0 and 1.
         clips_gradient: Whether values beyond the levels get no gradient.
         granularity: Which elements share a basis.
-        pull: Weight of the present basis in the least squares, per element where ``pull_by_element``.
-        momentum: Of the moving average.
-        zero_debias: Divide the average by ``1 - momentum**t``, so that the first update is not drawn towards where it started.
-        from_shape: Start at the authors' constants; else fitted to the first data.
+        pull: Weight of the current basis in the least squares, per element if ``pull_by_element``.
+        momentum: Momentum of the moving average.
+        zero_debias: Divide the average by ``1 - momentum**t``, so that the first updates are not biased towards the start.
+        from_shape: Start at the authors' constants; else fit the basis to the first data.
     """
 
     tables = ("basis", "accumulator")
@@ -135,12 +137,12 @@ class LearnedBasis(TableQuantizer):
         return levels, self.codes[order]
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the present basis."""
+        """``B'B`` and ``B'x`` for each row of ``rows``, with codes under the current basis."""
         levels, codes = self.levels()
         return _normal_equations(rows, nearest_level(rows, levels), codes)
 
     def solve(self, gram: Tensor, moment: Tensor) -> Tensor:
-        """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the present one where that is not finite."""
+        """The basis of least squared error: ``(B'B + e I)^-1 (B'x + e v)``; the current one where that is not finite."""
         pull = self.pull * (gram.diagonal(dim1=1, dim2=2).amax(1) if self.pull_by_element else torch.ones_like(gram[:, 0, 0]))
         pull = pull.clamp(min=1e-30).view(-1, 1)
         basis = self.basis.double()
@@ -157,7 +159,7 @@ class LearnedBasis(TableQuantizer):
             self._set_table("basis", self.momentum * self.basis + (1 - self.momentum) * new_basis)
 
     def update(self, run: TrainRun | None = None) -> None:
-        """One step of the alternation with what the passes since the last one gathered, over all processes; none where no code was set."""
+        """One step of the alternation with the statistics gathered since the last one, over all processes; none if no code was set."""
         gathered, self._gathered = self._gathered, None
         if gathered is None:  # a process whose layer rested has to take part in the averaging all the same
             moment = torch.zeros_like(self.basis, dtype=torch.float64)
@@ -219,7 +221,7 @@ def _normal_equations(rows: Tensor, index: Tensor, codes: Tensor) -> tuple[Tenso
         needs=("labels",),
         fidelity="exact",
         summary="learned levels that stay sums of bit planes, fitted by least squares in every step",
-        evidence="held against the authors' program",
+        evidence="checked against the authors' code",
         margin_points=60,
     )
 )
@@ -229,8 +231,8 @@ class LqNets(TrainingMethod):
 
     Attributes:
         start: ``data``: bases fitted to the weights and the first batch; ``paper``: fixed by the shape, for training from scratch.
-        momentum: Of the moving average of bases.
-        zero_debias: Correct the average's start as the authors' program does; else a plain moving average.
+        momentum: Momentum of the moving average of bases.
+        zero_debias: Correct the bias of the moving average towards its start, as the authors' code does.
     """
 
     ends = "float"

@@ -1,11 +1,12 @@
-"""LSQ: the step size of a uniform grid is learned with the network. The baseline that later methods compare with.
+"""LSQ: the step size of a uniform grid is learned with the network; the baseline of later methods.
 
 Paper: Esser, McKinstry, Bablani, Appuswamy, Modha 2020, "Learned Step Size Quantization", ICLR.
     Section 2.1 (gradient of the step size, Eq. 3), section 2.2 (its scale).
     Bhalgat et al. 2020, "LSQ+: Improving low-bit quantization through learnable offsets", for ``offset``.
 Symbols: s -> scale, Q_N and Q_P -> qmin and qmax, beta -> offset.
-Deviations: weights have a scale for each output channel by default (the paper: one for the tensor); a learned offset is rounded to
-    a whole zero point, so that zero stays a level.
+Differs from the paper:
+    - Weights have one scale per output channel by default, which is more accurate; the paper has one per tensor.
+    - A learned offset is rounded to an integer zero point, so that 0 stays a level.
 """
 
 from __future__ import annotations

@@ -4,9 +4,12 @@ Paper: Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018, "PACT
     Neural Networks". Section 3, Eq. 1 (clip), Eq. 2 (quantize), Eq. 3 (gradient of the clip level).
     Choi et al. 2019, "Accurate and Efficient 2-bit Quantized Neural Networks", MLSys, section 3 (SAWB).
 Symbols: alpha -> clip, lambda_alpha -> clip_decay, k -> bit_width, c1 and c2 -> SAWB_COEFFICIENTS.
-Deviations: where a layer's input can be negative it is clipped at both ends. The clip replaces a ReLU that stays in the network, where it
-    changes nothing. The paper trains for many epochs from a large clip; short runs at 2 bits gain some twenty points by
-    ``clip_init="least_error"``, which is ours. Weights are DoReFa's as in the PACT paper; ``weights="sawb"`` has the follow-up's.
+Differs from the paper:
+    - Where a layer's input can be negative it is clipped at both ends.
+    - The clip replaces a ReLU in the paper; here the ReLU stays in the network, where it changes nothing.
+    - ``clip_init="least_error"`` is an addition: the paper trains for many epochs from a large clip, and short runs at 2 bits gain some
+      twenty points by a better start.
+    - Weights are DoReFa's as in the PACT paper; ``weights="sawb"`` selects those of the follow-up.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ class PactActivation(GridQuantizer):
 
     Args:
         bit_width: 1 to 8.
-        clip: Where it starts: a number, ``max``: the largest magnitude of the first batch, or ``least_error``: where the squared error of
-            the first batch is least.
+        clip: Initial clip level: a number, ``max`` (the largest magnitude of the first batch) or ``least_error`` (the least squared error
+            on the first batch).
         clip_decay: ``penalty`` is ``clip_decay * clip**2``.
         is_signed: Whether the range has a negative half.
     """
@@ -81,7 +84,7 @@ class PactActivation(GridQuantizer):
         return symmetric_codes(bit_width) if self.is_signed else (0, 2**bit_width - 1)
 
     def initialize(self, x: Tensor) -> None:
-        """Start where ``clip`` says."""
+        """Set the clip level as ``clip`` asks."""
         if self.initial_clip == "max":
             clip = x.detach().float().abs().amax()
         elif self.initial_clip == "least_error":
@@ -108,13 +111,13 @@ class PactActivation(GridQuantizer):
 
 
 class SawbWeight(GridQuantizer):
-    """Weights on evenly spaced levels in ``[-clip, clip]``, the clip from the moments of the present weights.
+    """Weights on evenly spaced levels in ``[-clip, clip]``, with a clip from the moments of the current weights.
 
     Forward: ``(2 round(u N) / N - 1) clip`` with ``u = clamp(w / clip, -1, 1) / 2 + 1/2`` and
     ``clip = c1 sqrt(E w^2) + c2 E|w|``, or ``max|w|`` where there are no coefficients or the clip is not positive;
     ``N = 2**k - 1``, with ``has_zero`` ``2**k - 2``. In evaluation the clip is the last one of training.
     Backward: 1 everywhere, with ``clips_gradient`` 0 outside ``[-clip, clip]``; nothing through the clip.
-    Each bit-width has its own clip: a new one starts at the present one unless it is given weights, and training sets it anyway.
+    Each bit-width has its own clip. That of a new width starts at the current one unless weights are given, and training replaces it.
     Source: Choi et al. 2019, section 3.
 
     Args:
@@ -180,7 +183,7 @@ class SawbWeight(GridQuantizer):
         needs=("labels",),
         fidelity="exact",
         summary="learns where to clip activations; weights as in dorefa, or by SAWB",
-        evidence="held against the authors' company's toolkit (fms-model-optimizer)",
+        evidence="checked against the authors' company's toolkit (fms-model-optimizer)",
         margin_points=55,
     )
 )
@@ -189,11 +192,11 @@ class Pact(TrainingMethod):
     """Learned clip levels of activations.
 
     Attributes:
-        weights: ``dorefa`` (the PACT paper's), or ``sawb`` (the follow-up's).
-        sawb_zero: Give SAWB weights a level at 0, and one level fewer.
+        weights: Weight quantizer: ``dorefa`` (the PACT paper) or ``sawb`` (the follow-up).
+        sawb_zero: Give SAWB weights a level at 0, at the cost of one level.
         sawb_clip_gradient: Give weights beyond the SAWB clip no gradient.
-        clip_init: Where the clip level starts: a number in units of the activation (the paper starts it large), ``max``: the largest
-            magnitude of the first batch, ``least_error``: where the squared error of the first batch is least, best on short budgets.
+        clip_init: Initial clip level: a number in units of the activation (the paper starts with a large one), ``max`` (the largest
+            magnitude of the first batch) or ``least_error`` (the least squared error on the first batch, best for short runs).
         clip_decay: ``clip_decay * clip**2`` is added to the loss for every layer; the paper uses the weight decay.
     """
 
@@ -206,7 +209,7 @@ class Pact(TrainingMethod):
     clip_decay: Annotated[float, AtLeast(0)] = 1e-4
 
     def default_recipe(self) -> Recipe:
-        """ResNet-20 on CIFAR-10 (from memory of the paper; its batch size is not known)."""
+        """ResNet-20 on CIFAR-10; the paper's batch size is not known."""
         return Recipe(200, optimizer=OptimizerSpec(learning_rate=0.1, weight_decay=2e-4, schedule="step", milestones=(0.3, 0.6)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:

@@ -98,7 +98,7 @@ class IntervalQuantizer(GridQuantizer):
     Args:
         bit_width: 1 to 8.
         qmin, qmax: Range of the codes.
-        start: How the interval is found in the first data.
+        start: How the initial interval is found from the first data.
         scale_gradient: Multiply the gradients of center and distance by ``1 / sqrt(elements * qmax)``, elements of one sample where
             ``is_batched``.
         is_batched: Whether the first dimension counts samples (activations).
@@ -238,7 +238,7 @@ class QilActivation(IntervalQuantizer):
         needs=("labels", "pretrained"),
         fidelity="equations",
         summary="learns which interval of magnitudes is quantized; below it is pruned, above it clipped",
-        evidence="held against two re-implementations",
+        evidence="checked against two re-implementations",
         margin_points=60,
     )
 )
@@ -256,7 +256,7 @@ class Qil(TrainingMethod):
             the small learning rate; set ``quantizer_learning_rate`` to 1 with it.
         train_weights: Whether weights are trained with the intervals; else nothing but the intervals is.
         progressive: Bit-widths to train at first, one after another, each at least the layer's own, before the bits asked for; every stage
-            has an equal share of the epochs and goes on with the weights and intervals of the one before. The paper's is (5, 4, 3)
+            has an equal share of the epochs and starts from the weights and intervals of the one before. The paper uses (5, 4, 3)
             for 2 bits.
     """
 

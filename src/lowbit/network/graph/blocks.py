@@ -21,12 +21,12 @@ SHOWN = 12  # names listed in an error
 
 @dataclass(frozen=True)
 class Block:
-    """A block, or a layer that is in none.
+    """A block, or a layer outside of all blocks.
 
     Attributes:
         name: The module.
         layers: Its convolutions and linear layers, in definition order.
-        kind: What it is.
+        kind: Kind of the unit.
     """
 
     name: str
@@ -44,7 +44,7 @@ def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[
 
     Args:
         model: Any network.
-        dataflow: Of the network; ``None`` where it cannot be captured.
+        dataflow: Dataflow of the network; ``None`` if it cannot be captured.
         patterns: Shell patterns of module names.
 
     Raises:

@@ -25,7 +25,7 @@ MOVING = UNCHANGED | SPATIAL | RESHAPING | {"mean", "permute", "transpose"}
 
 @dataclass(frozen=True)
 class Channels:
-    """``count`` channels along ``axis``; each takes ``block`` places in a row there (more than one behind a flatten)."""
+    """``count`` channels along ``axis``; each takes ``block`` consecutive places there (more than one behind a flatten)."""
 
     axis: int
     count: int
@@ -41,7 +41,7 @@ def channels_made(layer: nn.Module, node: Node) -> Channels | None:
 
 
 def block_read(layer: nn.Module, node: Node, channels: Channels) -> int | None:
-    """How many inputs of ``layer`` each channel of ``node``, its input, becomes; ``None`` where its inputs are no whole channels."""
+    """Number of inputs of ``layer`` per channel of ``node``, its input; ``None`` where the inputs are not whole channels."""
     if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
         fits = channels.axis == 1 and channels.block == 1 and channels.count == layer.in_channels
         return 1 if fits and len(node.shape) == len(layer.kernel_size) + 2 else None
@@ -50,7 +50,7 @@ def block_read(layer: nn.Module, node: Node, channels: Channels) -> int | None:
 
 
 def follow(node: Node, before: Node, channels: Channels) -> Channels | None:
-    """The channels of ``before`` in ``node``, which an operation of ``MOVING`` makes of it; ``None`` where channels are mixed up."""
+    """The channels of ``before`` in ``node``, the result of an operation of ``MOVING``; ``None`` where channels are mixed."""
     if node.op in UNCHANGED:
         return channels
     if node.op in SPATIAL:

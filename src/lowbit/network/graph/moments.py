@@ -46,10 +46,10 @@ NODES, REACH = 401, 8.0  # points and reach, in deviations, of the quadrature ov
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of a tensor without looking at data.
+    """What is known about a tensor without data.
 
     Attributes:
-        mean, std: Of each channel, float64 ``[channels]``.
+        mean, std: Mean and deviation of each channel, float64 ``[channels]``.
         lo, hi: The range of each channel.
         channels: Where the channels are; ``None`` when one distribution, shape ``[1]``, stands for all of them.
     """
@@ -68,7 +68,7 @@ class Moments:
 
     @staticmethod
     def uniform(lo: float, hi: float) -> Moments:
-        """All values from ``lo`` to ``hi`` alike."""
+        """All values from ``lo`` to ``hi`` equally likely."""
         low, high = (torch.tensor([end], dtype=torch.float64) for end in (lo, hi))
         return Moments((low + high) / 2, (high - low) / math.sqrt(12), low, high)
 
@@ -93,7 +93,7 @@ def clipped_normal_moments(mean: Tensor, std: Tensor, low: float = 0.0, high: fl
 
     Args:
         mean, std: Equal shapes; the sign of ``std`` does not count.
-        low, high: Where it is clipped; infinite for no limit.
+        low, high: Limits of the clip; infinite for no limit.
 
     Source: appendix C.
     """
@@ -186,12 +186,12 @@ class MomentsWalk:
 
     Args:
         model: The network, batch norms folded; quantized weights count as their float ones.
-        dataflow: Of the network.
+        dataflow: Dataflow of the network.
         statistics: Mean and deviation of layers' outputs before the activation.
-        inputs: Moments of what the network gets.
-        n_sigma: How far ranges reach.
-        at_layer: Called with each layer and the moments of its inputs, one for each input channel, before its output is found; it may
-            change ``statistics``.
+        inputs: Moments of the network's inputs.
+        n_sigma: Width of ranges, in deviations.
+        at_layer: Called with each layer and the moments of its inputs, one per input channel, before the moments of its output are
+            computed; it may change ``statistics``.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class MomentsWalk:
     def _of(self, node: Node) -> Moments | None:
         before = self.dataflow.producers(node)
         if any(other.name not in self.known for other in before):
-            # a batch norm says what it makes, whatever it reads
+            # a batch norm knows its output's moments, whatever it reads
             return (
                 self._of_layer(node, None, None)
                 if node.layer in self.statistics

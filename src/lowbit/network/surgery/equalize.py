@@ -1,4 +1,4 @@
-"""Cross-layer equalization and bias absorption: the float network is changed so that it quantizes better, and computes the same.
+"""Cross-layer equalization and bias absorption: changes to the float network that make it easier to quantize but keep its function.
 
 Paper: Nagel, van Baalen, Blankevoort, Welling 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV.
     Section 4.1 (equalization), section 4.1.3 (absorbing high biases).
@@ -50,9 +50,9 @@ class LayerState:
     Attributes:
         weight: ``[out, in / groups, ...]``.
         bias: ``[out]`` or ``None``.
-        mean, std: Of each output channel before the activation, ``[out]``, or ``None`` where no batch norm told them.
+        mean, std: Mean and deviation of each output channel before the activation, ``[out]``, or ``None`` without a batch norm.
         groups: 1, or the number of channels of a depthwise layer.
-        scale: What each output channel has been divided by so far, ``[out]``.
+        scale: Factor by which each output channel has been divided so far, ``[out]``.
     """
 
     weight: Tensor
@@ -139,7 +139,7 @@ def equalize_set(layers: Sequence[LayerState], kind: RangeKind = "max_abs") -> t
 def equalize(
     layers: Mapping[str, LayerState], sets: Sequence[tuple[str, ...]], *, kind: RangeKind = "max_abs", max_sweeps: int = 500
 ) -> int:
-    """Equalize all ``sets`` of layer names in order, in place, again and again until nothing moves; the number of sweeps."""
+    """Equalize all ``sets`` of layer names in order, in place, repeatedly until nothing changes; returns the number of sweeps."""
     for sweep in range(1, max_sweeps + 1):
         scales = [scale for names in sets for scale in equalize_set([layers[name] for name in names], kind)]
         if not scales or max(float(scale.log().abs().max()) for scale in scales) <= TOLERANCE:
@@ -150,7 +150,7 @@ def equalize(
 def absorb_bias(
     first: LayerState, second: LayerState, *, activation: Activation = "relu", n_sigma: float = 3.0, limit: Tensor | None = None
 ) -> Tensor:
-    """Move the part of the first layer's bias that always gets through the activation into the second layer's bias, in place.
+    """Move the part of the first layer's bias that always passes the activation into the second layer's bias, in place.
 
     ``c = max(0, mean - n std)`` before a ReLU (``ReLU(x - c) = ReLU(x) - c`` for ``x > c``), ``c = mean`` where nothing is between;
     ``b1 - c``, ``b2 + W2 c``, and the stored mean of the first loses ``c``. Missing biases are made. Exact where the second layer
@@ -205,11 +205,11 @@ def chain_sets(kinds: Sequence[ChannelKind]) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Link:
-    """Two layers of which the second alone reads what the first makes, with nothing between but positively homogeneous operations.
+    """Two layers where only the second reads the first one's output, with only positively homogeneous operations between them.
 
     Attributes:
         first, second: Names of the layers.
-        block: Inputs of the second for each channel of the first (more than one behind a flatten).
+        block: Inputs of the second per channel of the first (more than one behind a flatten).
         activation: ``relu`` where the operations between change negative values.
         is_padded: Whether zeros are added to what the second layer reads.
         can_absorb: Whether a constant added to the first layer's output is a constant at the second layer's output.
@@ -326,7 +326,7 @@ class ChannelClip(nn.Module):
 
     Args:
         limit: ``[channels]``.
-        rank: Dimensions behind the channels in the tensors that it gets.
+        rank: Number of dimensions behind the channels in the input.
 
     Source: Nagel et al. 2019, section 4.1 (``f(s x) = s f^(x)`` for a piecewise linear ``f``).
     """
@@ -341,7 +341,7 @@ class ChannelClip(nn.Module):
 
 
 def open_clips(model: nn.Module, dataflow: Dataflow, links: Sequence[Link], kind: ClipKind = "scale") -> tuple[list[Link], list[Node]]:
-    """What becomes of the ``nn.ReLU6`` modules (``nn.Hardtanh`` from 0) within ``links``.
+    """Treat the ``nn.ReLU6`` modules (``nn.Hardtanh`` from 0) within ``links`` so that channels can be rescaled across them.
 
     ``scale`` leaves the clip and names its ``limit`` in the link: ``limit_channels`` puts it in place once the scales are known, so
     that the function stays. ``replace`` makes it an ``nn.ReLU``, in place, and the dataflow alike. ``keep`` ends the chain.
@@ -406,7 +406,7 @@ def _replace_module(model: nn.Module, dataflow: Dataflow, name: str, new: nn.Mod
 
 
 def sets_of(model: nn.Module, links: Sequence[Link], cover: Literal["pairs", "sets"] = "pairs") -> list[tuple[str, ...]]:
-    """What to equalize together: all linked pairs, or pairs and depthwise triples (``chain_sets``)."""
+    """The sets of layers to equalize together: all linked pairs, or pairs and depthwise triples (``chain_sets``)."""
     found: list[tuple[str, ...]] = []
     for chain in _chains(links):
         kinds = [_kind(model.get_submodule(name)) for name in chain]

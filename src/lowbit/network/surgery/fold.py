@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers before them, which changes no output of the network in evaluation mode."""
+"""Folding of batch norms into the layers before them, which changes no output of the network in evaluation mode."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
         )
         layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
-        # a channel that hardly varies does so behind the norm too, whatever gamma says
+        # a channel that hardly varies does not vary behind the norm either, whatever gamma is
         share = (var / (var + norm.eps)).sqrt().to(out_std)
         _neutralize(model, dataflow, norm_name, norm)
         dataflow.forget(norm_name)

@@ -24,10 +24,10 @@ class PaddedShortcut(nn.Module):
     """A shortcut without weights where the shape changes: fewer positions; channels of zeros on both sides, or means of neighbouring channels.
 
     Args:
-        in_channels: Of the input.
-        out_channels: Of the output; where they are fewer, each is the mean of those input channels that fall to it.
-        stride: Vertical and horizontal.
-        pooled: Average each ``stride x stride`` square, those at the edge as far as they reach; else take its first element.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels; if smaller, each is the mean of its share of the input channels.
+        stride: Vertical and horizontal stride.
+        pooled: Whether to average each ``stride x stride`` square, cropped at the edge; else its first element is taken.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, *, pooled: bool = False) -> None:
@@ -50,13 +50,13 @@ def average(x: Tensor, stride: int) -> Tensor:
 
 
 class ShortcutUnit(nn.Module):
-    """``activation(norm(conv(x)) + shortcut(x))``: one convolution with a shortcut of its own.
+    """``activation(norm(conv(x)) + shortcut(x))``: one convolution with its own shortcut.
 
     Args:
         conv: The convolution.
-        norm: Behind it.
-        shortcut: Brings ``x`` to the output's shape.
-        activation: Behind the sum.
+        norm: Norm after the convolution.
+        shortcut: Module that brings ``x`` to the output's shape.
+        activation: Activation after the sum.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class ShortcutBlock(nn.Module):
         block: The block that is replaced.
         units: Names of a convolution and the norm behind it, in order.
         own_shortcut: Names of the convolution and the norm of the block's shortcut, or ``None`` for the identity.
-        activation: ``activation(channels)`` makes what follows each sum.
+        activation: ``activation(channels)`` builds the module after each sum.
 
     Raises:
-        LayerError: The block has a child with a name that is needed here.
+        LayerError: A child of the block has a name that is needed here.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class GivenShortcuts:
 
     Attributes:
         blocks: Names of the blocks that were replaced.
-        own: Names of the convolutions in the old shortcuts of these.
-        without: Names of the other convolutions, without the network's first one: they have no shortcut of their own.
+        own: Names of the convolutions in their old shortcuts.
+        without: Names of the other convolutions except the network's first; they have no shortcut of their own.
     """
 
     blocks: tuple[str, ...]
@@ -195,10 +195,10 @@ def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int],
     Args:
         model: The network, changed in place; ``model`` itself is no block.
         sample: Inputs of one call.
-        activation: ``activation(channels)`` makes what follows each sum; nothing by default.
+        activation: ``activation(channels)`` builds the module after each sum; default: none.
 
     Raises:
-        LayerError: The network has no such block, or one with a child of a name that is needed.
+        LayerError: The network has no such block, or a child of one has a name that is needed.
     """
     kept: list[Tensor] = []  # keeps tensors alive, so that their ids stay their own
     calls: list[_Call] = []

@@ -1,1 +1,1 @@
-"""Parts of a network made to give the float network's outputs, one after the other."""
+"""Reconstruction: parts of a network learn to reproduce the float network's outputs, one after the other."""

@@ -1,8 +1,8 @@
-"""The engine behind adaround and brecq: units of a network, one after the other, are made to give the float network's outputs.
+"""The engine behind adaround and brecq: units of a network learn, one after the other, to reproduce the float network's outputs.
 
-A unit, a layer or a block, sees the inputs that the already quantized part of the network gives it; its target is the float network's
-output. Where the dataflow says that a unit's input is exactly what the unit before puts out, cached samples are carried forward
-through that unit; elsewhere the network runs up to the unit.
+The inputs of a unit (a layer or a block) come from the part of the network that is quantized already; its target is the float
+network's output. If a unit's input is exactly the output of the previous unit, cached samples are carried forward through that unit;
+otherwise the network runs up to the unit.
 
 Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3; Li et al. 2021, "BRECQ", section 3.
 """
@@ -20,7 +20,7 @@ from lowbit.errors import SpecError
 from lowbit.measure.outputs import pieces
 from lowbit.network.layers import evaluating
 from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import UnitReport, fisher_gradient, released_weight
 from lowbit.post_training.reconstruction.phases import Loss, Phase
 from lowbit.post_training.reconstruction.resume import Facts, RunState, fingerprint
@@ -42,17 +42,17 @@ STEP_NOTES = 25  # iterations between two updates of the progress bar
 
 
 class Reconstruction:
-    """Runs phases over planned units, keeps caches bounded and state on disk.
+    """Runs phases over planned units with bounded caches and state on disk.
 
-    At any time the caches hold the inputs and targets of one unit, of two while samples are carried forward: ``space.peak`` bytes
-    at most, in memory or in mapped files.
+    At any time the caches hold the inputs and targets of one unit, or of two while samples are carried forward: at most
+    ``space.peak`` bytes, in memory or in mapped files.
 
     Args:
-        job: The network on its way; weights are quantized already.
-        units: From ``plan_units``.
+        job: The job; its weights are quantized already.
+        units: Units from ``plan_units``.
         facts: The method and its options, for the fingerprint of the run.
         cache: ``ram`` or ``disk`` (under ``job.work_dir``, else a temporary folder).
-        save_every: Iterations between two states saved within a unit, where the job has a ``work_dir``.
+        save_every: Iterations between saved states within a unit, if the job has a ``work_dir``.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Reconstruction:
         return reports
 
     def close(self) -> None:
-        """Tell how much the caches took, and remove temporary files."""
+        """Report how much the caches took, and remove temporary files."""
         if self.space.peak:
             where = "memory" if self.space.kind == "ram" else "files"
             self.job.progress.say(f"reconstruction cached at most {self.space.peak / 1e6:.1f} MB of activations in {where}")
@@ -112,20 +112,20 @@ class Reconstruction:
     def _learn(self, phase: Phase, unit: PlannedUnit, key: str, data: UnitData, stage: Stage, cost: float) -> UnitReport:
         part = f"{key}-part"
 
-        def run(descent: Descent, loss: Loss) -> None:
+        def run(adam: ResumableAdam, loss: Loss) -> None:
             saved = self.state.load(part)
             if saved is not None:
-                descent.load(saved[0], int(saved[1]["iteration"]))
-                stage.advance(cost * descent.iteration / descent.iterations)
-                self.job.progress.say(f"{unit.name}: going on at iteration {descent.iteration} of {descent.iterations}")
-            shown = descent.iteration
-            while not descent.is_finished:
-                descent.step(loss)
-                if descent.iteration % self.save_every == 0 and not descent.is_finished:
-                    self.state.save(part, descent.state(), {"iteration": descent.iteration})
-                if descent.iteration % STEP_NOTES == 0 or descent.is_finished:
-                    stage.advance(cost * (descent.iteration - shown) / descent.iterations, note=unit.name)
-                    shown = descent.iteration
+                adam.load(saved[0], int(saved[1]["iteration"]))
+                stage.advance(cost * adam.iteration / adam.iterations)
+                self.job.progress.say(f"{unit.name}: resuming at iteration {adam.iteration} of {adam.iterations}")
+            shown = adam.iteration
+            while not adam.is_finished:
+                adam.step(loss)
+                if adam.iteration % self.save_every == 0 and not adam.is_finished:
+                    self.state.save(part, adam.state(), {"iteration": adam.iteration})
+                if adam.iteration % STEP_NOTES == 0 or adam.is_finished:
+                    stage.advance(cost * (adam.iteration - shown) / adam.iterations, note=unit.name)
+                    shown = adam.iteration
 
         result, report = phase.learn(unit, data, run, zlib.crc32(f"{self.job.seed} {phase.name} {unit.name}".encode()))
         self.state.save(key, result, {**asdict(report)})
@@ -212,7 +212,7 @@ class Reconstruction:
         state = RunState(self._folder / phase.name, self._fingerprint())
         if state.is_stale:
             self.job.progress.say(
-                f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting anew"
+                f"{state.folder} holds the state of another run (network, calibration data, options or seed differ): starting over"
             )
         return state
 
@@ -230,7 +230,7 @@ class Reconstruction:
 
 
 def _write(cache: TensorCache | None, x: Tensor, start: int, size: int, samples: int, space: CacheSpace) -> TensorCache:
-    """Write samples into the cache, which the first ones make."""
+    """Write samples into the cache, which is created for the first ones."""
     cache = cache or TensorCache(x, size, samples, space)
     cache.write(start, size, x)
     return cache

@@ -1,4 +1,4 @@
-"""What a unit of a network is asked to minimise: the error at its output, weighted or not, and the regularizer of its roundings."""
+"""The objective of a unit of a network: the error at its output, weighted or not, and the regularizer of its roundings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAPER_LEARNING_RATE, LARGEST_LEARNING_RATE = 1e-3, 3e-2
 
 @dataclass(frozen=True)
 class Objective(CheckedSettings):
-    """What a unit is asked to minimise and how (see ``reconstruction_loss`` and ``Descent``).
+    """What a unit minimises and how (see ``reconstruction_loss`` and ``ResumableAdam``).
 
     Attributes:
         fisher: How saved gradients ``g`` weigh errors: ``released`` by ``|g| + 1``, ``paper`` by ``g`` scaled to mean square 1.
@@ -51,10 +51,10 @@ class Objective(CheckedSettings):
 
 
 def rounding_learning_rate(given: float | None, iterations: int, paper_iterations: int) -> float:
-    """The rate that was given, or else the papers' 0.001, raised where there are fewer iterations than in the paper.
+    """The given rate, or else the papers' 0.001, raised for fewer iterations than in the paper.
 
-    ``min(0.001 paper_iterations / iterations, 0.03)``: so the logits, which Adam moves by about the rate in each step, still travel
-    far enough to change their minds.
+    ``min(0.001 paper_iterations / iterations, 0.03)``: Adam moves the logits by about the rate in each step, so they can still travel
+    far enough to flip a rounding.
     """
     if given is not None:
         return given
@@ -67,9 +67,9 @@ def rounding_learning_rate(given: float | None, iterations: int, paper_iteration
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What reconstruction did to one unit: its loss over all calibration samples before and after, and the share of roundings undecided at the end.
+    """Result of one unit: its loss over all calibration samples before and after, and the share of roundings undecided at the end.
 
-    ``is_kept`` says that nothing learned was better on the calibration data, so that the unit stayed as it was.
+    ``is_kept``: learning did not improve the loss on the calibration data, so the unit stayed unchanged.
     """
 
     unit: str

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.errors import LayerError
 from lowbit.network.insert import activation_quantizers, float_weight, set_weight_quantizer, weight_quantizer
 from lowbit.post_training.pipeline import PtqJob
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.objective import Objective, UnitReport, mean_loss, rounding_loss, unit_loss
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding
 from lowbit.post_training.reconstruction.unit_data import UnitData
@@ -22,7 +22,7 @@ from lowbit.quantizers.qtensor import AffineDecoder
 SMALLEST_SHARE = 1e-3  # a learned activation scale never shrinks below this share of where it started
 
 Loss = Callable[[Tensor], Tensor]
-Run = Callable[[Descent, Loss], None]
+Run = Callable[[ResumableAdam, Loss], None]
 
 
 def store_weight(layer: nn.Module, values: Tensor) -> None:
@@ -32,12 +32,12 @@ def store_weight(layer: nn.Module, values: Tensor) -> None:
 
 
 class Phase(ABC):
-    """What is learned in each unit: roundings, or activation scales."""
+    """A phase of reconstruction: what is learned in each unit (roundings or activation scales)."""
 
     name: str
 
     def __init__(self, job: PtqJob, objective: Objective, *, is_symmetric: bool) -> None:
-        """``is_symmetric`` says that inputs come from the float network, not from the part quantized already."""
+        """``is_symmetric``: whether inputs come from the float network instead of the part that is quantized already."""
         self.job, self.objective, self.is_symmetric = job, objective, is_symmetric
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Phase(ABC):
 
     @abstractmethod
     def learn(self, unit: PlannedUnit, data: UnitData, run: Run, seed: int) -> tuple[dict[str, Tensor], UnitReport]:
-        """Learn by ``run(descent, loss)`` and put the result in place; returns what ``restore`` needs."""
+        """Learn by ``run(adam, loss)`` and put the result in place; returns what ``restore`` needs."""
 
     @abstractmethod
     def restore(self, unit: PlannedUnit, result: Mapping[str, Tensor]) -> None:
@@ -71,11 +71,11 @@ class RoundWeights(Phase):
             for name, rounding in roundings.items():
                 rounding.initialize(float_weight(self.job.layers[name]))
                 set_weight_quantizer(self.job.layers[name], rounding)
-            descent = Descent(
+            adam = ResumableAdam(
                 {name: rounding.logits for name, rounding in roundings.items()}, learning_rate=objective.learning_rate, iterations=objective.iterations,
                 samples=data.target.samples, batch_size=objective.batch_size, seed=seed, is_annealed=objective.is_annealed,
             )  # fmt: skip
-            run(descent, lambda index: rounding_loss(unit, module, data, index, objective, roundings.values(), descent.iteration))
+            run(adam, lambda index: rounding_loss(unit, module, data, index, objective, roundings.values(), adam.iteration))
             for rounding in roundings.values():
                 rounding.is_soft = False
             after = mean_loss(unit, module, data, objective)
@@ -138,7 +138,7 @@ class LearnScales(Phase):
             assert isinstance(quantizer.scale, nn.Parameter)
             scales[name] = quantizer.scale
         try:
-            descent = Descent(
+            adam = ResumableAdam(
                 scales, learning_rate=objective.learning_rate, iterations=objective.iterations, samples=data.target.samples,
                 batch_size=objective.batch_size, seed=seed, is_annealed=objective.is_annealed,
             )  # fmt: skip
@@ -149,7 +149,7 @@ class LearnScales(Phase):
                         scale.copy_(torch.maximum(scale, start[name] * SMALLEST_SHARE))
                 return unit_loss(unit, module, data, index, objective)
 
-            run(descent, loss)
+            run(adam, loss)
             learned = {name: torch.maximum(scale.detach(), start[name] * SMALLEST_SHARE) for name, scale in scales.items()}
         finally:
             for name, quantizer in quantizers.items():

@@ -1,4 +1,4 @@
-"""State of a long reconstruction on disk, so that a rerun after a kill goes on and ends with the same bits.
+"""State of a long reconstruction on disk, so that a run can resume after a kill and end with the same bits.
 
 Every file is complete or absent (written beside and renamed), safetensors with JSON in its header; nothing is unpickled. A
 fingerprint of everything the result depends on guards it: state of another run is not used.
@@ -35,8 +35,8 @@ class RunState:
     """Named pieces of state in ``folder``; with no folder nothing is kept.
 
     Attributes:
-        is_resumed: The folder holds state of this very run.
-        is_stale: The folder held state of a different run, which has been removed.
+        is_resumed: Whether the folder holds state of this run.
+        is_stale: Whether the folder held state of a different run, which has been removed.
     """
 
     def __init__(self, folder: Path | None, run: str) -> None:

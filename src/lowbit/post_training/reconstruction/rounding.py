@@ -20,7 +20,7 @@ from lowbit.quantizers import QTensor, Quantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, code_dtype
 
 ZETA, GAMMA = 1.1, -0.1  # how far the sigmoid is stretched beyond 1 and 0
-CACHED_ELEMENTS = 2**16  # of a tensor that stays in a processor's cache while a dozen passes run over it
+CACHED_ELEMENTS = 2**16  # largest tensor that stays in a processor's cache while a dozen passes run over it
 DECIDED = 0.01  # a share this close to 0 or 1 counts as decided
 
 LossKind = Literal["mse", "fisher_diag", "fisher_full"]
@@ -167,7 +167,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def reconstruction_loss(
     prediction: Tensor, target: Tensor, *, kind: LossKind = "mse", power: float = 2.0, gradient: Tensor | None = None, channel_axis: int = 1
 ) -> Tensor:
-    """How far the output of a unit is from the float network's, ``D = prediction - target``.
+    """Distance of a unit's output from the float network's, with ``D = prediction - target``.
 
     ``mse``: ``|D|**power`` summed over channels, averaged over everything else.
     ``fisher_diag``: ``D**2 G**2`` summed over channels, averaged over everything else.
@@ -198,7 +198,7 @@ def reconstruction_loss(
 class AdaptiveRounding(Quantizer):
     """A weight quantizer whose rounding is being learned on the fixed grid of a ``UniformQuantizer``.
 
-    It stands in for that quantizer while its unit is reconstructed. Forward: soft weights, or the decided ones when ``is_soft`` is
+    It replaces that quantizer while its unit is reconstructed. Forward: soft weights, or the decided ones when ``is_soft`` is
     off. ``penalty()`` is the regularizer of the last soft forward pass, 0 while ``beta`` is ``None``.
     """
 

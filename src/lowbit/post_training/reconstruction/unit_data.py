@@ -1,4 +1,4 @@
-"""What goes into a unit of a network and what should come out, for every calibration sample.
+"""Inputs and target outputs of a unit of a network for every calibration sample.
 
 Inputs and targets stream into caches batch by batch, in memory or in memory-mapped files. A pass through the network ends as soon
 as it has reached the unit.
@@ -29,7 +29,7 @@ WIDE = 8  # channels; with fewer, oneDNN's AVX2 gradient of strided 1x1 convolut
 
 
 class CacheSpace:
-    """Where caches live, and how many bytes they take now (``held``) and took at most (``peak``)."""
+    """The space of all caches: the bytes that they take now (``held``) and took at most (``peak``)."""
 
     def __init__(self, kind: CacheKind, folder: Path | None) -> None:
         self.kind = kind
@@ -37,7 +37,7 @@ class CacheSpace:
         self._count = 0
         self._temporary = tempfile.TemporaryDirectory(prefix="lowbit-") if kind == "disk" and folder is None else None
         self._folder = Path(self._temporary.name) if self._temporary is not None else folder
-        self._remove_files()  # a killed run leaves its own
+        self._remove_files()  # left behind by a killed run
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Path | None]:
         """An empty tensor and, where it is a mapped file, the file."""
@@ -190,7 +190,9 @@ class CallCache:
     def read(self, index: Tensor) -> Call:
         """Arguments and keyword arguments for the samples ``index``."""
         made: Call = _map(
-            self._template, _Place, lambda place: self._constants[place.index] if place.is_constant else self._caches[place.index].read(index)
+            self._template,
+            _Place,
+            lambda place: self._constants[place.index] if place.is_constant else self._caches[place.index].read(index),
         )
         return made
 
@@ -244,7 +246,7 @@ def resized(inputs: Inputs) -> Inputs:
 
 @dataclass
 class UnitData:
-    """Inputs of a unit, the float outputs to reach, and where the loss wants them, the task loss's gradients there."""
+    """Inputs of a unit, the float outputs to reach, and the task loss's gradients there if the loss needs them."""
 
     inputs: CallCache
     target: TensorCache
@@ -279,7 +281,7 @@ def run_until(model: nn.Module, inputs: Inputs, unit: str) -> None:
 
 
 def call_of(model: nn.Module, unit: str, inputs: Inputs) -> Call:
-    """What the module ``unit`` is called with when ``model`` gets ``inputs``."""
+    """Arguments of the module ``unit`` when ``model`` is called with ``inputs``."""
     caught: list[Call] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ class PlannedUnit:
         name: The module.
         layers: Its layers with quantized weights.
         activation: The activation function that directly follows a layer, applied to its output and target.
-        is_carried: Its only input is exactly what the unit before it puts out.
+        is_carried: Whether its only input is exactly the output of the unit before it.
         channel_axis: The axis of its output that counts channels.
         cost: Multiplications for one sample.
     """
@@ -45,13 +45,13 @@ class PlannedUnit:
         return self.finish(module(*args, **kwargs))
 
     def finish(self, output: Tensor) -> Tensor:
-        """What the unit makes of its module's output."""
+        """The unit's output, given its module's output."""
         return output if self.activation is None else self.activation(output)
 
 
 @dataclass
 class _Facts:
-    """What one pass shows of a module."""
+    """Facts about a module from one pass."""
 
     calls: int = 0
     returns_tensor: bool = False
@@ -60,7 +60,7 @@ class _Facts:
 
 
 def layer_units(job: PtqJob) -> list[Block]:
-    """Every layer on its own."""
+    """Every layer as a unit of its own."""
     return [Block(name, (name,), "layer") for name in job.layers]
 
 

@@ -75,7 +75,7 @@ def insert_with_norms(
         weights, activations: Make the quantizers.
         initialize_layer: Sets up a layer from its input.
         norm: Where to put norms: where inputs are never negative, always or never.
-        epsilon: Of the norms.
+        epsilon: Epsilon of the norms.
     """
     inputs: dict[InputNorm, Tensor] = {}
 

@@ -42,6 +42,14 @@ class QatJob(NetworkJob):
 
     Raises:
         GraphError: The policy asks for bits of sums and concatenations, and the network cannot be exported.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.inputs import Inputs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> job = lowbit.QatJob(model, lowbit.BitPolicy.uniform(2, 4), Inputs.of(torch.rand(8, 4), model))
+        >>> list(job.layers), job.positions
+        (['0', '2'], {'0': 'first', '2': 'last'})
     """
 
     allows_float_weights = True
@@ -57,12 +65,12 @@ class QatJob(NetworkJob):
         placements = place_at_layers(self.activation_bits)
         signs = self._signs(placements)
         for name, layer in self.layers.items():
-            quantizer = self._made(self.weight_slot(name), weights)
+            quantizer = self._build(self.weight_slot(name), weights)
             insert.set_weight_quantizer(layer, quantizer)
             self.inserted.append((name, quantizer))
         for placement in placements:
             slot = self.slot(placement, is_signed=signs[placement.name])
-            quantizer = self._made(slot, activations)
+            quantizer = self._build(slot, activations)
             self.place(placement, quantizer)
             self.inserted.append((slot.name, quantizer))
 
@@ -115,7 +123,7 @@ class QatJob(NetworkJob):
         placed: dict[Placement, Quantizer] = {}
         for placement in planned:
             slot = self.slot(placement, is_signed=signs[placement.name])
-            quantizer = self._made(slot, outputs) if placement.purpose == "output" else made_for(slot, merges)
+            quantizer = self._build(slot, outputs) if placement.purpose == "output" else made_for(slot, merges)
             if quantizer is not None:
                 self.place(placement, quantizer)
                 placed[placement] = quantizer
@@ -161,7 +169,7 @@ class QatJob(NetworkJob):
         """Whether the policy's exception for the first and the last layer applies to it."""
         return self.policy.first_last is not None and name in self.positions
 
-    def _made(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
+    def _build(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
         return made_for(slot, self.edges if self.is_excepted(slot.name) else factory)
 
     def _signs(self, placements: Iterable[Placement]) -> dict[str, bool]:

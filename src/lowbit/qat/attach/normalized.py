@@ -135,7 +135,7 @@ class NormalizingMethod(TrainingMethod):
     """A method whose quantizers are normalized ones.
 
     Attributes:
-        quantizer_learning_rate: Of intervals and output scales (Adam), as a fraction of the weights'.
+        quantizer_learning_rate: Adam learning rate of intervals and output scales, as a fraction of the weights'.
     """
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01

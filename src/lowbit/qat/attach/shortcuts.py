@@ -22,7 +22,7 @@ def change_network(
 
     Args:
         job: The network, before quantizers are inserted.
-        shortcuts: Give each convolution of a residual block a shortcut of its own: ``auto``: if the network has residual blocks; ``yes``:
+        shortcuts: Give each convolution of a residual block its own shortcut: ``auto``: if the network has residual blocks; ``yes``:
             an error if it has none; ``no``.
         activation: ``activation(channels)`` makes what follows each sum; nothing by default.
         relu: What stands in the place of ``nn.ReLU`` modules in networks with such shortcuts.
@@ -45,7 +45,7 @@ def change_network(
             for name in given.own:
                 job.keep_float(name, "a shortcut stays in float")
             has_blocks = True
-            job.table.note(f"each convolution of {len(given.blocks)} residual blocks has a shortcut of its own")
+            job.table.note(f"each convolution of {len(given.blocks)} residual blocks has its own shortcut")
             if given.without:
                 job.table.note(
                     f"without a shortcut of their own, for they are in no residual block that was understood: {', '.join(given.without)}"

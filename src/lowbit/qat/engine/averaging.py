@@ -24,7 +24,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the present values."""
+        """Add the current values."""
         fresh: dict[str, Tensor] = {}
         for name, value in _named(model):
             average = self.tensors.get(name)

@@ -1,4 +1,4 @@
-"""A training run on disk: enough to go on after a kill at any moment, bit for bit.
+"""A training run on disk: enough to resume bit for bit after a kill at any moment.
 
 ``last.safetensors`` is the whole run, ``best.safetensors`` the network that did best on the test data. Each is one file of tensors
 with JSON in its header, replaced only by a complete one; nothing is unpickled.
@@ -28,16 +28,16 @@ LAST, BEST = "last", "best"
 
 @dataclass
 class RunState:
-    """Where a run stands, beside its ``TrainRun``.
+    """State of a run beyond its ``TrainRun``.
 
     Attributes:
         curve: Results of the epochs that are finished.
-        loss_sum, loss_count: Of the batches of the present epoch.
+        loss_sum, loss_count: Sum and number of the batch losses of the current epoch.
         seconds: Training time so far.
         average: Averages of the weights by name, or none.
         scaler: State of the gradient scaler, or none.
         best: Epoch of the best network so far, and its metric.
-        is_done: All is trained.
+        is_done: Whether training has finished.
     """
 
     curve: Curve
@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             return self._put(run, rank, tensors, facts)
         except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise FileFormatError(f"{self._path(LAST)} does not fit this run ({error}). Start over with --fresh.") from error
+            raise FileFormatError(f"{self._path(LAST)} does not fit this run ({error}). Start over with resume=False.") from error
 
     def _put(self, run: TrainRun, rank: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> RunState:
         # twice: what a method does to a network's structure at the start of a phase may depend on its state, and changes it
@@ -126,7 +126,7 @@ class Checkpoints:
         if len(run.optimizers) != len(facts["optimizers"]):
             raise FileFormatError(
                 f"{self._path(LAST)} holds {len(facts['optimizers'])} optimizers, the phase {run.phase.name!r} has {len(run.optimizers)}. "
-                "Start over with --fresh."
+                "Start over with resume=False."
             )
         for index, (optimizer, tree) in enumerate(zip(run.optimizers, facts["optimizers"], strict=True)):
             restoration.put(tree, optimizer, f"optimizer.{index}")
@@ -151,7 +151,7 @@ class Checkpoints:
         objects = run.objects()
         if set(objects) != set(facts["objects"]):
             raise FileFormatError(
-                f"the saved run has {', '.join(facts['objects'])}, this one {', '.join(objects)}. Start over with --fresh."
+                f"the saved run has {', '.join(facts['objects'])}, this one {', '.join(objects)}. Start over with resume=False."
             )
         for name, value in objects.items():
             restoration.put(facts["objects"][name], value, name)
@@ -172,7 +172,7 @@ class Checkpoints:
         tensors, content = read_tensors(self._path(name))
         facts = cast(dict[str, Any], content if isinstance(content, dict) else {})
         if facts.get("version") != FORMAT_VERSION:
-            raise FileFormatError(f"{self._path(name)} is of another version of lowbit. Start over with --fresh.")
+            raise FileFormatError(f"{self._path(name)} is of another version of lowbit. Start over with resume=False.")
         return tensors, facts
 
     def _path(self, name: str) -> Path:

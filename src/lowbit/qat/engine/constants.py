@@ -60,7 +60,7 @@ def _unsavable(value: object, name: str, what: str) -> StateError:
     return StateError(
         f"{_place(name)} is a {type(value).__module__}.{type(value).__qualname__}, which checkpoints cannot save, {what}: a stopped run could not be "
         "resumed. Saved are numbers, strings, tensors, random generators, networks, and lists, tuples, sets, dictionaries (with plain keys) and "
-        "dataclasses of these. Keep it in a buffer or in plain values, or, where each step or start_phase makes it anew, leave it out of __getstate__."
+        "dataclasses of these. Keep it in a buffer or in plain values, or, if each step or start_phase creates it again, leave it out of __getstate__."
     )
 
 

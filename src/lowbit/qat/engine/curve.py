@@ -29,7 +29,7 @@ class EpochResult:
         step: Optimizer steps up to its end.
         loss: Mean training loss.
         metrics: The task's metrics on the test data after the epoch, by name; empty without test data.
-        learning_rate: Of the weights in its last step.
+        learning_rate: Learning rate of the weights in its last step.
         seconds: Training time up to its end, evaluation included.
         samples_per_second: In its training.
     """
@@ -51,7 +51,7 @@ class TrainingLog:
     """Writes ``train.json``, ``train.csv`` and, where it is installed, TensorBoard's files into a folder.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         settings: Everything the training was started with, for ``train.json``.
         tensorboard: Whether to write files for TensorBoard; ``None`` where it is installed.
     """
@@ -62,7 +62,7 @@ class TrainingLog:
         self._writer: Any = None
 
     def start(self, step: int) -> None:
-        """A run starts, or goes on after ``step`` steps: what TensorBoard shows of later ones is replaced."""
+        """A run starts, or resumes after ``step`` steps; TensorBoard's entries of later steps are replaced."""
         if self._make_writer is not None:
             self._writer = self._make_writer(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
 

@@ -82,9 +82,9 @@ def gathered(value: Tensor, device: torch.device) -> list[Tensor]:
     """The tensors of all processes, in the order of their ranks; all have one shape."""
     if process_count() == 1:
         return [value]
-    mine = value.to(device)
-    found = [torch.empty_like(mine) for _ in range(process_count())]
-    torch.distributed.all_gather(found, mine)
+    own = value.to(device)
+    found = [torch.empty_like(own) for _ in range(process_count())]
+    torch.distributed.all_gather(found, own)
     return [tensor.cpu() for tensor in found]
 
 

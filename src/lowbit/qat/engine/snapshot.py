@@ -1,4 +1,4 @@
-"""What a run's objects hold, as plain values and tensors, and how it is put back into new objects of the same kind.
+"""The state of a run's objects as plain values and tensors, and how to put it back into new objects of the same kind.
 
 Nothing is pickled. A snapshot is a tree of values that JSON can say, with tensors beside it under names. The rule:
 
@@ -123,7 +123,7 @@ class Snapshot:
         return {"optimizer": self.take(state["state"], f"{name}.state"), "groups": self.take(groups, f"{name}.groups")}
 
     def owned(self) -> dict[str, Tensor]:
-        """Copies of the tensors, which stay as they are when the objects go on changing."""
+        """Copies of the tensors, which do not change when the objects do."""
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
 
@@ -238,7 +238,7 @@ class Restoration:
             lacking, added = sorted(set(trees) - set(modules)), sorted(set(modules) - set(trees))
             raise FileFormatError(
                 f"the saved state is of another network: modules missing here: {', '.join(lacking[:3]) or 'none'}; "
-                f"modules not in it: {', '.join(added[:3]) or 'none'}. Start over with --fresh."
+                f"modules not in it: {', '.join(added[:3]) or 'none'}. Start over with resume=False."
             )
         for path, tree in trees.items():
             if path in modules:

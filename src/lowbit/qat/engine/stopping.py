@@ -29,7 +29,7 @@ class Terminated(SystemExit):
 
 @dataclass(frozen=True)
 class SaveEvery:
-    """How often the state is saved besides the end of each epoch: after so many seconds, or so many steps."""
+    """Interval between saves of the state within an epoch, in seconds or in steps."""
 
     seconds: float | None = None
     steps: int | None = None

@@ -1,4 +1,4 @@
-"""The trainer: drives a run's hooks over the data, in one process or several, evaluates, saves, and goes on after a kill."""
+"""The trainer: drives a run's hooks over the data in one or more processes, evaluates, saves, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lowbit.inputs import sample_count
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.averaging import WeightAverage
+from lowbit.qat.engine.batches import BatchSource
 from lowbit.qat.engine.checkpoint import BEST, LAST, Checkpoints, RunState
 from lowbit.qat.engine.curve import Curve, EpochResult, TrainingLog
-from lowbit.qat.engine.feed import Feed
 from lowbit.qat.engine.finite import first_not_finite, gradient_is_finite, gradient_not_finite, names_not_finite, values_not_finite
 from lowbit.qat.engine.processes import (
     any_process,
@@ -40,7 +40,7 @@ from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch, Meter, Scores
 
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
-SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has come down to this meets nothing but infinities
+SMALLEST_SCALE = 2.0**-30  # a gradient scaler that has fallen to this sees nothing but infinities
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -56,11 +56,17 @@ class Trainer:
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto``: a GPU of CUDA where there is one, else the CPU.
         devices: Processes on this machine, one for each device. Under ``torchrun`` its processes are used.
         nodes: Machines; each runs the same command.
-        strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the present command again for each.
+        strategy: How processes are started, by its name in Lightning Fabric; ``auto`` runs the current command again for each.
         precision: ``32``, or ``bf16`` / ``fp16``: mixed precision of the forward pass, weights and quantizers' steps stay float32.
-        save_every: How often the state is saved besides the end of each epoch: ``300s``, ``10m``, or a number of steps.
-        select: The network to end with: of the ``last`` epoch, or the one that did ``best`` on the test data in the last phase.
-        progress: Where to show progress; silent when left out.
+        save_every: Interval between saves of the state within an epoch: ``300s``, ``10m``, or a number of steps.
+        select: Network to keep: that of the ``last`` epoch, or the ``best`` on the test data in the last phase.
+        progress: Progress display; default: silent.
+
+    Example:
+        >>> import lowbit
+        >>> trainer = lowbit.Trainer(device="cpu", select="best", save_every="10m")
+        >>> trainer.saves.seconds
+        600.0
     """
 
     device: str = "cpu"
@@ -97,7 +103,7 @@ class Trainer:
         return bool(self.fabric.global_rank == 0)
 
     def launch(self) -> None:
-        """Start the other processes, if there are to be any. They run the present command from its start up to here.
+        """Start the other processes, if there are to be any. They run the current command from its start up to here.
 
         Raises:
             MissingExtraError: Lightning Fabric is not installed.
@@ -136,7 +142,7 @@ class Trainer:
     def fit(
         self,
         run: TrainRun,
-        feed: Feed,
+        source: BatchSource,
         test: Iterable[Batch] | None = None,
         *,
         checkpoints: Checkpoints | None = None,
@@ -146,10 +152,10 @@ class Trainer:
 
         Args:
             run: A new run, on the CPU or the trainer's device.
-            feed: Training batches.
+            source: Training batches.
             test: Batches to measure the task's metric on after every epoch.
-            checkpoints: Where the state is saved; a run that is there is gone on with.
-            log: Where the curve is written.
+            checkpoints: Checkpoints to save to; a run that is there is resumed.
+            log: Log that the curve is written to.
 
         Raises:
             DivergedError: The loss, a gradient or a weight became NaN or infinite; checkpoints before that are kept.
@@ -163,7 +169,7 @@ class Trainer:
         run.to(device)
         run.reduce_mean = mean_over_processes
         with _own_random_numbers(run.recipe.seed + 1_000_003 * self.fabric.global_rank, device):
-            session = _Session(self, run, feed, test, checkpoints, log if self.is_main else None)
+            session = _Session(self, run, source, test, checkpoints, log if self.is_main else None)
             return session.train()
 
     def _device(self) -> str:
@@ -177,12 +183,12 @@ class _Session:
         self,
         trainer: Trainer,
         run: TrainRun,
-        feed: Feed,
+        source: BatchSource,
         test: Iterable[Batch] | None,
         checkpoints: Checkpoints | None,
         log: TrainingLog | None,
     ) -> None:
-        self.trainer, self.run, self.feed, self.test, self.checkpoints, self.log = trainer, run, feed, test, checkpoints, log
+        self.trainer, self.run, self.source, self.test, self.checkpoints, self.log = trainer, run, source, test, checkpoints, log
         self.fabric, self.device = trainer.fabric, trainer.fabric.device
         decay = run.recipe.average_weights
         self.average = None if decay is None else WeightAverage(run.model, decay)
@@ -240,7 +246,7 @@ class _Session:
         if start == 0:
             state.loss_sum, state.loss_count = 0.0, 0
         began, trained = time.monotonic(), 0
-        batches = self.feed.epoch(epoch, start)
+        batches = self.source.epoch(epoch, start)
         for _ in range(start, run.steps_per_epoch):
             trained += self._step(batches)
             rate = trained * process_count() / max(time.monotonic() - began, 1e-9)
@@ -366,7 +372,7 @@ class _Session:
 
     @property
     def _may_be_best(self) -> bool:
-        """Whether the present phase is the last one: in earlier ones a method may not have come down to the bits asked for."""
+        """Whether the current phase is the last one: in earlier ones a method may not have come down to the bits asked for."""
         return self.run.phase_index == len(self.run.phases) - 1
 
     def _keep_best(self, epoch: int, metric: float | None) -> None:
@@ -433,9 +439,9 @@ class _Session:
         if self.output is None:
             with evaluating(self.run.model), torch.random.fork_rng(devices=[]):
                 self.output = self.run.task.predict(self.run.model, batch)
-            if self.feed.targets is not None:
-                self.run.task.check(self.output, (batch[0], self.feed.targets))
-        if self.feed.targets is None:
+            if self.source.targets is not None:
+                self.run.task.check(self.output, (batch[0], self.source.targets))
+        if self.source.targets is None:
             self.run.task.check(self.output, batch)
 
     def _diverged(self, batch: Batch, what: str) -> NoReturn:
@@ -476,7 +482,7 @@ def _has_gradient(optimizer: torch.optim.Optimizer) -> bool:
 
 @contextlib.contextmanager
 def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the context the generators of torch and Python start at ``seed``; those of the caller go on afterwards as before."""
+    """Within the context the generators of torch and Python start at ``seed``; the caller's continue afterwards as before."""
     before = random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -39,8 +39,8 @@ class LowbitCallback(Planned, TrainerCallback):  # type: ignore[misc]
     """Calls the hooks of the method that the trainer's model was prepared with, or the one prepared network inside it.
 
     transformers clips gradients before it calls the method's hook for them. Each checkpoint gets a file with the run's state beside the
-    trainer's, so that ``resume_from_checkpoint`` goes on to the same result; a checkpoint elsewhere than in ``output_dir`` gives the
-    network alone, and what a method keeps besides (random numbers, for one) starts anew. Methods with a loss of their own need
+    trainer's, so that ``resume_from_checkpoint`` gives the same result. From a checkpoint outside of ``output_dir`` only the network is
+    restored, and the method's own state (random numbers, for one) starts over. Methods with a loss of their own need
     ``callback.run.loss((inputs, labels))`` for the model's loss.
 
     Arguments: those of ``Planned``.

@@ -75,5 +75,5 @@ class LowbitCallback(Planned, Callback):  # type: ignore[misc]
         return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Remember where to go on once training starts."""
+        """Remember where to resume once training starts."""
         self._saved = state_dict or None

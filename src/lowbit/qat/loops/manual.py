@@ -1,4 +1,4 @@
-"""``lowbit.training``: the hooks of a method for a training loop of one's own, whose optimizer and schedule belong to the user."""
+"""``lowbit.training``: the hooks of a method for a custom training loop, in which the user owns the optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from lowbit.qat.tasks import as_task
 
 
 @dataclass
-class OwnLoop(TrainRun):
-    """A training run whose loop, optimizer and learning-rate schedule are the user's; ``lowbit.training`` makes it.
+class ManualLoop(TrainRun):
+    """A training run for a custom loop with the user's optimizer and learning-rate schedule; created by ``lowbit.training``.
 
     Three calls for each optimizer step, in this order::
 
@@ -61,7 +61,7 @@ class OwnLoop(TrainRun):
     scaler ``scaler.unscale_(optimizer)`` comes before ``after_backward``.
 
     Attributes:
-        next_hook: Which of the three has to be called next.
+        next_hook: The hook that has to be called next.
     """
 
     next_hook: Literal["before_step", "after_backward", "after_step"] = field(default="before_step", init=False)
@@ -79,7 +79,7 @@ class OwnLoop(TrainRun):
 
     @property
     def learning_rate(self) -> float:
-        """The present learning rate of the weights in the user's optimizer; before the first step the recipe's."""
+        """Current learning rate of the weights in the user's optimizer; before the first step the recipe's."""
         return super().learning_rate if self._rate is None else float(self._rate["lr"])  # type: ignore[arg-type]
 
     @property
@@ -91,8 +91,8 @@ class OwnLoop(TrainRun):
         """Parameter groups for any ``torch.optim`` optimizer, one for each role, with the method's rates for quantizers.
 
         Args:
-            learning_rate: Of the weights; default: the recipe's.
-            weight_decay: Of the weights; default: the recipe's.
+            learning_rate: Learning rate of the weights; default: the recipe's.
+            weight_decay: Weight decay of the weights; default: the recipe's.
 
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay``, ``role``, and ``kind``: the optimizer that the method wants for the role
@@ -135,12 +135,12 @@ class OwnLoop(TrainRun):
         """After the last backward pass of the step and before the optimizer's step (and before clipping gradients).
 
         Raises:
-            LoopError: Called out of order, there is no gradient, or the method has a loss of its own that was not used.
+            LoopError: Called out of order, there is no gradient, or the method has its own loss that was not used.
         """
         self._expect("after_backward", "after_backward")
         if not self._has_called_loss and _has_loss_of_its_own(self.method):
             raise LoopError(
-                f"{self.method.info.name!r} has a loss of its own: compute it with run.loss((inputs, targets)), then loss.backward()"
+                f"{self.method.info.name!r} has its own loss: compute it with run.loss((inputs, targets)), then loss.backward()"
             )
         if all(parameter.grad is None for parameter in self.parameters()):
             raise LoopError(
@@ -187,7 +187,7 @@ class OwnLoop(TrainRun):
         return {**objects, "companion_optimizers": optimizers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken by a run of the same settings.
+        """Resume where ``state_dict`` was taken by a run with the same settings.
 
         Comes before the optimizer is made and loaded; one that exists already follows the network at the next ``before_step``.
 
@@ -208,7 +208,7 @@ class OwnLoop(TrainRun):
             ) from error
 
     def resume(self, step: int) -> None:
-        """Go on after ``step`` steps of which only the network's ``state_dict`` was kept, and loaded.
+        """Resume after ``step`` steps with nothing but the network's ``state_dict``, which has been loaded already.
 
         The method's generator starts from the recipe's seed, and what it keeps outside of the network's ``state_dict`` as well.
         """
@@ -333,11 +333,11 @@ class OwnLoop(TrainRun):
         network = named_roles(self.model, self.method.role)
         added = [(role, p) for role, _, p in network if id(p) not in there and self.phase.key(role) is not None]
         for new in _groups(self.phases, added):
-            mine = next((group for group in groups if group.get("role") == new["role"]), None)
-            if mine is None:
+            same = next((group for group in groups if group.get("role") == new["role"]), None)
+            if same is None:
                 self.optimizers[0].add_param_group(new)
             else:
-                mine["params"] = [*mine["params"], *new["params"]]  # type: ignore[misc]
+                same["params"] = [*same["params"], *new["params"]]  # type: ignore[misc]
         self._known = dict(self.model.named_parameters())
 
     def _find_learning_rate(self) -> None:
@@ -379,31 +379,47 @@ def training(
     float_network: nn.Module | None = None,
     batches: Callable[[int], Iterable[Batch]] | Iterable[Batch] | None = None,
     reduce_mean: Callable[[Tensor], None] | None = None,
-) -> OwnLoop:
-    """The hooks of the method that ``model`` was prepared with, for a training loop of one's own.
+) -> ManualLoop:
+    """The hooks of the method that ``model`` was prepared with, for a custom training loop.
 
     Args:
         model: What ``lowbit.prepare`` returned, or a wrapper around it (``DistributedDataParallel``, ``torch.compile``, a module that
             has it as a submodule).
         steps_per_epoch: Optimizer steps of an epoch.
-        epochs: Epochs of the whole training; schedules of methods are laid over them.
+        epochs: Epochs of the whole training, over which methods spread their schedules.
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight of distillation, seed, learning rate for ``run.parameter_groups``.
-        teacher: A network for soft targets in ``run.loss``. It becomes a part of the run: moved to the network's device, frozen, and in
-            evaluation mode, unless the method trains it.
-        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
-        batches: Training batches for methods that look at data between epochs: a loader, or a function that gives the first so many.
-        reduce_mean: Averages a tensor over all processes in place. Default: with ``torch.distributed`` where it runs.
+        recipe: Recipe with the weight of distillation, the seed, and the learning rate of ``run.parameter_groups``.
+        teacher: Network that gives soft targets in ``run.loss``. It becomes part of the run: it is moved to the network's device, frozen
+            and put in evaluation mode, unless the method trains it.
+        float_network: The network given to ``lowbit.prepare``, for methods that train a float twin too.
+        batches: Training batches for methods that look at data between epochs: a loader, or a function that returns the first ``n``.
+        reduce_mean: Function that averages a tensor over all processes in place. Default: by ``torch.distributed`` if it runs.
 
     Raises:
         SpecError: ``model`` was not prepared, a number is out of range, or the method needs more epochs.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs, labels = torch.rand(8, 4), torch.arange(8) % 2
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=inputs)
+        >>> run = lowbit.training(model, steps_per_epoch=1, epochs=3)
+        >>> optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.1), lr=0.1)
+        >>> for _ in range(run.total_steps):
+        ...     run.before_step(optimizer)
+        ...     optimizer.zero_grad()
+        ...     run.loss((inputs, labels)).backward()
+        ...     run.after_backward()
+        ...     optimizer.step()
+        ...     run.after_step()
+        >>> run.step, run.progress
+        (3, 1.0)
     """
     for name, value in (("steps_per_epoch", steps_per_epoch), ("epochs", epochs)):
         if value < 1:
             raise SpecError(f"{name} must be 1 or more, got {value}")
     network = prepared_network(model)
     recipe = replace(recipe or Recipe(), epochs=epochs)
-    run = OwnLoop(
+    run = ManualLoop(
         network,
         method_of(network),
         as_task(task),
@@ -422,12 +438,18 @@ def training(
 
 
 def parameter_groups(model: nn.Module, *, learning_rate: float = 0.02, weight_decay: float = 1e-4) -> list[dict[str, object]]:
-    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, where no run is at hand yet; see ``OwnLoop``.
+    """Parameter groups of a prepared network for any ``torch.optim`` optimizer, for use before a run exists; see ``ManualLoop``.
 
     Args:
         model: What ``lowbit.prepare`` returned, or a wrapper around it; parameters outside the prepared network are left out.
-        learning_rate: Of the weights.
-        weight_decay: Of the weights.
+        learning_rate: Learning rate of the weights.
+        weight_decay: Weight decay of the weights.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = lowbit.prepare(torch.nn.Linear(4, 2), method="lsq", sample=torch.rand(8, 4))
+        >>> [(group["role"], group["lr"]) for group in lowbit.parameter_groups(model, learning_rate=0.1)]
+        [('weights', 0.1), ('others', 0.1), ('quantizers', 0.1)]
     """
     network = prepared_network(model)
     method, frozen = method_of(network), set(map(id, parameters_frozen_by_user(network)))

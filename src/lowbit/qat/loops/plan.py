@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lowbit.errors import LoopError, SpecError
-from lowbit.qat.loops.manual import OwnLoop, training
+from lowbit.qat.loops.manual import ManualLoop, training
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.task import Batch, Criterion, Task
 
 
 class Planned:
-    """The arguments of ``lowbit.training`` that the user gives, and the run that is made of them when training starts.
+    """The arguments of ``lowbit.training`` given by the user, and the run that is created from them when training starts.
 
     Args:
         task: For ``run.loss``: a ``Task`` or a function ``criterion(output, target)``. Default: classification.
-        recipe: Weight of distillation, seed.
-        teacher: A network for soft targets in ``run.loss``.
-        float_network: What ``lowbit.prepare`` was given, for methods that train beside a float twin of the network.
+        recipe: Recipe with the weight of distillation and the seed.
+        teacher: Network that gives soft targets in ``run.loss``.
+        float_network: The network given to ``lowbit.prepare``, for methods that train a float twin too.
         batches: Training batches for methods that look at data between epochs.
     """
 
@@ -36,16 +36,16 @@ class Planned:
         super().__init__()
         self.task, self.recipe, self.batches = task, recipe, batches
         self.teacher, self.float_network = teacher, float_network
-        self._run: OwnLoop | None = None
+        self._run: ManualLoop | None = None
 
     @property
-    def run(self) -> OwnLoop:
+    def run(self) -> ManualLoop:
         """The run; LoopError before training has started."""
         if self._run is None:
             raise LoopError("the run is made when training starts: use it in the training step, not before")
         return self._run
 
-    def start(self, model: nn.Module, steps: float, epochs: int) -> OwnLoop:
+    def start(self, model: nn.Module, steps: float, epochs: int) -> ManualLoop:
         """Make the run for ``steps`` optimizer steps in ``epochs``."""
         if not math.isfinite(steps) or steps < 1 or epochs < 1:
             raise SpecError(

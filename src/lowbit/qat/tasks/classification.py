@@ -1,4 +1,4 @@
-"""One class for each sample or each position: cross-entropy and accuracy."""
+"""Classification: one class for each sample or each position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from lowbit.errors import DataError
 from lowbit.measure.outputs import class_dimension
 from lowbit.options import Above, Interval
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 TOP = 5  # classes among which the label may be
 
@@ -27,6 +27,13 @@ class Classification(Supervised):
         label_smoothing: Share of the label that is spread over all classes.
         temperature: Temperature of the softmax of a teacher's targets; the distillation loss is multiplied by its square.
         ignored_label: Class number of samples that count neither in the loss nor in the metrics.
+
+    Example:
+        >>> import torch, lowbit
+        >>> task = lowbit.Classification(label_smoothing=0.1)
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+        >>> lowbit.evaluate(torch.nn.Identity(), (logits, labels), task=task).metrics
+        {'accuracy': 0.5}
     """
 
     label_smoothing: Annotated[float, Interval(0, 1, closed="left")] = 0.0
@@ -96,8 +103,8 @@ class Classification(Supervised):
                 if target.dim() == logits.dim() and target.shape[dim] == 1 and tuple(target.movedim(dim, 1).shape[2:]) == tuple(positions):
                     return aligned, target.squeeze(dim).long()
         raise DataError(
-            f"{type(self).__name__}: a network with outputs of shape {shape_word(logits)} needs labels of shape "
-            f"{shape_word(logits, 1)} (integers) or probabilities of shape {shape_word(logits)}; got {_type(target)} of shape {shape_word(target)}. "
+            f"{type(self).__name__}: a network with outputs of shape {format_shape(logits)} needs labels of shape "
+            f"{format_shape(logits, 1)} (integers) or probabilities of shape {format_shape(logits)}; got {_type(target)} of shape {format_shape(target)}. "
             "Change the data, or give the task that fits them."
         )
 

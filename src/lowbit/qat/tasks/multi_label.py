@@ -1,4 +1,4 @@
-"""Any number of labels for each sample."""
+"""Multi-label classification: any number of labels for each sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import DataError
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class MultiLabel(Supervised):
 
     Outputs are logits, positive where a label is predicted; targets have their shape, with 1 where a label holds and 0 where not (probabilities in
     between are labels from 0.5 on).
+
+    Example:
+        >>> import torch, lowbit
+        >>> logits, targets = torch.tensor([[2.0, -1.0], [1.0, 3.0]]), torch.tensor([[1, 0], [0, 1]])
+        >>> lowbit.evaluate(torch.nn.Identity(), (logits, targets), task=lowbit.MultiLabel()).metrics
+        {'F1': 0.8, 'label accuracy': 0.75}
     """
 
     metric_name = "F1"
@@ -61,7 +67,7 @@ class MultiLabel(Supervised):
         logits, target = self.output_in(output), self.tensor_target(batch)
         if target.shape[1:] != logits.shape[1:]:
             raise DataError(
-                f"MultiLabel: a network with outputs of shape {shape_word(logits)} needs targets of that shape, 0 or 1 for each label; "
-                f"got {shape_word(target)}. If each sample has one label, the task is Classification."
+                f"MultiLabel: a network with outputs of shape {format_shape(logits)} needs targets of that shape, 0 or 1 for each label; "
+                f"got {format_shape(target)}. If each sample has one label, the task is Classification."
             )
         return logits, target.to(logits)

@@ -1,4 +1,4 @@
-"""Numbers."""
+"""Regression: the targets are numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import DataError
-from lowbit.qat.task import Batch, Output, Sums, Supervised, shape_word
+from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class Regression(Supervised):
 
     Targets have the shape of the outputs; ``[N]`` goes with outputs ``[N, 1]`` and the other way round. R2 is the mean over the columns of
     ``[N, columns]``, and taken over all values together where there are more dimensions.
+
+    Example:
+        >>> import torch, lowbit
+        >>> predicted, targets = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])
+        >>> lowbit.evaluate(torch.nn.Identity(), (predicted, targets), task=lowbit.Regression()).metrics
+        {'RMSE': 1.0, 'R2': 0.0}
     """
 
     metric_name = "RMSE"
@@ -55,7 +61,7 @@ class Regression(Supervised):
         given, wanted = tuple(target.shape[1:]), tuple(predicted.shape[1:])
         if given != wanted and {given, wanted} != {(), (1,)}:  # broadcasting them would compare each sample with all others
             raise DataError(
-                f"Regression: a network with outputs of shape {shape_word(predicted)} needs targets of that shape, got {shape_word(target)}. "
+                f"Regression: a network with outputs of shape {format_shape(predicted)} needs targets of that shape, got {format_shape(target)}. "
                 "Reshape one of them."
             )
         return predicted, target.to(predicted).reshape(-1, *wanted)

@@ -1,4 +1,4 @@
-"""A class for each pixel."""
+"""Segmentation: a class for each pixel."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class Segmentation(Classification):
 
     Attributes:
         ignored_label: Class number of pixels that count neither in the loss nor in the metrics.
+
+    Example:
+        >>> import torch, lowbit
+        >>> masks = torch.tensor([[[0, 1], [1, 255]]])
+        >>> logits = torch.stack([masks == 0, masks == 1], dim=1).float()
+        >>> lowbit.evaluate(torch.nn.Identity(), (logits, masks), task=lowbit.Segmentation()).metrics
+        {'mean IoU': 1.0, 'pixel accuracy': 1.0}
     """
 
     ignored_label: int = 255

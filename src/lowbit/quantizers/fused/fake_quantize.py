@@ -1,6 +1,6 @@
-"""Quantizing and dequantizing on an evenly spaced grid, and its gradients, in one pass over memory each.
+"""Fake quantization on an evenly spaced grid and its gradients, each in one pass over memory.
 
-Composed of torch operators a quantizer reads and writes its input several times in each direction, which is what makes
+A quantizer composed of torch operators reads and writes its input several times in each direction, which is what makes
 quantization-aware training slow. Each function has a torch reference of the same signature beside it.
 
 A grid is one table ``[4, ...]``: lower, step, scale and zero point, each of a shape that broadcasts with the values; or ``[6, ...]``
@@ -59,7 +59,7 @@ def backward(grad: Tensor, x: Tensor, grid: Tensor, qmin: int, qmax: int, streng
     Args:
         grad: Shaped like ``x``, of any layout.
         x, grid, qmin, qmax: As in ``forward``.
-        strength: Of element-wise gradient scaling.
+        strength: Strength of the element-wise gradient scaling.
 
     Returns:
         The gradient to ``x``, ``h / step``, and that to ``grid``: lower ``-sum(h) / step``, step ``-sum(h p) / step``, scale

@@ -129,7 +129,7 @@ def _compiled(function: Callable[..., T], signature: Any, fastmath: bool | set[s
 
 
 if getattr(numba.config, "DISABLE_JIT", False):
-    raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
+    raise ImportError("numba is disabled (NUMBA_DISABLE_JIT)")
 forward = _compiled(_forward, _FORWARD, False)
 backward = _compiled(_backward, _BACKWARD, {"reassoc", "contract"})
 of_sums = _compiled(_of_sums, _OF_SUMS, False)

@@ -19,7 +19,7 @@ _is_on: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 def fused_kernels(enabled: bool) -> Iterator[None]:
     """Within the context, fused kernels are used where they can be, or not at all.
 
-    Switch them off to see the inner tensors of a quantizer in the autograd graph (its codes, for second derivatives).
+    Disable them to see the inner tensors of a quantizer in the autograd graph (its codes, for second derivatives).
     """
     token = _is_on.set(enabled)
     try:
@@ -29,7 +29,7 @@ def fused_kernels(enabled: bool) -> Iterator[None]:
 
 
 def is_fusing() -> bool:
-    """Whether a fused kernel may run here: switched on, numba is there, and nothing traces the program."""
+    """Whether a fused kernel may run here: it is enabled, numba is installed, and nothing traces the program."""
     # a context variable cannot be traced: it is read last
     return not torch.compiler.is_compiling() and not torch.compiler.is_exporting() and _is_on.get() and are_available()
 

@@ -1,4 +1,4 @@
-"""Loops shared among threads: as many as torch uses, for tensors that are worth it."""
+"""Loops split over as many threads as torch uses, for tensors large enough to gain from it."""
 
 from __future__ import annotations
 

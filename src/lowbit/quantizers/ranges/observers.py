@@ -1,8 +1,8 @@
 """Observers see values, keep statistics, and choose scale and zero point.
 
-Per tensor, per channel and per group are one code path: ``Granularity.flatten`` gives one row for each scale. A tensor that is all
-there is (a weight) is kept as it is and searched exactly; a stream of activations goes into a histogram of constant size, filled
-from an even sample of each batch, while minimum and maximum stay exact.
+Per tensor, per channel and per group are one code path: ``Granularity.flatten`` gives one row for each scale. A complete tensor
+(a weight) is kept and searched exactly; a stream of activations is summarized in a histogram of constant size, filled from an even
+sample of each batch, while minimum and maximum stay exact.
 
 Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3.1 (range setting).
 """
@@ -23,7 +23,7 @@ from lowbit.spec import Granularity
 BINS = 2048
 DENSE, SPARSE = 1 << 15, 1 << 13  # elements of each sample of a batch that enter a histogram, at first and later
 ENOUGH = 1 << 19  # elements after which a sparse sample does: rarer values than 1 in 500 000 are not missed often
-HEADROOM = 0.125  # a histogram that must grow grows by this share more, so that it seldom must
+HEADROOM = 0.125  # a histogram grows by this share more than it must, so that it seldom has to grow again
 
 
 def range_from_statistics(
@@ -42,7 +42,7 @@ def range_from_statistics(
 
 
 class Observer(nn.Module, ABC):
-    """Sees tensors with ``observe`` and answers with ``parameters``."""
+    """Collects statistics with ``observe`` and returns the grid with ``parameters``."""
 
     def __init__(self, granularity: Granularity | None = None) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class Observer(nn.Module, ABC):
         self.hi: Tensor | None = None
 
     def observe(self, x: Tensor, *, is_all: bool = False) -> None:
-        """Take in the values of ``x``; CalibrationError when one is NaN or infinite.
+        """Add the values of ``x`` to the statistics; CalibrationError when one is NaN or infinite.
 
-        ``is_all`` says that nothing else will follow: the range is then found from every value, not from a histogram.
+        ``is_all`` means that nothing else will follow: the range is then found from every value instead of a histogram.
         """
         if x.numel() == 0:
             return
@@ -70,7 +70,7 @@ class Observer(nn.Module, ABC):
         self._see_values(rows, len(x) if x.dim() else 1, is_all)
 
     def _see_range(self, lo: Tensor, hi: Tensor) -> None:
-        """Take in the smallest and largest value of each row."""
+        """Add the smallest and largest value of each row."""
         if self.lo is None or self.hi is None:
             self.lo, self.hi = lo.clone(), hi.clone()
         else:
@@ -78,7 +78,7 @@ class Observer(nn.Module, ABC):
             self.hi.clamp_(min=hi)
 
     def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
-        """Take in ``[scales, elements]``; nothing to do where the range is enough."""
+        """Add the values ``[scales, elements]``; does nothing where the range is enough."""
 
     def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``(scale, zero_point)``, each ``[scales]``; CalibrationError when nothing was seen."""
@@ -99,7 +99,7 @@ class Observer(nn.Module, ABC):
 
 
 class MinMaxObserver(Observer):
-    """The smallest and largest value seen: clips nothing, and is stretched by outliers."""
+    """The smallest and largest value seen: nothing is clipped, but outliers stretch the range."""
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
         return self.extremes()
@@ -120,7 +120,7 @@ class MovingAverageObserver(MinMaxObserver):
 
 
 class HistogramObserver(Observer):
-    """Keeps a tensor that is all there is as it is, a stream as a histogram of ``BINS`` bins (per tensor) or side by side (per channel)."""
+    """Keeps a complete tensor unchanged, and a stream as a histogram of ``BINS`` bins (per tensor) or as all its values (per channel)."""
 
     def reset(self) -> None:
         super().reset()
@@ -256,7 +256,7 @@ class OmseObserver(HistogramObserver):
 class EntropyObserver(HistogramObserver):
     """The range whose codes keep most of the information in the histogram (see ``entropy_threshold``).
 
-    Rows of fewer values than the histogram has bins keep their whole range: so few say nothing of a distribution.
+    Rows with fewer values than the histogram has bins keep their whole range: so few values say nothing about a distribution.
     """
 
     def range(self, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ OBSERVERS: dict[str, Callable[[Granularity], Observer]] = {
 
 
 def make_observer(name: str, granularity: Granularity | None = None, **options: float) -> Observer:
-    """The observer called ``name``, with its settings (``percentile``, ``power``, ``steps``, ``contain_zero``, ``momentum``) changed by ``options``.
+    """The observer called ``name``; ``options`` override its settings (``percentile``, ``power``, ``steps``, ``contain_zero``, ``momentum``).
 
     Raises UnknownNameError with the nearest name, SpecError on a setting that this observer does not have.
     """

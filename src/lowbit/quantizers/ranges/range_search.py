@@ -1,4 +1,4 @@
-"""Searches for the range that loses least: mean squared error (any power) and relative entropy.
+"""Searches for the range that loses least, by mean error (of any power) or relative entropy.
 
 All rows (channels, groups) and a whole tensor are searched by the same vectorised code, in chunks that stay in the cache.
 """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CANDIDATES = 512
-FEWER = 96  # of them for grids of more than 16 levels, whose error is smoother on the large and dearer to evaluate
+FEWER = 96  # candidates for grids of more than 16 levels, whose error is smoother and more expensive to evaluate
 SPAN = 1e-3  # the smallest candidate relative to the largest
 STARTS = 8  # candidates from which codes and scale are improved in turn
 ALTERNATIONS = 20

@@ -25,7 +25,7 @@ Weight = npt.NDArray[np.int32] | npt.NDArray[np.uint8]
 
 _target = active_target()[0]
 if not _target.lanes or getattr(numba.config, "DISABLE_JIT", False):
-    raise ImportError("there are no compiled kernels for this processor, or numba is told not to compile")
+    raise ImportError("there are no compiled kernels for this processor, or numba is disabled (NUMBA_DISABLE_JIT)")
 ROWS, CHANNELS, FORM = _target.rows, _target.lanes * _target.columns, _target.form
 IMAGE, WEIGHT = (np.dtype(np.int64), np.dtype(np.uint8)) if FORM == "lookup" else (np.dtype(np.int32),) * 2
 _STEP = IMAGE.itemsize
@@ -81,7 +81,7 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
         flip: ``[G, words]``.
         image: ``[planes * N, ...]``.
         top, left: Padding of the image.
-        groups: Of the layer.
+        groups: Number of groups.
         first, last: Which rows.
     """
     images, height, width, channels = x.shape

@@ -2,7 +2,7 @@
 
 numba writes what it compiled to a folder and reads it in later processes. Its key is the file of the function alone, so the folder is
 named by all that the code depends on; what it reads it trusts, so every file is compared with a checksum first. A folder is filled
-aside and then renamed: processes that start at the same time do not see half of it. Where none can be written, each process compiles anew.
+aside and then renamed: processes that start at the same time do not see half of it. If none can be written, each process compiles again.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class _Form:
         self.totals = {cell: _pointer(builder, builder.add(out, place), ir.VectorType(I32, tile.lanes)) for cell, place in places.items()}
 
     def add_run(self, x: Any, row_bytes: Any, length: Any) -> None:
-        """Go on with ``length`` words from address ``x``; those of the next row are ``row_bytes`` behind."""
+        """Continue with ``length`` words from address ``x``; those of the next row are ``row_bytes`` behind."""
         with cgutils.for_range(self.builder, length) as loop:
             self.add_word(self.builder.add(x, self.builder.mul(loop.index, I64(self.word_bytes))), row_bytes)
 

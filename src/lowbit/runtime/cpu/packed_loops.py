@@ -17,7 +17,7 @@ from lowbit.runtime.cpu.target import active_target, processor_features
 Floats = npt.NDArray[np.float32]
 
 if not active_target()[0].lanes or getattr(numba.config, "DISABLE_JIT", False):
-    raise ImportError("there are no compiled kernels for this processor, or numba is told not to compile")
+    raise ImportError("there are no compiled kernels for this processor, or numba is disabled (NUMBA_DISABLE_JIT)")
 _features = processor_features() if active_target()[0].name.startswith("avx") else frozenset()
 _has_wide_dot = active_target()[0].name.startswith("avx512") and "avx512vnni" in _features
 HAS_DOT = _has_wide_dot or {"avx512vnni", "avx512vl"} <= _features

@@ -71,7 +71,7 @@ def active_target() -> tuple[Target, str]:
     try:
         found = processor_features()
     except Exception as error:  # a numba or llvmlite that does not work on this machine
-        warnings.warn(f"numba does not work here ({type(error).__name__}: {error}), few-bit layers run in float", stacklevel=2)
+        warnings.warn(f"numba does not work here ({type(error).__name__}: {error}), low-bit layers run in float", stacklevel=2)
         return REFERENCE, f"numba does not work here ({type(error).__name__})"
     able = [target for target in TARGETS if found.issuperset(target.features)]
     if wanted:

@@ -1,1 +1,1 @@
-"""Layers of few bits."""
+"""Low-bit layers as torch operators."""

@@ -1,4 +1,4 @@
-"""What the binary operators refuse: compiled loops read what they are told to, so nothing that does not fit may reach them."""
+"""Checks of the binary operators: compiled loops do not check bounds, so no argument that does not fit may reach them."""
 
 from __future__ import annotations
 

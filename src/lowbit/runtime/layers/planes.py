@@ -1,4 +1,4 @@
-"""Layers whose weights and inputs have a few bits each, by the kernels of binary layers: one product of signs for each pair of bits.
+"""Layers with low-bit weights and inputs on the kernels of binary layers: one product of signs for each pair of bits.
 
 An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is
 ``sum 2**q t_q`` with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums

@@ -1,4 +1,4 @@
-"""Layers of few bits as the kernels read them: prepared once, kept as long as their tensors stay as they are, run in threads."""
+"""Low-bit layers in the form that kernels read: prepared once, kept as long as their tensors do not change, run in threads."""
 
 from __future__ import annotations
 

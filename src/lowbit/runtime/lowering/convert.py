@@ -1,4 +1,4 @@
-"""The graph of a packed network rewritten so that layers run on few-bit kernels, with what stands around them computed along.
+"""The graph of a packed network, rewritten so that layers run on low-bit kernels that also compute the operators around them.
 
 A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
 becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
@@ -30,7 +30,7 @@ from lowbit.runtime.layers.operator import Operator
 from lowbit.runtime.layers.packed import PackedWeight, pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.surroundings import AFFINE, CONV, GRID, LINEAR, RESHAPE, Surroundings, options_of
+from lowbit.runtime.lowering.fusion import AFFINE, CONV, GRID, LINEAR, RESHAPE, FusionPatterns, options_of
 from lowbit.runtime.thresholds import sign_threshold
 
 OPERATORS: dict[str, Operator[...]] = {
@@ -91,11 +91,11 @@ class Conversion:
     """Rewrites a graph.
 
     Args:
-        graph: Of a packed file.
+        graph: Graph of a packed file.
         stored: Its tensors, decoded.
         codes: The codes of quantized weights.
-        weight_only: What becomes of layers with quantized weights and other inputs: ``none``: they stay in float; ``float``: weights stay
-            packed and are decoded bit by bit, the arithmetic is float; ``int8``: inputs of linear layers are rounded to 8 bits besides, row by row.
+        weight_only: Treatment of layers with quantized weights and float inputs: ``none``: they stay in float; ``float``: weights stay
+            packed and are decoded during the call, in float arithmetic; ``int8``: inputs of linear layers are also rounded to 8 bits per row.
 
     Attributes:
         graph: The rewritten graph.
@@ -109,7 +109,7 @@ class Conversion:
     def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor], weight_only: WeightOnly = "none") -> None:
         self._weight_only = weight_only
         self._editor, self._stored, self._codes = GraphEditor(graph), stored, codes
-        self._find = Surroundings(self._editor, stored, codes)
+        self._patterns = FusionPatterns(self._editor, stored, codes)
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
@@ -135,10 +135,10 @@ class Conversion:
         if any(path.name == name for path in self.paths):  # a layer that is called twice, with norms of its own perhaps
             name = f"{name}.{node.name}"
         if isinstance(options.get("padding"), str):
-            return LayerPath(name, "float", reason="its padding is given as a word")
+            return LayerPath(name, "float", reason="its padding is a string ('same' or 'valid')")
         source = self._editor.source(node.args[0])
-        if source is not None and self._find.is_sign(source):
-            signs = self._find.signs_and_scale(weight.name)
+        if source is not None and self._patterns.is_sign(source):
+            signs = self._patterns.signs_and_scale(weight.name)
             if signs is not None:
                 return self._to_binary(node, name, source, *signs)
             reason = "its weight has more levels than -s, 0 and s"
@@ -158,12 +158,12 @@ class Conversion:
     def _to_binary(self, node: OperatorCall, name: str, sign: OperatorCall, signs: Tensor, scale: Tensor) -> LayerPath:
         """Replace a layer whose weight is ``signs * scale``."""
         behind = self._behind_binary(node, sign, scale)
-        window = self._find.window(node) if node.operator == CONV else POINT
+        window = self._patterns.window(node) if node.operator == CONV else POINT
         channels = signs.shape[1] * window.groups
         if behind.input_scaling:  # the magnitudes are those of what the sign is taken of
             source, threshold, flip, before = sign.args[0], None, None, list[str]()
         else:
-            source, threshold, flip, before = self._find.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
+            source, threshold, flip, before = self._patterns.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
             if self._gives_signs(source, node, window.groups, threshold, flip, name):
                 threshold, flip, before = None, None, ["packed input"]
         words, mask = pack_conv_weight(signs, window.groups)
@@ -184,24 +184,24 @@ class Conversion:
 
     def _behind_binary(self, node: OperatorCall, sign: OperatorCall, scale: Tensor) -> _Behind:
         """What stands behind a layer on ``sign`` and is computed along: K, a batch norm, a sum and an activation, in this order."""
-        found = _Behind([node], scale, self._find.bias(node, len(scale)))
-        scaled = self._find.input_scaling_behind(node, sign.args[0])
+        found = _Behind([node], scale, self._patterns.bias(node, len(scale)))
+        scaled = self._patterns.input_scaling_behind(node, sign.args[0])
         if scaled is not None:
             found.calls += scaled
             found.input_scaling = True
             found.fused.append("input scaling")
-        norm = self._find.norm_behind(found.calls[-1])
+        norm = self._patterns.norm_behind(found.calls[-1])
         if norm is not None:
-            factor, shift = self._find.norm_parameters(norm[0])
+            factor, shift = self._patterns.norm_parameters(norm[0])
             found.scale, found.offset = scale * factor, found.offset * factor + shift
             found.calls += norm
             found.fused.append("batch norm")
-        total = self._find.sum_behind(found.calls[-1])
+        total = self._patterns.sum_behind(found.calls[-1])
         if total is not None:
             found.calls.append(total[0])
             found.residual = total[1]
             found.fused.append("sum")
-        activation = self._find.activation_behind(found.calls[-1], len(scale), -3 if node.operator == CONV else -1)
+        activation = self._patterns.activation_behind(found.calls[-1], len(scale), -3 if node.operator == CONV else -1)
         if activation is not None:
             found.calls += activation[0]
             found.activation = activation[1]
@@ -247,14 +247,14 @@ class Conversion:
         return sign_threshold(function, len(scale))
 
     def _to_planes(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | None:
-        """Replace a layer of whole-numbered weights and inputs of few bits each, where planes are what is fastest."""
-        weight, inputs = self._find.whole_numbers(cast(Stored, node.args[1]).name), self._find.input_grid(quantizer)
+        """Replace a layer with low-bit integer weights and inputs if planes are fastest."""
+        weight, inputs = self._patterns.whole_numbers(cast(Stored, node.args[1]).name), self._patterns.input_grid(quantizer)
         if weight is None or inputs is None:
             return None
         (numbers, scale), grid = weight, input_grid(inputs)
         if grid.qmax - grid.qmin > MOST_LEVELS:
             return None
-        window = self._find.window(node) if node.operator == CONV else POINT
+        window = self._patterns.window(node) if node.operator == CONV else POINT
         words, mask = pack_planes(numbers, window.groups)
         if choose_kernel(len(words), (grid.qmax - grid.qmin).bit_length())[0] != "planes":
             return None
@@ -264,7 +264,7 @@ class Conversion:
         layer = PlanesLayer[object](
             keep("words", words), numbers.shape[1] * window.groups, thresholds, grid.zero_code, keep("mask", mask)
         )  # fmt: skip
-        offset = self._find.bias(node, len(scale)) * factor + shift
+        offset = self._patterns.bias(node, len(scale)) * factor + shift
         epilogue = Affine[object](keep("scale", scale * factor * grid.scale), keep("offset", offset))
         if node.operator == CONV:
             self._replace([node, *norm], planes_conv2d, quantizer.args[0], layer, window, epilogue)
@@ -279,7 +279,7 @@ class Conversion:
             return "its weight is not quantized"
         if not has_exact_kernels():
             return "torch has no exact 8-bit kernels for this processor; an ONNX file runs it in integers"
-        inputs, grid = self._find.input_grid(quantizer), integer_grid(self._codes[weight.name])
+        inputs, grid = self._patterns.input_grid(quantizer), integer_grid(self._codes[weight.name])
         if grid is None or inputs is None:
             return "a grid does not fit 8 bits around 0"
         grid = grid.centred()
@@ -290,18 +290,18 @@ class Conversion:
             return "a grid does not fit 8 bits around 0"
         keep = functools.partial(self._keep, name)
         codes = keep("codes", rescaled.codes)
-        offset = self._find.bias(node, channels) * factor + shift
+        offset = self._patterns.bias(node, channels) * factor + shift
         epilogue = Affine[object](keep("scale", rescaled.scale.expand(channels)), keep("offset", offset))
         if node.operator == CONV:
-            self._replace([node, *norm], int8_conv2d, quantizer.args[0], codes, inputs, self._find.window(node), epilogue)
+            self._replace([node, *norm], int8_conv2d, quantizer.args[0], codes, inputs, self._patterns.window(node), epilogue)
         else:
             self._replace([node, *norm], int8_linear, quantizer.args[0], codes, inputs, epilogue)
         return LayerPath(name, "int8", ("batch norm",) if norm else ())
 
     def _norm(self, node: OperatorCall) -> tuple[list[OperatorCall], Tensor, Tensor]:
         """The batch norm behind a layer with its factor and shift; nothing, 1 and 0 where there is none."""
-        norm = self._find.norm_behind(node)
-        return ([], torch.ones(1), torch.zeros(1)) if norm is None else (norm, *self._find.norm_parameters(norm[0]))
+        norm = self._patterns.norm_behind(node)
+        return ([], torch.ones(1), torch.zeros(1)) if norm is None else (norm, *self._patterns.norm_parameters(norm[0]))
 
     def _to_packed(self, node: OperatorCall, name: str) -> str | None:
         """Let a layer read packed codes, and say how it computes; ``None`` where its codes have no table for each output."""
@@ -318,7 +318,7 @@ class Conversion:
         weight = PackedWeight[object](*stored, packed.bit_width, packed.out_features, packed.in_features)
         bias = options_of(node).get("bias")
         if node.operator == CONV:
-            self._replace([node], packed_conv2d, node.args[0], weight, bias, self._find.window(node))
+            self._replace([node], packed_conv2d, node.args[0], weight, bias, self._patterns.window(node))
             return "decoded for each call, float arithmetic"
         self._replace([node], packed_linear, node.args[0], weight, bias, self._weight_only)
         is_decoded = self._weight_only == "int8" and packed.table.shape[1] > 2
@@ -326,11 +326,11 @@ class Conversion:
 
     def _fold_norm(self, node: OperatorCall, name: str) -> tuple[str, ...]:
         """Put the batch norm behind a float layer into its weight and bias."""
-        norm = self._find.norm_behind(node)
+        norm = self._patterns.norm_behind(node)
         if norm is None or node.operator != CONV:
             return ()
-        factor, shift = self._find.norm_parameters(norm[0])
-        weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._find.bias(node, len(factor))
+        factor, shift = self._patterns.norm_parameters(norm[0])
+        weight, offset = self._stored[cast(Stored, node.args[1]).name].detach().float(), self._patterns.bias(node, len(factor))
         folded = self._keep(name, "folded", weight * factor.reshape(-1, 1, 1, 1)), self._keep(name, "offset", offset * factor + shift)
         self._editor.fuse([node, *norm], OperatorCall(norm[-1].name, CONV, (node.args[0], *folded, *node.args[3:]), node.kwargs))
         return ("batch norm",)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import lowbit
 from lowbit.errors import DataError, SpecError
 from lowbit.qat import Classification, Recipe, Regression
-from lowbit.qat.engine.feed import BatchFeed, DatasetFeed, collated, evaluation_batches, make_feed
+from lowbit.qat.engine.batches import DatasetSource, IterableSource, collated, evaluation_batches, make_source
 
 X, Y = torch.arange(14.0).reshape(7, 2), torch.arange(7)
 RECIPE = Recipe(batch_size=3, epochs=1)
@@ -53,9 +53,9 @@ def labels_of(batches: list[Any]) -> list[int]:
     ids=["pair", "list of two", "dict", "three tensors", "two inputs", "samples", "plain samples", "dict samples", "data set", "loader", "loader of a list"],
 )  # fmt: skip
 def test_every_sample_comes_once_in_batches_of_nearly_equal_size(data: object) -> None:
-    feed = make_feed(data, RECIPE)
-    assert isinstance(feed, DatasetFeed) and (feed.samples, feed.steps) == (7, 3)
-    batches = [batch for batch, _ in feed.epoch(0)]
+    source = make_source(data, RECIPE)
+    assert isinstance(source, DatasetSource) and (source.samples, source.steps) == (7, 3)
+    batches = [batch for batch, _ in source.epoch(0)]
     assert labels_of(batches) == list(range(7))
     assert [len(batch["labels"] if isinstance(batch, dict) else batch[1]) for batch in batches] == [3, 2, 2]
     tested = list(evaluation_batches(data, 3))
@@ -63,7 +63,7 @@ def test_every_sample_comes_once_in_batches_of_nearly_equal_size(data: object) -
 
 
 def test_inputs_alone_are_data_too() -> None:
-    batches = [batch for batch, _ in make_feed(X, RECIPE).epoch(0)]
+    batches = [batch for batch, _ in make_source(X, RECIPE).epoch(0)]
     assert all(isinstance(batch, Tensor) for batch in batches) and sum(len(batch) for batch in batches) == 7
 
 
@@ -77,24 +77,24 @@ def test_members_that_cannot_be_stacked_stay_lists() -> None:
 
 
 def test_the_batches_of_a_stream_are_counted() -> None:
-    feed = make_feed(DataLoader(Stream(), 3), RECIPE)
-    assert isinstance(feed, BatchFeed) and feed.steps == 3
-    assert [len(batch[1]) for batch, _ in feed.epoch(0)] == [3, 3, 1]
-    assert [batch[1].tolist() for batch, _ in feed.epoch(1, start=2)] == [[6]]
+    source = make_source(DataLoader(Stream(), 3), RECIPE)
+    assert isinstance(source, IterableSource) and source.steps == 3
+    assert [len(batch[1]) for batch, _ in source.epoch(0)] == [3, 3, 1]
+    assert [batch[1].tolist() for batch, _ in source.epoch(1, start=2)] == [[6]]
 
 
 def test_an_endless_stream_needs_the_length_of_an_epoch() -> None:
-    feed = make_feed(DataLoader(Stream(is_endless=True), 3), RECIPE, steps=5)
-    assert feed.steps == 5 and len(list(feed.epoch(0))) == 5
+    source = make_source(DataLoader(Stream(is_endless=True), 3), RECIPE, steps=5)
+    assert source.steps == 5 and len(list(source.epoch(0))) == 5
     with pytest.raises(DataError, match="ended after 3 batches, but an epoch takes 5"):
-        list(make_feed(DataLoader(Stream(), 3), RECIPE, steps=5).epoch(0))
+        list(make_source(DataLoader(Stream(), 3), RECIPE, steps=5).epoch(0))
     with pytest.raises(SpecError, match="steps_per_epoch"):
-        make_feed((X, Y), RECIPE, steps=5)
+        make_source((X, Y), RECIPE, steps=5)
 
 
 def test_batches_stay_batches() -> None:
-    feed = make_feed([(X[:4], Y[:4]), (X[4:], Y[4:])], RECIPE)
-    assert isinstance(feed, BatchFeed) and [len(batch[1]) for batch, _ in feed.epoch(0)] == [4, 3]
+    source = make_source([(X[:4], Y[:4]), (X[4:], Y[4:])], RECIPE)
+    assert isinstance(source, IterableSource) and [len(batch[1]) for batch, _ in source.epoch(0)] == [4, 3]
 
 
 @pytest.mark.parametrize(

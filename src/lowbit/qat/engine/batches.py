@@ -35,9 +35,9 @@ class Augmentation:
     """Random changes of pictures ``[N, C, H, W]``.
 
     Attributes:
-        padding: Pictures are shifted by up to so many pixels each way.
-        flips: Mirror half of them left to right.
-        fill: What comes in from outside, one value for each channel.
+        padding: Largest shift in pixels, each way.
+        flips: Whether to mirror half of the pictures left to right.
+        fill: Value outside of the picture, one for each channel.
     """
 
     padding: int = 0
@@ -70,13 +70,13 @@ class Augmentation:
         return Augmentation(min(shape[1:]) // 8, name != "crop", black)
 
 
-class Feed(ABC):
+class BatchSource(ABC):
     """Training batches of one process.
 
     Attributes:
         steps: Optimizer steps of an epoch.
-        samples: Of an epoch, over all processes; 0 where that is not known.
-        targets: Those of all samples, where they lie in memory.
+        samples: Samples of an epoch, over all processes; 0 if unknown.
+        targets: Targets of all samples, if they are in memory.
     """
 
     steps: int
@@ -96,11 +96,11 @@ class Feed(ABC):
         """``count`` batches at most in a fixed order, without augmentation, the same in every process."""
 
     def facts(self) -> dict[str, object]:
-        """What tells this data from other data."""
+        """What distinguishes this data from other data."""
         return {"samples": self.samples, "steps": self.steps}
 
 
-class DatasetFeed(Feed):
+class DatasetSource(BatchSource):
     """Every sample of a data set once in an epoch, in steps of nearly equal size.
 
     An epoch's order is drawn from the seed and its number, augmentation from these, the step and the batch's place in it, so that
@@ -152,7 +152,7 @@ class DatasetFeed(Feed):
         return self._fetch([part.tolist() for part in order.split(self._recipe.batch_size)], seeded(self._recipe.seed))
 
 
-class BatchFeed(Feed):
+class IterableSource(BatchSource):
     """Batches as they come from an iterable that can be run through again and again.
 
     Args:
@@ -189,7 +189,7 @@ class BatchFeed(Feed):
         return itertools.islice(iter(self._batches), count)
 
 
-def make_feed(
+def make_source(
     data: object,
     recipe: Recipe,
     *,
@@ -198,7 +198,7 @@ def make_feed(
     processes: int = 1,
     workers: int = 0,
     steps: int | None = None,
-) -> Feed:
+) -> BatchSource:
     """Training batches from whatever a user has.
 
     Args:
@@ -222,7 +222,7 @@ def make_feed(
     is_dataset = isinstance(data, DataLoader)
     if isinstance(data, DataLoader):
         if not _has_plain_order(data):
-            return BatchFeed(data, recipe, processes, steps)
+            return IterableSource(data, recipe, processes, steps)
         collate = collated if data.collate_fn is default_collate else data.collate_fn
         workers, data = max(workers, data.num_workers), data.dataset
     if isinstance(data, ImageData):
@@ -231,17 +231,17 @@ def make_feed(
         data = data.dataset
     fetch, count = _fetch(data, "training data", collate, workers, is_dataset=is_dataset)
     if fetch is None:
-        return BatchFeed(cast(Iterable[Batch], data), recipe, processes, steps)
+        return IterableSource(cast(Iterable[Batch], data), recipe, processes, steps)
     if steps is not None:
         raise SpecError("steps_per_epoch is for batches that are used as they come; here every sample is taken once in an epoch.")
-    feed = DatasetFeed(fetch, count, recipe, augmentation=augmentation, rank=rank, processes=processes)
+    source = DatasetSource(fetch, count, recipe, augmentation=augmentation, rank=rank, processes=processes)
     is_pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
-    feed.targets = data.labels if isinstance(data, TensorImages) else data[1] if is_pair else None  # type: ignore[index]
-    return feed
+    source.targets = data.labels if isinstance(data, TensorImages) else data[1] if is_pair else None  # type: ignore[index]
+    return source
 
 
 def evaluation_batches(data: object, batch_size: int) -> Iterable[Batch]:
-    """Batches of test data, in order; see ``make_feed`` for what ``data`` may be."""
+    """Batches of test data, in order; see ``make_source`` for what ``data`` may be."""
     if isinstance(data, ImageData):
         data = data.dataset
     if isinstance(data, DataLoader):
@@ -344,7 +344,7 @@ def _image_fetch(data: TensorImages) -> Fetch:
 
 def _dataset_fetch(data: Dataset[Any], collate: Callable[[list[Any]], Any], workers: int) -> Fetch:
     def fetch(chosen: list[list[int]], generator: Generator) -> Iterable[Batch]:
-        # a generator of its own: a loader draws from torch's, which would then depend on how often training was stopped
+        # its own generator: a loader draws from torch's, which would then depend on how often training was stopped
         return DataLoader(data, batch_sampler=_Fixed(chosen), collate_fn=collate, num_workers=workers, generator=generator)
 
     return fetch

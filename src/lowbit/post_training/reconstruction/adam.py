@@ -1,4 +1,4 @@
-"""Adam on mini-batches drawn at random from cached samples; can stop anywhere and go on to the same bits."""
+"""Adam on mini-batches drawn at random from cached samples; it can stop anywhere and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Descent:
+class ResumableAdam:
     """``iterations`` steps of Adam (default betas, no weight decay) over ``parameters``.
 
     Each step draws ``batch_size`` of ``samples`` without replacement; all of them when there are no more. With ``is_annealed`` the
@@ -53,7 +53,7 @@ class Descent:
         self.iteration += 1
 
     def state(self) -> dict[str, Tensor]:
-        """All that the remaining steps depend on, besides ``iteration``."""
+        """Everything that the remaining steps depend on except ``iteration``."""
         tensors = {"rng": self._generator.get_state()}
         for name, parameter in self.parameters.items():
             tensors[f"value.{name}"] = parameter
@@ -64,7 +64,7 @@ class Descent:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], iteration: int) -> None:
-        """Go on from ``state()`` taken at ``iteration``."""
+        """Resume from ``state()`` taken at ``iteration``."""
         self.iteration = iteration
         self._generator.set_state(tensors["rng"])
         for name, parameter in self.parameters.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.post_training.reconstruction.descent import Descent
+from lowbit.post_training.reconstruction.adam import ResumableAdam
 from lowbit.post_training.reconstruction.resume import RunState
 
 
@@ -33,7 +33,7 @@ class Task:
     def __init__(self, *, seed: int = 3, iterations: int = 12, batch_size: int = 4, samples: int = 20, is_annealed: bool = False) -> None:
         self.parameters = weights()
         self.drawn: list[list[int]] = []
-        self.descent = Descent(
+        self.adam = ResumableAdam(
             self.parameters,
             learning_rate=0.05,
             iterations=iterations,
@@ -50,7 +50,7 @@ class Task:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.descent.step(self.loss)
+            self.adam.step(self.loss)
 
     def values(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -89,23 +89,23 @@ def test_fewer_samples_than_the_batch_size_are_all_drawn() -> None:
 
 def test_the_first_steps_are_those_of_adam() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    descent = Descent({"p": parameter}, learning_rate=0.1, iterations=2, samples=1, batch_size=1, seed=0)
-    descent.step(lambda _: (parameter * torch.tensor([3.0, -0.5])).sum())
+    adam = ResumableAdam({"p": parameter}, learning_rate=0.1, iterations=2, samples=1, batch_size=1, seed=0)
+    adam.step(lambda _: (parameter * torch.tensor([3.0, -0.5])).sum())
     assert parameter.tolist() == pytest.approx([0.9, -1.9], abs=1e-6)  # lr * sign(gradient)
-    assert not descent.is_finished
-    descent.step(lambda _: (parameter * torch.tensor([-3.0, -0.5])).sum())
+    assert not adam.is_finished
+    adam.step(lambda _: (parameter * torch.tensor([-3.0, -0.5])).sum())
     mean, square = (0.9 * 0.1 * 3 - 0.1 * 3) / (1 - 0.9**2), (0.999 * 0.001 * 9 + 0.001 * 9) / (1 - 0.999**2)
     assert parameter.tolist() == pytest.approx([0.9 - 0.1 * mean / math.sqrt(square), -1.8], abs=1e-6)
-    assert descent.is_finished
+    assert adam.is_finished
 
 
 def test_annealing_takes_the_learning_rate_to_zero_along_a_cosine() -> None:
     parameter = nn.Parameter(torch.zeros(1))
-    descent = Descent({"p": parameter}, learning_rate=0.1, iterations=8, samples=1, batch_size=1, seed=0, is_annealed=True)
+    adam = ResumableAdam({"p": parameter}, learning_rate=0.1, iterations=8, samples=1, batch_size=1, seed=0, is_annealed=True)
     steps = []
     for _ in range(8):
         before = parameter.item()
-        descent.step(lambda _: parameter.sum())  # a constant gradient: each step is the learning rate
+        adam.step(lambda _: parameter.sum())  # a constant gradient: each step is the learning rate
         steps.append(before - parameter.item())
     assert steps == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 8)) for t in range(8)], rel=1e-4)
 
@@ -117,15 +117,15 @@ def test_going_on_from_a_saved_state_ends_with_the_same_bits(stop: int, is_annea
     whole.run(12)
     killed = Task(is_annealed=is_annealed)
     killed.run(stop)
-    RunState(tmp_path, "run").save("part", killed.descent.state(), {"iteration": killed.descent.iteration})
+    RunState(tmp_path, "run").save("part", killed.adam.state(), {"iteration": killed.adam.iteration})
     killed.run(1)  # what came after the save is lost
 
     resumed = Task(is_annealed=is_annealed, seed=99)  # the generator's state is part of what is saved
     tensors, facts = RunState(tmp_path, "run").load("part")
-    resumed.descent.load(tensors, int(facts["iteration"]))
-    assert resumed.descent.iteration == stop
+    resumed.adam.load(tensors, int(facts["iteration"]))
+    assert resumed.adam.iteration == stop
     resumed.run(12 - stop)
-    assert resumed.descent.is_finished
+    assert resumed.adam.is_finished
     assert resumed.drawn == whole.drawn[stop:]
     assert same_bits(resumed.values(), whole.values())
     assert torch.equal(resumed.values()["idle"], torch.ones(2))
@@ -133,4 +133,4 @@ def test_going_on_from_a_saved_state_ends_with_the_same_bits(stop: int, is_annea
 
 
 def test_no_iterations_are_finished_at_once() -> None:
-    assert Task(iterations=0).descent.is_finished
+    assert Task(iterations=0).adam.is_finished

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 NOTHING = "\N{EN DASH}"
 
 
-def bits_word(bits: int | None) -> str:
+def format_bits(bits: int | None) -> str:
     """``4`` or ``float``."""
     return "float" if bits is None else str(bits)
 
 
-def operand_word(bits: int | None, operand: str) -> str:
+def format_operand(bits: int | None, operand: str) -> str:
     """``4-bit weights`` or ``float weights``."""
     return f"float {operand}" if bits is None else f"{bits}-bit {operand}"
 
 
-def number_word(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """``0.0123``, three digits; a dash for what is missing or NaN."""
     return NOTHING if value is None or math.isnan(value) else f"{value:.3g}"
 
 
-def bytes_word(count: float | None) -> str:
+def format_bytes(count: float | None) -> str:
     """``512 B``, ``4.1 kB``, ``12.3 MB`` (powers of 1000)."""
     if count is None:
         return NOTHING
@@ -37,7 +37,7 @@ def bytes_word(count: float | None) -> str:
     return f"{count:.3g} GB"
 
 
-def count_word(count: float | None) -> str:
+def format_count(count: float | None) -> str:
     """``1.2 M``, ``3.4 G``: a large number with a unit prefix."""
     if count is None:
         return NOTHING
@@ -48,7 +48,7 @@ def count_word(count: float | None) -> str:
     return f"{count:.3g} P"
 
 
-def db_word(value: float | None) -> str:
+def format_db(value: float | None) -> str:
     """``21.3 dB``, ``exact`` for infinity."""
     if value is None or math.isnan(value):
         return NOTHING
@@ -57,24 +57,24 @@ def db_word(value: float | None) -> str:
     return f"{value:.1f} dB"
 
 
-def percent_word(fraction: float | None, digits: int = 2) -> str:
+def format_percent(fraction: float | None, digits: int = 2) -> str:
     """``97.25 %``."""
     return NOTHING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f} %"
 
 
-def change_word(metric: MetricResult) -> str:
+def format_change(metric: MetricResult) -> str:
     """What quantizing changed: ``-1.00 points`` where the metric is in percent, else ``+0.012``; empty where one was not measured."""
     if metric.float is None or metric.quantized is None or math.isnan(metric.float) or math.isnan(metric.quantized):
         return ""
-    from lowbit.qat.task import metric_word  # brings torch, which the command line's help does not need
+    from lowbit.qat.task import format_metric  # brings torch, which the command line's help does not need
 
     change = metric.quantized - metric.float
     if metric.unit == "%":
         return f"{100 * change:+.2f} points"
-    return f"{'+' if change >= 0 else ''}{metric_word(change, metric.unit)}"
+    return f"{'+' if change >= 0 else ''}{format_metric(change, metric.unit)}"
 
 
-def ratio_word(before: float | None, after: float | None) -> str:
+def format_ratio(before: float | None, after: float | None) -> str:
     """``3.4x``; empty where one of the two is missing, zero or NaN."""
     if not before or not after or math.isnan(before) or math.isnan(after):
         return ""

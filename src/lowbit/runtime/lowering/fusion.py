@@ -1,4 +1,4 @@
-"""What stands around a layer in a graph and can be computed along with it, and what its weight and its input hold."""
+"""Patterns around a layer in a graph that a kernel can compute with the layer, and the values of its weight and its input."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ INPUT_SCALE = "lowbit.input_scale.default"
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
 
-class Surroundings:
-    """Finds things in a graph.
+class FusionPatterns:
+    """Finds the patterns that can be fused with a layer.
 
     Args:
         editor: The graph, which may be rewritten meanwhile.
