@@ -235,5 +235,5 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 def test_missing_data_or_dataflow_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="empirical bias correction needs calibration data"):
         dfq(TinyNet().eval(), bias_correction="empirical")
-    with pytest.raises(GraphError, match="dfq needs the network's dataflow"):
+    with pytest.raises(GraphError, match="'dfq' needs the network's dataflow"):
         dfq(BranchNet().eval())
