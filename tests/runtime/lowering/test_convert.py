@@ -7,7 +7,7 @@ from lowbit.errors import FileFormatError
 from lowbit.formats.program.calls import Graph, GraphInput, OperatorCall, Result, Stored
 from lowbit.quantizers import UniformQuantizer
 from lowbit.runtime.lowering.convert import Conversion, LayerPath
-from lowbit.runtime.lowering.surroundings import CONV, LINEAR, RESHAPE, SIGN
+from lowbit.runtime.lowering.fusion import CONV, LINEAR, RESHAPE, SIGN
 
 TENSORS = {
     "sign.weight": torch.tensor([1.0, -1.0, -1.0, 1.0]).view(2, 2, 1, 1) * 0.5, "ternary.weight": torch.tensor([[2.0, 0.0], [-2.0, 2.0]]).view(2, 2, 1, 1),
@@ -51,7 +51,12 @@ def test_what_fits_no_kernel_stays_in_float_with_the_reason(calls: tuple[Operato
 
 
 def test_a_weight_that_is_used_twice_has_two_entries() -> None:
-    found = convert(SIGNS, layer("sign", name="first"), layer("sign", name="second"), OperatorCall("z", "aten.add.Tensor", (Result("first"), Result("second")), {}))
+    found = convert(
+        SIGNS,
+        layer("sign", name="first"),
+        layer("sign", name="second"),
+        OperatorCall("z", "aten.add.Tensor", (Result("first"), Result("second")), {}),
+    )
     assert [path.name for path in found.paths] == ["sign", "sign.second"]
     assert {path.kernel for path in found.paths} == {"binary"}
 
