@@ -62,12 +62,12 @@ class RuntimeNetwork(PackedNetwork):
         source: What it was made of; ``lowbit.export`` writes that to a file.
     """
 
-    def __init__(self, content: Package, weight_only: WeightOnly = "none") -> None:
-        super().__init__(content)
+    def __init__(self, content: Package, weight_only: WeightOnly = "none", *, max_elements: int | None = None) -> None:
+        super().__init__(content, max_elements)
         conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes, weight_only)
         tensors = {**content.tensors, **conversion.tensors}
         read = {name: tensor for name, tensor in tensors.items() if name in conversion.graph.tensors}
-        super().__init__(replace(content, graph=conversion.graph, tensors=read))
+        super().__init__(replace(content, graph=conversion.graph, tensors=read), max_elements)
         for parameter in self.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ class RuntimeNetwork(PackedNetwork):
 
     def in_float(self) -> PackedNetwork:
         """The same network with every layer in float, the reference for the kernels."""
-        return PackedNetwork(self.source).eval()
+        return PackedNetwork(self.source, self.packed_max_elements).eval()
 
     def require_kernels(self) -> None:
         """LayerError, with the reason for each layer, where none runs on kernels."""
@@ -141,6 +141,10 @@ class RuntimeNetwork(PackedNetwork):
                 for call in self.packed_calls
             ]
         return [self.packed_layers.get(call.node.name) or find_operator(call.node.operator) for call in self.packed_calls]
+
+    def overload_of(self, operator: str) -> object:
+        """The runtime's operators beside those of packed files."""
+        return OPERATORS[operator].overload if operator in OPERATORS else super().overload_of(operator)
 
 
 def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict[str, Tensor]]:
@@ -177,6 +181,7 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
     """
     if weight_only not in get_args(WeightOnly):
         raise SpecError(f"weight_only must be one of {', '.join(get_args(WeightOnly))}, got {weight_only!r}")
+    max_elements = model.packed_max_elements if isinstance(model, PackedNetwork) else None
     if isinstance(model, RuntimeNetwork):
         content = model.source
     elif isinstance(model, PackedNetwork):
@@ -185,6 +190,6 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
         raise SpecError("compile_runtime needs a sample to see what the network computes: compile_runtime(model, sample=images)")
     else:
         content = package(export_program(model, sample), record_of(model))
-    network = RuntimeNetwork(content, weight_only).eval()
+    network = RuntimeNetwork(content, weight_only, max_elements=max_elements).eval()
     network.require_kernels()
     return network

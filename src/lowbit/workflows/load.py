@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.errors import FileFormatError
+from lowbit.errors import FileFormatError, SpecError
 from lowbit.formats.packed.file import read_package
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.runtime.compile import RuntimeNetwork
 
 
-def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
+def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None) -> PackedNetwork:
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
@@ -20,9 +20,13 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
         path: The file.
         kernels: Whether low-bit layers run on low-bit kernels (see ``lowbit.compile_runtime``) or everything runs in float; default: as
             the file says (see ``lowbit.export``).
+        max_elements: Largest number of elements of one result within the network; calls that need more are refused before anything is
+            allocated. What is held together and the work of one pass are limited in proportion. Default: ``2**28``, or 64 times the
+            elements of the inputs where that is more.
 
     Raises:
         DataError: There is no such file, or it cannot be read.
+        SpecError: ``max_elements`` is not a positive number.
         FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load.
 
     Example:
@@ -33,11 +37,13 @@ def load(path: Path | str, *, kernels: bool | None = None) -> PackedNetwork:
         >>> torch.equal(lowbit.load("network.lowbit")(inputs), quantized(inputs))
         True
     """
+    if max_elements is not None and not (isinstance(max_elements, int) and max_elements >= 1):
+        raise SpecError(f"max_elements must be a whole number of at least 1, or None, got {max_elements!r}")
     content = read_package(path)
     try:
         if content.runs_on_kernels if kernels is None else kernels:
-            return RuntimeNetwork(content).eval()
-        return PackedNetwork(content).eval()
+            return RuntimeNetwork(content, max_elements=max_elements).eval()
+        return PackedNetwork(content, max_elements).eval()
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except KeyError as error:  # torch refuses a name

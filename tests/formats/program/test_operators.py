@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError
-from lowbit.formats.program.operators import _ATEN, _LOWBIT, check_arguments, find_operator, operator_name
+from lowbit.formats.program.arguments import check_tensors
+from lowbit.formats.program.operators import _ATEN, _LOWBIT, check_arguments, find_operator, find_overload, operator_name
 
 ATEN = torch.ops.aten
 X = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def checked(name: str) -> Callable[..., object]:
+    """The operator of that name behind the checks that a loaded network makes before each call."""
+
+    def call(*args: object, **kwargs: object) -> object:
+        check_tensors(find_overload(name), args, kwargs)
+        return find_operator(name)(*args, **kwargs)
+
+    return call
 
 
 def allowed_overloads() -> list[str]:
@@ -84,7 +97,7 @@ def test_numbers_are_computed_within_bounds_only() -> None:
 
 @pytest.mark.parametrize("name", ["aten._native_batch_norm_legit_no_training.default", "aten._native_batch_norm_legit.no_stats"])
 def test_a_batch_norm_does_not_read_past_its_tables(name: str) -> None:
-    norm, ones, short = find_operator(name), torch.ones(6), torch.ones(5)
+    norm, ones, short = checked(name), torch.ones(6), torch.ones(5)
     statistics = [torch.zeros(6), ones] if name.endswith("default") else [True]
     rest = [0.1, 1e-5]
     expected = getattr(ATEN, name.split(".")[1])
@@ -108,7 +121,7 @@ def lstm_arguments(**changes: object) -> list[object]:
 
 
 def test_an_lstm_does_not_reach_past_its_states_and_parameters() -> None:
-    lstm = find_operator("aten.lstm.input")
+    lstm = checked("aten.lstm.input")
     good = lstm_arguments()
     assert torch.equal(lstm(*good)[0], ATEN.lstm.input(*good)[0])  # type: ignore[index]
     states, parameters = good[1], good[2]
@@ -143,15 +156,15 @@ def test_an_lstm_does_not_reach_past_its_states_and_parameters() -> None:
 )
 def test_sizes_that_torch_would_believe_are_compared_with_the_input(name: str, args: tuple[object, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        find_operator(name)(*args)
+        checked(name)(*args)
 
 
 def test_guarded_operators_compute_what_torch_computes() -> None:
     expected: Tensor = ATEN.native_group_norm.default(X, None, None, 2, 6, 16, 2, 1e-5)[0]
-    assert torch.equal(find_operator("aten.native_group_norm.default")(X, None, None, 2, 6, 16, 2, 1e-5)[0], expected)  # type: ignore[index]
-    resized = find_operator("aten._upsample_bilinear2d_aa.default")(X, [8, 6], False, 2.0, None)
+    assert torch.equal(checked("aten.native_group_norm.default")(X, None, None, 2, 6, 16, 2, 1e-5)[0], expected)  # type: ignore[index]
+    resized = checked("aten._upsample_bilinear2d_aa.default")(X, [8, 6], False, 2.0, None)
     assert torch.equal(resized, ATEN._upsample_bilinear2d_aa.default(X, [8, 6], False, 2.0, None))  # type: ignore[arg-type]
-    attention = find_operator("aten.scaled_dot_product_attention.default")
+    attention = checked("aten.scaled_dot_product_attention.default")
     assert torch.equal(attention(X, X, X), ATEN.scaled_dot_product_attention.default(X, X, X))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one head"):
         attention(X, X[:, :0], X[:, :0], enable_gqa=True)

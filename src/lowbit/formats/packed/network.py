@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lowbit.errors import FileFormatError, LowbitError, SpecError
 from lowbit.formats.packed.file import Package
 from lowbit.formats.packed.tensor import PackedTensor
+from lowbit.formats.program.arguments import check_tensors
+from lowbit.formats.program.budget import Budget
 from lowbit.formats.program.calls import Graph, GraphInput, InputDevice, OperatorCall, Result, Stored, references
 from lowbit.formats.program.naming import name_inputs
-from lowbit.formats.program.operators import Function, find_operator
+from lowbit.formats.program.operators import Function, find_operator, find_overload
 from lowbit.formats.program.structure import restore
 from lowbit.inputs import Inputs
 from lowbit.network.record import attach_record
@@ -27,8 +29,10 @@ class PackedNetwork(nn.Module):
     Takes and returns what the original network did, and carries the record of its quantization.
     """
 
-    def __init__(self, package: Package) -> None:
+    def __init__(self, package: Package, max_elements: int | None = None) -> None:
         super().__init__()
+        self.packed_max_elements = max_elements
+        self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call has been checked
         # long names: what the file calls its modules becomes attributes beside these
         self.packed_content = package
         self.packed_graph = package.graph
@@ -64,6 +68,9 @@ class PackedNetwork(nn.Module):
         """The outputs, in order, for inputs and stored tensors by name."""
         graph = self.packed_graph
         device = next(iter(inputs.values())).device
+        shapes = tuple(tensor.shape for tensor in inputs.values())
+        is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()  # torch checks what it traces
+        budget = None if is_traced or shapes in self.packed_checked else Budget(self.packed_max_elements, list(inputs.values()))
         values: dict[str, object] = dict(inputs)
 
         def value_of(argument: object) -> object:
@@ -89,7 +96,9 @@ class PackedNetwork(nn.Module):
                 options[key] = value_of(options[key])
             start = time.perf_counter() if self.packed_observer is not None else 0.0
             try:
-                values[call.node.name] = _call(function, call.node, arguments, options)
+                if budget is not None:
+                    self._check(call, arguments, options, budget)
+                values[call.node.name] = _call(call.node, function, *arguments, **options)
             except FileFormatError as error:
                 _check_equal_batches(graph, inputs, error)
                 raise
@@ -97,6 +106,10 @@ class PackedNetwork(nn.Module):
                 self.packed_observer(call.node, time.perf_counter() - start, values[call.node.name])
             for name in call.read_last:
                 del values[name]
+            if budget is not None:
+                _call(call.node, budget.hold, call.node.name, values.get(call.node.name), call.read_last)
+        if budget is not None and not budget.is_decided_by_values:
+            self.packed_checked.add(shapes)
         return [value_of(output) for output in graph.outputs]
 
     def stored_tensors(self) -> dict[str, Tensor]:
@@ -107,6 +120,17 @@ class PackedNetwork(nn.Module):
     def functions(self) -> list[Function]:
         """What each node of the graph calls."""
         return [find_operator(call.node.operator) for call in self.packed_calls]
+
+    def overload_of(self, operator: str) -> object:
+        """Torch's operator behind an operator of the graph; ``None`` for arithmetic on sizes."""
+        return find_overload(operator)
+
+    def _check(self, call: _PreparedCall, arguments: list[object], options: dict[str, object], budget: Budget) -> None:
+        """FileFormatError where a call is none that torch can be trusted with, or takes too much."""
+        overload = self.overload_of(call.node.operator)
+        if overload is not None:
+            _call(call.node, check_tensors, overload, arguments, options)
+            _call(call.node, budget.check, overload, arguments, options)
 
     def _add(self, name: str, values: Tensor) -> None:
         """Register a tensor under its full name, in modules made for the parts of that name."""
@@ -202,7 +226,8 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
     return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
 
 
-def _call(function: Function, node: OperatorCall, args: list[object], kwargs: dict[str, object]) -> object:
+def _call(node: OperatorCall, function: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """What a function returns, its errors as a FileFormatError that names the node."""
     try:
         return function(*args, **kwargs)
     except SpecError as error:  # inputs have been checked: what the file calls and what it holds do not fit

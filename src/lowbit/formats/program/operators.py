@@ -2,22 +2,21 @@
 
 Torch's functional operators that deterministic inference needs, lowbit's own, and whole-number arithmetic on sizes. What is not listed
 here is neither written nor run, so a file can compute with its tensors and do nothing else: no files, no random numbers, no
-changing of tensors in place, no views that reach outside a tensor. Where torch trusts the sizes that it is given, they are checked here.
-Time and memory have no bound: a file can ask for as much as any network.
+changing of tensors in place, no views that reach outside a tensor. What operators are given is checked in ``arguments``, how much they
+may take in ``budget``.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from lowbit.errors import FileFormatError
+from lowbit.formats.program.arguments import RANDOM, check_settings, divides_integers, refusing_overflow
 from lowbit.quantizers import ops as ops  # registers lowbit's own operators
 
 Function = Callable[..., object]
@@ -94,88 +93,6 @@ _ON_SIZES: dict[str, tuple[Function, Function]] = {  # name: (what export finds 
 }
 
 
-def _batch_norm(function: Function) -> Function:
-    """``function`` where each table has one element for each channel: torch would read past the end of a shorter one."""
-
-    def checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: object) -> object:
-        tables = [table for table in (weight, bias, *args) if isinstance(table, Tensor)]
-        if x.dim() < 2 or any(table.shape != x.shape[1:2] for table in tables):
-            raise ValueError(f"an input of shape {tuple(x.shape)} needs tables of one element for each channel")
-        if not (args and (isinstance(args[0], Tensor) or args[0] is True)):
-            raise ValueError("it needs statistics, or to take them from its input")
-        return function(x, weight, bias, *args)
-
-    return checked
-
-
-def _lstm(function: Function) -> Function:
-    """``function`` where states and parameters have the shapes that its input asks for: torch would read and write past their ends."""
-
-    def checked(
-        x: Tensor, states: list[Tensor], parameters: list[Tensor], has_biases: bool, layers: int, dropout: float, train: bool,
-        bidirectional: bool, batch_first: bool,
-    ) -> object:  # fmt: skip
-        (result, cell), directions = (state.shape[-1] for state in states), 2 if bidirectional else 1
-        projections = [(result, cell)] if result != cell else []
-        biases = [(4 * cell,)] * 2 if has_biases else []
-        expected: list[tuple[int, ...]] = []
-        if len(parameters) == layers * directions * (2 + len(biases) + len(projections)):
-            for layer in range(layers):
-                inputs = x.shape[2] if layer == 0 else result * directions
-                expected += [(4 * cell, inputs), (4 * cell, result), *biases, *projections] * directions
-        batch = x.shape[0 if batch_first else 1]
-        if [tuple(p.shape) for p in parameters] != expected or any(s.shape[:2] != (layers * directions, batch) for s in states):
-            raise ValueError(f"its states or parameters do not fit an input of shape {tuple(x.shape)}")
-        if x.dim() != 3 or any(t.dtype != x.dtype or t.dim() > 3 for t in (*states, *parameters)):
-            raise ValueError("its input must be a batch of sequences, and all its tensors of one dtype")
-        return function(x, states, parameters, has_biases, layers, dropout, train, bidirectional, batch_first)
-
-    return checked
-
-
-def _resize(function: Function) -> Function:
-    """``function`` with scales that fit the sizes: torch makes its filter as wide as the scale says."""
-
-    def checked(x: Tensor, sizes: list[int], align_corners: bool, *scales: float | None) -> object:
-        for before, after, scale in zip(x.shape[-2:], sizes, scales, strict=False):
-            if scale is not None and not abs(before * scale - after) <= 1:  # NaN too
-                raise ValueError(f"a scale of {scale} does not resize {before} to {after}")
-        return function(x, sizes, align_corners, *scales)
-
-    return checked
-
-
-def _group_norm(function: Function) -> Function:
-    """``function`` after checking that its size arguments are those of its input: torch divides by them and counts with them."""
-
-    def checked(x: Tensor, weight: Tensor | None, bias: Tensor | None, batch: int, channels: int, rest: int, *args: object) -> object:
-        if x.dim() < 2 or x.shape[:2] != (batch, channels) or math.prod(x.shape[2:]) != rest:
-            raise ValueError(f"an input of shape {tuple(x.shape)} is not {batch} x {channels} x {rest}")
-        return function(x, weight, bias, batch, channels, rest, *args)
-
-    return checked
-
-
-def _attention(function: Function) -> Function:
-    """``function`` with at least one head of keys and values where heads are shared: torch divides by their number."""
-
-    def checked(query: Tensor, key: Tensor, value: Tensor, *args: object, enable_gqa: bool = False, **options: object) -> object:
-        if enable_gqa and any(t.dim() < 3 or t.shape[-3] == 0 for t in (query, key, value)):
-            raise ValueError("shared heads need keys and values of at least one head")
-        return function(query, key, value, *args, enable_gqa=enable_gqa, **options)
-
-    return checked
-
-
-_GUARDS: dict[str, Callable[[Function], Function]] = {
-    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
-    "aten._native_batch_norm_legit.no_stats": _batch_norm,
-    "aten.native_group_norm.default": _group_norm,
-    "aten.scaled_dot_product_attention.default": _attention,
-    "aten.lstm.input": _lstm,
-    "aten._upsample_bilinear2d_aa.default": _resize,
-    "aten._upsample_bicubic2d_aa.default": _resize,
-}
 _NAMES_ON_SIZES = {found: name for name, (found, _) in _ON_SIZES.items()}
 
 
@@ -196,20 +113,24 @@ def find_operator(name: str) -> Function:
         raise FileFormatError(f"operator {name[:80]!r} is not one that a packed file may use")
     overload = _overload(name)
     if not _is_function(overload):
-        raise FileFormatError(f"operator {name!r} is not one that a packed file may use: it writes into its arguments or makes no tensor")
-    return _GUARDS[name](overload) if name in _GUARDS else overload
+        reason = "it writes into its arguments, is random or makes no tensor"
+        raise FileFormatError(f"operator {name!r} is not one that a packed file may use: {reason}")
+    return refusing_overflow(overload) if divides_integers(overload) else cast(Function, overload)
 
 
 def check_arguments(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """FileFormatError where a number stands for a dtype or memory format: torch looks it up in a table without checking it."""
+    """FileFormatError where a setting that stands in a graph is none that torch can be trusted with."""
     if name in _ON_SIZES:
         return
-    expected = _overload(name)._schema.arguments
-    given = [*zip(expected, args, strict=False), *((argument, kwargs[argument.name]) for argument in expected if argument.name in kwargs)]
-    for argument, value in given:
-        is_listed = any(kind in str(argument.real_type) for kind in ("ScalarType", "MemoryFormat", "Layout"))
-        if is_listed and not (value is None or isinstance(value, (torch.dtype, torch.memory_format))):
-            raise FileFormatError(f"operator {name!r}: {argument.name} must be a dtype or memory format, got {str(value)[:80]}")
+    try:
+        check_settings(_overload(name), args, kwargs)
+    except ValueError as error:
+        raise FileFormatError(f"operator {name!r}: {error}") from error
+
+
+def find_overload(name: str) -> Any:
+    """Torch's operator behind a name that is allowed; ``None`` for arithmetic on sizes."""
+    return None if name in _ON_SIZES else _overload(name)
 
 
 def _is_listed(name: str) -> bool:
@@ -222,12 +143,17 @@ def _is_listed(name: str) -> bool:
 
 
 def _is_function(overload: Any) -> bool:
-    """Whether it writes into none of its arguments and makes tensors, or reads a size: what a functional graph of tensors calls."""
+    """Whether it writes into none of its arguments, draws no random numbers and makes tensors, or reads a size.
+
+    What is random only by a setting, such as attention with dropout, is allowed; ``arguments`` refuses the setting.
+    """
     schema = overload._schema
     makes_tensors = any("Tensor" in str(result.type) for result in schema.returns)
-    return not schema.is_mutable and (makes_tensors or str(overload) in ("aten.sym_size.int", "aten.sym_numel.default"))
+    is_random = torch.Tag.nondeterministic_seeded in overload.tags and not any(argument.name in RANDOM for argument in schema.arguments)
+    return not (schema.is_mutable or is_random) and (makes_tensors or str(overload) in ("aten.sym_size.int", "aten.sym_numel.default"))
 
 
+@functools.cache
 def _overload(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)

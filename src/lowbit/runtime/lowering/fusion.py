@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.onnx.integer_grid import integer_grid
+from lowbit.formats.program.arguments import check_tensors
 from lowbit.formats.program.calls import OperatorCall, Result, Stored
-from lowbit.formats.program.operators import find_operator
+from lowbit.formats.program.operators import find_operator, find_overload
 from lowbit.quantizers import QTensor
 from lowbit.runtime.activation import Activation
 from lowbit.runtime.arguments import Window
@@ -81,6 +82,8 @@ class FusionPatterns:
             results: dict[str, object] = {value.name: x.reshape(shape)} if isinstance(value, Result) else {}
             for node in chain:
                 arguments = [self._evaluated(argument, results) for argument in node.args]
+                if (overload := find_overload(node.operator)) is not None:
+                    check_tensors(overload, arguments, {})
                 results[node.name] = find_operator(node.operator)(*arguments)
             return cast(Tensor, results[chain[-1].name]).reshape(channels)
 
