@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -11,12 +13,15 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from lowbit.cli.console import errors, say
+from lowbit.cli.console import SteadyStream, errors, say
 from lowbit.cli.flags import in_flags
 from lowbit.errors import LowbitError
 
 EXIT_ERROR = 2  # the input was bad; nothing was written
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+EXIT_TERMINATED = 143  # ... for SIGTERM
+EXIT_READER_GONE = 141  # ... for SIGPIPE
+EXIT_NOT_PRINTED = 1  # all is done, but standard output is full or broken
 COMMANDS = {  # each is the variable ``app`` of the file of its name
     "quantize": "Quantize a trained network, check the result, and write files and a report.",
     "train": "Train a low-bit network, check the result, and write files and a report.",
@@ -83,8 +88,32 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of the ``lowbit`` command."""
-    app()
+    """Entry point of the ``lowbit`` command.
+
+    Output that cannot be written ends no run: its files are complete, and the exit status says that something was not printed.
+    SIGTERM stops a command as Ctrl-C does, with another exit status.
+    """
+    sys.stdout, sys.stderr = output, messages = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
+    signals: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code
+    if signals and code == EXIT_INTERRUPTED:
+        code = EXIT_TERMINATED
+    output.flush()
+    messages.flush()
+    if output.problem is not None and not code:
+        code = EXIT_READER_GONE if output.is_reader_gone else EXIT_NOT_PRINTED
+        if not output.is_reader_gone:
+            errors.print(f"[bold red]error:[/] cannot write to standard output: {output.problem.strerror}", soft_wrap=True)
+    sys.exit(code)
 
 
 app = typer.Typer(
