@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import DataError, FileFormatError, OutputError
-from lowbit.files import check_readable, replacing, write_text
+from lowbit.files import replacing, write_text
+from lowbit.reading import check_readable
 
 
 def test_a_file_is_replaced_when_the_block_ends_well(tmp_path: Path) -> None:

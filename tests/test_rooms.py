@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lowbit"
 # From the bottom up. Rooms of one line do not import each other, but for those after the arrow: they may read what stands before it.
 ORDER = (
     ("errors", "lazy"),
+    ("reading",),
     ("files", "plugins", "progress", "spec"),
     ("registry", "inputs"),
     ("options", "workfolder"),

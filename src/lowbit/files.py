@@ -5,41 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.errors import DataError, FileFormatError, LowbitError, OutputError
+from lowbit.errors import FileFormatError, OutputError
 
 _FACTS = "facts"  # the entry of a safetensors header that holds JSON
-
-
-def check_readable(path: Path | str, *, max_bytes: int | None = None, error: type[LowbitError] = DataError) -> Path:
-    """``path`` if it is an ordinary file of at most ``max_bytes`` bytes; reading a pipe or a device might never end.
-
-    Raises:
-        LowbitError: There is no such file, it is not an ordinary file, or it is too large; an object of the class ``error``.
-    """
-    path = Path(path)
-    try:
-        found = path.stat()
-        is_allowed = os.access(path, os.R_OK)
-    except OSError as problem:
-        name = str(path) if len(str(path)) < 300 else f"{str(path)[:100]}..."
-        what = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror or str(problem)
-        raise error(f"{name}: {what}") from problem
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, expected a file")
-    if not is_allowed:
-        raise error(f"{path}: no permission to read it")
-    if max_bytes is not None and found.st_size > max_bytes:
-        raise error(f"{path}: {found.st_size:,} bytes, at most {max_bytes:,} are read")
-    return path
 
 
 @contextmanager
@@ -54,6 +31,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        _sweep(path)
         yield temporary
         os.replace(temporary, path)
     except OutputError:
@@ -104,6 +82,26 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], object]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
+
+
+def _sweep(path: Path) -> None:
+    """Delete what processes that are gone have left of ``path``."""
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.(\d{{1,10}}){re.escape(path.suffix)}")
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            found = pattern.fullmatch(entry.name)
+            if found is not None and not _is_alive(int(found[1])):
+                _remove(Path(entry.path))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # it is somebody else's
+    return True
 
 
 def _remove(path: Path) -> None:

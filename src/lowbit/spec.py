@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import yaml
 
 from lowbit.errors import SpecError
+from lowbit.reading import line_of, read_yaml, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +23,7 @@ def check_bit_width(bit_width: int, where: str) -> int:
     """``bit_width`` if it is a whole number from 1 to 8, else SpecError naming ``where``."""
     if isinstance(bit_width, bool) or not isinstance(bit_width, int) or not 1 <= bit_width <= 8:
         raise SpecError(
-            f"{where}: bit_width must be a whole number from 1 to 8, got {bit_width!r}. Use 32 or 'float' to leave it in float."
+            f"{where}: bit_width must be a whole number from 1 to 8, got {shorten(bit_width)}. Use 32 or 'float' to leave it in float."
         )
     return bit_width
 
@@ -203,9 +204,9 @@ class LayerBits:
 
 def parse_bits(value: object, where: str) -> int | None:
     """A bit-width from user input: 1 to 8, or 32 / ``float`` / ``None`` for float."""
-    if value in (32, "32", "float", None):
+    if value is None or (isinstance(value, (int, float, str)) and value in (32, "32", "float")):
         return None
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 4:
         value = int(value)
     return check_bit_width(cast(int, value), where)
 
@@ -300,6 +301,9 @@ class BitPolicy:
         """This policy with one more rule, which wins over the earlier ones."""
         if (match is None) == (type is None):
             raise SpecError(f"a rule takes either a name pattern (match) or a layer type (type), got match={match!r}, type={type!r}")
+        for key, pattern in (("match", match), ("type", type)):
+            if pattern is not None and not isinstance(pattern, str):
+                raise SpecError(f"a rule's {key} must be text, such as 'layer1.*', got {shorten(pattern)}")
         said = {"weight": weight, "activation": activation, "output": output}
         bits = {name: parse_said_bits(value, f"rule for {match or type}: {name}") for name, value in said.items()}
         return replace(self, rules=(*self.rules, Rule(match, type, **bits)))
@@ -340,15 +344,14 @@ class BitPolicy:
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
         if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", "merges"}:
-            raise SpecError(
-                f"{where}: expected the keys default, first_last, rules and merges, got {data if not isinstance(data, dict) else sorted(map(str, data))!r}"
-            )
+            got = shorten(sorted(map(str, data)) if isinstance(data, dict) else data)
+            raise SpecError(f"{where}: expected the keys default, first_last, rules and merges, got {got}")
 
         def layer_bits(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
-                raise SpecError(f"{where}: {name} must be a mapping with weight, activation and output, got {value!r}")
+                raise SpecError(f"{where}: {name} must be a mapping with weight, activation and output, got {shorten(value)}")
             said = {"weight": 8, "activation": 8, "output": None, **value}
-            return LayerBits(**{operand: parse_bits(bits, f"{where}: {name}.{operand}") for operand, bits in said.items()})
+            return LayerBits(**{operand: parse_bits(bits, f"{where}{line_of(value)}: {name}.{operand}") for operand, bits in said.items()})
 
         policy = BitPolicy(
             layer_bits(data.get("default", {}), "default"),
@@ -357,11 +360,16 @@ class BitPolicy:
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):
-            raise SpecError(f"{where}: rules must be a list, got {rules!r}")
+            raise SpecError(f"{where}: rules must be a list, got {shorten(rules)}")
         for rule in rules:
             if not isinstance(rule, dict) or not set(rule) <= {"match", "type", *OPERANDS}:
-                raise SpecError(f"{where}: a rule has the keys match or type, weight, activation, output; got {rule!r}")
-            policy = policy.with_rule(**rule)
+                raise SpecError(
+                    f"{where}{line_of(rule)}: a rule has the keys match or type, weight, activation, output; got {shorten(rule)}"
+                )
+            try:
+                policy = policy.with_rule(**rule)
+            except SpecError as error:
+                raise SpecError(f"{where}{line_of(rule)}: {error}") from error
         return policy
 
     def to_yaml(self, path: Path | str) -> None:
@@ -371,11 +379,7 @@ class BitPolicy:
     @staticmethod
     def from_yaml(path: Path | str) -> BitPolicy:
         """Read a policy; SpecError naming the file when it cannot be read or understood."""
-        try:
-            data = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"policy file {path}: {error}") from error
-        return BitPolicy.from_dict(data, where=f"policy file {path}")
+        return BitPolicy.from_dict(read_yaml(path), where=f"policy file {path}")
 
     def __str__(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -11,12 +11,12 @@ from functools import wraps
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from lowbit.cli import names
 from lowbit.cli.flags import flag_of, flags_of, off_flag_of
 from lowbit.errors import SpecError
 from lowbit.options import Setting, settings_of
+from lowbit.reading import parse_yaml
 from lowbit.workflows.requests import Request, fields_of
 
 RUN, OUTPUT, METHOD = "Run", "Output", "Method"  # headings in --help for what is no setting
@@ -210,7 +210,7 @@ def _nested(given: Mapping[tuple[str, ...], object]) -> dict[str, object]:
             continue
         if isinstance(value, list) and path[-1] in ("options", "model_options", "teacher_options", "preprocess"):
             pairs = key_values(value, flag_of(path[-1]))
-            value = {key: yaml.safe_load(text) for key, text in pairs.items()} if path[-1] in PARSED else pairs
+            value = {key: parse_yaml(text, f"{flag_of(path[-1])} {key}") for key, text in pairs.items()} if path[-1] in PARSED else pairs
         if len(path) == 1:
             values[path[0]] = value
         else:

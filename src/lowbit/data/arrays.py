@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lowbit.data.image_data import ImageData, Sample, TensorImages
 from lowbit.data.images import Preprocessing
 from lowbit.errors import DataError
-from lowbit.files import check_readable
+from lowbit.reading import check_readable
 
 SAMPLE_KEYS, LABEL_KEYS = ("images", "x", "samples"), ("labels", "y")
 MAX_BYTES = 2**32  # a small .npz can unpack to any size

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError
-from lowbit.files import check_readable
+from lowbit.reading import check_readable
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema")  # keys that checkpoints keep the weights under
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and compile put before each name

@@ -19,6 +19,7 @@ import yaml
 from lowbit.errors import SpecError, unknown_name
 from lowbit.options import Above, AtLeast, Interval, Setting, check_settings, convert_option, settings_of
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
+from lowbit.reading import read_yaml, shorten
 from lowbit.registry import MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
@@ -56,12 +57,9 @@ class Request:
             raise SpecError(
                 f"{path} is a folder, a recipe is a YAML file. To resume the run in it, pass out={str(path)!r} and resume=True."
             )
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{path}: cannot be read as a recipe ({error}). A recipe is YAML such as weight_bits: 4.") from error
+        content = read_yaml(path)
         if content is not None and not isinstance(content, dict):
-            raise SpecError(f"{path}: expected names and values such as weight_bits: 4, got {content!r}")
+            raise SpecError(f"{path}: expected names and values such as weight_bits: 4, got {shorten(content)}")
         known = [name for name, owner in fields_of(cls) if decides_result(owner)]
         return cls()._changed(content or {}, str(path), known)
 

@@ -36,13 +36,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import DataError, FileFormatError, GraphError
-from lowbit.files import check_readable, replacing
+from lowbit.files import replacing
 from lowbit.formats.packed.tensor import PackedTensor, packed_tensor_from
 from lowbit.formats.program.calls import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
 from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import Json
 from lowbit.network.record import QuantizationRecord
 from lowbit.network.table import LayerRecord, LayerTable
+from lowbit.reading import check_readable
 from lowbit.spec import BitPolicy, parse_bits
 
 VERSION = "1"

@@ -226,7 +226,7 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
     return len(expected.shape) == tensor.dim() and all(fixed is None or fixed == size for fixed, size in sizes)
 
 
-def _call(node: OperatorCall, function: Callable[..., object], *args: object, **kwargs: object) -> object:
+def _call(node: OperatorCall, function: Callable[..., object], /, *args: object, **kwargs: object) -> object:
     """What a function returns, its errors as a FileFormatError that names the node."""
     try:
         return function(*args, **kwargs)
