@@ -252,7 +252,10 @@ def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> O
     find_operator(item[1])
     args = tuple(_from_json(value, known, tensors, where) for value in _typed(item[2], list, where))
     options = {key: _from_json(value, known, tensors, where) for key, value in _typed(item[3], dict, where).items()}
-    check_arguments(item[1], args, options)
+    try:
+        check_arguments(item[1], args, options)
+    except FileFormatError as error:
+        raise FileFormatError(f"{where}: {error}") from error
     return OperatorCall(item[0], item[1], args, options)
 
 
