@@ -253,47 +253,51 @@ def random_call(seed: int, folder: Path) -> None:
 
 def random_layer(seed: int, folder: Path) -> None:
     """A file with a quantized layer of random settings that is put on kernels."""
-    writer = CallWriter(seed)
-    pick = writer.random.choice
-    groups, channels, out = pick((1, 1, 1, 2, 3, 0, -1)), pick((1, 2, 3, 16)), pick((1, 2, 3, 16))
-    size = [pick((1, 3, 3, 2, 0)), pick((1, 3, 3))]
+    chooser = random.Random(seed)
+    pick = chooser.choice
 
-    def pair(*numbers: int) -> list[int]:
-        return [pick(numbers) for _ in range(pick((2, 2, 2, 2, 1, 3)))]
+    def mostly(right: Any, *wrong: Any) -> Any:
+        return pick(wrong) if chooser.random() < 0.06 else right
 
-    settings = [pair(1, 1, 2, 0, -1, 2**31, 2**62), pair(0, 0, 1, 1, -1, 2**33, 2**62), pair(1, 1, 1, 2, 0, 2**31, 2**62), groups]
-    is_sign = pick((True, False))
-    tensors = {
-        "s": np.full(pick(((), (), (1,), (2,), (0,))), 0.1, np.float32), "z": np.zeros(pick(((), (1,), (3,))), np.float32),
-        "b": np.array([-1e-45] * pick((1, 1, 2, 0)), np.float32), "l": np.array([-1, 1, 1][: pick((2, 2, 3, 1))], np.float32),
-        "w": np.random.default_rng(seed).integers(0, 256, pick((out * channels * size[0] * size[1],) * 5 + (3,)), dtype=np.int64).astype(np.uint8),
-        "w.scale": np.full((pick((out, out, out, 1, 5)), 1, 1, 1), 0.1, np.float32),
-        "bias": np.zeros(pick((out, out, 1, 0, 7)), np.float32),
-    }  # fmt: skip
-    packed = {
-        "w": {
-            "shape": [out, channels, *size],
-            "bit_width": 8,
-            "offset": -128,
-            "decoder": "affine",
-            "parts": [],
-            "granularity": "per_channel",
-            "axis": 0,
-        }
-    }
-    if is_sign:
-        packed, tensors["w"] = {}, np.sign(tensors["w"].astype(np.float32) - 127.5)
-        tensors["w"] = np.resize(tensors["w"], (out, channels, *size))
-        del tensors["w.scale"]
+    groups, channels, out, kernel = (
+        mostly(pick((1, 1, 2, 3)), 0, -1, 7),
+        pick((1, 2, 3, 16, 40)),
+        pick((1, 2, 3, 6, 48)),
+        pick(((3, 3), (1, 1), (2, 5))),
+    )
+    size = [*kernel] if chooser.random() < 0.9 else pick(([0, 3], [3], [3, 3, 3]))
+    strides, pads, steps = ([mostly(pick(usual), *odd) for _ in range(mostly(2, 1, 3))] for usual, odd in (
+        ((1, 1, 2), (0, -1, 2**20, 2**31)), ((0, 1, 2), (-1, 2**20, 2**30)), ((1, 1, 2), (0, 2**20, 2**31)),
+    ))  # fmt: skip
+    count = int(np.prod([out, channels, *size]))
+    codes = np.random.default_rng(seed).integers(0, 256, mostly(count, 3, count + 1), dtype=np.int64).astype(np.uint8)
+    bias = np.zeros(mostly(out, 1, 0, 7, (out, 1)), np.float32)
+    tensors: dict[str, Any] = {"bias": bias}
+    packed: dict[str, Any] = {}
+    if pick((True, False)):
+        tensors["w"] = np.resize(np.sign(codes.astype(np.float32) - 127.5), (out, channels, *size))
+        tensors["b"] = np.array(mostly([-1e-45], [], [-1e-45] * 2, [0.5]), np.float32)
+        tensors["l"] = np.array(mostly([-1, 1], [-1], [-1, 1, 1], [[-1, 1]]), np.float32)
         first = ["q", "lowbit.fake_quantize_codebook.default", [{"node": "x"}, {"tensor": "b"}, {"tensor": "l"}], {}]
     else:
-        limits = pick(((0, 255), (0, 15), (-128, 127), (0, 2**40), (5, 2)))
+        shape = mostly((out, *[1] * (1 + len(size))), (1,), (5, 1, 1, 1))
+        tensors |= {"w": codes, "w.scale": np.full(shape, 0.1, np.float32), "s": np.full(mostly((), (2,), (0,)), 0.1, np.float32)}
+        tensors["z"] = np.full(mostly((), (1,), (3,)), mostly(0, 300, -1, 0.5), np.float32)
+        packed["w"] = {
+            "shape": [out, channels, *size], "bit_width": 8, "offset": -128, "decoder": "affine", "parts": [], "granularity": "per_channel", "axis": 0,
+        }  # fmt: skip
+        limits = mostly(pick(((0, 255), (0, 15), (-128, 127), (0, 3))), (0, 2**30), (5, 2))
         first = ["q", "lowbit.fake_quantize_affine.default", [{"node": "x"}, {"tensor": "s"}, {"tensor": "z"}, *limits], {}]
-    bias = {"tensor": "bias"} if pick((True, False)) else None
-    layer = ["y", "aten.conv2d.default", [{"node": "q"}, {"tensor": "w"}, bias, *settings[: pick((0, 1, 2, 3, 4))]], {}]
-    shape = [None, pick((channels, channels * max(groups, 1), 1)), pick((8, 1, 5)), pick((8, 1, 5))]
+    settings = [strides, pads, steps, groups][: pick((1, 2, 4, 4))]
+    layer = [
+        "y",
+        "aten.conv2d.default",
+        [{"node": "q"}, {"tensor": "w"}, {"tensor": "bias"} if pick((True, False)) else None, *settings],
+        {},
+    ]
+    image = [None, mostly(channels * max(groups, 1) if len(settings) == 4 else channels, 1, channels + 1), pick((8, 6)), pick((8, 9))]
     run_file(
-        write_file(folder / "layer.lowbit", [first, layer], tensors, [["x", shape, "float32"]], packed=packed, kernels=True), kernels=True
+        write_file(folder / "layer.lowbit", [first, layer], tensors, [["x", image, "float32"]], packed=packed, kernels=True), kernels=True
     )
 
 
