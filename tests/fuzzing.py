@@ -267,7 +267,7 @@ def random_layer(seed: int, folder: Path) -> None:
     )
     size = [*kernel] if chooser.random() < 0.9 else pick(([0, 3], [3], [3, 3, 3]))
     strides, pads, steps = ([mostly(pick(usual), *odd) for _ in range(mostly(2, 1, 3))] for usual, odd in (
-        ((1, 1, 2), (0, -1, 2**20, 2**31)), ((0, 1, 2), (-1, 2**20, 2**30)), ((1, 1, 2), (0, 2**20, 2**31)),
+        ((1, 1, 2), (0, -1, 2**20, 2**31)), ((0, 1, 2), (-1, 2**12, 2**30)), ((1, 1, 2), (0, 2**12, 2**31)),
     ))  # fmt: skip
     count = int(np.prod([out, channels, *size]))
     codes = np.random.default_rng(seed).integers(0, 256, mostly(count, 3, count + 1), dtype=np.int64).astype(np.uint8)

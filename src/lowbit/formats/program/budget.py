@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 LEAST = 2**28  # elements of one result: 1 GiB of float32
 PER_INPUT = 64  # elements of one result for each element of the inputs; a first layer of 64 channels on grey images
 AT_A_TIME = 16  # results of full size that may be held together
-PRODUCTS = 2**14  # multiply-accumulates for each element that a result may have: minutes on one core
+PRODUCTS = 2**13  # multiply-accumulates for each element that a result may have: minutes on one core
 PER_ELEMENT = 64  # multiply-accumulates that computing one element outside matrix products counts as
 
 
