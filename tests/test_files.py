@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,14 @@ def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path: Path)
     assert check_readable(tmp_path / "large", max_bytes=5) == tmp_path / "large"
     with pytest.raises(FileFormatError, match="no such file"):
         check_readable(tmp_path / "none", error=FileFormatError)
+
+
+def test_what_processes_that_are_gone_have_left_is_swept(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f".report.{gone.pid}.json", tmp_path / f".report.{os.getppid()}.json", tmp_path / f".other.{gone.pid}.json"]
+    for path in left:
+        path.write_text("half")
+    write_text(tmp_path / "report.json", "whole")
+    assert [path.exists() for path in left] == [False, True, True]
+    assert (tmp_path / "report.json").read_text() == "whole"
