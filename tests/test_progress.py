@@ -34,3 +34,43 @@ def test_quiet_progress_prints_nothing() -> None:
     with quiet.stage("train", total=2) as stage:
         stage.advance()
     assert console.file.getvalue() == "" and stage.done == 1  # type: ignore[attr-defined]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("asked", "stream", "is_shown"),
+    [
+        (None, io.StringIO, False),
+        (None, _Terminal, True),
+        (False, _Terminal, False),
+        (True, io.StringIO, True),
+        (True, _Terminal, True),
+    ],
+)
+def test_left_out_progress_is_shown_where_somebody_watches(
+    asked: bool | None, stream: type[io.StringIO], is_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stderr", shown := stream())
+    shown_progress = Progress.of(asked)
+    shown_progress.say("hello")
+    with shown_progress.stage("train", total=2) as stage:
+        stage.advance(2)
+    assert ("hello" in shown.getvalue()) == is_shown
+    assert ("2/2" in shown.getvalue()) == (is_shown and stream is _Terminal)
+
+
+def test_a_notebook_gets_a_bar() -> None:
+    assert Progress(console=Console(file=io.StringIO(), force_jupyter=True)).has_bar
+    assert not Progress(console=Console(file=io.StringIO(), force_terminal=False)).has_bar
+
+
+def test_progress_of_ones_own_is_taken_as_it_is() -> None:
+    own = Progress(quiet=True)
+    assert Progress.of(own) is own

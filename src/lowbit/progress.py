@@ -47,7 +47,11 @@ class Stage:
 
 
 class Progress:
-    """Shows stages of work; ``Progress.silent()`` shows nothing."""
+    """Shows stages of work; ``Progress.silent()`` shows nothing.
+
+    >>> with Progress.of(False).stage("calibrate", total=2) as stage:
+    ...     stage.advance(2)
+    """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -57,6 +61,19 @@ class Progress:
     def silent() -> Progress:
         """Progress that shows nothing."""
         return Progress(quiet=True)
+
+    @staticmethod
+    def of(progress: bool | Progress | None) -> Progress:
+        """Progress as callers ask for it: ``True`` shows it, ``False`` is silent, ``None`` shows it on a terminal or in a notebook."""
+        if isinstance(progress, Progress):
+            return progress
+        shown = Progress()
+        return shown if progress or (progress is None and shown.has_bar) else Progress.silent()
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether stages are drawn as a bar: standard error is a terminal, or this is a notebook."""
+        return self.console.is_terminal or self.console.is_jupyter
 
     def say(self, message: str) -> None:
         """Print one line, unless quiet."""
@@ -71,7 +88,7 @@ class Progress:
         """
         if self.quiet:
             yield Stage(name, total, None, None, None, done)
-        elif not self.console.is_terminal:
+        elif not self.has_bar:
             yield Stage(name, total, None, None, self.console, done)
         else:
             columns = (

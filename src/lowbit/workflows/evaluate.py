@@ -19,7 +19,7 @@ def evaluate(
     *,
     task: Task | Criterion | None = None,
     batch_size: int = 128,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Scores:
     """The metrics of a task on labelled data.
 
@@ -30,7 +30,8 @@ def evaluate(
         data: Labelled data of the kinds that ``lowbit.train`` takes.
         task: What the network is for; default: classification.
         batch_size: Samples of a call where ``data`` are no batches yet.
-        progress: Progress display; default: silent.
+        progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
+            error is a terminal, and in a notebook.
 
     Returns:
         The metrics by name: ``evaluate(model, data)["accuracy"]``; ``.value`` is the one that selects.
@@ -45,7 +46,7 @@ def evaluate(
     """
     meter, device = Meter(as_task(task)), device_of(model)
     batches = evaluation_batches(data, batch_size)
-    with evaluating(model), (progress or Progress.silent()).stage("evaluation", total=known_length(batches) or 0) as stage:
+    with evaluating(model), Progress.of(progress).stage("evaluation", total=known_length(batches) or 0) as stage:
         for batch in batches:
             batch = map_tensors(batch, lambda tensor: tensor.to(device))
             meter.add(meter.task.predict(model, batch), batch)

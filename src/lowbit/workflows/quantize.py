@@ -47,7 +47,7 @@ def quantize(
     merge_bits: Bits = None,
     sample: object = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
     **options: object,
 ) -> nn.Module:
@@ -66,7 +66,8 @@ def quantize(
             overrides what ``policy`` says. Where neither says anything 8, if activations are quantized and the network can be exported.
         sample: Inputs of one call, where no calibration data is given.
         seed: Seed of everything random.
-        progress: Progress display; default: silent.
+        progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
+            error is a terminal, and in a notebook.
         work_dir: Folder for caches and for resuming after a kill.
         **options: The method's hyper-parameters.
 
@@ -111,7 +112,7 @@ def run_job(
     calibration: object = None,
     sample: object = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
 ) -> PtqJob:
     """Do what ``quantize`` does, and return everything known afterwards.
@@ -135,7 +136,7 @@ def run_job(
             sample=first,
             calibration=data,
             seed=seed,
-            progress=progress or Progress.silent(),
+            progress=Progress.of(progress),
             work_dir=None if work_dir is None else Path(work_dir) / (source_digest(type(chosen)) or ""),
         )
         for note in check_needs(

@@ -94,7 +94,7 @@ def train(
     select: Selection = "last",
     resume: bool = True,
     tensorboard: bool | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     **options: object,
 ) -> nn.Module:
     """Train a low-bit copy of ``model``.
@@ -132,7 +132,8 @@ def train(
         select: The network to return: of the ``last`` epoch, or the ``best`` on the test data.
         resume: Whether to resume a stopped run with the same settings in ``out``; False starts over.
         tensorboard: Whether to write files for TensorBoard. Default: where it is installed.
-        progress: Progress display; default: silent.
+        progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
+            error is a terminal, and in a notebook.
         **options: The method's hyper-parameters.
 
     Returns:
@@ -172,7 +173,7 @@ def train(
         precision=precision,
         save_every=save_every,
         select=select,
-        progress=progress or Progress.silent(),
+        progress=Progress.of(progress),
     )
     return train_network(
         model,

@@ -10,7 +10,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
@@ -88,11 +88,18 @@ class Adaround(PostTrainingMethod):
         job.insert_activations(self)
         job.calibrate_activations()
 
-    def round_weights(self, job: PtqJob) -> None:
-        """Learn the rounding of every layer of a job with quantized weights and still float activations."""
+    def round_weights(
+        self, job: PtqJob, *, by_size: Callable[[int], Objective] | None = None, facts: Mapping[str, object] | None = None
+    ) -> None:
+        """Learn the rounding of every layer of a job with quantized weights and still float activations.
+
+        ``by_size`` gives the objective of a layer by its number of weights, in place of ``objective()``; ``facts`` are the settings that it
+        depends on: the state of a run with other ones is not resumed.
+        """
         units = plan_units(job, layer_units(job), use_activations=self.use_activation)
-        phase = RoundWeights(job, self.objective(), is_symmetric=not self.asymmetric)
-        reconstruct(job, units, phase, {"method": type(self).__name__, **asdict(self)}, cache=self.cache, save_every=self.save_every)
+        phase = RoundWeights(job, self.objective(), is_symmetric=not self.asymmetric, by_size=by_size)
+        settings = {"method": type(self).__name__, **asdict(self), **(facts or {})}
+        reconstruct(job, units, phase, settings, cache=self.cache, save_every=self.save_every)
 
     def objective(self) -> Objective:
         """Objective that each layer minimises."""

@@ -31,6 +31,7 @@ class ResumableAdam:
     ) -> None:
         self.parameters = dict(parameters)
         self.iteration, self.iterations = 0, iterations
+        self.is_settled = False
         self._learning_rate, self._is_annealed = learning_rate, is_annealed
         self._samples, self._batch_size = samples, batch_size
         self._generator = torch.Generator().manual_seed(seed)
@@ -38,8 +39,8 @@ class ResumableAdam:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every step has been taken."""
-        return self.iteration >= self.iterations
+        """Whether every step has been taken, or ``is_settled`` says that the remaining ones would change nothing."""
+        return self.is_settled or self.iteration >= self.iterations
 
     def step(self, loss: Callable[[Tensor], Tensor]) -> None:
         """One step on ``loss(indices of the samples)``."""

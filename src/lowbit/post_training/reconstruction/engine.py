@@ -9,8 +9,9 @@ Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quan
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -38,7 +39,7 @@ from lowbit.post_training.reconstruction.unit_data import (
 from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.progress import Stage
 
-STEP_NOTES = 25  # iterations between two updates of the progress bar
+STEP_NOTES = 25  # iterations between two updates of the progress bar, and between two looks at whether the unit has settled
 
 
 class Reconstruction:
@@ -78,7 +79,7 @@ class Reconstruction:
         chain_start = max((index for index in range(min(unfinished, len(units) - 1) + 1) if not is_carried[index]), default=0)
         if unfinished:
             self.job.progress.say(f"{phase.name}: {unfinished} of {len(units)} units taken from the earlier run in {self.state.folder}")
-        costs = self._costs(units, phase.objective.iterations)
+        costs = self._costs(units, [phase.objective_for(unit).iterations for unit in units])
         reports: list[UnitReport] = []
         data: UnitData | None = None
         with self.job.progress.stage(f"reconstructing {phase.name}", total=sum(costs)) as stage:
@@ -97,7 +98,10 @@ class Reconstruction:
                     stage.advance(cost, note=unit.name)
                 else:
                     assert data is not None
+                    start = time.monotonic()
                     reports.append(self._learn(phase, unit, key, data, stage, cost))
+                    if index == unfinished:
+                        self._say_estimate(phase, time.monotonic() - start, sum(costs[index + 1 :]) / cost)
         if data is not None:
             data.release()
         return reports
@@ -109,10 +113,16 @@ class Reconstruction:
             self.job.progress.say(f"reconstruction cached at most {self.space.peak / 1e6:.1f} MB of activations in {where}")
         self.space.close()
 
+    def _say_estimate(self, phase: Phase, seconds: float, ratio: float) -> None:
+        """Say how long the units that remain, ``ratio`` times the work of the first, will take."""
+        if ratio:
+            left = seconds * ratio
+            self.job.progress.say(f"{phase.name}: about {f'{left / 60:.0f} minutes' if left >= 120 else f'{left:.0f} s'} left")
+
     def _learn(self, phase: Phase, unit: PlannedUnit, key: str, data: UnitData, stage: Stage, cost: float) -> UnitReport:
         part = f"{key}-part"
 
-        def run(adam: ResumableAdam, loss: Loss) -> None:
+        def run(adam: ResumableAdam, loss: Loss, is_settled: Callable[[], bool]) -> None:
             saved = self.state.load(part)
             if saved is not None:
                 adam.load(saved[0], int(saved[1]["iteration"]))
@@ -121,11 +131,15 @@ class Reconstruction:
             shown = adam.iteration
             while not adam.is_finished:
                 adam.step(loss)
+                if adam.iteration % STEP_NOTES == 0:
+                    adam.is_settled = is_settled()
                 if adam.iteration % self.save_every == 0 and not adam.is_finished:
                     self.state.save(part, adam.state(), {"iteration": adam.iteration})
                 if adam.iteration % STEP_NOTES == 0 or adam.is_finished:
                     stage.advance(cost * (adam.iteration - shown) / adam.iterations, note=unit.name)
                     shown = adam.iteration
+            if adam.is_settled:
+                stage.advance(cost * (adam.iterations - shown) / max(adam.iterations, 1))
 
         result, report = phase.learn(unit, data, run, zlib.crc32(f"{self.job.seed} {phase.name} {unit.name}".encode()))
         self.state.save(key, result, {**asdict(report)})
@@ -200,10 +214,10 @@ class Reconstruction:
     def _follows(self, before: PlannedUnit, unit: PlannedUnit) -> bool:
         return self.units.index(unit) == self.units.index(before) + 1
 
-    def _costs(self, units: Sequence[PlannedUnit], iterations: int) -> list[float]:
+    def _costs(self, units: Sequence[PlannedUnit], iterations: Sequence[int]) -> list[float]:
         """Each unit's share of the work in the unit of the progress bar, iterations of an average unit."""
-        total = sum(unit.cost for unit in units) or 1.0
-        return [max(iterations, 1) * len(units) * (unit.cost or 1.0) / total for unit in units]
+        work = [(unit.cost or 1.0) * max(count, 1) for unit, count in zip(units, iterations, strict=True)]
+        return [sum(max(count, 1) for count in iterations) * share / sum(work) for share in work]
 
     def _state(self, phase: Phase) -> RunState:
         """The phase's own state: the network that a later phase starts from is made by the earlier ones."""

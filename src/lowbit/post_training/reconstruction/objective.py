@@ -17,7 +17,7 @@ from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor
 from lowbit.network.insert import quantization_enabled, quantized_layers, weight_quantizer
 from lowbit.network.layers import evaluating
-from lowbit.options import Above, AtLeast, CheckedSettings
+from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, LossKind, reconstruction_loss
 from lowbit.post_training.reconstruction.unit_data import UnitData, batches
 from lowbit.post_training.reconstruction.units import PlannedUnit
@@ -35,6 +35,7 @@ class Objective(CheckedSettings):
     Attributes:
         fisher: How saved gradients ``g`` weigh errors: ``released`` by ``|g| + 1``, ``paper`` by ``g`` scaled to mean square 1.
         schedule: The regularizer's exponent, ``None`` where nothing is rounded; ``regularization`` multiplies it.
+        settled: Learning stops once at most this share of the roundings is undecided, ``None`` for never (see ``AdaptiveRounding.undecided``).
         precision: ``bf16`` computes the unit under autocast; parameters, rounding and loss stay float32.
     """
 
@@ -47,6 +48,7 @@ class Objective(CheckedSettings):
     schedule: BetaSchedule | None = None
     regularization: Annotated[float, AtLeast(0)] = 0.01
     is_annealed: bool = False
+    settled: Annotated[float | None, Interval(0, 1)] = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -133,6 +135,19 @@ def set_beta(objective: Objective, roundings: Collection[AdaptiveRounding], iter
     beta = schedule.beta(iteration) if schedule is not None and schedule.is_active(iteration) else None
     for rounding in roundings:
         rounding.beta = beta
+
+
+def undecided_share(roundings: Collection[AdaptiveRounding]) -> float:
+    """The share of all weights that are still between down and up."""
+    return sum(rounding.undecided for rounding in roundings) / sum(rounding.logits.numel() for rounding in roundings)
+
+
+def is_decided(objective: Objective, roundings: Collection[AdaptiveRounding], iteration: int) -> bool:
+    """Whether the regularizer has decided so many roundings that the loss has settled; depends on the logits and ``iteration`` alone."""
+    schedule = objective.schedule
+    if objective.settled is None or schedule is None or not schedule.is_active(iteration):
+        return False
+    return undecided_share(roundings) <= objective.settled
 
 
 def weighted_penalty(objective: Objective, roundings: Collection[AdaptiveRounding]) -> Tensor:

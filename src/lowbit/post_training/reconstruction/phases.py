@@ -12,7 +12,15 @@ from lowbit.errors import LayerError
 from lowbit.network.insert import activation_quantizers, float_weight, set_weight_quantizer, weight_quantizer
 from lowbit.post_training.pipeline import PtqJob
 from lowbit.post_training.reconstruction.adam import ResumableAdam
-from lowbit.post_training.reconstruction.objective import Objective, UnitReport, mean_loss, rounding_loss, unit_loss
+from lowbit.post_training.reconstruction.objective import (
+    Objective,
+    UnitReport,
+    is_decided,
+    mean_loss,
+    rounding_loss,
+    undecided_share,
+    unit_loss,
+)
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding
 from lowbit.post_training.reconstruction.unit_data import UnitData
 from lowbit.post_training.reconstruction.units import PlannedUnit
@@ -22,7 +30,7 @@ from lowbit.quantizers.qtensor import AffineDecoder
 SMALLEST_SHARE = 1e-3  # a learned activation scale never shrinks below this share of where it started
 
 Loss = Callable[[Tensor], Tensor]
-Run = Callable[[ResumableAdam, Loss], None]
+Run = Callable[[ResumableAdam, Loss, Callable[[], bool]], None]
 
 
 def store_weight(layer: nn.Module, values: Tensor) -> None:
@@ -40,13 +48,17 @@ class Phase(ABC):
         """``is_symmetric``: whether inputs come from the float network instead of the part that is quantized already."""
         self.job, self.objective, self.is_symmetric = job, objective, is_symmetric
 
+    def objective_for(self, unit: PlannedUnit) -> Objective:
+        """What ``unit`` is asked to minimise, and in how many iterations."""
+        return self.objective
+
     @abstractmethod
     def has_work(self, unit: PlannedUnit) -> bool:
         """Whether the unit holds anything to learn."""
 
     @abstractmethod
     def learn(self, unit: PlannedUnit, data: UnitData, run: Run, seed: int) -> tuple[dict[str, Tensor], UnitReport]:
-        """Learn by ``run(adam, loss)`` and put the result in place; returns what ``restore`` needs."""
+        """Learn by ``run(adam, loss, is_settled)`` and put the result in place; returns what ``restore`` needs."""
 
     @abstractmethod
     def restore(self, unit: PlannedUnit, result: Mapping[str, Tensor]) -> None:
@@ -58,11 +70,21 @@ class RoundWeights(Phase):
 
     name = "weights"
 
+    def __init__(self, job: PtqJob, objective: Objective, *, is_symmetric: bool, by_size: Callable[[int], Objective] | None = None) -> None:
+        """``by_size`` gives the objective of a unit by its number of weights; ``objective`` holds for every unit where it is left out."""
+        super().__init__(job, objective, is_symmetric=is_symmetric)
+        self._by_size = by_size
+
+    def objective_for(self, unit: PlannedUnit) -> Objective:
+        if self._by_size is None:
+            return self.objective
+        return self._by_size(sum(float_weight(self.job.layers[name]).numel() for name in unit.layers))
+
     def has_work(self, unit: PlannedUnit) -> bool:
         return bool(unit.layers)
 
     def learn(self, unit: PlannedUnit, data: UnitData, run: Run, seed: int) -> tuple[dict[str, Tensor], UnitReport]:
-        module, objective = self.job.model.get_submodule(unit.name), self.objective
+        module, objective = self.job.model.get_submodule(unit.name), self.objective_for(unit)
         before = mean_loss(unit, module, data, objective)
         grids = {name: self._grid(name) for name in unit.layers}
         nearest = {name: grid.encode(float_weight(self.job.layers[name])).codes for name, grid in grids.items()}
@@ -75,7 +97,14 @@ class RoundWeights(Phase):
                 {name: rounding.logits for name, rounding in roundings.items()}, learning_rate=objective.learning_rate, iterations=objective.iterations,
                 samples=data.target.samples, batch_size=objective.batch_size, seed=seed, is_annealed=objective.is_annealed,
             )  # fmt: skip
-            run(adam, lambda index: rounding_loss(unit, module, data, index, objective, roundings.values(), adam.iteration))
+
+            def loss(index: Tensor) -> Tensor:
+                return rounding_loss(unit, module, data, index, objective, roundings.values(), adam.iteration)
+
+            def is_settled() -> bool:
+                return is_decided(objective, roundings.values(), adam.iteration)
+
+            run(adam, loss, is_settled)
             for rounding in roundings.values():
                 rounding.is_soft = False
             after = mean_loss(unit, module, data, objective)
@@ -86,7 +115,7 @@ class RoundWeights(Phase):
         is_kept = not after < before
         codes = nearest if is_kept else learned
         self.restore(unit, codes)
-        undecided = sum(r.undecided for r in roundings.values()) / sum(r.logits.numel() for r in roundings.values())
+        undecided = undecided_share(roundings.values())
         return codes, UnitReport(unit.name, before, before if is_kept else after, undecided, is_kept)
 
     def restore(self, unit: PlannedUnit, result: Mapping[str, Tensor]) -> None:
@@ -149,7 +178,7 @@ class LearnScales(Phase):
                         scale.copy_(torch.maximum(scale, start[name] * SMALLEST_SHARE))
                 return unit_loss(unit, module, data, index, objective)
 
-            run(adam, loss)
+            run(adam, loss, lambda: False)
             learned = {name: torch.maximum(scale.detach(), start[name] * SMALLEST_SHARE) for name, scale in scales.items()}
         finally:
             for name, quantizer in quantizers.items():
