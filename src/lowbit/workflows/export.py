@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import FileFormatError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
@@ -68,6 +69,7 @@ class ExportReport:
         return "\n".join([*lines, *self.notes])
 
 
+@records_gradients
 def export(
     model: nn.Module,
     path: Path | str,

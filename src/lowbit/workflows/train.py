@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import DataError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure import tensor_bytes
@@ -195,6 +196,7 @@ def train(
     ).model
 
 
+@records_gradients
 def train_network(
     model: nn.Module,
     train_data: object,
