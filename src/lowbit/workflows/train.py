@@ -21,6 +21,7 @@ from lowbit.inputs import Inputs
 from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
+from lowbit.network.unwrap import plain_copy
 from lowbit.options import make_method
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
@@ -235,7 +236,7 @@ def train_network(
     )
     inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-    teacher = None if teacher is None else copy.deepcopy(teacher)
+    teacher = None if teacher is None else plain_copy(teacher)
     quantized = prepare(
         own,
         method=method,

@@ -61,7 +61,7 @@ def insert_with_norms(
     job: QatJob,
     weights: QuantizerFactory,
     activations: QuantizerFactory,
-    initialize_layer: Callable[[nn.Module, Tensor], None],
+    initialize_layer: Callable[[nn.Module, Tensor | None], None],
     *,
     norm: NormPlaces = "unsigned",
     epsilon: float = 1e-5,
@@ -84,9 +84,9 @@ def insert_with_norms(
             insert.set_input_transform(slot.layer, InputNorm(slot.layer, epsilon))
         return activations(slot)
 
-    def initialize(layer: nn.Module, x: Tensor) -> None:
+    def initialize(layer: nn.Module, x: Tensor | None) -> None:
         transform = insert.input_transform(layer)
-        if isinstance(transform, InputNorm):
+        if isinstance(transform, InputNorm) and x is not None:
             inputs[transform] = x
         initialize_layer(layer, x)
 

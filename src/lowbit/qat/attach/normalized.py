@@ -109,8 +109,11 @@ def smallest_width(lower: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialize_output_scale(layer: nn.Module, x: Tensor) -> None:
-    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both."""
+def initialize_output_scale(layer: nn.Module, x: Tensor | None) -> None:
+    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both.
+
+    Without an input the same of the weight, see ``output_ratio``.
+    """
     owner = output_scale_owner(layer)
     if owner is not None and owner.output_scale is not None:
         owner.output_scale.fill_(1)
@@ -140,7 +143,7 @@ class NormalizingMethod(TrainingMethod):
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
         super().initialize_layer(layer, x)
         initialize_output_scale(layer, x)
 
