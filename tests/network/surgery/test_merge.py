@@ -153,5 +153,5 @@ def test_a_weight_that_a_hook_of_ones_own_computes_is_refused_by_the_layers_name
     layer.register_parameter("raw", raw)
     layer.weight = raw.detach()
     layer.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.raw * 2))
-    with pytest.raises(LayerError, match="layer '0' .* its weight is no parameter"):
+    with pytest.raises(LayerError, match=r"layer '0' .* its weight is no parameter"):
         lowbit.prepare(nn.Sequential(layer), sample=torch.ones(2, 3))

@@ -49,7 +49,7 @@ def _merge_parametrizations(module: nn.Module) -> dict[str, str]:
     if not parametrize.is_parametrized(module):
         return {}
     lists: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
-    kinds = {name: " and ".join(map(_kind, parametrizations)) for name, parametrizations in lists.items()}  # type: ignore[arg-type]
+    kinds = {name: " and ".join(_kind(part) for part in parametrizations.children()) for name, parametrizations in lists.items()}
     is_training = {part: part.training for part in lists.modules()}
     lists.eval()  # spectral norm goes one step on in training mode
     values = {name: (getattr(module, name).detach().clone(), _originals(parametrizations)) for name, parametrizations in lists.items()}

@@ -79,8 +79,8 @@ class QatJob(NetworkJob):
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
 
         Layers are set up in execution order, so each sees what the quantized layers before it give; those that run in evaluation mode
-        alone in a second pass. Running statistics are restored afterwards. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer, None)``
-        sets it up from the weight alone; so are layers that never run.
+        alone in a second pass. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer,
+        None)`` sets it up from the weight alone; so are layers that never run. Running statistics are restored afterwards.
         """
         pending = dict(self.layers)
         for name in self.activation_bits:
