@@ -49,12 +49,13 @@ class InputNorm(nn.Module):
         self.norm.running_var.copy_(rows.var(1, correction=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, norm = self.rows(x), self.norm
+        norm = self.norm
+        rows = self.rows(x).to(norm.weight.dtype)
         if self.training and rows.numel() == rows.shape[1]:  # one value has no variance
             y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             y = norm(rows)
-        return y if y.dim() == x.dim() else y.reshape(x.shape)
+        return y.reshape(x.shape).to(x.dtype)
 
 
 def insert_with_norms(
