@@ -15,7 +15,7 @@ from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network import insert
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
@@ -165,7 +165,10 @@ class QatJob(NetworkJob):
         saved = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         was_training = {module: module.training for module in self.model.modules()}
         try:
+            frozen = frozen_norms(self.model)
             self.model.train(training)
+            for norm in frozen:
+                norm.eval()
             with torch.no_grad():
                 self.model(*self.sample.args, **self.sample.kwargs)
         except ValueError as error:  # it has run in evaluation mode already
