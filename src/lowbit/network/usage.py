@@ -17,6 +17,7 @@ class WeightsUsed(TorchDispatchMode):
 
     A parametrized weight counts where its parametrization is evaluated. Layers that share a weight are used together.
 
+    >>> import torch
     >>> layer = nn.Linear(2, 3)
     >>> with WeightsUsed({"layer": layer, "other": nn.Linear(2, 3)}) as used:
     ...     y = nn.functional.linear(torch.ones(1, 2), layer.weight)
