@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lowbit"
 ORDER = (
     ("errors", "lazy"),
     ("reading",),
-    ("files", "plugins", "progress", "spec"),
+    ("autograd", "files", "plugins", "progress", "spec"),
     ("registry", "inputs"),
     ("options", "workfolder"),
     ("surrogates",),

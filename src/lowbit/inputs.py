@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowbit.autograd import plain_tensor
 from lowbit.errors import CalibrationError
 
 TARGET_NAMES = ("labels", "label", "targets", "target")  # entries of a dict that a network takes only where it must
@@ -55,6 +56,10 @@ class Inputs:
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", tuple(map(plain_tensor, self.args)))
+        object.__setattr__(self, "kwargs", {name: plain_tensor(value) for name, value in self.kwargs.items()})
 
     @property
     def tensors(self) -> list[Tensor]:

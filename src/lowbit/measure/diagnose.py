@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import LayerError
 from lowbit.inputs import Calibration
 from lowbit.measure.advice import candidates, findings
@@ -32,6 +33,7 @@ from lowbit.quantizers.uniform import observing
 Evaluate = Callable[[nn.Module], float]
 
 
+@records_gradients
 def diagnose(
     model: nn.Module,
     *,

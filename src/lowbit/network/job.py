@@ -14,7 +14,9 @@ from lowbit.network import insert
 from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
 from lowbit.network.placement import Placement
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
+from lowbit.network.surgery.merge import merge_reparametrized
 from lowbit.network.table import LayerRecord, LayerTable, Status
+from lowbit.network.usage import WeightsUsed
 from lowbit.progress import Progress
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo
@@ -57,7 +59,9 @@ class NetworkJob:
         if insert.quantized_layers(self.model):
             raise LayerError(f"{type(self.model).__name__} is quantized already. Start from the float network.")
         self.policy.check(everything)
-        self._called = _run_sample(self.model, self.sample)
+        self._note_merged(merge_reparametrized(self.model))
+        self._check_weights(everything)
+        self._called, self._used = _run_sample(self.model, self.sample)
         self.positions: dict[str, Position] = {self._called[0]: "first", self._called[-1]: "last"} if self._called else {}
         self._bits = {
             name: self.policy.bits_for(name, layer, position=self.positions.get(name, "inner")) for name, layer in everything.items()
@@ -75,6 +79,22 @@ class NetworkJob:
         self._all_layers = everything
         self.placements: list[Placement] = []
         self._kept: dict[str, str] = {}
+
+    def _note_merged(self, merged: dict[str, str]) -> None:
+        by_kind: dict[str, list[str]] = {}
+        for name, kind in merged.items():
+            by_kind.setdefault(kind, []).append(name)
+        for kind, names in by_kind.items():
+            self.table.note(f"{kind} was merged into plain parameters: {', '.join(names)}")
+
+    @staticmethod
+    def _check_weights(layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+                raise LayerError(
+                    f"layer {name!r} ({type(layer).__name__}): its weight is no parameter but computed by a hook of its own. "
+                    "Make the weight a parameter, or compute it by torch.nn.utils.parametrize."
+                )
 
     def bits(self, name: str) -> LayerBits:
         """What the policy asks for the layer ``name``."""
@@ -167,7 +187,9 @@ class NetworkJob:
             reasons = []
             if asked.weight is None:
                 reasons.append(self._kept.get(name, "the policy keeps its weight in float"))
-            if name not in self._called:
+            if name in self._used:
+                reasons.append("its weight is used without calling the layer; its input stays in float")
+            elif name not in self._called:
                 reasons.append("the sample never calls this layer: its input and output are not quantized")
             elif asked.activation is not None and name not in fed:
                 raise LayerError(f"layer {name!r}: asked for {asked.activation} activation bits, but its input could not be quantized")
@@ -194,9 +216,12 @@ def made_for(slot: Slot, factory: MergeFactory) -> Quantizer | None:
         raise LayerError(f"{slot}: {error}") from error
 
 
-def _run_sample(model: nn.Module, sample: Inputs) -> list[str]:
+def _run_sample(model: nn.Module, sample: Inputs) -> tuple[list[str], set[str]]:
+    """The layers that the sample calls, in order, and those that it does not call but whose weight it uses."""
     try:
-        return execution_order(model, sample)
+        with WeightsUsed(quantizable_layers(model)) as used:
+            called = execution_order(model, sample)
+        return called, used.names.difference(called)
     except LowbitError:
         raise
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,6 +70,29 @@ def execution_order(model: nn.Module, sample: Inputs) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(order)
+
+
+def frozen_norms(model: nn.Module, frozen: Iterable[nn.Parameter] | None = None) -> list[nn.Module]:
+    """Batch norms that keep their statistics in training.
+
+    They are those in evaluation mode within a network in training mode, and those whose parameters are all frozen.
+
+    Args:
+        model: The network.
+        frozen: The frozen parameters; default: those that ask for no gradient.
+
+    >>> norm = nn.BatchNorm1d(2).requires_grad_(False)
+    >>> frozen_norms(nn.Sequential(norm, nn.BatchNorm1d(2))) == [norm]
+    True
+    """
+    parameters = [p for p in model.parameters() if not p.requires_grad] if frozen is None else frozen
+    known = set(map(id, parameters))
+    return [
+        norm
+        for norm in model.modules()
+        if isinstance(norm, BATCH_NORMS)
+        and ((model.training and not norm.training) or (norm.affine and all(id(p) in known for p in norm.parameters())))
+    ]
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lowbit.autograd import plain_tensor
 from lowbit.errors import LayerError
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -32,13 +33,33 @@ def plain_copy(model: nn.Module) -> nn.Module:
                 "Pass the network that it was made from."
             )
     inner = _unwrapped(model)
-    taken = copy.deepcopy(inner)
+    taken = copy.deepcopy(inner, _computed_tensors(inner))
+    _renew_inference_tensors(taken)
     for parent in list(taken.modules()):
         parent._compiled_call_impl = None  # what nn.Module.compile leaves behind
         for name, child in list(parent._modules.items()):
             if child is not None:
                 parent._modules[name] = _unwrapped(child)
     return taken
+
+
+def _computed_tensors(model: nn.Module) -> dict[int, object]:
+    """What modules keep of their last call, as old-style weight norm does with its weight: ``deepcopy`` refuses tensors with a graph."""
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+
+
+def _renew_inference_tensors(model: nn.Module) -> None:
+    """Make a network that was built or loaded in ``torch.inference_mode()`` one that can be trained."""
+    renewed: dict[nn.Parameter, nn.Parameter] = {}  # several modules may share one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                new = nn.Parameter(plain_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
+                module._parameters[name] = renewed.setdefault(parameter, new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = plain_tensor(buffer)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

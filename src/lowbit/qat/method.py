@@ -86,12 +86,12 @@ class TrainingMethod(Method, ABC):
         job.insert(self.weight_quantizer, self.activation_quantizer)
         job.initialize(self.initialize_layer)
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
-        """Set up the quantizers of ``layer``, whose input in the first batch is ``x``."""
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
+        """Set up the quantizers of ``layer``, whose input in the first batch is ``x``; ``None`` where only its weight is used."""
         weights, activations = insert.weight_quantizer(layer), insert.input_quantizer(layer)
         if weights is not None:
             weights.initialize(insert.float_weight(layer).detach())
-        if activations is not None:
+        if activations is not None and x is not None:
             activations.initialize(x.detach())
 
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.network.job import check_method_bits
@@ -24,6 +25,7 @@ from lowbit.surrogates import make_surrogate
 _ATTRIBUTE = "lowbit_method"
 
 
+@records_gradients
 def prepare(
     model: nn.Module,
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LoopError, SpecError
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.qat.networks import Companion, GivenNetworks, RoleOf
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, Turn, covering
 from lowbit.qat.task import Batch, Task
@@ -125,6 +125,7 @@ class TrainRun:
         self._has_returned = False  # it stands inside an epoch that an earlier run has entered
         self.frozen: list[str] = []
         self._frozen_by_user = parameters_frozen_by_user(self.model)
+        self._frozen_norms = frozen_norms(self.model, self._frozen_by_user)
         for name, companion in self.companions.items():
             if name not in trained:
                 companion.network.requires_grad_(False)
@@ -200,6 +201,12 @@ class TrainRun:
         following = [companion.network for companion in self.companions.values() if companion.mode == "follow"]
         with evaluating(nn.ModuleList([self.model, *following]) if following else self.model):
             yield
+
+    def set_training_mode(self) -> None:
+        """The network in training mode, but for the batch norms that the user froze (see ``network.layers.frozen_norms``)."""
+        self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def freeze(self, *layers: str, roles: Collection[Role] = ("weights",)) -> None:
         """Keep the parameters with these roles in the layers of these names as they are, from now on and over all phases.

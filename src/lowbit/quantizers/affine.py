@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE
 from lowbit.surrogates import Surrogate, clipped_straight_through
-
-SMALLEST_SCALE = 1e-20  # below it a division by the scale overflows float32
 
 
 def qrange(bit_width: int, *, signed: bool, narrow: bool = False) -> tuple[int, int]:

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lowbit.quantizers.affine import SMALLEST_SCALE, affine_parameters, qrange
+from lowbit.quantizers.affine import affine_parameters, qrange
 from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE
 from lowbit.spec import Granularity
 from lowbit.surrogates import Surrogate, bounded_straight_through, round_straight_through, scale_gradient
 
@@ -102,5 +103,5 @@ class LearnedScaleQuantizer(GridQuantizer):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keep the scale positive."""
-        self.scale.clamp_(min=SMALLEST_STEP)
+        """Keep the scale positive; small ones of small values stay."""
+        self.scale.masked_fill_(self.scale <= 0, SMALLEST_STEP)

@@ -113,8 +113,8 @@ class UniformQuantizer(TableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and not self.granularity.axes:
-            marked: Tensor = mark_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
-            return marked
+            marked: Tensor = mark_affine(x.float(), self.scale, self.zero_point, self.qmin, self.qmax)
+            return marked if marked.dtype == x.dtype else marked.to(x.dtype)
         view = self.granularity.broadcast(x.float())  # a grid needs float32 even where the network computes in half
         y = fake_quantize(view, self.scale, self.zero_point, self.qmin, self.qmax, self.surrogate)
         return self.granularity.restore(y, x.shape).to(x.dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import FileFormatError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
@@ -20,7 +21,7 @@ from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, re
 from lowbit.formats.packed.file import package, read_package, write_package
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, map_tensors
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.runtime.compile import RuntimeNetwork
@@ -68,6 +69,7 @@ class ExportReport:
         return "\n".join([*lines, *self.notes])
 
 
+@records_gradients
 def export(
     model: nn.Module,
     path: Path | str,
@@ -82,7 +84,8 @@ def export(
 
     The suffix chooses the format: ``.lowbit`` stores exactly the bits of the codes and loads without the network's code;
     ``.onnx`` holds codes that ONNX Runtime and OpenVINO compute with in integers. A file that was there stays until the new one
-    has passed.
+    has passed. A packed file keeps the network's floating-point type (float16, bfloat16, float64); an ONNX file, and one that runs on
+    kernels, computes in float32, and a note says so where that is another type.
 
     Args:
         model: The quantized network, or what ``lowbit.compile_runtime`` made of one; it is not changed.
@@ -126,10 +129,25 @@ def export(
     inputs = Inputs.of(sample, model).to("cpu")
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()
+    notes: tuple[str, ...] = ()
+    if path.suffix == ".onnx" or kernels:
+        model, inputs, notes = _in_float32(model, inputs)
+    program = export_program(model, inputs, dynamic)
+    program = replace(program, notes=(*program.notes, *notes))
     if path.suffix == ".onnx":
         require_onnx()
-        return _export_onnx(model, export_program(model, inputs, dynamic), path, weight_container, measure_speed)
-    return _export_packed(model, export_program(model, inputs, dynamic), path, kernels)
+        return _export_onnx(model, program, path, weight_container, measure_speed)
+    return _export_packed(model, program, path, kernels)
+
+
+def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tuple[str, ...]]:
+    """Network and inputs as runtimes compute with them, and what that changed: those of other floating-point types are converted."""
+    tensors = (*model.parameters(), *model.buffers(), *inputs.tensors)
+    others = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32})
+    if not others:
+        return model, inputs, ()
+    converted = map_tensors((inputs.args, dict(inputs.kwargs)), lambda t: t.float() if t.is_floating_point() else t)
+    return copy.deepcopy(model).float(), Inputs(*converted), (f"converted from {' and '.join(others)} to float32",)  # type: ignore[misc]
 
 
 def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:

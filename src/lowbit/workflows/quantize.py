@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import tensor_bytes
@@ -103,6 +104,7 @@ def quantize(
     ).model
 
 
+@records_gradients
 def run_job(
     model: nn.Module,
     method: object,

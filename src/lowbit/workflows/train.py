@@ -15,11 +15,13 @@ import torch
 import yaml
 from torch import nn
 
+from lowbit.autograd import records_gradients
 from lowbit.errors import DataError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
+from lowbit.network.unwrap import plain_copy
 from lowbit.options import make_method
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
@@ -196,6 +198,7 @@ def train(
     ).model
 
 
+@records_gradients
 def train_network(
     model: nn.Module,
     train_data: object,
@@ -234,7 +237,7 @@ def train_network(
     )
     inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-    teacher = None if teacher is None else copy.deepcopy(teacher)
+    teacher = None if teacher is None else plain_copy(teacher)
     quantized = prepare(
         own,
         method=method,

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, PowerOfTwoDecoder
 
-SMALLEST_SCALE = 1e-30  # a channel with a smaller one holds nothing
+SMALLEST_SCALE = 1e-35  # a channel with a smaller one holds nothing
 
 
 @dataclass(frozen=True)

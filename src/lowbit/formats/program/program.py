@@ -79,6 +79,7 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     with evaluating(baked):
         exported, notes = _export(baked, inputs) if not dynamic else (_export_open(baked, inputs, dynamic), ())
     _refuse_state(exported)
+    _decode_in_float32(exported, weights)
     _simplify(exported)
     fold_constants(exported)
     return Program(exported, weights, inputs, structure[0], notes, _emulated(model))
@@ -255,6 +256,25 @@ def _refuse_state(exported: ExportedProgram) -> None:
                 f"the model changes {output.target!r} while it runs ({output.kind.name.lower()}), but a file has no memory between calls. "
                 "Switch that off in evaluation mode."
             )
+
+
+def _decode_in_float32(exported: ExportedProgram, weights: Mapping[str, QTensor]) -> None:
+    """Let a weight with codes be what they decode to, float32, and convert it where the network computes with another type."""
+    graph = exported.graph_module.graph
+    names = exported.graph_signature.inputs_to_parameters
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        codes = weights.get(names.get(node.name, ""))
+        dtype = node.meta["val"].dtype
+        if codes is None or dtype == torch.float32:
+            continue
+        with graph.inserting_after(inputs[-1]):
+            converted = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+        converted.meta = dict(node.meta)
+        node.replace_all_uses_with(converted, delete_user_cb=lambda reader, converted=converted: reader is not converted)
+        node.meta["val"] = node.meta["val"].to(torch.float32)
+        exported.state_dict[names[node.name]] = nn.Parameter(codes.decode(), requires_grad=False)
+    exported.graph_module.recompile()
 
 
 def _simplify(exported: ExportedProgram) -> None:

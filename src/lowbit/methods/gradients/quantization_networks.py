@@ -126,6 +126,7 @@ class StairsQuantizer(TableQuantizer):
         self.temperature: Tensor
         self.biases: Tensor
         self.mode: Literal["soft", "hard", "float"] = "soft"  # what training computes; hard steps get no gradient
+        self.is_scheduled = False  # whether a run has set the temperature
         self.soft_gradient: Tensor | None = None  # of weights: the loss's at the soft values, all backward passes of a step together
 
     @property
@@ -198,7 +199,8 @@ class StairsQuantizer(TableQuantizer):
         if torch.compiler.is_exporting() and not self.is_weight:
             marked: Tensor = mark_codebook(x.float(), *self._table())
             return marked.to(x.dtype)
-        if self.mode == "hard" or not (self.training and torch.is_grad_enabled()):
+        # without gradients training is soft as well, as in checkpointing's first pass, but what looks at a new network sees hard steps
+        if self.mode == "hard" or not self.training or not (self.is_scheduled or torch.is_grad_enabled()):
             return self.encode(x).decode().to(x.dtype)
         if self.mode == "float":
             return x
@@ -403,6 +405,7 @@ class QuantizationNetworks(TrainingMethod):
             temperature = self.first_temperature * (self.final_temperature / self.first_temperature) ** run.phase_progress
         for quantizer in self._stairs(run):
             quantizer.temperature.fill_(temperature)
+            quantizer.is_scheduled = True
             quantizer.soft_gradient = None
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob, run
 from lowbit.post_training.reconstruction.resume import RunState, fingerprint
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, SumDecoder
-from lowbit.quantizers.ranges.scale_search import mmse_scale
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE, mmse_scale
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
 
@@ -113,7 +113,7 @@ def _polish(rows: Tensor, scales: Tensor, qmin: int, qmax: int) -> tuple[Tensor,
         is_solvable = determinant > 1e-9 * a * c
         safe = torch.where(is_solvable, determinant, 1.0)
         solved = torch.stack([(c * u - b * v) / safe, (a * v - b * u) / safe])
-        trial = torch.where(is_solvable & (solved > 1e-20).all(0), solved, best)
+        trial = torch.where(is_solvable & (solved > SMALLEST_SCALE).all(0), solved, best)
     return best.float(), best_error
 
 

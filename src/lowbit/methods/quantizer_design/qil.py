@@ -311,7 +311,7 @@ class Qil(TrainingMethod):
         found = super().optimizers(recipe)
         return found if self.train_weights else {"quantizers": found["quantizers"]}
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
         super().initialize_layer(layer, x)
         weights = insert.weight_quantizer(layer)
         if self.rescale and isinstance(weights, QilWeight):

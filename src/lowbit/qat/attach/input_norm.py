@@ -49,19 +49,20 @@ class InputNorm(nn.Module):
         self.norm.running_var.copy_(rows.var(1, correction=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, norm = self.rows(x), self.norm
+        norm = self.norm
+        rows = self.rows(x).to(norm.weight.dtype)
         if self.training and rows.numel() == rows.shape[1]:  # one value has no variance
             y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             y = norm(rows)
-        return y if y.dim() == x.dim() else y.reshape(x.shape)
+        return y.reshape(x.shape).to(x.dtype)
 
 
 def insert_with_norms(
     job: QatJob,
     weights: QuantizerFactory,
     activations: QuantizerFactory,
-    initialize_layer: Callable[[nn.Module, Tensor], None],
+    initialize_layer: Callable[[nn.Module, Tensor | None], None],
     *,
     norm: NormPlaces = "unsigned",
     epsilon: float = 1e-5,
@@ -84,9 +85,9 @@ def insert_with_norms(
             insert.set_input_transform(slot.layer, InputNorm(slot.layer, epsilon))
         return activations(slot)
 
-    def initialize(layer: nn.Module, x: Tensor) -> None:
+    def initialize(layer: nn.Module, x: Tensor | None) -> None:
         transform = insert.input_transform(layer)
-        if isinstance(transform, InputNorm):
+        if isinstance(transform, InputNorm) and x is not None:
             inputs[transform] = x
         initialize_layer(layer, x)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network import insert
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
@@ -74,31 +75,49 @@ class QatJob(NetworkJob):
             self.place(placement, quantizer)
             self.inserted.append((slot.name, quantizer))
 
-    def initialize(self, initialize_layer: Callable[[nn.Module, Tensor], None]) -> None:
+    def initialize(self, initialize_layer: Callable[[nn.Module, Tensor | None], None]) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
 
-        Layers are set up in execution order, so each sees what the quantized layers before it give. Running statistics are
-        restored afterwards; layers that never run are initialized from their weight alone.
+        Layers are set up in execution order, so each sees what the quantized layers before it give; those that run in evaluation mode
+        alone in a second pass. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer,
+        None)`` sets it up from the weight alone; so are layers that never run. Running statistics are restored afterwards.
         """
         pending = dict(self.layers)
         for name in self.activation_bits:
             pending.setdefault(name, self.model.get_submodule(name))
         by_module = {id(layer): name for name, layer in pending.items()}
+        unset = {name: layer for name, layer in pending.items() if insert.weight_quantizer(layer) is not None}
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             name = by_module[id(layer)]
             if pending.pop(name, None) is not None:
-                try:
+                unset.pop(name, None)
+                with _naming(name, layer):
                     initialize_layer(layer, _input_of(args, kwargs, is_quantized=name in self.activation_bits))
-                except LowbitError as error:
-                    raise _named(name, layer, error) from error
 
-        handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
-        self._run_in_training_mode(handles)
-        for layer in pending.values():
-            quantizer = insert.weight_quantizer(layer)
-            if quantizer is not None:
-                quantizer.initialize(insert.float_weight(layer).detach())
+        def from_weight(name: str) -> None:
+            layer = unset.pop(name, None)
+            if layer is not None:
+                with _naming(name, layer):
+                    initialize_layer(layer, None)
+
+        called = set(self._called)
+        for name in [name for name in unset if name not in called]:
+            from_weight(name)
+
+        def hooks() -> list[RemovableHandle]:
+            handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
+            for name, layer in unset.items():
+                quantizer = insert.weight_quantizer(layer)
+                assert quantizer is not None
+                handles.append(quantizer.register_forward_pre_hook(lambda *_, name=name: from_weight(name)))
+            return handles
+
+        self._run(hooks())
+        if not called.isdisjoint(pending):
+            self._run(hooks(), training=False)
+        for name in list(unset):
+            from_weight(name)
 
     def insert_outputs(self, outputs: QuantizerFactory, merges: MergeFactory) -> None:
         """Quantize the outputs of layers and what takes part in merges, as far as the policy asks for it, and initialize them.
@@ -134,17 +153,22 @@ class QatJob(NetworkJob):
                 pending.discard(quantizer)
                 quantizer.initialize(args[0])
 
-        self._run_in_training_mode([quantizer.register_forward_pre_hook(before) for quantizer in pending])
+        self._run([quantizer.register_forward_pre_hook(before) for quantizer in pending])
+        if pending:
+            self._run([quantizer.register_forward_pre_hook(before) for quantizer in pending], training=False)
         merged = sum(placement.purpose != "output" for placement in placed)
         if self.merge_bits is not None:
             self.table.note(f"sums, concatenations and what is pooled: {self.merge_bits} bits at {merged} places")
 
-    def _run_in_training_mode(self, handles: Sequence[RemovableHandle]) -> None:
+    def _run(self, handles: Sequence[RemovableHandle], *, training: bool = True) -> None:
         """Run the sample once with hooks, which are removed; training flags and the statistics of norms are as before."""
         saved = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         was_training = {module: module.training for module in self.model.modules()}
         try:
-            self.model.train()
+            frozen = frozen_norms(self.model)
+            self.model.train(training)
+            for norm in frozen:
+                norm.eval()
             with torch.no_grad():
                 self.model(*self.sample.args, **self.sample.kwargs)
         except ValueError as error:  # it has run in evaluation mode already
@@ -202,8 +226,13 @@ class QatJob(NetworkJob):
         return tuple(s for s in sites if s.module in modules and not (s.side == "input" and s.module in self.activation_bits))
 
 
-def _named(name: str, layer: nn.Module, error: LowbitError) -> LayerError:
-    return LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}")
+@contextmanager
+def _naming(name: str, layer: nn.Module) -> Iterator[None]:
+    """Within the context an error names the layer."""
+    try:
+        yield
+    except LowbitError as error:
+        raise LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}") from error
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], *, is_quantized: bool) -> Tensor:

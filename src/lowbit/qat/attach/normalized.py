@@ -22,6 +22,7 @@ from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.qat.attach.output_ratio import output_ratio
 from lowbit.qat.recipe import Role
 from lowbit.quantizers.grid import Grid, GridQuantizer
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE
 from lowbit.surrogates import Surrogate
 
 
@@ -59,7 +60,7 @@ class NormalizedQuantizer(GridQuantizer):
 
     def set_interval(self, lower: Tensor, upper: Tensor) -> None:
         """Start at this interval; one of no width gets the width 1."""
-        upper = torch.where(upper - lower > smallest_width(lower), upper, lower + 1)
+        upper = torch.where(is_open(lower, upper), upper, lower + 1)
         self.upper.data.copy_(upper)
         if self.lower is not None:
             self.lower.data.copy_(lower)
@@ -93,7 +94,7 @@ class NormalizedQuantizer(GridQuantizer):
     def project(self) -> None:
         """Keep the interval from closing."""
         lower = self.interval()[0] if self.lower is not None else torch.zeros_like(self.upper)
-        self.upper.clamp_(min=lower + smallest_width(lower))
+        self.upper.copy_(torch.where(is_open(lower, self.upper), self.upper, lower + smallest_width(lower)))
 
 
 def spread_of(values: Tensor) -> Tensor:
@@ -103,14 +104,22 @@ def spread_of(values: Tensor) -> Tensor:
     return torch.where(spread > 1e-5 * largest, spread, largest)
 
 
+def is_open(lower: Tensor, upper: Tensor) -> Tensor:
+    """Whether the interval has a width, however small its ends are, beyond their rounding."""
+    return (upper - lower > 1e-6 * lower.abs()) & (upper - lower > SMALLEST_SCALE)
+
+
 def smallest_width(lower: Tensor) -> Tensor:
     """The least width of an interval that starts at ``lower``: far above the rounding of float32, far below what data need."""
     return 1e-8 + 1e-6 * lower.abs()
 
 
 @torch.no_grad()
-def initialize_output_scale(layer: nn.Module, x: Tensor) -> None:
-    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both."""
+def initialize_output_scale(layer: nn.Module, x: Tensor | None) -> None:
+    """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both.
+
+    Without an input the same of the weight, see ``output_ratio``.
+    """
     owner = output_scale_owner(layer)
     if owner is not None and owner.output_scale is not None:
         owner.output_scale.fill_(1)
@@ -140,7 +149,7 @@ class NormalizingMethod(TrainingMethod):
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor) -> None:
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
         super().initialize_layer(layer, x)
         initialize_output_scale(layer, x)
 

@@ -9,14 +9,17 @@ from lowbit.network import insert
 
 
 @torch.no_grad()
-def output_ratio(layer: nn.Module, x: Tensor, *, with_bias: bool = True) -> Tensor:
+def output_ratio(layer: nn.Module, x: Tensor | None, *, with_bias: bool = True) -> Tensor:
     """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers; 1 where either is 0.
 
     Args:
         layer: A layer with quantizers; transforms of its output are left out.
-        x: Its input in float.
+        x: Its input in float; ``None`` where only its weight is used: then it is the ratio of ``mean |weight|``.
         with_bias: Whether the bias is part of both outputs.
     """
+    if x is None:
+        quantizer, weight = insert.weight_quantizer(layer), insert.float_weight(layer)
+        return _usable(weight.abs().mean() / (weight if quantizer is None else quantizer(weight)).abs().mean())
     inputs = insert.input_quantizer(layer)
     bias = None if with_bias else insert.float_bias(layer)
     saved = None if bias is None else bias.detach().clone()
@@ -29,5 +32,8 @@ def output_ratio(layer: nn.Module, x: Tensor, *, with_bias: bool = True) -> Tens
     finally:
         if bias is not None and saved is not None:
             bias.copy_(saved)
-    ratio = expected / got
+    return _usable(expected / got)
+
+
+def _usable(ratio: Tensor) -> Tensor:
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))

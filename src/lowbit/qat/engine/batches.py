@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
+from lowbit.autograd import plain_tensor
 from lowbit.data.augment import flip, pad_crop
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, SpecError
@@ -181,12 +182,12 @@ class IterableSource(BatchSource):
         wanted, done = self.steps * self._recipe.accumulate, start * self._recipe.accumulate
         for batch in itertools.islice(iter(self._batches), done, wanted):
             done += 1
-            yield batch, 1.0
+            yield map_tensors(batch, plain_tensor), 1.0
         if done < wanted:
             raise DataError(f"the training data ended after {done} batches, but an epoch takes {wanted}. Pass fewer steps_per_epoch.")
 
     def first(self, count: int) -> Iterable[Batch]:
-        return itertools.islice(iter(self._batches), count)
+        return (map_tensors(batch, plain_tensor) for batch in itertools.islice(iter(self._batches), count))
 
 
 def make_source(

@@ -202,7 +202,7 @@ class _Session:
 
     def train(self) -> Curve:
         run, store = self.run, self.checkpoints
-        run.model.train()
+        run.set_training_mode()
         if store is not None:
             store.check(run)
             if store.has(LAST):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.quantizers.ranges.range_search import entropy_threshold, shrink_search
-from lowbit.quantizers.ranges.scale_search import mmse_scale
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE, mmse_scale
 from lowbit.spec import Granularity
 
 BINS = 2048
@@ -264,7 +264,7 @@ class EntropyObserver(HistogramObserver):
         limits = []
         for row in range(len(lo)):
             centers, counts = self.histogram(row)
-            largest = max(-lo[row].item(), hi[row].item(), 1e-30)
+            largest = max(-lo[row].item(), hi[row].item(), SMALLEST_SCALE)
             bins = (centers.abs() * (BINS / largest)).long().clamp(0, BINS - 1)
             magnitudes = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, counts)
             magnitudes[0] = 0  # zero is always a level, and after a ReLU its bin would outweigh all others

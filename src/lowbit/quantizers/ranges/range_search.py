@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE
+
 CHUNK = 1 << 15  # elements searched together: a few copies of them fit in the second-level cache
+SMALL = 1e-15  # of values whose squares come near the smallest float32
 ENTROPY_WIDTHS = 128  # candidates of the entropy search
 
 
@@ -44,12 +47,33 @@ def shrink_search(
 
     Source: Nagel et al. 2021, section 3.1 (MSE range); Li et al. 2021 (BRECQ), 80 steps of 1 % with power 2.4.
     """
+    unit = _unit(rows)
+    if unit is not None:
+        scale, zero_point = shrink_search(
+            rows / unit[:, None],
+            qmin,
+            qmax,
+            symmetric=symmetric,
+            power=power,
+            steps=steps,
+            step=step,
+            contain_zero=contain_zero,
+            weights=weights,
+        )
+        return scale * unit, zero_point
     shrink = 1 - step * torch.arange(steps, dtype=torch.float64, device=rows.device)
     found = [
         _search(chunk, shrink, qmin, qmax, symmetric, power, contain_zero, weights)
         for chunk in torch.split(rows, max(1, CHUNK // max(1, rows.shape[1])))
     ]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+
+
+def _unit(rows: Tensor) -> Tensor | None:
+    """A power of two for each row that holds values so small that their errors would vanish in float32, 1 for others; ``None`` where none does."""
+    largest = torch.maximum(rows.amax(1), -rows.amin(1))
+    is_small = (largest > 0) & (largest < SMALL)
+    return torch.where(is_small, torch.exp2(largest.log2().floor().clamp(min=-120)), 1.0) if bool(is_small.any()) else None
 
 
 def _search(
@@ -79,7 +103,7 @@ def _search(
 
 def _grid(lo: Tensor, hi: Tensor, qmin: int, qmax: int, symmetric: bool, contain_zero: bool) -> tuple[Tensor, Tensor]:
     scale = torch.maximum(-lo, hi) / max(qmax, 1) if symmetric else (hi - lo) / (qmax - qmin)
-    scale = torch.where(scale < 1e-20, torch.ones_like(scale), scale)
+    scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
     if symmetric:
         return scale, torch.zeros_like(scale)
     zero_point = (qmin - lo / scale).round()

@@ -21,7 +21,7 @@ SPAN = 1e-3  # the smallest candidate relative to the largest
 STARTS = 8  # candidates from which codes and scale are improved in turn
 ALTERNATIONS = 20
 LOOKUPS = 1 << 18  # binary searches done together; bounds the memory
-SMALLEST_SCALE = 1e-20
+SMALLEST_SCALE = 1e-35  # a row with a smaller one counts as zeros; values of 1e-30 have larger ones at 8 bits
 
 
 class SortedRows:
