@@ -23,7 +23,7 @@ def test_the_report_of_an_onnx_file_holds_size_parity_speed_and_kernels(tmp_path
     report = export(quantized(TinyNet(), IMAGE), path, sample=IMAGE)
     assert (report.path, report.format, report.size_bytes) == (path, "onnx", path.stat().st_size)
     assert report.parity.passed
-    assert report.parity.samples == 2
+    assert report.parity.samples >= 256
     assert report.integer is not None
     assert (report.integer.conv_total, report.integer.linear_total) == (3, 1)
     assert report.speed is not None
