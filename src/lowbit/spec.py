@@ -242,6 +242,9 @@ class Rule:
         return f"match {self.match!r}" if self.match is not None else f"type {self.type!r}"
 
 
+_BETWEEN = ("merges", "before_functions")  # the fields of BitPolicy for tensors that no layer reads
+
+
 @dataclass(frozen=True)
 class BitPolicy:
     """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win).
@@ -253,6 +256,9 @@ class BitPolicy:
         merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
             results, and those that are pooled. ``None``: the default, which is 8 after training (where activations are quantized) and
             float in training, as in the papers.
+        before_functions: Bits of convolutions' outputs before an activation function that integer kernels do not take in (SiLU,
+            Hardswish, GELU, LeakyReLU and the like), where nothing is said of the layer's output. ``None``: the default, which is 8
+            after training (where activations are quantized), so that runtimes compute the convolutions in integers, and float in training.
 
     Example:
         >>> print(BitPolicy.uniform(4, 8, merge_bits=8, first_last=None).with_rule(match="head", output=8))
@@ -271,6 +277,7 @@ class BitPolicy:
     first_last: LayerBits | None = None
     rules: tuple[Rule, ...] = ()
     merges: Bits = None
+    before_functions: Bits = None
 
     @staticmethod
     def uniform(
@@ -337,15 +344,15 @@ class BitPolicy:
 
         rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
         first_last = None if self.first_last is None else plain(self.first_last)
-        merges = {} if self.merges is None else {"merges": self.merges}
-        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **merges}
+        between = {name: getattr(self, name) for name in _BETWEEN if getattr(self, name) is not None}
+        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between}
 
     @staticmethod
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
-        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", "merges"}:
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN}:
             got = shorten(sorted(map(str, data)) if isinstance(data, dict) else data)
-            raise SpecError(f"{where}: expected the keys default, first_last, rules and merges, got {got}")
+            raise SpecError(f"{where}: expected the keys default, first_last, rules, {' and '.join(_BETWEEN)}, got {got}")
 
         def layer_bits(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
@@ -356,7 +363,7 @@ class BitPolicy:
         policy = BitPolicy(
             layer_bits(data.get("default", {}), "default"),
             None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
-            merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
+            **{name: parse_said_bits(data.get(name), f"{where}: {name}") for name in _BETWEEN},
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):

@@ -17,7 +17,7 @@ from lowbit.formats.program.program import GRID_OF_ITS_OWN
 from lowbit.quantizers import QTensor
 
 LARGEST_BIAS = 2**30  # leaves the sum of products as much again
-COARSE = 1 / 32  # of a step: the most by which a bias may be moved
+COARSE = 1 / 8  # of a step: the most by which a bias may be moved
 _PAIR = 2**14 - 1  # two products of this size fit 16 bits, in which processors without integer dot products add them
 _LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
 
