@@ -286,6 +286,7 @@ class BitPolicy:
         output_bits: int | None = None,
         *,
         merge_bits: Bits = None,
+        before_functions: Bits = None,
         first_last: int | None = 8,
     ) -> BitPolicy:
         """The same bits everywhere, but at least ``first_last`` in the first and last layer (``None``: no exception)."""
@@ -296,7 +297,7 @@ class BitPolicy:
         if first_last is not None:
             floor = check_bit_width(first_last, "first_last")
             ends = LayerBits(*(None if bits is None else max(bits, floor) for bits in (getattr(default, name) for name in OPERANDS)))
-        return BitPolicy(default, ends).with_merges(merge_bits)
+        return BitPolicy(default, ends, before_functions=parse_said_bits(before_functions, "before_functions")).with_merges(merge_bits)
 
     def with_merges(self, merge_bits: int | str | None) -> BitPolicy:
         """This policy with other bits for sums, concatenations and pooled tensors; ``None`` leaves what it says."""

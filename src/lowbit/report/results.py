@@ -75,6 +75,8 @@ class ParityResult:
     max_abs_error: float | None = None
     top1_agreement: float | None = None
     passed: bool | None = None
+    samples: int | None = None
+    sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)
