@@ -364,7 +364,8 @@ class BitPolicy:
         policy = BitPolicy(
             layer_bits(data.get("default", {}), "default"),
             None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
-            **{name: parse_said_bits(data.get(name), f"{where}: {name}") for name in _BETWEEN},
+            merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
+            before_functions=parse_said_bits(data.get("before_functions"), f"{where}: before_functions"),
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):

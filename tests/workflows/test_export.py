@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tests.formats.networks import quantized
 from tests.networks import BranchNet, TinyNet
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowbit.errors import GraphError, OutputError, ParityError, SpecError
+import lowbit.methods.post_training.round_to_nearest  # noqa: F401 - registers the method
+from lowbit.errors import DataError, GraphError, OutputError, ParityError, SpecError
 from lowbit.formats.checks.parity import Parity
+from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.formats.program.program import Program
+from lowbit.inputs import Inputs, tensors_of
+from lowbit.spec import BitPolicy
 from lowbit.workflows.export import export
+from lowbit.workflows.load import load
+from lowbit.workflows.quantize import quantize
 
 MODULE = importlib.import_module("lowbit.workflows.export")  # the name lowbit.export is the function
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -141,7 +141,9 @@ def before_functions(dataflow: Dataflow, layers: Collection[str]) -> list[str]:
     return [
         name
         for name in layers
-        if _runs_once(dataflow, name) and _is_before_function(dataflow, dataflow.of_layer(name)[0]) and not dataflow.is_output(dataflow.of_layer(name)[0])
+        if _runs_once(dataflow, name)
+        and _is_before_function(dataflow, dataflow.of_layer(name)[0])
+        and not dataflow.is_output(dataflow.of_layer(name)[0])
     ]
 
 

@@ -188,7 +188,9 @@ class PtqJob(NetworkJob):
         if not isinstance(width, int):
             return {}
         layers = [name for name, layer in self.layers.items() if isinstance(layer, CONVOLUTIONS) and name in self.activation_bits]
-        said = {name for name in layers if any(rule.output is not None and rule.applies(name, self.layers[name]) for rule in self.policy.rules)}
+        said = {
+            name for name in layers if any(rule.output is not None and rule.applies(name, self.layers[name]) for rule in self.policy.rules)
+        }
         return dict.fromkeys(before_functions(graph, [name for name in layers if name not in said]), width)
 
     def set_activation_ranges(self, ranges: Callable[[Placement], tuple[Tensor, Tensor]]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowbit.methods.post_training.round_to_nearest  # noqa: F401 - registers the method
 from lowbit.formats.onnx.integer_grid import IntegerGrid
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.inputs import Inputs

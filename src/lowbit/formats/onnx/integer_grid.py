@@ -84,7 +84,8 @@ class IntegerGrid:
         chosen = torch.where(is_nearest, factors, 0).amax(0)
         shape = self._shape()
         codes, zero_point = (
-            t.short() // divisors.reshape(to) * chosen.short().reshape(to) for t, to in ((self.codes, shape), (self.zero_point, self.scale.shape))
+            t.short() // divisors.reshape(to) * chosen.short().reshape(to)
+            for t, to in ((self.codes, shape), (self.zero_point, self.scale.shape))
         )
         scale = self.scale.double() * (divisors.double() / chosen).reshape(self.scale.shape)
         return IntegerGrid(codes.to(torch.int8), scale.float(), zero_point.to(torch.int8), self.axis)

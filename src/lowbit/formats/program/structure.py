@@ -60,7 +60,9 @@ def output_names(structure: Json) -> list[str | None]:
         return [None]
     if not isinstance(content, list):
         return []
-    pairs = cast(list[tuple[object, Json]], content) if kind == "dict" else [(f"out{index}", member) for index, member in enumerate(content)]
+    pairs = (
+        cast(list[tuple[object, Json]], content) if kind == "dict" else [(f"out{index}", member) for index, member in enumerate(content)]
+    )
     return [str(key) if inner is None else f"{key}.{inner}" for key, member in pairs for inner in output_names(member)]
 
 
