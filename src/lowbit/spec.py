@@ -242,6 +242,9 @@ class Rule:
         return f"match {self.match!r}" if self.match is not None else f"type {self.type!r}"
 
 
+_BETWEEN = ("merges", "before_functions")  # the fields of BitPolicy for tensors that no layer reads
+
+
 @dataclass(frozen=True)
 class BitPolicy:
     """Which layer gets how many bits: a default, the first and last layer, then ordered rules (later ones win).
@@ -253,6 +256,9 @@ class BitPolicy:
         merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
             results, and those that are pooled. ``None``: the default, which is 8 after training (where activations are quantized) and
             float in training, as in the papers.
+        before_functions: Bits of convolutions' outputs before an activation function that integer kernels do not take in (SiLU,
+            Hardswish, GELU, LeakyReLU and the like), where nothing is said of the layer's output. ``None``: the default, which is 8
+            after training (where activations are quantized), so that runtimes compute the convolutions in integers, and float in training.
 
     Example:
         >>> print(BitPolicy.uniform(4, 8, merge_bits=8, first_last=None).with_rule(match="head", output=8))
@@ -271,6 +277,7 @@ class BitPolicy:
     first_last: LayerBits | None = None
     rules: tuple[Rule, ...] = ()
     merges: Bits = None
+    before_functions: Bits = None
 
     @staticmethod
     def uniform(
@@ -279,6 +286,7 @@ class BitPolicy:
         output_bits: int | None = None,
         *,
         merge_bits: Bits = None,
+        before_functions: Bits = None,
         first_last: int | None = 8,
     ) -> BitPolicy:
         """The same bits everywhere, but at least ``first_last`` in the first and last layer (``None``: no exception)."""
@@ -289,7 +297,7 @@ class BitPolicy:
         if first_last is not None:
             floor = check_bit_width(first_last, "first_last")
             ends = LayerBits(*(None if bits is None else max(bits, floor) for bits in (getattr(default, name) for name in OPERANDS)))
-        return BitPolicy(default, ends).with_merges(merge_bits)
+        return BitPolicy(default, ends, before_functions=parse_said_bits(before_functions, "before_functions")).with_merges(merge_bits)
 
     def with_merges(self, merge_bits: int | str | None) -> BitPolicy:
         """This policy with other bits for sums, concatenations and pooled tensors; ``None`` leaves what it says."""
@@ -337,15 +345,15 @@ class BitPolicy:
 
         rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
         first_last = None if self.first_last is None else plain(self.first_last)
-        merges = {} if self.merges is None else {"merges": self.merges}
-        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **merges}
+        between = {name: getattr(self, name) for name in _BETWEEN if getattr(self, name) is not None}
+        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between}
 
     @staticmethod
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
-        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", "merges"}:
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN}:
             got = shorten(sorted(map(str, data)) if isinstance(data, dict) else data)
-            raise SpecError(f"{where}: expected the keys default, first_last, rules and merges, got {got}")
+            raise SpecError(f"{where}: expected the keys default, first_last, rules, {' and '.join(_BETWEEN)}, got {got}")
 
         def layer_bits(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
@@ -357,6 +365,7 @@ class BitPolicy:
             layer_bits(data.get("default", {}), "default"),
             None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
             merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
+            before_functions=parse_said_bits(data.get("before_functions"), f"{where}: before_functions"),
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):

@@ -4,8 +4,9 @@ import torch
 from tests.networks import ReusedNet
 from torch import Tensor, nn
 
+from lowbit.inputs import Inputs
 from lowbit.network.graph.dataflow import capture
-from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
+from lowbit.network.placement import Placement, Site, before_functions, place_at_layers, place_at_tensors
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -141,3 +142,21 @@ def test_a_layer_that_runs_twice_is_quantized_at_itself() -> None:
         "stem.input": (8, "input", ("stem",)), "block.0.input": (4, "input", ("block.0",)), "block.0.output": (5, "output", ()),
     }  # fmt: skip
     assert [p.tensor != "" for p in placements] == [True, False, False]
+
+
+def test_convolutions_before_functions_that_no_kernel_takes_in_are_found() -> None:
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.silu, self.relu, self.product, self.branch = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.silu(self.silu(x))
+            x = torch.relu(self.relu(x))
+            y = self.product(x)
+            x = y * torch.sigmoid(y)
+            z = self.branch(x)
+            return nn.functional.gelu(z) + z
+
+    dataflow = capture(Functions().eval(), Inputs((torch.randn(2, 3, 4, 4),)))
+    assert before_functions(dataflow, ["silu", "relu", "product", "branch"]) == ["silu", "product"]

@@ -21,8 +21,8 @@ REPORT = Report(
     size_float=1000,
     size_packed=150,
     size_onnx=300,
-    parity_onnx=ParityResult(1e-4, 1.0, True),
-    parity_packed=ParityResult(0.0, 1.0, True),
+    parity_onnx=ParityResult(1e-4, 1.0, True, 256, 50.0),
+    parity_packed=ParityResult(0.0, 1.0, True, 256, 50.0),
     latency_float_onnx=10.0,
     latency_quantized_onnx=4.0,
     layers=[LayerResult("conv1", "conv2d", 4, 8, 25.0)],
@@ -38,8 +38,8 @@ def test_the_file_has_the_names_that_scripts_rely_on(tmp_path: Path) -> None:
     assert data["metrics"]["RMSE"] == {"float": 0.25, "quantized": 0.5, "unit": ""}
     assert {k: data["quantized"][k] for k in ("agreement", "sqnr_db")} == {"agreement": 0.97, "sqnr_db": 21.5}
     assert data["size_bytes"] == {"float": 1000, "packed": 150, "onnx": 300}
-    assert data["parity"]["onnx"] == {"max_abs_error": 1e-4, "top1_agreement": 1.0, "passed": True}
-    assert data["parity"]["packed"] == {"max_abs_error": 0.0, "top1_agreement": 1.0, "passed": True}
+    assert data["parity"]["onnx"] == {"max_abs_error": 1e-4, "top1_agreement": 1.0, "passed": True, "samples": 256, "sqnr_db": 50.0}
+    assert data["parity"]["packed"] == {"max_abs_error": 0.0, "top1_agreement": 1.0, "passed": True, "samples": 256, "sqnr_db": 50.0}
     assert (data["latency_ms"]["float_onnx"], data["latency_ms"]["quantized_onnx"]) == (10.0, 4.0)
     layer = data["layers"][0]
     fixed = ("name", "kind", "weight_bits", "activation_bits", "sqnr_db", "status", "reason")
@@ -50,7 +50,7 @@ def test_what_was_not_measured_is_null_and_still_there() -> None:
     data = json.loads(to_json(Report("dfq", None, 8, 0).to_dict()))
     assert data["weight_bits"] is None
     assert data["metric"] is None and data["metrics"] == {}
-    assert data["parity"]["onnx"] == {"max_abs_error": None, "top1_agreement": None, "passed": None}
+    assert data["parity"]["onnx"] == {"max_abs_error": None, "top1_agreement": None, "passed": None, "samples": None, "sqnr_db": None}
     assert data["size_bytes"] == {"float": None, "packed": None, "onnx": None}
     assert data["latency_ms"]["float_onnx"] is None
 

@@ -63,9 +63,13 @@ def show_delivery(delivery: Delivery) -> None:
     show_table(("", "float", "quantized", ""), rows)
     for label, parity in (("model.lowbit", report.parity_packed), ("model.onnx", report.parity_onnx)):
         if parity.passed is not None:
+            verdict = "computes" if parity.passed else "does NOT compute"
             agreement = "" if parity.top1_agreement is None else f", same answer {format_percent(parity.top1_agreement)}"
+            ratio = "" if parity.sqnr_db is None else f", {format_db(parity.sqnr_db)}"
+            samples = "" if parity.samples is None else f" on {parity.samples} samples"
             results.print(
-                f"{label} computes what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}", highlight=False
+                f"{label} {verdict} what the network computes: largest difference {parity.max_abs_error:.2g}{agreement}{ratio}{samples}",
+                highlight=False,
             )
     problems = {f"not written: {problem}" for problem in delivery.problems}
     for note in report.notes:

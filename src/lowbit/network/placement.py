@@ -20,24 +20,11 @@ Purpose = Literal["weight", "input", "output", "sum", "concatenation", "pool"]
 
 MERGES: dict[str, Purpose] = {"add": "sum", "cat": "concatenation"}
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
-FUSED = frozenset(
-    {
-        "relu",
-        "hardtanh",
-        "relu6",
-        "clamp",
-        "clamp_min",
-        "leaky_relu",
-        "prelu",
-        "silu",
-        "hardswish",
-        "gelu",
-        "elu",
-        "sigmoid",
-        "hardsigmoid",
-        "tanh",
-    }
-)
+CLIPS = frozenset({"relu", "hardtanh", "relu6", "clamp", "clamp_min"})  # clips of the codes in a kernel
+FUNCTIONS = frozenset({
+    "leaky_relu", "prelu", "silu", "hardswish", "gelu", "elu", "sigmoid", "hardsigmoid", "tanh", "mish", "softplus", "selu", "celu",
+})  # fmt: skip
+FUSED = CLIPS | FUNCTIONS
 # quantizing before or after these is the same: they only move values, pick among them, or add zeros
 TRANSPARENT = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "view", "reshape", "flatten", "permute", "transpose",
@@ -144,6 +131,29 @@ def place_at_tensors(
         placements += place_at_layers({name: bits for name, bits in layers.items() if name not in fed})
     placed = {name for placement in placements for name in placement.layers}
     return placements + place_at_layers(_without(inputs, placed), _without(outputs, placed_outputs.values()))
+
+
+def before_functions(dataflow: Dataflow, layers: Collection[str]) -> list[str]:
+    """Those of ``layers`` whose output is read by nothing but activation functions that integer kernels do not take in.
+
+    Such a function may be written as a product of the output with a function of it, as SiLU is.
+    """
+    return [
+        name
+        for name in layers
+        if _runs_once(dataflow, name)
+        and _is_before_function(dataflow, dataflow.of_layer(name)[0])
+        and not dataflow.is_output(dataflow.of_layer(name)[0])
+    ]
+
+
+def _is_before_function(dataflow: Dataflow, node: Node) -> bool:
+    while len(readers := dataflow.consumers(node)) == 1 and readers[0].op in TRANSPARENT:
+        node = readers[0]
+    functions = {reader.name for reader in readers if reader.op in FUNCTIONS}
+    return bool(functions) and all(
+        reader.name in functions or (reader.op == "mul" and functions.intersection(reader.inputs)) for reader in readers
+    )
 
 
 @dataclass

@@ -21,8 +21,8 @@ from lowbit.inputs import Calibration, Inputs
 from lowbit.network import insert
 from lowbit.network.graph.dataflow import Dataflow, capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import evaluating
-from lowbit.network.placement import Placement, place_at_layers, place_at_tensors
+from lowbit.network.layers import CONVOLUTIONS, evaluating
+from lowbit.network.placement import Placement, before_functions, place_at_layers, place_at_tensors
 from lowbit.network.slot import Slot
 from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
 from lowbit.options import Method
@@ -33,6 +33,7 @@ from lowbit.quantizers.uniform import observing
 from lowbit.spec import Granularity
 
 MERGE_BIT_WIDTH = 8  # of what only takes part in sums, concatenations and pooling, where the policy says nothing
+FUNCTION_BIT_WIDTH = 8  # of convolutions' outputs before activation functions, where the policy says nothing
 
 
 @dataclass
@@ -169,13 +170,28 @@ class PtqJob(NetworkJob):
             if merge_bits is not None:
                 self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
         else:
-            placements = place_at_tensors(self.graph, inputs, outputs, merge_bits=merge_bits)
+            placements = place_at_tensors(self.graph, inputs, self.outputs_before_functions(self.graph) | outputs, merge_bits=merge_bits)
         for placement in placements:
             purpose = placement.purpose
             factory = {"input": method.activation_quantizer, "output": method.output_quantizer}.get(purpose, method.merge_quantizer)
             quantizer = made_for(self.slot(placement), factory)
             if quantizer is not None:
                 self.place(placement, quantizer)
+
+    def outputs_before_functions(self, graph: Dataflow) -> dict[str, int]:
+        """Convolutions whose output is quantized so that runtimes compute them in integers, with its bits: see ``BitPolicy.before_functions``.
+
+        A convolution that stays in float, or reads floats, gains nothing.
+        """
+        asked = self.policy.before_functions
+        width = FUNCTION_BIT_WIDTH if asked is None else asked
+        if not isinstance(width, int):
+            return {}
+        layers = [name for name, layer in self.layers.items() if isinstance(layer, CONVOLUTIONS) and name in self.activation_bits]
+        said = {
+            name for name in layers if any(rule.output is not None and rule.applies(name, self.layers[name]) for rule in self.policy.rules)
+        }
+        return dict.fromkeys(before_functions(graph, [name for name in layers if name not in said]), width)
 
     def set_activation_ranges(self, ranges: Callable[[Placement], tuple[Tensor, Tensor]]) -> None:
         """Give every activation quantizer the range, lower and upper end, that ``ranges`` finds for its placement without data."""

@@ -2,7 +2,7 @@
 
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``metric`` (the name of the one that
 selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
-``parity.onnx|packed.max_abs_error|top1_agreement|passed``, ``latency_ms.float_onnx|quantized_onnx``,
+``parity.onnx|packed.max_abs_error|top1_agreement|passed|samples|sqnr_db``, ``latency_ms.float_onnx|quantized_onnx``,
 ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, and where the network was trained
 ``training.metric``, ``training.recipe``, ``training.task``,
 ``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``. What was not measured is ``null``, and without labelled data ``metrics`` is
@@ -75,6 +75,8 @@ class ParityResult:
     max_abs_error: float | None = None
     top1_agreement: float | None = None
     passed: bool | None = None
+    samples: int | None = None
+    sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,12 @@ class RuntimeNetwork(PackedNetwork):
         self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece of a batch of images of these shapes
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
-        """Large batches piece by piece, where that gives the same."""
+        """Large batches piece by piece, where that gives the same; with NaN among the inputs, in float, as codes cannot hold it."""
+        if not torch.compiler.is_compiling() and any(
+            tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in inputs.values()
+        ):
+            plain = self.in_float().to(next(iter(inputs.values())).device)
+            return plain.compute(inputs, plain.stored_tensors())
         if torch.compiler.is_compiling() or next(iter(inputs.values())).device.type != "cpu" or self.packed_graph.batch_range[0] > 1:
             return super().compute(inputs, stored)
         batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,13 @@ def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None
 
 
 def _with_export(report: Report, name: str, written: ExportReport) -> Report:
-    parity = ParityResult(written.parity.max_abs_error, written.parity.top1_agreement, written.parity.passed)
+    parity = ParityResult(
+        written.parity.max_abs_error,
+        written.parity.top1_agreement,
+        written.parity.passed,
+        written.parity.samples,
+        None if math.isinf(written.parity.sqnr_db) else written.parity.sqnr_db,
+    )
     report = dataclasses.replace(report, notes=[*report.notes, *(note for note in written.notes if note not in report.notes)])
     if name == "model.lowbit":
         return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowbit.autograd import records_gradients
-from lowbit.errors import FileFormatError, SpecError
+from lowbit.errors import FileFormatError, GraphError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
 from lowbit.formats.checks.speed import Speed, compare_speed
@@ -21,8 +21,10 @@ from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, re
 from lowbit.formats.packed.file import package, read_package, write_package
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
-from lowbit.inputs import Inputs, map_tensors
+from lowbit.formats.program.structure import output_names as names_of
+from lowbit.inputs import Inputs, map_tensors, tensors_of
 from lowbit.measure.outputs import device_of
+from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.workflows.load import load
@@ -79,6 +81,7 @@ def export(
     measure_speed: bool = True,
     kernels: bool = False,
     dynamic: Sequence[str | int] = (),
+    output_names: Sequence[str] = (),
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.
 
@@ -98,12 +101,16 @@ def export(
             network from ``lowbit.compile_runtime``. The size stays the same, and the check compares the results of the kernels.
         dynamic: Dimensions that stay open besides the batch: ``("H", "W")`` for height and width, ``"D"`` for the depth of volumes, ``"L"`` for
             the length of sequences ``[N, C, L]``, or numbers of dimensions.
+        output_names: For ONNX: a name for each output tensor. Left out: the keys of a dictionary, ``out0``, ``out1`` ... for a tuple or list.
+
+    NaN among the inputs gives NaN in the network and in a packed file, on kernels too; a runtime of ONNX files turns NaN into some
+    number where it quantizes, so check inputs before. ``lowbit.load(..., check_finite=True)`` refuses them.
 
     Raises:
-        SpecError: An unknown suffix, container or dimension, or ``kernels`` for an ONNX file.
+        SpecError: An unknown suffix, container or dimension, names that do not fit the outputs, or ``kernels`` for an ONNX file.
         LayerError: ``kernels`` where no layer can run on them; says why for each.
         GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
-            ``dynamic``; names it.
+            ``dynamic``; names it. Also a network that answers at random.
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
         OutputError: The file cannot be written.
         MissingExtraError: A package for ONNX is not installed.
@@ -129,6 +136,7 @@ def export(
     inputs = Inputs.of(sample, model).to("cpu")
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()
+    _refuse_random(model, inputs)
     notes: tuple[str, ...] = ()
     if path.suffix == ".onnx" or kernels:
         model, inputs, notes = _in_float32(model, inputs)
@@ -136,7 +144,7 @@ def export(
     program = replace(program, notes=(*program.notes, *notes))
     if path.suffix == ".onnx":
         require_onnx()
-        return _export_onnx(model, program, path, weight_container, measure_speed)
+        return _export_onnx(model, program, path, weight_container, measure_speed, output_names)
     return _export_packed(model, program, path, kernels)
 
 
@@ -148,6 +156,17 @@ def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tu
         return model, inputs, ()
     converted = map_tensors((inputs.args, dict(inputs.kwargs)), lambda t: t.float() if t.is_floating_point() else t)
     return copy.deepcopy(model).float(), Inputs(*converted), (f"converted from {' and '.join(others)} to float32",)  # type: ignore[misc]
+
+
+def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
+    """GraphError where two calls with the same inputs differ."""
+    with evaluating(model):
+        first, second = (list(tensors_of(model(*inputs.args, **inputs.kwargs))) for _ in range(2))
+    if any(a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
+        raise GraphError(
+            f"{type(model).__name__} is random: two calls in evaluation mode with the same inputs give different outputs, so no file can be "
+            "checked against it. Look for dropout that is always on (training=True, or p= without self.training) and for torch.rand."
+        )
 
 
 def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:
@@ -165,14 +184,18 @@ def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool
     return ExportReport(path, "lowbit", size, parity, notes=notes)
 
 
-def _export_onnx(model: nn.Module, program: Program, path: Path, weight_container: WeightContainer, measure_speed: bool) -> ExportReport:
+def _export_onnx(
+    model: nn.Module, program: Program, path: Path, weight_container: WeightContainer, measure_speed: bool, output_names: Sequence[str]
+) -> ExportReport:
     import onnx_ir as ir
 
     from lowbit.formats.onnx.rewrite import float_network, integer_network
+    from lowbit.formats.onnx.surgery import name_outputs
 
     marked = translate(program, opset=INT4_OPSET if weight_container == "int4" else OPSET)
     rewritten = integer_network(marked, program.weights, weight_container=weight_container, emulated=program.emulated)
     notes = [*program.notes, *rewritten.notes]
+    name_outputs(rewritten.model, _checked_names(output_names, len(rewritten.model.graph.outputs)) or names_of(program.structure))
     speed = None
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         ir.save(rewritten.model, temporary)
@@ -189,6 +212,12 @@ def _export_onnx(model: nn.Module, program: Program, path: Path, weight_containe
                 notes.append("the file is not faster than the float network on this machine")
         size = temporary.stat().st_size
     return ExportReport(path, "onnx", size, parity, speed, integer, tuple(notes))
+
+
+def _checked_names(names: Sequence[str], outputs: int) -> list[str]:
+    if names and (len(names) != outputs or len(set(names)) != outputs or isinstance(names, str)):
+        raise SpecError(f"output_names={names!r}: the network has {outputs} output tensors. Give each a name of its own.")
+    return list(names)
 
 
 def load_and_export(request: ExportRequest) -> ExportReport:

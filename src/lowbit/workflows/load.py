@@ -10,7 +10,9 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.runtime.compile import RuntimeNetwork
 
 
-def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None) -> PackedNetwork:
+def load(
+    path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None, check_finite: bool = False
+) -> PackedNetwork:
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
@@ -23,6 +25,8 @@ def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | N
         max_elements: Largest number of elements of one result within the network; calls that need more are refused before anything is
             allocated. What is held together and the work of one pass are limited in proportion. Default: ``2**28``, or 64 times the
             elements of the inputs where that is more.
+        check_finite: Whether a call refuses inputs that hold NaN or infinity (DataError). Else infinity is clipped to the range of the first
+            quantizer, and NaN gives NaN, on kernels too: a call with NaN is computed in float, as codes cannot hold it.
 
     Raises:
         DataError: There is no such file, or it cannot be read.
@@ -41,10 +45,13 @@ def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | N
         raise SpecError(f"max_elements must be a whole number of at least 1, or None, got {max_elements!r}")
     content = read_package(path)
     try:
-        if content.runs_on_kernels if kernels is None else kernels:
-            return RuntimeNetwork(content, max_elements=max_elements).eval()
-        return PackedNetwork(content, max_elements).eval()
+        is_on_kernels = content.runs_on_kernels if kernels is None else kernels
+        network = (
+            RuntimeNetwork(content, max_elements=max_elements).eval() if is_on_kernels else PackedNetwork(content, max_elements).eval()
+        )
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except KeyError as error:  # torch refuses a name
         raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
+    network.packed_refuses_nan = check_finite
+    return network

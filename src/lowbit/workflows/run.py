@@ -47,12 +47,13 @@ class LoadedNetwork:
 
 def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"] = "none") -> LoadedNetwork:
     """The network in a packed file, on kernels where it can be; arguments and errors as ``load`` and ``compile_runtime``."""
-    plain = load(path)
+    plain = load(path, check_finite=True)
     try:
         network = compile_runtime(plain, weight_only=weight_only)
     except LayerError as error:
         return LoadedNetwork(plain, plain, f"in float: {error}")
     assert isinstance(network, RuntimeNetwork)
+    network.packed_refuses_nan = True
     return LoadedNetwork(plain, network, str(network.report))
 
 

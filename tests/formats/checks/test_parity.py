@@ -64,7 +64,7 @@ def test_a_right_file_passes_with_an_excess_far_below_the_limit(exported: tuple[
     parity = check_onnx_parity(*exported)
     assert parity.passed
     assert parity.diverging is None
-    assert parity.samples == 4
+    assert parity.samples >= 256
     assert parity.excess < 0.02
     assert parity.changed_codes < 0.01
     assert parity.sqnr_db > 35

@@ -345,7 +345,8 @@ def test_a_layer_that_runtimes_could_merge_with_its_quantizer_is_not_quantized_a
 
 def test_weights_of_float_layers_are_codes_in_the_file_and_constants_when_loaded(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Hardswish(), nn.Conv2d(32, 32, 3)).eval()
-    report = write(rounded(model, IMAGE), tmp_path / "m.onnx")
+    policy = BitPolicy.uniform(8, 8, before_functions="float")
+    report = write(quantize(model, method="round_to_nearest", policy=policy, calibration=[IMAGE]), tmp_path / "m.onnx")
     assert report.integer is not None
     assert report.integer.conv_integer == 0
     assert report.integer.operators.get("Cast", 0) == 0  # decoded while loading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, PowerOfTwoDecoder
 
 SMALLEST_SCALE = 1e-35  # a channel with a smaller one holds nothing
+_EQUALLY_NEAR = 1e-6  # of the largest unit
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,34 @@ class IntegerGrid:
         largest = max(int(t.abs().max()) for t in (self.codes.short(), self.zero_point.short()))
         factor = 2 ** max(int(math.log2(64 / max(largest, 1))), 0)
         return IntegerGrid(self.codes * factor, self.scale / factor, self.zero_point * factor, self.axis)
+
+    def holding(self, bias: Tensor, x_scale: float, largest: int) -> IntegerGrid:
+        """The same values on the grid whose products with inputs of scale ``x_scale`` come closest to ``bias``, a number for each channel.
+
+        Codes of few bits leave room. Among all multiples of them within ``-largest`` to ``largest`` each scale gets the one with which the
+        biases that share it are nearest to whole numbers of units, and the finest of those that are equally near.
+        """
+        zeros = self.zero_point.short().reshape(-1)
+        rows = torch.cat([self.codes.short().movedim(self.axis or 0, 0).reshape(len(zeros), -1), zeros[:, None]], 1)
+        divisors = torch.from_numpy(np.gcd.reduce(rows.numpy(), axis=1)).clamp(min=1)
+        most = rows.abs().amax(1)
+        room = torch.where(most > largest, divisors, largest * divisors // most.clamp(min=1)).clamp(1, largest)
+        factors = torch.arange(1, int(room.max()) + 1)[:, None]
+        units = self.scale.double().reshape(-1) * divisors * x_scale / factors  # [factors, scales]
+        steps = bias.double() / units
+        misses = (steps - steps.round()).abs() * units
+        if self.axis is None:
+            misses = misses.amax(1, keepdim=True)
+        misses = misses.masked_fill(factors > room, math.inf)
+        is_nearest = misses <= misses.amin(0) + units[0] * _EQUALLY_NEAR
+        chosen = torch.where(is_nearest, factors, 0).amax(0)
+        shape = self._shape()
+        codes, zero_point = (
+            t.short() // divisors.reshape(to) * chosen.short().reshape(to)
+            for t, to in ((self.codes, shape), (self.zero_point, self.scale.shape))
+        )
+        scale = self.scale.double() * (divisors.double() / chosen).reshape(self.scale.shape)
+        return IntegerGrid(codes.to(torch.int8), scale.float(), zero_point.to(torch.int8), self.axis)
 
     def coarsened(self, least_scale: Tensor) -> IntegerGrid:
         """The nearest values on a grid whose scale is at least ``least_scale``, which broadcasts with ``scale``."""

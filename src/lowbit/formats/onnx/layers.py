@@ -17,16 +17,19 @@ from lowbit.formats.program.program import GRID_OF_ITS_OWN
 from lowbit.quantizers import QTensor
 
 LARGEST_BIAS = 2**30  # leaves the sum of products as much again
+COARSE = 1 / 8  # of a step: the most by which a bias may be moved
+_PAIR = 2**14 - 1  # two products of this size fit 16 bits, in which processors without integer dot products add them
 _LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
 
 
 @dataclass(frozen=True)
 class DecodedWeight:
-    """A weight as it is in the file: the parameter's name, the grid, and whether two codes share a byte."""
+    """A weight as it is in the file: the parameter's name, the grid, whether two codes share a byte, and whether its products hold the bias."""
 
     name: str
     grid: IntegerGrid
     is_int4: bool = False
+    holds_bias: bool = True
 
 
 def decode_weight(
@@ -72,6 +75,11 @@ def _insert(
 def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight]) -> None:
     """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias.
 
+    Rounding a bias moves a whole channel, which matters where many of its values lie near the boundary of two codes, and always where the
+    input is 0 and the bias is all there is. So the codes of the weights are multiplied until their products hold the biases well, and a
+    bias is rounded to that side on which it has its own code. Where that leaves more than ``COARSE`` of a step of the codes behind
+    the layer, the layer stays in float.
+
     A channel with next to no weights (a dead one) can have a scale at which its bias exceeds 32 bits. Its weights go to the finest
     grid at which the bias fits; that moves the result by less than the bias times ``inputs * 2**-23``.
     """
@@ -82,19 +90,73 @@ def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[i
     if x not in grids or weight not in decoded or bias is None or bias.ndim != 1:
         return
     assert x is not None and weight is not None
-    x_scale, parameter = torch.tensor(grids[x].scale).double(), decoded[weight]
-    magnitudes = torch.from_numpy(np.abs(bias)).double()
-    least = (magnitudes if parameter.grid.axis is not None else magnitudes.max()) / (x_scale * LARGEST_BIAS)
-    if bool((parameter.grid.scale < least).any()):
-        parameter = DecodedWeight(parameter.name, parameter.grid.coarsened(least))
-        contents = {part: (getattr(parameter.grid, part).numpy(), None) for part in ("codes", "scale", "zero_point")}
-        weight = _insert_decoder(node, f"{node.outputs[0].name}.weight", contents, parameter.grid.axis)
-        decoded[weight] = parameter
-        node.replace_input_with(1, weight)
-    scale = (x_scale * parameter.grid.scale).float().expand(bias.shape[0]).contiguous().numpy()
-    codes = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
-    bias_contents: dict[str, tuple[Array, ir.DataType | None]] = {"codes": (codes, None), "scale": (scale, None)}
+    x_scale, parameter = float(grids[x].scale), decoded[weight]
+    exact = torch.from_numpy(bias).double()
+    grid = parameter.grid.holding(exact, x_scale, min(127, _PAIR // max(grids[x].hi, 1)))
+    magnitudes = exact.abs() if grid.axis is not None else exact.abs().max()
+    least = magnitudes / (x_scale * LARGEST_BIAS)
+    if bool((grid.scale < least).any()):
+        grid = grid.coarsened(least)
+    scale = (x_scale * grid.scale.double()).float().expand(bias.shape[0])
+    quantizer = _quantizer_behind(node)
+    codes = _bias_codes(exact, scale.double(), quantizer)
+    is_coarse = quantizer is not None and bool((codes * scale.double() - exact).abs().max() > COARSE * quantizer.step)
+    _replace_weight(node, DecodedWeight(parameter.name, grid, holds_bias=not is_coarse), decoded)
+    if is_coarse:
+        _hide_codes(node, grids)
+        return
+    bias_contents: dict[str, tuple[Array, ir.DataType | None]] = {
+        "codes": (codes.to(torch.int32).numpy(), None),
+        "scale": (scale.contiguous().numpy(), None),
+    }
     node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", bias_contents, 0))
+
+
+def _replace_weight(node: ir.Node, weight: DecodedWeight, decoded: dict[ir.Value, DecodedWeight]) -> None:
+    """Let ``node`` alone have another grid for its weight; it keeps the names where nothing else reads that weight."""
+    old, graph = input_of(node, 1), graph_of(node)
+    step = old.producer()
+    assert step is not None
+    name, is_shared = str(input_of(step, 0).name).removesuffix(".codes"), len(old.uses()) > 1
+    if not is_shared:
+        node.replace_input_with(1, None)
+        graph.remove(step, safe=True)
+        for part in ("codes", "scale", "zero_point"):
+            graph.initializers.pop(f"{name}.{part}", None)
+    contents = {part: (getattr(weight.grid, part).numpy(), None) for part in ("codes", "scale", "zero_point")}
+    new = _insert_decoder(node, f"{name}.{node.outputs[0].name}" if is_shared else name, contents, weight.grid.axis)
+    decoded[new] = weight
+    node.replace_input_with(1, new)
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    step: float
+    origin: int
+
+    def code(self, values: torch.Tensor) -> torch.Tensor:
+        return (values / self.step).round() + self.origin
+
+
+def _quantizer_behind(node: ir.Node) -> _Quantizer | None:
+    """The quantizer that alone reads a layer's result."""
+    readers = {use.node for use in node.outputs[0].uses()}
+    reader = readers.pop() if len(readers) == 1 else None
+    if reader is None or reader.op_type != "QuantizeLinear":
+        return None
+    step, origin = (constant_of(value) for value in reader.inputs[1:3])
+    return None if step is None or origin is None or step.size != 1 else _Quantizer(float(step), int(origin))
+
+
+def _bias_codes(bias: torch.Tensor, units: torch.Tensor, quantizer: _Quantizer | None) -> torch.Tensor:
+    """The nearest whole numbers of ``units``, or the next ones on the other side where those alone have the code of ``bias`` itself."""
+    nearest = (bias / units).round()
+    if quantizer is None:
+        return nearest
+    other = nearest + torch.where(nearest * units <= bias, 1.0, -1.0)
+    wanted = quantizer.code(bias)
+    is_wrong = (quantizer.code(nearest * units) != wanted) & (quantizer.code(other * units) == wanted)
+    return torch.where(is_wrong, other, nearest)
 
 
 def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
@@ -107,6 +169,12 @@ def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[i
     x = node.inputs[0]
     if x is None or x not in grids or (constant_of(node.inputs[1]) is None and not _is_decoded(node.inputs[1])):
         return
+    _hide_codes(node, grids)
+
+
+def _hide_codes(node: ir.Node, grids: Mapping[ir.Value, Grid]) -> None:
+    """A clip in front of a layer, to the range that its input is in anyway."""
+    x = input_of(node, 0)
     grid, name = grids[x], f"{node.outputs[0].name}.input"
     lowest, highest = ((np.float32(code) - np.float32(grid.zero_point)) * grid.scale for code in (0, 255))
     ends = [add_initializer(graph_of(node), f"{name}.{end}", np.asarray(v)) for end, v in (("lowest", lowest), ("highest", highest))]
@@ -173,6 +241,8 @@ def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping
         return None
     if decoded[weight].is_int4:
         return "runtimes decode 4-bit codes"
+    if not decoded[weight].holds_bias:
+        return "the integers of the sums are too coarse for the bias"
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return f"{node.op_type} has no integer kernel"
     if node.inputs[0] not in grids:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import count
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -54,6 +57,32 @@ def take_place_of(node: ir.Node, value: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
     graph_of(node).remove(node, safe=True)
     value.name = name
+
+
+def name_outputs(model: ir.Model, names: Sequence[str | None]) -> None:
+    """Give the outputs names, each a value of its own even where two are one tensor or one is an input; ``None`` leaves a name.
+
+    An output that returns an input under the input's own name stays what it is.
+    """
+    graph = model.graph
+    inner = {str(value.name): value for node in graph for value in node.outputs}
+    taken = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    seen: set[str] = set()
+    for index, value in enumerate(list(graph.outputs)):
+        wanted = names[index] or str(value.name)
+        if wanted == value.name and wanted not in seen:
+            seen.add(wanted)
+            continue
+        if wanted in taken | seen:
+            wanted = next(name for number in count(2) if (name := f"{wanted}_{number}") not in taken | seen | set(inner))
+        if wanted in inner:
+            inner[wanted].name = f"{wanted}.inner"
+        step = ir.node("Identity", [value])
+        named = step.outputs[0]
+        named.name, named.shape, named.type = wanted, value.shape, value.type
+        seen.add(wanted)
+        graph.append(step)
+        graph.outputs[index] = named
 
 
 def remove_unused(model: ir.Model) -> None:

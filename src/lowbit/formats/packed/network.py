@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import FileFormatError, LowbitError, SpecError
+from lowbit.errors import DataError, FileFormatError, LowbitError, SpecError
 from lowbit.formats.packed.file import Package
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.arguments import check_tensors
@@ -41,6 +41,7 @@ class PackedNetwork(nn.Module):
             _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
         ]
         self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
+        self.packed_refuses_nan = False
         self.packed_observer: Callable[[OperatorCall, float, object], None] | None = (
             None  # called with each call, its seconds and its result
         )
@@ -62,6 +63,8 @@ class PackedNetwork(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
         stored = self.stored_tensors()
         inputs = _checked(self.packed_graph, Inputs(args, kwargs), stored)
+        if self.packed_refuses_nan:
+            _require_finite(inputs)
         return restore(self.packed_graph.structure, self.compute(inputs, stored))
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
@@ -207,6 +210,19 @@ def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict
             where = ", ".join(map(str, devices))
             raise SpecError(f"input {name!r} is on {tensor.device}, the network on {where}. Move one of them with .to().")
     return named
+
+
+def _require_finite(inputs: Mapping[str, Tensor]) -> None:
+    """DataError naming the first input that holds NaN or infinity, and its samples."""
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = ~tensor.isfinite()
+            samples = bad.flatten(1).any(1).nonzero().flatten().tolist() if bad.dim() > 1 else []
+            place = f" in sample {', '.join(map(str, samples[:4]))}" if samples else ""
+            raise DataError(
+                f"input {name!r}: {int(bad.sum())} of {bad.numel()} values are NaN or infinite{place}. "
+                "Remove these samples or repair the preprocessing."
+            )
 
 
 def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: FileFormatError) -> None:

@@ -75,6 +75,8 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     inputs = Inputs.of(sample, model)
     baked, weights = bake_weights(model)
     structure: list[Json] = [None]
+    if isinstance(baked, fx.GraphModule):
+        baked = _plain(baked)
     baked.register_forward_hook(_flattening(structure))
     with evaluating(baked):
         exported, notes = _export(baked, inputs) if not dynamic else (_export_open(baked, inputs, dynamic), ())
@@ -218,6 +220,15 @@ def _is_batch_dynamic(exported: ExportedProgram) -> bool:
     inputs = set(exported.graph_signature.user_inputs)
     values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
     return any(isinstance(value.shape[0], torch.SymInt) for value in values if isinstance(value, Tensor) and value.dim())
+
+
+def _plain(traced: fx.GraphModule) -> nn.Module:
+    """A module of the same parts that runs the code of ``traced``: torch.export runs a traced network without its hooks."""
+    module = nn.Module()
+    module._parameters, module._buffers, module._modules = traced._parameters, traced._buffers, traced._modules
+    module._non_persistent_buffers_set = traced._non_persistent_buffers_set
+    module.forward = traced.forward
+    return module.eval()
 
 
 def _flattening(structure: list[Json]) -> Callable[[nn.Module, object, object], object]:

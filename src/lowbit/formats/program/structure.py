@@ -45,6 +45,27 @@ def flatten(output: object, leaves: list[Tensor | torch.SymInt]) -> Json:
     )
 
 
+def output_names(structure: Json) -> list[str | None]:
+    """A name for each tensor: the keys of dictionaries and ``out0``, ``out1`` ... for members of tuples and lists; ``None`` for a single tensor.
+
+    Example:
+        >>> leaves: list[torch.Tensor | torch.SymInt] = []
+        >>> output_names(flatten({"scores": torch.zeros(1), "boxes": (torch.zeros(1), torch.zeros(1))}, leaves))
+        ['scores', 'boxes.out0', 'boxes.out1']
+    """
+    if not isinstance(structure, dict):
+        return []
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return [None]
+    if not isinstance(content, list):
+        return []
+    pairs = (
+        cast(list[tuple[object, Json]], content) if kind == "dict" else [(f"out{index}", member) for index, member in enumerate(content)]
+    )
+    return [str(key) if inner is None else f"{key}.{inner}" for key, member in pairs for inner in output_names(member)]
+
+
 def restore(structure: Json, leaves: Sequence[object]) -> object:
     """The inverse of ``flatten``."""
     if structure is None:
