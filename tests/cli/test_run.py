@@ -98,7 +98,7 @@ def test_a_network_without_layers_of_few_bits_runs_in_float_and_says_why(tmp_pat
     lowbit.export(nn.Linear(6, 3), tmp_path / "m.lowbit", sample=torch.randn(2, 6))
     result = run(tmp_path / "m.lowbit", "--benchmark", "--runs", "1")
     assert result.exit_code == 0, result.output
-    assert "in float: no layer can run on few-bit kernels" in " ".join(result.output.split())
+    assert "in float: no layer can run on low-bit kernels" in " ".join(result.output.split())
     assert "no square grey or colour pictures" in fails(tmp_path / "m.lowbit", tmp_path)
 
 
