@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 
 # A stamp per set of extras, so that a second call installs nothing while these files stay as they are.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) ".[onnx,data]"
+	$(INSTALL) ".[onnx,data,train,kernels]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
