@@ -40,4 +40,4 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     >>> plain_tensor(x).is_inference()
     False
     """
-    return tensor.clone() if tensor.is_inference() else tensor
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor

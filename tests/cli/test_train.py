@@ -186,7 +186,7 @@ def test_bits_that_are_not_given_are_four_or_what_the_method_supports() -> None:
         ("keep: fc", SpecError, "keep must be a list"),
         ("options: 3", SpecError, "options must hold names and values"),
         ("- a", SpecError, "expected names and values"),
-        ("a: [", SpecError, "cannot be read as a recipe"),
+        ("a: [", SpecError, "recipe.yaml, line 1: expected the node content"),
         ("policy: {default: {weight: 4}}\nweight_bits: 3", SpecError, "leave out weight_bits"),
         ("method: brecq", SpecError, "brecq' is a post_training method. To train use one of"),
     ],

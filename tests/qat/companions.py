@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from unittest import mock
@@ -77,7 +78,7 @@ class Adversarial(Lsq):
 @contextlib.contextmanager
 def method_in_place(make: Callable[[], TrainingMethod]) -> Iterator[None]:
     """Within the context ``lowbit.train`` trains with the method of ``make``, which has the quantizers of the registered one."""
-    names = lowbit.train.__globals__["train_network"].__globals__
+    names = inspect.unwrap(inspect.unwrap(lowbit.train).__globals__["train_network"]).__globals__
     prepare = names["prepare"]
 
     def prepare_with(model: nn.Module, **options: object) -> nn.Module:

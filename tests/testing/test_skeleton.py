@@ -59,6 +59,7 @@ def test_an_installed_package_is_known_through_its_entry_point(installed: tuple[
     }.items()
     assert Path(sys.modules["lowbit_noisy_steps"].__file__ or "").parent == installed[1]
     shown = CliRunner().invoke(app, ["methods", "show", "noisy_steps"], terminal_width=200).output
+    shown = " ".join(shown.split())
     assert "noise" in shown and "from 0 to 1" in shown and "Width of the noise, in steps." in shown
     with pytest.raises(SpecError, match="noisy_steps: noise must be from 0 to 1, got 2"):
         lowbit.get_method("noisy_steps").method(noise=2.0)  # type: ignore[misc]

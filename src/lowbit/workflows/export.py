@@ -43,7 +43,7 @@ class ExportReport:
         path: The file.
         format: ``lowbit`` or ``onnx``.
         size_bytes: Its size.
-        parity: Comparison of its outputs with the quantized network's; always passed, else there would be no file.
+        parity: Comparison of its outputs with the quantized network's; where it has not passed, a note says why there is a file.
         speed: Speed compared with the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
         integer: Layers that ONNX Runtime computes in integers; ``None`` for a packed file.
         notes: Notes for the user, such as what was left in float and why.
@@ -201,6 +201,11 @@ def _export_onnx(
         ir.save(rewritten.model, temporary)
         parity = check_onnx_parity(model, program, temporary)
         parity.require(path)
+        if not parity.passed:
+            notes.append(
+                f"the file does not give the network's answers ({parity.figures}), although every layer alone is within what rounding at ties can "
+                "do: this network turns such differences into other answers, as deep ones with random weights do"
+            )
         integer = count_integer_kernels(temporary)
         if integer.conv_integer + integer.linear_integer and saturates():
             notes.append(SATURATION_NOTE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -234,14 +235,14 @@ class Growing(Lsq):
 @pytest.mark.parametrize("step", [3, 7, 15])
 def test_phases_that_change_the_network_are_gone_on_with(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Growing, "info", Lsq.info)
-    prepare = lowbit.train.__globals__["train_network"].__globals__["prepare"]
+    prepare = inspect.unwrap(inspect.unwrap(lowbit.train).__globals__["train_network"]).__globals__["prepare"]
 
     def growing(model: nn.Module, **options: object) -> nn.Module:
         prepared = prepare(model, **options)
         prepared.lowbit_method = Growing()
         return prepared
 
-    monkeypatch.setitem(lowbit.train.__globals__["train_network"].__globals__, "prepare", growing)
+    monkeypatch.setitem(inspect.unwrap(inspect.unwrap(lowbit.train).__globals__["train_network"]).__globals__, "prepare", growing)
     whole = train()
     assert insert.weight_quantizer(whole[0]).scale.shape == (8, 1, 1, 1)  # type: ignore[union-attr, index]
     killed(step, tmp_path, save_every="1")

@@ -55,7 +55,7 @@ class InputNorm(nn.Module):
             y = functional.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             y = norm(rows)
-        return y.reshape(x.shape).to(x.dtype)
+        return (y if y.dim() == x.dim() else y.reshape(x.shape)).to(x.dtype)
 
 
 def insert_with_norms(
