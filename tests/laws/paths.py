@@ -131,7 +131,7 @@ def _nearest(wanted: int, supported: range) -> int:
 
 @functools.cache
 def reached_by_users(name: str) -> frozenset[str]:
-    """The functions that run when networks are built, quantized or trained by the method, and baked for export, over its bits and options."""
+    """The functions that run when networks are built, quantized or trained by the method, baked for export and decoded, over its bits and options."""
     info = get_method(name)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
@@ -139,7 +139,9 @@ def reached_by_users(name: str) -> frozenset[str]:
     with _watching(lambda _: True) as found:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
-            bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
+            _, codes = bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
+            for code in codes.values():
+                code.decode()  # what loading a file does
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
