@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
+import torch
 
 from lowbit.errors import DataError, FileFormatError, OutputError
-from lowbit.files import replacing, write_text
+from lowbit.files import read_tensors, replacing, write_tensors, write_text
 from lowbit.reading import check_readable
 
 
@@ -72,3 +74,28 @@ def test_what_processes_that_are_gone_have_left_is_swept(tmp_path: Path) -> None
     write_text(tmp_path / "report.json", "whole")
     assert [path.exists() for path in left] == [False, True, True]
     assert (tmp_path / "report.json").read_text() == "whole"
+
+
+def test_a_file_of_tensors_is_read_whole_while_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    write_tensors(path, {"w": torch.zeros(5)}, 5)
+
+    def replace() -> None:
+        for turn in range(1000):
+            size = 1 + turn % 2 * 1000
+            write_tensors(path.with_stem("next"), {"w": torch.zeros(size)}, size)
+            path.with_stem("next").replace(path)
+
+    writer = Thread(target=replace)
+    writer.start()
+    while writer.is_alive():
+        tensors, size = read_tensors(path)
+        assert tensors["w"].shape == (size,)
+
+
+def test_tensors_and_facts_are_read_as_they_were_written(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(3, 2, dtype=torch.bfloat16), "none": torch.zeros(0, 3), "flag": torch.tensor(True)}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"step": [1, None]})
+    read, facts = read_tensors(tmp_path / "a.safetensors")
+    assert facts == {"step": [1, None]} and read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lowbit.errors import FileFormatError, OutputError
@@ -77,9 +77,11 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], object]:
         FileFormatError: The file is damaged or no such file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts: object = json.loads(file.metadata()[_FACTS])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (a file, not a mapping)
+        contents = Path(path).read_bytes()  # opened once: another process may replace the file meanwhile
+        tensors = load(contents)
+        header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
+        facts: object = json.loads(header["__metadata__"][_FACTS])
+        return tensors, facts
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
 
