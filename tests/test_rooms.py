@@ -27,6 +27,7 @@ ORDER = (
     ("runtime",),
     ("qat", "post_training"),
     ("methods",),
+    ("comparison",),
     ("report",),
     ("workflows",),
     ("testing",),

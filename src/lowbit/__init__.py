@@ -24,12 +24,15 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.report.summary import summary
     from lowbit.runtime.compile import compile_runtime
     from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
+    from lowbit.workflows.compare import Comparison, compare
     from lowbit.workflows.deliver import Delivery, deliver
     from lowbit.workflows.evaluate import evaluate
     from lowbit.workflows.export import ExportReport, export
     from lowbit.workflows.load import load
     from lowbit.workflows.quantize import quantize, quantize_and_deliver
     from lowbit.workflows.requests import QuantizeRequest, TrainRequest
+    from lowbit.workflows.subjects import Subject
+    from lowbit.workflows.suite import Suite
     from lowbit.workflows.train import train, train_and_deliver
 
 try:
@@ -40,6 +43,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
+    "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
     "Recipe", "OptimizerSpec", "Phase", "Trainer",

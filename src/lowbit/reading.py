@@ -45,14 +45,16 @@ class Lined(dict[Any, Any]):
 
     Attributes:
         line: The line of the file where it starts.
+        lines: The line of each key.
     """
 
     line: int = 0
+    lines: dict[Any, int] = {}  # noqa: RUF012 - replaced, never changed
 
 
-def line_of(value: object) -> str:
-    """``", line 3"`` for a mapping from a YAML file, else nothing: for the place in an error."""
-    return f", line {value.line}" if isinstance(value, Lined) else ""
+def line_of(value: object, key: object = None) -> str:
+    """``", line 3"`` for a mapping from a YAML file, or for one of its keys, else nothing: for the place in an error."""
+    return f", line {value.lines.get(key, value.line)}" if isinstance(value, Lined) else ""
 
 
 def shorten(value: object, longest: int = 100) -> str:
@@ -137,6 +139,7 @@ class _Loader(yaml.SafeLoader):
         data.line = node.start_mark.line + 1
         yield data
         data.update(self.construct_mapping(node))
+        data.lines = {self.construct_object(key): key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Hashable] = set()

@@ -93,7 +93,7 @@ def test_a_file_gives_the_request_back_and_holds_only_what_decides_the_result(tm
     path.write_text(dataclasses.replace(request, out="elsewhere", device="cpu", threads=2).to_yaml())
     assert QuantizeRequest.from_yaml(path) == request
     path.write_text("out: elsewhere")
-    with pytest.raises(UnknownNameError, match=r"unknown entry of .*recipe.yaml 'out'"):
+    with pytest.raises(UnknownNameError, match=r"unknown entry of .*recipe.yaml, line 1 'out'"):
         QuantizeRequest.from_yaml(path)
 
 

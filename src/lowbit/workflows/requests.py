@@ -19,7 +19,7 @@ import yaml
 from lowbit.errors import SpecError, unknown_name
 from lowbit.options import Above, AtLeast, Interval, Setting, check_settings, convert_option, settings_of
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
-from lowbit.reading import read_yaml, shorten
+from lowbit.reading import Lined, line_of, read_yaml, shorten
 from lowbit.registry import MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
@@ -79,12 +79,13 @@ class Request:
         for name, value in values.items():
             owner = next((owner for owner, inner in nested.items() if name in inner), None)
             if name not in names:
-                raise unknown_name(f"entry of {where}" if where else "setting", str(name), names)
+                raise unknown_name(f"entry of {where}{line_of(values, name)}" if where else "setting", str(name), names)
+            place = f"{where}{line_of(values, name)}"
             if owner is None:
-                changes[name] = _converted(own[name], value, where)
+                changes[name] = _converted(own[name], value, place)
             else:
                 group = changes.get(owner, getattr(self, owner))
-                changes[owner] = replace(group, **{name: _nested(nested[owner][name], value, getattr(group, name), where)})
+                changes[owner] = replace(group, **{name: _nested(nested[owner][name], value, getattr(group, name), place)})
         return replace(self, **changes)
 
     def to_yaml(self) -> str:
@@ -93,9 +94,9 @@ class Request:
         for name, owner in fields_of(type(self)):
             value = getattr(self, name)
             if dataclasses.is_dataclass(value):
-                values |= {key: _plain(part) for key, part in dataclasses.asdict(value).items()}  # type: ignore[arg-type]
+                values |= {key: plain_value(part) for key, part in dataclasses.asdict(value).items()}  # type: ignore[arg-type]
             elif decides_result(owner):
-                values[name] = _plain(value)
+                values[name] = plain_value(value)
         return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -498,6 +499,13 @@ def _converted(setting: Setting, value: object, where: str) -> object:
         return _bits(value, name, f"{place}{name}")
     if setting.type == tuple[str, ...]:
         return _list(value, f"{place}{name}")
+    if typing.get_origin(setting.type) is tuple and hasattr(typing.get_args(setting.type)[0], "parse"):
+        entries = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        file = where.partition(", line ")[0]  # entries know their own lines
+        return tuple(
+            typing.get_args(setting.type)[0].parse(entry, f"{file}: {name}" if file and isinstance(entry, Lined) else f"{place}{name}")
+            for entry in entries
+        )
     if typing.get_origin(setting.type) is Mapping or setting.type == Mapping[str, object] | None:
         if name == "policy" and isinstance(value, (str, Path)):
             return BitPolicy.from_yaml(value).to_dict()
@@ -545,7 +553,13 @@ def _bits(value: object, name: str, where: str) -> int | str | None:
     return "float" if bits is None else bits
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
+    """``value`` as YAML and JSON hold it; of dataclasses what differs from their defaults."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value).__str__ is not object.__str__:
+            return str(value)
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: plain_value(entry) for f, entry in pairs if entry != f.default and entry not in ({}, ())}
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+        return {key: plain_value(entry) for key, entry in value.items()}
+    return [plain_value(entry) for entry in value] if isinstance(value, (tuple, list)) else value

@@ -65,19 +65,14 @@ def open_start(asked: TrainRequest) -> Start:
         f"{len(data.skipped)} pictures of {data.name} cannot be decoded and are left out" for data in (train, test) if data and data.skipped
     ]
 
-    options = _fitting(asked.model, asked.model_options, train)
-    with _seeded(asked.recipe.seed):
+    options = fitting_options(asked.model, asked.model_options, train)
+    with seeded_globally(asked.recipe.seed):
         name, network = make_network(asked.model, asked.weights, options, "cpu")
-    is_trained = (
-        asked.weights is not None or (name == DEFAULT and options == {}) or any(asked.model_options.get(word) for word in TRAINED_WORDS)
-    )
-    if not is_trained and _is_known_untrained(asked.model):
+    is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options)
+    if not is_trained:
         notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
         if "pretrained" in asked.method_info.needs:
             notes.append(f"{asked.method_info.name} is made for trained weights: give some with weights=")
-    else:
-        is_trained = True
-
     teacher = _teacher(asked, network, options, train)
     if teacher is None and "teacher" in asked.method_info.needs:
         notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with teacher=.")
@@ -109,11 +104,17 @@ def _load_test(asked: TrainRequest, named: str, notes: list[str]) -> ImageData |
     return _load(named, "test", asked)
 
 
-def _fitting(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
+def fitting_options(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
     """The options of a built-in network, with channels and classes of the data where they are not given."""
     if model not in BUILT_IN or model == DEFAULT:
         return dict(options)
     return {"num_classes": data.num_classes, "in_channels": data.input_shape[0], **options}
+
+
+def has_trained_weights(model: str | None, weights: str | None, options: Mapping[str, object]) -> bool:
+    """Whether a network has weights that somebody trained; a user's own factory is believed to return them."""
+    is_embedded = model in (None, DEFAULT) and not options
+    return weights is not None or is_embedded or any(options.get(word) for word in TRAINED_WORDS) or not _is_known_untrained(model)
 
 
 def _is_known_untrained(model: str | None) -> bool:
@@ -131,7 +132,7 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
         return network
     if Path(asked.teacher).suffix in (".safetensors", ".pt", ".pth"):
         return make_network(asked.model or DEFAULT, Path(asked.teacher), options, "cpu")[1]
-    fitting = _fitting(asked.teacher, asked.teacher_options, data)
+    fitting = fitting_options(asked.teacher, asked.teacher_options, data)
     is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
     if not is_trained and _is_known_untrained(asked.teacher):
         raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")
@@ -139,7 +140,8 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded_globally(seed: int) -> Iterator[None]:
+    """Within the context torch's random numbers start from ``seed``; afterwards they are as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

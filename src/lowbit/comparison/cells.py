@@ -1,0 +1,126 @@
+"""One cell of a comparison: a method with its bits on a network, for one seed; and what came out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lowbit.registry import Kind
+
+Track = Literal["aligned", "published"]
+Status = Literal["done", "diverged", "failed", "skipped"]
+FLOAT = "float"  # bits that are not quantized, and the label of the float network
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run, in plain values.
+
+    Attributes:
+        subject: Name of the network with its data and task.
+        label: What tables call the method.
+        method: Its name, or ``file.py:Class``.
+        kind: Kind of the method.
+        weight_bits, activation_bits: ``None`` is float.
+        seed: Decides the order of data, augmentation and the draw of calibration samples, and seeds the method's own noise.
+        track: ``aligned`` or ``published``; they are never compared.
+        options: Hyper-parameters of the method that differ from its defaults.
+        surrogate: Gradient surrogate in place of the method's.
+        terms: Everything else that is asked for: recipe, policy, number of calibration samples.
+    """
+
+    subject: str
+    label: str
+    method: str
+    kind: Kind
+    weight_bits: int | None
+    activation_bits: int | None
+    seed: int
+    track: Track = "aligned"
+    options: Mapping[str, object] = field(default_factory=dict)
+    surrogate: str | None = None
+    terms: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations: ``4/8``, ``2/float``."""
+        return "/".join(FLOAT if bits is None else str(bits) for bits in (self.weight_bits, self.activation_bits))
+
+    @property
+    def name(self) -> str:
+        """What people call the cell: ``lsq 4/4 on digits, seed 0``."""
+        return f"{self.label} {self.bits} on {self.subject}, seed {self.seed}"
+
+    def key(self, facts: Mapping[str, object]) -> str:
+        """SHA-256, shortened to 20 digits, of the cell and of ``facts`` about what it runs on: weights, data, sources."""
+        return digest_of({"cell": asdict(self), "facts": facts})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of one cell; one JSON file of the store.
+
+    Attributes:
+        key: Name of the file, made of everything that determines the result.
+        cell: What was run.
+        facts: What it ran on: digests of weights, data and the method's source.
+        status: ``done``; ``diverged`` (the loss or the metric is not finite); ``failed``; ``skipped``.
+        reason: Why it is not done.
+        metric: Name of the metric that counts.
+        higher_is_better: Whether large values of it are better.
+        unit: Its unit; ``%`` for fractions that are shown in percent.
+        metrics: All metrics by name.
+        float_metrics: Those of the float network.
+        terms: What must be equal, measured on the quantized network, see ``terms.equal_terms``.
+        size_bytes: Stored bytes.
+        latency_ms, float_latency_ms: Time of one call of the ONNX file, where it was measured.
+        seconds: Time of the whole cell.
+        machine: Where it ran: processor, threads, versions.
+    """
+
+    key: str
+    cell: Cell
+    facts: Mapping[str, object]
+    status: Status
+    reason: str = ""
+    metric: str = ""
+    higher_is_better: bool = True
+    unit: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    float_metrics: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, object] = field(default_factory=dict)
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    float_latency_ms: float | None = None
+    seconds: float | None = None
+    machine: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float | None:
+        """The metric that counts, where the cell is done."""
+        return self.metrics.get(self.metric) if self.status == "done" else None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Result:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            TypeError, KeyError: Entries are missing or unknown.
+        """
+        return Result(**{**values, "cell": Cell(**values["cell"])})
+
+
+def digest_of(value: object) -> str:
+    """SHA-256, shortened to 20 digits, of plain values.
+
+    >>> digest_of({"b": 1, "a": (2, 3)}) == digest_of({"a": [2, 3], "b": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]

@@ -1,0 +1,333 @@
+"""What a comparison is written to: CSV, Markdown, LaTeX, BibTeX and one HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lowbit.comparison.cells import Result
+from lowbit.comparison.statistics import CONFIDENCE, LEAST_SEEDS
+from lowbit.comparison.tables import Row, Table, Tables
+from lowbit.comparison.terms import SHOWN
+from lowbit.errors import DataError, LowbitError
+from lowbit.files import write_text
+from lowbit.qat.task import format_metric
+from lowbit.reading import check_readable
+from lowbit.registry import MethodInfo, find_method
+from lowbit.report.formatting import NOTHING, format_bytes
+from lowbit.report.scatter import Point, by_bits, scatter
+
+FILES = ("results.csv", "table.md", "table.tex", "methods.bib", "comparison.html", "suite.yaml")
+COLUMNS = (
+    "subject", "track", "label", "method", "kind", "weight_bits", "activation_bits", "seed", "status", "reason", "metric", "value",
+    "float_value", "size_bytes", "latency_ms", "float_latency_ms", "seconds", *SHOWN, "weights", "data", "processor", "lowbit", "torch", "key",
+)  # fmt: skip
+LARGEST_CSV = 2**27  # bytes
+HEADS = ("rank", "method", "mean", "sd", "least", "greatest", "seeds", "to baseline", "stored", "time of a cell")
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """All that is written about a comparison.
+
+    Attributes:
+        tables: The tables.
+        suite: The suite as YAML.
+        commands: The command that makes a result, by its key.
+        against: ``results.csv`` of an earlier comparison.
+    """
+
+    tables: Tables
+    suite: str
+    commands: Mapping[str, str] = field(default_factory=dict)
+    against: Path | None = None
+
+
+def write_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
+    """Write every file of ``FILES`` into ``folder``.
+
+    Raises:
+        OutputError: A file cannot be written.
+        DataError: The earlier results cannot be read.
+    """
+    earlier = {} if report.against is None else earlier_means(report.against)
+    texts = (
+        results_csv(report.tables.results),
+        markdown(report.tables, earlier),
+        latex(report.tables),
+        bibliography(report.tables.results),
+        render_page(report, earlier),
+        report.suite,
+    )
+    for name, text in zip(FILES, texts, strict=True):
+        write_text(folder / name, text)
+    return [folder / name for name in FILES]
+
+
+def results_csv(results: Sequence[Result]) -> str:
+    """One row for each cell, done or not, in long form."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for result in sorted(results, key=lambda r: (r.cell.subject, r.cell.track, r.cell.bits, r.cell.label, r.cell.seed)):
+        cell = result.cell
+        values: dict[str, object] = {name: getattr(cell, name) for name in ("subject", "track", "label", "method", "kind", "seed")}
+        values |= {name: "float" if (bits := getattr(cell, name)) is None else bits for name in ("weight_bits", "activation_bits")}
+        values |= {
+            name: getattr(result, name) for name in ("status", "reason", "metric", "value", "size_bytes", "latency_ms", "seconds", "key")
+        }
+        values |= {"float_latency_ms": result.float_latency_ms, "float_value": result.float_metrics.get(result.metric)}
+        values |= {name: result.terms.get(name) for name in SHOWN}
+        values |= {name: result.facts.get(name) for name in ("weights", "data")}
+        values |= {name: result.machine.get(name) for name in ("processor", "lowbit", "torch")}
+        writer.writerow(values)
+    return text.getvalue()
+
+
+def earlier_means(path: Path) -> dict[tuple[str, ...], float]:
+    """Means over seeds in a ``results.csv``, by subject, track, label, weight bits and activation bits.
+
+    Raises:
+        DataError: There is no such file, or it is no ``results.csv`` of a comparison.
+    """
+    check_readable(path, max_bytes=LARGEST_CSV)
+    found: dict[tuple[str, ...], list[float]] = {}
+    try:
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
+            if row["status"] == "done":
+                key = tuple(row[name] for name in ("subject", "track", "label", "weight_bits", "activation_bits"))
+                found.setdefault(key, []).append(float(row["value"]))
+    except (KeyError, ValueError, TypeError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: no results.csv of a comparison ({error}). Name the file that 'lowbit compare' wrote.") from error
+    return {key: math.fsum(values) / len(values) for key, values in found.items()}
+
+
+def earlier_key(row: Row) -> tuple[str, ...]:
+    """The key of a row in ``earlier_means``."""
+    cell = row.results[0].cell
+    return (
+        cell.subject,
+        cell.track,
+        row.label,
+        *("float" if bits is None else str(bits) for bits in (cell.weight_bits, cell.activation_bits)),
+    )
+
+
+def row_cells(table: Table, row: Row, earlier: Mapping[tuple[str, ...], float] | None = None) -> list[str]:
+    """The cells of a row under ``HEADS``, as people read them; with ``earlier`` one more, the change to it."""
+    tell = lambda value: NOTHING if value is None else format_metric(value, table.unit)  # noqa: E731
+    spread = row.spread
+    cells = [
+        NOTHING if row.rank is None else str(row.rank),
+        row.label,
+        *(tell(None if spread is None else value) for value in (spread and spread.mean, spread and spread.deviation)),
+        *(tell(None if spread is None else value) for value in (spread and spread.least, spread and spread.greatest)),
+        f"{0 if spread is None else spread.count} of {len(row.results)}",
+        _difference(table, row),
+        format_bytes(row.size_bytes),
+        NOTHING if row.seconds is None else f"{row.seconds:.1f} s",
+    ]
+    if earlier:
+        before = earlier.get(earlier_key(row))
+        cells.append(NOTHING if before is None or spread is None else _signed(spread.mean - before, table.unit))
+    return cells
+
+
+def _difference(table: Table, row: Row) -> str:
+    if row.label == table.baseline:
+        return "baseline"
+    if row.difference is None:
+        return NOTHING
+    told = f"{_signed(row.difference.mean, table.unit)} [{_signed(row.difference.low, table.unit)}, {_signed(row.difference.high, table.unit)}]"
+    return told if row.difference.is_shown else f"{told}, no difference shown"
+
+
+def _signed(value: float, unit: str) -> str:
+    return f"{100 * value:+.2f}" if unit == "%" else f"{value:+.4g}"
+
+
+def markdown(tables: Tables, earlier: Mapping[tuple[str, ...], float] | None = None) -> str:
+    """All tables in Markdown."""
+    lines = []
+    for table in tables.tables:
+        heads = [*HEADS, *(["to earlier"] if earlier else [])]
+        lines += [f"### {table.title}", "", table_note(table), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        lines += [f"| {' | '.join(_escaped(cell) for cell in row_cells(table, row, earlier))} |" for row in table.rows]
+        lines += [f"- {text}" for text in unfinished(table)] + [""]
+    return "\n".join([*lines, *(f"- {text}" for text in remarks(tables))]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def table_note(table: Table) -> str:
+    """What is compared, in a sentence."""
+    better = "higher" if table.higher_is_better else "lower"
+    float_value = "" if table.float_value is None else f"; the float network has {format_metric(table.float_value, table.unit)}"
+    return f"{table.metric}, {better} is better{float_value}. Ranks are shared where the {CONFIDENCE:.0%} interval covers 0."
+
+
+def unfinished(table: Table) -> list[str]:
+    """Cells that are not done, with the reason; seeds with the same reason together."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for row in table.rows:
+        for result in row.unfinished:
+            found.setdefault((row.label, result.status, result.reason), []).append(result.cell.seed)
+    return [
+        f"{label} {status} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}): {reason}"
+        for (label, status, reason), seeds in found.items()
+    ]
+
+
+def remarks(tables: Tables) -> list[str]:
+    """What to know before reading the tables."""
+    return [
+        *(f"warning: {text}" for text in tables.warnings),
+        *(f"separate tables: {text}" for text in tables.separated),
+        *([f"{tables.superseded} older results of cells that have changed since are in no table"] if tables.superseded else []),
+    ]
+
+
+def latex(tables: Tables) -> str:
+    """All tables for LaTeX with booktabs: mean and standard deviation, best rank in bold."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in tables.tables:
+        parts += [
+            f"% {table.title}",
+            "\\begin{tabular}{lrrr}",
+            "\\toprule",
+            f"Method & {_tex(table.metric)} & seeds & bytes \\\\",
+            "\\midrule",
+        ]
+        for row in table.rows:
+            if row.spread is None:
+                parts.append(f"{_tex(row.label)} & -- & 0 & -- \\\\")
+                continue
+            scale = 100 if table.unit == "%" else 1
+            deviation = "" if row.spread.deviation is None else f" $\\pm$ {scale * row.spread.deviation:.2f}"
+            value = f"{scale * row.spread.mean:.2f}{deviation}"
+            value = f"\\textbf{{{value}}}" if row.rank == 1 else value
+            parts.append(f"{_tex(row.label)} & {value} & {row.spread.count} & {row.size_bytes or 0:.0f} \\\\")
+        parts += ["\\bottomrule", "\\end{tabular}", ""]
+    return "\n".join(parts) + "\n"
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+def method_infos(results: Sequence[Result]) -> Iterator[MethodInfo]:
+    """The facts of every method in ``results`` that can be found here, each once."""
+    for method, kind in dict.fromkeys((result.cell.method, result.cell.kind) for result in results):
+        try:
+            yield find_method(method, kind)
+        except LowbitError:  # of a file that is elsewhere
+            continue
+
+
+def bibliography(results: Sequence[Result]) -> str:
+    """BibTeX entries of the methods' papers."""
+    entries = []
+    for info in method_infos(results):
+        if not info.title or info.fidelity == "baseline":
+            continue
+        years = re.findall(r"\b(?:19|20)\d\d\b", info.paper)
+        names, _, venue = info.paper.partition(years[0])[0].strip(" ,").rpartition(", ") if years else (info.paper, "", "")
+        authors = names.split(", ") if names else [venue]
+        fields = {
+            "title": f"{{{info.title}}}",
+            "author": " and ".join(authors),
+            "year": years[0] if years else "",
+            "note": venue if names else "",
+        }
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        entries.append(f"@misc{{{info.name},\n{body}\n}}\n")
+    return "\n".join(dict.fromkeys(entries))
+
+
+def render_page(report: ComparisonReport, earlier: Mapping[tuple[str, ...], float] | None = None) -> str:
+    """``comparison.html``: one page that needs no network. Everything that comes from users is escaped."""
+    environment = Environment(
+        loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    tables = report.tables
+    groups: dict[tuple[str, str], list[Table]] = {}
+    for table in tables.tables:
+        groups.setdefault((table.subject, table.track), []).append(table)
+    return environment.get_template("comparison.html.jinja").render(
+        tables=[_page_table(table, earlier or {}) for table in tables.tables],
+        heads=[*HEADS, *(["to earlier"] if earlier else [])],
+        groups=[_page_group(subject, track, found) for (subject, track), found in groups.items()],
+        remarks=remarks(tables),
+        results=sorted(tables.results, key=lambda r: (r.cell.subject, r.cell.bits, r.cell.label, r.cell.seed)),
+        commands=report.commands,
+        suite=report.suite,
+        counts={status: tables.count(status) for status in ("done", "diverged", "failed", "skipped") if tables.count(status)},
+        infos={info.name: info for info in method_infos(tables.results)},
+        machines=sorted({", ".join(f"{key} {value}" for key, value in result.machine.items() if value) for result in tables.results}),
+        shown=SHOWN,
+        least=LEAST_SEEDS,
+        confidence=f"{CONFIDENCE:.0%}",
+        format_metric=format_metric,
+        nothing=NOTHING,
+    )
+
+
+def _page_table(table: Table, earlier: Mapping[tuple[str, ...], float]) -> dict[str, Any]:
+    rows = []
+    for row in table.rows:
+        spread = row.spread
+        keys: list[object] = [
+            row.rank,
+            row.label,
+            spread and spread.mean,
+            spread and spread.deviation,
+            spread and spread.least,
+            spread and spread.greatest,
+        ]
+        keys += [spread and spread.count, row.difference and row.difference.mean, row.size_bytes, row.seconds]
+        before = earlier.get(earlier_key(row)) if earlier else None
+        keys += [None if before is None or spread is None else spread.mean - before] if earlier else []
+        terms = {name: row.term(name) for name in SHOWN}
+        rows.append({"label": row.label, "cells": list(zip(row_cells(table, row, earlier), keys, strict=True)), "terms": terms, "row": row})
+    return {"title": table.title, "note": table_note(table), "rows": rows, "unfinished": unfinished(table)}
+
+
+def _page_group(subject: str, track: str, tables: Sequence[Table]) -> dict[str, Any]:
+    """The plots of one network in one track."""
+    unit, metric, higher = tables[0].unit, tables[0].metric, tables[0].higher_is_better
+    rows = [(table, row) for table in tables for row in table.rows if row.spread is not None]
+    plots: dict[str, Markup] = {}
+    for title, name, tell in (
+        ("stored bytes", "size_bytes", format_bytes),
+        ("milliseconds of one call (ONNX Runtime)", "latency_ms", lambda ms: f"{ms:.2f} ms"),
+    ):
+        points = [
+            Point(f"{row.label} {table.bits}", cost, row.spread.mean, row.spread.least, row.spread.greatest)
+            for table, row in rows
+            if row.spread is not None and (cost := getattr(row, name)) is not None
+        ]
+        if points:
+            plots[f"{metric} over {title}"] = scatter(
+                points, higher_is_better=higher, x_label=title, y_label=metric, tell_x=tell, tell_y=lambda value: format_metric(value, unit)
+            )
+    lines: dict[str, dict[str, float]] = {}
+    for table, row in rows:
+        if row.spread is not None:
+            lines.setdefault(row.label, {})[table.bits] = row.spread.mean
+    if len({table.bits for table, _ in rows}) > 1:
+        plots[f"{metric} over bits (weights/activations)"] = by_bits(lines, y_label=metric, tell=lambda value: format_metric(value, unit))
+    return {"title": f"{subject}, {track}", "plots": plots}

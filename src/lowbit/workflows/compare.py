@@ -1,0 +1,539 @@
+"""``lowbit.compare``: methods on equal terms, cell by cell, resumable, with tables whose rows may stand beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from lowbit.comparison.cells import Cell, Result, Status
+from lowbit.comparison.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
+from lowbit.comparison.store import Store
+from lowbit.comparison.tables import Tables, make_tables
+from lowbit.comparison.terms import equal_terms
+from lowbit.errors import DivergedError, LowbitError, SpecError
+from lowbit.inputs import Inputs
+from lowbit.measure.cost import model_size
+from lowbit.options import choose_policy, make_method
+from lowbit.post_training.pipeline import PostTrainingMethod
+from lowbit.progress import Progress, Stage
+from lowbit.qat.engine.curve import versions
+from lowbit.qat.engine.trainer import Trainer
+from lowbit.qat.method import TrainingMethod
+from lowbit.qat.recipe import Recipe
+from lowbit.qat.tasks import as_task
+from lowbit.registry import find_method
+from lowbit.report.comparison import ComparisonReport, write_comparison
+from lowbit.spec import BitPolicy, LayerBits
+from lowbit.surrogates import make_surrogate
+from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.export import export
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.quantize import run_job
+from lowbit.workflows.subjects import Subject, open_subject, sample_total
+from lowbit.workflows.suite import SubjectSettings, Suite
+from lowbit.workflows.train import train_network
+from lowbit.workfolder import exclusive_run
+
+CELL_BYTES = 5_000  # of a stored result, about
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of ``lowbit.compare``.
+
+    Attributes:
+        suite: What was asked for.
+        tables: Rows that may stand beside each other, warnings, and every result.
+        folder: The store; ``cells/`` holds a JSON file for each cell.
+        files: Files that were written beside it.
+    """
+
+    suite: Suite
+    tables: Tables
+    folder: Path
+    files: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """All that a worker needs for one cell."""
+
+    cell: Cell
+    suite: Suite
+    subject: Subject | SubjectSettings
+    trains: bool
+    work: Path
+    float_metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell before it is run.
+
+    Attributes:
+        cell: The cell.
+        key: Name of its result.
+        facts: What it runs on.
+        reason: Why it is skipped; empty where it is not.
+        is_stored: Whether its result is in the store.
+        seconds: Estimated time, where it was measured.
+    """
+
+    cell: Cell
+    key: str
+    facts: Mapping[str, object]
+    reason: str
+    is_stored: bool
+    seconds: float | None = None
+
+
+def compare(
+    suite: Suite | None = None,
+    *,
+    subjects: Sequence[Subject] = (),
+    progress: bool | Progress | None = None,
+) -> Comparison:
+    """Compare methods on equal terms.
+
+    Every cell (a method with its bits on a network, for one seed) is stored as soon as it is done, under a name made of everything that
+    determines it. So a comparison that was killed resumes where it was, the running cell included, and changing a method runs its own
+    cells again only. Cells that fail are tried again by the next call.
+
+    Args:
+        suite: What to compare, on which terms, and where. Default: five methods on the embedded digits network at two widths.
+        subjects: Networks of your own with their data and task, in place of those that the suite names.
+        progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
+            error is a terminal, and in a notebook.
+
+    Returns:
+        Tables, warnings and all results. ``suite.out`` gets ``comparison.html``, ``results.csv``, ``table.md``, ``table.tex``,
+        ``methods.bib`` and ``suite.yaml``.
+
+    Raises:
+        UnknownNameError: No such method, option, baseline or term.
+        SpecError: Terms that cannot be met, a label twice, or stores that disagree.
+        DataError: A network without data.
+        OutputError: The folder cannot be written to, or another comparison works in it.
+
+    Example:
+        >>> import lowbit, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     suite = lowbit.Suite(methods=("round_to_nearest", "dfq"), bits=("8/8",), seeds=1, workers=0, out=folder)
+        ...     comparison = lowbit.compare(suite)
+        >>> [row.label for row in comparison.tables.tables[0].rows if row.spread.mean > 0.9]
+        ['dfq', 'round_to_nearest']
+    """
+    suite, progress = suite or Suite(), Progress.of(progress)
+    suite.check()
+    folder = prepare_folder(Path(suite.out), needed_bytes=10_000_000)
+    store = Store(folder)
+    with exclusive_run(folder):
+        for other in suite.merge:
+            progress.say(f"{store.merge(Store(other))} new cells from {other}")
+        opened = _Opened(suite, subjects)
+        planned = plan_cells(suite, store, opened)
+        known = store.load()
+        for one in planned:
+            if one.reason and one.key not in known:
+                store.keep(Result(one.key, one.cell, one.facts, "skipped", one.reason, machine=machine_facts(suite.threads)))
+        missing = [one for one in planned if not one.is_stored and not one.reason]
+        if missing:
+            progress.say(f"{len(missing)} cells to run, {len(planned) - len(missing)} are stored or skipped")
+        for outcome in _run(suite, _jobs(missing, store, opened, progress), progress):
+            _keep(store, outcome, {one.key: one for one in missing}, suite, progress)
+        return _reported(suite, store, [one.key for one in planned])
+
+
+def tables_of(suite: Suite) -> Comparison:
+    """The tables of what is stored in ``suite.out``; nothing is run.
+
+    Raises:
+        SpecError: Nothing is stored there.
+        FileFormatError: A stored result is damaged.
+    """
+    store = Store(suite.out)
+    if not store.load():
+        raise SpecError(f"out={suite.out!r} holds no results of a comparison. Name a folder that 'lowbit compare' wrote.")
+    with exclusive_run(store.folder):
+        return _reported(suite, store, [])
+
+
+def _reported(suite: Suite, store: Store, current: Sequence[str]) -> Comparison:
+    tables = make_tables(store.load().values(), baseline=suite.baseline or suite.methods[0].name, equal=suite.equal, current=current)
+    against = None if suite.against is None else Path(suite.against)
+    files = write_comparison(ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables), against), store.folder)
+    return Comparison(suite, tables, store.folder, files)
+
+
+def plan_cells(suite: Suite, store: Store, opened: _Opened | None = None) -> list[PlannedCell]:
+    """Every cell of ``suite`` with the name of its result, and whether it is stored."""
+    opened = opened or _Opened(suite, ())
+    known = store.load()
+    planned = []
+    for cell, reason in suite.cells(opened.names or None):
+        facts = opened.facts(cell)
+        key = cell.key(facts)
+        found = known.get(key)
+        planned.append(PlannedCell(cell, key, facts, reason, found is not None and found.status != "failed"))
+    return planned
+
+
+def estimate_cells(suite: Suite, store: Store, *, progress: Progress, subjects: Sequence[Subject] = ()) -> list[PlannedCell]:
+    """The cells of ``suite`` with the time that each takes: of a stored cell like it, else extrapolated from its first steps."""
+    opened = _Opened(suite, subjects)
+    planned = plan_cells(suite, store, opened)
+    known: dict[object, float] = {}
+    for result in store.load().values():
+        if result.seconds is not None:
+            known[_but_for_the_seed(result.cell)] = result.seconds
+    missing = [one for one in planned if not one.is_stored and not one.reason]
+    kinds = {_but_for_the_seed(one.cell): one for one in missing if _but_for_the_seed(one.cell) not in known}
+    with progress.stage("measuring steps", total=len(kinds)) as stage:
+        for kind, one in kinds.items():
+            known[kind] = _measured_seconds(one, store, opened)
+            stage.advance(1, one.cell.name)
+    return [
+        dataclasses.replace(one, seconds=None if one.is_stored or one.reason else known[_but_for_the_seed(one.cell)]) for one in planned
+    ]
+
+
+class _Opened:
+    """The networks of a suite, opened when they are needed, and the facts about them."""
+
+    def __init__(self, suite: Suite, subjects: Sequence[Subject]) -> None:
+        self._suite = suite
+        self._given = {subject.name: subject for subject in subjects}
+        if len(self._given) < len(subjects):
+            raise SpecError("subjects: two of them have the same name. Give each its own.")
+        self._settings = {} if subjects else {one.title: one for one in suite.subjects}
+        self.trains = any(info.kind == "training" for info in suite.check())
+        self._facts: dict[tuple[str, int | None], Mapping[str, object]] = {}
+        self._scores: dict[str, Mapping[str, float]] = {}
+        self._sources: dict[tuple[str, str, str | None], str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the networks that were given as objects."""
+        return tuple(self._given)
+
+    def named(self, name: str) -> Subject | SubjectSettings:
+        """What a worker opens."""
+        return self._given.get(name) or self._settings[name]
+
+    def facts(self, cell: Cell) -> dict[str, object]:
+        """Digests of all that the cell runs on."""
+        subject = opened_subject(self.named(cell.subject), cell.seed, self.trains)
+        at = (cell.subject, cell.seed if subject.follows_seed else None)
+        if at not in self._facts:
+            self._facts[at] = subject.facts()
+        of = (cell.method, cell.kind, cell.surrogate)
+        if of not in self._sources:
+            self._sources[of] = method_digest(cell)
+        return {
+            **self._facts[at],
+            "source": self._sources[of],
+            "threads": self._suite.threads,
+            "configurations": 1,
+            "selection": "last epoch",
+        }
+
+    def float_metrics(self, cell: Cell, known: Iterable[Result], progress: Progress) -> Mapping[str, float]:
+        """The float network's own metrics, measured once; none where its weights are random."""
+        subject = opened_subject(self.named(cell.subject), cell.seed, self.trains)
+        if subject.follows_seed:
+            return {}
+        facts = self.facts(cell)
+        if cell.subject not in self._scores:
+            same = (
+                r.float_metrics for r in known if r.float_metrics and all(r.facts.get(n) == facts[n] for n in ("weights", "data", "task"))
+            )
+            found = next(same, None)
+            if found is None:
+                found = dict(evaluate(subject.model, subject.test_data, task=subject.task, progress=progress).metrics)
+            self._scores[cell.subject] = found
+        return self._scores[cell.subject]
+
+
+_cache: dict[object, Subject] = {}
+
+
+def opened_subject(named: Subject | SubjectSettings, seed: int, trains: bool) -> Subject:
+    """The opened network; a process opens each once, and those with random weights once for each seed."""
+    if isinstance(named, Subject):
+        return named
+    key = (named.to_yaml(), trains)
+    if key in _cache or (*key, seed) in _cache:
+        return _cache[key] if key in _cache else _cache[(*key, seed)]
+    subject = open_subject(named, seed, trains=trains)
+    _cache[(*key, seed) if subject.follows_seed else key] = subject
+    return subject
+
+
+def method_digest(cell: Cell) -> str:
+    """SHA-256 of the files that define the cell's method, those it derives from, and its surrogate."""
+    info = find_method(cell.method, cell.kind)
+    classes = [cls for cls in (info.method.__mro__ if info.method is not None else ()) if _is_own(cls.__module__)]
+    if cell.surrogate is not None:
+        classes.append(type(make_surrogate(cell.surrogate)))
+    digest = hashlib.sha256()
+    for cls in classes:
+        try:
+            digest.update(Path(inspect.getfile(cls)).read_bytes())
+        except (OSError, TypeError):  # made outside of a file
+            digest.update(cls.__qualname__.encode())
+    return digest.hexdigest()
+
+
+def _is_own(module: str) -> bool:
+    """Whether a class of this module belongs to a method, and not to the library or to Python."""
+    return module.startswith("lowbit.methods.") or module.partition(".")[0] not in ("lowbit", "builtins", "abc", "typing")
+
+
+def _jobs(missing: Sequence[PlannedCell], store: Store, opened: _Opened, progress: Progress) -> list[Job]:
+    known = list(store.load().values())
+    return [
+        Job(
+            one.key,
+            one.cell.name,
+            CellTask(
+                one.cell,
+                opened._suite,
+                opened.named(one.cell.subject),
+                opened.trains,
+                store.work_folder(one.key).absolute(),
+                opened.float_metrics(one.cell, known, progress),
+            ),
+        )
+        for one in missing
+    ]
+
+
+def _run(suite: Suite, jobs: Sequence[Job], progress: Progress) -> Iterator[Outcome]:
+    if not jobs:
+        return iter(())
+    if suite.ray is not None:
+        memory = None if suite.memory_gb is None else int(suite.memory_gb * 2**30)
+        return run_on_ray(jobs, run_cell, address=suite.ray, threads=suite.threads, memory_bytes=memory, progress=progress)
+    workers = workers_of(suite)
+    if workers == 0:
+        return run_here(jobs, run_cell, progress=progress)
+    return run_in_processes(jobs, run_cell, workers=workers, threads=suite.threads, progress=progress)
+
+
+def workers_of(suite: Suite) -> int:
+    """Number of processes that run cells here."""
+    return max(1, (os.cpu_count() or 1) // suite.threads) if suite.workers is None else suite.workers
+
+
+def _keep(store: Store, outcome: Outcome, planned: Mapping[str, PlannedCell], suite: Suite, progress: Progress) -> None:
+    one = planned[outcome.job.key]
+    answer: dict[str, object] = {"status": "failed", "reason": outcome.problem} if outcome.answer is None else dict(outcome.answer)
+    answer.setdefault("machine", machine_facts(suite.threads))
+    result = Result(one.key, one.cell, one.facts, **answer)  # type: ignore[arg-type]
+    store.keep(result)
+    if result.status != "done":
+        progress.say(f"{one.cell.name}: {result.status}: {result.reason}")
+
+
+def run_cell(job: Job, progress: Progress) -> Mapping[str, object]:
+    """Run one cell and measure what came out; the fields of ``Result`` that are known then, as plain values."""
+    task = cast(CellTask, job.payload)
+    cell, suite = task.cell, task.suite
+    start = time.perf_counter()
+    subject = opened_subject(task.subject, cell.seed, task.trains)
+    goal = as_task(subject.task)
+    facts: dict[str, object] = {
+        "metric": goal.metric_name,
+        "higher_is_better": goal.higher_is_better,
+        "unit": goal.units.get(goal.metric_name, ""),
+        "float_metrics": task.float_metrics,
+        "machine": machine_facts(suite.threads),
+    }
+    task.work.mkdir(parents=True, exist_ok=True)
+    try:
+        model, sample, seen = (_trained if cell.kind == "training" else _quantized)(task, subject, progress)
+        metrics = dict(evaluate(model, subject.test_data, task=subject.task, progress=Progress.silent()).metrics)
+    except DivergedError as error:
+        return {**facts, "status": "diverged", "reason": str(error), "seconds": time.perf_counter() - start}
+    status: Status = "done" if math.isfinite(metrics[goal.metric_name]) else "diverged"
+    facts |= {
+        "status": status,
+        "reason": "" if status == "done" else f"{goal.metric_name} is {metrics[goal.metric_name]}",
+        "metrics": metrics,
+        "terms": {**equal_terms(model, subject.model, sample), **seen},
+        "size_bytes": model_size(model).total_bytes,
+        "seconds": time.perf_counter() - start,
+    }
+    if suite.latency and status == "done":
+        facts |= _latency(model, sample, task.work)
+    return facts
+
+
+def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
+    cell, suite = task.cell, task.suite
+    method = make_method(cell.method, "training", cell.options)
+    assert isinstance(method, TrainingMethod)
+    if subject.train_data is None:
+        raise SpecError(f"{subject.name}: {cell.method} trains, and there are no training data. Give the network data.")
+    recipe = suite.recipe_for(cell, method.default_recipe() if suite.track == "published" else Recipe())
+    trained = train_network(
+        subject.model,
+        subject.train_data,
+        Trainer(device="cpu", save_every=suite.save_every, select="last", progress=progress),
+        method=method,
+        recipe=recipe,
+        policy=_policy(suite, cell, method),
+        out=task.work,
+        surrogate=cell.surrogate,
+        teacher=subject.model if "teacher" in method.info.needs else None,
+        task=subject.task,
+        augment=suite.augment,
+        tensorboard=False,
+    )
+    return trained.model, trained.sample, {"images": len(trained.curve) * sample_total(subject.train_data)}
+
+
+def _quantized(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
+    cell, suite = task.cell, task.suite
+    method = make_method(cell.method, "post_training", cell.options)
+    assert isinstance(method, PostTrainingMethod)
+    calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
+    job = run_job(
+        subject.model,
+        method,
+        {},
+        policy=_policy(suite, cell, method),
+        calibration=calibration,
+        seed=cell.seed,
+        progress=progress,
+        work_dir=task.work,
+    )
+    return job.model, job.sample, {"images": 0, "calibration_images": sum(inputs.batch_size for inputs in calibration)}
+
+
+def _policy(suite: Suite, cell: Cell, method: TrainingMethod | PostTrainingMethod) -> BitPolicy:
+    if suite.track == "aligned":
+        return suite.policy(cell)
+    return choose_policy(method, "paper", LayerBits(cell.weight_bits, cell.activation_bits))
+
+
+def _latency(model: nn.Module, sample: Inputs, work: Path) -> dict[str, object]:
+    """Times of the ONNX file; a note where there is none, so that a figure that is missing has its reason."""
+    try:
+        written = export(model, work / "model.onnx", sample=sample)
+    except LowbitError as error:
+        return {"reason": f"not timed: {error}"}
+    if written.speed is None:
+        return {"reason": "not timed"}
+    return {"latency_ms": written.speed.quantized_ms, "float_latency_ms": written.speed.float_ms}
+
+
+def machine_facts(threads: int) -> dict[str, object]:
+    """Where a cell runs: what its time, and the last bits of its result, may depend on."""
+    return {"processor": _processor(), "system": platform.system(), "threads": threads, **versions()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commands_of(suite: Suite, tables: Tables) -> dict[str, str]:
+    """The command that makes each result, by its key; those of networks given as objects have none."""
+    named = {one.title: one for one in suite.subjects}
+    return {
+        result.key: _command(suite, result.cell, named[result.cell.subject]) for result in tables.results if result.cell.subject in named
+    }
+
+
+def _command(suite: Suite, cell: Cell, subject: SubjectSettings) -> str:
+    parts = ["lowbit", "train" if cell.kind == "training" else "quantize", "--method", cell.method]
+    parts += [word for name, value in cell.options.items() for word in ("-o", f"{name}={value}")]
+    if cell.surrogate:
+        parts += ["--surrogate", cell.surrogate]
+    parts += ["-w", str(cell.weight_bits or "float"), "-a", str(cell.activation_bits or "float"), "--seed", str(cell.seed)]
+    for name in ("model", "weights", "data", "test_data", "calibration"):
+        if value := getattr(subject, name):
+            parts += [f"--{name.replace('_', '-')}", value]
+    if cell.track == "published":
+        parts += ["--policy", "paper", *(["--recipe", "paper"] if cell.kind == "training" else [])]
+    elif cell.kind == "training":
+        parts += ["--epochs", str(suite.recipe.epochs), "--batch-size", str(suite.recipe.batch_size)]
+        parts += ["--lr", str(suite.recipe.optimizer.learning_rate)]
+    return " ".join(parts)
+
+
+def _but_for_the_seed(cell: Cell) -> str:
+    return dataclasses.replace(cell, seed=0).key({})
+
+
+class _Enough(Exception):
+    """Enough steps were measured."""
+
+
+class _Probe(Progress):
+    """Measures the first steps of each stage, and stops at the first that would take long."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.start = time.perf_counter()
+        self.seconds = 0.0
+
+    def stage(self, name: str, total: float, *, done: int = 0) -> _ProbedStage:  # type: ignore[override]
+        """A stage that ends the run when its time is known."""
+        return _ProbedStage(self, name, total)
+
+
+class _ProbedStage(Stage):
+    STEPS, LONG = 2, 1.0
+
+    def __init__(self, probe: _Probe, name: str, total: float) -> None:
+        super().__init__(name, total, None, None, None)
+        self._probe, self._began, self._steps, self._first = probe, time.perf_counter(), 0, (0.0, 0.0)
+
+    def __enter__(self) -> _ProbedStage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Count; raise ``_Enough`` when the first steps say that the rest takes long."""
+        super().advance(amount, note)
+        self._steps += 1
+        now = time.perf_counter()
+        if self._steps == 1:  # the first step builds what the others use
+            self._first = (now, self.done)
+            return
+        rest = (now - self._first[0]) / (self.done - self._first[1]) * (self.total - self.done)
+        if self._steps >= self.STEPS and rest > self.LONG:
+            self._probe.seconds = now - self._probe.start + rest
+            raise _Enough
+
+
+def _measured_seconds(one: PlannedCell, store: Store, opened: _Opened) -> float:
+    probe = _Probe()
+    work = store.work_folder(f"{one.key}-measured").absolute()
+    task = CellTask(one.cell, opened._suite, opened.named(one.cell.subject), opened.trains, work, {})
+    try:
+        run_cell(Job(one.key, one.cell.name, task), probe)
+        return time.perf_counter() - probe.start
+    except _Enough:
+        return probe.seconds
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""What methods are compared on: a network with its data and task, opened from settings or given as objects."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from lowbit.data import ImageData, load_data
+from lowbit.data.folders import PictureFiles
+from lowbit.data.image_data import TensorImages
+from lowbit.errors import CalibrationError, DataError
+from lowbit.inputs import Calibration, tensors_of
+from lowbit.qat.engine.batches import evaluation_batches, seeded
+from lowbit.qat.task import Task
+from lowbit.qat.tasks import as_task
+from lowbit.workflows.source import DEFAULT, make_network, preprocessing_of, stacked
+from lowbit.workflows.start import fitting_options, has_trained_weights, seeded_globally
+from lowbit.workflows.suite import SubjectSettings
+from lowbit.workfolder import tensors_digest, weights_digest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its data and task, for ``lowbit.compare``.
+
+    Attributes:
+        name: What tables call it.
+        model: The float network; pickled where cells run in other processes, so its class must be importable there.
+        train_data: Of the kinds that ``lowbit.train`` takes; needed by training methods.
+        test_data: Labelled data that metrics are measured on.
+        calibration: Samples without labels, needed by post-training methods: ``ImageData`` or a tensor, of which each seed draws its own, or
+            batches, which are used as they come. Default: the training data.
+        task: What the network is for. Default: classification.
+        follows_seed: Whether the weights are random ones of the seed.
+    """
+
+    name: str
+    model: nn.Module
+    train_data: object = None
+    test_data: object = None
+    calibration: object = None
+    task: Task | None = None
+    follows_seed: bool = False
+
+    def facts(self) -> dict[str, object]:
+        """What results depend on: digests of weights and data, sizes of the splits, the task."""
+        data = [data for data in (self.train_data, self.test_data, self.calibration) if data is not None]
+        return {
+            "weights": weights_digest(self.model),
+            "weights_follow_seed": self.follows_seed,
+            "data": hashlib.sha256("".join(map(data_digest, data)).encode()).hexdigest(),
+            "split": ", ".join(
+                f"{name} {sample_total(data)}" for name, data in (("train", self.train_data), ("test", self.test_data)) if data is not None
+            ),
+            "task": as_task(self.task).facts(),
+        }
+
+    def draw_calibration(self, count: int, batch_size: int, seed: int) -> Calibration:
+        """``count`` samples that depend on the data and the seed, and on nothing else.
+
+        Raises:
+            CalibrationError: There are no samples to draw from.
+        """
+        data = self.train_data if self.calibration is None else self.calibration
+        if isinstance(data, ImageData):
+            order = torch.randperm(len(data), generator=seeded(seed, count))[:count].tolist()
+            return Calibration.of(stacked(data.dataset, order, batch_size, torch.device("cpu")))
+        if isinstance(data, tuple) and data and isinstance(data[0], Tensor):
+            data = data[0]
+        if isinstance(data, Tensor):
+            rows = data[torch.randperm(len(data), generator=seeded(seed, count))[:count]]
+            return Calibration.of(list(rows.split(batch_size)), self.model)
+        if data is None:
+            raise CalibrationError(f"{self.name}: there are no samples to calibrate on. Give it calibration or training data.")
+        return Calibration.of(data, self.model, limit=count)
+
+
+def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subject:
+    """The network and the data that ``settings`` name; random weights are drawn from ``seed``.
+
+    Args:
+        settings: Names.
+        seed: For networks without trained weights.
+        trains: Whether training data are needed.
+
+    Raises:
+        LowbitError: Something cannot be found or read, or does not fit.
+    """
+    data = settings.data or (DEFAULT if settings.model in (None, DEFAULT) else None)
+    if data is None and settings.test_data is None:
+        raise DataError(f"networks, {settings.title}: there is no data to measure on: name some with data= (see 'lowbit data list').")
+    preprocessing = preprocessing_of(settings.preprocess)
+    test = load_data(settings.test_data or str(data), split="test", preprocessing=preprocessing)
+    if test.num_classes is None:
+        raise DataError(f"networks, {settings.title}: {test.name} has no labels to measure with. Name labelled data.")
+    train = load_data(data, split="train", preprocessing=preprocessing) if trains and data is not None else None
+    named = settings.calibration or data
+    calibration = None if named is None or (train is not None and named == data) else named
+    samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
+    options = fitting_options(settings.model, settings.model_options, test)
+    is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options)
+    with seeded_globally(seed):
+        _, model = make_network(settings.model, settings.weights, options, "cpu")
+    return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
+
+
+def data_digest(data: object) -> str:
+    """SHA-256 of what ``data`` hold: of tensors their values, of folders the names and sizes of files, of other data all batches."""
+    if isinstance(data, ImageData):
+        return hashlib.sha256(f"{data.mean} {data.std} {data.input_shape} {data_digest(data.dataset)}".encode()).hexdigest()
+    if isinstance(data, Subset):
+        return hashlib.sha256(f"{data_digest(data.dataset)} {list(data.indices)}".encode()).hexdigest()
+    if isinstance(data, TensorImages):
+        return tensors_digest([data.images, *([] if data.labels is None else [data.labels])])
+    if isinstance(data, PictureFiles):
+        files = [(Path(path).name, Path(path).stat().st_size) for path in data.paths]
+        return hashlib.sha256(f"{files} {data.labels}".encode()).hexdigest()
+    found = list(tensors_of(data))
+    if isinstance(data, (Tensor, tuple, dict)) and found:
+        return tensors_digest(found)
+    return tensors_digest(tensor for batch in evaluation_batches(data, 256) for tensor in tensors_of(batch))
+
+
+def sample_total(data: object) -> int:
+    """Number of samples of ``data``; 0 where they do not know."""
+    if isinstance(data, (tuple, dict)):
+        found = list(tensors_of(data))
+        return len(found[0]) if found else 0
+    return len(data) if hasattr(data, "__len__") else 0

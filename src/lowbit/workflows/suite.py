@@ -1,0 +1,350 @@
+"""The request of ``lowbit compare``: networks x data x methods x bits x seeds, and the terms that are the same for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from lowbit.comparison.cells import FLOAT, Cell, Track
+from lowbit.errors import LowbitError, SpecError, unknown_name
+from lowbit.options import Above, AtLeast, make_method
+from lowbit.qat.recipe import AugmentName, Recipe
+from lowbit.reading import line_of, shorten
+from lowbit.registry import MethodInfo, find_method, list_methods
+from lowbit.spec import BitPolicy, parse_bits
+from lowbit.workflows.requests import Bits, BitSettings, NetworkSettings, Request, plain_value
+
+DEFAULT_METHODS = ("dorefa", "pact", "lq_nets", "ewgs", "lsq")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method of a suite, as its paper has it or altered.
+
+    Attributes:
+        method: Name of the method, or ``path/to/file.py:Class``.
+        label: What tables call it. Default: the method's name, with whatever is altered behind it.
+        options: Hyper-parameters that differ from the method's defaults.
+        surrogate: Gradient surrogate in place of the method's own.
+        kind: Kind of the method, where methods of several kinds have the name.
+
+    Example:
+        >>> Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name
+        'ewgs (delta=0.001)'
+    """
+
+    method: str
+    label: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    surrogate: str | None = None
+    kind: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        if self.label is not None:
+            return self.label
+        changes = [f"{name}={value}" for name, value in self.options.items()] + ([self.surrogate] if self.surrogate else [])
+        return f"{self.method} ({', '.join(changes)})" if changes else self.method
+
+    @staticmethod
+    def parse(value: object, where: str = "") -> Contender:
+        """A contender from its name or from a mapping of its settings."""
+        if isinstance(value, Contender):
+            return value
+        if isinstance(value, str):
+            return Contender(value.strip())
+        return Contender(**_entries(value, "method", [f.name for f in dataclasses.fields(Contender)], where))
+
+
+@dataclass(frozen=True)
+class BitPair:
+    """Bits of weights and activations; ``None`` is float.
+
+    >>> str(BitPair.parse("4/8")), str(BitPair.parse(2)), str(BitPair.parse("4/float"))
+    ('4/8', '2/2', '4/float')
+    """
+
+    weight: int | None
+    activation: int | None
+
+    @staticmethod
+    def parse(value: object, where: str = "bits") -> BitPair:
+        """A pair from ``4/8``, or from one number for both."""
+        if isinstance(value, BitPair):
+            return value
+        parts = value.split("/") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        if not 1 <= len(parts) <= 2:
+            raise SpecError(f"{where}: expected WEIGHTS/ACTIVATIONS such as 4/8, got {shorten(value)}")
+        bits = [parse_bits(part.strip() if isinstance(part, str) else part, where) for part in parts]
+        return BitPair(bits[0], bits[-1])
+
+    def __str__(self) -> str:
+        return "/".join(FLOAT if bits is None else str(bits) for bits in (self.weight, self.activation))
+
+
+@dataclass(frozen=True)
+class SubjectSettings(NetworkSettings):
+    """A network of a suite with its data.
+
+    Attributes:
+        name: What tables call it. Default: the model and its data.
+        test_data: Labelled data that metrics are measured on. Default: the test part of the data.
+        calibration: Samples without labels. Default: training samples of the data.
+    """
+
+    command: ClassVar[str] = "networks"
+
+    name: str | None = None
+    test_data: str | None = None
+    calibration: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        parts = [self.model or "digits", *([self.data] if self.data and self.data != self.model else [])]
+        return self.name or " on ".join(parts)
+
+    @staticmethod
+    def parse(value: object, where: str = "") -> SubjectSettings:
+        """A network from its name or from a mapping of its settings."""
+        if isinstance(value, SubjectSettings):
+            return value
+        if isinstance(value, str):
+            return SubjectSettings(model=value)
+        if not isinstance(value, Mapping):
+            raise SpecError(f"{where}: a network is a name or names and values such as model: resnet20, got {shorten(value)}")
+        return SubjectSettings().changed(value, where)
+
+
+@dataclass(frozen=True)
+class SuiteSettings(Request):
+    """Suite.
+
+    Attributes:
+        networks: Networks with their data; in a suite file a list with the settings of each. Default: the one that --model, --weights and
+            --data name.
+        methods: Methods, joined by commas; in a suite file also with method, label, options and surrogate. Any kinds.
+        bits: Bits of weights and activations, for example 4/4,2/2 or 4/float.
+        seeds: Number of seeds; the first one is the recipe's. Fewer than 3 show no difference.
+        track: aligned: one recipe, one policy for first and last layers, one number of images for all. published: every method with the
+            recipe and the policy of its paper. The two are never in one table.
+        baseline: Method that differences are taken to. Default: the first.
+        equal: More terms that must be equal within a table, for example granularity, symmetry or norms.
+    """
+
+    networks: tuple[SubjectSettings, ...] = ()
+    methods: tuple[Contender, ...] = tuple(Contender(name) for name in DEFAULT_METHODS)
+    bits: tuple[BitPair, ...] = (BitPair(4, 4), BitPair(2, 2))
+    seeds: Annotated[int, AtLeast(1)] = 3
+    track: Track = "aligned"
+    baseline: str | None = None
+    equal: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TermSettings(Request):
+    """Terms.
+
+    Attributes:
+        recipe: Epochs, optimizer and so on of the aligned track; in a file its fields are listed with the others.
+        paper_epochs: Epochs in place of the papers' own, for the published track; tables say so. Default: the papers'.
+        augment: none, crop (shifts), crop_flip (mirrors too), or auto: crop_flip from 28 pixels on.
+        first_last_bits: Minimum bits of the first and the last layer in the aligned track, or 'same' for no exception. Default: 8.
+        merge_bits: Bits of residual sums and concatenations in the aligned track, or 'float'. Default: each kind's own.
+        keep: Name patterns of layers to leave in float in the aligned track.
+        calibration_samples: Samples that methods without training look at; drawn anew for each seed.
+        batch_size_calibration: Samples per forward pass of these.
+    """
+
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=5))
+    paper_epochs: Annotated[int | None, AtLeast(1)] = None
+    augment: AugmentName = "auto"
+    first_last_bits: Bits = None
+    merge_bits: Bits = None
+    keep: tuple[str, ...] = ()
+    calibration_samples: Annotated[int, AtLeast(1)] = 256
+    batch_size_calibration: Annotated[int, AtLeast(1)] = 32
+
+
+@dataclass(frozen=True)
+class PlaceSettings(Request):
+    """Run.
+
+    Attributes:
+        workers: Processes that run cells here; 0 runs them in this process. Default: as many as there are cores for.
+        threads: CPU threads of each cell; the bits of a result may depend on it.
+        ray: Address of a Ray cluster that runs the cells: auto, or HOST:PORT. Default: none.
+        memory_gb: Memory that each cell declares to Ray. Default: nothing is declared.
+        latency: Write an ONNX file of each cell and time it against the float network's.
+        save_every: Interval between saves of a running cell's state: a time such as 30s, or a number of steps.
+        out: Folder of the results (cells/) and the tables made of them.
+        against: A results.csv of an earlier comparison, to show what has changed.
+        merge: Folders of other comparisons, to take in the cells of.
+    """
+
+    decides: ClassVar[bool] = False
+
+    workers: Annotated[int | None, AtLeast(0)] = None
+    threads: Annotated[int, AtLeast(1)] = 1
+    ray: str | None = None
+    memory_gb: Annotated[float | None, Above(0)] = None
+    latency: bool = False
+    save_every: str = "30s"
+    out: str = "lowbit-compare"
+    against: str | None = None
+    merge: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
+    """Run.
+
+    Example:
+        >>> import lowbit
+        >>> suite = lowbit.Suite(methods=("lsq", {"method": "pact", "label": "pact, slow clip", "options": {"clip_decay": 1e-5}}), bits=("2/2",))
+        >>> [contender.name for contender in suite.methods], len(list(suite.cells()))
+        (['lsq', 'pact, slow clip'], 6)
+    """
+
+    command: ClassVar[str] = "compare"
+
+    @property
+    def subjects(self) -> tuple[SubjectSettings, ...]:
+        """The networks with their data."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(NetworkSettings)}
+        if not self.networks:
+            return (SubjectSettings(**shared),)
+        return tuple(one if one.data or not self.data else dataclasses.replace(one, data=self.data) for one in self.networks)
+
+    @property
+    def seed_numbers(self) -> range:
+        """The seeds."""
+        return range(self.recipe.seed, self.recipe.seed + self.seeds)
+
+    def cells(self, subjects: tuple[str, ...] | None = None) -> Iterator[tuple[Cell, str]]:
+        """Every cell, with the reason why it has to be skipped, which is empty where it has not.
+
+        Args:
+            subjects: Names of the networks. Default: those of ``subjects``.
+
+        Raises:
+            UnknownNameError: A method, option or term that is not known.
+            SpecError: A label twice, or an altered method by the name of another.
+        """
+        infos = self.check()
+        for name in subjects or tuple(one.title for one in self.subjects):
+            for contender, info in zip(self.methods, infos, strict=True):
+                for pair in self.bits:
+                    for seed in self.seed_numbers:
+                        cell = Cell(
+                            name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
+                            dict(contender.options), contender.surrogate, self._terms(info),
+                        )  # fmt: skip
+                        yield cell, _missing_bits(info, pair)
+
+    def check(self) -> list[MethodInfo]:
+        """The facts of every method, in their order; raises what ``cells`` raises."""
+        if not self.methods:
+            raise SpecError("methods: there is none to compare. Name some, see lowbit.list_methods().")
+        names = [contender.name for contender in self.methods]
+        infos = [_info(contender) for contender in self.methods]
+        for contender, name in zip(self.methods, names, strict=True):
+            if names.count(name) > 1:
+                raise SpecError(f"methods: {name!r} is there twice. Give each a label of its own.")
+            is_altered = bool(contender.options or contender.surrogate)
+            if name != contender.method and name in {info.name for info in list_methods()}:
+                raise SpecError(
+                    f"methods: the label {name!r} is the name of another method than {contender.method!r}. Choose another label."
+                )
+            if is_altered and name == contender.method:
+                raise SpecError(f"methods: {name!r} is altered, so it needs another label than the method's own name.")
+        titles = [one.title for one in self.subjects]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise SpecError(f"networks: {title!r} is there twice. Give each a name of its own.")
+        if self.baseline is not None and self.baseline not in names:
+            raise unknown_name("baseline", self.baseline, names)
+        from lowbit.comparison.terms import SHOWN  # brings torch
+
+        for term in self.equal:
+            if term not in SHOWN:
+                raise unknown_name("term of equal", term, SHOWN)
+        return infos
+
+    def policy(self, cell: Cell) -> BitPolicy:
+        """Bits of each layer in the aligned track."""
+        bits = BitSettings(
+            weight_bits=cell.weight_bits or FLOAT,
+            activation_bits=cell.activation_bits or FLOAT,
+            first_last_bits=self.first_last_bits,
+            merge_bits=self.merge_bits,
+            keep=self.keep,
+        )
+        return bits.bit_policy()
+
+    def recipe_for(self, cell: Cell, paper: Recipe) -> Recipe:
+        """The recipe of a cell; ``paper`` is that of its method's paper."""
+        if self.track == "aligned":
+            return dataclasses.replace(self.recipe, seed=cell.seed)
+        return dataclasses.replace(paper, seed=cell.seed, epochs=self.paper_epochs or paper.epochs)
+
+    def _terms(self, info: MethodInfo) -> dict[str, object]:
+        """What a cell depends on beside the method, the bits and the seed; only what its kind of method looks at."""
+        terms: dict[str, object] = {}
+        if self.track == "aligned":
+            terms["policy"] = {name: plain_value(getattr(self, name)) for name in ("first_last_bits", "merge_bits", "keep")}
+        if info.kind == "training":
+            recipe = dataclasses.asdict(self.recipe) if self.track == "aligned" else {"epochs": self.paper_epochs or "paper"}
+            recipe.pop("seed", None)
+            terms |= {"recipe": plain_value(recipe), "augment": self.augment}
+        else:
+            terms |= {"calibration_samples": self.calibration_samples, "batch_size": self.batch_size_calibration}
+        return terms
+
+
+def _info(contender: Contender) -> MethodInfo:
+    info = find_method(contender.method, contender.kind)  # type: ignore[arg-type]
+    try:
+        make_method(contender.method, info.kind, contender.options)
+    except LowbitError as error:
+        raise type(error)(f"methods, {contender.name}: {error}") from error
+    if contender.surrogate is not None:
+        from lowbit.surrogates import make_surrogate  # brings torch
+
+        make_surrogate(contender.surrogate)
+        if info.kind != "training":
+            raise SpecError(f"methods, {contender.name}: a surrogate is for training methods, and {info.name} is {info.kind}.")
+    return info
+
+
+def _missing_bits(info: MethodInfo, pair: BitPair) -> str:
+    """Why the method does not have these bits; empty where it has."""
+    if pair.weight is not None and pair.weight not in info.weight_bits:
+        return f"{info.name} has weight bits {_listed(info.weight_bits)}, not {pair.weight}"
+    if pair.activation is not None and info.activation_bits is None:
+        return f"{info.name} leaves activations in float; its bits are written {pair.weight}/{FLOAT}"
+    if pair.activation is not None and info.activation_bits is not None and pair.activation not in info.activation_bits:
+        return f"{info.name} has activation bits {_listed(info.activation_bits)}, not {pair.activation}"
+    return ""
+
+
+def _listed(bits: range) -> str:
+    return ", ".join(map(str, bits))
+
+
+def _entries(value: object, first: str, names: list[str], where: str) -> dict[str, Any]:
+    """The entries of a mapping in a suite: text, but for ``options``."""
+    if not isinstance(value, Mapping) or first not in value:
+        raise SpecError(f"{where}{line_of(value)}: expected a name, or names and values with {first!r} among them, got {shorten(value)}")
+    for name, entry in value.items():
+        place = f"{where}{line_of(value, name)}"
+        if name not in names:
+            raise unknown_name(f"entry of {place}", str(name), names)
+        if name == "options" and not isinstance(entry, Mapping):
+            raise SpecError(f"{place}: options must hold names and values, got {shorten(entry)}")
+        if name != "options" and not isinstance(entry, str):
+            raise SpecError(f"{place}: {name} must be text, got {shorten(entry)}")
+    return dict(value)
