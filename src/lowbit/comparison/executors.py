@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,11 +228,20 @@ def _ready(team: Sequence[_Worker]) -> list[_Worker]:
 def _work(pipe: Connection, runner: Runner, threads: int) -> None:
     """What a worker process does until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _use_threads(threads)
     with contextlib.suppress(EOFError, OSError):
         while True:
             job = pipe.recv()
             pipe.send(_answer(runner, job, _Reporting(pipe.send)))
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers, and who resumes its comparison needs their folders."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _use_threads(threads: int) -> None:

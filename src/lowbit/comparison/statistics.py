@@ -96,8 +96,8 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
         chosen = np.array(list(itertools.product(range(count), repeat=count)))
     else:
         chosen = np.random.default_rng(0).integers(count, size=(_MOST_EXACT, count))
-    outside = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(differences[chosen].mean(axis=1), [outside, 100 - outside], method="closest_observation")
+    means, outside = differences[chosen].mean(axis=1), 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means, outside, method="lower"), np.percentile(means, 100 - outside, method="higher")
     return Difference(math.fsum(differences) / count, float(low), float(high), count)
 
 

@@ -58,6 +58,14 @@ class Comparison:
         tables: Rows that may stand beside each other, warnings, and every result.
         folder: The store; ``cells/`` holds a JSON file for each cell.
         files: Files that were written beside it.
+
+    Example:
+        >>> import lowbit, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     suite = lowbit.Suite(methods=("round_to_nearest", "bi_real_net"), bits=("8/8",), seeds=1, workers=0, out=folder)
+        ...     comparison = lowbit.compare(suite)
+        >>> [(result.cell.name, result.status, result.reason) for result in comparison.tables.results if result.status != "done"]
+        [('bi_real_net 8/8 on digits, seed 0', 'skipped', 'bi_real_net has weight bits 1, not 8')]
     """
 
     suite: Suite
@@ -132,7 +140,7 @@ def compare(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     suite = lowbit.Suite(methods=("round_to_nearest", "dfq"), bits=("8/8",), seeds=1, workers=0, out=folder)
         ...     comparison = lowbit.compare(suite)
-        >>> [row.label for row in comparison.tables.tables[0].rows if row.spread.mean > 0.9]
+        >>> sorted(row.label for row in comparison.tables.tables[0].rows if row.spread.mean > 0.9)
         ['dfq', 'round_to_nearest']
     """
     suite, progress = suite or Suite(), Progress.of(progress)

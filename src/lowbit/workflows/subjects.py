@@ -37,6 +37,18 @@ class Subject:
             batches, which are used as they come. Default: the training data.
         task: What the network is for. Default: classification.
         follows_seed: Whether the weights are random ones of the seed.
+
+    Example:
+        >>> import lowbit, tempfile, torch
+        >>> inputs = torch.randn(64, 4)
+        >>> data = inputs, (inputs[:, 0] > 0).long()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> subject = lowbit.Subject("halves", model, train_data=data, test_data=data)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     suite = lowbit.Suite(methods=("round_to_nearest",), bits=("4/8",), seeds=1, workers=0, out=folder)
+        ...     comparison = lowbit.compare(suite, subjects=[subject])
+        >>> comparison.tables.tables[0].title
+        'halves, 4/8, post-training, aligned'
     """
 
     name: str

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import pytest
+from tests.comparison.results import result, seeds
+
+from lowbit.comparison.tables import make_tables
+from lowbit.errors import DataError
+from lowbit.report.comparison import (
+    FILES,
+    ComparisonReport,
+    bibliography,
+    earlier_means,
+    latex,
+    markdown,
+    render_page,
+    results_csv,
+    write_comparison,
+)
+from lowbit.report.scatter import Point, by_bits, pareto_front, scatter
+
+RESULTS = [
+    *seeds([0.5, 0.6, 0.7], "lsq"),
+    *seeds([0.6, 0.7, 0.8], "pact"),
+    *seeds([0.4, 0.4, 0.4], "lsq", bits=(2, 2)),
+    result(None, "ewgs", reason="<b>no & memory</b>"),
+]
+
+
+def test_the_csv_has_one_row_for_each_cell_done_or_not() -> None:
+    rows = list(csv.DictReader(io.StringIO(results_csv(RESULTS))))
+    assert len(rows) == len(RESULTS) and len({row["key"] for row in rows}) == len(RESULTS)
+    row = next(row for row in rows if (row["label"], row["weight_bits"], row["seed"]) == ("lsq", "4", "1"))
+    assert (float(row["value"]), float(row["float_value"]), row["size_bytes"], row["images"]) == (0.6, 0.95, "1000", "50")
+    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["<b>no & memory</b>"]
+
+
+def test_markdown_has_means_differences_ranks_and_what_is_missing() -> None:
+    text = markdown(make_tables(RESULTS, baseline="lsq"))
+    assert "| 1 | pact | 70.00 % | 10.00 % | 60.00 % | 80.00 % | 3 of 3 | +10.00 [+10.00, +10.00] |" in text
+    assert "| 2 | lsq | 60.00 % | 10.00 % | 50.00 % | 70.00 % | 3 of 3 | baseline |" in text
+    assert "- ewgs failed (seed 0): <b>no & memory</b>" in text
+    assert "### digits, 2/2, training, aligned" in text and "the float network has 95.00 %" in text
+
+
+def test_ranks_that_are_shared_say_that_no_difference_is_shown() -> None:
+    text = markdown(make_tables([*seeds([0.5, 0.6, 0.7], "lsq"), *seeds([0.6, 0.5, 0.7], "pact")], baseline="lsq"))
+    assert text.count("| 1 |") == 2 and "no difference shown" in text
+
+
+def test_latex_escapes_names_and_marks_the_best() -> None:
+    text = latex(make_tables([*seeds([0.5] * 3, "a_b & 50%"), *seeds([0.6, 0.61, 0.62], "pact")]))
+    assert r"a\_b \& 50\% & 50.00 $\pm$ 0.00 & 3 & 1000 \\" in text
+    assert r"pact & \textbf{61.00 $\pm$ 1.00} & 3 & 1000 \\" in text and r"\toprule" in text
+
+
+def test_the_bibliography_has_each_paper_once() -> None:
+    text = bibliography(RESULTS)
+    assert re.findall(r"@misc\{(\w+),", text) == ["lsq", "pact", "ewgs"]
+    assert "author = {Esser and McKinstry and Bablani and Appuswamy and Modha}" in text
+    assert "note = {ICLR}" in text and "year = {2020}" in text and "Learned Step Size Quantization" in text
+
+
+def test_the_page_is_whole_and_escapes_what_users_wrote() -> None:
+    page = render_page(ComparisonReport(make_tables(RESULTS), "suite: <i>", {RESULTS[0].key: "lowbit train <x>"}))
+    assert "&lt;b&gt;no &amp; memory&lt;/b&gt;" in page and "<b>no" not in page and "suite: &lt;i&gt;" in page
+    assert "lowbit train &lt;x&gt;" in page and page.count("<svg") == 2 and "Pareto" in page
+    assert not re.search(r"(?:src|href)=", page)
+    assert page.count('data-name="lsq"') == 2 + 6  # rows of tables and of cells
+
+
+def test_earlier_results_are_read_back(tmp_path: Path) -> None:
+    write_comparison(ComparisonReport(make_tables(RESULTS), ""), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    means = earlier_means(tmp_path / "results.csv")
+    assert means["digits", "aligned", "lsq", "4", "4"] == pytest.approx(0.6) and len(means) == 3
+    better = make_tables([*seeds([0.65, 0.65, 0.65], "lsq")])
+    assert "| +5.00 |" in markdown(better, means)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"other\.csv: no results\.csv"):
+        earlier_means(tmp_path / "other.csv")
+    with pytest.raises(DataError, match="no such file"):
+        earlier_means(tmp_path / "none.csv")
+
+
+def test_the_front_holds_what_no_cheaper_point_beats() -> None:
+    points = [Point(name, x, y, y, y) for name, x, y in (("a", 1, 5), ("b", 2, 4), ("c", 2, 6), ("d", 3, 6), ("e", 4, 7))]
+    assert [p.name for p in pareto_front(points, higher_is_better=True)] == ["a", "c", "e"]
+    assert [p.name for p in pareto_front(points, higher_is_better=False)] == ["a", "b"]
+
+
+def test_plots_have_a_dot_for_each_point_and_stay_within_their_frame() -> None:
+    points = [Point(f"m{i}", 10.0**i, i / 10, i / 10 - 0.05, i / 10 + 0.05) for i in range(5)]
+    plots = [
+        scatter(points, higher_is_better=True, x_label="bytes", y_label="accuracy", tell_x=str, tell_y=str),
+        by_bits({"m": {"2/2": 0.5, "4/4": 0.6, "4/float": 0.7}, "n": {"4/4": 0.1}}, y_label="accuracy", tell=str),
+    ]
+    for plot, dots in zip(plots, (5, 4), strict=True):
+        places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
+        assert len(places) == dots and all(0 < x < 900 and 0 < y < 340 for x, y in places)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowbit.errors import SpecError, UnknownNameError
+from lowbit.workflows.suite import DEFAULT_METHODS, BitPair, Contender, SubjectSettings, Suite
+
+
+def test_a_suite_is_networks_times_methods_times_bits_times_seeds() -> None:
+    suite = Suite(networks=("digits", "resnet8"), methods=("lsq", "dfq"), bits="4/4,8", seeds=2, data="digits")  # type: ignore[arg-type]
+    cells = [cell for cell, reason in suite.cells() if not reason]
+    assert len(cells) == len({cell.key({}) for cell in cells}) == 16
+    assert {cell.subject for cell in cells} == {"digits", "resnet8 on digits"}
+    assert {(cell.label, cell.kind) for cell in cells} == {("lsq", "training"), ("dfq", "post_training")}
+    assert {(cell.bits, cell.seed) for cell in cells} == {("4/4", 0), ("4/4", 1), ("8/8", 0), ("8/8", 1)}
+
+
+def test_nothing_named_is_five_methods_at_two_widths_with_three_seeds() -> None:
+    suite = Suite()
+    assert tuple(contender.name for contender in suite.methods) == DEFAULT_METHODS
+    assert len([cell for cell, reason in suite.cells() if not reason]) == 30
+    assert [subject.title for subject in suite.subjects] == ["digits"]
+
+
+def test_a_suite_file_gives_the_suite_back(tmp_path: Path) -> None:
+    suite = Suite(
+        networks=({"model": "resnet8", "data": "fashion-mnist", "name": "r8"},),  # type: ignore[arg-type]
+        methods=("lsq", {"method": "ewgs", "label": "ewgs, more", "options": {"delta": 0.01}}, {"method": "lsq", "surrogate": "ewgs"}),  # type: ignore[arg-type]
+        bits=("4/8", "2/float"),  # type: ignore[arg-type]
+        baseline="lsq",
+        equal=("granularity",),
+    ).changed({"epochs": 7, "optimizer": {"learning_rate": 0.1}})
+    path = tmp_path / "suite.yaml"
+    path.write_text(suite.to_yaml())
+    assert Suite.from_yaml(path) == suite
+    assert suite.recipe.epochs == 7 and suite.bits == (BitPair(4, 8), BitPair(2, None))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seeds: 3\nmethodz: [lsq]", r"suite.yaml, line 2 'methodz'. Did you mean 'methods'"),
+        ("methods:\n- lsq\n- method: pact\n  optoins: {a: 1}", r"suite.yaml: methods, line 4 'optoins'. Did you mean 'options'"),
+        ("networks:\n- model: resnet20\n  weigths: a", r"suite.yaml: networks, line 3 'weigths'"),
+        ("\nseeds: many", r"suite.yaml, line 2: option seeds must be int, got 'many'"),
+        ("bits: [4/4/4]", r"suite.yaml, line 1: bits: expected WEIGHTS/ACTIVATIONS such as 4/8, got '4/4/4'"),
+        ("bits: [9/9]", r"suite.yaml, line 1: bits: bit_width must be a whole number from 1 to 8, got 9"),
+        ("methods:\n- label: a", r"suite.yaml: methods, line 2: expected a name, or names and values with 'method' among them"),
+        ("methods:\n- method: lsq\n  options: 3", r"suite.yaml: methods, line 3: options must hold names and values, got 3"),
+    ],
+)
+def test_a_typo_is_named_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    with pytest.raises((SpecError, UnknownNameError), match=told):
+        Suite.from_yaml(path)
+
+
+def test_bits_that_a_method_does_not_have_are_skipped_with_the_reason() -> None:
+    suite = Suite(methods=("bi_real_net", "binary_connect", "dfq"), bits=("1/1", "4/4"), seeds=1)  # type: ignore[arg-type]
+    reasons = {(cell.label, cell.bits): reason for cell, reason in suite.cells()}
+    assert reasons["bi_real_net", "1/1"] == ""
+    assert reasons["bi_real_net", "4/4"] == "bi_real_net has weight bits 1, not 4"
+    assert reasons["dfq", "1/1"] == "dfq has weight bits 2, 3, 4, 5, 6, 7, 8, not 1"
+    assert all(reasons[name, "4/4"] for name in ("bi_real_net", "binary_connect"))
+
+
+def test_an_altered_method_carries_another_name() -> None:
+    assert Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name == "ewgs (delta=0.001)"
+    assert Contender.parse({"method": "lsq", "surrogate": "ewgs"}).name == "lsq (ewgs)"
+    for wrong, told in (
+        (({"method": "lsq", "label": "lsq", "surrogate": "ewgs"},), "'lsq' is altered, so it needs another label"),
+        (({"method": "lsq", "label": "pact"},), "the label 'pact' is the name of another method"),
+        (("lsq", "lsq"), "'lsq' is there twice"),
+    ):
+        with pytest.raises(SpecError, match=told):
+            Suite(methods=wrong).check()  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_told_before_anything_runs() -> None:
+    for changes, told in (
+        ({"methods": ("lsqq",)}, "lsqq"),
+        ({"methods": ({"method": "lsq", "options": {"x": 1}},)}, "'x'"),
+        ({"methods": ({"method": "lsq", "surrogate": "no"},)}, "'no'"),
+        ({"baseline": "pactt"}, "'pactt'. Did you mean 'pact'"),
+        ({"equal": ("granularty",)}, "'granularty'. Did you mean 'granularity'"),
+    ):
+        with pytest.raises(UnknownNameError, match=told):
+            Suite(**changes).check()  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="a surrogate is for training methods"):
+        Suite(methods=({"method": "dfq", "surrogate": "ewgs"},)).check()  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="there is none"):
+        Suite(methods=()).check()
+    with pytest.raises(SpecError, match="'digits' is there twice"):
+        Suite(networks=("digits", "digits")).check()  # type: ignore[arg-type]
+
+
+def test_terms_hold_what_each_kind_looks_at_and_no_seed() -> None:
+    suite = Suite(methods=("lsq", "dfq"), seeds=2)  # type: ignore[arg-type]
+    cells = [cell for cell, _ in suite.cells()]
+    terms = {cell.kind: cell.terms for cell in cells}
+    assert terms["training"].keys() == {"policy", "recipe", "augment"}
+    assert terms["post_training"].keys() == {"policy", "calibration_samples", "batch_size"}
+    assert "seed" not in terms["training"]["recipe"]  # type: ignore[operator]
+    longer = [cell for cell, _ in suite.changed({"epochs": 50}).cells()]
+    unchanged = {cell.kind for cell, other in zip(cells, longer, strict=True) if cell.key({}) == other.key({})}
+    assert unchanged == {"post_training"}
+
+
+def test_recipes_and_policies_follow_the_track() -> None:
+    from lowbit.qat.recipe import Recipe
+
+    paper = Recipe(epochs=90, batch_size=7)
+    cell = next(cell for cell, _ in Suite(methods=("lsq",), bits="2/2").cells())  # type: ignore[arg-type]
+    aligned = Suite(methods=("lsq",), first_last_bits="same").changed({"epochs": 3, "seed": 4})  # type: ignore[arg-type]
+    assert aligned.recipe_for(cell, paper).epochs == 3 and aligned.recipe_for(cell, paper).seed == cell.seed == 0
+    assert aligned.policy(cell).first_last is None and aligned.seed_numbers == range(4, 7)
+    published = Suite(methods=("lsq",), track="published")  # type: ignore[arg-type]
+    assert published.recipe_for(cell, paper) == paper
+    assert Suite(track="published", paper_epochs=2).recipe_for(cell, paper) == Recipe(epochs=2, batch_size=7)
+
+
+def test_networks_without_data_take_the_shared_one() -> None:
+    suite = Suite(networks=("resnet8", SubjectSettings(model="resnet20", data="cifar10")), data="fashion-mnist")  # type: ignore[arg-type]
+    assert [subject.data for subject in suite.subjects] == ["fashion-mnist", "cifar10"]
