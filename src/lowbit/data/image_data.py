@@ -50,10 +50,11 @@ class TensorImages(Dataset[Sample]):
     Attributes:
         images: uint8 ``[N, C, H, W]``, 0 to ``white``.
         labels: int64 ``[N]`` or None.
+        white: The largest value of a pixel.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float], *, white: int = 255) -> None:
-        self.images, self.labels, self._white = images, labels, white
+        self.images, self.labels, self.white = images, labels, white
         self._mean, self._std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
 
     def __len__(self) -> int:
@@ -65,4 +66,4 @@ class TensorImages(Dataset[Sample]):
 
     def normalized(self, images: Tensor) -> Tensor:
         """``(pixel / white - mean) / std`` in float32 for one image or a batch, on the device of ``images``."""
-        return (images.float() / self._white - self._mean.to(images.device)) / self._std.to(images.device)
+        return (images.float() / self.white - self._mean.to(images.device)) / self._std.to(images.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,6 +111,8 @@ def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subje
     if test.num_classes is None:
         raise DataError(f"networks, {settings.title}: {test.name} has no labels to measure with. Name labelled data.")
     train = load_data(data, split="train", preprocessing=preprocessing) if trains and data is not None else None
+    if train is not None and settings.train_samples is not None:
+        train = _first(train, settings.train_samples)
     named = settings.calibration or data
     calibration = None if named is None or (train is not None and named == data) else named
     samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
@@ -119,6 +121,15 @@ def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subje
     with seeded_globally(seed):
         _, model = make_network(settings.model, settings.weights, options, "cpu")
     return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
+
+
+def _first(data: ImageData, count: int) -> ImageData:
+    """The first ``count`` samples."""
+    held = data.dataset
+    if isinstance(held, TensorImages):
+        labels = None if held.labels is None else held.labels[:count]
+        return replace(data, dataset=TensorImages(held.images[:count], labels, data.mean, data.std, white=held.white))
+    return replace(data, dataset=Subset(held, range(min(count, len(data)))))
 
 
 def data_digest(data: object) -> str:

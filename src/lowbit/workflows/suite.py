@@ -93,6 +93,7 @@ class SubjectSettings(NetworkSettings):
         name: What tables call it. Default: the model and its data.
         test_data: Labelled data that metrics are measured on. Default: the test part of the data.
         calibration: Samples without labels. Default: training samples of the data.
+        train_samples: Number of training samples to use, the first ones. Default: all.
     """
 
     command: ClassVar[str] = "networks"
@@ -100,6 +101,7 @@ class SubjectSettings(NetworkSettings):
     name: str | None = None
     test_data: str | None = None
     calibration: str | None = None
+    train_samples: Annotated[int | None, AtLeast(1)] = None
 
     @property
     def title(self) -> str:
