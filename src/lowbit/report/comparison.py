@@ -316,7 +316,7 @@ def _page_group(subject: str, track: str, tables: Sequence[Table]) -> dict[str, 
         ("milliseconds of one call (ONNX Runtime)", "latency_ms", lambda ms: f"{ms:.2f} ms"),
     ):
         points = [
-            Point(f"{row.label} {table.bits}", cost, row.spread.mean, row.spread.least, row.spread.greatest)
+            Point(f"{row.label} {table.bits}", cost, row.spread.mean, row.spread.least, row.spread.greatest, row.label)
             for table, row in rows
             if row.spread is not None and (cost := getattr(row, name)) is not None
         ]

@@ -23,6 +23,7 @@ class Point:
         x: Its cost; smaller is better.
         y: Its mean.
         low, high: Least and greatest over seeds.
+        method: Points of one method have one colour.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Point:
     y: float
     low: float
     high: float
+    method: str = ""
 
 
 def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
@@ -63,10 +65,10 @@ def scatter(
     parts = [*_frame(y, y_label, tell_y), element("path", d=path, class_="front")]
     parts += [label(x(value), HEIGHT - BOTTOM + 16, tell_x(value)) for value in ticks(x.low, x.high)]
     parts.append(label((LEFT + WIDTH) / 2, HEIGHT - 4, x_label))
-    names = list(dict.fromkeys(p.name for p in points))
+    methods = list(dict.fromkeys(p.method for p in points))
     for point in points:
         told = element("title", f"{point.name}: {tell_y(point.y)} ({tell_y(point.low)} to {tell_y(point.high)}), {tell_x(point.x)}")
-        colour = f"c{names.index(point.name) % COLOURS}"
+        colour = f"c{methods.index(point.method) % COLOURS}"
         parts += [
             line(x(point.x), y(point.low), x(point.x), y(point.high), f"spread {colour}"),
             element("circle", told, cx=f"{x(point.x):.1f}", cy=f"{y(point.y):.1f}", r="5", class_=f"dot {colour}"),
