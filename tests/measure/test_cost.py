@@ -94,3 +94,15 @@ def test_a_network_adds_up_its_layers_and_the_rest() -> None:
 def test_a_shared_weight_is_stored_once() -> None:
     model = SharedWeightNet()
     assert model_size(model).total_bytes == (36 + 6 + 6) * 4
+
+
+@pytest.mark.parametrize(("second_bits", "stored"), [(4, 18 + 24), (2, 18 + 24 + 9 + 24)], ids=["same codes", "other codes"])
+def test_a_shared_weight_is_stored_once_for_each_form_of_its_codes(second_bits: int, stored: int) -> None:
+    model = SharedWeightNet()
+    for layer, bit_width in ((model.encode, 4), (model.decode, second_bits)):
+        quantizer = uniform(bit_width)
+        quantizer.initialize(layer.weight.detach())
+        set_weight_quantizer(layer, quantizer)
+    size = model_size(model)
+    assert size.total_bytes == stored + (6 + 6) * 4
+    assert size.float_bytes == (36 + 6 + 6) * 4

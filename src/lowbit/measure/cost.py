@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.inputs import Inputs
@@ -91,16 +92,19 @@ def qtensor_bytes(codes: QTensor) -> tuple[int, int]:
 def model_size(model: nn.Module) -> ModelSize:
     """Stored bytes by arithmetic: codes x bits + tables + biases for quantized layers, the tensors' own bytes for all else.
 
-    A tensor that several modules share counts once, for the first of them. The tables of weight quantizers count with their
-    layer, those of activation quantizers (a scale and a zero point each) under ``other_bytes``.
+    A tensor that several modules share counts once, for the first of them; where their quantizers give it different codes, each
+    layer stores its own. The tables of weight quantizers count with their layer, those of activation quantizers (a scale and
+    a zero point each) under ``other_bytes``.
     """
     layers: dict[str, LayerSize] = {}
     counted: set[int] = set()
+    stored: dict[int, list[QTensor | None]] = {}
     for name, (weight, bias, codes) in _stored_layers(model).items():
         weight_bytes, table_bytes, float_bytes = 0, 0, 0
-        if weight is not None and id(weight) not in counted:
+        if weight is not None and not any(_are_same(codes, other) for other in stored.get(id(weight), [])):
             weight_bytes, table_bytes = (_bytes(weight), 0) if codes is None else qtensor_bytes(codes)
-            float_bytes = weight.numel() * 4
+            float_bytes = 0 if id(weight) in counted else weight.numel() * 4
+            stored.setdefault(id(weight), []).append(codes)
         bias_bytes = _bytes(bias) if bias is not None and id(bias) not in counted else 0
         layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes + bias_bytes)
         counted |= {id(weight), id(bias)}
@@ -108,6 +112,20 @@ def model_size(model: nn.Module) -> ModelSize:
     rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
     grids = sum(_grid_bytes(q) for q in activation_quantizers(model).values())
     return ModelSize(layers, rest + grids, sum(layer.float_bytes for layer in layers.values()) + rest)
+
+
+def _are_same(first: QTensor | None, second: QTensor | None) -> bool:
+    """Whether a file needs to store only one of two forms of a weight; ``None`` is the float one."""
+    if first is None or second is None:
+        return first is second
+    tables, others = first.decoder.tensors(), second.decoder.tensors()
+    return (
+        first.bit_width == second.bit_width
+        and first.decoder.kind == second.decoder.kind
+        and torch.equal(first.codes, second.codes)
+        and tables.keys() == others.keys()
+        and all(torch.equal(table, others[name]) for name, table in tables.items())
+    )
 
 
 _Layer = tuple[Tensor | None, Tensor | None, QTensor | None]

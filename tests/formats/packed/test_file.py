@@ -16,7 +16,7 @@ from tests.networks import SharedWeightNet, TinyNet
 from torch import nn
 
 from lowbit.errors import DataError, FileFormatError, OutputError
-from lowbit.formats.packed.file import LARGEST_MANIFEST, Package, package, read_package, write_package
+from lowbit.formats.packed.file import LARGEST_MANIFEST, Package, file_parts, package, read_package, write_package
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import export_program
 from lowbit.spec import BitPolicy
@@ -96,6 +96,20 @@ def test_tensors_of_equal_content_are_stored_once(tmp_path: Path) -> None:
     x = torch.randn(2, 6)
     content = packed(quantized(SharedWeightNet(), x), x)
     assert [name for name in content.tensors if name.endswith("weight")] == ["encode.weight"]
+
+
+@pytest.mark.parametrize("make", [lambda: quantized(TinyNet(), IMAGE, weights="affine"), lambda: quantized(SharedWeightNet(), torch.randn(2, 6))])
+def test_the_parts_of_a_file_add_up_to_its_size(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    model = make()
+    content = packed(model, IMAGE if isinstance(model, TinyNet) else torch.randn(2, 6))
+    size = write_package(content, tmp_path / "model.lowbit")
+    parts = file_parts(tmp_path / "model.lowbit")
+    assert sum(part.total_bytes for part in parts) == size == (tmp_path / "model.lowbit").stat().st_size
+    sizes = [part.total_bytes for part in parts]
+    assert sizes == sorted(sizes, reverse=True) and min(sizes) > 0
+    held = [tensor for tensor in content.tensors.values() if isinstance(tensor, PackedTensor)]
+    assert sum(part.code_bytes for part in parts) == sum(tensor.code_bytes for tensor in held)
+    assert sum(part.table_bytes for part in parts) == sum(tensor.table_bytes for tensor in held)
 
 
 def test_channels_last_weights_keep_their_layout(tmp_path: Path) -> None:

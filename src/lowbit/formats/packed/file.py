@@ -25,8 +25,9 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -132,6 +133,67 @@ def write_package(content: Package, path: Path | str) -> int:
         file.flush()
         os.fsync(file.fileno())
     return len(data)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Bytes of a packed file that belong together.
+
+    Attributes:
+        name: The module that owns the tensors, or a section of the header.
+        code_bytes: Packed codes.
+        table_bytes: Scales, zero points and codebooks, which decode them.
+        float_bytes: Tensors that are not quantized: biases, norms, weights left in float.
+        header_bytes: Share of the header.
+    """
+
+    name: str
+    code_bytes: int = 0
+    table_bytes: int = 0
+    float_bytes: int = 0
+    header_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return self.code_bytes + self.table_bytes + self.float_bytes + self.header_bytes
+
+
+HEADER_SECTIONS = {
+    "graph": ("graph",),
+    "record of the quantization": ("info",),
+    "shapes and checksums": ("tensors", "packed", "layouts"),
+    "scales of activations": ("numbers",),
+}
+
+
+def file_parts(path: Path | str) -> list[FilePart]:
+    """What the bytes of a packed file are spent on, the largest part first; they add up to the size of the file.
+
+    The header is compressed as a whole; its bytes are shared out in proportion to what each section takes when it is deflated alone.
+
+    Raises:
+        DataError, FileFormatError: As for ``read_package``.
+    """
+    content = read_package(path)
+    with safe_open(path, "pt") as file:
+        manifest = _manifest(file.metadata() or {})
+    parts: dict[str, FilePart] = {}
+    for name, tensor in content.tensors.items():
+        if name in cast(dict[str, object], manifest["numbers"]):
+            continue
+        owner = name.rpartition(".")[0] or name
+        part = parts.get(owner, FilePart(owner))
+        if isinstance(tensor, PackedTensor):
+            part = replace(part, code_bytes=part.code_bytes + tensor.code_bytes, table_bytes=part.table_bytes + tensor.table_bytes)
+        else:
+            part = replace(part, float_bytes=part.float_bytes + tensor.numel() * tensor.element_size())
+        parts[owner] = part
+    header = Path(path).stat().st_size - sum(part.total_bytes for part in parts.values())
+    sizes = [len(zlib.compress(_json(cast(Json, [manifest[key] for key in keys])).encode(), 9)) for keys in HEADER_SECTIONS.values()]
+    bounds = [round(header * sum(sizes[:count]) / sum(sizes)) for count in range(len(sizes) + 1)]
+    sections = [FilePart(name, header_bytes=stop - start) for name, (start, stop) in zip(HEADER_SECTIONS, pairwise(bounds), strict=True)]
+    return sorted([*parts.values(), *sections], key=lambda part: -part.total_bytes)
 
 
 def read_package(path: Path | str) -> Package:
