@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -68,7 +69,13 @@ class AgreementMeter:
 
 
 def measure_agreement(
-    reference: nn.Module, model: nn.Module, data: object, *, output: str | int | None = None, progress: Progress | None = None
+    reference: nn.Module,
+    model: nn.Module,
+    data: object,
+    *,
+    output: str | int | None = None,
+    watch: Callable[[Inputs, Tensor, Tensor], None] | None = None,
+    progress: Progress | None = None,
 ) -> Agreement:
     """Run both networks over the same batches and compare their outputs.
 
@@ -79,6 +86,7 @@ def measure_agreement(
         model: The quantized network.
         data: Batches as for calibration; labels are dropped.
         output: Entry of the output to compare; default: the first floating-point tensor.
+        watch: Called with the inputs and both outputs of each batch.
         progress: Progress display; default: silent.
 
     Raises:
@@ -94,7 +102,10 @@ def measure_agreement(
     ):
         for inputs in calibration:
             wanted = run_output(reference, inputs, output)
-            meter.add(wanted, run_output(model, inputs, output).to(wanted.device), inputs.batch_size)
+            got = run_output(model, inputs, output).to(wanted.device)
+            meter.add(wanted, got, inputs.batch_size)
+            if watch is not None:
+                watch(inputs, wanted, got)
             stage.advance()
     return meter.result()
 

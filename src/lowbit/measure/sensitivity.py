@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lowbit.errors import LayerError
 from lowbit.inputs import Calibration
+from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise, sqnr_db
-from lowbit.measure.outputs import batch_count, device_of, pieces
+from lowbit.measure.outputs import batch_count, pieces
 from lowbit.network.insert import float_weight, quantization_enabled, quantized_layers, weight_quantizer
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress
@@ -71,6 +72,16 @@ def original_weights(model: nn.Module, reference: nn.Module | None = None) -> di
     return weights
 
 
+def has_same_layers(model: nn.Module, reference: nn.Module) -> bool:
+    """Whether each layer's output in ``model`` can be compared with that in ``reference``: the same layers, and no norm folded into one."""
+    layers, originals = quantizable_layers(model), quantizable_layers(reference)
+    if {n: float_weight(layer).shape for n, layer in layers.items()} != {n: float_weight(layer).shape for n, layer in originals.items()}:
+        return False
+    found = dict(model.named_modules())
+    between = {name: module for name, module in reference.named_modules() if name not in originals and (module._parameters or module._buffers)}
+    return all(type(found.get(name)) is type(module) for name, module in between.items())
+
+
 def output_noise(
     model: nn.Module,
     data: object,
@@ -92,27 +103,28 @@ def output_noise(
         progress: Progress display; default: silent.
     """
     names = list(layers) if layers is not None else list(quantizable_layers(model))
-    calibration, device = Calibration.of(data, reference or model), device_of(model)
+    original = reference or model
+    calibration = Calibration.of(data, original)
     noise = {name: Noise() for name in names}
     failed: set[str] = set()
     with (
-        evaluating(reference or model),
+        evaluating(original),
         evaluating(model),
         (progress or Progress.silent()).stage("layer outputs", total=batch_count(data, calibration)) as stage,
     ):
         for batch in calibration:
-            for inputs in pieces(batch.to(device), CHUNK):
+            for inputs in pieces(batch, CHUNK):
                 off = quantization_enabled(model, weights=False, activations=False) if reference is None else nullcontext()
-                with off, recorded_outputs(reference or model, names) as wanted:
-                    (reference or model)(*inputs.args, **inputs.kwargs)
+                with off, recorded_outputs(original, names) as wanted:
+                    run_output(original, inputs)
                 with recorded_outputs(model, names) as got:
-                    model(*inputs.args, **inputs.kwargs)
+                    run_output(model, inputs)
                 for name in names:
                     if [t.shape for t in wanted[name]] != [t.shape for t in got[name]]:
                         failed.add(name)
                     else:
                         for before, after in zip(wanted[name], got[name], strict=True):
-                            noise[name].add(before, after)
+                            noise[name].add(before, after.to(before.device))
             stage.advance()
     return {name: value for name, value in noise.items() if name not in failed and value.count}
 

@@ -48,6 +48,14 @@ def format_count(count: float | None) -> str:
     return f"{count:.3g} P"
 
 
+def format_seconds(seconds: float) -> str:
+    """``16.7 s``, ``3 min 12 s``, ``1 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def format_db(value: float | None) -> str:
     """``21.3 dB``, ``exact`` for infinity."""
     if value is None or math.isnan(value):

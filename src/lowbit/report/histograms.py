@@ -1,17 +1,31 @@
-"""Weights and the levels they were rounded to, as numbers to draw."""
+"""Weights and activations beside the grids that they were rounded to, as numbers to draw."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.inputs import Calibration
+from lowbit.measure.agreement import run_output
+from lowbit.measure.noise import Noise
 from lowbit.measure.sensitivity import original_weights
-from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.insert import activation_quantizers, float_weight, sites, weight_quantizer
+from lowbit.network.layers import evaluating
+from lowbit.network.record import record_of
+from lowbit.quantizers import Quantizer
+from lowbit.quantizers.qtensor import AffineDecoder
+from lowbit.report.results import ActivationResult
 
 BINS = 96
 MOST_LEVELS = 256  # levels kept for drawing
+FINE_BITS = 6  # from here on levels lie too close to draw, and errors tell more
+WIDEST_ERROR = 2.0  # steps; larger errors count in the outermost bins
+SAMPLE_SIZE = 4096  # values kept of each tensor for its histogram
+FAR = 1e6  # times the largest value: beyond every grid
 
 
 @dataclass(frozen=True)
@@ -21,11 +35,15 @@ class WeightHistogram:
     Attributes:
         name: The layer.
         bit_width: Bits of its codes.
-        unit: What the horizontal axis counts: ``weight``, or ``scale`` (steps of each channel's own scale).
+        unit: What the horizontal axis counts: ``weight``, ``scale`` (steps of each channel's own scale), or ``code`` (the same, where
+            channels have zero points of their own).
         low, high: Range of the bins.
         counts: Float weights in each bin.
-        levels: Values that weights can have, ascending.
+        levels: Values that quantized weights take, ascending.
         level_counts: How many weights took each level.
+        used: The fewest and the most levels that weights of one scale take: of a channel where each has its own, else of the layer.
+        error_counts: Rounding errors in bins from ``-error_span`` to ``error_span``; empty for grids coarse enough to draw.
+        error_unit: ``step`` (the distance of two levels), or ``weight`` where levels are not evenly spaced.
     """
 
     name: str
@@ -36,6 +54,10 @@ class WeightHistogram:
     counts: tuple[int, ...]
     levels: tuple[float, ...]
     level_counts: tuple[int, ...]
+    used: tuple[int, int] = (0, 0)
+    error_counts: tuple[int, ...] = ()
+    error_span: float = 0.0
+    error_unit: str = "step"
 
 
 def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> list[WeightHistogram]:
@@ -52,23 +74,148 @@ def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> l
         layer = model.get_submodule(name)
         quantizer = weight_quantizer(layer)
         assert quantizer is not None
-        codes = quantizer.encode(float_weight(layer))
-        scale = getattr(codes.decoder, "scale", None)
-        view = codes.decoder.granularity.broadcast
+        codes = quantizer.encode(float_weight(layer).detach())
+        decoder, view = codes.decoder, codes.decoder.granularity.broadcast
+        scale = getattr(decoder, "scale", None)
         values, quantized, unit = original.float(), codes.decode().float(), "weight"
+        used, error = _levels_used(quantized, quantizer), quantized - values
+        if isinstance(decoder, AffineDecoder):
+            error = view(error) / decoder.scale
         if isinstance(scale, Tensor) and scale.numel() > 1:
             values, quantized, unit = view(values) / scale, (view(quantized) / scale).round(decimals=4), "scale"
-        found.append(_histogram(name, codes.bit_width, unit, values, quantized))
+            if isinstance(decoder, AffineDecoder) and bool(decoder.zero_point.any()):
+                values, quantized, unit = values + decoder.zero_point, (quantized + decoder.zero_point).round(decimals=4), "code"
+        found.append(_histogram(name, codes.bit_width, unit, values, quantized, used, error, isinstance(decoder, AffineDecoder)))
     return found
 
 
-def _histogram(name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor) -> WeightHistogram:
-    low, high = (min(values.amin().item(), quantized.amin().item()), max(values.amax().item(), quantized.amax().item()))
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+def _levels_used(quantized: Tensor, quantizer: Quantizer) -> tuple[int, int]:
+    """The fewest and the most different values that share a scale."""
+    rows = quantizer.granularity.flatten(quantized).sort(dim=1).values
+    counts = 1 + (rows.diff(dim=1) != 0).sum(1)
+    return int(counts.min()), int(counts.max())
+
+
+def _histogram(
+    name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor, used: tuple[int, int], error: Tensor, in_steps: bool
+) -> WeightHistogram:
+    low, high = _span(min(values.amin().item(), quantized.amin().item()), max(values.amax().item(), quantized.amax().item()))
     counts = torch.histc(values.flatten(), BINS, low, high).long().tolist()
     levels, level_counts = quantized.unique(return_counts=True)
     if levels.numel() > MOST_LEVELS:
         picks = torch.linspace(0, levels.numel() - 1, MOST_LEVELS).long()
         levels, level_counts = levels[picks], level_counts[picks]
-    return WeightHistogram(name, bit_width, unit, low, high, tuple(counts), tuple(levels.tolist()), tuple(level_counts.tolist()))
+    error_counts: list[int] = []
+    span = 0.0
+    if bit_width >= FINE_BITS:
+        largest = error.abs().amax().item()
+        span = min(max(largest, 0.5), WIDEST_ERROR) if in_steps else largest or 1.0
+        error_counts = torch.histc(error.flatten().clamp(-span, span), BINS, -span, span).long().tolist()
+    return WeightHistogram(
+        name, bit_width, unit, low, high, tuple(counts), tuple(levels.tolist()), tuple(level_counts.tolist()), used,
+        tuple(error_counts), span, "step" if in_steps else "weight",
+    )  # fmt: skip
+
+
+def _span(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+@dataclass(frozen=True)
+class ActivationHistogram:
+    """Values that reach one activation quantizer.
+
+    Attributes:
+        result: Its site, its bits and its range.
+        low, high: Range of the bins, which hold the clips too.
+        counts: Values in each bin, of a sample of them.
+    """
+
+    result: ActivationResult
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+def activation_histograms(model: nn.Module, data: object) -> list[ActivationHistogram]:
+    """One histogram for each activation quantizer that ``data`` reaches, in the order in which they are reached.
+
+    Args:
+        model: The quantized network.
+        data: Batches as for calibration.
+    """
+    meters = {quantizer: _ActivationMeter(quantizer) for quantizer in activation_quantizers(model).values()}
+    reached: dict[Quantizer, None] = {}
+
+    def watch(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            reached.setdefault(quantizer)
+            meters[quantizer].add(args[0].detach())
+
+        return see
+
+    handles = [quantizer.register_forward_pre_hook(watch(quantizer)) for quantizer in meters]
+    try:
+        with evaluating(model):
+            for inputs in Calibration.of(data, model):
+                run_output(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    places, roles = {quantizer: site for site, quantizer in activation_quantizers(model).items()}, activation_roles(model)
+    return [meters[quantizer].result(places[quantizer], *roles[quantizer]) for quantizer in reached if meters[quantizer].noise.count]
+
+
+def activation_roles(model: nn.Module) -> dict[Quantizer, tuple[str, tuple[str, ...]]]:
+    """What each activation quantizer is for, and for which layers: their ``input`` or ``output``, or a ``merge``.
+
+    A merge is what meets in a sum or a concatenation, its result, or what is pooled.
+    """
+    record, placed = record_of(model), sites(model)
+    found: dict[Quantizer, tuple[str, tuple[str, ...]]] = {quantizer: ("merge", ()) for quantizer in placed.values()}
+    for role, owners in () if record is None else (("output", record.table.outputs), ("input", record.table.inputs)):
+        for layer, site in owners.items():
+            if site in placed:
+                others = found[placed[site]][1] if found[placed[site]][0] == role else ()
+                found[placed[site]] = (role, (*others, layer))
+    return found
+
+
+class _ActivationMeter:
+    """Range, clipping and noise of the tensors that pass one quantizer."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer, self.noise = quantizer, Noise()
+        self._low, self._high, self._clip_low, self._clip_high = math.inf, -math.inf, math.inf, -math.inf
+        self._clipped = 0
+        self._sample: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Look at one more tensor, unquantized."""
+        if x.numel() == 0:
+            return
+        quantized = self.quantizer.encode(x).decode()
+        self.noise.add(x, quantized)
+        low, high = x.amin().item(), x.amax().item()
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        first, last = self._clips(x, quantized)
+        self._clip_low, self._clip_high = min(self._clip_low, first), max(self._clip_high, last)
+        self._clipped += int(((x < first) | (x > last)).sum())
+        values = x.flatten().float()
+        self._sample.append(values[:: max(1, values.numel() // SAMPLE_SIZE)].cpu())
+
+    def _clips(self, x: Tensor, quantized: Tensor) -> tuple[float, float]:
+        """The ends of the grid; those of the values that were taken where scales depend on the input or the channel."""
+        if not self.quantizer.is_dynamic and not self.quantizer.granularity.axes:
+            far = FAR * max(x.abs().amax().item(), 1e-30)
+            quantized = self.quantizer.encode(x.new_tensor([-far, far])).decode()
+        return quantized.amin().item(), quantized.amax().item()
+
+    def result(self, site: str, role: str, layers: tuple[str, ...]) -> ActivationHistogram:
+        low, high = _span(min(self._low, self._clip_low), max(self._high, self._clip_high))
+        counts = torch.histc(torch.cat(self._sample), BINS, low, high).long().tolist()
+        found = ActivationResult(
+            site, role, layers, self.quantizer.bit_width, self._low, self._high, self._clip_low, self._clip_high,
+            self._clipped / self.noise.count, self.noise.sqnr_db,
+        )  # fmt: skip
+        return ActivationHistogram(found, low, high, tuple(counts))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowbit.files import write_text
+from lowbit.measure.cost import FLOAT_BITS
 from lowbit.measure.diagnosis import Diagnosis
 from lowbit.qat.task import format_metric
 from lowbit.report import svg
@@ -25,23 +27,27 @@ from lowbit.report.formatting import (
     format_number,
     format_percent,
     format_ratio,
+    format_seconds,
 )
-from lowbit.report.histograms import WeightHistogram
-from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report
+from lowbit.report.histograms import ActivationHistogram, WeightHistogram
+from lowbit.report.pictures import Disagreement
+from lowbit.report.results import ActivationResult, LayerResult, MetricResult, ParityResult, Report, StoredPart
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
 NUMBERED = 5  # suspects numbered in the sensitivity plot
+LONG_NAME = 24  # characters from which names lose what all of them begin with
+POINT = 0.01  # the narrowest vertical axis of a metric in percent
 
 
 @dataclass(frozen=True)
 class Card:
-    """One figure of the summary."""
+    """One figure of the summary; ``state`` is ``good``, ``warn``, ``bad`` or nothing."""
 
     title: str
     value: str
     detail: str
     meaning: str
-    state: str = ""  # "good", "bad" or nothing
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,42 +59,148 @@ class Bar:
     segments: tuple[tuple[str, float, str], ...]
 
 
-def write_html(report: Report, path: Path | str, *, histograms: Sequence[WeightHistogram] = (), diagnosis: Diagnosis | None = None) -> None:
-    """Write ``report.html``, completely or not at all.
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its heading, and a line below it."""
+
+    title: str
+    drawing: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table; ``key`` is what it is sorted by, ``class_`` styles its text."""
+
+    text: str
+    key: str = ""
+    detail: str = ""
+    class_: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column with a cell for each row."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    is_number: bool = False
+    is_setting: bool = False  # says what was asked for, not what was measured
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row has anything to say."""
+        return all(cell.text in ("", NOTHING) and not cell.detail for cell in self.cells)
+
+    @property
+    def constant(self) -> str | None:
+        """The text that all rows share which have any, for settings."""
+        texts = {f"{cell.text} {cell.detail}".strip() for cell in self.cells if cell.text or cell.detail}
+        return texts.pop() if self.is_setting and len(self.cells) > 1 and len(texts) == 1 else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by name; columns that say the same in every row are told once, empty ones not at all."""
+
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    same: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def of(names: Iterable[str], columns: Iterable[Column]) -> Table:
+        """The table without its constant and its empty columns."""
+        filled = [column for column in columns if not column.is_empty]
+        same = [(column.title, constant) for column in filled if (constant := column.constant) is not None]
+        return Table(tuple(names), tuple(column for column in filled if column.constant is None), tuple(same))
+
+
+@dataclass(frozen=True)
+class Names:
+    """How names of layers are shown: without ``prefix``, which all of them begin with."""
+
+    prefix: str = ""
+
+    @staticmethod
+    def of(names: Sequence[str]) -> Names:
+        """Long names lose the modules that all of them lie in."""
+        if len(set(names)) < 2 or max(map(len, names)) <= LONG_NAME:
+            return Names()
+        parents = [name.split(".")[:-1] for name in names]
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+        return Names("".join(f"{parts[0]}." for parts in shared))
+
+    def short(self, name: str) -> str:
+        """What is shown."""
+        return name.removeprefix(self.prefix)
+
+
+def write_html(
+    report: Report,
+    path: Path | str,
+    *,
+    histograms: Sequence[WeightHistogram] = (),
+    activations: Sequence[ActivationHistogram] = (),
+    pictures: Sequence[Disagreement] = (),
+    diagnosis: Diagnosis | None = None,
+) -> None:
+    """Write ``report.html``, completely or not at all; see ``render_html`` for the arguments.
 
     Raises:
         OutputError: The file cannot be written; one that was there is unchanged.
     """
-    write_text(path, render_html(report, histograms=histograms, diagnosis=diagnosis))
+    page = render_html(report, histograms=histograms, activations=activations, pictures=pictures, diagnosis=diagnosis)
+    write_text(path, page)
 
 
-def render_html(report: Report, *, histograms: Sequence[WeightHistogram] = (), diagnosis: Diagnosis | None = None) -> str:
+def render_html(
+    report: Report,
+    *,
+    histograms: Sequence[WeightHistogram] = (),
+    activations: Sequence[ActivationHistogram] = (),
+    pictures: Sequence[Disagreement] = (),
+    diagnosis: Diagnosis | None = None,
+) -> str:
     """The page as text. Everything that comes from a model or a user is escaped.
 
     Args:
         report: The figures.
-        histograms: Weights to draw with their levels.
+        histograms: Weights to draw with their levels or their errors.
+        activations: Activations to draw with their clips.
+        pictures: Samples that the two networks answer differently.
         diagnosis: What ``diagnose`` found, for a section of its own.
     """
     environment = Environment(
         loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"db": format_db, "bytes": format_bytes, "count": format_count, "percent": format_percent, "bits": format_bits}
+    environment.filters |= {"db": format_db, "bytes": format_bytes, "percent": format_percent, "bits": format_bits}
     environment.filters["breakable"] = breakable
+    parts = stored_parts(report)
     return environment.get_template("report.html.jinja").render(
         report=report,
         title=f"{report.model or 'network'}: {report.method}",
+        names=Names.of([layer.name for layer in report.layers]),
         cards=cards(report),
         sizes=size_bars(report),
-        storage=storage_bars(report.layers),
+        storage=storage_bars(parts),
+        stored_bytes=sum(part.total_bytes for part in parts),
         noise=noise_bars(report.layers),
         computed=computed_words(report.layers),
+        operations=computed_bars(report.layers),
+        times=time_bars(report),
         skipped=[layer for layer in report.layers if layer.status != "done"],
         remarks=[layer for layer in report.layers if layer.status == "done" and layer.reason],
-        histograms=[(h, svg.histogram(h.counts, h.low, h.high, h.levels, h.name, h.unit)) for h in histograms],
+        layers=layer_table(report),
+        activations=activation_table(report.activations),
+        activation_plots=[activation_plot(histogram) for histogram in activations],
+        weight_plots=[weight_plot(histogram) for histogram in histograms],
+        has_levels=any(not histogram.error_counts for histogram in histograms),
+        has_errors=any(histogram.error_counts for histogram in histograms),
+        pictures=pictures,
         diagnosis=diagnosis,
         learning=learning_plots(report),
         sensitivity=Markup("") if diagnosis is None else sensitivity_plot(diagnosis),
+        facts=run_words(report.run),
         poor_db=POOR_DB,
         sort_key=_sort_key,
     )
@@ -124,10 +236,17 @@ def cards(report: Report) -> list[Card]:
             NOTHING if report.latency_quantized_onnx is None else f"{report.latency_quantized_onnx:.2f} ms",
             _speed(report),
             f"Median time of one call of the ONNX file. {report.latency_setting}".strip(),
+            "warn" if is_slower(report) else "",
         ),
         _parity_card(report),
     ]
     return found
+
+
+def is_slower(report: Report) -> bool:
+    """Whether the quantized ONNX file takes at least as long as the float one."""
+    before, after = report.latency_float_onnx, report.latency_quantized_onnx
+    return before is not None and after is not None and after >= before
 
 
 def _metric_card(name: str, metric: MetricResult, samples: int | None) -> Card:
@@ -149,7 +268,7 @@ def _speed(report: Report) -> str:
     before, after = report.latency_float_onnx, report.latency_quantized_onnx
     if before is None or not after:
         return "not measured"
-    return f"float {before:.2f} ms, {format_ratio(before, after)} " + ("faster" if after < before else "as fast: not a gain")
+    return f"float {before:.2f} ms, {format_ratio(before, after)} " + ("as fast: not a gain" if is_slower(report) else "faster")
 
 
 def _parity_card(report: Report) -> Card:
@@ -161,14 +280,19 @@ def _parity_card(report: Report) -> Card:
     return Card(
         "File check",
         "passed" if good else "failed",
-        ", ".join(f"{name} {_parity_word(parity)}" for name, parity in done.items()),
-        "Largest difference between a file's outputs and the quantized network's, on the same inputs.",
+        "\n".join(f"{name}: {parity_words(parity)}" for name, parity in done.items()),
+        "A file's outputs against the quantized network's on the same inputs.",
         "good" if good else "bad",
     )
 
 
-def _parity_word(parity: ParityResult) -> str:
-    return "exact" if parity.max_abs_error == 0 else format_number(parity.max_abs_error)
+def parity_words(parity: ParityResult) -> str:
+    """``same answer 100.00 %, SQNR 50.0 dB, largest difference 0.088``; ``exact`` where nothing differs."""
+    same = [] if parity.top1_agreement is None else [f"same answer {format_percent(parity.top1_agreement)}"]
+    noise = [] if parity.sqnr_db is None else [f"SQNR {format_db(parity.sqnr_db)}"]
+    difference = ["exact"] if parity.max_abs_error == 0 else [*noise, f"largest difference {format_number(parity.max_abs_error)}"]
+    counted = "" if parity.samples is None else f" on {parity.samples} samples"
+    return ", ".join([*same, *difference]) + counted
 
 
 def size_bars(report: Report) -> list[Bar]:
@@ -184,21 +308,60 @@ def size_bars(report: Report) -> list[Bar]:
     return bars
 
 
-def storage_bars(layers: Sequence[LayerResult]) -> list[Bar]:
-    """Stored bytes of each layer beside what it takes in float32, both to the scale of the largest layer."""
-    known = [layer for layer in layers if layer.stored_bytes is not None and layer.float_bytes]
-    most = max((layer.float_bytes or 0 for layer in known), default=1)
+def computed_bars(layers: Sequence[LayerResult]) -> list[Bar]:
+    """Bit operations of one sample in float32 and as quantized, to scale; nothing where they were not counted."""
+    words = computed_words(layers)
+    if words is None:
+        return []
+    share = 100 * sum(layer.bops or 0 for layer in layers) / (sum(layer.macs or 0 for layer in layers) * FLOAT_BITS**2)
+    fewer = f", {words['ratio']} fewer" if words["ratio"] else ""
     return [
-        Bar(
-            layer.name,
-            f"{format_bytes(layer.stored_bytes)} of {format_bytes(layer.float_bytes)}",
-            (
-                ("main", 100 * (layer.stored_bytes or 0) / most, "stored"),
-                ("saved", 100 * max(0, (layer.float_bytes or 0) - (layer.stored_bytes or 0)) / most, "saved"),
-            ),
-        )
-        for layer in known
+        Bar("float32", words["float_bops"], (("muted", 100.0, f"{words['float_bops']} bit operations"),)),
+        Bar("quantized", f"{words['bops']}{fewer}", (("main", share, f"{words['bops']} bit operations"),)),
     ]
+
+
+def time_bars(report: Report) -> list[Bar]:
+    """Measured time of one call of the float and of the quantized ONNX file, to scale; nothing where they were not timed."""
+    before, after = report.latency_float_onnx, report.latency_quantized_onnx
+    if not before or not after:
+        return []
+    most, words = max(before, after), _speed(report).partition(", ")[2]
+    return [
+        Bar("float ONNX file", f"{before:.2f} ms", (("muted", 100 * before / most, f"{before:.2f} ms"),)),
+        Bar(
+            "quantized ONNX file",
+            f"{after:.2f} ms, {words}",
+            (("warn" if is_slower(report) else "main", 100 * after / most, f"{after:.2f} ms"),),
+        ),
+    ]
+
+
+def stored_parts(report: Report) -> list[StoredPart]:
+    """The parts of the packed file; where none was written, what its layers would take by arithmetic."""
+    if report.stored:
+        return list(report.stored)
+    known = [layer for layer in report.layers if layer.stored_bytes is not None and layer.float_bytes]
+    parts = [StoredPart(layer.name, code_bytes=layer.stored_bytes or 0, float_bytes=layer.float_bytes) for layer in known]
+    return sorted(parts, key=lambda part: -part.total_bytes)
+
+
+def storage_bars(parts: Sequence[StoredPart]) -> list[Bar]:
+    """Stored bytes of each part beside what it takes in float32, all to the scale of the largest."""
+    most = max((max(part.total_bytes, part.float_bytes or 0) for part in parts), default=0) or 1
+    bars = []
+    for part in parts:
+        pieces = {
+            "main": (part.code_bytes, "codes"),
+            "second": (part.table_bytes, "scales and other tables"),
+            "muted": (part.value_bytes, "not quantized"),
+            "header": (part.header_bytes, "header"),
+            "saved": (max(0, (part.float_bytes or 0) - part.total_bytes), "saved"),
+        }
+        segments = tuple((class_, 100 * size / most, f"{what}, {format_bytes(size)}") for class_, (size, what) in pieces.items() if size)
+        of = f" of {format_bytes(part.float_bytes)}" if part.float_bytes else ""
+        bars.append(Bar(part.name, f"{format_bytes(part.total_bytes)}{of}", segments))
+    return bars
 
 
 def noise_bars(layers: Sequence[LayerResult]) -> list[Bar]:
@@ -224,9 +387,97 @@ def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
     return {
         "macs": format_count(macs),
         "bops": format_count(bops),
-        "float_bops": format_count(macs * 32 * 32),
-        "ratio": format_ratio(macs * 32 * 32, bops),
+        "float_bops": format_count(macs * FLOAT_BITS**2),
+        "ratio": format_ratio(macs * FLOAT_BITS**2, bops),
     }
+
+
+def layer_table(report: Report) -> Table:
+    """The layers, and below them what is quantized between layers."""
+    layers, merges = report.layers, [activation for activation in report.activations if activation.role == "merge"]
+    rest = (Cell(""),) * len(merges)
+
+    def setting(title: str, cell: Callable[[LayerResult], Cell], merged: tuple[Cell, ...] = rest, *, is_number: bool = False) -> Column:
+        return Column(title, (*map(cell, layers), *merged), is_number, is_setting=True)
+
+    def number(title: str, value: Callable[[LayerResult], float | None], tell: Callable[[float | None], str]) -> Column:
+        cells = (Cell(tell(value(layer)), _sort_key(value(layer))) for layer in layers)
+        return Column(title, (*cells, *rest), is_number=True)
+
+    outputs = [layer for layer in layers if layer.output_bits is not None]
+    columns = [
+        setting("Kind", lambda layer: Cell(layer.kind), (Cell("sum, concatenation or pooling"),) * len(merges)),
+        Column("Weight", (*(Cell("\u00d7".join(map(str, layer.shape))) for layer in layers), *rest)),
+        setting("Weight bits", lambda layer: _bits(layer.weight_bits), is_number=True),
+        setting("Activation bits", lambda layer: _bits(layer.activation_bits), tuple(_bits(m.bit_width) for m in merges), is_number=True),
+        *([setting("Output bits", lambda layer: _bits(layer.output_bits), is_number=True)] if outputs else []),
+        setting("Quantizer", lambda layer: Cell(layer.quantizer, detail=layer.granularity.replace("_", " "))),
+        number("Output SQNR", lambda layer: layer.sqnr_db, format_db),
+        number("Weight SQNR", lambda layer: layer.weight_sqnr_db, format_db),
+        number("Stored", lambda layer: layer.stored_bytes, format_bytes),
+        number("MACs", lambda layer: layer.macs, format_count),
+        number("Bit operations", lambda layer: layer.bops, format_count),
+        setting("Status", lambda layer: Cell(layer.status, detail=layer.reason, class_=f"status {layer.status}")),
+    ]
+    return Table.of((*(layer.name for layer in layers), *(merge.name for merge in merges)), columns)
+
+
+def _bits(bits: int | None) -> Cell:
+    return Cell(format_bits(bits), str(bits or FLOAT_BITS))
+
+
+def activation_table(activations: Sequence[ActivationResult]) -> Table:
+    """Activation quantizers with the values that they saw."""
+
+    def number(title: str, value: Callable[[ActivationResult], float], tell: Callable[[float | None], str]) -> Column:
+        return Column(title, tuple(Cell(tell(value(a)), _sort_key(value(a))) for a in activations), is_number=True)
+
+    columns = [
+        Column("What it is", tuple(Cell(role_words(a)) for a in activations)),
+        Column("Bits", tuple(_bits(a.bit_width) for a in activations), is_number=True, is_setting=True),
+        number("Smallest", lambda a: a.low, format_number),
+        number("Largest", lambda a: a.high, format_number),
+        number("Clip from", lambda a: a.clip_low, format_number),
+        number("Clip to", lambda a: a.clip_high, format_number),
+        number("Clipped", lambda a: a.clipped, format_percent),
+        number("SQNR", lambda a: a.sqnr_db, format_db),
+    ]
+    return Table.of((a.name for a in activations), columns)
+
+
+def role_words(activation: ActivationResult) -> str:
+    """``input of conv1, conv2``, ``output of conv1``, or what is quantized between layers."""
+    if activation.role == "merge":
+        return "sum, concatenation or pooling"
+    return f"{activation.role} of {', '.join(activation.layers)}"
+
+
+def weight_plot(h: WeightHistogram) -> Plot:
+    """Weights with their levels; at many bits their rounding errors."""
+    words = f"{h.bit_width} bits, {level_words(h)}"
+    if not h.error_counts:
+        return Plot(h.name, svg.histogram(h.counts, h.low, h.high, h.levels, h.name, h.unit), words)
+    what = f"Histogram of the rounding errors of the weights of {h.name}, in units of one {h.error_unit}"
+    drawing = svg.histogram(h.error_counts, -h.error_span, h.error_span, (), h.name, h.error_unit, what=what)
+    return Plot(h.name, drawing, f"{words}; errors in {'steps' if h.error_unit == 'step' else 'units of the weight'}")
+
+
+def level_words(h: WeightHistogram) -> str:
+    """How many of the grid's levels the weights of one scale use: ``6 to 8 of 8 levels per scale``."""
+    fewest, most = h.used
+    span = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return f"{span} of {2**h.bit_width} levels per scale" if most else f"{len(h.levels)} levels"
+
+
+def activation_plot(h: ActivationHistogram) -> Plot:
+    """Activations with the ends of their grid; heights are square roots, so that zeros do not hide all else."""
+    found = h.result
+    drawing = svg.histogram(
+        [math.sqrt(count) for count in h.counts], h.low, h.high, (), found.name, "", clips=(found.clip_low, found.clip_high),
+        what=f"Histogram of the values at {found.name}, clipped at {format_number(found.clip_low)} and {format_number(found.clip_high)}",
+    )  # fmt: skip
+    clips = f"clips {format_number(found.clip_low)} to {format_number(found.clip_high)}"
+    return Plot(found.name, drawing, f"{found.bit_width} bits, {clips}, {format_percent(found.clipped)} beyond")
 
 
 def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
@@ -244,26 +495,72 @@ def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
     )
 
 
-def learning_plots(report: Report) -> list[tuple[str, Markup]]:
-    """Training loss and the metric on the test data over the epochs, each with a heading; nothing for a network that was not trained."""
+def learning_plots(report: Report) -> list[Plot]:
+    """Training loss and every metric on the test data over the epochs; nothing for a network that was not trained."""
     if report.training is None:
         return []
-    curve, metric = cast(Sequence[Mapping[str, Any]], report.training["curve"]), str(report.training["metric"])
-    names = [f"epoch {result['epoch']} ({result['phase']})" for result in curve]
-    plots = []
-    for title, colour, found in (
-        ("Training loss", "second", [result["loss"] for result in curve]),
-        (f"Test {metric}", "main", [result["metrics"].get(metric) for result in curve]),
-    ):
-        values = [float(value) if isinstance(value, (int, float)) else None for value in found]
-        shown = [v for v in values if v is not None and math.isfinite(v)]
-        if not shown:
-            continue
-        room = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
-        span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
-        series = [svg.Series(title.lower(), colour, values)]
-        plots.append((title, svg.curves(series, names, None, unit="", tell=format_number, span=span, title=f"{title} after each epoch")))
-    return plots
+    curve = cast(Sequence[Mapping[str, Any]], report.training["curve"])
+    selecting = str(report.training["metric"])
+    metrics = dict.fromkeys([selecting, *(name for result in curve for name in result["metrics"])])
+    found = [_learning_plot("Training loss", "second", curve, [result["loss"] for result in curve])]
+    for name in metrics:
+        known = report.metrics.get(name, MetricResult(None, None))
+        values = [result["metrics"].get(name) for result in curve]
+        found.append(_learning_plot(f"Test {name}", "main", curve, values, known.unit, known.float))
+    return [plot for plot in found if plot.drawing]
+
+
+def _learning_plot(
+    title: str, colour: str, curve: Sequence[Mapping[str, Any]], found: Sequence[object], unit: str = "", baseline: float | None = None
+) -> Plot:
+    values = [float(value) if isinstance(value, (int, float)) else None for value in found]
+    shown = [v for v in (*values, baseline) if v is not None and math.isfinite(v)]
+    if not shown or all(value is None for value in values):
+        return Plot(title, Markup(""))
+    room = 0.08 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
+    if unit == "%":
+        room = max(room, POINT / 2)
+    span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
+    factor = 100 if unit == "%" else 1
+
+    def scaled(value: float | None) -> float | None:
+        return None if value is None else factor * value
+
+    def tell(value: float) -> str:
+        return format_metric(value / factor, unit) if colour == "main" else format_number(value)
+
+    drawing = svg.curves(
+        [svg.Series(title.lower(), colour, [scaled(value) for value in values])],
+        [f"epoch {result['epoch']} ({result['phase']})" for result in curve],
+        scaled(baseline),
+        unit=unit,
+        tell=tell,
+        span=(factor * span[0], factor * span[1]),
+        across=[result["epoch"] for result in curve],
+        across_unit="epoch",
+        size=svg.NARROW,
+        title=f"{title} after each epoch",
+    )
+    last = next((value for value in reversed(values) if value is not None), None)
+    words = f"last epoch {format_metric(last, unit)}" if colour == "main" else f"last epoch {format_number(last)}"
+    return Plot(title, drawing, words if baseline is None else f"{words}; dashed: the float network, {format_metric(baseline, unit)}")
+
+
+def run_words(run: Mapping[str, Any]) -> dict[str, str]:
+    """Facts of a run by their headings."""
+    if not run:
+        return {}
+    machine = run["machine"]
+    parts = [machine["processor"], f"{machine['cores']} cores, {machine['threads']} threads", machine["accelerator"], machine["system"]]
+    found = {
+        "Command": run["command"],
+        "Started": str(run["started"]).replace("T", " ").replace("+00:00", " UTC"),
+        "Duration": format_seconds(run["seconds"]),
+        "Machine": ", ".join(part for part in parts if part),
+        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version),
+        **{f"{_title(use)} data": words for use, words in run["data"].items()},
+    }
+    return {name: str(words) for name, words in found.items() if words}
 
 
 def breakable(name: str) -> Markup:

@@ -3,7 +3,10 @@
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``metric`` (the name of the one that
 selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
 ``parity.onnx|packed.max_abs_error|top1_agreement|passed|samples|sqnr_db``, ``latency_ms.float_onnx|quantized_onnx``,
-``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, and where the network was trained
+``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, ``noise_reference``,
+``stored[].name|total_bytes|code_bytes|table_bytes|value_bytes|header_bytes`` (which add up to ``size_bytes.packed``),
+``activations[].name|role|layers|bit_width|low|high|clip_low|clip_high|clipped|sqnr_db``,
+``disagreements[].sample|float|quantized|label``, ``run.command|started|seconds|machine|versions|data``, and where the network was trained
 ``training.metric``, ``training.recipe``, ``training.task``,
 ``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``. What was not measured is ``null``, and without labelled data ``metrics`` is
 empty; nothing else is ever left out or NaN.
@@ -28,8 +31,8 @@ class LayerResult:
     """One layer: what was done to it, what it lost, what it costs.
 
     Attributes:
-        sqnr_db: Layer output in the quantized network against the float one, noise of earlier layers included.
-        weight_sqnr_db: Quantized weight against float weight.
+        sqnr_db: Layer output in the quantized network against that in the report's ``noise_reference``, noise of earlier layers included.
+        weight_sqnr_db: Quantized weight against the weight of the report's ``noise_reference``.
         stored_bytes, float_bytes: Packed codes with tables and bias; the same layer in float32.
         macs, bops: For one sample; ``bops = macs x weight bits x activation bits``, float counting 32 bits.
     """
@@ -50,6 +53,59 @@ class LayerResult:
     macs: float | None = None
     bops: float | None = None
     output_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Bytes of the packed file that belong together.
+
+    Attributes:
+        name: The module that owns the tensors, or a section of the file's header.
+        code_bytes: Packed codes.
+        table_bytes: Scales, zero points and codebooks.
+        value_bytes: Tensors that are not quantized: biases, norms, weights left in float.
+        header_bytes: Graph, settings, shapes, checksums.
+        float_bytes: The same in float32; ``None`` for what is no tensor of the network.
+    """
+
+    name: str
+    code_bytes: int = 0
+    table_bytes: int = 0
+    value_bytes: int = 0
+    header_bytes: int = 0
+    float_bytes: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is stored."""
+        return self.code_bytes + self.table_bytes + self.value_bytes + self.header_bytes
+
+
+@dataclass(frozen=True)
+class ActivationResult:
+    """One activation quantizer and the values that reached it.
+
+    Attributes:
+        name: Its site, such as ``layer1.0.relu.output``.
+        role: Whether it quantizes the ``input`` or the ``output`` of ``layers``, or is a ``merge``: sums, concatenations, what is pooled.
+        layers: The layers that it belongs to.
+        bit_width: Its bits.
+        low, high: Smallest and largest value.
+        clip_low, clip_high: The ends of the grid.
+        clipped: Fraction of the values beyond them.
+        sqnr_db: Of this quantizer alone.
+    """
+
+    name: str
+    role: str
+    layers: tuple[str, ...]
+    bit_width: int
+    low: float
+    high: float
+    clip_low: float
+    clip_high: float
+    clipped: float
+    sqnr_db: float
 
 
 @dataclass(frozen=True)
@@ -93,9 +149,14 @@ class Report:
         parity_packed, parity_onnx: Checks of the exported files.
         latency_float_onnx, latency_quantized_onnx: Median milliseconds per call in the runtime that ``latency_setting`` names.
         layers: In execution order.
+        noise_reference: The network that noise of layers is measured against, in words; empty where it was not measured.
+        stored: What the bytes of the packed file are spent on, the largest part first; they add up to its size.
+        activations: Activation quantizers in the order in which data reaches them.
+        disagreements: Samples to which the two networks give different answers, some of them: ``sample``, ``float``, ``quantized``, ``label``.
         training: Where the network was trained: ``metric`` (the name of the one that selects), ``recipe``, ``task``, and
             ``curve``, a mapping for each epoch.
         notes: What was skipped and why, for the whole network.
+        run: Facts of the run, see ``report.facts.run_facts``.
         extra: More entries for the file, under names of their own.
     """
 
@@ -121,8 +182,13 @@ class Report:
     latency_quantized_onnx: float | None = None
     latency_setting: str = ""
     layers: Sequence[LayerResult] = ()
+    noise_reference: str = ""
+    stored: Sequence[StoredPart] = ()
+    activations: Sequence[ActivationResult] = ()
+    disagreements: Sequence[Mapping[str, int | None]] = ()
     training: Mapping[str, object] | None = None
     notes: Sequence[str] = ()
+    run: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
@@ -153,8 +219,13 @@ class Report:
                 "setting": self.latency_setting or None,
             },
             "layers": [asdict(layer) for layer in self.layers],
+            "noise_reference": self.noise_reference or None,
+            "stored": [{**asdict(part), "total_bytes": part.total_bytes} for part in self.stored],
+            "activations": [asdict(activation) for activation in self.activations],
+            "disagreements": [dict(entry) for entry in self.disagreements],
             "training": None if self.training is None else dict(self.training),
             "notes": list(self.notes),
+            "run": dict(self.run),
         }
         taken = sorted(set(data) & set(self.extra))
         if taken:

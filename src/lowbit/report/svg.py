@@ -55,8 +55,27 @@ def label(x: float, y: float, text: str, anchor: str = "middle", class_: str = "
     return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
 
 
-def histogram(counts: Sequence[int], low: float, high: float, levels: Sequence[float], name: str, unit: str) -> Markup:
-    """Values in bins as an area, quantization levels as lines below the axis (across the area where there are few)."""
+def histogram(
+    counts: Sequence[float],
+    low: float,
+    high: float,
+    levels: Sequence[float],
+    name: str,
+    unit: str,
+    *,
+    what: str = "",
+    clips: tuple[float, float] | None = None,
+) -> Markup:
+    """Values in bins as an area, quantization levels as lines below the axis (across the area where there are few).
+
+    Args:
+        counts: Heights of the bins from ``low`` to ``high``.
+        low, high: Range of the bins.
+        levels: Values to draw lines at.
+        name, unit: What was counted, in which unit, for screen readers.
+        what: Text for screen readers; default: the weights of ``name`` with their levels.
+        clips: Two values to mark as the ends of a grid.
+    """
     width, height, base = 260.0, 120.0, 88.0
     x = Axis(low, high, 4, width - 4)
     top = max([*counts, 1])
@@ -72,9 +91,10 @@ def histogram(counts: Sequence[int], low: float, high: float, levels: Sequence[f
     return drawing(
         width,
         height,
-        f"Histogram of the weights of {name} with {len(levels)} levels, in units of {unit}",
+        what or f"Histogram of the weights of {name} with {len(levels)} levels, in units of {unit}",
         element("polygon", points=" ".join(points), class_="area"),
-        element("path", d=path, class_="level"),
+        *([element("path", d=path, class_="level")] if levels else []),
+        *(line(x(clip), 2, x(clip), base + 7, "clip") for clip in clips or ()),
         line(0, base, width, base, "axis"),
         *marks,
         class_="plot small",
@@ -94,6 +114,13 @@ def _db(value: float) -> str:
     return f"{value:.1f} dB"
 
 
+def _plain(value: float) -> str:
+    return f"{value:g}"
+
+
+WIDE, NARROW = (900.0, 300.0), (440.0, 250.0)  # units of a plot over the whole page, and of one that shares it
+
+
 def curves(
     series: Sequence[Series],
     names: Sequence[str],
@@ -102,7 +129,11 @@ def curves(
     *,
     unit: str = "dB",
     tell: Callable[[float], str] = _db,
+    tick: Callable[[float], str] = _plain,
     span: tuple[float, float] | None = None,
+    across: Sequence[float] = (),
+    across_unit: str = "",
+    size: tuple[float, float] = WIDE,
     title: str = "SQNR of the network's output with single quantizers on and off",
 ) -> Markup:
     """Values over ``names`` as lines with dots that show their value on hover.
@@ -114,19 +145,28 @@ def curves(
         marked: Positions to number on the plot.
         unit: Unit of the values, shown at the vertical axis.
         tell: Function that formats a value.
+        tick: Function that formats a value of the vertical axis.
         span: Range of the vertical axis; default: from 0 to slightly above the largest value.
+        across: The number of each position, for ticks at the horizontal axis; default: none.
+        across_unit: What these numbers count.
+        size: Width and height in units of the drawing.
         title: Text for screen readers.
     """
-    width, height, left, bottom = 900.0, 300.0, 44.0, 24.0
+    (width, height), left, bottom = size, 44.0, 38.0 if across else 24.0
     shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
     if not shown:
         return Markup("")
     low, high = span or (min(0.0, *shown), max(shown) * 1.05 + 1)
-    x, y = Axis(0, max(len(names) - 1, 1), left + 10, width - 10), Axis(low, high, height - bottom, 10)
+    x, y = Axis(0, max(len(names) - 1, 1), left + 10, width - 10), Axis(low, high, height - bottom, 20 if unit else 10)
     parts: list[Markup] = []
     for value in ticks(low, high):
-        parts += [line(left, y(value), width, y(value), "grid"), label(left - 6, y(value) + 4, f"{value:g}", "end")]
-    parts.append(label(12, 12, unit, "start"))
+        parts += [line(left, y(value), width, y(value), "grid"), label(left - 6, y(value) + 4, tick(value), "end")]
+    if unit:
+        parts.append(label(2, 11, unit, "start"))
+    if across:
+        numbers = Axis(across[0], across[-1], x(0), x(len(across) - 1))
+        parts += [label(numbers(v), height - bottom + 16, f"{v:g}") for v in ticks(across[0], across[-1]) if v == int(v)]
+        parts.append(label(width - 10, height - 6, across_unit, "end"))
     if baseline is not None:
         parts.append(line(left, y(baseline), width, y(baseline), "baseline"))
     for one in series:
@@ -141,4 +181,4 @@ def curves(
             line(x(position), 10, x(position), height - bottom, "mark"),
             label(x(position), height - 6, str(number), class_="tick strong"),
         ]
-    return drawing(width, height, title, *parts)
+    return drawing(width, height, title, *parts, class_="plot" if size == WIDE else "plot half")

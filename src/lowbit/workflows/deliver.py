@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,20 @@ from torch import nn
 
 from lowbit.errors import GraphError, MissingExtraError, ParityError, SpecError
 from lowbit.files import write_text
+from lowbit.formats.packed.file import file_parts
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
+from lowbit.measure.sensitivity import has_same_layers
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
 from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
-from lowbit.report.histograms import weight_histograms
+from lowbit.report.facts import run_facts
+from lowbit.report.histograms import activation_histograms, weight_histograms
 from lowbit.report.html import write_html
-from lowbit.report.results import MetricResult, ParityResult, Report, write_json
+from lowbit.report.pictures import Disagreement, Disagreements
+from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, StoredPart, write_json
 from lowbit.report.summary import layer_results
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
@@ -29,6 +34,7 @@ from lowbit.workflows.output import prepare_folder
 
 FILES = ("model.lowbit", "model.onnx")
 LAYER_SAMPLES = 64  # samples for the noise of each layer
+RANGE_SAMPLES = 32  # samples for the ranges of activations
 TEST_BATCH = 128  # samples of a call where the test data are no batches yet
 
 
@@ -78,6 +84,8 @@ def deliver(
     task: Task | Criterion | None = None,
     training: Mapping[str, object] | None = None,
     notes: Sequence[str] = (),
+    data_names: Mapping[str, str] | None = None,
+    started: float | None = None,
     progress: Progress | None = None,
 ) -> Delivery:
     """Measure a quantized network, write it to files, check and time them, and report.
@@ -92,7 +100,8 @@ def deliver(
         sample: Inputs of one call, which files are checked and timed with. Default: the first batch of ``calibration``.
         float_model: The network before it was quantized: its size and its answers are compared.
         test_data: Labelled data of the kinds that ``lowbit.train`` takes; the task's metrics are measured on it.
-        reference: A float network that ``model`` follows layer by layer. Default: ``model`` with its quantizers off.
+        reference: A float network that ``model`` follows layer by layer, its batch norms folded as in ``model``. Default: ``float_model`` where it
+            has the same layers, else ``model`` with its quantizers off; the report says which.
         name: What the report calls the network. Default: its class.
         packed: Whether to write ``model.lowbit``.
         onnx: Whether to write ``model.onnx``.
@@ -100,6 +109,8 @@ def deliver(
         task: What the network is for, see ``lowbit.train``. Default: classification.
         training: What ``Report.training`` holds.
         notes: More notes for the report.
+        data_names: What the report calls each data set, by what it was used for: ``{"calibration": "photos/"}``.
+        started: When the run began, as ``time.time`` gives it. Default: now.
         progress: Progress display; default: silent.
 
     Raises:
@@ -115,7 +126,7 @@ def deliver(
         >>> delivery.report.parity_packed.passed, delivery.report.size_float, delivery.problems
         (True, 144, [])
     """
-    progress = progress or Progress.silent()
+    progress, started = progress or Progress.silent(), time.time() if started is None else started
     record = record_of(model)
     if record is None:
         raise SpecError(f"{type(model).__name__} is not quantized: deliver what lowbit.quantize or lowbit.train returns.")
@@ -138,7 +149,9 @@ def deliver(
         notes=[*record.table.notes, *notes],
     )
     rival = float_model if compare else None
-    report = _measured(report, record, model, inputs, data, rival, test, as_task(task), reference, progress)
+    original = layer_reference(model, reference, rival, is_trained=training is not None)
+    report = _measured(report, record, model, inputs, data, original, progress)
+    report, pictures = _compared(report, model, data, rival, test, as_task(task), progress)
     problems: list[str] = []
     done: set[str] = set()
     for file, wanted in zip(FILES, (packed, onnx), strict=True):
@@ -161,10 +174,37 @@ def deliver(
             *(f"not written: {problem}" for problem in problems),
         ],
     )
+    activations = [] if data is None else activation_histograms(model, Calibration.of(data, limit=RANGE_SAMPLES))
+    report = dataclasses.replace(
+        report, activations=[histogram.result for histogram in activations], run=run_facts(started, data_names or {})
+    )
     write_text(out / "policy.yaml", str(record.policy))
-    write_html(report, out / "report.html", histograms=weight_histograms(model, reference))
+    weights = weight_histograms(model, reference)
+    write_html(report, out / "report.html", histograms=weights, activations=activations, pictures=pictures)
     write_json(report, out / "report.json")
     return Delivery(report, out, problems)
+
+
+@dataclass(frozen=True)
+class LayerReference:
+    """What the noise of layers is measured against.
+
+    Attributes:
+        network: A float network with the same layers; ``None`` for the quantized one with its quantizers off.
+        words: What the report calls it.
+    """
+
+    network: nn.Module | None
+    words: str
+
+
+def layer_reference(model: nn.Module, reference: nn.Module | None, float_model: nn.Module | None, *, is_trained: bool) -> LayerReference:
+    """``reference`` where there is one, else ``float_model`` where it has the layers of ``model``, else ``model`` without its quantizers."""
+    if reference is not None:
+        return LayerReference(reference, "the float network")
+    if float_model is not None and has_same_layers(model, float_model):
+        return LayerReference(float_model, "the float network that training started from" if is_trained else "the float network")
+    return LayerReference(None, f"the {'trained' if is_trained else 'same'} network with its quantizers off")
 
 
 def _measured(
@@ -173,13 +213,10 @@ def _measured(
     model: nn.Module,
     sample: Inputs,
     calibration: Calibration | None,
-    rival: nn.Module | None,
-    test_data: Iterable[object] | None,
-    task: Task,
-    reference: nn.Module | None,
+    original: LayerReference,
     progress: Progress,
 ) -> Report:
-    """``report`` with what the network's layers, answers and metrics are; ``rival`` is the float network to compare with."""
+    """``report`` with what the network's layers are and lose."""
     layers = layer_results(model, sample=sample)
     report = dataclasses.replace(
         report,
@@ -189,28 +226,59 @@ def _measured(
     )
     if calibration is None:
         return dataclasses.replace(report, notes=[*report.notes, "there was no data, so what it cost was not measured"])
-    noise = layer_noise(model, Calibration.of(calibration, limit=LAYER_SAMPLES), reference=reference, progress=progress)
-    report = dataclasses.replace(report, layers=layer_results(model, sample=sample, noise=noise))
-    if rival is not None:
-        agreement = measure_agreement(rival, model, calibration if test_data is None else test_data, progress=progress)
+    noise = layer_noise(model, Calibration.of(calibration, limit=LAYER_SAMPLES), reference=original.network, progress=progress)
+    return dataclasses.replace(report, layers=layer_results(model, sample=sample, noise=noise), noise_reference=original.words)
+
+
+def _compared(
+    report: Report,
+    model: nn.Module,
+    calibration: Calibration | None,
+    rival: nn.Module | None,
+    test_data: Iterable[object] | None,
+    task: Task,
+    progress: Progress,
+) -> tuple[Report, list[Disagreement]]:
+    """``report`` with what the network's answers and metrics are, and pictures that ``rival``, the float network, answers differently."""
+    pictures: list[Disagreement] = []
+    if rival is not None and calibration is not None:
+        seen = Disagreements(calibration if test_data is None else test_data)
+        agreement = measure_agreement(rival, model, seen, watch=seen.watch, progress=progress)
+        pictures = seen.found()
         report = dataclasses.replace(
-            report, agreement=agreement.top1, sqnr_db=agreement.sqnr_db, kl=agreement.kl, max_abs_error=agreement.max_abs_error
+            report,
+            agreement=agreement.top1,
+            sqnr_db=agreement.sqnr_db,
+            kl=agreement.kl,
+            max_abs_error=agreement.max_abs_error,
+            disagreements=[picture.facts for picture in pictures],
         )
-    if test_data is None:
-        return report
+    if test_data is None or calibration is None:
+        return report, pictures
     after = evaluate(model, test_data, task=task, progress=progress)
     before = {} if rival is None else evaluate(rival, test_data, task=task, progress=progress).metrics
     metrics = {
         name: MetricResult(before.get(name), value, task.units.get(name, ""), task.meanings.get(name, ""))
         for name, value in after.metrics.items()
     }
-    return dataclasses.replace(report, metrics=metrics, samples=after.samples)
+    return dataclasses.replace(report, metrics=metrics, samples=after.samples), pictures
 
 
 def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:
     """The default of a policy; where that is float, the bits that all quantized layers share, if they do."""
     found = {bits for bits in layers if bits is not None}
     return found.pop() if default is None and len(found) == 1 else default
+
+
+def stored_parts(path: Path, layers: Sequence[LayerResult]) -> list[StoredPart]:
+    """The parts of a packed file, each with the bytes of the same tensors in float32."""
+    floats = {layer.name: layer.float_bytes for layer in layers}
+    return [
+        StoredPart(
+            part.name, part.code_bytes, part.table_bytes, part.float_bytes, part.header_bytes, floats.get(part.name, part.float_bytes or None)
+        )
+        for part in file_parts(path)
+    ]
 
 
 def _with_export(report: Report, name: str, written: ExportReport) -> Report:
@@ -223,7 +291,7 @@ def _with_export(report: Report, name: str, written: ExportReport) -> Report:
     )
     report = dataclasses.replace(report, notes=[*report.notes, *(note for note in written.notes if note not in report.notes)])
     if name == "model.lowbit":
-        return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity)
+        return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity, stored=stored_parts(written.path, report.layers))
     report = dataclasses.replace(report, size_onnx=written.size_bytes, parity_onnx=parity)
     if written.speed is None:
         return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,7 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
         >>> delivery.report.model, delivery.report.weight_bits, delivery.report.parity_packed.passed
         ('digits', 4, True)
     """
-    progress = progress or Progress.silent()
+    progress, started = progress or Progress.silent(), time.time()
     plan = open_quantization(request)
     source = plan.source
     out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(source.model))
@@ -268,6 +269,8 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
                 name=source.name,
                 packed=request.packed,
                 onnx=request.onnx,
+                data_names=source.data_names,
+                started=started,
                 progress=progress,
             )
         except LowbitError:

@@ -46,6 +46,13 @@ class Source:
     test: Iterable[object] | None
     test_name: str
 
+    @property
+    def data_names(self) -> dict[str, str]:
+        """Where samples come from, by what they are for."""
+        found = {"test": self.test_name} if self.test_name else {}
+        samples = "" if self.calibration is None else f", {self.calibration.samples} samples"
+        return {"calibration": f"{self.calibration_name}{samples}", **found}
+
 
 def open_network(settings: NetworkSettings, device: str) -> tuple[str, nn.Module]:
     """The network that is asked for, and what to call it; the embedded one when none is named."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,6 +382,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         >>> delivery.report.metrics["accuracy"].quantized > 0.9
         True
     """
+    started = time.time()
     start, trainer, out = open_training(request), trainer_for(request, progress), Path(request.out)
     trainer.launch()
     if trainer.is_main:
@@ -431,6 +433,8 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         task=trained.task,
         training=training,
         notes=start.notes,
+        data_names={"training": f"{start.train.name}, {len(start.train)} samples", **start.source.data_names},
+        started=started,
         progress=trainer.progress,
     )
     before, after = delivery.report.latency_float_onnx, delivery.report.latency_quantized_onnx

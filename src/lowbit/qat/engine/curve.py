@@ -7,7 +7,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,9 +98,9 @@ class TrainingLog:
             self._writer = None
 
 
-def versions() -> dict[str, str | None]:
-    """Of the packages that a result depends on, and of Python."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Of the packages that a result depends on, and of Python; ``None`` where one is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def _version(package: str) -> str | None:
