@@ -16,6 +16,7 @@ from lowbit.report.formatting import (
     format_operand,
     format_percent,
     format_ratio,
+    format_seconds,
 )
 
 NAN = math.nan
@@ -35,6 +36,9 @@ NAN = math.nan
         (format_bytes, None, NOTHING),
         (format_count, 555_072, "555 k"),
         (format_count, 12, "12"),
+        (format_seconds, 16.74, "16.7 s"),
+        (format_seconds, 192.4, "3 min 12 s"),
+        (format_seconds, 3900, "1 h 5 min"),
         (format_count, 1.8e9, "1.8 G"),
         (format_count, 2e15, "2 P"),
         (format_count, None, NOTHING),

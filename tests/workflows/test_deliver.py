@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from tests.networks import SharedWeightNet
 from torch import nn
 
 import lowbit
 from lowbit.errors import SpecError
 from lowbit.models import load_default
+from lowbit.workflows.deliver import layer_reference
 from lowbit.workflows.quantize import quantize_and_deliver
 from lowbit.workflows.requests import QuantizeRequest
 
@@ -50,3 +53,69 @@ def test_a_network_that_is_not_quantized_is_refused_and_nothing_is_written(tmp_p
     with pytest.raises(SpecError, match="pass calibration= or sample="):
         lowbit.deliver(small, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_bytes_levels_and_noise_are_what_the_files_and_networks_say(tmp_path: Path) -> None:
+    request = QuantizeRequest(method="round_to_nearest", weight_bits=3, calibration_samples=64, onnx=False, out=str(tmp_path))
+    report = quantize_and_deliver(request).report
+    data, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.html").read_text()
+    size = (tmp_path / "model.lowbit").stat().st_size
+    assert sum(part["total_bytes"] for part in data["stored"]) == size == data["size_bytes"]["packed"]
+    assert f"Together {size:,} bytes: all of model.lowbit." in page
+    by_name = {part["name"]: part["total_bytes"] for part in data["stored"]}
+    assert all(layer["stored_bytes"] == by_name[layer["name"]] for layer in data["layers"])
+    assert [part["total_bytes"] for part in data["stored"]] == sorted(by_name.values(), reverse=True)
+    for used in re.findall(r"3 bits, (?:\d+ to )?(\d+) of 8 levels per scale", page):
+        assert 2 <= int(used) <= 8
+    assert len(re.findall(r"3 bits, [\d to]+ of 8 levels per scale", page)) == sum(layer.weight_bits == 3 for layer in report.layers) == 7
+    assert data["noise_reference"] == "the float network"
+    assert len(data["disagreements"]) == page.count("<img ") == round((1 - report.agreement) * report.samples)  # type: ignore[operator]
+    assert {one["role"] for one in data["activations"]} == {"input", "merge"}
+    assert data["run"]["data"] == {"calibration": "digits, 64 samples", "test": "digits"}
+    assert data["run"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_weight_that_two_layers_share_counts_as_often_as_the_file_holds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SharedWeightNet()
+    images = torch.randn(64, 6)
+    small = lowbit.quantize(model, method="round_to_nearest", weight_bits=4, calibration=images)
+    report = lowbit.deliver(small, tmp_path, calibration=images, float_model=model, onnx=False).report
+    assert report.size_float == (36 + 6 + 6) * 4
+    sizes = [layer.stored_bytes for layer in report.layers]
+    assert sizes == [36 + 24 + 24, 24]  # both ends have 8 bits, so that one form of the weight serves both
+    assert sum(part.total_bytes for part in report.stored) == report.size_packed == (tmp_path / "model.lowbit").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "the same network with its quantizers off"),
+        ({"float_model": True}, "the float network"),
+        ({"float_model": True, "training": True}, "the float network that training started from"),
+        ({"float_model": True, "training": True, "compare": False}, "the trained network with its quantizers off"),
+    ],
+)
+def test_noise_is_measured_against_the_float_network_where_there_is_one(tmp_path: Path, given: dict[str, bool], words: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 6)
+    small = lowbit.quantize(nn.Sequential(nn.Linear(6, 4)), weight_bits=8, calibration=images)
+    other = nn.Sequential(nn.Linear(6, 4)) if "float_model" in given else None  # of other weights, so that the noise tells
+    training = {"metric": "accuracy", "curve": []} if "training" in given else None
+    report = lowbit.deliver(
+        small, tmp_path, calibration=images, float_model=other, training=training, compare=given.get("compare", True), onnx=False
+    ).report
+    assert report.noise_reference == words
+    is_other = words.startswith("the float network")
+    assert (report.layers[0].sqnr_db < 10) == is_other and (report.layers[0].weight_sqnr_db < 10) == is_other  # type: ignore[operator]
+    assert f"output against {words} on the same inputs" in (tmp_path / "report.html").read_text()
+
+
+def test_a_float_network_whose_norms_were_folded_is_no_reference_for_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    small = lowbit.quantize(model, calibration=torch.randn(8, 1, 8, 8))
+    assert layer_reference(small, None, model, is_trained=False).network is None
+    assert layer_reference(small, model, None, is_trained=False).network is model
+    kept = lowbit.prepare(model, method="lsq", sample=torch.randn(8, 1, 8, 8))
+    assert layer_reference(kept, None, model, is_trained=True).network is model

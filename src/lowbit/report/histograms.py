@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class WeightHistogram:
         levels: Values that quantized weights take, ascending.
         level_counts: How many weights took each level.
         used: The fewest and the most levels that weights of one scale take: of a channel where each has its own, else of the layer.
+        per_scale: How many weights share a scale.
         error_counts: Rounding errors in bins from ``-error_span`` to ``error_span``; empty for grids coarse enough to draw.
         error_unit: ``step`` (the distance of two levels), or ``weight`` where levels are not evenly spaced.
     """
@@ -55,6 +57,7 @@ class WeightHistogram:
     levels: tuple[float, ...]
     level_counts: tuple[int, ...]
     used: tuple[int, int] = (0, 0)
+    per_scale: int = 0
     error_counts: tuple[int, ...] = ()
     error_span: float = 0.0
     error_unit: str = "step"
@@ -85,19 +88,19 @@ def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> l
             values, quantized, unit = view(values) / scale, (view(quantized) / scale).round(decimals=4), "scale"
             if isinstance(decoder, AffineDecoder) and bool(decoder.zero_point.any()):
                 values, quantized, unit = values + decoder.zero_point, (quantized + decoder.zero_point).round(decimals=4), "code"
-        found.append(_histogram(name, codes.bit_width, unit, values, quantized, used, error, isinstance(decoder, AffineDecoder)))
+        drawn = _histogram(name, codes.bit_width, unit, values, quantized, error, isinstance(decoder, AffineDecoder))
+        found.append(dataclasses.replace(drawn, used=(int(used.min()), int(used.max())), per_scale=original.numel() // len(used)))
     return found
 
 
-def _levels_used(quantized: Tensor, quantizer: Quantizer) -> tuple[int, int]:
-    """The fewest and the most different values that share a scale."""
+def _levels_used(quantized: Tensor, quantizer: Quantizer) -> Tensor:
+    """For each scale, how many different values the weights that share it take."""
     rows = quantizer.granularity.flatten(quantized).sort(dim=1).values
-    counts = 1 + (rows.diff(dim=1) != 0).sum(1)
-    return int(counts.min()), int(counts.max())
+    return 1 + (rows.diff(dim=1) != 0).sum(1)
 
 
 def _histogram(
-    name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor, used: tuple[int, int], error: Tensor, in_steps: bool
+    name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor, error: Tensor, in_steps: bool
 ) -> WeightHistogram:
     low, high = _span(min(values.amin().item(), quantized.amin().item()), max(values.amax().item(), quantized.amax().item()))
     counts = torch.histc(values.flatten(), BINS, low, high).long().tolist()
@@ -112,8 +115,8 @@ def _histogram(
         span = min(max(largest, 0.5), WIDEST_ERROR) if in_steps else largest or 1.0
         error_counts = torch.histc(error.flatten().clamp(-span, span), BINS, -span, span).long().tolist()
     return WeightHistogram(
-        name, bit_width, unit, low, high, tuple(counts), tuple(levels.tolist()), tuple(level_counts.tolist()), used,
-        tuple(error_counts), span, "step" if in_steps else "weight",
+        name, bit_width, unit, low, high, tuple(counts), tuple(levels.tolist()), tuple(level_counts.tolist()),
+        error_counts=tuple(error_counts), error_span=span, error_unit="step" if in_steps else "weight",
     )  # fmt: skip
 
 
@@ -172,7 +175,7 @@ def activation_roles(model: nn.Module) -> dict[Quantizer, tuple[str, tuple[str, 
     A merge is what meets in a sum or a concatenation, its result, or what is pooled.
     """
     record, placed = record_of(model), sites(model)
-    found: dict[Quantizer, tuple[str, tuple[str, ...]]] = {quantizer: ("merge", ()) for quantizer in placed.values()}
+    found: dict[Quantizer, tuple[str, tuple[str, ...]]] = dict.fromkeys(placed.values(), ("merge", ()))
     for role, owners in () if record is None else (("output", record.table.outputs), ("input", record.table.inputs)):
         for layer, site in owners.items():
             if site in placed:
@@ -200,7 +203,8 @@ class _ActivationMeter:
         self._low, self._high = min(self._low, low), max(self._high, high)
         first, last = self._clips(x, quantized)
         self._clip_low, self._clip_high = min(self._clip_low, first), max(self._clip_high, last)
-        self._clipped += int(((x < first) | (x > last)).sum())
+        half_step = (last - first) / (2**self.quantizer.bit_width - 1) / 2  # up to it values are rounded, beyond it clipped
+        self._clipped += int(((x < first - half_step) | (x > last + half_step)).sum())
         values = x.flatten().float()
         self._sample.append(values[:: max(1, values.numel() // SAMPLE_SIZE)].cpu())
 

@@ -76,6 +76,7 @@ class Cell:
     key: str = ""
     detail: str = ""
     class_: str = ""
+    applies: bool = True  # whether its row can have anything to say here
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class Column:
 
     @property
     def constant(self) -> str | None:
-        """The text that all rows share which have any, for settings."""
-        texts = {f"{cell.text} {cell.detail}".strip() for cell in self.cells if cell.text or cell.detail}
-        return texts.pop() if self.is_setting and len(self.cells) > 1 and len(texts) == 1 else None
+        """The text that all rows share to which it applies, for settings."""
+        texts = [f"{cell.text} {cell.detail}".strip() for cell in self.cells if cell.applies]
+        return texts[0] if self.is_setting and len(texts) > 1 and len(set(texts)) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ def storage_bars(parts: Sequence[StoredPart]) -> list[Bar]:
         }
         segments = tuple((class_, 100 * size / most, f"{what}, {format_bytes(size)}") for class_, (size, what) in pieces.items() if size)
         of = f" of {format_bytes(part.float_bytes)}" if part.float_bytes else ""
-        bars.append(Bar(part.name, f"{format_bytes(part.total_bytes)}{of}", segments))
+        bars.append(Bar(part.name or "the network itself", f"{format_bytes(part.total_bytes)}{of}", segments))
     return bars
 
 
@@ -393,24 +394,34 @@ def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
 
 
 def layer_table(report: Report) -> Table:
-    """The layers, and below them what is quantized between layers."""
-    layers, merges = report.layers, [activation for activation in report.activations if activation.role == "merge"]
-    rest = (Cell(""),) * len(merges)
+    """The layers, and below them what is quantized between layers.
 
-    def setting(title: str, cell: Callable[[LayerResult], Cell], merged: tuple[Cell, ...] = rest, *, is_number: bool = False) -> Column:
-        return Column(title, (*map(cell, layers), *merged), is_number, is_setting=True)
+    Where a layer's output is quantized because a sum, a concatenation or pooling takes it, its row says so.
+    """
+    layers, sites = report.layers, {f"{layer.name}.output" for layer in report.layers}
+    merged = {activation.name: activation for activation in report.activations if activation.role == "merge"}
+    merges = [activation for site, activation in merged.items() if site not in sites]
+    rest = (Cell("", applies=False),) * len(merges)
+
+    def setting(title: str, cell: Callable[[LayerResult], Cell], others: tuple[Cell, ...] = rest, *, is_number: bool = False) -> Column:
+        return Column(title, (*map(cell, layers), *others), is_number, is_setting=True)
+
+    def output(layer: LayerResult) -> Cell:
+        if layer.output_bits is not None:
+            return _bits(layer.output_bits)
+        merge = merged.get(f"{layer.name}.output")
+        return Cell("") if merge is None else Cell(str(merge.bit_width), str(merge.bit_width), detail="merge")
 
     def number(title: str, value: Callable[[LayerResult], float | None], tell: Callable[[float | None], str]) -> Column:
         cells = (Cell(tell(value(layer)), _sort_key(value(layer))) for layer in layers)
         return Column(title, (*cells, *rest), is_number=True)
 
-    outputs = [layer for layer in layers if layer.output_bits is not None]
     columns = [
-        setting("Kind", lambda layer: Cell(layer.kind), (Cell("sum, concatenation or pooling"),) * len(merges)),
+        setting("Kind", lambda layer: Cell(layer.kind), (Cell("merge"),) * len(merges)),
         Column("Weight", (*(Cell("\u00d7".join(map(str, layer.shape))) for layer in layers), *rest)),
         setting("Weight bits", lambda layer: _bits(layer.weight_bits), is_number=True),
-        setting("Activation bits", lambda layer: _bits(layer.activation_bits), tuple(_bits(m.bit_width) for m in merges), is_number=True),
-        *([setting("Output bits", lambda layer: _bits(layer.output_bits), is_number=True)] if outputs else []),
+        setting("Activation bits", lambda layer: _bits(layer.activation_bits), is_number=True),
+        setting("Output bits", output, tuple(_bits(merge.bit_width) for merge in merges), is_number=True),
         setting("Quantizer", lambda layer: Cell(layer.quantizer, detail=layer.granularity.replace("_", " "))),
         number("Output SQNR", lambda layer: layer.sqnr_db, format_db),
         number("Weight SQNR", lambda layer: layer.weight_sqnr_db, format_db),
@@ -448,7 +459,7 @@ def activation_table(activations: Sequence[ActivationResult]) -> Table:
 def role_words(activation: ActivationResult) -> str:
     """``input of conv1, conv2``, ``output of conv1``, or what is quantized between layers."""
     if activation.role == "merge":
-        return "sum, concatenation or pooling"
+        return "merge: sum, concatenation or pooling"
     return f"{activation.role} of {', '.join(activation.layers)}"
 
 
@@ -464,9 +475,10 @@ def weight_plot(h: WeightHistogram) -> Plot:
 
 def level_words(h: WeightHistogram) -> str:
     """How many of the grid's levels the weights of one scale use: ``6 to 8 of 8 levels per scale``."""
-    fewest, most = h.used
+    (fewest, most), grid = h.used, 2**h.bit_width
     span = f"{most}" if fewest == most else f"{fewest} to {most}"
-    return f"{span} of {2**h.bit_width} levels per scale" if most else f"{len(h.levels)} levels"
+    few = f" of {h.per_scale} weights" if h.per_scale < grid else ""
+    return f"{span} of {grid} levels per scale{few}" if most else f"{len(h.levels)} levels"
 
 
 def activation_plot(h: ActivationHistogram) -> Plot:
@@ -497,7 +509,7 @@ def sensitivity_plot(diagnosis: Diagnosis) -> Markup:
 
 def learning_plots(report: Report) -> list[Plot]:
     """Training loss and every metric on the test data over the epochs; nothing for a network that was not trained."""
-    if report.training is None:
+    if report.training is None or not report.training["curve"]:
         return []
     curve = cast(Sequence[Mapping[str, Any]], report.training["curve"])
     selecting = str(report.training["metric"])
@@ -517,9 +529,8 @@ def _learning_plot(
     shown = [v for v in (*values, baseline) if v is not None and math.isfinite(v)]
     if not shown or all(value is None for value in values):
         return Plot(title, Markup(""))
-    room = 0.08 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
-    if unit == "%":
-        room = max(room, POINT / 2)
+    room = 0.08 * (max(shown) - min(shown))
+    room = max(room, POINT / 2) if unit == "%" else room or 0.05 * abs(shown[0]) or 1.0
     span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
     factor = 100 if unit == "%" else 1
 

@@ -64,8 +64,9 @@ class Disagreements:
         self._kept: list[tuple[float, int, int, int, int | None, Tensor]] = []
 
     def __iter__(self) -> Iterator[object]:
-        for self._batch in self._data:
-            yield self._batch
+        for batch in self._data:
+            self._batch = batch
+            yield batch
 
     def __len__(self) -> int:
         return len(self._data)  # type: ignore[arg-type] # a TypeError where it is not known, as of the data itself

@@ -33,7 +33,7 @@ class LayerResult:
     Attributes:
         sqnr_db: Layer output in the quantized network against that in the report's ``noise_reference``, noise of earlier layers included.
         weight_sqnr_db: Quantized weight against the weight of the report's ``noise_reference``.
-        stored_bytes, float_bytes: Packed codes with tables and bias; the same layer in float32.
+        stored_bytes, float_bytes: Packed codes with tables and bias, as in the file where one was written; the same layer in float32.
         macs, bops: For one sample; ``bops = macs x weight bits x activation bits``, float counting 32 bits.
     """
 
@@ -60,7 +60,7 @@ class StoredPart:
     """Bytes of the packed file that belong together.
 
     Attributes:
-        name: The module that owns the tensors, or a section of the file's header.
+        name: The module that owns the tensors (empty for the network itself), or a section of the file's header.
         code_bytes: Packed codes.
         table_bytes: Scales, zero points and codebooks.
         value_bytes: Tensors that are not quantized: biases, norms, weights left in float.

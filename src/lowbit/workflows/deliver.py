@@ -291,7 +291,10 @@ def _with_export(report: Report, name: str, written: ExportReport) -> Report:
     )
     report = dataclasses.replace(report, notes=[*report.notes, *(note for note in written.notes if note not in report.notes)])
     if name == "model.lowbit":
-        return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity, stored=stored_parts(written.path, report.layers))
+        parts = stored_parts(written.path, report.layers)
+        sizes = {part.name: part.total_bytes for part in parts}
+        layers = [dataclasses.replace(layer, stored_bytes=sizes.get(layer.name, 0)) for layer in report.layers]
+        return dataclasses.replace(report, size_packed=written.size_bytes, parity_packed=parity, stored=parts, layers=layers)
     report = dataclasses.replace(report, size_onnx=written.size_bytes, parity_onnx=parity)
     if written.speed is None:
         return report

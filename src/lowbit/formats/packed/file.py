@@ -140,7 +140,7 @@ class FilePart:
     """Bytes of a packed file that belong together.
 
     Attributes:
-        name: The module that owns the tensors, or a section of the header.
+        name: The module that owns the tensors (empty for the network itself), or a section of the header.
         code_bytes: Packed codes.
         table_bytes: Scales, zero points and codebooks, which decode them.
         float_bytes: Tensors that are not quantized: biases, norms, weights left in float.
@@ -182,7 +182,7 @@ def file_parts(path: Path | str) -> list[FilePart]:
     for name, tensor in content.tensors.items():
         if name in cast(dict[str, object], manifest["numbers"]):
             continue
-        owner = name.rpartition(".")[0] or name
+        owner = name.rpartition(".")[0]
         part = parts.get(owner, FilePart(owner))
         if isinstance(tensor, PackedTensor):
             part = replace(part, code_bytes=part.code_bytes + tensor.code_bytes, table_bytes=part.table_bytes + tensor.table_bytes)
