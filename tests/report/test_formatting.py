@@ -36,6 +36,7 @@ NAN = math.nan
         (format_bytes, None, NOTHING),
         (format_count, 555_072, "555 k"),
         (format_count, 12, "12"),
+        (format_db, -0.04, "0.0 dB"),
         (format_seconds, 16.74, "16.7 s"),
         (format_seconds, 192.4, "3 min 12 s"),
         (format_seconds, 3900, "1 h 5 min"),

@@ -9,7 +9,7 @@ from torch import nn
 import lowbit
 from lowbit.measure import sqnr_db
 from lowbit.models import load_default
-from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
+from lowbit.network.insert import activation_quantizers, set_input_quantizer, set_weight_quantizer
 from lowbit.quantizers import CodebookQuantizer, Quantizer, UniformQuantizer
 from lowbit.report.histograms import BINS, MOST_LEVELS, activation_histograms, weight_histograms
 from lowbit.spec import Granularity
@@ -115,7 +115,9 @@ def test_no_scale_uses_more_levels_than_its_grid_has(granularity: Granularity) -
 def test_errors_of_many_bits_lie_within_half_a_step_and_coarse_grids_have_none() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
     fine, coarse = (
-        weight_histograms(with_quantizer(weight, UniformQuantizer(bits, signed=True, symmetric=True, granularity=Granularity.channel(0))))[0]
+        weight_histograms(with_quantizer(weight, UniformQuantizer(bits, signed=True, symmetric=True, granularity=Granularity.channel(0))))[
+            0
+        ]
         for bits in (8, 4)
     )
     assert (sum(fine.error_counts), fine.error_unit, fine.error_span) == (512, "step", pytest.approx(0.5, abs=0.51 / 127))
@@ -149,3 +151,25 @@ def test_activations_belong_to_the_layers_that_read_them_or_to_a_merge() -> None
     assert found["block1.relu2.output"].layers == ("block2.conv1", "block2.downsample.0")
     assert (found["block1.conv2.output"].role, found["block1.conv2.output"].layers) == ("merge", ())
     assert all(one.bit_width == 8 and one.clip_low <= one.clip_high for one in found.values())
+
+
+@pytest.mark.parametrize("name", [info.name for info in lowbit.list_methods(kind="training")])
+def test_every_trained_method_can_be_drawn_and_uses_no_more_levels_than_it_has(name: str) -> None:
+    info = lowbit.get_method(name, kind="training")
+    weight_bits = 3 if 3 in info.weight_bits else max(info.weight_bits)
+    activation_bits = None if info.activation_bits is None else 3 if 3 in info.activation_bits else max(info.activation_bits)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    )
+    data = torch.randn(8, 1, 8, 8)
+    small = lowbit.prepare(model, method=name, weight_bits=weight_bits, activation_bits=activation_bits, sample=data).eval()
+    for weights in weight_histograms(small):
+        assert 1 <= weights.used[0] <= weights.used[1] <= 2**weights.bit_width, weights.name
+        assert sum(weights.counts) == sum(weights.level_counts) == small.get_submodule(weights.name).weight.numel()  # type: ignore[operator, union-attr]
+    drawn = activation_histograms(small, data)
+    assert len(drawn) == len(activation_quantizers(small))
+    for activations in drawn:
+        found = activations.result
+        assert found.clip_low <= found.clip_high and 0 <= found.clipped <= 1
+        assert activations.low <= min(found.low, found.clip_low) and max(found.high, found.clip_high) <= activations.high

@@ -209,7 +209,14 @@ def test_long_names_lose_what_all_of_them_begin_with_and_keep_it_in_their_title(
 
 def test_training_curves_have_axes_percent_and_the_line_of_the_float_network() -> None:
     curve = [
-        {"epoch": epoch, "phase": "all", "step": epoch, "loss": 1 / epoch, "metrics": {"accuracy": 0.8 + epoch / 100, "RMSE": 2.0}, "seconds": 1.0}
+        {
+            "epoch": epoch,
+            "phase": "all",
+            "step": epoch,
+            "loss": 1 / epoch,
+            "metrics": {"accuracy": 0.8 + epoch / 100, "RMSE": 2.0},
+            "seconds": 1.0,
+        }
         for epoch in (1, 2, 3)
     ]
     plots = learning_plots(dataclasses.replace(REPORT, training={"metric": "accuracy", "curve": curve}))
@@ -269,7 +276,9 @@ def test_the_page_says_what_noise_is_measured_against() -> None:
 
 def test_the_facts_of_the_run_are_told() -> None:
     run = {**run_facts(time.time(), {"calibration": "digits, 256 samples"}), "seconds": 75.0, "command": "lowbit quantize -w 4"}
-    assert {"Command": "lowbit quantize -w 4", "Duration": "1 min 15 s", "Calibration data": "digits, 256 samples"}.items() <= run_words(run).items()
+    assert {"Command": "lowbit quantize -w 4", "Duration": "1 min 15 s", "Calibration data": "digits, 256 samples"}.items() <= run_words(
+        run
+    ).items()
     words = Page(render_html(dataclasses.replace(REPORT, run=run))).words
     assert "lowbit quantize -w 4" in words and f"torch {torch.__version__}" in words
     assert run_words({}) == {} and "This run" not in Page(render_html(REPORT)).words

@@ -78,7 +78,9 @@ def has_same_layers(model: nn.Module, reference: nn.Module) -> bool:
     if {n: float_weight(layer).shape for n, layer in layers.items()} != {n: float_weight(layer).shape for n, layer in originals.items()}:
         return False
     found = dict(model.named_modules())
-    between = {name: module for name, module in reference.named_modules() if name not in originals and (module._parameters or module._buffers)}
+    between = {
+        name: module for name, module in reference.named_modules() if name not in originals and (module._parameters or module._buffers)
+    }
     return all(type(found.get(name)) is type(module) for name, module in between.items())
 
 

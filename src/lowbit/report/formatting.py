@@ -62,7 +62,7 @@ def format_db(value: float | None) -> str:
         return NOTHING
     if math.isinf(value):
         return "exact" if value > 0 else "no signal"
-    return f"{value:.1f} dB"
+    return f"{round(value, 1) + 0.0:.1f} dB"  # never -0.0
 
 
 def format_percent(fraction: float | None, digits: int = 2) -> str:

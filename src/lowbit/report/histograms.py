@@ -26,7 +26,7 @@ MOST_LEVELS = 256  # levels kept for drawing
 FINE_BITS = 6  # from here on levels lie too close to draw, and errors tell more
 WIDEST_ERROR = 2.0  # steps; larger errors count in the outermost bins
 SAMPLE_SIZE = 4096  # values kept of each tensor for its histogram
-FAR = 1e6  # times the largest value: beyond every grid
+FAR = 1e6  # and so many times the largest value: beyond every grid
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def _levels_used(quantized: Tensor, quantizer: Quantizer) -> Tensor:
     return 1 + (rows.diff(dim=1) != 0).sum(1)
 
 
-def _histogram(
-    name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor, error: Tensor, in_steps: bool
-) -> WeightHistogram:
+def _histogram(name: str, bit_width: int, unit: str, values: Tensor, quantized: Tensor, error: Tensor, in_steps: bool) -> WeightHistogram:
     low, high = _span(min(values.amin().item(), quantized.amin().item()), max(values.amax().item(), quantized.amax().item()))
     counts = torch.histc(values.flatten(), BINS, low, high).long().tolist()
     levels, level_counts = quantized.unique(return_counts=True)
@@ -194,8 +192,8 @@ class _ActivationMeter:
         self._sample: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Look at one more tensor, unquantized."""
-        if x.numel() == 0:
+        """Look at one more tensor, unquantized; one with NaN or infinity has no range and is left out."""
+        if x.numel() == 0 or not bool(x.isfinite().all()):
             return
         quantized = self.quantizer.encode(x).decode()
         self.noise.add(x, quantized)
@@ -211,7 +209,7 @@ class _ActivationMeter:
     def _clips(self, x: Tensor, quantized: Tensor) -> tuple[float, float]:
         """The ends of the grid; those of the values that were taken where scales depend on the input or the channel."""
         if not self.quantizer.is_dynamic and not self.quantizer.granularity.axes:
-            far = FAR * max(x.abs().amax().item(), 1e-30)
+            far = min(FAR * max(x.abs().amax().item(), 1.0), torch.finfo(x.dtype).max / 2)
             quantized = self.quantizer.encode(x.new_tensor([-far, far])).decode()
         return quantized.amin().item(), quantized.amax().item()
 

@@ -175,7 +175,7 @@ def render_html(
         loader=PackageLoader("lowbit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"db": format_db, "bytes": format_bytes, "percent": format_percent, "bits": format_bits}
-    environment.filters["breakable"] = breakable
+    environment.filters |= {"breakable": breakable, "unbroken": unbroken}
     parts = stored_parts(report)
     return environment.get_template("report.html.jinja").render(
         report=report,
@@ -532,6 +532,8 @@ def _learning_plot(
     room = 0.08 * (max(shown) - min(shown))
     room = max(room, POINT / 2) if unit == "%" else room or 0.05 * abs(shown[0]) or 1.0
     span = (min(shown) - room, max(shown) + room) if colour == "main" else (0.0, max(*shown, 1e-12) * 1.05)
+    if unit == "%" and max(shown) <= 1:
+        span = (span[0], min(span[1], 1 + 0.05 * (1 - span[0])))  # no room for ticks above 100 %
     factor = 100 if unit == "%" else 1
 
     def scaled(value: float | None) -> float | None:
@@ -577,6 +579,11 @@ def run_words(run: Mapping[str, Any]) -> dict[str, str]:
 def breakable(name: str) -> Markup:
     """A layer's name that may break into lines behind its dots."""
     return Markup(".<wbr>").join(name.split("."))
+
+
+def unbroken(text: str) -> str:
+    """``text`` whose units stay on the line of their number."""
+    return text.replace(" %", "\u00a0%").replace(" dB", "\u00a0dB")
 
 
 def _sort_key(value: object) -> str:

@@ -152,7 +152,7 @@ def curves(
         size: Width and height in units of the drawing.
         title: Text for screen readers.
     """
-    (width, height), left, bottom = size, 44.0, 38.0 if across else 24.0
+    (width, height), left, bottom = size, 54.0 if size == NARROW else 44.0, 38.0 if across else 24.0
     shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
     if not shown:
         return Markup("")
