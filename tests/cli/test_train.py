@@ -94,7 +94,10 @@ def test_the_embedded_network_is_trained_at_four_bits_and_checked(trained_folder
     assert curve == json.loads((trained_folder / "train.json").read_text())["curve"]
     page = (trained_folder / "report.html").read_text()
     assert "<h2>Training</h2>" in page and "Training loss" in page and "Test accuracy" in page
-    assert f"epoch 3 (train), test accuracy: {curve[-1]['metrics']['accuracy']:.3g}" in page
+    assert f"epoch 3 (train), test accuracy: {100 * curve[-1]['metrics']['accuracy']:.2f} %" in page
+    assert report["noise_reference"] == "the float network that training started from"
+    assert sum(part["total_bytes"] for part in report["stored"]) == report["size_bytes"]["packed"]
+    assert set(report["run"]["data"]) == {"training", "calibration", "test"}
 
 
 def test_the_packed_file_computes_what_was_trained(trained_folder: Path) -> None:
