@@ -295,7 +295,7 @@ def test_every_table_can_be_sorted_and_filtered_by_keyboard_and_keeps_its_names_
     assert {attributes.get("id") for tag, attributes in tags if tag == "input"} == labels == {"layers-filter", "activations-filter"}
     filters = {attributes.get("data-table") for _, attributes in tags if attributes.get("class") == "filter"}
     assert filters == {attributes.get("id") for tag, attributes in tags if tag == "table"}
-    assert re.search(r"\.sortable th:first-child \{[^}]*position: sticky", text)
+    assert re.search(r"\.named th:first-child \{[^}]*position: sticky", text)
 
 
 def test_whatever_is_wider_than_a_phone_scrolls_by_itself() -> None:

@@ -35,6 +35,7 @@ from lowbit.qat.recipe import Recipe
 from lowbit.qat.tasks import as_task
 from lowbit.registry import find_method
 from lowbit.report.comparison import ComparisonReport, write_comparison
+from lowbit.report.facts import processor_name
 from lowbit.spec import BitPolicy, LayerBits
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.evaluate import evaluate
@@ -450,15 +451,7 @@ def _latency(model: nn.Module, sample: Inputs, work: Path) -> dict[str, object]:
 
 def machine_facts(threads: int) -> dict[str, object]:
     """Where a cell runs: what its time, and the last bits of its result, may depend on."""
-    return {"processor": _processor(), "system": platform.system(), "threads": threads, **versions()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"processor": processor_name(), "system": platform.system(), "threads": threads, **versions()}
 
 
 def commands_of(suite: Suite, tables: Tables) -> dict[str, str]:

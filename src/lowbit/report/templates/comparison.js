@@ -2,6 +2,3 @@ document.getElementById("filter").addEventListener("input", (event) => {
   const wanted = event.target.value.toLowerCase();
   for (const row of document.querySelectorAll("table.filtered tbody tr")) row.hidden = !row.dataset.name.toLowerCase().includes(wanted);
 });
-for (const head of document.querySelectorAll("table.sortable thead th")) {
-  head.addEventListener("keydown", (event) => { if (event.key === "Enter") head.click(); });
-}
