@@ -275,7 +275,12 @@ def stored_parts(path: Path, layers: Sequence[LayerResult]) -> list[StoredPart]:
     floats = {layer.name: layer.float_bytes for layer in layers}
     return [
         StoredPart(
-            part.name, part.code_bytes, part.table_bytes, part.float_bytes, part.header_bytes, floats.get(part.name, part.float_bytes or None)
+            part.name,
+            part.code_bytes,
+            part.table_bytes,
+            part.float_bytes,
+            part.header_bytes,
+            floats.get(part.name, part.float_bytes or None),
         )
         for part in file_parts(path)
     ]

@@ -98,7 +98,9 @@ def test_tensors_of_equal_content_are_stored_once(tmp_path: Path) -> None:
     assert [name for name in content.tensors if name.endswith("weight")] == ["encode.weight"]
 
 
-@pytest.mark.parametrize("make", [lambda: quantized(TinyNet(), IMAGE, weights="affine"), lambda: quantized(SharedWeightNet(), torch.randn(2, 6))])
+@pytest.mark.parametrize(
+    "make", [lambda: quantized(TinyNet(), IMAGE, weights="affine"), lambda: quantized(SharedWeightNet(), torch.randn(2, 6))]
+)
 def test_the_parts_of_a_file_add_up_to_its_size(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     model = make()
     content = packed(model, IMAGE if isinstance(model, TinyNet) else torch.randn(2, 6))
