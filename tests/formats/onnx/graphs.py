@@ -34,7 +34,7 @@ class Builder:
         return value
 
     def add(
-        self, operator: str, inputs: Sequence[ir.Value | None], name: str, shape: Sequence[int], domain: str = "", **attributes: object
+        self, operator: str, inputs: Sequence[ir.Value | None], name: str, shape: Sequence[int], domain: str = "", /, **attributes: object
     ) -> ir.Value:
         """The output ``name`` of a new node."""
         node = ir.node(operator, inputs, attributes, domain=domain)  # type: ignore[arg-type]
@@ -43,9 +43,7 @@ class Builder:
         self.graph.append(node)
         return value
 
-    def quantizer(
-        self, x: ir.Value, name: str, *, lower: float, step: float, scale: float, zero: float, qmin: int, qmax: int
-    ) -> ir.Value:
+    def quantizer(self, x: ir.Value, name: str, *, lower: float, step: float, scale: float, zero: float, qmin: int, qmax: int) -> ir.Value:
         """A quantizer as ``translate`` leaves it."""
         parts = (("lower", lower), ("step", step), ("scale", scale), ("zero", zero))
         constants = [self.constant(f"{name}.in.{part}", np.asarray(number, np.float32)) for part, number in parts]
