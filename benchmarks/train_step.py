@@ -155,32 +155,38 @@ def measure(names: list[str], rounds: int, *, is_compiled: bool) -> Row:
 
 def profile(names: list[str], rounds: int) -> Row:
     """Milliseconds of each operator in a channels-last step, without those it calls; the least of all rounds, largest first."""
-    rows: Row = {}
-    floats: dict[str, float] = {}
-    for name, step in variants(names, is_compiled=False):
-        if not name.endswith(", channels-last") or " " in name.partition(",")[0]:
-            continue
+    steps = {
+        name: step for name, step in variants(names, is_compiled=False) if name in {f"{kind}, channels-last" for kind in ("float", *names)}
+    }
+    least: dict[str, dict[str, float]] = {name: {} for name in steps}
+    for step in steps.values():
         step.run()
-        least: dict[str, float] = {}
-        for index in range(rounds):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-                step.run()
-            times: dict[str, float] = {}
-            for event in found.key_averages():
-                kind = "autograd engine" if event.key.startswith("autograd::engine") else event.key
-                times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total / 1000
-            least = {key: min(value, least.get(key, value)) if index else value for key, value in times.items()}
-        floats = floats or least
-        shown = sorted(least, key=lambda key: -least[key])[:SHOWN]
-        total = sum(least.values())
-        rest = total - sum(least[key] for key in shown)
-        rows[name] = {**{key: round(least[key], 2) for key in shown}, "all others": round(rest, 2), "sum": round(total, 2)}
-        print(f"{name}: {total:.1f} ms in operators")
+    for _ in range(rounds):
+        for name, step in steps.items():
+            for operator, ms in _operator_times(step).items():
+                least[name][operator] = min(ms, least[name].get(operator, ms))
+    floats = least["float, channels-last"]
+    rows: Row = {}
+    for name, times in least.items():
+        shown, total = sorted(times, key=lambda key: -times[key])[:SHOWN], sum(times.values())
+        rest = total - sum(times[key] for key in shown)
+        rows[name] = {**{key: round(times[key], 2) for key in shown}, "all others": round(rest, 2), "sum": round(total, 2)}
+        print(f"{name}: {total:.1f} ms in operators, {total / sum(floats.values()):.3f} of float")
         for key in shown:
             print(
-                f"  {least[key]:8.2f} ms  {100 * least[key] / total:5.1f} %  {least[key] - floats.get(key, 0.0):+8.2f} ms to float  {key}"
+                f"  {times[key]:8.2f} ms  {100 * times[key] / total:5.1f} %  {times[key] - floats.get(key, 0.0):+8.2f} ms to float  {key}"
             )
     return rows
+
+
+def _operator_times(step: Step) -> dict[str, float]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step.run()
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        kind = "autograd engine" if event.key.startswith("autograd::engine") else event.key
+        times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total / 1000
+    return times
 
 
 def _ratio(a: float, b: float) -> float:
