@@ -3,6 +3,7 @@
     pip install "lowbit[kernels]" brevitas==0.13.4      # brevitas is optional
     python benchmarks/train_step.py                     # about three minutes
     python benchmarks/train_step.py --compile           # torch.compile too: minutes for each network, needs a C++ compiler
+    python benchmarks/train_step.py lsq --profile       # which operators of a step take how long, in place of whole steps
 
 ResNet-20 on random images of CIFAR's shape, batch 128: forward, cross-entropy, backward and SGD with momentum. Weights and activations
 of all inner convolutions, shortcuts included, have 4 bits, those of the first and the last layer 8. One pinned thread. Every round runs
@@ -22,6 +23,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +40,7 @@ from lowbit.spec import BitPolicy
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 METHODS = ("lsq", "pact", "dorefa", "ewgs")
 BATCH, BITS = 128, 4
+SHOWN = 14  # operators in a profile
 GOAL, GATE = 1.08, 1.2  # lsq over float of the same memory format
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 Row = dict[str, object]
@@ -150,6 +153,42 @@ def measure(names: list[str], rounds: int, *, is_compiled: bool) -> Row:
     return rows
 
 
+def profile(names: list[str], rounds: int) -> Row:
+    """Milliseconds of each operator in a channels-last step, without those it calls; the least of all rounds, largest first."""
+    steps = {
+        name: step for name, step in variants(names, is_compiled=False) if name in {f"{kind}, channels-last" for kind in ("float", *names)}
+    }
+    least: dict[str, dict[str, float]] = {name: {} for name in steps}
+    for step in steps.values():
+        step.run()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            for operator, ms in _operator_times(step).items():
+                least[name][operator] = min(ms, least[name].get(operator, ms))
+    floats = least["float, channels-last"]
+    rows: Row = {}
+    for name, times in least.items():
+        shown, total = sorted(times, key=lambda key: -times[key])[:SHOWN], sum(times.values())
+        rest = total - sum(times[key] for key in shown)
+        rows[name] = {**{key: round(times[key], 2) for key in shown}, "all others": round(rest, 2), "sum": round(total, 2)}
+        print(f"{name}: {total:.1f} ms in operators, {total / sum(floats.values()):.3f} of float")
+        for key in shown:
+            print(
+                f"  {times[key]:8.2f} ms  {100 * times[key] / total:5.1f} %  {times[key] - floats.get(key, 0.0):+8.2f} ms to float  {key}"
+            )
+    return rows
+
+
+def _operator_times(step: Step) -> dict[str, float]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step.run()
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        kind = "autograd engine" if event.key.startswith("autograd::engine") else event.key
+        times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total / 1000
+    return times
+
+
 def _ratio(a: float, b: float) -> float:
     return a / b
 
@@ -160,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--core", type=int, default=0, help="the processor core to run on")
     parser.add_argument("--compile", action="store_true", help="time whole networks under torch.compile (channels-last), and only those")
+    parser.add_argument("--profile", action="store_true", help="time operators and not whole steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -167,14 +207,21 @@ def main() -> None:
     torch.set_num_threads(1)
     results: Row = json.loads(args.out.read_text()) if args.out.exists() else {}
     results |= {"batch": BATCH, "bits": BITS, "fused kernels": are_available()}
-    names = list(args.methods)
-    if args.compile:
-        results["compiled"] = {"machine": machine(), "rounds": args.rounds, **measure(names, args.rounds, is_compiled=True)}
+    names, command = list(args.methods), " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]])
+    if args.profile:
+        results["profile"] = {"machine": machine(), "command": command, "rounds": args.rounds, **profile(names, args.rounds)}
+    elif args.compile:
+        results["compiled"] = {
+            "machine": machine(),
+            "command": command,
+            "rounds": args.rounds,
+            **measure(names, args.rounds, is_compiled=True),
+        }
     else:
         if importlib.util.find_spec("brevitas") is not None:
             names.append("brevitas")
         rows = measure(names, args.rounds, is_compiled=False)
-        results["eager"] = {"machine": machine(), "rounds": args.rounds, **rows}
+        results["eager"] = {"machine": machine(), "command": command, "rounds": args.rounds, **rows}
         lsq = rows.get("lsq, channels-last")
         if isinstance(lsq, dict):
             reached = [f"{limit} {'reached' if lsq['over_float'] <= limit else 'missed'}" for limit in (GOAL, GATE)]

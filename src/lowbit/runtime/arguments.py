@@ -143,6 +143,12 @@ class Affine(Generic[T]):
         """Tensors that belong to the layer."""
         return self.scale, self.bias
 
+    @property
+    def lasting(self) -> Affine[T]:
+        """The part that stays from call to call: what this was made of by ``with_residual``, else this itself."""
+        found: Affine[T] = vars(self).get("_lasting", self)
+        return found
+
 
 @dataclass(frozen=True)
 class Epilogue(Affine[T]):
@@ -165,7 +171,7 @@ class Epilogue(Affine[T]):
     def with_residual(self, residual: T) -> Epilogue[T]:
         """The same with ``residual``; ``dataclasses.replace`` takes as long as a tenth of a small layer."""
         found: Epilogue[T] = object.__new__(Epilogue)
-        vars(found).update(vars(self), residual=residual)
+        vars(found).update(vars(self), residual=residual, _lasting=self.lasting)
         return found
 
     @property

@@ -192,6 +192,26 @@ def test_the_learning_rate_is_the_users() -> None:
     assert seen == [0.5, 0.25, 0.125, 0.0625]
 
 
+def test_optimizers_that_change_between_steps_are_looked_at_again() -> None:
+    model, _ = recorded(("only", 1, ("weights", "quantizers")))
+    run = lowbit.training(model, steps_per_epoch=4, epochs=1)
+    optimizer = sgd(run)
+    step(run, optimizer, BATCHES[0])
+    optimizer.load_state_dict(optimizer.state_dict())  # makes new groups
+    optimizer.param_groups[0]["lr"] = 0.25
+    step(run, optimizer, BATCHES[1])
+    assert run.learning_rate == 0.25
+    other = sgd(run)
+    other.param_groups[0]["lr"] = 0.75
+    run.before_step(other)
+    assert run.learning_rate == 0.75
+    run.loss(BATCHES[2]).backward()
+    run.after_backward()
+    run.after_step()
+    with pytest.raises(LoopError, match="no optimizer holds 7 parameters of the quantizers"):
+        run.before_step(torch.optim.SGD(run.parameters_of("weights"), lr=0.1))
+
+
 def test_modules_with_a_schedule_see_the_progress_of_all_steps() -> None:
     seen: list[float] = []
 

@@ -117,8 +117,13 @@ class PackedNetwork(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The current parameters and buffers by their names in the file."""
-        found = ((name, owner._parameters.get(last), owner._buffers.get(last)) for name, (owner, last) in self.packed_owners.items())
-        return {name: tensor for name, *either in found for tensor in either if tensor is not None}
+        found: dict[str, Tensor] = {}
+        for name, (owner, last) in self.packed_owners.items():
+            parameter = owner._parameters.get(last)
+            tensor = owner._buffers.get(last) if parameter is None else parameter
+            if tensor is not None:
+                found[name] = tensor
+        return found
 
     def functions(self) -> list[Function]:
         """What each node of the graph calls."""

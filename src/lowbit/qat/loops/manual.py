@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -72,6 +73,7 @@ class ManualLoop(TrainRun):
         super().__post_init__()
         self._known = dict(self.model.named_parameters())
         self._rate: dict[str, object] | None = None  # the user's parameter group that holds the first weight
+        self._checked: list[object] = []  # the holdings that were last checked
         self._companion_optimizers: list[torch.optim.Optimizer] = []
         self._constants = Constants()
         with contextlib.suppress(StateError):  # it is raised when the state is asked for
@@ -114,15 +116,16 @@ class ManualLoop(TrainRun):
         self._expect("before_step", "before_step")
         if optimizers:
             self.optimizers = [_unwrapped(optimizer) for optimizer in optimizers]
-            self._follow_parameters()
-            self._drop_what_the_user_holds()
         if not self.optimizers:
             raise LoopError("before_step needs the optimizer of the loop: run.before_step(optimizer)")
-        if optimizers:
+        is_new = bool(optimizers) and not _are_same(self._holdings(), self._checked)
+        if is_new:
+            self._follow_parameters()
+            self._drop_what_the_user_holds()
             self._find_learning_rate()
-        has_changed = self._enter()
-        if optimizers or has_changed:
+        if self._enter() or is_new:
             self._check_optimizers()
+            self._checked = self._holdings()
         super().before_step()
         self.next_hook, self._has_called_loss = "after_backward", False
 
@@ -283,6 +286,13 @@ class ManualLoop(TrainRun):
             for parameter in self._known.values():
                 optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
         self._follow_weight_decay()
+
+    def _holdings(self) -> list[object]:
+        """What the user's optimizers hold of the network, and what of it is trained: looking through all of it takes long."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        held = [parameter for group in groups for parameter in group["params"]]
+        own = list(self.model.parameters())
+        return [*self.optimizers, *groups, *held, *own, *(parameter.requires_grad for parameter in own)]
 
     def _drop_what_the_user_holds(self) -> None:
         """Leave companions' parameters to the user's optimizers where these hold them."""
@@ -487,6 +497,10 @@ def _has_loss_of_its_own(method: object) -> bool:
 
 def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
     return lambda count: itertools.islice(iter(batches), count)
+
+
+def _are_same(first: list[object], second: list[object]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -98,10 +98,9 @@ class LayerCall:
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, **options: object) -> Tensor:
         given, parts = self._known
-        arguments = tuple(options.values())
-        if len(given) != len(arguments) or any(map(operator.is_not, given, arguments)):
+        if len(given) != len(options) or any(map(operator.is_not, given, options.values())):
             parts = self._operator.rebuild(x, **options)[1:]
-            self._known = arguments, parts
+            self._known = tuple(options.values()), parts
         if residual is not None:
             parts = [*parts[:-1], parts[-1].with_residual(residual)]
         function: Callable[..., Tensor] = self._operator.function

@@ -63,26 +63,26 @@ class PreparedLayer:
 
     def made_of(self, layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> None:
         """Keep in mind what it was made of."""
-        self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue)
+        self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
         tensors = (*layer.tensors, *epilogue.tensors)
         self.tensors = tuple(tensor if tensor is None else weakref.ref(tensor) for tensor in tensors)
-        self.versions = [version_of(tensor) for tensor in tensors]
+        self.versions = [
+            (weakref.ref(tensor), version_of(tensor)) for tensor in tensors if tensor is not None and not tensor.is_inference()
+        ]
         self.numbers = (*layer.numbers, *window.numbers, window.groups, window.pad_value)
 
     def fits(self, layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> bool:
-        """Whether it was made of this as it is now."""
+        """Whether it was made of this as it is now, whatever is added to its sums."""
         known_layer, known_window, known_epilogue = self.parts
-        if known_layer() is layer and known_window() is window and known_epilogue() is epilogue:
-            return self.versions == [version_of(kept if kept is None else kept()) for kept in self.tensors]
-        tensors = (*layer.tensors, *epilogue.tensors)
-        is_same = (
-            all((kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
-            and self.versions == [version_of(tensor) for tensor in tensors]
-            and self.numbers == (*layer.numbers, *window.numbers, window.groups, window.pad_value)
-        )
-        if is_same:
-            self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue)
-        return is_same
+        if known_layer() is not layer or known_window() is not window or known_epilogue() is not epilogue.lasting:
+            tensors = (*layer.tensors, *epilogue.tensors)
+            is_same = all(
+                (kept if kept is None else kept()) is tensor for kept, tensor in zip(self.tensors, tensors, strict=True)
+            ) and self.numbers == (*layer.numbers, *window.numbers, window.groups, window.pad_value)
+            if not is_same:
+                return False
+            self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
+        return all(tensor()._version == version for tensor, version in self.versions)  # type: ignore[union-attr]
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
         """Convolve the signs of ``x`` into ``y``.
