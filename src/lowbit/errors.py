@@ -7,7 +7,12 @@ Each is a ``LowbitError`` and also the built-in error that fits, so callers can 
 from __future__ import annotations
 
 import difflib
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+_CLONE = Path(__file__).parents[2]  # where this is no installed package
 
 
 class LowbitError(Exception):
@@ -76,4 +81,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for an optional ``package`` that ``purpose`` needs; says how to install it."""
-    return MissingExtraError(f'{purpose} needs {package}, which is not installed. Install it with: pip install "lowbit[{extra}]"')
+    return MissingExtraError(f"{purpose} needs {package}, which is not installed. Install it with: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the optional parts called ``extra``: from PyPI, or into the environment of a clone."""
+    constraints = _CLONE / "constraints.txt"
+    if not constraints.is_file():
+        return f'pip install "lowbit[{extra}]"'
+    return f"{shlex.quote(sys.executable)} -m pip install -c {shlex.quote(str(constraints))} -e {shlex.quote(f'{_CLONE}[{extra}]')}"

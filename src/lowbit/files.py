@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +18,24 @@ from torch import Tensor
 from lowbit.errors import FileFormatError, OutputError
 
 _FACTS = "facts"  # the entry of a safetensors header that holds JSON
+
+
+_may_download: ContextVar[bool] = ContextVar("may_download", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Within the context ``may_download`` is False: what would be fetched is an error, or is left out where it does not matter."""
+    before = _may_download.set(False)
+    try:
+        yield
+    finally:
+        _may_download.reset(before)
+
+
+def may_download() -> bool:
+    """Whether files may be fetched."""
+    return _may_download.get()
 
 
 @contextmanager

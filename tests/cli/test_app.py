@@ -16,7 +16,7 @@ from lowbit.models import BUILT_IN
 from lowbit.registry import list_methods
 from lowbit.surrogates import SURROGATES
 
-FAST = [command for command in COMMANDS if command != "doctor"]
+NESTED = [["methods", "list"], ["methods", "show"], ["methods", "new"], ["data", "list"], ["data", "show"], ["models", "list"]]
 
 
 def without_torch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,11 @@ def test_help_does_not_import_torch() -> None:
     assert all(command in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["-V"], *([command, "--help"] for command in FAST)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["-V"], *([*command, "--help"] for command in [*([name] for name in COMMANDS), *NESTED])],
+    ids=" ".join,
+)
 def test_help_and_version_need_no_torch(arguments: list[str]) -> None:
     done = without_torch(*arguments)
     assert done.returncode == 0, done.stderr

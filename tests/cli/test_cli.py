@@ -72,7 +72,7 @@ def test_every_command_and_every_option_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(("active", "shown"), [(True, "triton: it works"), (False, "reference: it does not")])
 def test_doctor_says_what_layers_on_cuda_run_on(active: bool, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.cli.doctor.cuda_target", lambda: (active, shown.split(": ")[1]))
+    monkeypatch.setattr("lowbit.runtime.cuda.target.cuda_target", lambda: (active, shown.split(": ")[1]))
     output = run("doctor").output
     assert shown in next(line for line in output.splitlines() if line.startswith("on CUDA"))
 

@@ -120,6 +120,17 @@ def test_a_finished_training_is_not_repeated_and_its_files_are_written_again(tra
     assert any("model.onnx" in note and "not of this run" in note for note in report["notes"])
 
 
+def test_recipe_and_policy_of_the_paper_are_printed_as_they_will_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = yaml.safe_load(run("-m", "pact", "-w", "2", "--recipe", "paper", "--policy", "paper", "--lr", "0.3", "--print-config").output)
+    assert (printed["policy"], printed["weight_bits"], printed["optimizer"]["learning_rate"]) == ("paper", 2, 0.3)
+    assert (printed["epochs"], printed["optimizer"]["schedule"]) == (200, "step")
+    (tmp_path / "paper").write_text("epochs: 7")
+    assert yaml.safe_load(run("--recipe", "./paper", "--print-config").output)["epochs"] == 7
+    assert yaml.safe_load(run("paper", "--recipe", "paper", "--print-config").output)["epochs"] == 7
+    assert "Give one of them" in fails("paper", "--recipe", "./paper")
+
+
 def test_the_printed_recipe_gives_itself_back_and_options_override_it(tmp_path: Path) -> None:
     arguments = [
         "--data",

@@ -15,6 +15,7 @@ from lowbit.data import fashion_mnist
 from lowbit.data.fashion_mnist import DEBIAN_FOLDER, SHA256, load_fashion_mnist
 from lowbit.data.image_data import TensorImages
 from lowbit.errors import DataError
+from lowbit.files import without_downloads
 
 IMAGES = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 28, 28) + bytes(784) + bytes([255] * 784)
 LABELS = bytes([0, 0, 8, 1]) + struct.pack(">I", 2) + bytes([9, 0])
@@ -78,6 +79,12 @@ def test_files_are_downloaded_once_and_kept(cache: Path, monkeypatch: pytest.Mon
         assert [label for _, label in (load_fashion_mnist(None, "test").dataset[i] for i in range(2))] == [9, 0]
     assert len(asked) == 2
     assert sorted(path.name for path in cache.iterdir()) == sorted(files)
+
+
+def test_a_dry_run_downloads_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist.urllib.request, "urlopen", lambda *_, **__: pytest.fail("nothing may be fetched"))
+    with without_downloads(), pytest.raises(DataError, match="a dry run does not download it from http"):
+        load_fashion_mnist(None, "test")
 
 
 def test_a_download_with_another_content_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,13 @@ def test_grey_has_one_channel() -> None:
     torch.testing.assert_close(tensor, torch.full((1, 2, 2), 76 / 255))  # 0.299 of red
 
 
+def test_one_number_for_mean_or_std_counts_for_all_channels() -> None:
+    assert Preprocessing(mean=(0.5,), std=(0.25,)) == Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert Preprocessing(mean=(0.5,), std=(0.25,), grey=True).mean == (0.5,)
+    with pytest.raises(SpecError, match="give one number, or 3"):
+        Preprocessing(mean=(0.5, 0.5))
+
+
 def test_interpolation_is_chosen() -> None:
     pixels = np.zeros((1, 2, 3), np.uint8)
     pixels[:, 1] = 255

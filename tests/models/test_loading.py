@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.errors import MissingExtraError, SpecError, UnknownNameError
+from lowbit.errors import MissingExtraError, SpecError, UnknownNameError, install_command
+from lowbit.files import without_downloads
 from lowbit.models import load_model
 
 FILE = """
@@ -94,7 +96,7 @@ def test_a_factory_that_is_not_there_is_named(network_file: Path, name: str) -> 
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_a_missing_package_is_said_with_the_install_line(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
-    with pytest.raises(MissingExtraError, match=rf'needs {package}, .*pip install "lowbit\[models\]"'):
+    with pytest.raises(MissingExtraError, match=rf"needs {package}, .*{re.escape(install_command('models'))}"):
         load_model(f"{package}:resnet18")
 
 
@@ -107,6 +109,8 @@ def test_networks_of_timm_and_torchvision(spec: str, count: int) -> None:
         pytest.skip(f"{package} is not installed")
     assert sum(p.numel() for p in model.parameters()) == count
     assert load_model(spec, num_classes=3)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    with without_downloads():  # trained weights are left out
+        assert load_model(spec, pretrained=True).training is False
     with pytest.raises(UnknownNameError, match=f"unknown {package} model 'resnet18x'"):
         load_model(f"{package}:resnet18x")
     with pytest.raises(SpecError, match="nonsense"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import OutputError
-from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, to_json, write_json
+from lowbit.report.json_text import to_json
+from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, write_json
 
 REPORT = Report(
     method="brecq",

@@ -52,6 +52,35 @@ def test_a_policy_may_be_a_file_or_an_object_and_other_bits_beside_it_are_an_err
         BitSettings(3, policy=policy).bit_policy()  # type: ignore[arg-type]
 
 
+def test_the_papers_policy_has_the_bits_asked_for_and_the_ends_of_the_paper(tmp_path: Path) -> None:
+    policy = TrainRequest(method="proxquant", weight_bits=2, policy="paper").bit_policy()
+    assert policy == lowbit.get_method("proxquant").method().default_policy(LayerBits(2, None))  # type: ignore[misc,attr-defined]
+    assert policy.bits_for("a", LAYER, position="first") == LayerBits(None, None)
+    bits = QuantizeRequest(weight_bits=3, policy="paper", keep=("head",)).bit_policy()
+    assert (bits.bits_for("a", LAYER), bits.bits_for("head", LAYER)) == (LayerBits(3, 8), LayerBits(None, None))
+    with pytest.raises(SpecError, match="leave out first_last_bits"):
+        QuantizeRequest(policy="paper", first_last_bits=4).bit_policy()
+    with pytest.raises(SpecError, match="belongs to a method"):
+        BitSettings(policy="paper").bit_policy()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TrainRequest(method="proxquant", weight_bits=2, policy="paper").to_yaml())
+    assert TrainRequest.from_yaml(path).bit_policy() == policy
+
+
+def test_the_papers_recipe_is_that_of_the_method_that_is_chosen_and_single_values_override_it(tmp_path: Path) -> None:
+    of_pact = lowbit.get_method("pact").method().default_recipe()  # type: ignore[misc,attr-defined]
+    asked = TrainRequest().changed({"recipe": "paper", "method": "pact", "epochs": 3, "optimizer": {"learning_rate": 0.5}})
+    assert asked.recipe == dataclasses.replace(of_pact, epochs=3, optimizer=dataclasses.replace(of_pact.optimizer, learning_rate=0.5))
+    assert of_pact.optimizer.schedule == asked.recipe.optimizer.schedule == "step"
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: lsq\nrecipe: paper\noptimizer: {momentum: 0.5, learning_rate: 1}\n")
+    changed = TrainRequest.from_yaml(path, {"method": "pact", "optimizer": {"learning_rate": 0.2}, "out": "elsewhere"})
+    assert changed.recipe == dataclasses.replace(of_pact, optimizer=dataclasses.replace(of_pact.optimizer, momentum=0.5, learning_rate=0.2))
+    assert (changed.method, changed.out) == ("pact", "elsewhere")
+    with pytest.raises(SpecError, match="recipe must be 'paper' or a Recipe, got 'papper'"):
+        TrainRequest().changed({"recipe": "papper"})
+
+
 @pytest.mark.parametrize("bits", ["0", "9", "-1", "four", "2.5"])
 def test_bits_out_of_range_name_the_setting(bits: str) -> None:
     with pytest.raises(SpecError, match=r"^weight_bits: bit_width must be"):

@@ -20,6 +20,7 @@ from rich.text import Text
 from lowbit.cli.flags import in_flags
 from lowbit.progress import Progress
 from lowbit.report.formatting import NOTHING
+from lowbit.report.json_text import to_json
 
 _WIDE = 140  # characters of a line in files and pipes, where rich would assume a terminal of 80
 _NAME = 28  # characters in the first column that narrow terminals do not break, such as a method's name
@@ -95,6 +96,11 @@ errors = Console(stderr=True)
 def say(text: str) -> None:
     """Print one line of results, as it is."""
     results.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_json(data: object) -> None:
+    """Print ``data`` as JSON, all that standard output gets then; in ASCII, which every stream can hold."""
+    typer.echo(to_json(data, ascii_only=True))
 
 
 class SpokenProgress(Progress):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowbit.cli.console import say, show_table
+from lowbit.cli.console import say, show_json, show_table
 from lowbit.cli.names import data_names
-from lowbit.cli.settings import key_values, name_completion
+from lowbit.cli.settings import Json, key_values, name_completion
 from lowbit.options import settings_of
 from lowbit.workflows.requests import NetworkSettings
+
+if TYPE_CHECKING:
+    from lowbit.data import ImageData
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 app = typer.Typer(
@@ -22,10 +25,13 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_data() -> None:
+def list_data(json: Json = False) -> None:
     """List the data suites: where they are looked for, and how to get them."""
     from lowbit.data import SUITES
 
+    if json:
+        show_json({name: {"summary": suite.summary, "places": suite.places} for name, suite in SUITES.items()})
+        return
     show_table(("--data", "what it is", "where it is looked for"), ((name, suite.summary, suite.places) for name, suite in SUITES.items()))
     say("")
     show_table(
@@ -52,6 +58,7 @@ def show_data(
         list[str] | None,
         typer.Option("--preprocess", help=settings_of(NetworkSettings)["preprocess"].meaning, metavar="NAME=VALUE", show_default=False),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Read the data and show what is in it."""
     from lowbit.data import load_data
@@ -59,8 +66,11 @@ def show_data(
 
     rows = []
     preprocessing = preprocessing_of(key_values(preprocess or [], "--preprocess"))
-    for split in SPLITS:
-        found = load_data(name, split=split, preprocessing=preprocessing)
+    splits = {split: load_data(name, split=split, preprocessing=preprocessing) for split in SPLITS}
+    if json:
+        show_json({split: _facts(found) for split, found in splits.items()})
+        return
+    for split, found in splits.items():
         classes = "no labels" if found.num_classes is None else found.num_classes
         rows.append((split, len(found), "x".join(map(str, found.input_shape)), classes, _numbers(found.mean), _numbers(found.std)))
     show_table(("split", "samples", "shape", "classes", "mean", "std"), rows, title=name)
@@ -68,6 +78,19 @@ def show_data(
         say(f"classes: {', '.join(found.class_names)}")
     if found.ignored or found.skipped:
         say(f"{found.ignored} files are no pictures and were left out; {len(found.skipped)} pictures could not be decoded")
+
+
+def _facts(data: ImageData) -> dict[str, object]:
+    return {
+        "samples": len(data),
+        "shape": data.input_shape,
+        "classes": data.num_classes,
+        "class_names": data.class_names,
+        "mean": data.mean,
+        "std": data.std,
+        "ignored_files": data.ignored,
+        "undecodable_pictures": len(data.skipped),
+    }
 
 
 def _numbers(values: tuple[float, ...]) -> str | None:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from lowbit.cli.console import SpokenProgress, say, show_table
-from lowbit.cli.settings import Quiet, options_of
+from lowbit.cli.console import SpokenProgress, say, show_json, show_table
+from lowbit.cli.settings import Json, Quiet, options_of
 from lowbit.report.formatting import format_bytes, format_db, format_percent
 from lowbit.workflows.requests import EvaluateRequest
 
@@ -25,12 +25,16 @@ def evaluate(
         ),
     ] = None,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Measure the metrics, size and time of the float network and of exported files, and how closely these follow it."""
     request = EvaluateRequest().changed({**given, "target": target})
     from lowbit.workflows.evaluate_files import evaluate_files
 
     found = evaluate_files(request, progress=SpokenProgress(quiet=quiet))
+    if json:
+        show_json(found.results)
+        return
     if not quiet:
         rows = [(name, entry, cast(dict[str, float], entry["metrics"])) for name, entry in found.results.items()]
         names = list(rows[0][2])

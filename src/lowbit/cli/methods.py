@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from lowbit import registry
-from lowbit.cli.console import results, say, show_table
+from lowbit.cli.console import results, say, show_json, show_table
 from lowbit.cli.names import method_names
-from lowbit.cli.settings import name_completion, type_word, value_word
+from lowbit.cli.settings import Json, name_completion, type_word, value_word
 from lowbit.errors import unknown_name
 from lowbit.options import settings_of
 
@@ -21,11 +22,15 @@ app = typer.Typer(add_completion=False, help="Which methods there are, and what 
 def list_methods(
     pattern: Annotated[str, typer.Argument(help="Only methods whose name matches this shell pattern, for example 'ada*'.")] = "*",
     kind: Annotated[registry.Kind | None, typer.Option(help="Only methods of this kind. Default: all.")] = None,
+    json: Json = False,
 ) -> None:
     """List the methods with their bit-widths and needs."""
     infos = registry.list_methods(pattern, kind=kind)
     if not infos:
         raise unknown_name("method", pattern, (info.name for info in registry.list_methods(kind=kind)))
+    if json:
+        show_json([facts_of(info) for info in infos])
+        return
     show_table(
         ("method", "kind", "weight bits", "activation bits", "needs", "what it does"),
         ((i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos),
@@ -41,9 +46,14 @@ def show_method(
         ),
     ],
     kind: Annotated[registry.Kind | None, typer.Option(help="Which one, where methods of several kinds have this name.")] = None,
+    json: Json = False,
 ) -> None:
     """Show the paper, the axes and the hyper-parameters of one method."""
     info = registry.find_method(name, kind)
+    if json:
+        names = ("name", "type", "allowed", "default", "meaning")
+        show_json({**facts_of(info), "options": [dict(zip(names, row, strict=True)) for row in option_rows(info)]})
+        return
     results.print(f"[bold]{info.name}[/]: {info.summary}\n")
     facts = {
         "title": info.title,
@@ -74,6 +84,12 @@ def new_method(
 
     folder = write_skeleton(name, kind, out)
     say(f"wrote {folder}. Install it with: pip install -e '{folder}[test]'   Hold it to the laws with: pytest {folder}")
+
+
+def facts_of(info: registry.MethodInfo) -> dict[str, object]:
+    """What is known of a method, for programs."""
+    facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "method"}
+    return {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in facts.items()}
 
 
 def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from lowbit.cli.console import say, show_table
+from lowbit.cli.console import say, show_json, show_table
+from lowbit.cli.settings import Json
+from lowbit.errors import install_command
 
 app = typer.Typer(add_completion=False, help="Which networks --model knows by name, and how to name any other.", no_args_is_help=True)
 
@@ -15,10 +17,13 @@ def _group() -> None:
 
 
 @app.command("list")
-def list_models() -> None:
+def list_models(json: Json = False) -> None:
     """List the built-in networks and the ways to name any other."""
     from lowbit.models import BUILT_IN
 
+    if json:
+        show_json({name: summary for name, (_, summary) in BUILT_IN.items()})
+        return
     show_table(("--model", "what it is"), ((name, summary) for name, (_, summary) in BUILT_IN.items()))
     say("")
     show_table(
@@ -26,8 +31,8 @@ def list_models() -> None:
         (
             ("package.module:factory", "what the function or class 'factory' of an importable module returns"),
             ("file.py:factory", "the same from a file"),
-            ("timm:NAME", "a network of timm, for example timm:resnet18 (pip install timm)"),
-            ("torchvision:NAME", "a network of torchvision, for example torchvision:resnet18 (pip install torchvision)"),
+            ("timm:NAME", f"a network of timm, for example timm:resnet18 ({install_command('models')})"),
+            ("torchvision:NAME", f"a network of torchvision, for example torchvision:resnet18 ({install_command('models')})"),
         ),
     )
     say(

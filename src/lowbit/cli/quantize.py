@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit.cli.console import SpokenProgress, resumable, say
 from lowbit.cli.flags import flag_of
-from lowbit.cli.settings import DryRun, PrintConfig, Quiet, RecipeFile, options_of
+from lowbit.cli.settings import DryRun, Json, PrintConfig, Quiet, RecipeFile, options_of
 from lowbit.errors import SpecError
 from lowbit.options import AtLeast
 from lowbit.workflows.requests import QuantizeRequest
@@ -44,7 +45,12 @@ class Shortcuts:
 @app.command("quantize")
 @options_of(QuantizeRequest, kind="post_training", shortcuts=Shortcuts)
 def quantize(
-    given: dict[str, Any], recipe: RecipeFile = None, quiet: Quiet = False, dry_run: DryRun = False, print_config: PrintConfig = False
+    given: dict[str, Any],
+    file: RecipeFile = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
 ) -> None:
     """Quantize a trained network, check the result, and write files and a report.
 
@@ -56,20 +62,23 @@ def quantize(
 
     From a file: lowbit quantize -w 4 --print-config > recipe.yaml; lowbit quantize recipe.yaml
     """
-    request = QuantizeRequest() if recipe is None else QuantizeRequest.from_yaml(recipe)
-    request = request.changed(with_shortcuts(given))
+    given = with_shortcuts(given)
+    request = QuantizeRequest().changed(given) if file is None else QuantizeRequest.from_yaml(file, given)
     if print_config:
         typer.echo(request.resolved().to_yaml(), nl=False)
         return
     from lowbit.cli.show import report_delivery
+    from lowbit.files import without_downloads
     from lowbit.workflows.quantize import open_quantization, quantize_and_deliver
 
     if dry_run:
-        show_plan(open_quantization(request))
+        with without_downloads():
+            plan = open_quantization(request)
+        show_plan(plan, as_json=json)
         return
     with resumable():
         delivery = quantize_and_deliver(request, progress=SpokenProgress(quiet=quiet))
-    report_delivery(delivery, quiet=quiet)
+    report_delivery(delivery, quiet=quiet, as_json=json)
 
 
 def with_shortcuts(given: dict[str, Any]) -> dict[str, Any]:
@@ -84,15 +93,19 @@ def with_shortcuts(given: dict[str, Any]) -> dict[str, Any]:
     return {**values, "options": options} if options else values
 
 
-def show_plan(plan: Quantization) -> None:
+def show_plan(plan: Quantization, *, as_json: bool) -> None:
     """Print what would be done, layer by layer."""
-    from lowbit.cli.show import options_line, show_layers
+    from lowbit.cli.show import options_line, show_layer_json, show_layers
     from lowbit.workflows.deliver import files_of
     from lowbit.workflows.plan import plan_layers
 
     request, source = plan.request, plan.source
-    show_layers(plan_layers(source.model, source.sample, plan.policy), f"{source.name} with {request.method}")
+    layers, files = plan_layers(source.model, source.sample, plan.policy), files_of(request.packed, request.onnx)
+    if as_json:
+        show_layer_json(source.name, request.method, layers, Path(request.out), files)
+        return
+    show_layers(layers, f"{source.name} with {request.method}")
     say(options_line(request.options))
     say(f"calibration: {'none' if source.calibration is None else f'{source.calibration.samples} samples of {source.calibration_name}'}")
     say(f"metrics: {'not measured, there are no labels' if source.test is None else source.test_name}")
-    say(f"would write {', '.join(files_of(request.packed, request.onnx))} to {request.out}")
+    say(f"would write {', '.join(files)} to {request.out}")

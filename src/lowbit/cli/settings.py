@@ -25,8 +25,16 @@ PARSED = ("model_options", "teacher_options")  # their values are Python's, as Y
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no tables; files are written all the same.", rich_help_panel=RUN)
 ]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.", rich_help_panel=OUTPUT)
+]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print what each layer would get, and write nothing.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, print what each layer would get, and neither write nor download anything.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 PrintConfig = Annotated[
     bool,
@@ -34,7 +42,9 @@ PrintConfig = Annotated[
 ]
 RecipeFile = Annotated[
     str | None,
-    typer.Argument(help="A YAML file with any of these settings; options override it. See --print-config.", show_default=False),
+    typer.Argument(
+        help="A YAML file with any of these settings; options override it. See --print-config.", metavar="RECIPE", show_default=False
+    ),
 ]
 
 

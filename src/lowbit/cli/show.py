@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import typer
 from rich.markup import escape
 
-from lowbit.cli.console import errors, results, say, show_table
+from lowbit.cli.console import errors, results, say, show_json, show_table
 from lowbit.qat.task import format_metric
 from lowbit.report.formatting import format_bytes, format_change, format_db, format_operand, format_percent, format_ratio
 from lowbit.workflows.deliver import Delivery
 from lowbit.workflows.plan import PlannedLayer
 
 
-def report_delivery(delivery: Delivery, *, quiet: bool) -> None:
+def report_delivery(delivery: Delivery, *, quiet: bool, as_json: bool = False) -> None:
     """Print the delivery and where the report is; exits with 1 where a file could not be written."""
-    if not quiet:
+    if as_json:
+        show_json({**delivery.report.to_dict(), "out": delivery.out, "not_written": delivery.problems})
+    elif not quiet:
         show_delivery(delivery)
     for problem in delivery.problems:
         errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
-    say(f"report: {delivery.out / 'report.html'}")
+    if not as_json:
+        say(f"report: {delivery.out / 'report.html'}")
     if delivery.problems:
         raise typer.Exit(1)
 
@@ -32,6 +37,12 @@ def show_layers(layers: list[PlannedLayer], title: str) -> None:
         for e in layers
     ]
     show_table(("layer", "kind", "weight bits", "activation bits", "output bits"), rows, title=title)
+
+
+def show_layer_json(model: str, method: str, layers: list[PlannedLayer], out: Path, files: list[str]) -> None:
+    """Print the same as JSON, with the files that would be written."""
+    rows = [{"name": e.name, "kind": e.kind, **{f"{part}_bits": bits for part, bits in dataclasses.asdict(e.bits).items()}} for e in layers]
+    show_json({"model": model, "method": method, "layers": rows, "would_write": [str(out / file) for file in files]})
 
 
 def options_line(options: Mapping[str, object]) -> str:

@@ -7,23 +7,41 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli.console import SpokenProgress, resumable, say, say_how_to_resume
 from lowbit.cli.flags import in_flags
-from lowbit.cli.settings import DryRun, PrintConfig, Quiet, RecipeFile, options_of
-from lowbit.workflows.requests import TrainRequest
+from lowbit.cli.settings import DryRun, Json, PrintConfig, Quiet, RecipeFile, options_of
+from lowbit.errors import SpecError
+from lowbit.workflows.requests import PAPER, TrainRequest
 
 app = typer.Typer(add_completion=False)
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="'paper': epochs, batch size, optimizer and schedule of the method's paper, which other options override; or a YAML file.",
+        rich_help_panel="Training",
+        metavar="paper|FILE",
+        show_default=False,
+    ),
+]
 
 
 @app.command("train")
 @options_of(TrainRequest, kind="training")
 def train(
-    given: dict[str, Any], recipe: RecipeFile = None, quiet: Quiet = False, dry_run: DryRun = False, print_config: PrintConfig = False
+    given: dict[str, Any],
+    file: RecipeFile = None,
+    recipe: RecipeName = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    print_config: PrintConfig = False,
 ) -> None:
     """Train a low-bit network, check the result, and write files and a report.
 
@@ -31,28 +49,37 @@ def train(
 
     A method and bits: lowbit train --data fashion-mnist --model resnet20 --weights float.safetensors --method ewgs -w 2 -a 2 --epochs 10
 
+    As in the method's paper: lowbit train --method pact -w 2 -a 2 --recipe paper --policy paper
+
     From a file: lowbit train --method lsq -w 3 -a 3 --print-config > recipe.yaml; lowbit train recipe.yaml
     """
-    request = TrainRequest() if recipe is None else TrainRequest.from_yaml(recipe)
-    request = request.changed(given)
+    if recipe == PAPER:
+        given = {**given, "recipe": PAPER}
+    elif recipe is not None:
+        if file is not None:
+            raise SpecError(f"--recipe {recipe}: the recipe file {file} was given too. Give one of them.")
+        file = recipe
+    request = TrainRequest().changed(given) if file is None else TrainRequest.from_yaml(file, given)
     if print_config:
         typer.echo(request.resolved().to_yaml(), nl=False)
         return
     from lowbit.cli.show import report_delivery
+    from lowbit.files import without_downloads
     from lowbit.workflows.train import train_and_deliver
 
     if dry_run:
-        show_plan(request)
+        with without_downloads():
+            show_plan(request, as_json=json)
         return
     with _noticing_termination(), resumable(is_first=_is_first_process()):
         delivery = train_and_deliver(request, progress=SpokenProgress(quiet=quiet))
     if delivery is not None:
-        report_delivery(delivery, quiet=quiet)
+        report_delivery(delivery, quiet=quiet, as_json=json)
 
 
-def show_plan(request: TrainRequest) -> None:
+def show_plan(request: TrainRequest, *, as_json: bool) -> None:
     """Print what would be done, layer by layer and phase by phase."""
-    from lowbit.cli.show import options_line, show_layers
+    from lowbit.cli.show import options_line, show_layer_json, show_layers
     from lowbit.options import make_method
     from lowbit.qat import TrainingMethod
     from lowbit.workflows.deliver import files_of
@@ -61,7 +88,12 @@ def show_plan(request: TrainRequest) -> None:
 
     start = open_training(request)
     source = start.source
-    show_layers(plan_layers(source.model, source.sample, request.bit_policy()), f"{source.name} with {request.method}")
+    layers = plan_layers(source.model, source.sample, request.bit_policy())
+    files = [*files_of(request.packed, request.onnx), "train.json", "train.csv"]
+    if as_json:
+        show_layer_json(source.name, request.method, layers, Path(request.out), files)
+        return
+    show_layers(layers, f"{source.name} with {request.method}")
     method = make_method(request.method, "training", request.options)
     assert isinstance(method, TrainingMethod)
     say(options_line(request.options))
@@ -70,7 +102,7 @@ def show_plan(request: TrainRequest) -> None:
     say(f"metrics: {'not measured' if start.test is None else f'{len(start.test)} samples of {start.test.name}'}")
     for note in start.notes:
         say(f"note: {in_flags(note)}")
-    say(f"would write {', '.join([*files_of(request.packed, request.onnx), 'train.json', 'train.csv'])} to {request.out}")
+    say(f"would write {', '.join(files)} to {request.out}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from lowbit.data.idx import read_idx
 from lowbit.data.image_data import ImageData, Split, TensorImages
 from lowbit.errors import DataError
-from lowbit.files import replacing
+from lowbit.files import may_download, replacing
 
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -38,8 +38,8 @@ def load_fashion_mnist(root: Path | None, split: Split) -> ImageData:
     """
     prefix = "t10k" if split == "test" else "train"
     folder = root if root is not None else (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else _cache())
-    may_download = root is None and folder != DEBIAN_FOLDER
-    paths = [_file(folder, f"{prefix}-{kind}-ubyte", may_download) for kind in ("images-idx3", "labels-idx1")]
+    is_remote = root is None and folder != DEBIAN_FOLDER
+    paths = [_file(folder, f"{prefix}-{kind}-ubyte", is_remote) for kind in ("images-idx3", "labels-idx1")]
     images, labels = read_idx(paths[0], dimensions=3), read_idx(paths[1], dimensions=1)
     if len(images) != len(labels):
         raise DataError(f"{paths[0]} holds {len(images)} images, {paths[1]} holds {len(labels)} labels; they must belong together")
@@ -51,11 +51,11 @@ def load_fashion_mnist(root: Path | None, split: Split) -> ImageData:
     return ImageData("fashion-mnist", dataset, len(CLASS_NAMES), tuple(dataset.images.shape[1:]), MEAN, STD, CLASS_NAMES)
 
 
-def _file(folder: Path, name: str, may_download: bool) -> Path:
+def _file(folder: Path, name: str, is_remote: bool) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    if not may_download:
+    if not is_remote:
         raise DataError(f"fashion-mnist: {folder} has neither {name} nor {name}.gz. {_ways()}")
     return _download(name, folder)
 
@@ -63,6 +63,8 @@ def _file(folder: Path, name: str, may_download: bool) -> Path:
 def _download(name: str, folder: Path) -> Path:
     """Fetch ``name`` into ``folder``; a file whose content is not the known one is never kept."""
     path, address = folder / name, f"{ADDRESS}{name}.gz"
+    if not may_download():
+        raise DataError(f"fashion-mnist: {name} is not in {folder}, and a dry run does not download it from {address}. {_ways()}")
     try:
         with urllib.request.urlopen(address, timeout=30) as response, gzip.GzipFile(fileobj=response) as unpacked:
             content = unpacked.read(2**27)

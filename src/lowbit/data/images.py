@@ -32,7 +32,7 @@ class Preprocessing:
     Attributes:
         size: Height and width of the result, in pixels.
         crop_fraction: Part of the shorter side that is kept, above 0 to 1.
-        mean, std: Per channel.
+        mean, std: Per channel; one number counts for all of them.
         grey: One channel instead of three.
     """
 
@@ -50,8 +50,11 @@ class Preprocessing:
             )
         if self.interpolation not in _FILTERS:
             raise SpecError(f"preprocessing: interpolation {self.interpolation!r}, expected one of {', '.join(_FILTERS)}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) == 1:  # one number counts for all channels
+                object.__setattr__(self, name, getattr(self, name) * self.channels)
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise SpecError(f"preprocessing: mean {self.mean}, std {self.std}; give {self.channels} number(s), one for each channel")
+            raise SpecError(f"preprocessing: mean {self.mean}, std {self.std}; give one number, or {self.channels}, one for each channel")
         if min(self.std) <= 0:
             raise SpecError(f"preprocessing: std {self.std}; every value must be positive")
 

@@ -18,7 +18,7 @@ from lowbit.data.fashion_mnist import DEBIAN_FOLDER, load_fashion_mnist
 from lowbit.data.folders import load_folder
 from lowbit.data.image_data import ImageData, Sample, Split
 from lowbit.data.images import Preprocessing
-from lowbit.errors import DataError, SpecError, unknown_name
+from lowbit.errors import DataError, SpecError, install_command, unknown_name
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _digits(root: Path | None, split: Split) -> ImageData:
 _CIFAR_PLACES = "the folder named with it; https://www.cs.toronto.edu/~kriz/cifar.html, binary version"
 SUITES: dict[str, DataSuite] = {
     "digits": DataSuite(
-        "1,797 grey digits of 8x8 pixels in 10 classes, the embedded default", 'part of scikit-learn (pip install "lowbit[data]")', _digits
+        "1,797 grey digits of 8x8 pixels in 10 classes, the embedded default", f"part of scikit-learn ({install_command('data')})", _digits
     ),
     "fashion-mnist": DataSuite(
         "70,000 grey images of 28x28 pixels in 10 classes",

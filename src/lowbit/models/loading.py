@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SpecError, missing_extra, unknown_name
+from lowbit.files import may_download
 from lowbit.models.bireal import bireal_resnet18, bireal_resnet20
 from lowbit.models.digits import digits_net
 from lowbit.models.mobilenet import mobilenet_v2_small
@@ -37,6 +38,7 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "vgg_small": (vgg_small, "six convolutions and a classifier for 32-pixel images"),
     "mobilenet_v2_small": (mobilenet_v2_small, "inverted residuals with depthwise convolutions and ReLU6 for 28- to 40-pixel images"),
 }
+TRAINED_WORDS = ("pretrained", "weights")  # options of factories that load trained weights
 _torchvision_schemas: list[torch.library.Library] = []  # schemas live as long as their library object
 
 
@@ -56,9 +58,13 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
     """
     source, colon, name = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
-        raise SpecError(f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(_factories_of_file(spec)) or 'none'}.")
+        raise SpecError(
+            f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(_factories_of_file(spec)) or 'none'}."
+        )
     if not colon and Path(spec).suffix in (".pt", ".pth", ".safetensors", ".ckpt"):
-        raise SpecError(f"model {spec}: a file of weights. Name the network as file.py:factory or a built-in one, and this file as its weights.")
+        raise SpecError(
+            f"model {spec}: a file of weights. Name the network as file.py:factory or a built-in one, and this file as its weights."
+        )
     if not colon:
         if spec not in BUILT_IN:
             raise unknown_name(
@@ -69,17 +75,24 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
         timm = _import_vision("timm")
         if not timm.is_model(name):
             raise unknown_name("timm model", name, timm.list_models())
+        options = _without_weights(options)
         model = _call(partial(timm.create_model, name), spec, options)
     elif source == "torchvision":
         models = _import_vision("torchvision").models
         if name not in models.list_models():
             raise unknown_name("torchvision model", name, models.list_models())
+        options = _without_weights(options)
         model = _call(partial(models.get_model, name), spec, options)
     else:
         model = _call(_factory(source, name), spec, options)
     if weights is not None:
         load_weights(model, Path(weights))
     return model.eval()
+
+
+def _without_weights(options: dict[str, object]) -> dict[str, object]:
+    """``options`` without those that download trained weights, where nothing may be downloaded."""
+    return options if may_download() else {name: value for name, value in options.items() if name not in TRAINED_WORDS}
 
 
 def _factory(source: str, name: str) -> Callable[..., nn.Module]:

@@ -15,13 +15,12 @@ empty; nothing else is ever left out or NaN.
 from __future__ import annotations
 
 import builtins
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lowbit.files import write_text
+from lowbit.report.json_text import to_json
 
 FORMAT_VERSION = 2
 
@@ -240,18 +239,3 @@ def write_json(report: Report, path: Path | str) -> None:
         OutputError: The file cannot be written; one that was there is unchanged.
     """
     write_text(path, to_json(report.to_dict()) + "\n")
-
-
-def to_json(data: object) -> str:
-    """Strict JSON: NaN and infinities become ``null``; objects that JSON does not know become their text."""
-    return json.dumps(_plain(data), allow_nan=False, ensure_ascii=False, indent=2)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -11,7 +11,7 @@ from lowbit.measure.diagnose import diagnose
 from lowbit.measure.diagnosis import Diagnosis
 from lowbit.options import make_method
 from lowbit.progress import Progress
-from lowbit.report.results import to_json
+from lowbit.report.json_text import to_json
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job

@@ -17,7 +17,7 @@ from lowbit.measure import measure_agreement, measure_latency
 from lowbit.progress import Progress
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import Classification
-from lowbit.report.results import to_json
+from lowbit.report.json_text import to_json
 from lowbit.workflows.deliver import FILES
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.load import load

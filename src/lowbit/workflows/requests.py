@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import yaml
 
 from lowbit.errors import SpecError, unknown_name
-from lowbit.options import Above, AtLeast, Interval, Setting, check_settings, convert_option, settings_of
+from lowbit.options import Above, AtLeast, Interval, Method, Setting, check_settings, convert_option, make_method, settings_of
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
 from lowbit.reading import Lined, line_of, read_yaml, shorten
-from lowbit.registry import MethodInfo, find_method
+from lowbit.registry import Kind, MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 if TYPE_CHECKING:
     from lowbit.qat.tasks import Classification
 
 Bits = int | str | None
+PAPER = "paper"  # in place of a policy or a recipe: that of the method's paper
 EIGHT_BITS = LayerBits(8, 8)  # what layers get without training where nothing is said
 LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")
 
@@ -45,8 +46,8 @@ class Request:
         check_settings(self, where=self.command or type(self).__name__)
 
     @classmethod
-    def from_yaml(cls, path: Path | str) -> Self:
-        """The request in the file.
+    def from_yaml(cls, path: Path | str, overrides: Mapping[str, object] | None = None) -> Self:
+        """The request in the file, with the values of ``overrides`` in place of those that it gives.
 
         Raises:
             SpecError: It cannot be read, or holds a value that is not allowed.
@@ -61,7 +62,10 @@ class Request:
         if content is not None and not isinstance(content, dict):
             raise SpecError(f"{path}: expected names and values such as weight_bits: 4, got {shorten(content)}")
         known = [name for name, owner in fields_of(cls) if decides_result(owner)]
-        return cls()._changed(content or {}, str(path), known)
+        cls()._changed(content or {}, str(path), known)
+        overrides = overrides or {}
+        cls().changed({name: value for name, value in overrides.items() if name != "recipe"})  # whose errors are not those of the file
+        return cls()._changed(_merged(content or {}, overrides), str(path), [name for name, _ in fields_of(cls)])
 
     def changed(self, values: Mapping[Any, object], where: str = "") -> Self:
         """This request with some values replaced, named as in the file; ``where`` is for errors.
@@ -74,9 +78,13 @@ class Request:
     def _changed(self, values: Mapping[Any, object], where: str, known: list[str]) -> Self:
         own = settings_of(type(self))
         nested = {name: settings_of(own[name].type) for name in known if dataclasses.is_dataclass(own[name].type)}
-        names = [name for name in known if name not in nested] + [name for inner in nested.values() for name in inner]
+        names = [*known, *(name for inner in nested.values() for name in inner)]
         changes: dict[str, Any] = {}
+        if "recipe" in values and "recipe" in names:
+            changes["recipe"] = self._whole_recipe(values, f"{where}{line_of(values, 'recipe')}")
         for name, value in values.items():
+            if name in changes:
+                continue
             owner = next((owner for owner, inner in nested.items() if name in inner), None)
             if name not in names:
                 raise unknown_name(f"entry of {where}{line_of(values, name)}" if where else "setting", str(name), names)
@@ -87,6 +95,16 @@ class Request:
                 group = changes.get(owner, getattr(self, owner))
                 changes[owner] = replace(group, **{name: _nested(nested[owner][name], value, getattr(group, name), place)})
         return replace(self, **changes)
+
+    def _whole_recipe(self, values: Mapping[Any, object], where: str) -> Recipe:
+        """The recipe that ``values`` name as a whole: an object, or the paper's of the method that they, or this request, choose."""
+        asked = values["recipe"]
+        if isinstance(asked, Recipe):
+            return asked
+        if asked != PAPER:
+            raise SpecError(f"{where or 'settings'}: recipe must be {PAPER!r} or a Recipe, got {shorten(asked)}. Set its fields by name.")
+        chosen = self.changed({name: values[name] for name in ("method", "options") if name in values})
+        return typing.cast("TrainRequest", chosen).paper_recipe()
 
     def to_yaml(self) -> str:
         """The request as ``from_yaml`` reads it."""
@@ -163,8 +181,14 @@ class MethodSettings(Request):
         options: Hyper-parameters of the method; 'lowbit methods show METHOD' lists them.
     """
 
+    method_kind: ClassVar[Kind] = "post_training"
+
     method: str = "white_paper"
     options: Mapping[str, object] = field(default_factory=dict)
+
+    def chosen_method(self) -> Method:
+        """The method with its hyper-parameters; UnknownNameError or SpecError where there is no such method or option."""
+        return make_method(self.method, self.method_kind, self.options)
 
 
 @dataclass(frozen=True)
@@ -178,7 +202,8 @@ class BitSettings(Request):
         merge_bits: Bits of residual sums, concatenations and what is pooled, 1 to 8, or 'float'; whole networks run in integers with 8.
             Default: what the policy says, else 8 after training and 'float' in training.
         policy: Bits for each layer; on the command line a YAML file, like the policy.yaml that 'lowbit quantize' writes. Replaces the other
-            settings of bits but merge_bits and keep.
+            settings of bits but merge_bits and keep. 'paper': the given bits, with the first and the last layer as in the method's paper
+            (a file of this name is './paper').
         keep: Name patterns of layers to leave in float, for example 'head.*'.
         only: Name patterns of the only layers to quantize. Default: all.
     """
@@ -187,7 +212,7 @@ class BitSettings(Request):
     activation_bits: Bits = None
     first_last_bits: Bits = None
     merge_bits: Bits = None
-    policy: Mapping[str, object] | None = None
+    policy: Mapping[str, object] | Literal["paper"] | None = None
     keep: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
@@ -197,15 +222,18 @@ class BitSettings(Request):
         Raises:
             SpecError: A policy together with settings that it replaces.
         """
-        if self.policy is not None:
-            given = [name for name in (*LAYER_BITS, "only") if getattr(self, name)]
-            if given:
-                raise SpecError(f"a policy says the bits of every layer; leave out {', '.join(given)}, or change the policy.")
+        replaced = () if self.policy is None else ("first_last_bits", "only") if self.policy == PAPER else (*LAYER_BITS, "only")
+        given = [name for name in replaced if getattr(self, name)]
+        if given:
+            raise SpecError(f"a policy says the bits of every layer; leave out {', '.join(given)}, or change the policy.")
+        if isinstance(self.policy, Mapping):
             policy = BitPolicy.from_dict(dict(self.policy))
         else:
             weight = default.weight if self.weight_bits is None else parse_bits(self.weight_bits, "weight_bits")
             activation = default.activation if self.activation_bits is None else parse_bits(self.activation_bits, "activation_bits")
-            if self.only:
+            if self.policy == PAPER:
+                policy = self.chosen_method().default_policy(LayerBits(weight, activation))
+            elif self.only:
                 policy = BitPolicy.uniform(None, None, first_last=None)
                 for pattern in self.only:
                     policy = policy.with_rule(match=pattern, weight=weight or "float", activation=activation or "float")
@@ -217,8 +245,12 @@ class BitSettings(Request):
             policy = policy.keep_float(pattern)
         return policy.with_merges(self.merge_bits)
 
+    def chosen_method(self) -> Method:
+        """The method whose paper decides; settings of a method override this."""
+        raise SpecError("policy='paper' belongs to a method: use it in a request that names one.")
+
     def _filled(self, default: LayerBits) -> Self:
-        if self.policy is not None or self.only:
+        if isinstance(self.policy, Mapping) or self.only:
             return self
         bits = self.bit_policy(default).default
         return replace(self, weight_bits=bits.weight or "float", activation_bits=bits.activation or "float")
@@ -457,6 +489,7 @@ class TrainRequest(
     """
 
     command: ClassVar[str] = "train"
+    method_kind: ClassVar[Kind] = "training"
 
     method: str = "lsq"
     test_data: str | None = None
@@ -482,7 +515,15 @@ class TrainRequest(
 
     def resolved(self) -> Self:
         """With the bits that are not given filled in."""
-        return self if self.policy is not None else self._filled(self._default_bits())
+        return self if isinstance(self.policy, Mapping) else self._filled(self._default_bits())
+
+    def paper_recipe(self) -> Recipe:
+        """The recipe of the method's paper, which ``changed({"recipe": "paper"})`` chooses."""
+        from lowbit.qat.method import TrainingMethod
+
+        method = self.chosen_method()
+        assert isinstance(method, TrainingMethod)
+        return method.default_recipe()
 
     def _default_bits(self) -> LayerBits:
         info = self.method_info
@@ -506,11 +547,9 @@ def _converted(setting: Setting, value: object, where: str) -> object:
             typing.get_args(setting.type)[0].parse(entry, f"{file}: {name}" if file and isinstance(entry, Lined) else f"{place}{name}")
             for entry in entries
         )
-    if typing.get_origin(setting.type) is Mapping or setting.type == Mapping[str, object] | None:
-        if name == "policy" and isinstance(value, (str, Path)):
-            return BitPolicy.from_yaml(value).to_dict()
-        if name == "policy" and isinstance(value, BitPolicy):
-            return value.to_dict()
+    if name == "policy":
+        return _policy(value, place)
+    if typing.get_origin(setting.type) is Mapping:
         return _mapping(value, name, place)
     text = isinstance(value, Path) or setting.type is PrecisionName
     return convert_option(where or "settings", name, str(value) if text else value, setting.type)
@@ -530,9 +569,23 @@ def _nested(setting: Setting, value: object, before: object, where: str) -> obje
     return replace(typing.cast(OptimizerSpec, before), **changes)
 
 
-def _mapping(value: object, name: str, place: str) -> dict[str, object] | None:
+def _merged(content: Mapping[Any, Any], overrides: Mapping[str, Any]) -> dict[Any, Any]:
+    """``content`` with ``overrides`` in place of what it says; the optimizer's entry by entry."""
+    optimizer = {**(content.get("optimizer") or {}), **overrides.get("optimizer", {})}
+    return {**content, **overrides, **({"optimizer": optimizer} if optimizer else {})}
+
+
+def _policy(value: object, place: str) -> dict[str, object] | str | None:
+    if value is None or value == PAPER:
+        return value
+    if isinstance(value, (str, Path)):
+        return BitPolicy.from_yaml(value).to_dict()
+    return value.to_dict() if isinstance(value, BitPolicy) else _mapping(value, "policy", place)
+
+
+def _mapping(value: object, name: str, place: str) -> dict[str, object]:
     if value is None:
-        return None if name == "policy" else {}
+        return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise SpecError(f"{place}{name} must hold names and values, got {value!r}")
     return dict(value)

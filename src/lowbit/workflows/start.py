@@ -15,6 +15,7 @@ from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
+from lowbit.models.loading import TRAINED_WORDS
 from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.workflows.requests import TrainRequest
 from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing_of, stacked
@@ -22,7 +23,6 @@ from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing
 SAMPLES = 256  # that the report looks at where there are no labels
 BATCH = 32  # of these at a time: exported files are timed with so many
 SELF = "self"  # a teacher: the float network that training starts from
-TRAINED_WORDS = ("pretrained", "weights")  # options of factories that load trained weights
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lowbit.errors import SpecError
+from lowbit.errors import SpecError, install_command
 from lowbit.runtime.cpu import target
 from lowbit.runtime.cpu.target import REFERENCE, TARGETS, active_target
 
@@ -56,7 +56,7 @@ def test_without_numba_the_reference_is_used_and_says_how_to_get_more(monkeypatc
     monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
     found, why = active_target()
     assert found is REFERENCE
-    assert "pip install 'lowbit[kernels]'" in why
+    assert install_command("kernels") in why
 
 
 def test_a_numba_that_does_not_work_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowbit.errors import install_command
 from lowbit.runtime.cuda import target
 from lowbit.runtime.cuda.target import VARIABLE, cuda_target
 
@@ -24,7 +25,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("reference", True, "LOWBIT_KERNELS asks for the reference"),
         ("", False, "torch finds no CUDA device"),
-        ("", True, "triton is not installed: pip install 'lowbit[cuda]'"),
+        ("", True, f"triton is not installed: {install_command('cuda')}"),
     ],
 )
 def test_why_layers_on_cuda_run_in_float(wanted: str, has_device: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from lowbit.errors import SpecError
+from lowbit.errors import SpecError, install_command
 
 VARIABLE = "LOWBIT_KERNELS"
 
@@ -67,7 +67,7 @@ def active_target() -> tuple[Target, str]:
     if wanted == REFERENCE.name:
         return REFERENCE, f"{VARIABLE} asks for it"
     if importlib.util.find_spec("numba") is None:
-        return REFERENCE, "numba is not installed: pip install 'lowbit[kernels]'"
+        return REFERENCE, f"numba is not installed: {install_command('kernels')}"
     try:
         found = processor_features()
     except Exception as error:  # a numba or llvmlite that does not work on this machine

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from lowbit.errors import install_command
 from lowbit.runtime.cpu.target import REFERENCE, VARIABLE
 
 
@@ -24,7 +25,7 @@ def cuda_target() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA device"
     if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed: pip install 'lowbit[cuda]'"
+        return False, f"triton is not installed: {install_command('cuda')}"
     try:
         importlib.import_module("lowbit.runtime.cuda.kernels").pack(torch.ones(1, 1, 1, 1, device="cuda"), 1, None, None)
     except Exception as error:  # a triton that does not work on this machine
