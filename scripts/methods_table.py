@@ -1,6 +1,6 @@
-"""Write the tables of methods in README.md from the registry, one for each kind.
+"""Write the tables of methods in docs/methods.md from the registry, one for each kind.
 
-python scripts/methods_table.py            # update README.md
+python scripts/methods_table.py            # update docs/methods.md
 python scripts/methods_table.py --check    # exit 1 when it is out of date
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from lowbit.cli.methods import span
 from lowbit.registry import Kind, list_methods
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 START, END = "<!-- methods: written by scripts/methods_table.py -->", "<!-- end of methods -->"
 HEADINGS: dict[Kind, str] = {
     "post_training": "After training, with unlabelled samples or none (`lowbit quantize`, `lowbit.quantize`):",
@@ -43,19 +43,19 @@ def updated(text: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise SystemExit(f"{README} lacks the lines {START!r} and {END!r}")
+        raise SystemExit(f"{PAGE} lacks the lines {START!r} and {END!r}")
     return f"{before}{START}\n{methods_tables()}\n{END}{after}"
 
 
 def main() -> None:
-    """Write the tables of methods between the markers of the README."""
+    """Write the tables of methods between the markers of the PAGE."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when README.md is out of date")
-    text = README.read_text()
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when PAGE.md is out of date")
+    text = PAGE.read_text()
     fresh = updated(text)
     if parser.parse_args().check:
-        sys.exit(f"{README} is out of date: run python scripts/methods_table.py" if fresh != text else 0)
-    README.write_text(fresh)
+        sys.exit(f"{PAGE} is out of date: run python scripts/methods_table.py" if fresh != text else 0)
+    PAGE.write_text(fresh)
 
 
 if __name__ == "__main__":

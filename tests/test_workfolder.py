@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.errors import OutputError
+from lowbit.errors import OutputError, SpecError
 from lowbit.workfolder import LOCK, exclusive_run, open_work_folder, weights_digest
 
 
@@ -58,12 +58,16 @@ def test_the_digest_tells_weights_apart_and_is_the_same_for_copies() -> None:
     assert weights_digest(other) != digest
 
 
-def test_state_of_another_run_that_is_deleted_is_told_of(tmp_path: Path) -> None:
+def test_state_of_a_stopped_run_is_only_deleted_on_demand(tmp_path: Path) -> None:
     path = tmp_path / ".work"
     open_work_folder(path, {"seed": 0}, resume=True)
-    assert not open_work_folder(path, {"seed": 1}, resume=True).is_replaced
+    open_work_folder(path, {"seed": 1}, resume=True)  # there was nothing to keep
     (path / "unit.safetensors").write_text("half done")
-    assert open_work_folder(path, {"seed": 2}, resume=True).is_replaced
+    with pytest.raises(SpecError, match=r"stopped run with other settings \(seed: 1, now 2\).*start over with resume=False"):
+        open_work_folder(path, {"seed": 2}, resume=True)
+    assert (path / "unit.safetensors").read_text() == "half done"
+    open_work_folder(path, {"seed": 2}, resume=False)
+    assert not (path / "unit.safetensors").exists()
 
 
 def test_only_state_to_go_on_from_survives_an_error(tmp_path: Path) -> None:

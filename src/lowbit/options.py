@@ -7,6 +7,7 @@ section of the class's docstring. The command line, recipe files, ``lowbit metho
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 import re
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from lowbit.errors import SpecError, unknown_name
+from lowbit.errors import SpecError, UnknownNameError, unknown_name
 from lowbit.registry import Kind, MethodInfo, find_method, list_methods
 from lowbit.spec import BitPolicy, LayerBits
 
@@ -179,13 +180,14 @@ def choices_of(hint: object) -> tuple[object, ...]:
     return () if str in kinds else tuple(choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind))
 
 
-def make_method(method: object, kind: Kind, options: Mapping[str, object]) -> Method:
+def make_method(method: object, kind: Kind, options: Mapping[str, object], elsewhere: Mapping[str, str] | None = None) -> Method:
     """The method that a user asks for, with its hyper-parameters.
 
     Args:
         method: What ``find_method`` takes; an object is used as it is.
         kind: Kind that the method must have.
         options: Hyper-parameters by name, each checked and converted to its field's type.
+        elsewhere: What the caller takes besides by name, each with the way to give it, for the error about an unknown option.
 
     Raises:
         UnknownNameError: No such method, class or option.
@@ -193,34 +195,46 @@ def make_method(method: object, kind: Kind, options: Mapping[str, object]) -> Me
     """
     info = find_method(method, kind)
     if isinstance(method, Method):
+        for name in options:
+            _check_option(info, name, elsewhere or {})
         if options:
             raise SpecError(f"method is an object of {info.name} with hyper-parameters of its own: set {', '.join(options)} there.")
         return method
-    made = build_method(info, options)
+    made = build_method(info, options, elsewhere)
     if not isinstance(made, Method):
         raise SpecError(f"method {info.name!r}: {type(made).__name__} derives from no base class of lowbit's methods.")
     return made
 
 
-def build_method(info: MethodInfo, options: Mapping[str, object]) -> object:
-    """The method with ``options`` set, each checked and converted to its field's type."""
+def build_method(info: MethodInfo, options: Mapping[str, object], elsewhere: Mapping[str, str] | None = None) -> object:
+    """The method with ``options`` set, each checked and converted to its field's type; ``elsewhere`` as ``make_method`` takes it."""
     if info.method is None or not dataclasses.is_dataclass(info.method):
         raise SpecError(
             f"method {info.name!r}: {getattr(info.method, '__name__', None)} is no dataclass. Put @dataclass below @register(...)."
         )
-    fields = {f.name for f in dataclasses.fields(info.method)}
     hints = typing.get_type_hints(info.method)
     for name in options:
-        if name not in fields:
-            others = [
-                other.name
-                for other in list_methods(kind=info.kind)
-                if other.method and dataclasses.is_dataclass(other.method) and name in {f.name for f in dataclasses.fields(other.method)}
-            ]
-            hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
-            raise unknown_name(f"option of {info.name}", name, fields, hint)
+        _check_option(info, name, elsewhere or {})
     converted: dict[str, Any] = {name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()}
     return info.method(**converted)
+
+
+def _check_option(info: MethodInfo, name: str, elsewhere: Mapping[str, str]) -> None:
+    """UnknownNameError where the method has no hyper-parameter ``name``; it says who has it, or what the caller takes in another way."""
+    own = _option_names(info)
+    if name in own:
+        return
+    near = name if name in elsewhere else next(iter(difflib.get_close_matches(name, [*own, *elsewhere], n=1)), "")
+    if near in elsewhere:
+        suggestion = "" if near == name else f" Did you mean {near!r}?"
+        raise UnknownNameError(f"unknown option of {info.name} {name!r}.{suggestion} {elsewhere[near]}")
+    others = [other.name for other in list_methods(kind=info.kind) if name in _option_names(other)]
+    hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
+    raise unknown_name(f"option of {info.name}", name, own, hint)
+
+
+def _option_names(info: MethodInfo) -> list[str]:
+    return [f.name for f in dataclasses.fields(info.method)] if dataclasses.is_dataclass(info.method) else []
 
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:

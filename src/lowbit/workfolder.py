@@ -25,11 +25,10 @@ class WorkFolder:
 
     Attributes:
         is_resumed: Whether an earlier run with the same settings left state to resume from.
-        is_replaced: Whether state of a run with other settings was here and has been deleted.
     """
 
-    def __init__(self, path: Path, *, is_resumed: bool, is_replaced: bool = False) -> None:
-        self.path, self.is_resumed, self.is_replaced = path, is_resumed, is_replaced
+    def __init__(self, path: Path, *, is_resumed: bool) -> None:
+        self.path, self.is_resumed = path, is_resumed
 
     def remove(self) -> None:
         """Delete the state; the run is done."""
@@ -45,37 +44,32 @@ class WorkFolder:
         write_text(self.path / _DONE, "")
 
 
-def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool, replaces: bool = True) -> WorkFolder:
+def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool) -> WorkFolder:
     """The folder for the run with ``settings``.
 
-    State of a run with the same settings is kept when ``resume``; state of any other run is deleted, because resuming from
-    it would mix the two runs.
+    State of a run with the same settings is kept when ``resume``, state of a finished run with others is deleted.
 
     Args:
         path: The folder.
         settings: Everything that the run's result depends on.
         resume: False deletes whatever is there.
-        replaces: Whether state of an unfinished run with other settings is deleted; without it that is an error.
 
     Raises:
-        SpecError: There is state of an unfinished run with other settings that must not be deleted.
+        SpecError: There is state of an unfinished run with other settings, which only ``resume=False`` deletes.
     """
     text = json.dumps(settings, sort_keys=True, indent=1, default=str)
     record = path / _SETTINGS
     if resume and record.is_file() and record.read_text(encoding="utf-8", errors="replace") == text:
         return WorkFolder(path, is_resumed=True)
-    is_replaced = resume and any(path.rglob("*.safetensors"))
-    if is_replaced and not (path / _DONE).exists():
-        earlier = _settings_of(record)
-        if not replaces or earlier.get("kind") != settings.get("kind"):
-            raise SpecError(
-                f"{path.parent} holds a stopped run with other settings ({_difference(earlier, json.loads(text))}). "
-                "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
-            )
+    if resume and any(path.rglob("*.safetensors")) and not (path / _DONE).exists():
+        raise SpecError(
+            f"{path.parent} holds a stopped run with other settings ({_difference(_settings_of(record), json.loads(text))}). "
+            "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
+        )
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
     write_text(record, text)
-    return WorkFolder(path, is_resumed=False, is_replaced=is_replaced)
+    return WorkFolder(path, is_resumed=False)
 
 
 def _settings_of(record: Path) -> dict[str, object]:

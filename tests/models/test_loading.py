@@ -71,8 +71,8 @@ def test_a_ready_network_can_be_named_but_takes_no_options(network_file: Path) -
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("no_such_package.net:make", "importing no_such_package.net failed with ModuleNotFoundError"),
-        ("/no/such/file.py:make", "failed with FileNotFoundError"),
+        ("no_such_package.net:make", "model no_such_package.net: importing it failed with ModuleNotFoundError"),
+        ("/no/such/file.py:make", "model /no/such/file.py: there is no such file in /no/such. Name one"),
         ("{file}:broken", "failed with RuntimeError: no disk"),
         ("{file}:text", "returned str, expected a torch.nn.Module"),
     ],

@@ -1,39 +1,55 @@
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from lowbit.errors import OutputError
-from lowbit.workflows.output import prepare_folder
+import lowbit
+from lowbit.errors import SpecError
+from lowbit.workflows.output import check_results
 
-
-def test_a_missing_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    folder = prepare_folder(tmp_path / "a" / "b", needed_bytes=10)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_file_of_that_name_is_an_error_and_stays(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(OutputError, match="there is a file of this name"):
-        prepare_folder(tmp_path / "out", needed_bytes=0)
-    assert (tmp_path / "out").read_text() == "mine"
+QUICK = {"method": "round_to_nearest", "calibration_samples": 32, "onnx": False}
 
 
-def test_a_path_below_a_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot write there"):
-        prepare_folder(tmp_path / "file" / "out", needed_bytes=0)
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write there"):
-        prepare_folder(tmp_path / "out", needed_bytes=0)
+def test_results_of_another_method_are_only_replaced_on_demand(tmp_path: Path) -> None:
+    check_results(tmp_path / "absent", "lsq", resume=True)
+    (tmp_path / "report.json").write_text(json.dumps({"method": "brecq"}))
+    check_results(tmp_path, "brecq", resume=True)
+    check_results(tmp_path, "lsq", resume=False)
+    with pytest.raises(SpecError, match=r"report\.json there holds results of brecq, this is lsq\. Name another folder with out=.*resume=False"):
+        check_results(tmp_path, "lsq", resume=True)
+    (tmp_path / "report.json").write_text("[broken")
+    check_results(tmp_path, "lsq", resume=True)
 
 
-def test_a_disk_without_room_is_an_error_that_says_how_much_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"about 1000000000000\.0 MB are needed"):
-        prepare_folder(tmp_path / "out", needed_bytes=10**18)
+def test_a_second_method_in_a_folder_is_refused_before_anything_is_deleted(tmp_path: Path) -> None:
+    lowbit.quantize_and_deliver(lowbit.QuantizeRequest(out=str(tmp_path), **QUICK))  # type: ignore[arg-type]
+    before = content(tmp_path)
+    for request in (lowbit.QuantizeRequest(method="dfq", out=str(tmp_path)), lowbit.TrainRequest(out=str(tmp_path))):
+        deliver = lowbit.quantize_and_deliver if isinstance(request, lowbit.QuantizeRequest) else lowbit.train_and_deliver
+        with pytest.raises(SpecError, match="holds results of round_to_nearest"):
+            deliver(request)  # type: ignore[arg-type]
+    assert content(tmp_path) == before
+    fresh = lowbit.QuantizeRequest(**{**QUICK, "method": "dfq"}, resume=False, out=str(tmp_path))  # type: ignore[arg-type]
+    lowbit.quantize_and_deliver(fresh)
+    assert json.loads((tmp_path / "report.json").read_text())["method"] == "dfq"
+
+
+def test_a_second_training_method_in_a_folder_is_refused_and_the_checkpoints_stay(tmp_path: Path) -> None:
+    data = (torch.randn(16, 4), torch.randint(2, (16,)))
+    recipe = lowbit.Recipe(epochs=1, batch_size=8)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    lowbit.train(model, data, method="lsq", recipe=recipe, out=tmp_path, tensorboard=False)
+    before = content(tmp_path)
+    with pytest.raises(SpecError, match=r"train\.json there holds results of lsq, this is pact"):
+        lowbit.train(model, data, method="pact", recipe=recipe, out=tmp_path, tensorboard=False)
+    assert content(tmp_path) == before
+    lowbit.train(model, data, method="pact", recipe=recipe, out=tmp_path, tensorboard=False, resume=False)
+    assert json.loads((tmp_path / "train.json").read_text())["method"] == "pact"

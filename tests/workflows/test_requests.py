@@ -126,6 +126,30 @@ def test_a_file_gives_the_request_back_and_holds_only_what_decides_the_result(tm
         QuantizeRequest.from_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("epochs", r"unknown option of lsq 'epochs'\. It belongs to the recipe: recipe=lowbit\.Recipe\(epochs=\.\.\.\)"),
+        ("epoch", r"Did you mean 'epochs'\? It belongs to the recipe: recipe="),
+        ("lr", r"recipe=lowbit\.Recipe\(optimizer=lowbit\.OptimizerSpec\(learning_rate=\.\.\.\)\)"),
+        ("momentun", r"Did you mean 'momentum'\? It belongs to the recipe's optimizer"),
+        ("label_smoothing", r"task=lowbit\.Classification\(label_smoothing=\.\.\.\)"),
+        ("weight_bit", r"Did you mean 'weight_bits'\? It is an argument of lowbit\.train"),
+        ("quantizer_learning_rat", r"Did you mean 'quantizer_learning_rate'\?"),
+    ],
+)
+def test_an_unknown_option_of_train_names_the_nearest_and_where_it_belongs(name: str, told: str) -> None:
+    with pytest.raises(UnknownNameError, match=told):
+        lowbit.train(LAYER, [], **{name: 1})
+
+
+def test_an_unknown_option_of_quantize_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'calibration'\? It is an argument of lowbit\.quantize"):
+        lowbit.quantize(LAYER, calibratoin=[])
+    with pytest.raises(UnknownNameError, match="Did you mean 'weight_observer'"):
+        lowbit.quantize(LAYER, method="round_to_nearest", weight_obsever="mse")
+
+
 @pytest.mark.parametrize(("function", "request_kind"), [(lowbit.quantize, QuantizeRequest), (lowbit.train, TrainRequest)])
 def test_functions_and_requests_have_the_same_defaults(function: object, request_kind: type[Request]) -> None:
     defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}  # type: ignore[arg-type]
@@ -141,4 +165,5 @@ def test_functions_and_requests_have_the_same_defaults(function: object, request
         "calibration",
     }
     assert shared >= {"method", "policy"}
+    assert request_kind is QuantizeRequest or shared >= {"surrogate", "augment", "select", "precision", "workers", "save_every", "strategy"}
     assert {name: defaults[name] for name in shared} == {name: settings[name].default for name in shared}

@@ -80,7 +80,6 @@ def train(
 def show_plan(request: TrainRequest, *, as_json: bool) -> None:
     """Print what would be done, layer by layer and phase by phase."""
     from lowbit.cli.show import options_line, show_layer_json, show_layers
-    from lowbit.options import make_method
     from lowbit.qat import TrainingMethod
     from lowbit.workflows.deliver import files_of
     from lowbit.workflows.plan import plan_layers
@@ -94,7 +93,7 @@ def show_plan(request: TrainRequest, *, as_json: bool) -> None:
         show_layer_json(source.name, request.method, layers, Path(request.out), files)
         return
     show_layers(layers, f"{source.name} with {request.method}")
-    method = make_method(request.method, "training", request.options)
+    method = request.chosen_method()
     assert isinstance(method, TrainingMethod)
     say(options_line(request.options))
     say(f"phases: {', '.join(f'{phase.name} {phase.epochs} epochs' for phase in method.phases(request.recipe))}")

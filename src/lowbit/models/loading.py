@@ -59,11 +59,11 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
     source, colon, name = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
         raise SpecError(
-            f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(_factories_of_file(spec)) or 'none'}."
+            f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(factories_in(_import(spec))) or 'none'}."
         )
     if not colon and Path(spec).suffix in (".pt", ".pth", ".safetensors", ".ckpt"):
         raise SpecError(
-            f"model {spec}: a file of weights. Name the network as file.py:factory or a built-in one, and this file as its weights."
+            f"model {spec}: a file of weights. Name the network as file.py:factory, or a built-in one ({', '.join(BUILT_IN)}), and this file with weights=."
         )
     if not colon:
         if spec not in BUILT_IN:
@@ -96,21 +96,21 @@ def _without_weights(options: dict[str, object]) -> dict[str, object]:
 
 
 def _factory(source: str, name: str) -> Callable[..., nn.Module]:
-    try:
-        module = _module_of_file(Path(source)) if source.endswith(".py") else _module_named(source)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise SpecError(f"model {source}:{name}: importing {source} failed with {_description(error)}") from error
+    module = _import(source)
     factory = getattr(module, name, None)
     if not callable(factory):
-        known = factories_in(module)
-        raise unknown_name(f"factory in {source}", name, known)
+        raise unknown_name(f"factory in {source}", name, factories_in(module))
     return cast(Callable[..., nn.Module], factory)
 
 
-def _factories_of_file(source: str) -> list[str]:
+def _import(source: str) -> ModuleType:
+    """The module of that name or file."""
+    path = Path(source) if source.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise SpecError(f"model {source}: there is no such file in {path.parent.resolve()}. Name one as file.py:factory.")
     try:
-        return factories_in(_module_of_file(Path(source)))
-    except (Exception, SystemExit) as error:
+        return _module_named(source) if path is None else _module_of_file(path)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise SpecError(f"model {source}: importing it failed with {_description(error)}") from error
 
 

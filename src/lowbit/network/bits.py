@@ -63,13 +63,12 @@ def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
 def get_bits(model: nn.Module) -> dict[str, LayerBits]:
     """The current bits of every convolution and linear layer; ``None`` is float.
 
-    >>> import torch, lowbit
-    >>> from lowbit.network.bits import get_bits, set_bits
-    >>> float_model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-    >>> model = lowbit.prepare(float_model, method="lsq", sample=torch.randn(8, 4))
-    >>> set_bits(model, 3)
-    >>> get_bits(model)["1"], get_bits(model)["2"]
-    (LayerBits(weight=3, activation=3, output=None), LayerBits(weight=8, activation=8, output=None))
+    Example:
+        >>> import torch, lowbit
+        >>> float_model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> model = lowbit.prepare(float_model, method="lsq", weight_bits=3, sample=torch.randn(8, 4))
+        >>> lowbit.get_bits(model)["1"], lowbit.get_bits(model)["2"]
+        (LayerBits(weight=3, activation=4, output=None), LayerBits(weight=8, activation=8, output=None))
     """
     return {name: quantizers.bits for name, quantizers in layer_quantizers(model).items()}
 
@@ -97,6 +96,15 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
         SpecError: A width that the method or a quantizer does not support (the message lists those it does), a pattern that matches no
             layer, different bits for layers that share a quantizer, or a layer without a requested quantizer.
         LayerError: A network without quantizers.
+
+    Example:
+        >>> import torch, lowbit
+        >>> float_model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> model = lowbit.prepare(float_model, method="lsq", sample=torch.randn(8, 4))
+        >>> lowbit.set_bits(model, 3)
+        >>> lowbit.set_bits(model, {"0": lowbit.LayerBits(weight=5, activation=6)})
+        >>> [(bits.weight, bits.activation) for bits in lowbit.get_bits(model).values()]
+        [(5, 6), (3, 3), (8, 8)]
     """
     layers = layer_quantizers(model)
     if not any(found.weight or found.activation or found.output for found in layers.values()):

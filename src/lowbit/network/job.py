@@ -226,7 +226,9 @@ def _run_sample(model: nn.Module, sample: Inputs) -> tuple[list[str], set[str]]:
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in sample.tensors)
-        raise CalibrationError(f"{type(model).__name__} fails on inputs of shape {shapes}: {type(error).__name__}: {error}") from error
+        raise CalibrationError(
+            f"{type(model).__name__} fails on inputs of shape {shapes}: {type(error).__name__}: {error}. Give samples of the shape that it takes."
+        ) from error
 
 
 def check_method_bits(info: MethodInfo, policy: BitPolicy, job: NetworkJob) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from lowbit.files import write_text
 from lowbit.measure.diagnose import diagnose
 from lowbit.measure.diagnosis import Diagnosis
-from lowbit.options import make_method
+from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress
 from lowbit.report.json_text import to_json
 from lowbit.workflows.evaluate import evaluate
@@ -28,21 +29,12 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
     progress = progress or Progress.silent()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    make_method(request.method, "post_training", request.options)
+    method = cast(PostTrainingMethod, request.chosen_method())
     policy = request.bit_policy()
     missing = "name some with calibration=: a folder of images, or a name from 'lowbit data list'"
     source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
-    job = run_job(
-        source.model,
-        request.method,
-        request.options,
-        policy=policy,
-        calibration=source.calibration,
-        sample=source.sample,
-        seed=request.seed,
-        progress=progress,
-    )
+    job = run_job(source.model, method, policy, source.calibration, source.sample, seed=request.seed, progress=progress)
     test = source.test
     found = diagnose(
         job.model,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from lowbit.errors import OutputError
+from lowbit.errors import OutputError, SpecError
+
+RESULTS = ("report.json", "train.json")  # files that say by which method they were made
 
 
 def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
@@ -22,7 +25,7 @@ def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
     except FileExistsError as error:
         raise OutputError(f"{name}={str(path)!r}: there is a file of this name. Name a folder.") from error
     except OSError as error:
-        raise OutputError(f"{name}={str(path)!r}: cannot write there ({error.strerror}). Name another folder with {name}.") from error
+        raise OutputError(f"{name}={str(path)!r}: cannot write there ({error.strerror}). Name another folder with {name}=.") from error
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise OutputError(
@@ -30,3 +33,17 @@ def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
             "Make room or name a folder on another disk."
         )
     return path
+
+
+def check_results(path: Path, method: str, *, resume: bool) -> None:
+    """SpecError where the folder ``path`` holds results of another method, which only ``resume=False`` replaces."""
+    for name in RESULTS:
+        try:
+            found = json.loads((path / name).read_text(encoding="utf-8"))["method"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if found != method and resume:
+            raise SpecError(
+                f"out={str(path)!r}: {name} there holds results of {found}, this is {method}. Name another folder with out=, "
+                "or replace them with resume=False."
+            )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 from lowbit.workflows.deliver import Delivery, deliver
-from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import QuantizeRequest
 from lowbit.workflows.source import Source, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
@@ -41,14 +41,14 @@ WORK = ".work"  # the folder of a run's state in the output folder
 def quantize(
     model: nn.Module,
     *,
-    method: str | type[PostTrainingMethod] | PostTrainingMethod = "white_paper",
+    method: str | type[PostTrainingMethod] | PostTrainingMethod = QuantizeRequest.method,
     weight_bits: int | None = 8,
     activation_bits: int | None = 8,
     calibration: object = None,
     policy: BitPolicy | Literal["paper"] | None = None,
     merge_bits: Bits = None,
     sample: object = None,
-    seed: int = 0,
+    seed: int = QuantizeRequest.seed,
     progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
     **options: object,
@@ -91,57 +91,41 @@ def quantize(
         [('0', 8), ('2', 8)]
     """
     bits = LayerBits(parse_bits(weight_bits, "weight_bits"), parse_bits(activation_bits, "activation_bits"))
-    chosen = make_method(method, "post_training", options)
+    arguments = dict.fromkeys(set(inspect.signature(quantize).parameters) - {"options"}, "It is an argument of lowbit.quantize.")
+    chosen = make_method(method, "post_training", options, arguments)
+    assert isinstance(chosen, PostTrainingMethod)
     return run_job(
         model,
         chosen,
-        {},
-        policy=choose_policy(chosen, policy, bits).with_merges(merge_bits),
-        calibration=calibration,
-        sample=sample,
+        choose_policy(chosen, policy, bits).with_merges(merge_bits),
+        calibration,
+        sample,
         seed=seed,
-        progress=progress,
-        work_dir=work_dir,
+        progress=Progress.of(progress),
+        work_dir=None if work_dir is None else Path(work_dir),
     ).model
 
 
 @records_gradients
 def run_job(
-    model: nn.Module,
-    method: object,
-    options: Mapping[str, object],
-    *,
-    policy: BitPolicy,
-    calibration: object = None,
-    sample: object = None,
-    seed: int = 0,
-    progress: bool | Progress | None = None,
-    work_dir: Path | str | None = None,
+    model: nn.Module, method: PostTrainingMethod, policy: BitPolicy, calibration: object = None, sample: object = None, **settings: Any
 ) -> PtqJob:
-    """Do what ``quantize`` does, and return everything known afterwards.
+    """Do what ``quantize`` does, and return everything known afterwards; ``settings`` are those of ``PtqJob``.
 
     Besides ``model`` the job holds ``reference``, the float network that ``model`` follows layer by layer (batch norms folded, ranges
-    equalized where the method does that), its dataflow and the table of layers. Arguments and errors are those of ``quantize``.
+    equalized where the method does that), its dataflow and the table of layers.
     """
-    info = find_method(method, "post_training")
-    chosen = make_method(method, "post_training", options)
-    assert isinstance(chosen, PostTrainingMethod)
+    info = find_method(method)
     data = None if calibration is None else Calibration.of(calibration, model)
     check_needs(info, calibration=data is not None)
     if data is None and sample is None:
         raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")
     first = Inputs.of(sample, model) if sample is not None else data.sample  # type: ignore[union-attr]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        job = PtqJob(
-            model=plain_copy(model).eval(),
-            policy=policy,
-            sample=first,
-            calibration=data,
-            seed=seed,
-            progress=Progress.of(progress),
-            work_dir=None if work_dir is None else Path(work_dir) / (source_digest(type(chosen)) or ""),
-        )
+        torch.manual_seed(settings.get("seed", PtqJob.seed))
+        job = PtqJob(model=plain_copy(model).eval(), policy=policy, sample=first, calibration=data, **settings)
+        if job.work_dir is not None:
+            job.work_dir /= source_digest(type(method)) or ""
         for note in check_needs(
             info,
             graph=job.graph is not None or job.graph_error,
@@ -150,13 +134,13 @@ def run_job(
             job.table.note(note)
         check_method_bits(info, policy, job)
         try:
-            chosen.quantize(job)
+            method.quantize(job)
         except CalibrationError as error:
             place = _first_not_finite(model, data)
             raise error if place is None else CalibrationError(f"{place} on the calibration data: {error}") from error
         table = job.finish()
-    used = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
+    used = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, job.seed, table))
     return job
 
 
@@ -177,11 +161,13 @@ class Quantization:
     Attributes:
         request: What is asked for.
         source: The network and its data.
+        method: The method with its hyper-parameters.
         policy: Bits for each layer.
     """
 
     request: QuantizeRequest
     source: Source
+    method: PostTrainingMethod
     policy: BitPolicy
 
     def fingerprint(self) -> dict[str, object]:
@@ -208,16 +194,16 @@ def open_quantization(request: QuantizeRequest) -> Quantization:
     """
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    info = find_method(request.method, "post_training")
-    make_method(request.method, "post_training", request.options)  # unknown names and wrong types fail here, before anything is loaded
+    method = cast(PostTrainingMethod, request.chosen_method())  # unknown names and wrong types fail here, before anything is loaded
+    check_results(Path(request.out), find_method(method).name, resume=request.resume)
     policy = request.bit_policy()
     source = open_source(request, request, device=request.device, seed=request.seed)
-    if source.calibration is None and "calibration" in info.needs:
+    if source.calibration is None and "calibration" in method.info.needs:
         raise CalibrationError(
             f"method={request.method!r} needs samples to look at: name some with calibration= (a folder of images, or see 'lowbit data list'). "
             "'lowbit methods list' says which methods need none."
         )
-    return Quantization(request, source, policy)
+    return Quantization(request, source, method, policy)
 
 
 def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None = None) -> Delivery:
@@ -242,18 +228,15 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
     out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(source.model))
     with exclusive_run(out):
         work = open_work_folder(out / WORK, plan.fingerprint(), resume=request.resume)
-        if work.is_replaced:
-            progress.say(f"{out} held a stopped run with other settings; its state is deleted")
         if work.is_resumed:
             progress.say("resuming the run that was stopped")
         try:
             job = run_job(
                 source.model,
-                request.method,
-                request.options,
-                policy=plan.policy,
-                calibration=source.calibration,
-                sample=source.sample,
+                plan.method,
+                plan.policy,
+                source.calibration,
+                source.sample,
                 seed=request.seed,
                 progress=progress,
                 work_dir=work.path,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lowbit.qat.tasks import Classification
 
 Bits = int | str | None
+MAX_THREADS = 1024  # beyond what any processor has torch fails without a word
 PAPER = "paper"  # in place of a policy or a recipe: that of the method's paper
 EIGHT_BITS = LayerBits(8, 8)  # what layers get without training where nothing is said
 LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")
@@ -265,7 +266,7 @@ class OutputSettings(Request):
             tensorboard/.
         packed: Write model.lowbit: exactly the bits asked for, loads without the model's code.
         onnx: Write model.onnx: integer kernels in ONNX Runtime and OpenVINO.
-        resume: Resume a stopped run with the same settings, or start over.
+        resume: Resume a stopped run with the same settings, or start over, replacing what the folder holds.
     """
 
     decides: ClassVar[bool] = False
@@ -288,7 +289,7 @@ class RunSettings(Request):
     decides: ClassVar[bool] = False
 
     device: str = "cpu"
-    threads: Annotated[int | None, AtLeast(1)] = None
+    threads: Annotated[int | None, Interval(1, MAX_THREADS)] = None
 
 
 @dataclass(frozen=True)
@@ -408,7 +409,7 @@ class RunRequest(Request):
     runs: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(1)] = 1
     out: str | None = None
-    threads: Annotated[int | None, AtLeast(1)] = None
+    threads: Annotated[int | None, Interval(1, MAX_THREADS)] = None
 
 
 @dataclass(frozen=True)
@@ -459,6 +460,7 @@ class ProcessSettings(Request):
         strict: Raise an error for a picture that cannot be decoded. Default: it is left out and counted.
         save_every: Interval between saves of the state within an epoch: a time such as 300s or 10m, or a number of steps.
         tensorboard: Write files for TensorBoard. Default: if it is installed.
+        strategy: How processes are started, by its name in Lightning Fabric; auto runs this command again for each.
     """
 
     decides: ClassVar[bool] = False
@@ -467,19 +469,30 @@ class ProcessSettings(Request):
     nodes: Annotated[int | None, AtLeast(1)] = None
     workers: Annotated[int, AtLeast(0)] = 0
     strict: bool = False
-    save_every: str = "5m"
+    save_every: str | float = "5m"
     tensorboard: bool | None = None
+    strategy: str = "auto"
 
 
 @dataclass(frozen=True)
-class TrainRequest(
-    NetworkSettings, MethodSettings, BitSettings, TeacherSettings, TrainingSettings, OutputSettings, RunSettings, ProcessSettings
-):
+class TrainSettings(TrainingSettings, OutputSettings, RunSettings, ProcessSettings):
     """Method.
 
     Attributes:
-        test_data: Data to measure on. Default: the test part of the data.
         surrogate: Name of the gradient surrogate to use instead of the method's own.
+    """
+
+    command: ClassVar[str] = "train"
+
+    surrogate: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings, TrainSettings):
+    """Network and data.
+
+    Attributes:
+        test_data: Data to measure on. Default: the test part of the data.
 
     Example:
         >>> import lowbit
@@ -488,12 +501,10 @@ class TrainRequest(
         (3, LayerBits(weight=2, activation=4, output=None))
     """
 
-    command: ClassVar[str] = "train"
     method_kind: ClassVar[Kind] = "training"
 
     method: str = "lsq"
     test_data: str | None = None
-    surrogate: str | None = None
     out: str = "lowbit-trained"
     device: str = "auto"
 

@@ -76,7 +76,8 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"device={name!r}: {str(error).splitlines()[0]}") from error
+        there = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if found]
+        raise SpecError(f"device={name!r}: {str(error).splitlines()[0]}. This machine has: {', '.join(['cpu', *there])}.") from error
     return device
 
 

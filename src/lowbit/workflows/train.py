@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import yaml
@@ -23,7 +24,7 @@ from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import make_method
+from lowbit.options import make_method, settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
@@ -33,17 +34,18 @@ from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare, training_policy
-from lowbit.qat.recipe import AugmentName, Recipe, Selection
+from lowbit.qat.recipe import AugmentName, OptimizerSpec, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
-from lowbit.registry import check_needs
+from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.deliver import Delivery, deliver
-from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.quantize import WORK
-from lowbit.workflows.requests import TrainRequest
+from lowbit.workflows.requests import TrainRequest, TrainSettings
+from lowbit.workflows.source import open_device
 from lowbit.workflows.start import Start, open_start
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
@@ -73,30 +75,30 @@ def train(
     model: nn.Module,
     train_data: object,
     *,
-    method: str | type[TrainingMethod] | TrainingMethod = "lsq",
+    method: str | type[TrainingMethod] | TrainingMethod = TrainRequest.method,
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
     test_data: object = None,
     recipe: Recipe | Literal["paper"] | None = None,
     out: Path | str | None = None,
     policy: BitPolicy | Literal["paper"] | None = None,
-    surrogate: str | None = None,
+    surrogate: str | None = TrainSettings.surrogate,
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | Criterion | None = None,
-    augment: AugmentName = "auto",
+    augment: AugmentName = TrainSettings.augment,
     steps_per_epoch: int | None = None,
     sample: object = None,
-    workers: int = 0,
+    workers: int = TrainSettings.workers,
     device: str | None = None,
-    devices: int | None = None,
-    nodes: int | None = None,
-    strategy: str = "auto",
-    precision: str | int = "32",
-    save_every: str | float = "5m",
-    select: Selection = "last",
-    resume: bool = True,
-    tensorboard: bool | None = None,
+    devices: int | None = TrainSettings.devices,
+    nodes: int | None = TrainSettings.nodes,
+    strategy: str = TrainSettings.strategy,
+    precision: str | int = TrainSettings.precision,
+    save_every: str | float = TrainSettings.save_every,
+    select: Selection = TrainSettings.select,
+    resume: bool = TrainSettings.resume,
+    tensorboard: bool | None = TrainSettings.tensorboard,
     progress: bool | Progress | None = None,
     **options: object,
 ) -> nn.Module:
@@ -161,96 +163,90 @@ def train(
         >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
         True
     """
-    chosen = make_method(method, "training", options)
+    chosen = make_method(method, "training", options, _other_settings())
     assert isinstance(chosen, TrainingMethod)
     if isinstance(recipe, str):
         recipe = paper_recipe(chosen, recipe)
     elif recipe is None:
         batch_size = getattr(train_data, "batch_size", None)
         recipe = Recipe(batch_size=batch_size) if isinstance(batch_size, int) else Recipe()
-    trainer = Trainer(
+    settings = TrainSettings(
+        recipe=recipe,
+        surrogate=surrogate,
+        augment=augment,
+        select=select,
+        precision=precision,  # type: ignore[arg-type]
+        resume=resume,
         device=device or str(device_of(model)),
         devices=devices,
         nodes=nodes,
         strategy=strategy,
-        precision=precision,
+        workers=workers,
         save_every=save_every,
-        select=select,
-        progress=Progress.of(progress),
+        tensorboard=tensorboard,
     )
-    return train_network(
+    job = TrainingJob(
         model,
         train_data,
-        trainer,
-        method=chosen,
-        policy=training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits),
+        chosen,
+        training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits),
         test_data=test_data,
-        recipe=recipe,
-        out=None if out is None else Path(out),
-        surrogate=surrogate,
         teacher=teacher,
         task=task,
-        augment=augment,
-        steps_per_epoch=steps_per_epoch,
         sample=sample,
-        workers=workers,
-        resume=resume,
-        tensorboard=tensorboard,
-    ).model
+        steps_per_epoch=steps_per_epoch,
+    )
+    return train_network(job, settings, trainer_for(settings, Progress.of(progress)), out=None if out is None else Path(out)).model
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, and on what: objects, where a request has names.
+
+    Attributes:
+        model: The float network.
+        train_data, test_data: Data of the kinds that ``train`` takes.
+        method: The method.
+        policy: Bits for each layer.
+        teacher, task, sample, steps_per_epoch: As ``train`` takes them.
+    """
+
+    model: nn.Module
+    train_data: object
+    method: TrainingMethod
+    policy: BitPolicy
+    test_data: object = None
+    teacher: nn.Module | None = None
+    task: Task | Criterion | None = None
+    sample: object = None
+    steps_per_epoch: int | None = None
 
 
 @records_gradients
 def train_network(
-    model: nn.Module,
-    train_data: object,
-    trainer: Trainer,
-    *,
-    method: str | type[TrainingMethod] | TrainingMethod,
-    recipe: Recipe,
-    policy: BitPolicy | Literal["paper"],
-    test_data: object = None,
-    out: Path | None = None,
-    surrogate: str | None = None,
-    teacher: nn.Module | None = None,
-    task: Task | Criterion | None = None,
-    augment: AugmentName = "auto",
-    steps_per_epoch: int | None = None,
-    sample: object = None,
-    workers: int = 0,
-    resume: bool = True,
-    tensorboard: bool | None = None,
-    options: Mapping[str, object] | None = None,
-    settings: Mapping[str, object] | None = None,
+    job: TrainingJob, settings: TrainSettings, trainer: Trainer, *, out: Path | None = None, facts: Mapping[str, object] | None = None
 ) -> Trained:
-    """Do what ``train`` does, and return everything known afterwards.
-
-    Arguments and errors are those of ``train``; ``settings`` are more entries for ``train.json``.
-    """
+    """Do what ``train`` does, and return everything known afterwards; ``facts`` are more entries for ``train.json``."""
+    model, recipe = job.model, settings.recipe
+    if out is not None:
+        check_results(out, find_method(job.method).name, resume=settings.resume)
     trainer.launch()
     source = make_source(
-        train_data,
+        job.train_data,
         recipe,
-        augment=augment,
+        augment=settings.augment,
         rank=trainer.fabric.global_rank,
         processes=trainer.fabric.world_size,
-        workers=workers,
-        steps=steps_per_epoch,
+        workers=settings.workers,
+        steps=job.steps_per_epoch,
     )
-    inputs = Inputs.of(sample, model) if sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
+    inputs = Inputs.of(job.sample, model) if job.sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
-    teacher = None if teacher is None else plain_copy(teacher)
-    quantized = prepare(
-        own,
-        method=method,
-        sample=inputs.to("cpu"),
-        policy=policy,
-        surrogate=surrogate,
-        seed=recipe.seed,
-        **cast(dict[str, Any], options or {}),
-    )
+    teacher = None if job.teacher is None else plain_copy(job.teacher)
+    quantized = prepare(own, method=job.method, sample=inputs.to("cpu"), policy=job.policy, surrogate=settings.surrogate, seed=recipe.seed)
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
         trainer.progress.say(note)
-    task = as_task(task)
+    task = as_task(job.task)
     run = TrainRun(
         quantized,
         method_of(quantized),
@@ -264,20 +260,20 @@ def train_network(
         raise SpecError(
             f"{run.method.info.name!r} has {len(run.phases)} phases, which take {run.epochs} epochs or more; got epochs={recipe.epochs}"
         )
-    test = None if test_data is None else evaluation_batches(test_data, recipe.batch_size)
+    test = None if job.test_data is None else evaluation_batches(job.test_data, recipe.batch_size)
     if out is None:
         return Trained(quantized, trainer.fit(run, source, test), inputs, recipe, task, trainer.is_main)
-    used = run_settings(run, source, trainer, augment=augment, surrogate=surrogate)
+    used = run_settings(run, source, trainer, settings)
     with exclusive_run(out) if trainer.is_main else contextlib.nullcontext():
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
             fingerprint["teacher"] = None if teacher is None else weights_digest(teacher)
-            work = open_work_folder(out / WORK, fingerprint, resume=resume, replaces=False)
+            work = open_work_folder(out / WORK, fingerprint, resume=settings.resume)
             if work.is_resumed:
                 trainer.progress.say("resuming the run that is in this folder")
         trainer.fabric.barrier()
-        facts = {**(settings or {}), **used, "threads": torch.get_num_threads()}
-        log = TrainingLog(out, facts, tensorboard=tensorboard) if trainer.is_main else None
+        facts = {**(facts or {}), **used, "threads": torch.get_num_threads()}
+        log = TrainingLog(out, facts, tensorboard=settings.tensorboard) if trainer.is_main else None
         try:
             curve = trainer.fit(run, source, test, checkpoints=Checkpoints(out / WORK), log=log)
         except LowbitError:
@@ -302,6 +298,19 @@ def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
     )
 
 
+def _other_settings() -> dict[str, str]:
+    """What ``train`` takes by name besides hyper-parameters, each with the way to give it."""
+    in_optimizer = "It belongs to the recipe's optimizer: recipe=lowbit.Recipe(optimizer=lowbit.OptimizerSpec({}=...))."
+    ways = {
+        **dict.fromkeys(inspect.signature(train).parameters, "It is an argument of lowbit.train."),
+        **{name: f"It belongs to the task: task=lowbit.Classification({name}=...)." for name in ("label_smoothing", "temperature")},
+        **{name: in_optimizer.format(name) for name in settings_of(OptimizerSpec)},
+        **{name: f"It belongs to the recipe: recipe=lowbit.Recipe({name}=...)." for name in settings_of(Recipe)},
+        "lr": in_optimizer.format("learning_rate"),
+    }
+    return {name: way for name, way in ways.items() if name != "options"}
+
+
 def paper_recipe(method: TrainingMethod, asked: str) -> Recipe:
     """The recipe of the method's paper; SpecError for another word than ``"paper"``."""
     if asked != "paper":
@@ -309,7 +318,7 @@ def paper_recipe(method: TrainingMethod, asked: str) -> Recipe:
     return method.default_recipe()
 
 
-def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, *, augment: str, surrogate: str | None) -> dict[str, object]:
+def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, settings: TrainSettings) -> dict[str, object]:
     """Everything that the resulting weights depend on, but for the weights and data themselves."""
     record = record_of(run.model)
     assert record is not None
@@ -319,13 +328,13 @@ def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, *, augmen
         "method": record.method,
         "method_source": source_digest(type(run.method)),
         "options": dict(record.options),
-        "surrogate": surrogate,
+        "surrogate": settings.surrogate,
         "policy": record.policy.to_dict(),
         "recipe": dataclasses.asdict(run.recipe),
         "task": run.task.facts(),
         "seed": run.recipe.seed,
         "data": source.facts(),
-        "augment": augment,
+        "augment": settings.augment,
         "precision": trainer.precision,
         "device": trainer.fabric.device.type,
         "processes": trainer.fabric.world_size,
@@ -341,25 +350,20 @@ def open_training(request: TrainRequest) -> Start:
     """
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    if request.device != "auto":
+        open_device(request.device)
     trainer_for(request)
-    make_method(request.method, "training", request.options)
+    check_results(Path(request.out), request.method_info.name, resume=request.resume)
     if request.surrogate is not None:
         make_surrogate(request.surrogate)  # an unknown name fails here, before anything is loaded
     request.bit_policy()
     return open_start(request)
 
 
-def trainer_for(request: TrainRequest, progress: Progress | None = None) -> Trainer:
-    """The trainer that ``request`` asks for, not launched."""
-    return Trainer(
-        device=request.device,
-        devices=request.devices,
-        nodes=request.nodes,
-        precision=request.precision,
-        save_every=request.save_every,
-        select=request.select,
-        progress=progress or Progress.silent(),
-    )
+def trainer_for(settings: TrainSettings, progress: Progress | None = None) -> Trainer:
+    """The trainer that ``settings`` ask for, not launched."""
+    own = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(Trainer) if entry.name != "progress"}
+    return Trainer(**own, progress=progress or Progress.silent())
 
 
 def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None) -> Delivery | None:
@@ -389,25 +393,17 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         prepare_folder(out, needed_bytes=12 * tensor_bytes(start.source.model))
         for note in start.notes:
             trainer.progress.say(note)
-    trained = train_network(
+    job = TrainingJob(
         start.source.model,
         start.train,
-        trainer,
-        method=request.method,
-        recipe=request.recipe,
-        policy=request.bit_policy(),
+        cast(TrainingMethod, request.chosen_method()),
+        request.bit_policy(),
         test_data=start.test,
-        out=out,
-        surrogate=request.surrogate,
         teacher=start.teacher,
         task=request.task,
-        augment=request.augment,
-        workers=request.workers,
-        resume=request.resume,
-        tensorboard=request.tensorboard,
-        options=request.options,
-        settings={"recipe_file": yaml.safe_load(request.resolved().to_yaml())},
     )
+    facts = {"recipe_file": yaml.safe_load(request.resolved().to_yaml())}
+    trained = train_network(job, request, trainer, out=out, facts=facts)
     if not trained.is_main:
         return None
     training = {

@@ -10,6 +10,7 @@ from tests.networks import DictOutputNet, LoopNet, TwoInputNet, settled
 from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, SpecError
+from lowbit.methods.post_training.adaround import Adaround
 from lowbit.models.resnet import resnet8
 from lowbit.network.insert import bake_weights, float_weight, quantized_layers, weight_quantizer
 from lowbit.network.layers import output_channel_axis
@@ -194,7 +195,7 @@ def test_options_out_of_range_are_refused(option: str, value: object) -> None:
 
 def test_awkward_networks_are_reconstructed_where_they_can_be() -> None:
     vectors = torch.randn(20, 6)
-    job = run_job(LoopNet(), "adaround", QUICK, policy=BitPolicy.uniform(4, 8), calibration=vectors)
+    job = run_job(LoopNet(), Adaround(**QUICK), BitPolicy.uniform(4, 8), vectors)
     assert any("'layers.2' is rounded to nearest" in note for note in job.table.notes)
     images, pair = torch.randn(20, 3, 4, 4), torch.randn(20, 5)
     for model, data in ((TwoInputNet(), [(images, pair)]), (DictOutputNet(), images)):
