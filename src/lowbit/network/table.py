@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.table import Table as RichTable
@@ -29,6 +29,7 @@ class LayerRecord:
     output_bits: int | None = None
 
 
+@dataclass(eq=False)
 class LayerTable:
     """Layer records by name, in execution order.
 
@@ -39,12 +40,11 @@ class LayerTable:
         positions: The first and the last layer to run, by name; not in a file.
     """
 
-    def __init__(self) -> None:
-        self._records: dict[str, LayerRecord] = {}
-        self.notes: list[str] = []
-        self.inputs: dict[str, str] = {}
-        self.outputs: dict[str, str] = {}
-        self.positions: dict[str, Position] = {}
+    _records: dict[str, LayerRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    positions: dict[str, Position] = field(default_factory=dict)
 
     def add(self, record: LayerRecord) -> None:
         """Add or replace the record of ``record.name``."""

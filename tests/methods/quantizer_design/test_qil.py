@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tests.networks import TinyNet
+from tests.qat.training import assert_same, killed, train
 from torch import Tensor, nn
 
 import lowbit
@@ -421,6 +423,17 @@ def test_bits_fall_in_the_course_of_one_run_and_intervals_go_on() -> None:
     with torch.no_grad():
         assert run.model.conv1.weight.unique().numel() == 3  # type: ignore[union-attr, operator]
     assert lowbit.summary(run.model).layers[1].weight_bits == 2
+
+
+@pytest.mark.parametrize("step", [3, 8, 10, 13, 18])
+def test_a_run_that_is_killed_in_any_stage_ends_with_the_same_weights(step: int, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=4, batch_size=16, optimizer=OptimizerSpec(learning_rate=0.05))  # five steps, one stage, an epoch
+    settings = {"method": "qil", "weight_bits": 2, "activation_bits": 2, "recipe": recipe, "progressive": (5, 4, 3), "save_every": "2"}
+    whole = train(**settings)
+    killed(step, tmp_path, **settings)
+    again = train(out=tmp_path, **settings)
+    assert_same(again, whole)
+    assert get_bits(again) == get_bits(whole) and get_bits(again)["3"] == LayerBits(2, 2)
 
 
 def test_a_stage_is_at_least_as_wide_as_the_layers_own_bits() -> None:
