@@ -158,7 +158,7 @@ def train(
         >>> inputs = torch.randn(64, 2)
         >>> labels = (inputs.sum(1) > 0).long()
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-        >>> recipe = lowbit.Recipe(epochs=20, batch_size=16, optimizer=lowbit.OptimizerSpec(learning_rate=0.1))
+        >>> recipe = lowbit.Recipe(epochs=10, batch_size=16, optimizer=lowbit.OptimizerSpec(learning_rate=0.2))
         >>> trained = lowbit.train(model, (inputs, labels), method="lsq", recipe=recipe)
         >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
         True
@@ -381,7 +381,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     Example:
         >>> import lowbit, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     request = lowbit.TrainRequest(method="lsq", onnx=False, device="cpu", out=folder).changed({"epochs": 1})
+        ...     request = lowbit.TrainRequest(method="lsq", packed=False, onnx=False, device="cpu", out=folder).changed({"epochs": 1})
         ...     delivery = lowbit.train_and_deliver(request)
         >>> delivery.report.metrics["accuracy"].quantized > 0.9
         True
