@@ -11,7 +11,7 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.workflows.output import check_results
 
-QUICK = {"method": "round_to_nearest", "calibration_samples": 32, "onnx": False}
+QUICK = {"method": "round_to_nearest", "calibration_samples": 32, "packed": False, "onnx": False}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -23,7 +23,9 @@ def test_results_of_another_method_are_only_replaced_on_demand(tmp_path: Path) -
     (tmp_path / "report.json").write_text(json.dumps({"method": "brecq"}))
     check_results(tmp_path, "brecq", resume=True)
     check_results(tmp_path, "lsq", resume=False)
-    with pytest.raises(SpecError, match=r"report\.json there holds results of brecq, this is lsq\. Name another folder with out=.*resume=False"):
+    with pytest.raises(
+        SpecError, match=r"report\.json there holds results of brecq, this is lsq\. Name another folder with out=.*resume=False"
+    ):
         check_results(tmp_path, "lsq", resume=True)
     (tmp_path / "report.json").write_text("[broken")
     check_results(tmp_path, "lsq", resume=True)
@@ -52,4 +54,4 @@ def test_a_second_training_method_in_a_folder_is_refused_and_the_checkpoints_sta
         lowbit.train(model, data, method="pact", recipe=recipe, out=tmp_path, tensorboard=False)
     assert content(tmp_path) == before
     lowbit.train(model, data, method="pact", recipe=recipe, out=tmp_path, tensorboard=False, resume=False)
-    assert json.loads((tmp_path / "train.json").read_text())["method"] == "pact"
+    assert json.loads((tmp_path / "train.json").read_text())["settings"]["method"] == "pact"

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from lowbit.errors import OutputError, SpecError
 
-RESULTS = ("report.json", "train.json")  # files that say by which method they were made
-
 
 def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
     """Make the folder ``path`` that the setting ``name`` gives, if it is not there, and check that it is writable with ``needed_bytes`` free.
@@ -37,13 +35,19 @@ def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
 
 def check_results(path: Path, method: str, *, resume: bool) -> None:
     """SpecError where the folder ``path`` holds results of another method, which only ``resume=False`` replaces."""
-    for name in RESULTS:
-        try:
-            found = json.loads((path / name).read_text(encoding="utf-8"))["method"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if found != method and resume:
+    for name in ("report.json", "train.json"):
+        found = _method_in(path / name)
+        if resume and found not in (None, method):
             raise SpecError(
                 f"out={str(path)!r}: {name} there holds results of {found}, this is {method}. Name another folder with out=, "
                 "or replace them with resume=False."
             )
+
+
+def _method_in(file: Path) -> object:
+    """The method of the finished run that wrote ``file``; ``None`` where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content["method"] if "method" in content else content["settings"]["method"] if content["is_done"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
