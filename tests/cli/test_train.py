@@ -384,7 +384,8 @@ def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path
 def test_a_stopped_run_with_other_settings_is_not_deleted_by_train_or_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert run("--out", out, *SHORT).exit_code == 0
-    (out / ".work" / "done").unlink()  # as if it had been stopped
+    for name in (".work/done", "report.json", "train.json"):  # as if it had been stopped
+        (out / name).unlink()
     assert "epochs: 1, now 2" in fails("--out", out, "--epochs", "2", *ONLY_TRAIN)
     quantize = CliRunner().invoke(app, ["quantize", "--method", "round_to_nearest", "--calibration-samples", "32", "--out", str(out)])
     assert quantize.exit_code == 2 and "holds a stopped run with other settings" in " ".join(quantize.output.split())
