@@ -93,7 +93,7 @@ def test_every_block_runs_and_prints_what_it_shows(page: Path, folder: Path) -> 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_blocks_are_of_kinds_that_run_unless_they_are_marked(page: Path) -> None:
     for block in blocks_of(page.read_text(encoding="utf-8")):
-        assert block.is_marked or block.language in ("python", "console"), block.text
+        assert block.is_marked or block.title or block.language in ("python", "console"), block.text
         assert block.language != "console" or block.text.startswith("$ "), block.text
         if block.language == "python":
             compile(block.text, page.name, "exec")

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lowbit.errors import MissingExtraError, SpecError
+from lowbit.errors import SpecError, missing_extra
 from lowbit.progress import Progress, Stage
 
 Runner = Callable[["Job", Progress], Mapping[str, object]]  # runs one cell; what it returns is plain
@@ -135,7 +135,7 @@ def run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise MissingExtraError('cells run on Ray with the extra "ray": pip install "lowbit[ray]"') from error
+        raise missing_extra("ray", "ray", "running cells on Ray") from error
     owns = not ray.is_initialized()
     if owns:
         try:

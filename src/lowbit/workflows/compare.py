@@ -29,7 +29,6 @@ from lowbit.options import choose_policy, make_method
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.curve import versions
-from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.tasks import as_task
@@ -42,9 +41,10 @@ from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import export
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
+from lowbit.workflows.requests import TrainSettings
 from lowbit.workflows.subjects import Subject, open_subject, sample_total
 from lowbit.workflows.suite import SubjectSettings, Suite
-from lowbit.workflows.train import train_network
+from lowbit.workflows.train import TrainingJob, train_network, trainer_for
 from lowbit.workfolder import exclusive_run
 
 CELL_BYTES = 5_000  # of a stored result, about
@@ -397,20 +397,12 @@ def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.M
     if subject.train_data is None:
         raise SpecError(f"{subject.name}: {cell.method} trains, and there are no training data. Give the network data.")
     recipe = suite.recipe_for(cell, method.default_recipe() if suite.track == "published" else Recipe())
-    trained = train_network(
-        subject.model,
-        subject.train_data,
-        Trainer(device="cpu", save_every=suite.save_every, select="last", progress=progress),
-        method=method,
-        recipe=recipe,
-        policy=_policy(suite, cell, method),
-        out=task.work,
-        surrogate=cell.surrogate,
-        teacher=subject.model if "teacher" in method.info.needs else None,
-        task=subject.task,
-        augment=suite.augment,
-        tensorboard=False,
+    settings = TrainSettings(
+        recipe=recipe, surrogate=cell.surrogate, augment=suite.augment, save_every=suite.save_every, tensorboard=False, select="last"
     )
+    teacher = subject.model if "teacher" in method.info.needs else None
+    job = TrainingJob(subject.model, subject.train_data, method, _policy(suite, cell, method), teacher=teacher, task=subject.task)
+    trained = train_network(job, settings, trainer_for(settings, progress), out=task.work)
     return trained.model, trained.sample, {"images": len(trained.curve) * sample_total(subject.train_data)}
 
 
@@ -419,16 +411,7 @@ def _quantized(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn
     method = make_method(cell.method, "post_training", cell.options)
     assert isinstance(method, PostTrainingMethod)
     calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
-    job = run_job(
-        subject.model,
-        method,
-        {},
-        policy=_policy(suite, cell, method),
-        calibration=calibration,
-        seed=cell.seed,
-        progress=progress,
-        work_dir=task.work,
-    )
+    job = run_job(subject.model, method, _policy(suite, cell, method), calibration, seed=cell.seed, progress=progress, work_dir=task.work)
     return job.model, job.sample, {"images": 0, "calibration_images": sum(inputs.batch_size for inputs in calibration)}
 
 
