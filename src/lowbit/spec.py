@@ -211,6 +211,21 @@ def parse_bits(value: object, where: str) -> int | None:
     return check_bit_width(cast(int, value), where)
 
 
+_SEVERAL_WEIGHTS = frozenset({"RNNBase", "RNNCellBase", "MultiheadAttention"})  # classes, whose weights go by the names of parameters
+
+
+def matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """Whether the shell pattern fits the name of a weight; the name of a layer with several weights fits each of them.
+
+    >>> from torch import nn
+    >>> matches("lstm", "lstm.weight_ih_l0", nn.LSTM(2, 2)), matches("lstm.weight_hh_*", "lstm.weight_ih_l0", nn.LSTM(2, 2))
+    (True, False)
+    """
+    is_one_of_several = any(base.__name__ in _SEVERAL_WEIGHTS for base in type(module).__mro__)
+    names = (name, name.rpartition(".")[0]) if is_one_of_several else (name,)
+    return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in names)
+
+
 _FLOAT: Literal["float"] = "float"
 Bits = int | Literal["float"] | None  # None: nothing is said, so that what was said before, or the default, holds
 
@@ -224,6 +239,7 @@ def parse_said_bits(value: object, where: str) -> Bits:
 class Rule:
     """Bits for the layers whose name matches ``match`` (shell pattern) or whose class is called ``type``.
 
+    ``match`` may also name one of a layer's several weights, such as ``lstm.weight_ih_l0``.
     A field that is ``None`` keeps the bits of earlier rules; ``"float"`` disables quantization.
     """
 
@@ -234,7 +250,7 @@ class Rule:
     output: Bits = None
 
     def applies(self, name: str, module: nn.Module) -> bool:
-        if self.match is not None and not fnmatch.fnmatchcase(name, self.match):
+        if self.match is not None and not matches(self.match, name, module):
             return False
         return self.type is None or any(base.__name__ == self.type for base in type(module).__mro__)
 

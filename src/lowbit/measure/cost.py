@@ -20,8 +20,8 @@ from lowbit.network.insert import (
     Coded,
     activation_quantizers,
     float_bias,
-    float_weight,
-    weight_quantizer,
+    site_name,
+    weight_sites,
 )
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
 from lowbit.network.record import record_of
@@ -34,7 +34,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Stored bytes of one layer: dense codes (or float weights), the tables that decode them, and the bias."""
+    """Stored bytes of one layer, or of one of its several weights: dense codes (or float weights), the tables that decode them, and the bias."""
 
     weight_bytes: int
     table_bytes: int
@@ -49,7 +49,7 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Stored bytes of a network by layer; ``other_bytes`` are parameters and buffers outside the layers (norms, embeddings)."""
+    """Stored bytes of a network by layer; ``other_bytes`` are parameters and buffers outside of them (norms, biases of recurrent layers)."""
 
     layers: dict[str, LayerSize]
     other_bytes: int
@@ -136,9 +136,9 @@ def _stored_layers(model: nn.Module) -> dict[str, _Layer]:
     if isinstance(model, Coded):
         return _coded_layers(model)
     found: dict[str, _Layer] = {}
-    for name, layer in quantizable_layers(model).items():
-        weight, quantizer = float_weight(layer), weight_quantizer(layer)
-        bias = float_bias(layer)
+    for name, site in weight_sites(model).items():
+        weight, quantizer = site.original, site.quantizer
+        bias = None if site.is_weight_only else float_bias(site.layer)
         found[name] = (weight, bias, None if quantizer is None or not quantizer.enabled else quantizer.encode(weight.detach()))
     return found
 
@@ -147,9 +147,10 @@ def _coded_layers(model: nn.Module) -> dict[str, _Layer]:
     assert isinstance(model, Coded)
     tensors, codes = dict(model.named_parameters()), model.weight_codes()
     found: dict[str, _Layer] = {}
-    for name in dict.fromkeys([*_recorded(model), *(weight.rpartition(".")[0] for weight in codes)]):
+    for name in dict.fromkeys([*_recorded(model), *map(site_name, codes)]):
         weight, bias = (f"{name}.{part}" if name else part for part in ("weight", "bias"))
-        found[name] = (tensors.get(weight), tensors.get(bias), codes.get(weight))
+        path = name if name in tensors else weight  # one of a layer's several weights goes by the name of its parameter
+        found[name] = (tensors.get(path), tensors.get(bias), codes.get(path))
     return found
 
 

@@ -23,8 +23,8 @@ from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import device_of, pieces
 from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
 from lowbit.measure.sensitivity import CHUNK, output_noise
-from lowbit.network.insert import activation_quantizers, float_weight, quantization_enabled, quantized_layers, weight_quantizer
-from lowbit.network.layers import evaluating, output_channel_axis, quantizable_layers
+from lowbit.network.insert import activation_quantizers, quantization_enabled, quantized_weights
+from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress, Stage
 from lowbit.quantizers import Quantizer, UniformQuantizer
 from lowbit.quantizers.base import disabled, replace_forward
@@ -113,7 +113,8 @@ class _Walk:
         self.stage: Stage
         device = device_of(model)
         self.batches = [piece for inputs in calibration for piece in pieces(inputs.to(device), CHUNK)]
-        self.weights = {name: _present(weight_quantizer(layer)) for name, layer in quantized_layers(model).items()}
+        self.sites = quantized_weights(model)
+        self.weights = {name: _present(site.quantizer) for name, site in self.sites.items()}
         self.activations = activation_quantizers(model)
         self.quantizers = [*self.weights.values(), *self.activations.values()]
         if not self.quantizers:
@@ -188,8 +189,8 @@ class _Walk:
         order: dict[Quantizer, None] = {}
         ranges: dict[Quantizer, Range | None] = {}
         for name, quantizer in self.weights.items():
-            layer = self.model.get_submodule(name)
-            ranges[quantizer] = range_of_weight(float_weight(layer), quantizer, output_channel_axis(layer))
+            site = self.sites[name]
+            ranges[quantizer] = range_of_weight(site.original, quantizer, site.channel_axis)
         meters = {quantizer: RangeMeter(quantizer) for quantizer in self.activations.values()}
         readers: dict[Quantizer, list[str]] = {quantizer: [] for quantizer in meters}
         makers: dict[int, tuple[Tensor, Quantizer]] = {}
@@ -243,11 +244,11 @@ class _Walk:
         return found
 
     def _axis(self, suspect: Suspect) -> int:
-        return output_channel_axis(self.model.get_submodule(suspect.name)) if suspect.kind == "weight" else 0
+        return self.sites[suspect.name].channel_axis if suspect.kind == "weight" else 0
 
     def _fit(self, suspect: Suspect, quantizer: Quantizer, candidate: UniformQuantizer) -> None:
         if suspect.kind == "weight":
-            candidate.initialize(float_weight(self.model.get_submodule(suspect.name)))
+            candidate.initialize(self.sites[suspect.name].original)
             return
         candidate.to(self.batches[0].tensors[0].device)
         others = [q for q in self.quantizers if q is not quantizer]

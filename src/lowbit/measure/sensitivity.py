@@ -13,7 +13,7 @@ from lowbit.inputs import Calibration
 from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise, sqnr_db
 from lowbit.measure.outputs import batch_count, pieces
-from lowbit.network.insert import float_weight, quantization_enabled, quantized_layers, weight_quantizer
+from lowbit.network.insert import quantization_enabled, quantized_weights, weight_sites
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress
 
@@ -39,16 +39,16 @@ class LayerNoise:
 def weight_noise(model: nn.Module, reference: nn.Module | None = None) -> dict[str, float]:
     """SQNR in dB of each quantized weight against its float weight; see ``original_weights`` for the arguments."""
     found: dict[str, float] = {}
+    sites = quantized_weights(model)
     for name, original in original_weights(model, reference).items():
-        layer = model.get_submodule(name)
-        quantizer = weight_quantizer(layer)
+        quantizer = sites[name].quantizer
         assert quantizer is not None
-        found[name] = sqnr_db(original, quantizer.encode(float_weight(layer)).decode())
+        found[name] = sqnr_db(original, quantizer.encode(sites[name].original).decode())
     return found
 
 
 def original_weights(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Tensor]:
-    """The float weight of each layer of ``model`` whose weight is quantized.
+    """Each float weight of ``model`` that is quantized, by the names of their sites.
 
     Args:
         model: The quantized network.
@@ -58,14 +58,14 @@ def original_weights(model: nn.Module, reference: nn.Module | None = None) -> di
     Raises:
         LayerError: ``reference`` lacks a layer, or its weight has another shape.
     """
-    weights = {name: float_weight(layer).detach() for name, layer in quantized_layers(model).items()}
+    weights = {name: site.original.detach() for name, site in quantized_weights(model).items()}
     if reference is None:
         return weights
-    originals = quantizable_layers(reference)
+    originals = weight_sites(reference)
     for name, weight in weights.items():
         if name not in originals:
             raise LayerError(f"layer {name!r} has no counterpart in the float network; it has {', '.join(originals) or 'no layer'}")
-        original = float_weight(originals[name]).detach()
+        original = originals[name].original.detach()
         if original.shape != weight.shape:
             raise LayerError(f"layer {name!r}: weight shape {tuple(weight.shape)}, but {tuple(original.shape)} in the float network")
         weights[name] = original.to(weight.device)
@@ -134,14 +134,14 @@ def output_noise(
 def layer_noise(
     model: nn.Module, data: object, *, reference: nn.Module | None = None, progress: Progress | None = None
 ) -> dict[str, LayerNoise]:
-    """Weight and output noise of every convolution and linear layer; see ``weight_noise`` and ``output_noise``."""
+    """Noise of every weight, and of the outputs of convolutions and linear layers; see ``weight_noise`` and ``output_noise``."""
     weights = weight_noise(model, reference)
     outputs = output_noise(model, data, reference=reference, progress=progress)
     return {
         name: LayerNoise(
             weights.get(name), outputs[name].sqnr_db if name in outputs else None, outputs[name].mse if name in outputs else None
         )
-        for name in quantizable_layers(model)
+        for name in weight_sites(model)
     }
 
 

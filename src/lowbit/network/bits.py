@@ -5,7 +5,6 @@ Nothing is prepared again: every quantizer changes its own bit-width and keeps w
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -14,11 +13,11 @@ from torch import nn
 
 from lowbit.errors import LayerError, SpecError
 from lowbit.network import insert
-from lowbit.network.layers import quantizable_layers
+from lowbit.network.layers import WEIGHT, WEIGHT_ONLY
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import get_method
-from lowbit.spec import BitPolicy, LayerBits, Position
+from lowbit.spec import BitPolicy, LayerBits, Position, matches
 
 BitsLike = int | LayerBits | None
 Part = Literal["weight", "activation", "output"]
@@ -26,19 +25,21 @@ Part = Literal["weight", "activation", "output"]
 
 @dataclass(frozen=True)
 class LayerQuantizers:
-    """The quantizers that decide the bits of one layer.
+    """The quantizers that decide the bits of one layer, or of one of its several weights.
 
     Attributes:
         layer: The layer.
         weight: Quantizer of its weight, or ``None``.
         activation: Quantizer of its input, wherever in the network it sits, or ``None``.
         output: Quantizer of its output, if the policy asked for one, or ``None``.
+        parameter: The name of the weight's parameter.
     """
 
     layer: nn.Module
     weight: Quantizer | None
     activation: Quantizer | None
     output: Quantizer | None
+    parameter: str = WEIGHT
 
     @property
     def bits(self) -> LayerBits:
@@ -47,21 +48,30 @@ class LayerQuantizers:
 
 
 def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
-    """The quantizers of every convolution and linear layer by name, in execution order if a record knows it, else as defined."""
-    record, layers, sites = record_of(model), quantizable_layers(model), insert.sites(model)
+    """The quantizers of every weight by its site's name, in execution order if a record knows it, else as defined.
+
+    A convolution, a linear layer or an embedding goes by its own name, the weights of others by those of their parameters.
+    """
+    record, weights, sites = record_of(model), insert.weight_sites(model), insert.sites(model)
     inputs, outputs = ({}, {}) if record is None else (record.table.inputs, record.table.outputs)
-    recorded = [] if record is None else [row.name for row in record.table if row.name in layers]
+    recorded = [] if record is None else [row.name for row in record.table if row.name in weights]
     found = {}
-    for name in dict.fromkeys([*recorded, *layers]):
-        layer = layers[name]
-        own = insert.input_quantizer(layer)
+    for name in dict.fromkeys([*recorded, *weights]):
+        weight = weights[name]
+        own = None if weight.is_weight_only else insert.input_quantizer(weight.layer)
         activation = sites.get(inputs.get(name, "")) if own is None else own
-        found[name] = LayerQuantizers(layer, insert.weight_quantizer(layer), activation, sites.get(outputs.get(name, "")))
+        found[name] = LayerQuantizers(weight.layer, weight.quantizer, activation, sites.get(outputs.get(name, "")), weight.parameter)
     return found
 
 
+def policy_bits(policy: BitPolicy, name: str, layer: nn.Module, position: Position = "inner") -> LayerBits:
+    """Bits that ``policy`` asks for the weight ``name`` of ``layer``, and for input and output where the layer can have them quantized."""
+    bits = policy.bits_for(name, layer, position=position)
+    return LayerBits(bits.weight, None) if isinstance(layer, WEIGHT_ONLY) else bits
+
+
 def get_bits(model: nn.Module) -> dict[str, LayerBits]:
-    """The current bits of every convolution and linear layer; ``None`` is float.
+    """The current bits of every weight and of what its layer reads and gives, by the names of ``layer_quantizers``; ``None`` is float.
 
     Example:
         >>> import torch, lowbit
@@ -114,7 +124,7 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
     for name, wanted in asked.items():
         for part in get_args(Part):
             _note(changes, model, layers, name, part, getattr(wanted, part))
-    weights = {found.weight: insert.float_weight(found.layer).detach() for found in layers.values() if found.weight is not None}
+    weights = {f.weight: insert.float_weight(f.layer, f.parameter).detach() for f in layers.values() if f.weight is not None}
     for quantizer, (width, _) in changes.items():
         quantizer.set_bit_width(width, weights.get(quantizer))
     record = record_of(model)
@@ -183,7 +193,7 @@ def _asked(
 
 
 def _by_policy(policy: BitPolicy, layers: Mapping[str, LayerQuantizers], positions: Mapping[str, Position]) -> dict[str, LayerBits]:
-    return {name: policy.bits_for(name, found.layer, position=positions.get(name, "inner")) for name, found in layers.items()}
+    return {name: policy_bits(policy, name, found.layer, positions.get(name, "inner")) for name, found in layers.items()}
 
 
 def _by_pattern(
@@ -191,7 +201,7 @@ def _by_pattern(
 ) -> dict[str, LayerBits]:
     asked: dict[str, LayerBits] = {}
     for pattern, value in bits.items():
-        matching = [name for name in layers if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        matching = [name for name, found in layers.items() if name == pattern or matches(pattern, name, found.layer)]
         if not matching:
             raise SpecError(f"bits for {pattern!r}: no layer matches. The model has: {', '.join(layers)}.")
         chosen = dict.fromkeys(matching, _layer_bits(value))

@@ -1,7 +1,7 @@
 """Quantizers in a network, without tracing it.
 
-A weight quantizer is a parametrization of the layer's ``weight``, so every use of that weight, functional ones too, sees
-quantized values; the bias follows one that scales the layer's whole output. An activation quantizer is a submodule called
+A weight quantizer is a parametrization of a layer's parameter (``weight``, or one of several such as ``weight_ih_l0``), so every use of
+that weight, functional ones too, sees quantized values; the bias follows one that scales the layer's whole output. An activation quantizer is a submodule called
 ``input_quantizer`` or ``output_quantizer`` that a forward hook applies. An ``input_transform`` comes before the input quantizer; an
 ``output_transform`` changes a layer's output by what it knows of its input. The network stays an ordinary module: control flow,
 reused layers, ``state_dict``, ``deepcopy``, ``pickle``, autocast and ``torch.compile`` behave as before. Quantizers belong to modules,
@@ -12,18 +12,102 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LayerError
-from lowbit.network.layers import quantizable_layers
+from lowbit.network.layers import (
+    QUANTIZABLE,
+    WEIGHT,
+    layers_with_weights,
+    output_channel_axis,
+    quantizable_layers,
+    weights_of,
+)
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import disabled
 
 INPUT, OUTPUT, TRANSFORM = "input_quantizer", "output_quantizer", "output_transform"
 INPUT_TRANSFORM = "input_transform"
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One weight of a network: a parameter of a layer.
+
+    Attributes:
+        layer: The layer.
+        parameter: The name of its parameter.
+        layer_name: The layer's name in the network.
+    """
+
+    layer: nn.Module
+    parameter: str = WEIGHT
+    layer_name: str = ""
+
+    @property
+    def name(self) -> str:
+        """What policies and tables call it: the layer's name where the parameter is ``weight``, else the path of the parameter."""
+        return self.layer_name if self.parameter == WEIGHT else self.path
+
+    @property
+    def path(self) -> str:
+        """The name of the parameter in the network."""
+        return f"{self.layer_name}.{self.parameter}" if self.layer_name else self.parameter
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """Its quantizer, if it has one."""
+        return weight_quantizer(self.layer, self.parameter)
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The float weight behind the quantizer."""
+        return float_weight(self.layer, self.parameter)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis that counts output channels."""
+        return output_channel_axis(self.layer)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether what the layer computes stays in float, whatever its weight is."""
+        return not isinstance(self.layer, QUANTIZABLE)
+
+
+def site_name(path: str) -> str:
+    """The name of the weight site whose parameter has the name ``path`` in the network.
+
+    >>> site_name("head.weight"), site_name("lstm.weight_ih_l0")
+    ('head', 'lstm.weight_ih_l0')
+    """
+    layer, _, parameter = path.rpartition(".")
+    return layer if parameter == WEIGHT else path
+
+
+def weight_sites(model: nn.Module) -> dict[str, WeightSite]:
+    """Every weight that can be quantized by its site's name, in definition order.
+
+    >>> list(weight_sites(nn.Sequential(nn.Embedding(9, 2), nn.GRU(2, 3), nn.Linear(3, 2))))
+    ['0', '1.weight_ih_l0', '1.weight_hh_l0', '2']
+    """
+    sites = (WeightSite(layer, parameter, name) for name, layer in layers_with_weights(model).items() for parameter in weights_of(layer))
+    return {site.name: site for site in sites if not site.is_weight_only or _holds(site)}
+
+
+def _holds(site: WeightSite) -> bool:
+    """Whether the weight is a parameter, and not computed by a hook of the user's."""
+    own = site.layer._parameters.get(site.parameter) is not None
+    return own or _weight_parametrization(site.layer, site.parameter) is not None
+
+
+def quantized_weights(model: nn.Module) -> dict[str, WeightSite]:
+    """The weights that have a quantizer, enabled or not, by the names of their sites."""
+    return {name: site for name, site in weight_sites(model).items() if site.quantizer is not None}
 
 
 class WeightParametrization(nn.Module):
@@ -58,43 +142,72 @@ class BiasParametrization(nn.Module):
         return bias if scale is None or not weights.quantizer.enabled else scale(bias)
 
 
-def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer) -> None:
-    """Quantize ``layer.weight`` from now on, wherever it is used; replaces a quantizer that is already there.
+def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer, parameter: str = WEIGHT) -> None:
+    """Quantize a weight of ``layer`` from now on, wherever it is used; replaces a quantizer that is already there.
 
     The bias of the layer follows one that ``ScalesBias``.
     """
     quantizer.train(layer.training)
-    parametrization = _weight_parametrization(layer)
+    parametrization = _weight_parametrization(layer, parameter)
     if parametrization is not None:
         parametrization.quantizer = quantizer
-        _follow_with_bias(layer, parametrization)
+        _follow_with_bias(layer, parameter, parametrization)
         return
-    if not isinstance(getattr(layer, "weight", None), Tensor):
-        raise LayerError(f"{type(layer).__name__} has no weight tensor to quantize")
+    if not isinstance(getattr(layer, parameter, None), Tensor):
+        raise LayerError(f"{type(layer).__name__} has no {parameter} tensor to quantize")
+    is_new = not parametrize.is_parametrized(layer)
     parametrization = WeightParametrization(quantizer)
-    parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
-    _follow_with_bias(layer, parametrization)
+    parametrize.register_parametrization(layer, parameter, parametrization, unsafe=True)
+    _follow_with_bias(layer, parameter, parametrization)
     layer.train(layer.training)
+    if is_new:
+        _adapt_class(layer)
+
+
+def _adapt_class(layer: nn.Module) -> None:
+    """Let the class that parametrize made for ``layer`` be pickled, and read each of several weights once in a call."""
+    made: Any = type(layer)
+    plain = _plain_class(layer)
     # parametrize refuses to pickle its generated class; rebuilding the parametrization on load is all that is needed
-    type(layer).__reduce_ex__ = _reduce_quantized_layer  # type: ignore[method-assign, assignment]
+    made.__reduce_ex__ = _reduce_quantized_layer
+    if weights_of(layer) == (WEIGHT,):
+        return
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with parametrize.cached():
+            return plain.forward(self, *args, **kwargs)
+
+    made.forward = forward
+    if isinstance(layer, nn.RNNBase):  # its kernels take a list of the weights as they were when it was made
+        made._flat_weights = property(lambda self: [getattr(self, name) for name in self._flat_weights_names], lambda self, values: None)
+        made._init_flat_weights = _forget_flat_weights
+        made.flatten_parameters = lambda self: None
+        vars(layer).pop("_flat_weights", None)
+        _forget_flat_weights(layer)
 
 
-def _follow_with_bias(layer: nn.Module, weights: WeightParametrization) -> None:
-    if isinstance(weights.quantizer, ScalesBias) and isinstance(layer._parameters.get("bias"), Tensor):
+def _forget_flat_weights(layer: nn.Module) -> None:
+    layer._flat_weight_refs = [None] * len(layer._flat_weights_names)  # type: ignore[assignment, arg-type]
+
+
+def _follow_with_bias(layer: nn.Module, parameter: str, weights: WeightParametrization) -> None:
+    if parameter == WEIGHT and isinstance(weights.quantizer, ScalesBias) and isinstance(layer._parameters.get("bias"), Tensor):
         parametrize.register_parametrization(layer, "bias", BiasParametrization(weights))
 
 
-def weight_quantizer(layer: nn.Module) -> Quantizer | None:
+def weight_quantizer(layer: nn.Module, parameter: str = WEIGHT) -> Quantizer | None:
     """The quantizer of the layer's weight, if it has one."""
-    parametrization = _weight_parametrization(layer)
+    parametrization = _weight_parametrization(layer, parameter)
     return None if parametrization is None else parametrization.quantizer
 
 
-def float_weight(layer: nn.Module) -> nn.Parameter:
+def float_weight(layer: nn.Module, parameter: str = WEIGHT) -> nn.Parameter:
     """The float weight behind the quantizer (the parameter that training and rounding change)."""
-    if _weight_parametrization(layer) is None:
-        return layer.weight  # type: ignore[return-value]
-    return layer.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+    held: nn.Module = layer
+    if _weight_parametrization(layer, parameter) is not None:
+        held, parameter = layer.parametrizations[parameter], "original"  # type: ignore[index, assignment]
+    weight: nn.Parameter = getattr(held, parameter)
+    return weight
 
 
 def float_bias(layer: nn.Module) -> nn.Parameter | None:
@@ -104,20 +217,25 @@ def float_bias(layer: nn.Module) -> nn.Parameter | None:
     return getattr(layer, "bias", None)
 
 
-def remove_weight_quantizer(layer: nn.Module) -> None:
-    """Make weight and bias ordinary parameters again, holding their quantized and scaled values."""
-    if _weight_parametrization(layer) is None:
+def remove_weight_quantizers(layer: nn.Module) -> None:
+    """Make weights and bias ordinary parameters again, holding their quantized and scaled values."""
+    originals = {name: float_weight(layer, name) for name in _quantized_parameters(layer)}
+    if not originals:
         return
     bias = float_bias(layer) if _has_scaled_bias(layer) else None
     if bias is not None:
-        bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=bias.requires_grad)  # type: ignore[operator]
-    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=float_weight(layer).requires_grad)  # type: ignore[operator]
+        originals["bias"] = bias
+    values = {name: nn.Parameter(getattr(layer, name).detach().clone(), p.requires_grad) for name, p in originals.items()}
     # parametrize.remove_parametrizations edits the generated class, which copies of this layer share
     layer.__class__ = _plain_class(layer)
     del layer._modules["parametrizations"]
-    layer._parameters["weight"] = weight
-    if bias is not None:
-        layer._parameters["bias"] = bias
+    layer._parameters.update(values)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
+
+
+def _quantized_parameters(layer: nn.Module) -> list[str]:
+    return [name for name in weights_of(layer) if _weight_parametrization(layer, name) is not None]
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
@@ -233,11 +351,12 @@ def bake_weights(model: nn.Module) -> tuple[nn.Module, dict[str, QTensor]]:
     """
     baked = copy.deepcopy(model)
     codes = model.weight_codes() if isinstance(model, Coded) else {}
-    for name, layer in quantized_layers(baked).items():
-        quantizer = weight_quantizer(layer)
-        if quantizer is not None and quantizer.enabled:
-            codes[f"{name}.weight" if name else "weight"] = quantizer.encode(float_weight(layer).detach())
-        remove_weight_quantizer(layer)
+    found = quantized_weights(baked).values()
+    for site in found:
+        if site.quantizer is not None and site.quantizer.enabled:
+            codes[site.path] = site.quantizer.encode(site.original.detach())
+    for layer in dict.fromkeys(site.layer for site in found):
+        remove_weight_quantizers(layer)
     return baked, codes
 
 
@@ -289,10 +408,10 @@ def _quantize_output(module: nn.Module, _args: tuple[Any, ...], output: object) 
     return getattr(module, OUTPUT)(output) if isinstance(output, Tensor) else output
 
 
-def _weight_parametrization(layer: nn.Module) -> WeightParametrization | None:
-    if not parametrize.is_parametrized(layer, "weight"):
+def _weight_parametrization(layer: nn.Module, parameter: str) -> WeightParametrization | None:
+    if not parametrize.is_parametrized(layer, parameter):
         return None
-    found = [p for p in layer.parametrizations.weight if isinstance(p, WeightParametrization)]  # type: ignore[union-attr]
+    found = [p for p in layer.parametrizations[parameter] if isinstance(p, WeightParametrization)]  # type: ignore[index]
     return found[-1] if found else None
 
 
@@ -303,27 +422,28 @@ def _has_scaled_bias(layer: nn.Module) -> bool:
 
 
 def _reduce_quantized_layer(layer: nn.Module, _protocol: int) -> tuple[Any, ...]:
-    state = {key: value for key, value in vars(layer).items() if key != "_modules"}
+    state = {key: value for key, value in vars(layer).items() if key not in ("_modules", "_flat_weight_refs")}
     # its place is kept, and with it the order of parameters that optimizers count on
     modules = {key: value if key != "parametrizations" else None for key, value in layer._modules.items()}
     bias = float_bias(layer) if _has_scaled_bias(layer) else None
-    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, float_weight(layer), weight_quantizer(layer), bias)
+    weights = {name: (float_weight(layer, name), weight_quantizer(layer, name)) for name in _quantized_parameters(layer)}
+    return _rebuild_quantized_layer, (_plain_class(layer), state, modules, weights, bias)
 
 
 def _rebuild_quantized_layer(
     cls: type[nn.Module],
     state: dict[str, Any],
     modules: dict[str, nn.Module | None],
-    weight: nn.Parameter,
-    quantizer: Quantizer,
+    weights: dict[str, tuple[nn.Parameter, Quantizer]],
     bias: nn.Parameter | None = None,
 ) -> nn.Module:
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     vars(layer).update(state)
     layer._modules.update(modules)
-    layer._parameters["weight"] = weight
+    layer._parameters.update({name: weight for name, (weight, _) in weights.items()})
     if bias is not None:
         layer._parameters["bias"] = bias
-    set_weight_quantizer(layer, quantizer)
+    for name, (_, quantizer) in weights.items():
+        set_weight_quantizer(layer, quantizer, name)
     return layer

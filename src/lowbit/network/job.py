@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, overload
 
@@ -11,7 +12,9 @@ from torch import nn
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
-from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
+from lowbit.network.bits import policy_bits
+from lowbit.network.insert import WeightSite, weight_sites
+from lowbit.network.layers import NORMS, WEIGHT, execution_order, layer_kind, weights_of
 from lowbit.network.placement import Placement
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.network.surgery.merge import merge_reparametrized
@@ -33,8 +36,10 @@ class NetworkJob:
         sample: Inputs of one call, used for shapes and the order of layers.
         seed: Seed of everything random.
         table: What was done to each layer.
-        layers: Layers that get quantized weights, in execution order.
-        positions: The first and the last layer to run, by name.
+        weights: Weights that get quantized by the names of their sites, in execution order: those of ``layers``, and those of embeddings,
+            recurrent layers and attention, which are only stored in few bits and computed with in float.
+        layers: Convolutions and linear layers that get quantized weights, in execution order.
+        positions: The weights of the first and the last layer to run, by the names of their sites.
         placements: Where activation quantizers were put.
 
     Raises:
@@ -53,32 +58,37 @@ class NetworkJob:
     table: LayerTable = field(default_factory=LayerTable)
 
     def __post_init__(self) -> None:
-        everything = quantizable_layers(self.model)
-        if not everything:
-            raise LayerError(f"{type(self.model).__name__} has no layer to quantize; lowbit quantizes convolutions and linear layers.")
-        if insert.quantized_layers(self.model):
+        if insert.quantized_weights(self.model):
             raise LayerError(f"{type(self.model).__name__} is quantized already. Start from the float network.")
-        self.policy.check(everything)
         self._note_merged(merge_reparametrized(self.model))
+        everything = weight_sites(self.model)
+        if not everything:
+            raise LayerError(
+                f"{type(self.model).__name__} has no layer to quantize; lowbit quantizes convolutions, linear layers, embeddings, recurrent "
+                "layers and attention."
+            )
+        self.policy.check({name: site.layer for name, site in everything.items()})
         self._check_weights(everything)
-        self._called, self._used = _run_sample(self.model, self.sample)
-        self.positions: dict[str, Position] = {self._called[0]: "first", self._called[-1]: "last"} if self._called else {}
+        order, self._used = _run_sample(self.model, self.sample, everything)
+        self._called = [name for name in order if not everything[name].is_weight_only]
+        self.positions = positions_of(order, everything)
         self._bits = {
-            name: self.policy.bits_for(name, layer, position=self.positions.get(name, "inner")) for name, layer in everything.items()
+            name: policy_bits(self.policy, name, site.layer, self.positions.get(name, "inner")) for name, site in everything.items()
         }
-        self.layers = {
-            name: everything[name] for name in dict.fromkeys([*self._called, *everything]) if self._bits[name].weight is not None
-        }
-        if not self.layers and not (self.allows_float_weights and (self.activation_bits or self.output_bits)):
+        self.weights = {name: everything[name] for name in dict.fromkeys([*order, *everything]) if self._bits[name].weight is not None}
+        self.layers = {name: site.layer for name, site in self.weights.items() if not site.is_weight_only}
+        if not self.weights and not (self.allows_float_weights and (self.activation_bits or self.output_bits)):
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
-        for name, layer in self.layers.items():
-            if not bool(torch.isfinite(layer.weight).all()):  # type: ignore[arg-type]
+        for name, site in self.weights.items():
+            if not bool(torch.isfinite(site.original).all()):
                 raise LayerError(
-                    f"layer {name!r} ({type(layer).__name__}): its weight holds NaN or infinite values. Check the weights file."
+                    f"layer {name!r} ({type(site.layer).__name__}): its weight holds NaN or infinite values. Check the weights file."
                 )
-        self._all_layers = everything
+        self._everything, self._order, self._others = everything, order, _others(self.model)
         self.placements: list[Placement] = []
         self._kept: dict[str, str] = {}
+        self._remarks: dict[str, str] = {}
+        self._leave_what_changes_itself()
 
     def _note_merged(self, merged: dict[str, str]) -> None:
         by_kind: dict[str, list[str]] = {}
@@ -88,23 +98,40 @@ class NetworkJob:
             self.table.note(f"{kind} was merged into plain parameters: {', '.join(names)}")
 
     @staticmethod
-    def _check_weights(layers: dict[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    def _check_weights(sites: dict[str, WeightSite]) -> None:
+        for name, site in sites.items():
+            if not isinstance(site.layer._parameters.get(site.parameter), nn.Parameter):
                 raise LayerError(
-                    f"layer {name!r} ({type(layer).__name__}): its weight is no parameter but computed by a hook of its own. "
+                    f"layer {name!r} ({type(site.layer).__name__}): its weight is no parameter but computed by a hook of its own. "
                     "Make the weight a parameter, or compute it by torch.nn.utils.parametrize."
                 )
 
+    def _leave_what_changes_itself(self) -> None:
+        """Embeddings with ``max_norm`` shrink rows of their weight in place in every call, which a quantized weight forgets."""
+        for name, site in list(self.weights.items()):
+            if getattr(site.layer, "max_norm", None) is not None:
+                self.keep_float(name, "max_norm changes its weight in every call")
+
     def bits(self, name: str) -> LayerBits:
-        """What the policy asks for the layer ``name``."""
+        """What the policy asks for the weight ``name`` and its layer."""
         return self._bits[name]
 
     def keep_float(self, name: str, reason: str) -> None:
         """Leave the layer ``name`` in float, whatever the policy asks; before quantizers are inserted."""
         self._bits[name] = LayerBits(None, None)
         self.layers.pop(name, None)
+        self.weights.pop(name, None)
         self._kept[name] = reason
+
+    def remark(self, name: str, text: str) -> None:
+        """What the table says of the weight ``name``, which is quantized, besides."""
+        self._remarks[name] = text
+
+    def round_others(self, procedure: str) -> None:
+        """Let the table say of the weights outside ``layers`` that ``procedure`` does not reach them."""
+        for name in self.weights:
+            if name not in self.layers:
+                self.remark(name, f"rounded to nearest: {procedure} works on convolutions and linear layers")
 
     def is_excepted(self, name: str) -> bool:
         """Whether the layer ``name`` gets other quantizers than the method's."""
@@ -132,10 +159,10 @@ class NetworkJob:
         return torch.Generator().manual_seed(self.seed)
 
     def weight_slot(self, name: str) -> Slot:
-        """The place of the weight quantizer of the layer ``name``."""
-        bit_width = self._bits[name].weight
+        """The place of the quantizer of the weight ``name``."""
+        bit_width, site = self._bits[name].weight, self.weights[name]
         assert bit_width is not None
-        return Slot(name, self.layers[name], bit_width, position=self.positions.get(name, "inner"))
+        return Slot(name, site.layer, bit_width, position=self.positions.get(name, "inner"), parameter=site.parameter)
 
     def slot(self, placement: Placement, *, is_signed: bool = True) -> Slot:
         """The place of an activation quantizer as a method sees it."""
@@ -152,17 +179,24 @@ class NetworkJob:
         )
 
     def insert_weights(self, factory: QuantizerFactory) -> None:
-        """Give every layer of ``layers`` the weight quantizer of ``factory(slot)``, initialized from its weight."""
-        with self.progress.stage("weight ranges", total=len(self.layers)) as stage:
-            for name, layer in self.layers.items():
+        """Give every weight of ``weights`` the quantizer of ``factory(slot)``, initialized from it."""
+        with self.progress.stage("weight ranges", total=len(self.weights)) as stage:
+            for name, site in self.weights.items():
                 slot = self.weight_slot(name)
                 quantizer = made_for(slot, factory)
                 try:
-                    quantizer.initialize(layer.weight.detach())  # type: ignore[operator]
+                    quantizer.initialize(site.original.detach())
                 except LowbitError as error:
                     raise LayerError(f"{slot}: {error}") from error
-                insert.set_weight_quantizer(layer, quantizer)
+                self.set_weight(site, quantizer)
                 stage.advance(note=name)
+
+    def set_weight(self, site: WeightSite, quantizer: Quantizer) -> None:
+        """Quantize the weight at ``site`` by ``quantizer``."""
+        insert.set_weight_quantizer(site.layer, quantizer, site.parameter)
+        if getattr(site.layer, "sparse", False):  # a scale depends on all rows
+            site.layer.sparse = False  # type: ignore[assignment]
+            self.remark(site.name, "its gradient is dense")
 
     def place(self, placement: Placement, quantizer: Quantizer) -> None:
         """Hook ``quantizer`` at every site of ``placement``."""
@@ -178,16 +212,23 @@ class NetworkJob:
         self.table.outputs = {p.output_of: p.name for p in self.placements if p.output_of is not None}
         fed = {name: placement.bit_width for placement in self.placements for name in placement.layers}
         given = {placement.output_of: placement.bit_width for placement in self.placements}
-        for name in [*self._called, *(n for n in self._all_layers if n not in self._called)]:
-            layer, asked = self._all_layers[name], self._bits[name]
-            quantizer = insert.weight_quantizer(layer)
+        for name in dict.fromkeys([*self._order, *self._everything]):
+            site, asked = self._everything[name], self._bits[name]
+            quantizer = site.quantizer
             weight_bits = None if quantizer is None else quantizer.bit_width
             if weight_bits != asked.weight:
                 raise LayerError(f"layer {name!r}: asked for {asked.weight} weight bits, got {weight_bits}")
             reasons = []
             if asked.weight is None:
                 reasons.append(self._kept.get(name, "the policy keeps its weight in float"))
-            if name in self._used:
+            elif name in self._remarks:
+                reasons.append(self._remarks[name])
+            if site.is_weight_only:
+                if asked.weight is not None:
+                    reasons.append("only its weight is quantized")
+                if name not in self._order and name not in self._used:
+                    reasons.append("the sample never uses this weight")
+            elif name in self._used:
                 reasons.append("its weight is used without calling the layer; its input stays in float")
             elif name not in self._called:
                 reasons.append("the sample never calls this layer: its input and output are not quantized")
@@ -196,7 +237,10 @@ class NetworkJob:
             elif asked.output is not None and name not in given:
                 raise LayerError(f"layer {name!r}: asked for {asked.output} output bits, but its output could not be quantized")
             status: Status = "skipped" if quantizer is None else "done"
-            self.table.add(LayerRecord(name, layer_kind(layer), weight_bits, fed.get(name), status, "; ".join(reasons), given.get(name)))
+            row = LayerRecord(name, layer_kind(site.layer), weight_bits, fed.get(name), status, "; ".join(reasons), given.get(name))
+            self.table.add(row)
+        held = {name for name, module in self.model.named_modules() if module._parameters} | {n for n, _ in self.model.named_parameters()}
+        self.table.others = [row for row in self._others if row.name in held]  # folding a norm removes its parameters
         return self.table
 
 
@@ -216,11 +260,45 @@ def made_for(slot: Slot, factory: MergeFactory) -> Quantizer | None:
         raise LayerError(f"{slot}: {error}") from error
 
 
-def _run_sample(model: nn.Module, sample: Inputs) -> tuple[list[str], set[str]]:
-    """The layers that the sample calls, in order, and those that it does not call but whose weight it uses."""
+def positions_of(order: list[str], sites: Mapping[str, WeightSite]) -> dict[str, Position]:
+    """The weights of the first and the last layer to run, for weights in the order in which they run."""
+    if not order:
+        return {}
+    ends: tuple[tuple[str, Position], ...] = ((sites[order[0]].layer_name, "first"), (sites[order[-1]].layer_name, "last"))
+    return {name: position for layer, position in ends for name in order if sites[name].layer_name == layer}
+
+
+def in_order(layers: Sequence[str], sites: Mapping[str, WeightSite]) -> list[str]:
+    """The weights of ``layers``, by the names of their sites."""
+    by_layer: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        by_layer.setdefault(site.layer_name, []).append(name)
+    return [name for layer in layers for name in by_layer.get(layer, ())]
+
+
+def _others(model: nn.Module) -> list[LayerRecord]:
+    """What holds parameters besides the layers with weights, and why it stays in float: norms by their name, single parameters by theirs."""
+    found, known = [], {site.path for site in weight_sites(model).values()}
+    for name, module in model.named_modules():
+        held = [key for key, parameter in module._parameters.items() if parameter is not None]
+        kind = type(module).__name__
+        if isinstance(module, NORMS) and held:
+            found.append(LayerRecord(name, kind, None, None, "skipped", "norms stay in float"))
+            continue
+        for parameter in held:
+            path = f"{name}.{parameter}" if name else parameter
+            if weights_of(module) and (path in known or not parameter.startswith(WEIGHT)):
+                continue  # the biases of layers
+            reason = f"{kind} computes its weight from it" if weights_of(module) else f"lowbit does not know what {kind} computes with it"
+            found.append(LayerRecord(path, "parameter", None, None, "skipped", reason))
+    return found
+
+
+def _run_sample(model: nn.Module, sample: Inputs, sites: Mapping[str, WeightSite]) -> tuple[list[str], set[str]]:
+    """The weights whose layers the sample calls, in order, and those that it uses without calling their layers."""
     try:
-        with WeightsUsed(quantizable_layers(model)) as used:
-            called = execution_order(model, sample)
+        with WeightsUsed(sites) as used:
+            called = in_order(execution_order(model, sample), sites)
         return called, used.names.difference(called)
     except LowbitError:
         raise
@@ -233,7 +311,7 @@ def _run_sample(model: nn.Module, sample: Inputs) -> tuple[list[str], set[str]]:
 
 def check_method_bits(info: MethodInfo, policy: BitPolicy, job: NetworkJob) -> None:
     """SpecError when the policy asks for bits that the method does not support in a layer that it quantizes itself."""
-    for name in dict.fromkeys([*job.layers, *job.activation_bits]):
+    for name in dict.fromkeys([*job.weights, *job.activation_bits]):
         if job.is_excepted(name):
             continue
         bits = job.bits(name)

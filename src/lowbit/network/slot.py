@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowbit.network.layers import output_channel_axis
+from lowbit.network.layers import WEIGHT, output_channel_axis
 from lowbit.network.placement import Purpose
 from lowbit.quantizers import Quantizer
 from lowbit.spec import Position
@@ -18,7 +18,8 @@ class Slot:
     """A place for a quantizer.
 
     Attributes:
-        name: Name of the layer; for a tensor between layers its place, such as ``layer1.0.norm2.output``.
+        name: Name of the layer, for one of its several weights that of the parameter, such as ``lstm.weight_ih_l0``; for a tensor between
+            layers its place, such as ``layer1.0.norm2.output``.
         layer: The layer itself; for a tensor between layers the module that the quantizer is hooked at.
         bit_width: Bit-width that the policy asks for.
         is_signed: Whether the values can be negative (True for weights, and where no values were seen yet).
@@ -27,6 +28,7 @@ class Slot:
             ``sum`` or a ``concatenation`` or goes into a ``pool``.
         operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
         result_of: The sum or concatenation that the tensor comes from, or "".
+        parameter: The name of the layer's parameter, where a weight is quantized: ``weight``, or one of several such as ``weight_ih_l0``.
 
     Example:
         >>> import torch, lowbit
@@ -43,6 +45,7 @@ class Slot:
     purpose: Purpose = "weight"
     operand_of: tuple[str, ...] = ()
     result_of: str = ""
+    parameter: str = WEIGHT
 
     @property
     def channel_axis(self) -> int:

@@ -15,7 +15,7 @@ Status = Literal["done", "skipped"]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its bits (``None`` = float), whether it was quantized, and the reason where it was not (or not fully).
+    """One layer, or one of its several weights: its bits (``None`` = float), whether it was quantized, and the reason where it was not (or not fully).
 
     ``output_bits`` are those of the output that the policy asks for, not of a quantizer that later layers or sums bring about.
     """
@@ -35,13 +35,15 @@ class LayerTable:
 
     Attributes:
         notes: Remarks about the whole network.
+        others: What holds parameters that are no weights of layers (norms, single parameters), and why each stays in float.
         inputs: Site of the quantizer of each layer's input, such as ``block.relu.output``, by layer; not saved in files.
         outputs: Site of the quantizer that the policy asks for at a layer's output, by layer; not saved in files.
-        positions: The first and the last layer to run, by name; not in a file.
+        positions: The weights of the first and the last layer to run, by the names of the rows; not in a file.
     """
 
     _records: dict[str, LayerRecord] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    others: list[LayerRecord] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     positions: dict[str, Position] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class LayerTable:
         table = RichTable(title="layers")
         for column in ("layer", "kind", "weight bits", "activation bits", "output bits", "status", "reason"):
             table.add_column(column)
-        for record in self:
+        for record in (*self, *self.others):
             held = (record.weight_bits, record.activation_bits, record.output_bits)
             bits = ("float" if value is None else str(value) for value in held)
             table.add_row(record.name, record.kind, *bits, record.status, record.reason)

@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.inputs import tensors_of
-from lowbit.network.insert import float_weight
+from lowbit.network.insert import WeightSite
 
 
 class WeightsUsed(TorchDispatchMode):
-    """Within the context, ``names`` gathers the layers whose weight some operation reads.
+    """Within the context, ``names`` gathers the weights that some operation reads.
 
-    A parametrized weight counts where its parametrization is evaluated. Layers that share a weight are used together.
+    A parametrized weight counts where its parametrization is evaluated. Sites that share a weight are used together, and so are
+    weights that lie one behind the other in one piece of memory.
 
     >>> import torch
+    >>> from torch import nn
     >>> layer = nn.Linear(2, 3)
-    >>> with WeightsUsed({"layer": layer, "other": nn.Linear(2, 3)}) as used:
+    >>> with WeightsUsed({"layer": WeightSite(layer), "other": WeightSite(nn.Linear(2, 3))}) as used:
     ...     y = nn.functional.linear(torch.ones(1, 2), layer.weight)
     >>> used.names
     {'layer'}
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, sites: Mapping[str, WeightSite]) -> None:
         super().__init__()
         self.names: set[str] = set()
         self._at: dict[int, list[str]] = {}
-        for name, layer in layers.items():
-            self._at.setdefault(float_weight(layer).data_ptr(), []).append(name)
+        for name, site in sites.items():
+            self._at.setdefault(site.original.data_ptr(), []).append(name)
         self._at.pop(0, None)  # tensors without memory of their own
 
     def __torch_dispatch__(

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lowbit.network import insert
-from lowbit.network.layers import NORMS
+from lowbit.network.layers import NORMS, WEIGHT
 from lowbit.network.slot import Slot
 from lowbit.options import AtLeast, Method
 from lowbit.qat.attach.job import QatJob, learned_scale
@@ -86,11 +87,14 @@ class TrainingMethod(Method, ABC):
         job.insert(self.weight_quantizer, self.activation_quantizer)
         job.initialize(self.initialize_layer)
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
-        """Set up the quantizers of ``layer``, whose input in the first batch is ``x``; ``None`` where only its weight is used."""
-        weights, activations = insert.weight_quantizer(layer), insert.input_quantizer(layer)
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None, parameter: str = WEIGHT) -> None:
+        """Set up the quantizers of ``layer``, whose input in the first batch is ``x``; ``None`` where only its weight is used.
+
+        ``parameter`` names the weight of a layer that has several.
+        """
+        weights, activations = insert.weight_quantizer(layer, parameter), insert.input_quantizer(layer)
         if weights is not None:
-            weights.initialize(insert.float_weight(layer).detach())
+            weights.initialize(insert.float_weight(layer, parameter).detach())
         if activations is not None and x is not None:
             activations.initialize(x.detach())
 
@@ -100,9 +104,9 @@ class TrainingMethod(Method, ABC):
         ``weights`` lie behind a quantizer, ``quantizers`` are a quantizer's or its surrogate's, all else are ``others``, and
         ``others.norms`` where a norm holds them.
         """
-        if name.endswith("parametrizations.weight.original"):
+        if isinstance(owner, ParametrizationList) and any(isinstance(part, insert.WeightParametrization) for part in owner):
             return "weights"
-        of_weight = "parametrizations.weight." in name and ".quantizer." in name
+        of_weight = "parametrizations." in name and ".quantizer." in name
         if of_weight or not {insert.INPUT, insert.OUTPUT}.isdisjoint(name.split(".")):
             return "quantizers"
         return "others.norms" if isinstance(owner, NORMS) else "others"

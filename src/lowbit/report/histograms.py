@@ -14,7 +14,7 @@ from lowbit.inputs import Calibration
 from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise
 from lowbit.measure.sensitivity import original_weights
-from lowbit.network.insert import activation_quantizers, float_weight, sites, weight_quantizer
+from lowbit.network.insert import activation_quantizers, quantized_weights, sites
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
 from lowbit.quantizers import Quantizer
@@ -72,12 +72,11 @@ def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> l
         model: The quantized network.
         reference: The float network with the original weights; default: the float weights behind the quantizers.
     """
-    found = []
+    found, weights = [], quantized_weights(model)
     for name, original in original_weights(model, reference).items():
-        layer = model.get_submodule(name)
-        quantizer = weight_quantizer(layer)
+        quantizer = weights[name].quantizer
         assert quantizer is not None
-        codes = quantizer.encode(float_weight(layer).detach())
+        codes = quantizer.encode(weights[name].original.detach())
         decoder, view = codes.decoder, codes.decoder.granularity.broadcast
         scale = getattr(decoder, "scale", None)
         values, quantized, unit = original.float(), codes.decode().float(), "weight"

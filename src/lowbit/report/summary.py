@@ -13,8 +13,8 @@ from torch import nn
 
 from lowbit.measure.cost import compute_cost, layer_bits, model_size
 from lowbit.measure.sensitivity import LayerNoise
-from lowbit.network.insert import Coded, float_weight, weight_quantizer
-from lowbit.network.layers import layer_kind, quantizable_layers
+from lowbit.network.insert import Coded, site_name, weight_sites
+from lowbit.network.layers import layer_kind
 from lowbit.network.record import record_of
 from lowbit.quantizers import Quantizer, UniformQuantizer
 from lowbit.quantizers.qtensor import AffineDecoder, Decoder
@@ -106,30 +106,30 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
 
 
 def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> list[LayerResult]:
-    """One ``LayerResult`` for each convolution and linear layer; see ``summary`` for the arguments."""
+    """One ``LayerResult`` for each convolution, linear layer and embedding, and for each weight of other layers; see ``summary`` for the arguments."""
     if isinstance(model, Coded):
         return _coded_results(model)
-    record, layers = record_of(model), quantizable_layers(model)
-    recorded = {} if record is None else {row.name: row for row in record.table if row.name in layers}
+    record, sites = record_of(model), weight_sites(model)
+    recorded = {} if record is None else {row.name: row for row in record.table if row.name in sites}
     bits, size = layer_bits(model), model_size(model)
     cost = {} if sample is None else compute_cost(model, sample)
     results = []
-    for name in [*recorded, *(name for name in layers if name not in recorded)]:
-        quantizer = weight_quantizer(layers[name])
+    for name in [*recorded, *(name for name in sites if name not in recorded)]:
+        quantizer = sites[name].quantizer
         weight_bits, activation_bits = bits[name]
         lost = (noise or {}).get(name)
         row = recorded.get(name)
         results.append(
             LayerResult(
                 name,
-                layer_kind(layers[name]),
+                layer_kind(sites[name].layer),
                 weight_bits,
                 activation_bits,
                 sqnr_db=None if lost is None else lost.output_sqnr_db,
                 status="skipped" if quantizer is None else "done",
                 reason=row.reason if row is not None else "not quantized" if quantizer is None else "",
                 weight_sqnr_db=None if lost is None else lost.weight_sqnr_db,
-                shape=tuple(float_weight(layers[name]).shape),
+                shape=tuple(sites[name].original.shape),
                 quantizer="" if quantizer is None else quantizer_word(quantizer),
                 granularity="" if quantizer is None else str(quantizer.granularity),
                 stored_bytes=size.layers[name].total_bytes,
@@ -147,7 +147,7 @@ def _coded_results(model: nn.Module) -> list[LayerResult]:
     assert isinstance(model, Coded)
     record, bits, size = record_of(model), layer_bits(model), model_size(model)
     rows = {} if record is None else {row.name: row for row in record.table}
-    codes = {name.rpartition(".")[0]: code for name, code in model.weight_codes().items()}
+    codes = {site_name(name): code for name, code in model.weight_codes().items()}
     results = []
     for name, (weight_bits, activation_bits) in bits.items():
         row, code = rows.get(name), codes.get(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowbit.network.insert import activation_quantizers, bake_weights, float_weight, quantized_layers, weight_quantizer
+from lowbit.network.insert import activation_quantizers, bake_weights, quantized_weights
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.qtensor import SumDecoder
 from lowbit.testing import tiny
@@ -24,10 +24,9 @@ MethodRef = str | type  # a name, ``file.py:Class`` or a class
 def grids(model: nn.Module) -> list[tuple[str, Quantizer, Tensor]]:
     """Every quantizer with a tensor to quantize: its weight, or values that go past both ends of its range."""
     found: list[tuple[str, Quantizer, Tensor]] = []
-    for name, layer in quantized_layers(model).items():
-        quantizer = weight_quantizer(layer)
-        assert quantizer is not None
-        found.append((f"{name}.weight", quantizer, float_weight(layer).detach()))
+    for site in quantized_weights(model).values():
+        assert site.quantizer is not None
+        found.append((site.path, site.quantizer, site.original.detach()))
     values = torch.cat([torch.zeros(4), torch.linspace(-40, 40, 2001), torch.randn(2003)]).reshape(4, 1, -1)
     return found + [(name, quantizer, values) for name, quantizer in activation_quantizers(model).items()]
 

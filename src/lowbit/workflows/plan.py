@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowbit.inputs import Inputs
-from lowbit.network.layers import execution_order, layer_kind, quantizable_layers
-from lowbit.spec import BitPolicy, LayerBits, Position
+from lowbit.network.bits import policy_bits
+from lowbit.network.insert import weight_sites
+from lowbit.network.job import in_order, positions_of
+from lowbit.network.layers import execution_order, layer_kind
+from lowbit.spec import BitPolicy, LayerBits
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,11 @@ def plan_layers(model: nn.Module, sample: Inputs, policy: BitPolicy) -> list[Pla
     Raises:
         SpecError: A rule of the policy matches no layer.
     """
-    layers = quantizable_layers(model)
-    policy.check(layers)
-    order = execution_order(model, sample)
-    ends: dict[str, Position] = {order[0]: "first", order[-1]: "last"} if order else {}
-    names = [*order, *(name for name in layers if name not in order)]
+    sites = weight_sites(model)
+    policy.check({name: site.layer for name, site in sites.items()})
+    order = in_order(execution_order(model, sample), sites)
+    ends = positions_of(order, sites)
     return [
-        PlannedLayer(name, layer_kind(layers[name]), policy.bits_for(name, layers[name], position=ends.get(name, "inner")))
-        for name in names
+        PlannedLayer(name, layer_kind(sites[name].layer), policy_bits(policy, name, sites[name].layer, ends.get(name, "inner")))
+        for name in dict.fromkeys([*order, *sites])
     ]

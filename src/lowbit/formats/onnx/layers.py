@@ -14,6 +14,7 @@ from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_i
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import WeightContainer
 from lowbit.formats.program.program import GRID_OF_ITS_OWN
+from lowbit.network.insert import site_name
 from lowbit.quantizers import QTensor
 
 LARGEST_BIAS = 2**30  # leaves the sum of products as much again
@@ -47,7 +48,7 @@ def decode_weight(
     """
     grid = folded or integer_grid(weight)
     if grid is None:
-        reasons.setdefault(f"integer kernels cannot hold {why_no_integer_grid(weight)}", []).append(name.rpartition(".")[0])
+        reasons.setdefault(f"integer kernels cannot hold {why_no_integer_grid(weight)}", []).append(site_name(name))
         ir.convenience.replace_all_uses_with(node.outputs[0], input_of(node, 0))
         graph_of(node).remove(node, safe=True)
         return
@@ -270,5 +271,5 @@ def note_layers_in_float(
         why = why_in_float(node, grids, decoded)
         weight = node.inputs[1] if why is not None else None
         if why is not None and weight is not None:
-            name = decoded[weight].name.rpartition(".")[0]
+            name = site_name(decoded[weight].name)
             reasons.setdefault(GRID_OF_ITS_OWN if name in emulated else why, []).append(name)

@@ -375,7 +375,8 @@ def _info(record: QuantizationRecord | None) -> dict[str, Json]:
         return {}
     facts = {
         "method": record.method, "options": dict(record.options), "seed": record.seed, "policy": record.policy.to_dict(),
-        "layers": [list(astuple(row)) for row in record.table], "notes": record.table.notes,
+        "layers": [list(astuple(row)) for row in record.table],
+        "others": [list(astuple(row)) for row in record.table.others], "notes": record.table.notes,
     }  # fmt: skip
     return cast(dict[str, Json], json.loads(json.dumps(facts, default=str)))
 
@@ -385,19 +386,26 @@ def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
     if not info:
         return None
     method, options, seed, rows, notes = (info.get(key) for key in ("method", "options", "seed", "layers", "notes"))
-    if not (_are_texts([method]) and isinstance(options, dict) and isinstance(seed, int) and isinstance(rows, list) and _are_texts(notes)):
+    others = info.get("others", [])
+    are_rows = isinstance(rows, list) and isinstance(others, list)
+    if not (_are_texts([method]) and isinstance(options, dict) and isinstance(seed, int) and are_rows and _are_texts(notes)):
         raise FileFormatError(f"cannot understand how the network was quantized: {str(info)[:80]}")
     table = LayerTable()
-    for row in rows:
-        if not (isinstance(row, list) and len(row) in (6, 7) and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
-            raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason, bits], got {str(row)[:80]}")
-        bits = [*row[2:4], *row[6:], None]  # files of before outputs could be quantized have no bits for them
-        weight_bits, activation_bits, output_bits, *_ = (parse_bits(value, f"layer {row[0][:80]!r}") for value in bits)
-        table.add(LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5], output_bits))
+    for row in cast(list[object], rows):
+        table.add(_row_from(row))
+    table.others = [_row_from(row) for row in cast(list[object], others)]
     table.notes.extend(cast(list[str], notes))
     merge_bits = options.pop("merge_bits", None)  # where files had it before it was a part of the policy
     policy = BitPolicy.from_dict(info.get("policy")).with_merges(merge_bits)
     return QuantizationRecord(cast(str, method), options, policy, seed, table)
+
+
+def _row_from(row: object) -> LayerRecord:
+    if not (isinstance(row, list) and len(row) in (6, 7) and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
+        raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason, bits], got {str(row)[:80]}")
+    bits = [*row[2:4], *row[6:], None]  # files of before outputs could be quantized have no bits for them
+    weight_bits, activation_bits, output_bits, *_ = (parse_bits(value, f"layer {row[0][:80]!r}") for value in bits)
+    return LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5], output_bits)
 
 
 def _are_texts(values: object) -> bool:

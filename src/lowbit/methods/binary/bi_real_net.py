@@ -136,7 +136,7 @@ class BiRealNet(TrainingMethod):
 
         def weight_quantizer(slot: Slot) -> Quantizer:
             if self.weight_init == "uniform":
-                weight = insert.float_weight(slot.layer).data
+                weight = insert.float_weight(slot.layer, slot.parameter).data
                 weight.copy_(torch.rand(weight.shape, generator=generator) * 1e-3)
             return self.weight_quantizer(slot)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.measure.outputs import output_tensor
 from lowbit.network import insert
-from lowbit.network.layers import TRANSPOSED
+from lowbit.network.layers import TRANSPOSED, WEIGHT
 from lowbit.options import Above
 from lowbit.qat import Classification, OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.task import Batch
@@ -167,7 +167,7 @@ class BinaryConnect(TrainingMethod):
         self._before: dict[int, Tensor] = {}
 
     def weight_quantizer(self, slot: Slot, seed: int = 0) -> Quantizer:
-        limit = self.glorot(slot.layer)[1] if isinstance(self.limit, str) else self.limit
+        limit = self.glorot(slot.layer, slot.parameter)[1] if isinstance(self.limit, str) else self.limit
         return BinaryConnectWeight(limit, binarization=self.binarization, evaluation=self.evaluation, seed=seed)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
@@ -183,13 +183,14 @@ class BinaryConnect(TrainingMethod):
         job.initialize(self.initialize_layer)
 
     @staticmethod
-    def glorot(layer: nn.Module) -> tuple[float, float]:
-        """Learning-rate scale and limit of a layer."""
-        return glorot_scales(*fans(tuple(insert.float_weight(layer).shape), is_transposed=isinstance(layer, TRANSPOSED)))
+    def glorot(layer: nn.Module, parameter: str = WEIGHT) -> tuple[float, float]:
+        """Learning-rate scale and limit of a layer's weight."""
+        shape = tuple(insert.float_weight(layer, parameter).shape)
+        return glorot_scales(*fans(shape, is_transposed=isinstance(layer, TRANSPOSED)))
 
-    def step_scale(self, layer: nn.Module) -> float:
+    def step_scale(self, layer: nn.Module, parameter: str = WEIGHT) -> float:
         """Factor of the steps of a layer's weight."""
-        return self.glorot(layer)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
+        return self.glorot(layer, parameter)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
 
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         """The squared hinge of labels where that is asked for."""
@@ -203,15 +204,16 @@ class BinaryConnect(TrainingMethod):
 
     def after_backward(self, run: TrainRun) -> None:
         """Keep the weights that the optimizer starts from."""
-        self._before = {id(weight): weight.detach().clone() for _, _, weight in _binary_layers(run.model)}
+        self._before = {id(weight): weight.detach().clone() for weight in (site.original for site, _ in _binary_weights(run.model))}
 
     @torch.no_grad()
     def after_step(self, run: TrainRun) -> None:
         """Scale the step and clip the weights."""
-        for layer, quantizer, weight in _binary_layers(run.model):
-            weight.copy_(take_step(weight, self._before.pop(id(weight), weight), self.step_scale(layer), quantizer.limit))
+        for site, quantizer in _binary_weights(run.model):
+            weight, scale = site.original, self.step_scale(site.layer, site.parameter)
+            weight.copy_(take_step(weight, self._before.pop(id(weight), weight), scale, quantizer.limit))
 
 
-def _binary_layers(model: nn.Module) -> list[tuple[nn.Module, BinaryConnectWeight, nn.Parameter]]:
-    found = ((layer, insert.weight_quantizer(layer), insert.float_weight(layer)) for layer in insert.quantized_layers(model).values())
-    return [(layer, quantizer, weight) for layer, quantizer, weight in found if isinstance(quantizer, BinaryConnectWeight)]
+def _binary_weights(model: nn.Module) -> list[tuple[insert.WeightSite, BinaryConnectWeight]]:
+    found = ((site, site.quantizer) for site in insert.quantized_weights(model).values())
+    return [(site, quantizer) for site, quantizer in found if isinstance(quantizer, BinaryConnectWeight)]

@@ -214,6 +214,6 @@ class Ewgs(NormalizingMethod):
 
 def scaled_quantizers(model: nn.Module) -> list[NormalizedQuantizer]:
     """The quantizers whose gradients are scaled: those of activations first, then those of weights, as the authors treat them."""
-    weights = [insert.weight_quantizer(layer) for layer in insert.quantized_layers(model).values()]
+    weights = [site.quantizer for site in insert.quantized_weights(model).values()]
     found = [*insert.activation_quantizers(model).values(), *weights]
     return [q for q in found if isinstance(q, NormalizedQuantizer) and isinstance(q.surrogate, ElementwiseGradientScaling)]

@@ -374,18 +374,18 @@ class MetaQuant(TrainingMethod):
     @torch.no_grad()
     def before_step(self, run: TrainRun) -> None:
         network = run.networks[META]
-        for layer, quantizer in meta_layers(run.model):
+        for site, quantizer in meta_weights(run.model):
             quantizer.forget()
             if not bool(quantizer.has_history):
                 continue
             seen = quantizer.last_gradient, quantizer.last_weight, quantizer.state if quantizer.state.dim() else None
             value, state = network(*seen)
             if self.look_ahead == "refined":
-                weight = insert.float_weight(layer)
+                weight = site.original
                 update = self._refined(run, weight, quantizer.calibration(weight) * value)
             else:
                 update = quantizer.last_update
-            bias = _bias(layer) if self.look_ahead == "stored" and quantizer.last_bias_update.dim() else None
+            bias = _bias(site.layer) if self.look_ahead == "stored" and quantizer.last_bias_update.dim() else None
             quantizer.pending = LookAhead(
                 functools.partial(_meta_gradient, network, *seen),
                 update,
@@ -399,10 +399,10 @@ class MetaQuant(TrainingMethod):
 
     @torch.no_grad()
     def after_backward(self, run: TrainRun) -> None:
-        layers = list(meta_layers(run.model))
-        is_first = not any(bool(quantizer.has_history) for _, quantizer in layers)
-        for layer, quantizer in layers:
-            weight, bias, pending = insert.float_weight(layer), _bias(layer), quantizer.pending
+        weights = list(meta_weights(run.model))
+        is_first = not any(bool(quantizer.has_history) for _, quantizer in weights)
+        for site, quantizer in weights:
+            weight, bias, pending = site.original, _bias(site.layer), quantizer.pending
             if pending is not None and pending.bias is not None and bias is not None:
                 bias.copy_(pending.bias)
             if weight.grad is None:  # the layer did not run, in any process
@@ -437,12 +437,12 @@ class MetaQuant(TrainingMethod):
         return gradient
 
 
-def meta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, MetaQuantizer]]:
-    """The layers whose weight has a meta quantizer."""
-    for layer in insert.quantized_layers(model).values():
-        quantizer = insert.weight_quantizer(layer)
+def meta_weights(model: nn.Module) -> Iterator[tuple[insert.WeightSite, MetaQuantizer]]:
+    """The weights that have a meta quantizer."""
+    for site in insert.quantized_weights(model).values():
+        quantizer = site.quantizer
         if isinstance(quantizer, MetaQuantizer):
-            yield layer, quantizer
+            yield site, quantizer
 
 
 def move_bias(bias: nn.Parameter, update: Tensor, learning_rate: float) -> None:

@@ -383,8 +383,7 @@ class ProxQuant(TrainingMethod):
     @staticmethod
     def _weights(run: TrainRun) -> list[tuple[Tensor, ProxQuantizer]]:
         found: list[tuple[Tensor, ProxQuantizer]] = []
-        for layer in insert.quantized_layers(run.model).values():
-            quantizer = insert.weight_quantizer(layer)
-            if isinstance(quantizer, ProxQuantizer):
-                found.append((insert.float_weight(layer), quantizer))
+        for site in insert.quantized_weights(run.model).values():
+            if isinstance(site.quantizer, ProxQuantizer):
+                found.append((site.original, site.quantizer))
         return found

@@ -418,9 +418,9 @@ class QuantizationNetworks(TrainingMethod):
         if self.soft_clip_norm is None:
             return
         behind = {id(parameter) for quantizer in weights for parameter in quantizer.parameters()}
-        for layer in insert.quantized_layers(run.model).values():
-            if isinstance(insert.weight_quantizer(layer), StairsQuantizer):
-                behind.add(id(insert.float_weight(layer)))
+        for site in insert.quantized_weights(run.model).values():
+            if isinstance(site.quantizer, StairsQuantizer):
+                behind.add(id(site.original))
         parameters = list(run.model.parameters())
         gradients += [parameter.grad for parameter in parameters if id(parameter) not in behind]
         squares = [gradient.square().sum() for gradient in gradients if gradient is not None]

@@ -27,7 +27,7 @@ from lowbit.errors import CalibrationError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.network.graph.channels import by_output_channel, groups_of, response
 from lowbit.network.graph.moments import Moments, MomentsWalk
-from lowbit.network.insert import float_weight, weight_quantizer
+from lowbit.network.insert import float_weight
 from lowbit.network.layers import TRANSPOSED, evaluating
 from lowbit.network.placement import Placement
 from lowbit.network.slot import Slot
@@ -391,10 +391,9 @@ class Dfq(PostTrainingMethod):
 
     def _clip_weights(self, job: PtqJob) -> None:
         """Choose each weight's range from its clipped values; what lies outside is rounded to the ends of the grid."""
-        for layer in job.layers.values() if self.weight_clip is not None else ():
-            quantizer = weight_quantizer(layer)
-            assert quantizer is not None and self.weight_clip is not None
-            quantizer.initialize(float_weight(layer).detach().clamp(-self.weight_clip, self.weight_clip))
+        for site in job.weights.values() if self.weight_clip is not None else ():
+            assert site.quantizer is not None and self.weight_clip is not None
+            site.quantizer.initialize(site.original.detach().clamp(-self.weight_clip, self.weight_clip))
 
 
 def check_input_range(method: str, input_range: tuple[float, ...] | None) -> None:

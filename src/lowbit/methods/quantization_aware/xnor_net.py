@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.network import insert
-from lowbit.network.layers import TRANSPOSED
+from lowbit.network.layers import TRANSPOSED, WEIGHT
 from lowbit.options import Above
 from lowbit.qat import OptimizerSpec, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.input_norm import NormPlaces, insert_with_norms
@@ -39,9 +39,9 @@ from lowbit.surrogates import pass_gradient, scale_gradient
 WeightGradient = Literal["corrected", "paper", "ste"]
 
 
-def input_channels(layer: nn.Module) -> int:
+def input_channels(layer: nn.Module, parameter: str = WEIGHT) -> int:
     """Input channels that one output channel of ``layer`` sees."""
-    weight = insert.float_weight(layer)
+    weight = insert.float_weight(layer, parameter)
     return weight.shape[0] // int(layer.groups) if isinstance(layer, TRANSPOSED) else weight.shape[1]
 
 
@@ -261,7 +261,7 @@ class XnorNet(TrainingMethod):
         return Recipe(320, 128, OptimizerSpec("adam", 0.01, weight_decay=1e-5, schedule="step", milestones=(3 / 8, 5 / 8, 3 / 4, 7 / 8)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
-        channels = input_channels(slot.layer)
+        channels = input_channels(slot.layer, slot.parameter)
         centring = 1 - 1 / channels if self.centring_gradient and channels > 1 else 1
         return XnorWeightQuantizer(
             granularity=Granularity.channel(slot.channel_axis),
@@ -280,7 +280,7 @@ class XnorNet(TrainingMethod):
             return self.activation_quantizer(slot)
 
         def weight_quantizer(slot: Slot) -> Quantizer:
-            self.prepare_weight(slot.layer)
+            self.prepare_weight(slot.layer, slot.parameter)
             return self.weight_quantizer(slot)
 
         insert_with_norms(
@@ -288,15 +288,15 @@ class XnorNet(TrainingMethod):
         )
 
     def prepare_weights(self, model: nn.Module) -> None:
-        """Centre and clamp the stored weights of all layers that this method made binary."""
-        for layer in insert.quantized_layers(model).values():
-            if isinstance(insert.weight_quantizer(layer), XnorWeightQuantizer):
-                self.prepare_weight(layer)
+        """Centre and clamp all stored weights that this method made binary."""
+        for site in insert.quantized_weights(model).values():
+            if isinstance(site.quantizer, XnorWeightQuantizer):
+                self.prepare_weight(site.layer, site.parameter)
 
     @torch.no_grad()
-    def prepare_weight(self, layer: nn.Module) -> None:
+    def prepare_weight(self, layer: nn.Module, parameter: str = WEIGHT) -> None:
         """Centre and clamp the stored weight of ``layer``."""
-        weight = insert.float_weight(layer)
+        weight = insert.float_weight(layer, parameter)
         if self.centre:
             weight.copy_(centre(weight, groups=int(getattr(layer, "groups", 1)), is_transposed=isinstance(layer, TRANSPOSED)))
         if self.clamp:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.network import insert
 from lowbit.network.bits import asked_bits, set_bits
+from lowbit.network.layers import WEIGHT
 from lowbit.options import AtLeast, Interval
 from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.attach.output_ratio import output_ratio
@@ -311,11 +312,11 @@ class Qil(TrainingMethod):
         found = super().optimizers(recipe)
         return found if self.train_weights else {"quantizers": found["quantizers"]}
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
-        super().initialize_layer(layer, x)
-        weights = insert.weight_quantizer(layer)
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None, parameter: str = WEIGHT) -> None:
+        super().initialize_layer(layer, x, parameter)
+        weights = insert.weight_quantizer(layer, parameter)
         if self.rescale and isinstance(weights, QilWeight):
-            weights.set_scale(output_ratio(layer, x, with_bias=False))
+            weights.set_scale(output_ratio(layer, x, with_bias=False, parameter=parameter))
 
 
 def _at_least(bits: int, own: int | None) -> int | None:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from lowbit.errors import CalibrationError
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import output_tensor
-from lowbit.network.insert import quantization_enabled, quantized_layers, weight_quantizer
+from lowbit.network.insert import quantization_enabled, quantized_weights, weight_quantizer
 from lowbit.network.layers import evaluating
 from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 from lowbit.post_training.reconstruction.rounding import AdaptiveRounding, BetaSchedule, LossKind, reconstruction_loss
@@ -179,7 +179,7 @@ def fisher_gradient(model: nn.Module, reference: nn.Module, unit: str, layers: S
     handle = model.get_submodule(unit).register_forward_hook(catch)
     try:
         kept = [weight_quantizer(layer) for layer in layers]
-        others = [q for q in (weight_quantizer(layer) for layer in quantized_layers(model).values()) if q is not None and q not in kept]
+        others = [q for q in (site.quantizer for site in quantized_weights(model).values()) if q is not None and q not in kept]
         with quantization_enabled(model, weights=True, activations=False), disabled(others), torch.enable_grad():
             logits = output_tensor(model(*inputs.args, **inputs.kwargs))
             axis = -1 if logits.dim() == 3 else min(1, logits.dim() - 1)

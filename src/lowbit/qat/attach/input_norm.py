@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 from lowbit.network import insert
 from lowbit.network.layers import TRANSPOSED
 from lowbit.network.slot import QuantizerFactory, Slot
-from lowbit.qat.attach.job import QatJob
+from lowbit.qat.attach.job import InitializeLayer, QatJob
 from lowbit.quantizers import Quantizer
 
 NormPlaces = Literal["unsigned", "always", "never"]
@@ -62,7 +61,7 @@ def insert_with_norms(
     job: QatJob,
     weights: QuantizerFactory,
     activations: QuantizerFactory,
-    initialize_layer: Callable[[nn.Module, Tensor | None], None],
+    initialize_layer: InitializeLayer,
     *,
     norm: NormPlaces = "unsigned",
     epsilon: float = 1e-5,
@@ -85,11 +84,11 @@ def insert_with_norms(
             insert.set_input_transform(slot.layer, InputNorm(slot.layer, epsilon))
         return activations(slot)
 
-    def initialize(layer: nn.Module, x: Tensor | None) -> None:
+    def initialize(layer: nn.Module, x: Tensor | None, *parameter: str) -> None:
         transform = insert.input_transform(layer)
         if isinstance(transform, InputNorm) and x is not None:
             inputs[transform] = x
-        initialize_layer(layer, x)
+        initialize_layer(layer, x, *parameter)
 
     job.insert(weights, activation_quantizer)
     job.initialize(initialize)

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
-from lowbit.network import insert
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import evaluating, frozen_norms
+from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
 from lowbit.spec import Granularity
 
+InitializeLayer = Callable[..., None]  # (layer, input) or (layer, None, parameter)
+
 
 def learned_scale(slot: Slot) -> Quantizer:
-    """A grid whose step size is learned: with weights one for each output channel, elsewhere one with a learned zero point as well.
+    """A grid whose step size is learned: with weights one for each output channel (or row of an embedding), elsewhere one with a learned zero point as well.
 
     The inputs of layers that are never negative need no zero point.
     """
@@ -65,9 +66,9 @@ class QatJob(NetworkJob):
         """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet."""
         placements = place_at_layers(self.activation_bits)
         signs = self._signs(placements)
-        for name, layer in self.layers.items():
+        for name, site in self.weights.items():
             quantizer = self._build(self.weight_slot(name), weights)
-            insert.set_weight_quantizer(layer, quantizer)
+            self.set_weight(site, quantizer)
             self.inserted.append((name, quantizer))
         for placement in placements:
             slot = self.slot(placement, is_signed=signs[placement.name])
@@ -75,18 +76,19 @@ class QatJob(NetworkJob):
             self.place(placement, quantizer)
             self.inserted.append((slot.name, quantizer))
 
-    def initialize(self, initialize_layer: Callable[[nn.Module, Tensor | None], None]) -> None:
+    def initialize(self, initialize_layer: InitializeLayer) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
 
         Layers are set up in execution order, so each sees what the quantized layers before it give; those that run in evaluation mode
         alone in a second pass. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer,
-        None)`` sets it up from the weight alone; so are layers that never run. Running statistics are restored afterwards.
+        None)`` sets it up from the weight alone; so are layers that never run, and each of several weights of a layer, by
+        ``initialize_layer(layer, None, parameter)``. Running statistics are restored afterwards.
         """
-        pending = dict(self.layers)
+        pending: dict[str, nn.Module] = dict(self.layers)
         for name in self.activation_bits:
             pending.setdefault(name, self.model.get_submodule(name))
         by_module = {id(layer): name for name, layer in pending.items()}
-        unset = {name: layer for name, layer in pending.items() if insert.weight_quantizer(layer) is not None}
+        unset = {name: site for name, site in self.weights.items() if site.quantizer is not None}
 
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             name = by_module[id(layer)]
@@ -96,10 +98,10 @@ class QatJob(NetworkJob):
                     initialize_layer(layer, _input_of(args, kwargs, is_quantized=name in self.activation_bits))
 
         def from_weight(name: str) -> None:
-            layer = unset.pop(name, None)
-            if layer is not None:
-                with _naming(name, layer):
-                    initialize_layer(layer, None)
+            site = unset.pop(name, None)
+            if site is not None:
+                with _naming(name, site.layer):
+                    initialize_layer(site.layer, None, *(() if site.parameter == WEIGHT else (site.parameter,)))
 
         called = set(self._called)
         for name in [name for name in unset if name not in called]:
@@ -107,8 +109,8 @@ class QatJob(NetworkJob):
 
         def hooks() -> list[RemovableHandle]:
             handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
-            for name, layer in unset.items():
-                quantizer = insert.weight_quantizer(layer)
+            for name, site in unset.items():
+                quantizer = site.quantizer
                 assert quantizer is not None
                 handles.append(quantizer.register_forward_pre_hook(lambda *_, name=name: from_weight(name)))
             return handles

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.network import insert
+from lowbit.network.layers import WEIGHT
 from lowbit.options import AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainingMethod
 from lowbit.qat.attach.output_ratio import output_ratio
@@ -115,20 +116,20 @@ def smallest_width(lower: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialize_output_scale(layer: nn.Module, x: Tensor | None) -> None:
+def initialize_output_scale(layer: nn.Module, x: Tensor | None, parameter: str = WEIGHT) -> None:
     """``mean |layer(x)|`` in float over ``mean |layer(x)|`` with its initialized quantizers, bias included in both.
 
     Without an input the same of the weight, see ``output_ratio``.
     """
-    owner = output_scale_owner(layer)
+    owner = output_scale_owner(layer, parameter)
     if owner is not None and owner.output_scale is not None:
         owner.output_scale.fill_(1)
-        owner.output_scale.copy_(output_ratio(layer, x))
+        owner.output_scale.copy_(output_ratio(layer, x, parameter=parameter))
 
 
-def output_scale_owner(layer: nn.Module) -> NormalizedQuantizer | None:
+def output_scale_owner(layer: nn.Module, parameter: str = WEIGHT) -> NormalizedQuantizer | None:
     """The quantizer that holds the layer's output scale: the weight's, or the input's where the weight stays in float."""
-    for quantizer in (insert.weight_quantizer(layer), insert.input_quantizer(layer)):
+    for quantizer in (insert.weight_quantizer(layer, parameter), insert.input_quantizer(layer)):
         if isinstance(quantizer, NormalizedQuantizer) and quantizer.output_scale is not None:
             return quantizer
     return None
@@ -149,9 +150,9 @@ class NormalizingMethod(TrainingMethod):
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 0.01
 
-    def initialize_layer(self, layer: nn.Module, x: Tensor | None) -> None:
-        super().initialize_layer(layer, x)
-        initialize_output_scale(layer, x)
+    def initialize_layer(self, layer: nn.Module, x: Tensor | None, parameter: str = WEIGHT) -> None:
+        super().initialize_layer(layer, x, parameter)
+        initialize_output_scale(layer, x, parameter)
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         roles = dict(super().optimizers(recipe))

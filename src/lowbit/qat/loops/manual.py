@@ -352,7 +352,7 @@ class ManualLoop(TrainRun):
 
     def _find_learning_rate(self) -> None:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        weights = {id(insert.float_weight(layer)) for layer in insert.quantized_layers(self.model).values()}
+        weights = {id(site.original) for site in insert.quantized_weights(self.model).values()}
         others = set(map(id, self.model.parameters()))
         for wanted in (weights, others):
             for group in groups:
