@@ -14,7 +14,7 @@ import torch
 from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.testing import checks, post_training, tiny, training
 from lowbit.testing.checks import MethodRef
-from lowbit.testing.odd import ODD, odd_network
+from lowbit.testing.odd import ODD, SEQUENCE, odd_network
 from lowbit.workflows.quantize import quantize
 
 Law = Callable[[MethodRef, Path], None]
@@ -69,11 +69,12 @@ def odd_layer_trains(method: MethodRef, case: str) -> None:
         with torch.no_grad():
             assert torch.equal(quantizer.encode(values).decode(), quantizer(values)), where
     baked, _ = bake_weights(qat)
-    assert torch.equal(tiny.outputs(baked, data), tiny.outputs(qat, data))
+    rounding = 1e-6 if case == SEQUENCE else 0.0  # kernels of LSTMs and attention round by where their operands lie in memory
+    torch.testing.assert_close(tiny.outputs(baked, data), tiny.outputs(qat, data), rtol=0.0, atol=rounding)
 
 
 def odd_layers_train(method: MethodRef, folder: Path) -> None:
-    """Depthwise, grouped, dilated, transposed and one- and three-dimensional layers, a channel of zeros and the like."""
+    """Depthwise, grouped, dilated, transposed, one- and three-dimensional layers, zeros, embeddings, attention, LSTMs and the like."""
     for case in ODD:
         odd_layer_trains(method, case)
 
@@ -149,7 +150,7 @@ def odd_layer_is_right(method: MethodRef, case: str) -> None:
 
 
 def odd_layers_are_right(method: MethodRef, folder: Path) -> None:
-    """Depthwise, grouped, dilated, transposed and one- and three-dimensional layers, a channel of zeros and the like."""
+    """Depthwise, grouped, dilated, transposed, one- and three-dimensional layers, zeros, embeddings, attention, LSTMs and the like."""
     for case in ODD:
         odd_layer_is_right(method, case)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+SEQUENCE = "sequence"
+
 
 class Odd(nn.Module):
     """Stem, the odd layer, ReLU, mean over space, linear: the odd layer is neither first nor last."""
@@ -19,8 +21,29 @@ class Odd(nn.Module):
         return logits
 
 
+class Sequence(nn.Module):
+    """Embedding, a parameter of its own, attention, LSTM, linear, mean over time: weights of layers that compute in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8, padding_idx=0)
+        self.position = nn.Parameter(torch.randn(5, 8) / 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x, _ = self.lstm(x)
+        logits: Tensor = self.head(self.inner(x).relu().mean(1))
+        return logits
+
+
 def odd_network(case: str) -> tuple[nn.Module, Tensor]:
     """A network around one odd layer, and samples for it."""
+    if case == SEQUENCE:
+        return Sequence(), torch.randint(11, (16, 5))
     images = torch.randn(16, 3, 6, 6)
     stem = nn.Conv2d(3, 6, 3, padding=1)
     if case == "one_dimension":
@@ -58,5 +81,5 @@ def tiny_channels(layer: nn.Module) -> int:
 
 ODD = [
     "depthwise", "grouped", "dilated", "transposed", "transposed_grouped", "one_dimension", "transposed_one_dimension", "three_dimensions",
-    "odd_channels", "zero_channel", "zero_layer", "constant_weights", "one_sample",
+    "odd_channels", "zero_channel", "zero_layer", "constant_weights", "one_sample", SEQUENCE,
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from lowbit.methods.gradients.metaquant import (
     MetaQuant,
     MetaQuantizer,
     MultiFc,
-    meta_layers,
+    meta_weights,
     refined_gradient,
 )
 from lowbit.network import insert
@@ -281,15 +281,15 @@ def test_the_look_ahead_is_where_the_optimizer_goes(spec: OptimizerSpec) -> None
         run.before_step()
         run.loss(batch).backward()
         ahead = {
-            layer: quantizer.look_ahead(insert.float_weight(layer)).detach()
-            for layer, quantizer in meta_layers(run.model)
+            site: quantizer.look_ahead(site.original).detach()
+            for site, quantizer in meta_weights(run.model)
             if quantizer.pending is not None
         }
         run.after_backward()
         run.optimizer_step()
         run.after_step()
-        for layer, value in ahead.items():
-            torch.testing.assert_close(insert.float_weight(layer).detach(), value, rtol=1e-5, atol=1e-6)
+        for site, value in ahead.items():
+            torch.testing.assert_close(site.original.detach(), value, rtol=1e-5, atol=1e-6)
     assert ahead
 
 
@@ -349,12 +349,12 @@ def test_gradients_of_a_scaled_loss_are_taken_back_to_its_scale() -> None:
 def test_infinite_gradients_of_a_scaled_loss_are_not_remembered() -> None:
     run, batch = tiny()
     step(run, batch)
-    kept = [quantizer.last_gradient.clone() for _, quantizer in meta_layers(run.model)]
+    kept = [quantizer.last_gradient.clone() for _, quantizer in meta_weights(run.model)]
     run.before_step()
     run.gradient_scale = 1e38
     (1e38 * run.loss(batch) * 1e30).backward()
     run.after_backward()
-    assert all(torch.equal(quantizer.last_gradient, before) for (_, quantizer), before in zip(meta_layers(run.model), kept, strict=True))
+    assert all(torch.equal(quantizer.last_gradient, before) for (_, quantizer), before in zip(meta_weights(run.model), kept, strict=True))
 
 
 def test_layers_that_rest_in_a_step_keep_what_they_have_seen() -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import lowbit
 from lowbit.network import insert
+from lowbit.network.insert import weight_sites
 from lowbit.network.usage import WeightsUsed
 
 X = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -96,7 +97,7 @@ def test_the_table_says_how_each_layer_is_used() -> None:
 
 def test_only_weights_that_an_operation_reads_count_as_used() -> None:
     model = seeded(Functional)
-    with torch.no_grad(), WeightsUsed(dict(model.named_children())) as used:
+    with torch.no_grad(), WeightsUsed(weight_sites(model)) as used:
         model.train()(X)
     assert used.names == {"first", "by_weight", "both", "last"}
 
@@ -104,6 +105,6 @@ def test_only_weights_that_an_operation_reads_count_as_used() -> None:
 def test_layers_that_share_a_weight_are_used_together() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight
-    with WeightsUsed({"first": first, "second": second, "other": nn.Linear(3, 3)}) as used:
+    with WeightsUsed(weight_sites(nn.ModuleDict({"first": first, "second": second, "other": nn.Linear(3, 3)}))) as used:
         first(torch.ones(1, 3))
     assert used.names == {"first", "second"}
