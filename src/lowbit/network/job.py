@@ -87,7 +87,7 @@ class NetworkJob:
         self._everything, self._order, self._others = everything, order, _others(self.model)
         self.placements: list[Placement] = []
         self._kept: dict[str, str] = {}
-        self._remarks: dict[str, str] = {}
+        self._remarks: dict[str, list[str]] = {}
         self._leave_what_changes_itself()
 
     def _note_merged(self, merged: dict[str, str]) -> None:
@@ -125,13 +125,13 @@ class NetworkJob:
 
     def remark(self, name: str, text: str) -> None:
         """What the table says of the weight ``name``, which is quantized, besides."""
-        self._remarks[name] = text
+        self._remarks.setdefault(name, []).append(text)
 
-    def round_others(self, procedure: str) -> None:
-        """Let the table say of the weights outside ``layers`` that ``procedure`` does not reach them."""
+    def remark_others(self, text: str) -> None:
+        """What the table says of all weights outside ``layers``: what the method does to convolutions and linear layers alone."""
         for name in self.weights:
             if name not in self.layers:
-                self.remark(name, f"rounded to nearest: {procedure} works on convolutions and linear layers")
+                self.remark(name, text)
 
     def is_excepted(self, name: str) -> bool:
         """Whether the layer ``name`` gets other quantizers than the method's."""
@@ -221,11 +221,10 @@ class NetworkJob:
             reasons = []
             if asked.weight is None:
                 reasons.append(self._kept.get(name, "the policy keeps its weight in float"))
-            elif name in self._remarks:
-                reasons.append(self._remarks[name])
+            reasons += self._remarks.get(name, [])
             if site.is_weight_only:
                 if asked.weight is not None:
-                    reasons.append("only its weight is quantized")
+                    reasons.append("what is computed with it stays in float")
                 if name not in self._order and name not in self._used:
                     reasons.append("the sample never uses this weight")
             elif name in self._used:

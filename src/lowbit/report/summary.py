@@ -35,6 +35,7 @@ class Summary:
         stored_bytes, float_bytes: Computed size of packed codes, tables, biases and everything else; the same network in float32.
         other_bytes: The part of ``stored_bytes`` outside the layers (norms, embeddings, activation grids).
         notes: Remarks about the whole network.
+        others: What holds parameters besides the layers (norms, single parameters), and why it stays in float.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Summary:
     float_bytes: int
     other_bytes: int
     notes: tuple[str, ...] = ()
+    others: tuple[LayerResult, ...] = ()
 
     def __rich__(self) -> RichTable:
         title = f"{self.model}, {self.method}" if self.method else self.model
@@ -56,7 +58,7 @@ class Summary:
         bits = ("W bits", "A bits", *(["out bits"] if has_outputs else []))
         for column in ("layer", "kind", "weight", *bits, "quantizer", "size", *(["SQNR"] if has_noise else []), "status"):
             table.add_column(column, justify="right" if column in (*bits, "size", "SQNR") else "left", overflow="fold")
-        for layer in self.layers:
+        for layer in (*self.layers, *self.others):
             cells = [
                 layer.name,
                 layer.kind,
@@ -102,7 +104,23 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
         size.float_bytes,
         size.other_bytes,
         () if record is None else tuple(record.table.notes),
+        () if record is None else tuple(other_results(model)),
     )
+
+
+def other_results(model: nn.Module) -> list[LayerResult]:
+    """One ``LayerResult`` for what the record of ``model`` lists besides the layers."""
+    record = record_of(model)
+    tensors = dict(model.named_parameters())
+    found = []
+    for row in [] if record is None else record.table.others:
+        held = [tensor for name, tensor in tensors.items() if name == row.name or name.rpartition(".")[0] == row.name]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        shape = tuple(held[0].shape) if len(held) == 1 else ()
+        found.append(
+            LayerResult(row.name, row.kind, None, None, status=row.status, reason=row.reason, shape=shape, stored_bytes=size, float_bytes=size)
+        )
+    return found
 
 
 def layer_results(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> list[LayerResult]:

@@ -20,6 +20,7 @@ from lowbit.quantizers import QTensor
 LARGEST_BIAS = 2**30  # leaves the sum of products as much again
 COARSE = 1 / 8  # of a step: the most by which a bias may be moved
 _PAIR = 2**14 - 1  # two products of this size fit 16 bits, in which processors without integer dot products add them
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
 
 
@@ -165,7 +166,7 @@ def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[i
 
     ONNX Runtime would quantize its weight to 8 bits by itself. A clip to the range that the input is in anyway hides the codes.
     """
-    if node.domain != "" or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.inputs[1] in decoded:
+    if node.domain != "" or node.op_type not in _LAYERS or node.inputs[1] in decoded:
         return
     x = node.inputs[0]
     if x is None or x not in grids or (constant_of(node.inputs[1]) is None and not _is_decoded(node.inputs[1])):
@@ -192,23 +193,77 @@ def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded:
     """
     if why_in_float(node, grids, decoded) is None or (node.inputs[0] in grids and _may_end_in_quantizer(node.outputs[0])):
         return
-    weight = input_of(node, 1)
+    name, weight = f"{node.outputs[0].name}.weight", input_of(node, 1)
+    node.replace_input_with(1, _decode_by_steps(node, name, _codes_of(weight), *_tables(graph_of(node), name, decoded[weight].grid)))
+
+
+def decode_weights_of_others(graph: ir.Graph, decoded: Mapping[ir.Value, DecodedWeight]) -> None:
+    """Let readers that are no layers of their own, as those of embeddings and recurrent layers, not have a weight decoded in every call.
+
+    A lookup of rows decodes the rows that it has found; what else is done with weights alone is computed once, when loading.
+    """
+    for value, weight in decoded.items():
+        source, readers = value.producer(), dict.fromkeys(use.node for use in value.uses() if use.node.op_type not in _LAYERS)
+        if source is None or not readers or value.is_graph_output():
+            continue
+        codes, tables = _codes_of(value), _tables(graph, f"{value.name}.table", weight.grid)
+        others = []
+        for reader in readers:
+            if weight.is_int4 or not _looks_up_rows(reader, value):  # ONNX has no lookup among 4-bit codes
+                others.append(reader)
+                continue
+            factors, zeros = (None if table is None else _same_lookup(reader, table) for table in tables)
+            assert factors is not None
+            name = f"{reader.outputs[0].name}.rows"
+            take_place_of(reader, _decode_by_steps(reader, name, _same_lookup(reader, codes), factors, zeros))
+        if others:
+            whole = _decode_by_steps(source, f"{value.name}.whole", codes, *tables)
+            for reader in others:
+                for index, given in enumerate(reader.inputs):
+                    if given is value:
+                        reader.replace_input_with(index, whole)
+
+
+def _looks_up_rows(reader: ir.Node, value: ir.Value) -> bool:
+    axis = reader.attributes.get("axis")
+    return reader.op_type == "Gather" and reader.inputs[0] is value and (axis is None or axis.as_int() == 0)
+
+
+def _same_lookup(reader: ir.Node, table: ir.Value) -> ir.Value:
+    """What ``reader`` finds in another table; a table of one row is for all rows."""
+    if table.shape is not None and table.shape[0] == 1:
+        return table
+    step = ir.node("Gather", [table, input_of(reader, 1)], {"axis": 0})
+    step.outputs[0].name = f"{reader.outputs[0].name}.{table.name}"
+    graph_of(reader).insert_before(reader, step)
+    return step.outputs[0]
+
+
+def _codes_of(weight: ir.Value) -> ir.Value:
     source = weight.producer()
     assert source is not None
-    codes = input_of(source, 0)
-    graph, name, grid = graph_of(node), f"{node.outputs[0].name}.weight", decoded[weight].grid
-    shape = [-1 if axis == grid.axis else 1 for axis in range(grid.codes.dim())]
-    steps = [ir.node("Cast", [codes], {"to": FLOAT})]
+    return input_of(source, 0)
+
+
+def _tables(graph: ir.Graph, name: str, grid: IntegerGrid) -> tuple[ir.Value, ir.Value | None]:
+    """Factors and, where there are any, zero points, shaped so that they broadcast with the codes."""
+    shape, zeros = [-1 if axis == grid.axis else 1 for axis in range(grid.codes.dim())], None
     if bool(grid.zero_point.any()):
         zeros = add_initializer(graph, f"{name}.zeros", grid.zero_point.float().reshape(shape).numpy())
+    return add_initializer(graph, f"{name}.factors", grid.scale.reshape(shape).numpy()), zeros
+
+
+def _decode_by_steps(anchor: ir.Node, name: str, codes: ir.Value, factors: ir.Value, zeros: ir.Value | None) -> ir.Value:
+    """``(codes - zeros) * factors`` in front of ``anchor``."""
+    steps = [ir.node("Cast", [codes], {"to": FLOAT})]
+    if zeros is not None:
         steps.append(ir.node("Sub", [steps[0].outputs[0], zeros]))
-    factors = add_initializer(graph, f"{name}.factors", grid.scale.reshape(shape).numpy())
     steps.append(ir.node("Mul", [steps[-1].outputs[0], factors]))
     for step in steps:
         step.outputs[0].name = f"{name}.{step.op_type}"
-        step.outputs[0].shape, step.outputs[0].type = ir.Shape(grid.codes.shape), ir.TensorType(FLOAT)
-    graph.insert_before(node, steps)
-    node.replace_input_with(1, steps[-1].outputs[0])
+        step.outputs[0].shape, step.outputs[0].type = codes.shape, ir.TensorType(FLOAT)
+    graph_of(anchor).insert_before(anchor, steps)
+    return steps[-1].outputs[0]
 
 
 def _may_end_in_quantizer(value: ir.Value) -> bool:

@@ -22,7 +22,15 @@ import onnx_ir as ir
 from lowbit.errors import SpecError
 from lowbit.formats.onnx.activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
 from lowbit.formats.onnx.fold import fold_affine
-from lowbit.formats.onnx.layers import DecodedWeight, decode_weight, decode_while_loading, keep_float, note_layers_in_float, quantize_bias
+from lowbit.formats.onnx.layers import (
+    DecodedWeight,
+    decode_weight,
+    decode_weights_of_others,
+    decode_while_loading,
+    keep_float,
+    note_layers_in_float,
+    quantize_bias,
+)
 from lowbit.formats.onnx.surgery import Reasons, pass_through, remove_unused, tidy
 from lowbit.formats.onnx.translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
 from lowbit.quantizers import QTensor
@@ -87,6 +95,7 @@ def integer_network(
     note_layers_in_float(model.graph, grids, decoded, reasons, emulated)
     for node in list(model.graph):
         decode_while_loading(node, grids, decoded)
+    decode_weights_of_others(model.graph, decoded)
     return Rewritten(tidy(model), tuple(f"computed in float, because {why}: {_listed(names)}" for why, names in reasons.items()))
 
 

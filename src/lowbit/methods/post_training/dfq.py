@@ -382,6 +382,8 @@ class Dfq(PostTrainingMethod):
         if inputs is not None and self.bias_correction == "analytic":
             correct_biases(job, inputs, n_sigma=self.n_sigma, shift_statistics=self.shift_statistics)
         job.insert_activations(self)
+        if self.bias_correction != "none":
+            job.remark_others("no bias is corrected, as only those of convolutions and linear layers are")
         if uses_data or inputs is None:
             job.calibrate_activations()
         else:

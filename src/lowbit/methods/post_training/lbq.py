@@ -302,6 +302,7 @@ class Lbq(PostTrainingMethod):
             job.fold()
         job.insert_weights(self.weight_quantizer)
         self._split_key_layers(job)
+        job.remark_others("rounded to nearest in one tensor, as only convolutions and linear layers are refined")
         if self.epochs:
             self._refine(job)
         job.insert_activations(self)

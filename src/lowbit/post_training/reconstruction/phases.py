@@ -73,6 +73,7 @@ class RoundWeights(Phase):
     def __init__(self, job: PtqJob, objective: Objective, *, is_symmetric: bool, by_size: Callable[[int], Objective] | None = None) -> None:
         """``by_size`` gives the objective of a unit by its number of weights; ``objective`` holds for every unit where it is left out."""
         super().__init__(job, objective, is_symmetric=is_symmetric)
+        job.remark_others("rounded to nearest, as only convolutions and linear layers are reconstructed")
         self._by_size = by_size
 
     def objective_for(self, unit: PlannedUnit) -> Objective:
