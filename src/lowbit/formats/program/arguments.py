@@ -147,6 +147,19 @@ def _recurrent(gates: int) -> Callable[[Values], None]:
     return check
 
 
+def _bag(values: Values) -> None:
+    """A table of rows, places in it, and where bags begin, all in one place; torch checks what the places are."""
+    weight, indices, offsets, factors = (values.get(name) for name in ("weight", "indices", "offsets", "per_sample_weights"))
+    if [t.dim() for t in (weight, indices, offsets)] != [2, 1, 1] or any(t.device != weight.device for t in (indices, offsets)):
+        raise ValueError("it needs a table of rows, a list of places in it and one of where bags begin")
+    if indices.dtype != offsets.dtype or indices.dtype not in (torch.int32, torch.int64) or values.get("mode", 0) not in (0, 1, 2):
+        raise ValueError("places must be whole numbers, and its mode 0, 1 or 2")
+    if factors is not None and (factors.shape != indices.shape or factors.dtype != weight.dtype or factors.device != weight.device):
+        raise ValueError(f"its factors must be {weight.dtype}, one for each of {indices.numel()} places")
+    if not -weight.shape[0] <= (values.get("padding_idx") or 0) < max(weight.shape[0], 1):
+        raise ValueError(f"padding_idx must be one of its {weight.shape[0]} rows")
+
+
 def _resize(values: Values) -> None:
     """Scales fit the sizes: torch computes places in the input, and the width of filters, from them."""
     x, sizes, factors = values.get("self", values.get("input")), values.get("output_size"), values.get("scale_factors")
@@ -227,6 +240,7 @@ _FAMILIES: dict[str, Callable[[Values], None]] = {
     "aten::native_group_norm": _group_norm,
     "aten::lstm": _recurrent(4),
     "aten::gru": _recurrent(3),
+    "aten::embedding_bag": _bag,
     **dict.fromkeys(("aten::rnn_tanh", "aten::rnn_relu"), _recurrent(1)),
     **dict.fromkeys(
         [f"aten::{prefix}{mode}" for prefix, modes in (

@@ -47,8 +47,8 @@ _ATEN_NAMES = """
     eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite
     sum mean prod amax amin max min argmax argmin std var std_mean var_mean any all logsumexp cumsum cumprod sort argsort topk
     zeros ones full arange linspace eye scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full
-    embedding one_hot bucketize searchsorted meshgrid
-    scaled_dot_product_attention lstm gru rnn_tanh rnn_relu sym_size sym_numel
+    embedding embedding_bag one_hot bucketize searchsorted meshgrid
+    scaled_dot_product_attention lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell sym_size sym_numel
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
 _NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # only their overload for plain batches, not that for packed sequences
