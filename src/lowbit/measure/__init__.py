@@ -8,13 +8,13 @@ from lowbit.measure.cost import (
     LayerSize,
     ModelSize,
     compute_cost,
-    count_macs,
     layer_bits,
     model_size,
     qtensor_bytes,
     tensor_bytes,
 )
 from lowbit.measure.latency import Latency, measure_latency
+from lowbit.measure.macs import count_macs
 from lowbit.measure.noise import Noise, noise_between, sqnr_db
 from lowbit.measure.outputs import output_tensor
 from lowbit.measure.sensitivity import LayerNoise, layer_noise, output_noise, weight_noise

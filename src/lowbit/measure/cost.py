@@ -7,14 +7,12 @@ multiplications) and measured time (``latency``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.inputs import Inputs
-from lowbit.measure.outputs import device_of
+from lowbit.measure.macs import count_macs
 from lowbit.network.bits import get_bits
 from lowbit.network.insert import (
     Coded,
@@ -23,7 +21,6 @@ from lowbit.network.insert import (
     site_name,
     weight_sites,
 )
-from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating, quantizable_layers
 from lowbit.network.record import record_of
 from lowbit.network.table import LayerRecord
 from lowbit.quantizers import QTensor, Quantizer
@@ -172,41 +169,6 @@ def _tensors(module: nn.Module | None) -> list[Tensor]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def count_macs(model: nn.Module, sample: object) -> dict[str, float]:
-    """Multiply-accumulates of each convolution and linear layer for one sample, from the shapes of a real call.
-
-    Convolution: output elements x (input channels / groups) x kernel elements. Transposed: input elements x (output
-    channels / groups) x kernel elements. Linear: output elements x input features, so every token counts. Calls add up;
-    the batch is divided out. Layers that are not called as modules (only their weight is used) count zero.
-    """
-    inputs = Inputs.of(sample, model).to(device_of(model))
-    layers = quantizable_layers(model)
-    macs = dict.fromkeys(layers, 0)
-    handles = [layer.register_forward_hook(_counter(name, layer, macs), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            model(*inputs.args, **inputs.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: count / inputs.batch_size for name, count in macs.items()}
-
-
-def _counter(
-    name: str, layer: nn.Module, macs: dict[str, int]
-) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-    def count(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        if isinstance(layer, TRANSPOSED):
-            given = args[0] if args else kwargs["input"]
-            macs[name] += given.numel() * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
-        elif isinstance(layer, CONVOLUTIONS):
-            macs[name] += output.numel() * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
-        elif isinstance(layer, nn.Linear):
-            macs[name] += output.numel() * layer.in_features
-
-    return count
 
 
 def compute_cost(model: nn.Module, sample: object) -> dict[str, LayerCompute]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,6 +131,8 @@ def export(
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
     if kernels and path.suffix == ".onnx":
         raise SpecError(f"{path}: an ONNX file is run by other runtimes. Low-bit kernels need a .lowbit file.")
+    if output_names and path.suffix != ".onnx":
+        raise SpecError(f"output_names={output_names!r}, {path}: only ONNX files name their outputs. Leave it out, or write an .onnx file.")
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
     inputs = Inputs.of(sample, model).to("cpu")
@@ -195,7 +197,9 @@ def _export_onnx(
     marked = translate(program, opset=INT4_OPSET if weight_container == "int4" else OPSET)
     rewritten = integer_network(marked, program.weights, weight_container=weight_container, emulated=program.emulated)
     notes = [*program.notes, *rewritten.notes]
-    name_outputs(rewritten.model, _checked_names(output_names, len(rewritten.model.graph.outputs)) or names_of(program.structure))
+    graph = rewritten.model.graph
+    taken = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    name_outputs(rewritten.model, _checked_names(output_names, len(graph.outputs), taken) or names_of(program.structure))
     speed = None
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         ir.save(rewritten.model, temporary)
@@ -219,9 +223,15 @@ def _export_onnx(
     return ExportReport(path, "onnx", size, parity, speed, integer, tuple(notes))
 
 
-def _checked_names(names: Sequence[str], outputs: int) -> list[str]:
-    if names and (len(names) != outputs or len(set(names)) != outputs or isinstance(names, str)):
-        raise SpecError(f"output_names={names!r}: the network has {outputs} output tensors. Give each a name of its own.")
+def _checked_names(names: Sequence[str], outputs: int, taken: Collection[str]) -> list[str]:
+    is_listed = not isinstance(names, str) and all(isinstance(name, str) and name for name in names)
+    if names and not (is_listed and len(names) == outputs == len(set(names))):
+        raise SpecError(
+            f"output_names={names!r}: the network has {outputs} output tensor{'s' if outputs > 1 else ''}. Give each a name of its own."
+        )
+    for name in names:
+        if name in taken:
+            raise SpecError(f"output_names: {name!r} is the name of an input or a weight. Choose another one.")
     return list(names)
 
 
@@ -252,6 +262,7 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         measure_speed=request.speed and is_quantized,
         kernels=request.runtime,
         dynamic=[name for name in (request.dynamic or "").split(",") if name],
+        output_names=[] if request.output_names is None else [name.strip() for name in request.output_names.split(",")],
     )
 
 

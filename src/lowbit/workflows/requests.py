@@ -369,6 +369,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
             and no more.
         speed: Time the ONNX file of a quantized network against the float one.
         dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size.
+        output_names: Names for the output tensors of an ONNX file, joined by commas. Default: the keys of a dictionary, else out0, out1 ...
         seed: Seed of the noise that stands in for samples.
     """
 
@@ -381,6 +382,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     runtime: bool = False
     speed: bool = True
     dynamic: str | None = None
+    output_names: str | None = None
     seed: int = 0
 
 

@@ -92,7 +92,7 @@ def remove_unused(model: ir.Model) -> None:
 
 def tidy(model: ir.Model) -> ir.Model:
     """Remove what nothing reads, and traces of the exporting machine such as file names in stack traces."""
-    has_subgraphs = any(node.graph is not model.graph for node in model.graph.all_nodes())
+    has_subgraphs = any(True for _ in model.graph.subgraphs())
     for step in (
         *(() if has_subgraphs else (passes.IdentityEliminationPass(),)),  # their results have to be values of their own
         passes.RemoveUnusedNodesPass(),

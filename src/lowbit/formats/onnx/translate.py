@@ -50,6 +50,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
     Raises:
         GraphError: An operator of the network has no ONNX form.
     """
+    _refuse_projections(program)
     _register_schemas()
     with _quiet():
         try:
@@ -64,6 +65,18 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
             _mark_weight(converted.model.graph, name)
         converted.optimize()
     return converted.model
+
+
+def _refuse_projections(program: Program) -> None:
+    for node in program.exported.graph.nodes:
+        if node.target is torch.ops.aten.lstm.input:
+            result, cell = (state.meta["val"].shape[-1] for state in node.args[1])
+            if result != cell:
+                path = program.exported.graph_signature.inputs_to_parameters.get(node.args[2][0].name, "")
+                raise GraphError(
+                    f"layer {path.rpartition('.')[0]!r} (LSTM): ONNX has no LSTM with projections (proj_size={result}). "
+                    "Export the network to .lowbit, or replace the projections by a linear layer."
+                )
 
 
 def _translations() -> dict[Any, Any]:
