@@ -51,6 +51,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
         GraphError: An operator of the network has no ONNX form.
     """
     _refuse_projections(program)
+    _allow_other_layouts(program)
     _register_schemas()
     with _quiet():
         try:
@@ -65,6 +66,19 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
             _mark_weight(converted.model.graph, name)
         converted.optimize()
     return converted.model
+
+
+def _allow_other_layouts(program: Program) -> None:
+    """Let views copy what they read: the exporter takes attention apart, and what that computes lies differently in memory."""
+    aten, graph = torch.ops.aten, program.exported.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.view.default or node.args[0].op != "call_function":
+            continue
+        with graph.inserting_before(node):
+            copied = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+        copied.meta = dict(node.args[0].meta)
+        node.update_arg(0, copied)
+    program.exported.graph_module.recompile()
 
 
 def _refuse_projections(program: Program) -> None:

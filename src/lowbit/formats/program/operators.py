@@ -43,7 +43,7 @@ _ATEN_NAMES = """
     replication_pad1d replication_pad2d replication_pad3d alias detach clone contiguous lift_fresh_copy copy _to_copy to type_as
     add sub rsub mul div floor_divide true_divide fmod remainder neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow
     reciprocal sin cos tan asin acos atan atan2 sinh cosh erf floor ceil round trunc frac clamp clamp_min clamp_max maximum minimum
-    addcmul addcdiv lerp nan_to_num
+    addcmul addcdiv lerp nan_to_num fill
     eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite
     sum mean prod amax amin max min argmax argmin std var std_mean var_mean any all logsumexp cumsum cumprod sort argsort topk
     zeros ones full arange linspace eye scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full
