@@ -42,6 +42,14 @@ class IntegerGrid:
         axis = None if self.axis is None else order.index(self.axis)
         return IntegerGrid(self.codes.permute(order).contiguous(), self.scale, self.zero_point, axis)
 
+    def upright(self) -> IntegerGrid:
+        """The same values with no negative scale, which a learned one can become: ``-(codes - zero) = (-1 - codes) - (-1 - zero)``."""
+        is_negative = self.scale < 0
+        if not bool(is_negative.any()):
+            return self
+        codes = torch.where(is_negative.reshape(self._shape()), ~self.codes, self.codes)
+        return IntegerGrid(codes, self.scale.abs(), torch.where(is_negative, ~self.zero_point, self.zero_point), self.axis)
+
     def centred(self) -> IntegerGrid:
         """The same values with the zero point 0, where the shifted codes fit int8: always with 7 bits or fewer.
 
@@ -164,7 +172,7 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
         return None
     flat = (scale.numel(),) if axis is not None else ()
     grid = IntegerGrid(codes.to(torch.int8), scale.detach().float().reshape(flat), zero_point.detach().reshape(flat).to(torch.int8), axis)
-    return grid if torch.equal(grid.decode(), weight.decode()) else None
+    return grid.upright() if torch.equal(grid.decode(), weight.decode()) else None
 
 
 def why_no_integer_grid(weight: QTensor) -> str:
