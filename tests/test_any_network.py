@@ -27,6 +27,7 @@ from tests.networks import (
     TwoInputNet,
     settled,
 )  # fmt: skip
+from tests.optional import require
 
 
 def image(count: int = 8, size: int = 8) -> Tensor:
@@ -137,3 +138,51 @@ def test_networks_of_timm_are_quantized_and_exported(name: str, tmp_path: Path) 
     batch = image(2, size)
     model = settled(load_model(f"timm:{name}", num_classes=10, **with_size), image(8, size))
     quantize_and_export(model, (batch,), tmp_path, weight_bits=8, limit=0.8, is_chaotic=True)  # deep, with random weights
+
+
+def vision_transformer(name: str) -> tuple[nn.Module, Tensor]:
+    """A small one, with weights that answer, and pictures."""
+    torch.manual_seed(0)
+    size = 32 if name == "swin" else 16
+    if name == "beit":
+        model: nn.Module = require("timm.models.beit").Beit(
+            img_size=size, patch_size=4, num_classes=5, embed_dim=16, depth=2, num_heads=2, init_values=0.1, use_rel_pos_bias=True
+        )
+    elif name == "swin":
+        model = require("torchvision.models.swin_transformer").SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=5)
+    else:
+        model = require("torchvision.models.vision_transformer").VisionTransformer(size, 4, 2, 2, 16, 32, num_classes=5)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model.eval(), torch.randn(16, 3, size, size)
+
+
+IN_FLOAT = {"vit": "encoder.pos_embedding", "swin": "features.1.0.attn.relative_position_bias_table", "beit": "blocks.0.attn.q_bias"}
+BY_WEIGHT = {"vit": "encoder.layers.encoder_layer_0.self_attention.out_proj", "swin": "features.1.0.attn.qkv", "beit": "blocks.0.attn.qkv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["round_to_nearest", "white_paper", "lsq"])
+@pytest.mark.parametrize("name", ["vit", "swin", "beit"])
+def test_vision_transformers_are_quantized_trained_and_exported(name: str, method: str, tmp_path: Path) -> None:
+    model, images = vision_transformer(name)
+    if method == "lsq":
+        quantized = lowbit.prepare(model, method=method, weight_bits=8, activation_bits=8, sample=images).train()
+        optimizer = torch.optim.SGD(quantized.parameters(), 1e-4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            quantized(images).square().mean().backward()
+            optimizer.step()
+        quantized.eval()
+    else:
+        quantized = lowbit.quantize(model, method=method, weight_bits=8, activation_bits=8, calibration=images)
+    with torch.no_grad():
+        assert relative_error(model(images), quantized(images)) < 0.15
+    rows = {row.name: row for row in lowbit.summary(quantized).layers}
+    assert all(row.weight_bits == 8 for row in rows.values()) and not any("never" in row.reason for row in rows.values())
+    assert rows[BY_WEIGHT[name]].reason == "its weight is used without calling the layer; its input stays in float"
+    assert IN_FLOAT[name] in [row.name for row in lowbit.summary(quantized).others]
+    for suffix in ("lowbit", "onnx"):
+        report = lowbit.export(quantized, tmp_path / f"m.{suffix}", sample=images, measure_speed=False)
+        assert report.parity.passed and report.parity.top1_agreement is not None and report.parity.top1_agreement > 0.99

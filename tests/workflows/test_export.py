@@ -144,6 +144,14 @@ def test_names_must_fit_the_outputs(tmp_path: Path) -> None:
     model = quantize(Outputs(lambda x, a, b: (a, b)).eval(), method="round_to_nearest", calibration=[ROWS])
     with pytest.raises(SpecError, match="the network has 2 output tensors"):
         export(model, tmp_path / "m.onnx", sample=ROWS, output_names=["one"])
+    for names in (["one", "one"], ["one", ""], "ab"):
+        with pytest.raises(SpecError, match="Give each a name of its own"):
+            export(model, tmp_path / "m.onnx", sample=ROWS, output_names=names)
+    with pytest.raises(SpecError, match="'x' is the name of an input or a weight"):
+        export(model, tmp_path / "m.onnx", sample=ROWS, output_names=["x", "y"])
+    with pytest.raises(SpecError, match="only ONNX files name their outputs"):
+        export(model, tmp_path / "m.lowbit", sample=ROWS, output_names=["one", "two"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.lowbit"])
