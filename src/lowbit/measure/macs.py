@@ -69,7 +69,7 @@ class _Products(TorchDispatchMode):
             if isinstance(layer, nn.RNNBase):  # its kernels hide the products
                 self._handles.append(layer.register_forward_hook(self._recurrent(name, site), with_kwargs=True))
             elif parametrize.is_parametrized(layer, parameter):
-                parts = layer.parametrizations[parameter]  # type: ignore[index, union-attr]
+                parts: nn.Module = layer.parametrizations[parameter]  # type: ignore[index, assignment]
                 self._handles.append(parts.register_forward_hook(lambda _module, _args, value, name=name: self._note(name, value)))
             else:
                 self._note(name, site.original)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -194,12 +194,11 @@ def _export_onnx(
     from lowbit.formats.onnx.rewrite import float_network, integer_network
     from lowbit.formats.onnx.surgery import name_outputs
 
+    names = _checked_names(output_names, program) or names_of(program.structure)
     marked = translate(program, opset=INT4_OPSET if weight_container == "int4" else OPSET)
     rewritten = integer_network(marked, program.weights, weight_container=weight_container, emulated=program.emulated)
     notes = [*program.notes, *rewritten.notes]
-    graph = rewritten.model.graph
-    taken = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
-    name_outputs(rewritten.model, _checked_names(output_names, len(graph.outputs), taken) or names_of(program.structure))
+    name_outputs(rewritten.model, names)
     speed = None
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         ir.save(rewritten.model, temporary)
@@ -223,7 +222,9 @@ def _export_onnx(
     return ExportReport(path, "onnx", size, parity, speed, integer, tuple(notes))
 
 
-def _checked_names(names: Sequence[str], outputs: int, taken: Collection[str]) -> list[str]:
+def _checked_names(names: Sequence[str], program: Program) -> list[str | None]:
+    signature, outputs = program.exported.graph_signature, len(names_of(program.structure))
+    taken = {*map(str, signature.user_inputs), *signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     is_listed = not isinstance(names, str) and all(isinstance(name, str) and name for name in names)
     if names and not (is_listed and len(names) == outputs == len(set(names))):
         raise SpecError(

@@ -149,7 +149,7 @@ def _recurrent(gates: int) -> Callable[[Values], None]:
 
 def _bag(values: Values) -> None:
     """A table of rows, places in it, and where bags begin, all in one place; torch checks what the places are."""
-    weight, indices, offsets, factors = (values.get(name) for name in ("weight", "indices", "offsets", "per_sample_weights"))
+    weight, indices, offsets, factors = values["weight"], values["indices"], values["offsets"], values.get("per_sample_weights")
     if [t.dim() for t in (weight, indices, offsets)] != [2, 1, 1] or any(t.device != weight.device for t in (indices, offsets)):
         raise ValueError("it needs a table of rows, a list of places in it and one of where bags begin")
     if indices.dtype != offsets.dtype or indices.dtype not in (torch.int32, torch.int64) or values.get("mode", 0) not in (0, 1, 2):
