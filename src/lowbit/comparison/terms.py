@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lowbit.comparison.cells import FLOAT, Result, Track
-from lowbit.measure.cost import count_macs, layer_bits
+from lowbit.measure.cost import layer_bits
+from lowbit.measure.macs import count_macs
 from lowbit.network.bits import layer_quantizers
 from lowbit.network.layers import NORMS
 from lowbit.network.record import record_of
