@@ -13,7 +13,7 @@ from lowbit.inputs import Calibration
 from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise, sqnr_db
 from lowbit.measure.outputs import batch_count, pieces
-from lowbit.network.insert import quantization_enabled, quantized_weights, weight_sites
+from lowbit.network.insert import float_weight, quantization_enabled, quantized_weights, weight_sites
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress
 
