@@ -46,7 +46,7 @@ def test_packing_keeps_every_weight_and_float_arithmetic_is_the_plain_product(bi
 
 @needs_kernels
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(bits=st.integers(1, 8), inputs=st.integers(1, 1500), outputs=st.integers(1, 13), rows=st.integers(1, 4))
+@given(bits=st.integers(1, 8), inputs=st.integers(1, 1500), outputs=st.integers(1, 150), rows=st.integers(1, 140))
 def test_the_kernel_gives_the_sums_of_the_reference(bits: int, inputs: int, outputs: int, rows: int) -> None:
     x, packed, _, _ = a_layer(bits, inputs, outputs, rows=rows)
     whole = replace(packed, table=torch.tensor([[0.0, 1.0]]))  # codes stand for themselves: sums are integers
@@ -54,6 +54,22 @@ def test_the_kernel_gives_the_sums_of_the_reference(bits: int, inputs: int, outp
     x[:, 0] = 127  # the scale is 1
     expected = packed_linear_reference(x.double(), replace(whole, table=whole.table.double()), None)
     assert torch.equal(packed_linear(x, whole, None, "int8"), expected.float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_row_gives_the_same_bits_whatever_rows_are_beside_it(bits: int) -> None:
+    x, packed, bias, _ = a_layer(bits, 700, 300, rows=67)
+    together = packed_linear(x, packed, bias, "int8")
+    assert torch.equal(together, torch.cat([packed_linear(row[None], packed, bias, "int8") for row in x]))
+
+
+@needs_kernels
+def test_sums_that_32_bits_cannot_hold_do_not_wrap_around() -> None:
+    inputs = 2**31 // (255 * 127) + 1
+    packed = pack_linear_weight(torch.full((1, inputs), 255), torch.arange(256.0)[None], 8)
+    found = packed_linear(torch.ones(1, inputs), packed, None, "int8")
+    assert float(found) == pytest.approx(255 * inputs, rel=1e-4)
 
 
 @needs_kernels

@@ -1,7 +1,9 @@
-"""Generates the dot product of packed weight codes with 8-bit inputs as LLVM vector IR: codes are unpacked in registers.
+"""Generates the product of packed weight codes with rows of 8-bit inputs as LLVM vector IR: codes are unpacked in registers.
 
-A group of 64 bytes holds ``8 / b`` parts: part ``s`` is ``(byte >> s b) & (2**b - 1)`` of every byte, the codes of 64 neighbouring inputs.
-Each part is multiplied by the inputs that belong to it, four products to a 32-bit lane where the processor can.
+Each 32-bit lane of a vector belongs to one output, and each of its bytes holds ``8 / b`` codes: part ``s`` of the lane is ``(byte >> s b) &
+(2**b - 1)`` of its four bytes, the codes of four neighbouring inputs. Four inputs of a row are broadcast to all lanes and multiplied by them,
+in one instruction where the processor has one (VNNI). The sums of some rows times some vectors of outputs stay in registers, so
+that unpacking is shared by the rows, and there is nothing to add up across lanes.
 """
 
 from __future__ import annotations
@@ -13,75 +15,104 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-ROWS = 4  # outputs that share the loaded inputs
-GROUP = 64  # bytes
+VECTORS = 4  # of outputs in a tile
+UNIT = 16  # outputs whose codes lie together: those of a vector of 64 bytes
 _DOTS = {64: "llvm.x86.avx512.vpdpbusd.512", 32: "llvm.x86.avx512.vpdpbusd.256"}
-I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
+I8, I32, I64 = (ir.IntType(width) for width in (8, 32, 64))
 
 
-def make_dot_kernel(bit_width: int, lanes: int, *, has_dot: bool) -> Any:
-    """A numba intrinsic ``(codes, row, x, groups, out)``: ``out[r] = sum codes[r, k] x[k]`` for ``ROWS`` rows.
+def make_dot_kernel(rows: int, lanes: int, *, has_dot: bool) -> Any:
+    """A numba intrinsic ``(codes, bit_width, units, groups, x, x_row, out, out_row)``: ``out[m, r] = sum codes[r, k] x[m, k]``.
 
-    All are integers: addresses of uint8 codes, int8 inputs and int32 results, bytes from one row of codes to the next, and groups of codes in a
-    row. Sums are exact.
+    For ``rows`` rows of inputs and ``VECTORS`` vectors of outputs. All are integers: addresses of uint8 codes ``[units, groups, 4 * UNIT]`` of 1, 2,
+    4 or 8 bits, int8 inputs and int32 results, the units that there are, and bytes from one row to the next. Results of units that are
+    not there repeat those of the last one. Sums are exact.
 
     Args:
-        bit_width: 1, 2, 4 or 8, of the codes.
+        rows: Rows of inputs.
         lanes: Bytes of a vector.
-        has_dot: Whether the processor adds four products of bytes to a 32-bit lane (VNNI).
+        has_dot: Whether the processor adds four products of bytes to a 32-bit lane.
     """
-    parts = 8 // bit_width
-    wide = lanes // 4 if has_dot else lanes
-    bytes_, sums = ir.VectorType(I8, lanes), ir.VectorType(I32, wide)
-
-    def add_products(builder: Any, total: Any, codes: Any, x: Any) -> Any:
-        if has_dot:
-            kind = ir.FunctionType(sums, [sums, sums, sums])
-            function = cgutils.get_or_insert_function(builder.module, kind, _DOTS[lanes])
-            return builder.call(function, [total, builder.bitcast(codes, sums), builder.bitcast(x, sums)])
-        short = ir.VectorType(I16, lanes)  # 255 times -128 fits
-        product = builder.mul(builder.zext(codes, short), builder.sext(x, short))
-        return builder.add(total, builder.sext(product, sums))
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        codes, row, x, groups, out = arguments
-        totals = [cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for _ in range(ROWS)]
-        with cgutils.for_range(builder, groups) as loop:
-            for first in range(0, GROUP, lanes):
-                start = builder.add(codes, builder.add(builder.mul(loop.index, I64(GROUP)), I64(first)))
-                inputs = builder.add(x, builder.add(builder.mul(loop.index, I64(GROUP * parts)), I64(first)))
-                loaded = [_load(builder, builder.add(start, builder.mul(row, I64(index))), bytes_) for index in range(ROWS)]
-                for index in range(ROWS, 2 * ROWS):
-                    _prefetch(builder, builder.add(start, builder.mul(row, I64(index))))
-                for part in range(parts):
-                    values = _load(builder, builder.add(inputs, I64(part * GROUP)), bytes_)
-                    for total, byte in zip(totals, loaded, strict=True):
-                        code = builder.lshr(byte, _splat(bytes_, part * bit_width)) if part else byte
-                        code = builder.and_(code, _splat(bytes_, 2**bit_width - 1)) if bit_width < 8 else code
-                        builder.store(add_products(builder, builder.load(total), code, values), total)
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, [sums]), f"llvm.vector.reduce.add.v{wide}i32")
-        for index, total in enumerate(totals):
-            place = builder.inttoptr(builder.add(out, I64(4 * index)), I32.as_pointer())
-            builder.store(builder.call(reduce, [builder.load(total)]), place)
+        builder.call(_function(rows, lanes, has_dot, builder.module), arguments)
         return cgutils.get_null_value(I8.as_pointer())
 
     # numba wants the arity spelled out
-    def typed(context, codes, row, x, groups, out):  # type: ignore[no-untyped-def]
-        return types.void(*[types.intp] * 5), generate
+    def typed(context, codes, bit_width, units, groups, x, x_row, out, out_row):  # type: ignore[no-untyped-def]
+        return types.void(*[types.intp] * 8), generate
 
     return intrinsic(typed)
 
 
+def _function(rows: int, lanes: int, has_dot: bool, module: Any) -> Any:
+    """The kernel as a function: inlined, it would have to share the registers with the loops around it."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), module.get_unique_name("lowbit.dot_kernel"))
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    codes, bit_width, units, groups, x, x_row, out, out_row = function.args
+    sums, last, parts = ir.VectorType(I32, lanes // 4), builder.sub(units, I64(1)), builder.udiv(I64(8), bit_width)
+    starts = []
+    for vector in range(VECTORS):
+        wanted = I64(vector * lanes // (4 * UNIT))
+        unit = builder.select(builder.icmp_signed("<", wanted, last), wanted, last)
+        offset = builder.mul(builder.mul(unit, groups), I64(4 * UNIT))
+        starts.append(builder.add(builder.add(codes, offset), I64(vector * lanes % (4 * UNIT))))
+    cells = [(row, vector) for row in range(rows) for vector in range(VECTORS)]
+    totals = {cell: cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for cell in cells}
+    left = [cgutils.alloca_once(builder, sums) for _ in range(VECTORS)]  # parts that are still to come
+    # lanes are shifted whole: the bits of other bytes that this brings along are masked
+    bits = builder.trunc(bit_width, I32)
+    shift, ones = _spread(builder, bits, sums), builder.sub(builder.shl(I32(1), bits), I32(1))
+    mask = _spread(builder, builder.mul(ones, I32(0x01010101)), sums)
+    add_products = _add_products_at_once if has_dot else _add_products
+    with cgutils.for_range(builder, groups) as group:
+        for start, place in zip(starts, left, strict=True):
+            builder.store(_load(builder, builder.add(start, builder.mul(group.index, I64(4 * UNIT))), sums), place)
+        with cgutils.for_range(builder, parts) as part:
+            values = []
+            for place in left:
+                packed = builder.load(place)
+                values.append(builder.and_(packed, mask))
+                builder.store(builder.lshr(packed, shift), place)
+            four = builder.shl(builder.add(builder.mul(group.index, parts), part.index), I64(2))
+            for row in range(rows):
+                inputs = _load(builder, builder.add(builder.add(x, builder.mul(x_row, I64(row))), four), I32)
+                inputs = _spread(builder, inputs, sums)
+                for vector in range(VECTORS):
+                    total = totals[row, vector]
+                    builder.store(add_products(builder, builder.load(total), values[vector], inputs), total)
+    for (row, vector), total in totals.items():
+        place = builder.add(builder.add(out, builder.mul(out_row, I64(row))), I64(vector * lanes))
+        builder.store(builder.load(total), builder.inttoptr(place, sums.as_pointer()), align=4)
+    builder.ret_void()
+    return function
+
+
+def _spread(builder: Any, number: Any, kind: Any) -> Any:
+    """A vector that holds ``number`` in all lanes."""
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0))
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), None))
+
+
+def _add_products_at_once(builder: Any, total: Any, codes: Any, inputs: Any) -> Any:
+    kind = total.type
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), _DOTS[4 * kind.count])
+    return builder.call(function, [total, codes, inputs])
+
+
+def _add_products(builder: Any, total: Any, codes: Any, inputs: Any) -> Any:
+    """Byte by byte, in 32-bit lanes."""
+    for byte in range(4):
+        code = builder.and_(builder.lshr(codes, _splat(codes.type, 8 * byte)), _splat(codes.type, 255))
+        value = builder.ashr(builder.shl(inputs, _splat(codes.type, 24 - 8 * byte)), _splat(codes.type, 24))
+        total = builder.add(total, builder.mul(code, value))
+    return total
+
+
 def _load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
-def _prefetch(builder: Any, address: Any) -> Any:
-    """Ask for what the next rows read: a processor's own prefetching does not follow several rows at once."""
-    pointer = I8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
 def _splat(kind: Any, value: int) -> Any:

@@ -25,8 +25,8 @@ from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import share
 
-ROWS_AT_ONCE = 256  # of a weight, decoded together
-GROUP = 64  # bytes whose parts are neighbouring codes; a row is filled up to whole groups
+ROWS_AT_ONCE = 256  # of a weight, decoded together; whole units
+UNIT = 16  # rows whose codes lie together; rows are filled up to whole units
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class PackedWeight(Generic[T]):
     """A weight ``[out_features, in_features]`` in its packed form.
 
     Attributes:
-        words: uint8 ``[rows, bytes]``: codes in containers of 1, 2, 4 or 8 bits; rows filled up to a multiple of 4.
+        words: uint8 ``[units, groups, 4 * UNIT]``: codes in containers of 1, 2, 4 or 8 bits, see ``pack_linear_weight``.
         table: float32 ``[rows, 2**bit_width]``, ``rows`` being ``out_features`` or 1: what each code stands for. Where that is evenly spaced
             ``[rows, 2]``: the lowest level and the step.
         bit_width: Bits of the container.
@@ -58,7 +58,8 @@ def container_bits(bit_width: int) -> int:
 def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWeight[Tensor]:
     """Pack unsigned codes ``[out, in_features]``.
 
-    In each ``GROUP`` bytes, part ``s`` (bits ``s b`` to ``s b + b - 1``) of byte ``i`` is code ``s * GROUP + i``.
+    Rows are filled up to whole units of ``UNIT`` and codes to whole groups of ``32 / b`` by zeros. Byte ``4 r + i`` of ``words[unit, group]``
+    holds codes of row ``r`` of the unit: part ``s`` of it (bits ``s b`` to ``s b + b - 1``) is code ``4 s + i`` of the group.
 
     Args:
         codes: Integers ``0 .. 2**bit_width - 1``.
@@ -77,12 +78,12 @@ def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWe
     if table.dim() != 2 or table.shape[0] not in (1, len(codes)) or table.shape[1] != 2**bit_width:
         raise SpecError(f"table must be [{len(codes)} or 1, {2**bit_width}], got {tuple(table.shape)}")
     bits = container_bits(bit_width)
-    filled = functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % (GROUP * 8 // bits), 0, -len(codes) % 4))
-    parts = filled.unflatten(1, (-1, 8 // bits, GROUP))
-    words = torch.zeros_like(parts[:, :, 0])
+    filled = functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % (32 // bits), 0, -len(codes) % UNIT))
+    parts = filled.view(-1, UNIT, filled.shape[1] * bits // 32, 8 // bits, 4).transpose(1, 2)
+    words = torch.zeros_like(parts[:, :, :, 0])
     for part in range(8 // bits):
-        words |= parts[:, :, part] << (part * bits)
-    return PackedWeight(words.flatten(1).contiguous(), _shortened(table.float(), bits), bits, *codes.shape)
+        words |= parts[:, :, :, part] << (part * bits)
+    return PackedWeight(words.flatten(2).contiguous(), _shortened(table.float(), bits), bits, *codes.shape)
 
 
 def _shortened(table: Tensor, bit_width: int) -> Tensor:
@@ -97,8 +98,8 @@ def unpack_linear_weight(weight: PackedWeight[Tensor]) -> Tensor:
     """float32 ``[out_features, in_features]``."""
     words, table, bits = weight.words, weight.table, weight.bit_width
     shifts = torch.arange(8 // bits, device=words.device, dtype=torch.uint8) * bits
-    parts = words.unflatten(1, (-1, 1, GROUP)) >> shifts[:, None]
-    codes = (parts & (2**bits - 1)).flatten(1)[: weight.out_features, : weight.in_features]
+    parts = (words.unflatten(2, (UNIT, 1, 4)) >> shifts[:, None]) & (2**bits - 1)
+    codes = parts.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.out_features, : weight.in_features]
     if table.shape[1] == 2:
         values: Tensor = table[:, :1] + codes * table[:, 1:]
         return values
@@ -134,7 +135,12 @@ def _decoded(weight: PackedWeight[Tensor], size: int) -> Iterator[tuple[slice, T
     for start in range(0, weight.out_features, size):
         part = slice(start, min(start + size, weight.out_features))
         table = weight.table if len(weight.table) == 1 else weight.table[part]
-        yield part, unpack_linear_weight(replace(weight, words=weight.words[part], table=table, out_features=part.stop - part.start))
+        yield (
+            part,
+            unpack_linear_weight(
+                replace(weight, words=weight.words[start // UNIT : -(-part.stop // UNIT)], table=table, out_features=part.stop - part.start)
+            ),
+        )
 
 
 def _empty_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
@@ -146,7 +152,8 @@ def packed_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
     """``y = x W^T + bias`` with ``W[r, k] = table[r, code[r, k]]`` read from packed codes.
 
     With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row; rows that are not finite give NaN. Where a table is evenly spaced the
-    sums of products of codes are exact integers; other tables are computed by the reference.
+    sums of products of codes are exact integers; other tables, and rows so long that 32 bits do not hold the sums, are computed by the
+    reference.
 
     Args:
         x: float32 ``[..., in_features]``.
@@ -167,19 +174,19 @@ def packed_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
     _check(x, weight, bias, arithmetic)
     words, table, outputs = weight.words, weight.table, weight.out_features
     loops = packed_loops() if arithmetic == "int8" and x.device.type == "cpu" and x.numel() and outputs else None
-    if loops is None or table.shape[1] > 2:
+    if loops is None or table.shape[1] > 2 or weight.in_features * (2**weight.bit_width - 1) * 127 >= 2**31:
         return packed_linear_reference(x, weight, bias, arithmetic)
     rows = x.detach().reshape(-1, weight.in_features).contiguous()
-    codes = torch.empty(len(rows), words.shape[1] * (8 // weight.bit_width), dtype=torch.int8)
-    scales, sums = torch.empty(len(rows), 1), torch.empty(len(rows), 1)
-    found, y = torch.empty(len(rows), len(words), dtype=torch.int32), torch.empty(len(rows), outputs)
+    codes = torch.empty(len(rows) + -len(rows) % loops.ROWS, words.shape[1] * 32 // weight.bit_width, dtype=torch.int8)
+    scales, sums, y = torch.empty(len(rows), 1), torch.empty(len(rows), 1), torch.empty(len(rows), outputs)
     loops.quantize(rows.numpy(), codes.numpy(), scales.numpy(), sums.numpy())
-    arrays = words.detach().numpy(), codes.numpy(), found.numpy()
-    share(
-        lambda first, last: loops.multiply(*arrays, weight.bit_width, first, last), len(words) // loops.ROWS, words.numel() * len(rows) * 8
-    )
     added = y.new_empty(1, 0) if bias is None else bias.detach()[None]
-    loops.finish(found.numpy(), table.detach().numpy(), scales.numpy(), sums.numpy(), added.numpy(), y.numpy())
+    arrays = [tensor.numpy() for tensor in (words.detach(), codes, table.detach(), scales, sums, added, y)]
+    share(
+        lambda first, last: loops.multiply(*arrays, weight.bit_width, first, last),
+        -(-outputs // loops.OUTPUTS),
+        words.numel() * len(rows) * 8,
+    )
     return y.reshape(*x.shape[:-1], outputs)
 
 
@@ -248,7 +255,7 @@ def _check_weight(weight: PackedWeight[Tensor], bias: Tensor | None) -> None:
     words, table, bits, out = weight.words, weight.table, weight.bit_width, weight.out_features
     if bits not in (1, 2, 4, 8):
         raise SpecError(f"codes lie in containers of 1, 2, 4 or 8 bits, got {bits}")
-    expected = (out + -out % 4, -(-weight.in_features * bits // (8 * GROUP)) * GROUP)
+    expected = (-(-out // UNIT), -(-weight.in_features * bits // 32), 4 * UNIT)
     if words.dtype != torch.uint8 or tuple(words.shape) != expected:
         raise SpecError(f"packed weights must be uint8 {expected}, got {words.dtype} {tuple(words.shape)}")
     if table.dim() != 2 or table.shape[0] not in (1, out) or table.shape[1] not in (2, 2**bits):
