@@ -3,8 +3,8 @@
     python benchmarks/packed_linear.py                 # 4096 x 4096, 1 and 64 rows, weights of 1, 2, 4 and 8 bits
 
 Weights are random: the time does not depend on them. All variants are timed turn by turn in one process, one thread on one core; the time
-includes rounding the inputs to 8 bits. Ratios are medians over the turns; where other programs run beside, the least times say more. Results: benchmarks/results/packed_linear.json,
-and packed_linear_xeon_amx.json on a processor with AMX.
+includes rounding the inputs to 8 bits. Ratios are medians over the turns; where other programs run beside, the least times say more.
+Results: benchmarks/results/packed_linear.json, and packed_linear_xeon_amx.json on a processor with AMX.
 """
 
 from __future__ import annotations

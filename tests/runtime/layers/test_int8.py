@@ -78,3 +78,69 @@ def test_codes_that_are_loaded_in_place_are_used_and_empty_batches_stay_empty() 
 def test_a_window_that_does_not_fit_is_refused(window: Window, told: str) -> None:
     with pytest.raises(SpecError, match=told):
         int8_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1, dtype=torch.int8), GRID, window, Affine(torch.ones(1)))
+
+
+BAD_OPERANDS = [
+    ({"scale": torch.ones(2)}, r"scale must be float32 \(3,\), got float32 \(2,\)"),
+    ({"scale": torch.ones(3).double()}, r"scale must be float32 \(3,\), got float64"),
+    ({"scale": torch.ones(())}, r"scale must be float32 \(3,\), got float32 \(\)"),
+    ({"bias": torch.ones(1)}, r"bias must be float32 \(3,\), got float32 \(1,\)"),
+    ({"codes": torch.ones(3, 2)}, "codes must be int8"),
+    ({"codes": torch.ones(3, dtype=torch.int8)}, "codes must be int8"),
+    ({"codes": torch.ones(0, 2, dtype=torch.int8)}, "not empty"),
+    ({"x": torch.ones(4, 5)}, "an 8-bit layer of 2 input channels got an input of float32"),
+    ({"x": torch.ones(4, 2, dtype=torch.int32)}, "got an input of int32"),
+    ({"grid": GRID[:6]}, "7 finite numbers"),
+    ({"grid": [*GRID[:5], 0.0, torch.inf]}, "7 finite numbers"),
+    ({"grid": [*GRID[:5], 0.0, 256.0]}, "must fit a byte"),
+    ({"grid": [*GRID[:5], 7.0, 0.0]}, "must fit a byte"),
+    ({"grid": [0.0, 0.0, *GRID[2:]]}, "steps other than 0"),
+    ({"grid": [*GRID[:3], 99.0, *GRID[4:]]}, "zero point 99"),
+]
+
+
+@both
+@pytest.mark.parametrize("is_image", [True, False])
+@pytest.mark.parametrize(("change", "told"), BAD_OPERANDS)
+def test_operands_that_do_not_fit_are_refused(change: dict[str, object], told: str, is_image: bool, is_reference: bool) -> None:
+    given = {
+        "x": torch.ones(4, 2),
+        "codes": torch.ones(3, 2, dtype=torch.int8),
+        "grid": GRID,
+        "scale": torch.ones(3),
+        "bias": torch.ones(3),
+    }
+    x, codes, grid, scale, bias = (given | change).values()
+    if is_image:
+        function = int8_conv2d_reference if is_reference else int8_conv2d
+        x, codes = x[..., None, None], codes[..., None, None]  # type: ignore[index]
+        arguments = (x, codes, grid, Window((1, 1)), Affine(scale, bias))
+    else:
+        function = int8_linear_reference if is_reference else int8_linear  # type: ignore[assignment]
+        arguments = (x, codes, grid, Affine(scale, bias))  # type: ignore[assignment]
+    with pytest.raises(SpecError, match=told):
+        function(*arguments)  # type: ignore[arg-type]
+
+
+@both
+def test_groups_and_images_that_do_not_fit_are_refused(is_reference: bool) -> None:
+    function = int8_conv2d_reference if is_reference else int8_conv2d
+    x, codes, affine = torch.ones(1, 2, 2, 2), torch.ones(3, 1, 3, 3, dtype=torch.int8), Affine(torch.ones(3))
+    with pytest.raises(SpecError, match="3 output channels cannot be divided into 2 groups"):
+        function(x, codes, GRID, Window((3, 3), padding=(1, 1), groups=2), affine)
+    with pytest.raises(SpecError, match="got an input of float32"):
+        function(x, codes, GRID, Window((3, 3), padding=(1, 1)), affine)
+    with pytest.raises(SpecError, match="smaller than the kernel"):
+        function(x[:, :1], codes, GRID, Window((3, 3)), affine)
+
+
+@needs_kernels
+def test_layers_that_share_codes_have_grids_of_their_own() -> None:
+    x, codes = torch.full((1, 2), 0.5), torch.tensor([[3, 4]], dtype=torch.int8)
+    other = [0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 7.0]
+    for grid in (GRID, other, GRID):
+        assert int8_linear(x, codes, grid, Affine(torch.ones(1))).item() == 3.5
+        image, kernel = x.view(1, 2, 1, 1), codes.view(1, 2, 1, 1)
+        for window in (Window((1, 1)), Window((1, 1), padding=(1, 1))):
+            y = int8_conv2d(image, kernel, grid, window, Affine(torch.ones(1)))
+            assert y.sum().item() == 3.5

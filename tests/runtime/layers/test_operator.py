@@ -41,7 +41,7 @@ def test_tensors_may_be_references_of_a_graph() -> None:
 
 
 def test_positional_flat_arguments_are_those_of_the_schema_in_order() -> None:
-    words, table = torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([[-1.0, 2.0]])
+    words, table = torch.zeros(1, 1, 64, dtype=torch.uint8), torch.tensor([[-1.0, 2.0]])
     _, weight, bias = packed_linear.rebuild(torch.ones(1, 5), words, table, 1, 4, 5, None)
     assert (weight.bit_width, weight.out_features, weight.in_features, bias) == (1, 4, 5, None)
     assert packed_linear.flat(torch.ones(1, 5), words, table, 1, 4, 5, None).tolist() == [[-5.0] * 4]

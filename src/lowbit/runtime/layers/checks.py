@@ -1,6 +1,8 @@
-"""Checks of the binary operators: compiled loops do not check bounds, so no argument that does not fit may reach them."""
+"""Checks of the operators' arguments: compiled loops do not check bounds, so no argument that does not fit may reach them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +46,8 @@ def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilo
     if groups < 1 or channels < 1 or channels % groups or out % groups:
         raise SpecError(f"{channels} input and {out} output channels cannot be divided into {groups} groups")
     expected = (out, *kernel, words_for(channels // groups))
-    for name, tensor, shape, dtype in (
+    check_tensors(
+        layer.words.device,
         ("packed weights", layer.words, expected, torch.int32),
         ("mask", layer.mask, expected, torch.int32),
         ("scale", epilogue.scale, (out,), torch.float32),
@@ -54,15 +57,38 @@ def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilo
         ("activation", epilogue.activation, (ROWS, out), torch.float32),
         ("out_threshold", epilogue.out_threshold, (out,), torch.float32),
         ("out_flip", epilogue.out_flip, (out,), torch.bool),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
-            raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != layer.words.device:
-            raise SpecError(f"{name} must be on {layer.words.device} with the packed weights, got {tensor.device}")
+    )
     if epilogue.out_flip is not None and epilogue.out_threshold is None:
         raise SpecError("out_flip needs out_threshold")
     if window is None and (epilogue.input_scaling or epilogue.out_threshold is not None):
         raise SpecError("a linear layer has no input scaling, and gives numbers: leave out input_scaling and out_threshold")
+
+
+def check_tensors(device: torch.device, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype]) -> None:
+    """SpecError where one of the tensors, given with name, shape and type, is another one or not on ``device``."""
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != device:
+            raise SpecError(f"{name} must be on {device} with the packed weights, got {tensor.device}")
+
+
+def check_codes(x: Tensor, codes: Tensor, groups: int, scale: Tensor, bias: Tensor | None, kernel: Sequence[int] | None) -> None:
+    """SpecError where an 8-bit layer does not fit its input; linear layers have no kernel size."""
+    rank, out = 2 if kernel is None else 4, codes.shape[0] if codes.dim() else 0
+    if codes.dtype != torch.int8 or codes.dim() != rank or not codes.numel():
+        raise SpecError(f"codes must be int8 of {rank} dimensions and not empty, got {_word(codes.dtype)} {tuple(codes.shape)}")
+    if kernel is not None and tuple(codes.shape[2:]) != tuple(kernel):
+        raise SpecError(f"codes of kernel size {list(codes.shape[2:])} do not fit a window of {list(kernel)}")
+    if groups < 1 or out % groups:
+        raise SpecError(f"{out} output channels cannot be divided into {groups} groups")
+    channels = codes.shape[1] * groups
+    fits = x.dim() > 0 and x.shape[-1] == channels if kernel is None else x.dim() == 4 and x.shape[1] == channels
+    if not x.is_floating_point() or not fits:
+        raise SpecError(f"an 8-bit layer of {channels} input channels got an input of {_word(x.dtype)} {tuple(x.shape)}")
+    check_tensors(
+        codes.device, ("input", x, tuple(x.shape), x.dtype), ("scale", scale, (out,), torch.float32), ("bias", bias, (out,), torch.float32)
+    )
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:

@@ -7,6 +7,7 @@ float32, which is exact up to rounding.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from lowbit.errors import SpecError
 from lowbit.formats.onnx.sessions import saturates
 from lowbit.runtime.arguments import Affine, Window
 from lowbit.runtime.kept import version_of
+from lowbit.runtime.layers.checks import check_codes
 from lowbit.runtime.layers.operator import register_operator
 
 
@@ -71,20 +73,20 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
         ``[N, out, rows, columns]`` float32, channels-last.
 
     Raises:
-        SpecError: A window that is none, or that does not fit the image or the codes.
+        SpecError: An argument of another type or shape, a grid that does not fit a byte, or an image smaller than the kernel.
 
         >>> grid = [0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 255.0]
         >>> int8_conv2d(torch.full((1, 1, 1, 2), 1.3), torch.full((1, 1, 1, 1), 3, dtype=torch.int8), grid, Window((1, 1)), Affine(torch.ones(1)))
         tensor([[[[4.5000, 4.5000]]]])
     """
     inputs = input_grid(grid)
+    _check_conv2d(x, codes, window, epilogue)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
         return int8_conv2d_reference(x, codes, grid, window, epilogue)
     scale, pads = epilogue.scale, (window.stride, window.padding, window.dilation, window.groups)
-    key = (version_of(codes), tuple(x.shape[1:]))
+    key = (version_of(codes), inputs, window.numbers, window.groups, tuple(x.shape[1:]))
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        _check_window(codes, window)
         packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
@@ -97,7 +99,7 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
 
 def int8_conv2d_reference(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``int8_conv2d`` by the float convolution of the codes."""
-    _check_window(codes, window)
+    _check_conv2d(x, codes, window, epilogue)
     inputs = input_grid(grid)
     centred = inputs.encode(x).float() - inputs.zero_code
     settings = tuple(window.stride), tuple(window.padding), tuple(window.dilation), window.groups
@@ -105,10 +107,10 @@ def int8_conv2d_reference(x: Tensor, codes: Tensor, grid: Sequence[float], windo
     return (y if epilogue.bias is None else y + epilogue.bias.reshape(-1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def _check_window(codes: Tensor, window: Window) -> None:
+def _check_conv2d(x: Tensor, codes: Tensor, window: Window, epilogue: Affine[Tensor]) -> None:
     window.check_zero_padding()
-    if tuple(codes.shape[2:]) != tuple(window.kernel_size):
-        raise SpecError(f"codes of kernel size {list(codes.shape[2:])} do not fit a window of {list(window.kernel_size)}")
+    check_codes(x, codes, window.groups, epilogue.scale, epilogue.bias, window.kernel_size)
+    window.output_size(x.shape[2:])
 
 
 def _empty_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
@@ -119,9 +121,10 @@ def _empty_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Aff
 def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
     """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; gives ``[..., out]``."""
     inputs = input_grid(grid)
+    check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
         return int8_linear_reference(x, codes, grid, epilogue)
-    key = version_of(codes), ()
+    key = version_of(codes), inputs
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -137,6 +140,7 @@ def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affin
 def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
     """``int8_linear`` by the float product of the codes."""
     inputs = input_grid(grid)
+    check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
     y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (epilogue.scale * inputs.scale)
     return y if epilogue.bias is None else y + epilogue.bias
 
@@ -149,7 +153,14 @@ def has_exact_kernels() -> bool:
 
 @functools.lru_cache(256)
 def _cached_grid(values: tuple[float, ...]) -> InputGrid:
+    if len(values) != 7 or not all(map(math.isfinite, values)):
+        raise SpecError(f"the grid of an input must be 7 finite numbers, got {list(values)}")
     lower, step, shift, zero_point, scale, qmin, qmax = values
+    if step == 0 or not 0 <= qmax - qmin <= 255 or not qmin <= zero_point <= qmax or max(abs(qmin), abs(qmax)) > 255:
+        raise SpecError(
+            f"the codes of an input must fit a byte, with steps other than 0 and 0 among them, got step {step}, codes {qmin} to {qmax}, "
+            f"zero point {zero_point}"
+        )
     return InputGrid(lower, step, shift, zero_point, scale, int(qmin), int(qmax))
 
 
@@ -158,4 +169,4 @@ def input_grid(values: Sequence[float]) -> InputGrid:
     return _cached_grid(tuple(values))
 
 
-_prepacked = WeakTensorKeyDictionary()  # codes -> (their version and the image's shape, oneDNN's form of them, zero points)
+_prepacked = WeakTensorKeyDictionary()  # codes -> (what their form depends on, oneDNN's form of them, zero points)
