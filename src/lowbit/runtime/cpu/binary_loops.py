@@ -87,8 +87,17 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
     images, height, width, channels = x.shape
     levels, per_group = threshold.shape[0], channels // groups
     whole, words, planes = per_group // 32, image.shape[4], image.shape[0] // images
+    flat, flips, together = image.reshape(image.size), flip.reshape(flip.size), groups * words
     for row in range(first, last):
         n, h = row // height, row % height
+        if levels == 1 and whole == words:  # nothing but whole words, one after the other
+            place, values = ((n * image.shape[1] + top + h) * image.shape[2] + left) * together, x.ctypes.data + 4 * row * width * channels
+            for _ in range(width):
+                for i in range(together):
+                    bits = pack_bits_of_32(values + 128 * i, threshold.ctypes.data + 128 * i, 0, 0, 1, 1)
+                    flat[place + i] = _image_word(bits ^ flips[i])
+                place, values = place + together, values + 4 * channels
+            continue
         for plane in range(planes):
             at, step = plane * images + n, 1 << plane
             for w in range(width):
@@ -96,10 +105,7 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
                     values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
                     limits = threshold.ctypes.data + 4 * g * per_group
                     for word in range(whole):
-                        if levels == 1:  # with constants, nothing is left of the loop over levels
-                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 0, 0, 1, 1)
-                        else:
-                            bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 4 * channels, step - 1, levels, step)
+                        bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 4 * channels, step - 1, levels, step)
                         image[at, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
                     if whole < words:
                         begin, end = g * per_group + 32 * whole, (g + 1) * per_group
@@ -279,7 +285,8 @@ def _convolve(
                             weight_address + at, mask_address + at if has_mask else 0, counts.ctypes.data,
                         )  # fmt: skip
                     positions = min(ROWS, columns - ox)
-                    if border:
+                    x_in, x_last = ox * stride_w - left, (ox + positions - 1) * stride_w - left
+                    if border and (is_outside or x_in < 0 or x_last + reach_w > size[1]):
                         for r in range(positions):
                             x = (ox + r) * stride_w - left
                             if is_outside or x < 0 or x + reach_w > size[1]:

@@ -13,8 +13,6 @@ AVX-512 without VPOPCNTDQ): it needs half of the instructions of exclusive or, t
 
 from __future__ import annotations
 
-import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -349,11 +347,20 @@ def make_finish(lanes: int) -> Any:
                 with cgutils.for_range_slice(builder, first, end, I64(width), I64) as (place, _):
                     outputs(place, width, has_factor, is_adding, is_active)
 
-        for wanted in itertools.product((False, True), repeat=3):
-            pairs = zip(wanted, (factors, added, activation), strict=True)
-            asked = [builder.icmp_signed("!=" if is_wanted else "==", base, I64(0)) for is_wanted, base in pairs]
-            with builder.if_then(functools.reduce(builder.and_, asked)):
+        def branch(*wanted: bool) -> None:
+            """Ask for one address after the other whether it is there."""
+            addresses = factors, added, activation
+            if len(wanted) == len(addresses):
                 all_outputs(*wanted)
+                return
+            is_there = builder.icmp_signed("!=", addresses[len(wanted)], I64(0))
+            with builder.if_else(is_there) as (then, otherwise):
+                with then:
+                    branch(*wanted, True)
+                with otherwise:
+                    branch(*wanted, False)
+
+        branch()
         return cgutils.get_null_value(I8.as_pointer())
 
     # numba wants the arity spelled out

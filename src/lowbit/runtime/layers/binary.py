@@ -140,13 +140,14 @@ def binary_conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue:
     if prepared is None:
         prepared = keep_layer(PreparedLayer(loops, layer, window, epilogue))
     k_map = _k_map(x, window).movedim(1, -1).contiguous() if epilogue.input_scaling else None
-    pixels, added = x if x.dtype == torch.int32 else _channels_last(x), None if residual is None else _channels_last(residual)
+    pixels = x.contiguous() if x.dtype == torch.int32 else _channels_last(x)
+    added = None if residual is None else _channels_last(residual)
     if epilogue.out_threshold is not None:
         signs = torch.zeros((x.shape[0], rows, columns, words_for(len(layer.words))), dtype=torch.int32)
-        prepared.run(pixels.contiguous(), signs, added, k_map)
+        prepared.run(pixels, signs, added, k_map)
         return signs
     y = torch.empty((x.shape[0], rows, columns, layer.words.shape[0]))
-    prepared.run(pixels.contiguous(), y, added, k_map)
+    prepared.run(pixels, y, added, k_map)
     return y.permute(0, 3, 1, 2)
 
 
@@ -205,8 +206,9 @@ def cuda_kernels() -> ModuleType | None:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """``[N, H, W, C]`` without gaps."""
-    return x.detach().permute(0, 2, 3, 1).contiguous()
+    """``[N, H, W, C]`` without gaps; each call of torch that is left out counts in a small layer."""
+    pixels = (x.detach() if x.requires_grad else x).permute(0, 2, 3, 1)
+    return pixels if pixels.is_contiguous() else pixels.contiguous()
 
 
 def _k_map(x: Tensor, window: Window) -> Tensor:
