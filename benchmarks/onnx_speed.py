@@ -59,13 +59,15 @@ def static_file(float_path: Path, path: Path, images: Tensor) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    (name,) = load_onnx(float_path).input_names
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter(images.split(1))
 
         def get_next(self) -> dict[str, object] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.numpy()}
+            return None if batch is None else {name: batch.numpy()}
 
     prepared = path.with_name("prepared.onnx")
     quant_pre_process(float_path, prepared, skip_symbolic_shape=True)

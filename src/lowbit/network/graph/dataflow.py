@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,18 @@ class Dataflow:
     def order(self) -> list[str]:
         """Layer names in execution order, each once."""
         return list(dict.fromkeys(node.layer for node in self.nodes if node.layer is not None))
+
+    def split_product(self, node: Node, function: str, module: str) -> None:
+        """Turn ``node``, a function that is the product of its input with ``function`` of it, into that product; ``module`` computes ``function``."""
+        (source,) = node.inputs
+        factor = replace(
+            node, name=f"{node.name}_{function}", op=function, owner=module, consumers=[node.name], returned_by=[module], received_by=[module]
+        )
+        self.nodes.insert(self.nodes.index(node), factor)
+        self._by_name[factor.name] = factor
+        self._calls[module] = 1
+        self[source].consumers.append(factor.name)
+        node.op, node.inputs, node.arguments = "mul", [source, factor.name], (source, factor.name)
 
     def forget(self, norm: str) -> None:
         """Turn the batch norm of module ``norm`` into the identity (it has been folded away)."""
