@@ -5,6 +5,7 @@ Integer kernels know sigmoids and products but no SiLU. Where the sigmoid is a m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 
 from torch import Tensor, nn
@@ -44,9 +45,7 @@ def separate_activations(model: nn.Module) -> None:
             if type(child) not in STATELESS or child._forward_hooks or child._forward_pre_hooks:
                 continue
             if id(child) in seen:
-                copy = type(child).__new__(type(child))
-                copy.__dict__ = child.__dict__ | {key: dict(child.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")}
-                parent._modules[name] = copy
+                parent._modules[name] = copy.deepcopy(child)
             seen.add(id(child))
 
 
