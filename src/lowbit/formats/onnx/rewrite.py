@@ -21,7 +21,15 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lowbit.errors import SpecError
-from lowbit.formats.onnx.activations import Grid, decode_once, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
+from lowbit.formats.onnx.activations import (
+    Grid,
+    decode_once,
+    only_moves,
+    pool_globally,
+    quantize_activation,
+    repeat_quantizer,
+    share_quantizers,
+)
 from lowbit.formats.onnx.fold import fold_affine
 from lowbit.formats.onnx.layers import (
     DecodedWeight,
