@@ -122,7 +122,13 @@ class Dataflow:
         """Turn ``node``, a function that is the product of its input with ``function`` of it, into that product; ``module`` computes ``function``."""
         (source,) = node.inputs
         factor = replace(
-            node, name=f"{node.name}_{function}", op=function, owner=module, consumers=[node.name], returned_by=[module], received_by=[module]
+            node,
+            name=f"{node.name}_{function}",
+            op=function,
+            owner=module,
+            consumers=[node.name],
+            returned_by=[module],
+            received_by=[module],
         )
         self.nodes.insert(self.nodes.index(node), factor)
         self._by_name[factor.name] = factor

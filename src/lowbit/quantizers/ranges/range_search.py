@@ -93,7 +93,9 @@ def _search(
     is_bounded = contain_zero and qmax - qmin > _FEW_CODES  # ranges lie within one another, and clipping soon costs more than it gains
     for start in range(0, len(shrink), together):
         is_check_due = is_bounded and start % _LOOK_AHEAD < together and start > 0
-        if is_check_due and bool((_clipped(rows, scale[start], zero_point[start], qmin, qmax, power, weights) > total[:start].amin(0)).all()):
+        if is_check_due and bool(
+            (_clipped(rows, scale[start], zero_point[start], qmin, qmax, power, weights) > total[:start].amin(0)).all()
+        ):
             break
         s, z = scale[start : start + together, :, None], zero_point[start : start + together, :, None]
         error = torch.div(rows, s, out=buffer[: len(s)]).round_()
@@ -108,9 +110,7 @@ def _search(
     return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
 
 
-def _clipped(
-    rows: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, power: float, weights: Tensor | None
-) -> Tensor:
+def _clipped(rows: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, power: float, weights: Tensor | None) -> Tensor:
     """What clipping alone costs, at least, with this candidate (``[rows]``) and all that shrink further.
 
     Rounded zero points move the ends of a range by up to half a step.
