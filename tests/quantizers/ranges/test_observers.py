@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import CalibrationError, SpecError, UnknownNameError
 from lowbit.quantizers import UniformQuantizer, fake_quantize
+from lowbit.quantizers.ranges import range_search
 from lowbit.quantizers.ranges.observers import (
     BINS,
     OBSERVERS,
@@ -96,6 +97,19 @@ def test_a_search_in_chunks_equals_a_search_of_each_row() -> None:
     together = shrink_search(rows, -8, 7, symmetric=True, power=2.4)
     alone = [shrink_search(row[None], -8, 7, symmetric=True, power=2.4) for row in rows]
     assert torch.equal(together[0], torch.cat([scale for scale, _ in alone]))
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_search_that_stops_early_finds_what_all_candidates_give(symmetric: bool, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 700, generator=generator) ** 3 * torch.rand(40, 1, generator=generator)
+    rows[0], rows[1], rows[2] = 0, 1.5, rows[2].abs()
+    qmin, qmax = (-128, 127) if symmetric else (0, 255)
+    early = shrink_search(rows, qmin, qmax, symmetric=symmetric, power=power)
+    monkeypatch.setattr(range_search, "_FEW_CODES", 1000)
+    for one, other in zip(early, shrink_search(rows, qmin, qmax, symmetric=symmetric, power=power), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_higher_power_clips_less() -> None:

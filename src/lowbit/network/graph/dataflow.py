@@ -28,6 +28,7 @@ from torch.export.graph_signature import InputKind
 from lowbit.errors import GraphError
 from lowbit.inputs import Inputs
 from lowbit.network.layers import QUANTIZABLE, evaluating
+from lowbit.quantizers.ops import define_operator
 
 LAYER_OPS = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
@@ -35,17 +36,11 @@ LAYER_OPS = frozenset(
 _RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
 
 
-torch.library.define("lowbit::mark", "(Tensor x, int place) -> Tensor")
-
-
-@torch.library.impl("lowbit::mark", "CompositeExplicitAutograd")
-def _mark(x: Tensor, place: int) -> Tensor:
+def _copy(x: Tensor, place: int) -> Tensor:
     return x.clone()
 
 
-@torch.library.register_fake("lowbit::mark")
-def _(x: Tensor, place: int) -> Tensor:
-    return torch.empty_like(x)
+_mark = define_operator("mark", _copy, _copy)
 
 
 @dataclass
@@ -226,7 +221,7 @@ class _Marks:
         if known is not None:
             self.places[known[1]].append(place)
             return x
-        marked: Tensor = torch.ops.lowbit.mark(x, len(self.places))
+        marked = _mark(x, len(self.places))
         self._last[id(marked), marked._version] = marked, len(self.places)
         self.places.append([place])
         return marked
