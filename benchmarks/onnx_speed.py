@@ -38,7 +38,7 @@ from lowbit.models import load_model
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
 NETWORKS = ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_large_100", "efficientnet_b0", "csp_silu")
 TRAINED = ("mobilenetv3_large_100", "efficientnet_b0", "csp_silu")  # at most as slow as ONNX Runtime's own file, at least as accurate
-TRAINING_STEPS, TRAINING_BATCH, TRAINING_SIZE = 200, 32, 64
+TRAINING_STEPS, TRAINING_BATCH, TRAINING_SIZE = 120, 32, 64
 TEST_IMAGES = 512
 # goal and least ratio over the same runtime's float network, batch 1
 TARGETS = {

@@ -194,7 +194,7 @@ def _gates(dataflow: Dataflow, quantized: Collection[str]) -> list[Node]:
     """Gates whose products runtimes compute in integers, because the other factor and the result are ``quantized``."""
     found = []
     for node in dataflow.nodes:
-        if node.op == "mul" and len(node.inputs) == 2 and node.name in quantized:
+        if node.op in ("mul", "silu") and len(node.inputs) == 2 and node.name in quantized:
             sources = [source_of(dataflow, name) for name in node.inputs]
             for gate, factor in (sources, sources[::-1]):
                 if gate.op in GATES and factor.name in quantized and dataflow.consumers(gate) == [node]:

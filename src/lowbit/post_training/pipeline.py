@@ -173,7 +173,7 @@ class PtqJob(NetworkJob):
                 self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
         else:
             before = self.outputs_before_functions(self.graph)
-            if merge_bits is not None and self.calibration is not None:
+            if merge_bits is not None:
                 split_gates(self.model, self.graph, before)
             placements = place_at_tensors(self.graph, inputs, before | outputs, merge_bits=merge_bits)
         for placement in placements:

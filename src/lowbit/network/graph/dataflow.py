@@ -113,23 +113,16 @@ class Dataflow:
         """Layer names in execution order, each once."""
         return list(dict.fromkeys(node.layer for node in self.nodes if node.layer is not None))
 
-    def split_product(self, node: Node, function: str, module: str) -> None:
-        """Turn ``node``, a function that is the product of its input with ``function`` of it, into that product; ``module`` computes ``function``."""
+    def add_gate(self, node: Node, function: str, module: str) -> None:
+        """Say that ``node``, the product of its input with ``function`` of it, reads that factor from ``module``."""
         (source,) = node.inputs
-        factor = replace(
-            node,
-            name=f"{node.name}_{function}",
-            op=function,
-            owner=module,
-            consumers=[node.name],
-            returned_by=[module],
-            received_by=[module],
-        )
-        self.nodes.insert(self.nodes.index(node), factor)
-        self._by_name[factor.name] = factor
+        place: dict[str, Any] = {"owner": module, "returned_by": [module], "received_by": [module]}
+        gate = replace(node, name=f"{node.name}_{function}", op=function, consumers=[node.name], **place)
+        self.nodes.insert(self.nodes.index(node), gate)
+        self._by_name[gate.name] = gate
         self._calls[module] = 1
-        self[source].consumers.append(factor.name)
-        node.op, node.inputs, node.arguments = "mul", [source, factor.name], (source, factor.name)
+        self[source].consumers.append(gate.name)
+        node.inputs = [source, gate.name]
 
     def forget(self, norm: str) -> None:
         """Turn the batch norm of module ``norm`` into the identity (it has been folded away)."""

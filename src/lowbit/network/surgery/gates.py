@@ -42,7 +42,7 @@ def separate_activations(model: nn.Module) -> None:
     seen: set[int] = set()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if type(child) not in STATELESS or child._forward_hooks or child._forward_pre_hooks:
+            if child is None or type(child) not in STATELESS or child._forward_hooks or child._forward_pre_hooks:
                 continue
             if id(child) in seen:
                 parent._modules[name] = copy.deepcopy(child)
@@ -56,4 +56,4 @@ def split_gates(model: nn.Module, graph: Dataflow, layers: Collection[str]) -> N
         if type(module) is nn.SiLU and graph.calls(node.owner) == 1 and source_of(graph, node.inputs[0]).layer in layers:
             parent, _, name = node.owner.rpartition(".")
             setattr(model.get_submodule(parent), name, GatedSiLU().train(module.training))
-            graph.split_product(node, "sigmoid", f"{node.owner}.gate")
+            graph.add_gate(node, "sigmoid", f"{node.owner}.gate")
