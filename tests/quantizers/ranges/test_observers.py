@@ -15,6 +15,7 @@ from lowbit.quantizers.ranges import range_search
 from lowbit.quantizers.ranges.observers import (
     BINS,
     OBSERVERS,
+    WAITING,
     HistogramObserver,
     MovingAverageObserver,
     make_observer,
@@ -143,10 +144,14 @@ def test_a_streamed_histogram_gives_nearly_the_range_of_all_values(name: str, ki
 def test_memory_of_a_stream_is_constant() -> None:
     observer = make_observer("mse")
     assert isinstance(observer, HistogramObserver)
-    for size in (1.0, 2.0, 3.0):
-        observer.observe(torch.randn(8, 3, 50, 50) * size)
-        held = [value.numel() for value in vars(observer).values() if isinstance(value, Tensor)]
-        assert sum(held) == BINS + 2
+    batch = torch.randn(8, 3, 50, 50)
+    for size in range(1, 8):
+        observer.observe(batch * size)
+        assert sum(map(len, observer._waiting)) <= WAITING + batch.numel()
+    observer.histogram()
+    assert not observer._waiting
+    held = [value.numel() for value in vars(observer).values() if isinstance(value, Tensor)]
+    assert sum(held) == BINS + 2
 
 
 def test_counts_survive_growth_and_stand_for_every_element() -> None:
