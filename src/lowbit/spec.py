@@ -270,8 +270,8 @@ class BitPolicy:
         first_last: Bits of the first and the last layer to run; ``None``: no exception.
         rules: Further exceptions; later ones win.
         merges: Bits of the tensors between layers that take part in a merge: those that meet in residual sums and concatenations, their
-            results, and those that are pooled. ``None``: the default, which is 8 after training (where activations are quantized) and
-            float in training, as in the papers.
+            results, those that are pooled, and gates (of squeeze-and-excitation, and after training of SiLU). ``None``: the default, which
+            is 8 after training (where activations are quantized) and float in training, as in the papers.
         before_functions: Bits of convolutions' outputs before an activation function that integer kernels do not take in (SiLU,
             Hardswish, GELU, LeakyReLU and the like), where nothing is said of the layer's output. ``None``: the default, which is 8
             after training (where activations are quantized), so that runtimes compute the convolutions in integers, and float in training.

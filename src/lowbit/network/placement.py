@@ -16,7 +16,7 @@ from typing import Literal
 
 from lowbit.network.graph.dataflow import Dataflow, Node
 
-Purpose = Literal["weight", "input", "output", "sum", "concatenation", "pool"]
+Purpose = Literal["weight", "input", "output", "sum", "concatenation", "pool", "gate"]
 
 MERGES: dict[str, Purpose] = {"add": "sum", "cat": "concatenation"}
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
@@ -25,6 +25,7 @@ FUNCTIONS = frozenset({
     "leaky_relu", "prelu", "silu", "hardswish", "gelu", "elu", "sigmoid", "hardsigmoid", "tanh", "mish", "softplus", "selu", "celu",
 })  # fmt: skip
 FUSED = CLIPS | FUNCTIONS
+GATES = frozenset({"sigmoid", "hardsigmoid"})  # functions whose product with a tensor has an integer kernel
 # quantizing before or after these is the same: they only move values, pick among them, or add zeros
 TRANSPARENT = frozenset({
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "view", "reshape", "flatten", "permute", "transpose",
@@ -96,16 +97,19 @@ def place_at_tensors(
         dataflow: Dataflow of the network without quantizers.
         inputs: Layers whose input is quantized, with the bits.
         outputs: Layers whose output is quantized, with the bits.
-        merge_bits: Bits of the operands and results of sums and concatenations and of the operands of average pooling, where they are
-            neither read by a layer of ``inputs`` nor the result of one of ``outputs``; ``None`` leaves them in float.
+        merge_bits: Bits of the operands and results of sums and concatenations, of the operands of average pooling and of gates (sigmoids
+            that are multiplied with a quantized tensor to give another one), where they are neither read by a layer of ``inputs`` nor
+            the result of one of ``outputs``; ``None`` leaves them in float.
     """
     outputs = outputs or {}
     placed_outputs = {dataflow.of_layer(name)[0].name: name for name in outputs if _runs_once(dataflow, name)}
     readers: dict[str, dict[str, int]] = {}
     for node in dataflow.nodes:
         if node.layer is not None and node.layer in inputs and node.inputs and _runs_once(dataflow, node.layer):
-            readers.setdefault(_source(dataflow, node.inputs[0]).name, {})[node.layer] = inputs[node.layer]
+            readers.setdefault(source_of(dataflow, node.inputs[0]).name, {})[node.layer] = inputs[node.layer]
     merges = {} if merge_bits is None else _merges(dataflow)
+    for gate in _gates(dataflow, {*placed_outputs, *readers, *merges}):
+        merges.setdefault(gate.name, _Merge("gate"))
 
     placements: list[Placement] = []
     layer: str | None
@@ -177,12 +181,24 @@ def _merges(dataflow: Dataflow) -> dict[str, _Merge]:
     for node in dataflow.nodes:
         operands = [dataflow[name] for name in node.inputs]
         if node.op in MERGES and sum(_is_activation(operand) for operand in operands) >= 2:
-            for source in dict.fromkeys(_source(dataflow, operand.name).name for operand in operands if _is_activation(operand)):
+            for source in dict.fromkeys(source_of(dataflow, operand.name).name for operand in operands if _is_activation(operand)):
                 take_part(dataflow[source], MERGES[node.op]).operand_of.append(node.name)
             take_part(_result(dataflow, node), MERGES[node.op]).result_of = node.name
         elif node.op in POOLS and _is_activation(operands[0]) and node.shape[:2] == operands[0].shape[:2]:
             # the layer before it can end in integers; a mean over channels is no pooling
-            take_part(_source(dataflow, operands[0].name), "pool")
+            take_part(source_of(dataflow, operands[0].name), "pool")
+    return found
+
+
+def _gates(dataflow: Dataflow, quantized: Collection[str]) -> list[Node]:
+    """Gates whose products runtimes compute in integers, because the other factor and the result are ``quantized``."""
+    found = []
+    for node in dataflow.nodes:
+        if node.op in ("mul", "silu") and len(node.inputs) == 2 and node.name in quantized:
+            sources = [source_of(dataflow, name) for name in node.inputs]
+            for gate, factor in (sources, sources[::-1]):
+                if gate.op in GATES and factor.name in quantized and dataflow.consumers(gate) == [node]:
+                    found.append(gate)
     return found
 
 
@@ -194,7 +210,7 @@ def _without(bits: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
     return {name: value for name, value in bits.items() if name not in names}
 
 
-def _source(dataflow: Dataflow, name: str) -> Node:
+def source_of(dataflow: Dataflow, name: str) -> Node:
     """The tensor that ``name`` is a rearrangement of."""
     node = dataflow[name]
     while node.op in TRANSPARENT and node.inputs and _is_activation(dataflow[node.inputs[0]]):

@@ -25,7 +25,7 @@ class Slot:
         is_signed: Whether the values can be negative (True for weights, and where no values were seen yet).
         position: Whether the layer is the first or the last one to run.
         purpose: What is quantized: a layer's ``weight``, ``input`` or ``output``, or a tensor between layers that takes part in a
-            ``sum`` or a ``concatenation`` or goes into a ``pool``.
+            ``sum`` or a ``concatenation``, goes into a ``pool``, or is a ``gate`` that another one is multiplied with.
         operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
         result_of: The sum or concatenation that the tensor comes from, or "".
         parameter: The name of the layer's parameter, where a weight is quantized: ``weight``, or one of several such as ``weight_ih_l0``.

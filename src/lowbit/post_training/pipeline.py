@@ -25,6 +25,7 @@ from lowbit.network.layers import CONVOLUTIONS, evaluating
 from lowbit.network.placement import Placement, before_functions, place_at_layers, place_at_tensors
 from lowbit.network.slot import Slot
 from lowbit.network.surgery.fold import EXACT_NORMS, fold_batch_norms
+from lowbit.network.surgery.gates import separate_activations, split_gates
 from lowbit.options import Method
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
 from lowbit.quantizers.affine import affine_parameters
@@ -32,7 +33,7 @@ from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.quantizers.uniform import observing
 from lowbit.spec import Granularity
 
-MERGE_BIT_WIDTH = 8  # of what only takes part in sums, concatenations and pooling, where the policy says nothing
+MERGE_BIT_WIDTH = 8  # of what only takes part in sums, concatenations, pooling and gating, where the policy says nothing
 FUNCTION_BIT_WIDTH = 8  # of convolutions' outputs before activation functions, where the policy says nothing
 
 
@@ -96,7 +97,7 @@ class PostTrainingMethod(Method, ABC):
         return self.activation_quantizer(slot)
 
     def merge_quantizer(self, slot: Slot) -> Quantizer | None:
-        """The quantizer of a tensor that meets others in a sum or a concatenation, comes from one, or is pooled; ``None``: it stays float."""
+        """The quantizer of a tensor that meets others in a sum or a concatenation, comes from one, is pooled or is a gate; ``None``: it stays float."""
         return self.activation_quantizer(slot)
 
 
@@ -126,6 +127,7 @@ class PtqJob(NetworkJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        separate_activations(self.model)
         self.graph, self.graph_error = self._capture()
         self.reference = copy.deepcopy(self.model)
 
@@ -170,7 +172,10 @@ class PtqJob(NetworkJob):
             if merge_bits is not None:
                 self.table.note(f"residual adds and concatenations stay in float: {self.graph_error}")
         else:
-            placements = place_at_tensors(self.graph, inputs, self.outputs_before_functions(self.graph) | outputs, merge_bits=merge_bits)
+            before = self.outputs_before_functions(self.graph)
+            if merge_bits is not None:
+                split_gates(self.model, self.graph, before)
+            placements = place_at_tensors(self.graph, inputs, before | outputs, merge_bits=merge_bits)
         for placement in placements:
             purpose = placement.purpose
             factory = {"input": method.activation_quantizer, "output": method.output_quantizer}.get(purpose, method.merge_quantizer)

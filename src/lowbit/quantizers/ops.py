@@ -7,35 +7,48 @@ registered names stand in files.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-@torch.library.custom_op("lowbit::fake_quantize_affine", mutates_args=())
-def mark_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def define_operator(name: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` as torch's operator ``lowbit::name``, whose output looks like ``fake``'s; returns the operator.
+
+    ``torch.library.custom_op`` does the same, but imports 800 modules when an operator is called for the first time, and adds checks
+    that take longer than a small layer.
+    """
+    qualified = f"lowbit::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(qualified, fake)
+    defined: Callable[..., Tensor] = getattr(torch.ops.lowbit, name).default
+    return defined
+
+
+def _like_first(x: Tensor, *_others: Any, **_named: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``, rounding half to even."""
     codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
     return codes.sub_(zero_point).mul_(scale)
 
 
-@mark_affine.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.empty_like(x)
+mark_affine = define_operator("fake_quantize_affine", _fake_quantize_affine, _like_first)
 
 
-@torch.library.custom_op("lowbit::fake_quantize_grid", mutates_args=())
-def mark_grid(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def _fake_quantize_grid(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """``(clamp(round((x - lower) / step), qmin, qmax) - zero_point) * scale``, rounding half to even."""
     codes = ((x - lower) / step).round_().clamp_(qmin, qmax)
     return codes.sub_(zero_point).mul_(scale)
 
 
-@mark_grid.register_fake
-def _(x: Tensor, lower: Tensor, step: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.empty_like(x)
+mark_grid = define_operator("fake_quantize_grid", _fake_quantize_grid, _like_first)
 
 
 def count_below(x: Tensor, boundaries: Tensor) -> Tensor:
@@ -48,15 +61,12 @@ def count_below(x: Tensor, boundaries: Tensor) -> Tensor:
     return torch.searchsorted(boundaries.contiguous(), x.contiguous()) * (x == x)
 
 
-@torch.library.custom_op("lowbit::fake_quantize_codebook", mutates_args=())
-def mark_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
+def _fake_quantize_codebook(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
     """``levels[number of boundaries below x]``, of which NaN has none; ``boundaries`` ascending ``[n - 1]``, ``levels`` ``[n]``."""
     return levels[count_below(x, boundaries)]
 
 
-@mark_codebook.register_fake
-def _(x: Tensor, boundaries: Tensor, levels: Tensor) -> Tensor:
-    return torch.empty_like(x)
+mark_codebook = define_operator("fake_quantize_codebook", _fake_quantize_codebook, _like_first)
 
 
 def input_scale(
@@ -84,5 +94,4 @@ def input_scale(
     return convolve(mean, kernel, None, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-mark_input_scale = torch.library.custom_op("lowbit::input_scale", input_scale, mutates_args=())
-mark_input_scale.register_fake(input_scale)
+mark_input_scale = define_operator("input_scale", input_scale, input_scale)

@@ -355,6 +355,32 @@ def test_weights_of_float_layers_are_codes_in_the_file_and_constants_when_loaded
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 4 and tensor.dims[1] > 1 for tensor in held.values())
 
 
+class Function(nn.Module):
+    """SiLU that is no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+def test_silu_between_integer_layers_is_a_sigmoid_and_a_product_in_integers(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 4)).eval()
+    report = write(quantize(model, method="round_to_nearest", calibration=[IMAGE]), tmp_path / "m.onnx")
+    assert report.parity.passed
+    assert report.integer is not None
+    counts = report.integer.operators
+    assert [counts.get(op, 0) for op in ("QLinearSigmoid", "QLinearMul", "Sigmoid", "Mul", "QuantizeLinear")] == [2, 2, 0, 0, 1]
+
+
+def test_codes_that_a_function_in_float_reads_several_times_are_decoded_once(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Function(), nn.Conv2d(8, 4, 1)).eval()
+    report = write(quantize(model, method="round_to_nearest", calibration=[IMAGE]), tmp_path / "m.onnx")
+    assert report.parity.passed
+    assert report.integer is not None
+    counts = report.integer.operators
+    assert [counts.get(op, 0) for op in ("QuickGelu", "Clip", "DequantizeLinear")] == [1, 1, 2]  # the other one is the last convolution's
+
+
 def test_a_weight_that_several_layers_share_runs_where_products_would_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = LoopNet(), torch.randn(8, 6)
     report = write(rounded(model, batch), tmp_path / "m.onnx", sample=batch)

@@ -92,3 +92,14 @@ def test_a_folded_norm_becomes_the_identity() -> None:
 def test_a_network_that_branches_on_values_is_refused_with_its_line() -> None:
     with pytest.raises(GraphError, match=r"BranchNet cannot be captured because of .*networks\.py:\d+: if x\.mean\(\) > 0"):
         capture(BranchNet(), IMAGE)
+
+
+def test_what_passes_modules_untouched_belongs_to_each_and_what_is_changed_in_place_to_those_behind() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.ReLU(inplace=True), nn.Identity(), nn.Sequential(nn.Conv2d(4, 2, 1)))
+    dataflow = capture(net, IMAGE)
+    first, last = (node for node in dataflow.nodes if node.op == "conv2d")
+    relu = only(dataflow, "relu")
+    assert (first.returned_by, sorted(first.received_by)) == (["0", "1"], ["1", "2"])
+    assert (relu.returned_by, sorted(relu.received_by)) == (["2", "3"], ["3", "4", "4.0"])
+    assert relu.received_by[0] == "4.0"  # innermost first
+    assert (last.returned_by, last.inputs[0]) == (["4.0", "4"], relu.name)

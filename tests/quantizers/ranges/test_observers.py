@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lowbit.errors import CalibrationError, SpecError, UnknownNameError
 from lowbit.quantizers import UniformQuantizer, fake_quantize
+from lowbit.quantizers.ranges import range_search
 from lowbit.quantizers.ranges.observers import (
     BINS,
     OBSERVERS,
+    WAITING,
     HistogramObserver,
     MovingAverageObserver,
     make_observer,
@@ -98,6 +100,19 @@ def test_a_search_in_chunks_equals_a_search_of_each_row() -> None:
     assert torch.equal(together[0], torch.cat([scale for scale, _ in alone]))
 
 
+@pytest.mark.parametrize("power", [2.0, 2.4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_search_that_stops_early_finds_what_all_candidates_give(symmetric: bool, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 700, generator=generator) ** 3 * torch.rand(40, 1, generator=generator)
+    rows[0], rows[1], rows[2] = 0, 1.5, rows[2].abs()
+    qmin, qmax = (-128, 127) if symmetric else (0, 255)
+    early = shrink_search(rows, qmin, qmax, symmetric=symmetric, power=power)
+    monkeypatch.setattr(range_search, "_FEW_CODES", 1000)
+    for one, other in zip(early, shrink_search(rows, qmin, qmax, symmetric=symmetric, power=power), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_higher_power_clips_less() -> None:
     x = torch.randn(1, 4000)
     narrow, _ = shrink_search(x, -8, 7, symmetric=True, power=1.0)
@@ -129,10 +144,14 @@ def test_a_streamed_histogram_gives_nearly_the_range_of_all_values(name: str, ki
 def test_memory_of_a_stream_is_constant() -> None:
     observer = make_observer("mse")
     assert isinstance(observer, HistogramObserver)
-    for size in (1.0, 2.0, 3.0):
-        observer.observe(torch.randn(8, 3, 50, 50) * size)
-        held = [value.numel() for value in vars(observer).values() if isinstance(value, Tensor)]
-        assert sum(held) == BINS + 2
+    batch = torch.randn(8, 3, 50, 50)
+    for size in range(1, 8):
+        observer.observe(batch * size)
+        assert sum(map(len, observer._waiting)) <= WAITING + batch.numel()
+    observer.histogram()
+    assert not observer._waiting
+    held = [value.numel() for value in vars(observer).values() if isinstance(value, Tensor)]
+    assert sum(held) == BINS + 2
 
 
 def test_counts_survive_growth_and_stand_for_every_element() -> None:

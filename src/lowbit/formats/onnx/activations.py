@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -221,6 +221,41 @@ def repeat_quantizer(node: ir.Node, grids: dict[ir.Value, Grid]) -> None:
         grids[repeated] = grid
         for use in uses:
             use.node.replace_input_with(use.idx, repeated)
+
+
+def hide_codes(x: ir.Value, grid: Grid, name: str) -> ir.Value:
+    """``x`` behind a clip to the range that it is in anyway, so that runtimes do not see that it comes from codes."""
+    decoder = x.producer()
+    assert decoder is not None
+    graph = graph_of(decoder)
+    lowest, highest = ((np.float32(code) - np.float32(grid.zero_point)) * grid.scale for code in (0, 255))
+    ends = [add_initializer(graph, f"{name}.{end}", np.asarray(v)) for end, v in (("lowest", lowest), ("highest", highest))]
+    clip = ir.node("Clip", [x, *ends])
+    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = name, x.shape, x.type
+    graph.insert_after(decoder, clip)
+    return clip.outputs[0]
+
+
+def decode_once(grids: dict[ir.Value, Grid]) -> None:
+    """Let float operators that read the same codes read them through one clip.
+
+    ONNX Runtime decodes codes once for each operator that reads them, which also keeps it from seeing that several are one function, such
+    as GELU. A clip is one operator.
+    """
+    for x, grid in grids.items():
+        uses = [use for use in x.uses() if _is_float_operator(use.node, grids)]
+        if len(uses) > 1:
+            hidden = hide_codes(x, grid, f"{x.name}.once")
+            for use in uses:
+                use.node.replace_input_with(use.idx, hidden)
+
+
+def _is_float_operator(node: ir.Node, grids: Mapping[ir.Value, Grid]) -> bool:
+    if node.domain != "" or node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") or only_moves(node):
+        return False
+    reads_codes = all(value is None or value in grids or constant_of(value) is not None for value in node.inputs)
+    writes_codes = all(use.node.op_type == "QuantizeLinear" for output in node.outputs for use in output.uses())
+    return not (reads_codes and writes_codes)
 
 
 def share_quantizers(graph: ir.Graph) -> None:

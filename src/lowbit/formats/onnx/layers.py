@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
-from lowbit.formats.onnx.activations import MOVES, Grid
+from lowbit.formats.onnx.activations import MOVES, Grid, hide_codes
 from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import WeightContainer
@@ -175,15 +174,8 @@ def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[i
 
 
 def _hide_codes(node: ir.Node, grids: Mapping[ir.Value, Grid]) -> None:
-    """A clip in front of a layer, to the range that its input is in anyway."""
     x = input_of(node, 0)
-    grid, name = grids[x], f"{node.outputs[0].name}.input"
-    lowest, highest = ((np.float32(code) - np.float32(grid.zero_point)) * grid.scale for code in (0, 255))
-    ends = [add_initializer(graph_of(node), f"{name}.{end}", np.asarray(v)) for end, v in (("lowest", lowest), ("highest", highest))]
-    clip = ir.node("Clip", [x, *ends])
-    clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].type = name, x.shape, x.type
-    graph_of(node).insert_before(node, clip)
-    node.replace_input_with(0, clip.outputs[0])
+    node.replace_input_with(0, hide_codes(x, grids[x], f"{node.outputs[0].name}.input"))
 
 
 def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:

@@ -9,6 +9,7 @@ What ONNX Runtime and OpenVINO need to see, and what is done for it:
 - integer weights with one scale for each output channel, the transpose of a linear layer applied to the codes;
 - integer biases of scale ``x_scale * w_scale``;
 - layers with float weights are kept from being quantized by the runtime on its own, which ONNX Runtime does where their input is;
+- codes read by several operators of a function in float, such as GELU, decoded once for all of them;
 - codes on both sides of operators that only move values: the quantizer is repeated behind them, which changes nothing.
 """
 
@@ -20,7 +21,15 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lowbit.errors import SpecError
-from lowbit.formats.onnx.activations import Grid, only_moves, pool_globally, quantize_activation, repeat_quantizer, share_quantizers
+from lowbit.formats.onnx.activations import (
+    Grid,
+    decode_once,
+    only_moves,
+    pool_globally,
+    quantize_activation,
+    repeat_quantizer,
+    share_quantizers,
+)
 from lowbit.formats.onnx.fold import fold_affine
 from lowbit.formats.onnx.layers import (
     DecodedWeight,
@@ -92,6 +101,7 @@ def integer_network(
     for node in list(model.graph):
         quantize_bias(node, grids, decoded)
         keep_float(node, grids, decoded)
+    decode_once(grids)
     note_layers_in_float(model.graph, grids, decoded, reasons, emulated)
     for node in list(model.graph):
         decode_while_loading(node, grids, decoded)

@@ -13,9 +13,11 @@ import logging
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.export.graph_signature import InputKind
 from lowbit.errors import GraphError
 from lowbit.inputs import Inputs
 from lowbit.network.layers import QUANTIZABLE, evaluating
+from lowbit.quantizers.ops import define_operator
 
 LAYER_OPS = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
@@ -33,14 +36,11 @@ LAYER_OPS = frozenset(
 _RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
 
 
-@torch.library.custom_op("lowbit::mark", mutates_args=())
-def _mark(x: Tensor, module: str, call: int, side: str, position: int) -> Tensor:
+def _copy(x: Tensor, place: int) -> Tensor:
     return x.clone()
 
 
-@_mark.register_fake
-def _(x: Tensor, module: str, call: int, side: str, position: int) -> Tensor:
-    return torch.empty_like(x)
+_mark = define_operator("mark", _copy, _copy)
 
 
 @dataclass
@@ -113,6 +113,17 @@ class Dataflow:
         """Layer names in execution order, each once."""
         return list(dict.fromkeys(node.layer for node in self.nodes if node.layer is not None))
 
+    def add_gate(self, node: Node, function: str, module: str) -> None:
+        """Say that ``node``, the product of its input with ``function`` of it, reads that factor from ``module``."""
+        (source,) = node.inputs
+        place: dict[str, Any] = {"owner": module, "returned_by": [module], "received_by": [module]}
+        gate = replace(node, name=f"{node.name}_{function}", op=function, consumers=[node.name], **place)
+        self.nodes.insert(self.nodes.index(node), gate)
+        self._by_name[gate.name] = gate
+        self._calls[module] = 1
+        self[source].consumers.append(gate.name)
+        node.inputs = [source, gate.name]
+
     def forget(self, norm: str) -> None:
         """Turn the batch norm of module ``norm`` into the identity (it has been folded away)."""
         for node in self.nodes:
@@ -130,15 +141,15 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
     """
     sample = Inputs.of(sample, model)
     names = {id(module): name for name, module in model.named_modules()}
-    calls: Counter[str] = Counter()
+    marks = _Marks()
     try:
-        with evaluating(model), _marking(model, calls), quiet_export():
+        with evaluating(model), marks.on(model), quiet_export():
             exported = torch.export.export(model, sample.args, dict(sample.kwargs))
             if _mutates(exported.graph):
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise GraphError(_explain(model, error)) from error
-    return _build(model, exported, names, dict(calls))
+    return _build(model, exported, names, marks)
 
 
 @contextmanager
@@ -154,43 +165,63 @@ def quiet_export() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
-def _marking(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(_mark_inputs(name, calls)))
-            handles.append(module.register_forward_hook(_mark_output(name, calls)))
-        else:
-            handles.append(module.register_forward_pre_hook(lambda _module, _args: calls.clear()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+class _Marks:
+    """The operators ``lowbit::mark`` of a network that is being exported, and the modules at each.
+
+    A tensor that goes from module to module untouched has one mark for all of them: each operator costs export milliseconds.
+
+    Attributes:
+        calls: How often each module runs.
+        places: Module, side (``in`` or ``out``) and position of what passes a mark, in the order in which it does.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.places: list[list[tuple[str, str, int]]] = []
+        self._last: dict[tuple[int, int], tuple[Tensor, int]] = {}  # by identity and version, which in-place operations change
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Within the context every module of ``model`` marks what enters and leaves it."""
+        handles = []
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+                handles.append(module.register_forward_hook(partial(self._leave, name)))
+            else:
+                handles.append(module.register_forward_pre_hook(self._start))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last.clear()
+
+    def _start(self, _module: nn.Module, _args: object) -> None:
+        self.calls.clear()
+        self._last.clear()
+
+    def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.calls[name] += 1
+        positions = count()
+        return tuple(self._mark(value, (name, "in", next(positions))) if _is_float(value) else value for value in args)
+
+    def _leave(self, name: str, _module: nn.Module, _args: object, output: Any) -> Any:
+        return self._mark(output, (name, "out", 0)) if _is_float(output) else output
+
+    def _mark(self, x: Tensor, place: tuple[str, str, int]) -> Tensor:
+        known = self._last.get((id(x), x._version))
+        if known is not None:
+            self.places[known[1]].append(place)
+            return x
+        marked = _mark(x, len(self.places))
+        self._last[id(marked), marked._version] = marked, len(self.places)
+        self.places.append([place])
+        return marked
 
 
-def _mark_inputs(name: str, calls: Counter[str]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        calls[name] += 1
-        marked, position = [], 0
-        for value in args:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                value = torch.ops.lowbit.mark(value, name, calls[name] - 1, "in", position)
-                position += 1
-            marked.append(value)
-        return tuple(marked)
-
-    return hook
-
-
-def _mark_output(name: str, calls: Counter[str]) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            return torch.ops.lowbit.mark(output, name, calls[name] - 1, "out", 0)
-        return output
-
-    return hook
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _mutates(graph: fx.Graph) -> bool:
@@ -209,7 +240,7 @@ def _op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict[int, str], calls: dict[str, int]) -> Dataflow:
+def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict[int, str], marks: _Marks) -> Dataflow:
     user_inputs = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
     nodes: dict[str, Node] = {}
     alias: dict[str, str] = {}  # marks and tuple picks stand for the node behind them
@@ -221,11 +252,11 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
         op = "constant" if fx_node.op == "placeholder" else _op_name(fx_node)
         if op == "mark":
             source = nodes[alias[fx_node.args[0].name]]
-            _, module, _call, side, position = fx_node.args
-            if side == "out":
-                source.returned_by.append(module)
-            elif position == 0:
-                source.received_by.append(module)
+            for module, side, position in marks.places[fx_node.args[1]]:
+                if side == "out":
+                    source.returned_by.append(module)
+                elif position == 0:
+                    source.received_by.append(module)
             alias[fx_node.name] = source.name
             continue
         value = fx_node.meta.get("val")
@@ -260,7 +291,7 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
     for node in nodes.values():
         node.received_by.sort(key=lambda module: -module.count("."))
     containers = {name for name, module in model.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))}
-    return Dataflow(list(nodes.values()), outputs, calls, containers)
+    return Dataflow(list(nodes.values()), outputs, dict(marks.calls), containers)
 
 
 def _owner(model: nn.Module, node: fx.Node, names: dict[int, str]) -> str:

@@ -230,9 +230,9 @@ class MomentsWalk:
             return self._of_norm(node)
         if node.op == "cat":
             return self._of_cat(node, before, found)
-        if len(before) == 2:
+        if len(before) == 2 and node.op != "silu":  # whose gate follows from its input
             return self._of_two(node, before, found)
-        return self._of_one(node, before[0], found[0]) if len(before) == 1 else None
+        return self._of_one(node, before[0], found[0]) if len(before) in (1, 2) else None
 
     def _of_layer(self, node: Node, before: Node | None, x: Moments | None) -> Moments | None:
         layer = self.model.get_submodule(str(node.layer))

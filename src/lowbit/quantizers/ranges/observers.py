@@ -23,6 +23,7 @@ from lowbit.spec import Granularity
 BINS = 2048
 DENSE, SPARSE = 1 << 15, 1 << 13  # elements of each sample of a batch that enter a histogram, at first and later
 ENOUGH = 1 << 19  # elements after which a sparse sample does: rarer values than 1 in 500 000 are not missed often
+WAITING = 1 << 16  # elements that are counted together: single small counts take mostly overhead
 HEADROOM = 0.125  # a histogram grows by this share more than it must, so that it seldom has to grow again
 
 
@@ -128,6 +129,8 @@ class HistogramObserver(Observer):
         self.counts: Tensor | None = None
         self.span = (0.0, 0.0)
         self.sampled = 0
+        self._waiting: list[Tensor] = []
+        self._weight = 1.0  # of each waiting element
 
     def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
         if is_all:
@@ -138,23 +141,35 @@ class HistogramObserver(Observer):
             self._count(rows[0], batch_size)
 
     def _count(self, values: Tensor, batch_size: int) -> None:
-        """Add an even sample of ``values`` to the histogram, which first grows to the range seen so far."""
+        """Let an even sample of ``values`` wait for being counted."""
+        quota = batch_size * (DENSE if self.sampled < ENOUGH else SPARSE)
+        stride = max(1, len(values) // quota) | 1  # odd, so that it meets every channel
+        sample = values[::stride].to(torch.float32, copy=True)
+        weight = len(values) / len(sample)
+        if weight != self._weight or sum(map(len, self._waiting)) >= WAITING:
+            self._count_waiting()
+            self._weight = weight
+        self._waiting.append(sample)
+        self.sampled += len(sample)
+
+    def _count_waiting(self) -> None:
+        """Add what waits to the histogram, which first grows to the range seen so far."""
+        if not self._waiting:
+            return
         lo, hi = (ends.item() for ends in self.extremes())
         if self.counts is None:
             self.counts, self.span = torch.zeros(BINS, dtype=torch.float64), (lo, hi if hi > lo else lo + max(1.0, abs(lo)))
         elif lo < self.span[0] or hi > self.span[1]:
             self._grow(lo, hi)
-        quota = batch_size * (DENSE if self.sampled < ENOUGH else SPARSE)
-        stride = max(1, len(values) // quota) | 1  # odd, so that it meets every channel
-        sample = values[::stride].float()
-        self.sampled += len(sample)
         start, end = self.span
-        bins = ((sample - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
-        self.counts += torch.bincount(bins, minlength=BINS).cpu() * (len(values) / len(sample))
+        bins = ((torch.cat(self._waiting) - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS).cpu() * self._weight
+        self._waiting.clear()
 
     def _grow(self, lo: float, hi: float) -> None:
         """Widen the bins so that they hold ``lo`` to ``hi`` and some more; each old bin goes whole into the new one of its centre."""
-        centers, counts = self.histogram()
+        assert self.counts is not None
+        centers, counts = self._centers(), self.counts
         start, end = self.span
         room = HEADROOM * (max(hi, end) - min(lo, start))
         start, end = (lo - room if lo < start else start), (hi + room if hi > end else end)
@@ -165,14 +180,18 @@ class HistogramObserver(Observer):
         """Centres and counts of one row, whichever way it is kept; CalibrationError when nothing was seen."""
         lo, hi = self.extremes()
         if self.rows is None:
+            self._count_waiting()
             assert self.counts is not None
-            start, end = self.span
-            return start + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((end - start) / BINS), self.counts
+            return self._centers(), self.counts
         start, end = lo[row].item(), hi[row].item()
         end = end if end > start else start + max(1.0, abs(start))
         bins = ((self.rows[row].double() - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
         counts = torch.bincount(bins, minlength=BINS).cpu().double()
         return start + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((end - start) / BINS), counts
+
+    def _centers(self) -> Tensor:
+        start, end = self.span
+        return start + (torch.arange(BINS, dtype=torch.float64) + 0.5) * ((end - start) / BINS)
 
     def data(self) -> tuple[Tensor, Tensor | None]:
         """``[scales, elements]`` and how often each counts: the tensor itself, or the centres of the filled bins with their counts."""

@@ -12,6 +12,9 @@ from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE
 
 CHUNK = 1 << 15  # elements searched together: a few copies of them fit in the second-level cache
 SMALL = 1e-15  # of values whose squares come near the smallest float32
+_LOOK_AHEAD = 8  # candidates between two checks whether any later one can still be the best
+_FEW_CODES = 16  # of which even the narrowest range may be the best
+_SURE = 0.999  # covers rounding in sums
 ENTROPY_WIDTHS = 128  # candidates of the entropy search
 
 
@@ -84,10 +87,16 @@ def _search(
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     factor = shrink.to(rows.dtype)[:, None]
     scale, zero_point = _grid(lo * factor, hi * factor, qmin, qmax, symmetric, contain_zero)  # [candidates, rows]
-    total = torch.empty_like(scale)
+    total = torch.full_like(scale, torch.inf)
     together = max(1, CHUNK // max(1, rows.numel()))  # candidates that fit in the chunk when the rows are few and short
     buffer = rows.new_empty(together, *rows.shape)
+    is_bounded = contain_zero and qmax - qmin > _FEW_CODES  # ranges lie within one another, and clipping soon costs more than it gains
     for start in range(0, len(shrink), together):
+        is_check_due = is_bounded and start % _LOOK_AHEAD < together and start > 0
+        if is_check_due and bool(
+            (_clipped(rows, scale[start], zero_point[start], qmin, qmax, power, weights) > total[:start].amin(0)).all()
+        ):
+            break
         s, z = scale[start : start + together, :, None], zero_point[start : start + together, :, None]
         error = torch.div(rows, s, out=buffer[: len(s)]).round_()
         torch.maximum(error, qmin - z, out=error)  # clamp with tensors takes twice as long as both of these
@@ -99,6 +108,16 @@ def _search(
     total.nan_to_num_(nan=float("inf"))  # an error that overflows in a bin without weight
     best = total.argmin(0, keepdim=True)  # the first, so the widest, among equals
     return scale.gather(0, best)[0], zero_point.gather(0, best)[0]
+
+
+def _clipped(rows: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, power: float, weights: Tensor | None) -> Tensor:
+    """What clipping alone costs, at least, with this candidate (``[rows]``) and all that shrink further.
+
+    Rounded zero points move the ends of a range by up to half a step.
+    """
+    lo, hi = ((end - zero_point) * scale for end in (qmin - 1, qmax + 1))
+    outside = (torch.maximum(torch.minimum(rows, hi[:, None]), lo[:, None]) - rows).abs_().pow_(power)
+    return (outside if weights is None else outside.mul_(weights)).sum(1) * _SURE
 
 
 def _grid(lo: Tensor, hi: Tensor, qmin: int, qmax: int, symmetric: bool, contain_zero: bool) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit.quantizers.ops import define_operator
+
 P = ParamSpec("P")
 
 
@@ -118,10 +120,7 @@ _operators: dict[str, Operator[...]] = {}
 
 
 def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Operator[P]]:
-    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled.
-
-    ``torch.library.custom_op`` does the same and adds checks that take longer than a small layer.
-    """
+    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled."""
 
     def register(function: Callable[P, Tensor]) -> Operator[P]:
         registered = Operator(function)
@@ -135,10 +134,7 @@ def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor
             return looks_like(*registered.rebuild(*arguments, **options))
 
         flat.__signature__ = registered.signature  # type: ignore[attr-defined]
-        name = f"lowbit::{function.__name__}"
-        torch.library.define(name, torch.library.infer_schema(flat, mutates_args=()))
-        torch.library.impl(name, "CompositeExplicitAutograd", flat)
-        torch.library.register_fake(name, flat_fake)
+        define_operator(function.__name__, flat, flat_fake)
         return registered
 
     return register
