@@ -308,7 +308,7 @@ def test_an_operation_without_an_onnx_form_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'needs {package}, .* pip install "lowbit\[onnx\]"'):
+    with pytest.raises(MissingExtraError, match=rf"needs {package}, .* pip install .*\[onnx\]"):
         write(nn.Conv2d(3, 4, 3), tmp_path / "m.onnx")
 
 
