@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,3 +28,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _fixed_seed() -> None:
     """Random numbers do not depend on which tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Networks that tests name are not noted in the cache of whoever runs them."""
+    folder = tmp_path_factory.mktemp("networks")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lowbit.workflows.trust._folder", lambda: folder)
+        yield

@@ -22,6 +22,7 @@ ORDER = (
     ("quantizers",),
     ("network",),
     ("data", "models"),
+    ("provenance",),
     ("measure",),
     ("formats",),
     ("runtime",),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import OutputError, SpecError
-from lowbit.workfolder import LOCK, exclusive_run, open_work_folder, weights_digest
+from lowbit.workfolder import LOCK, exclusive_run, open_work_folder, unfinished_facts, weights_digest
 
 
 def test_state_of_the_same_run_is_kept_and_of_another_run_deleted(tmp_path: Path) -> None:
@@ -121,3 +121,16 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="cannot write there"), exclusive_run(tmp_path / "out"):
         pass
+
+
+def test_the_facts_of_a_stopped_run_are_known_until_it_is_done_and_do_not_keep_it_from_resuming(tmp_path: Path) -> None:
+    path, settings = tmp_path / ".work", {"kind": "train", "bits": (4, 4)}
+    assert unfinished_facts(path, "train") is None
+    work = open_work_folder(path, settings, resume=True, facts={"model": "net.py:build"})
+    assert unfinished_facts(path, "train") is None  # nothing to resume from yet
+    (path / "state.safetensors").write_bytes(b"state")
+    assert unfinished_facts(path, "train") == {"model": "net.py:build"}
+    assert unfinished_facts(path, "quantize") is None
+    assert open_work_folder(path, settings, resume=True, facts={"model": "moved.py:build"}).is_resumed
+    work.mark_done()
+    assert unfinished_facts(path, "train") is None

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.network.bits import get_bits, set_bits
     from lowbit.network.slot import Slot
     from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
+    from lowbit.provenance import Provenance
     from lowbit.qat.attach.job import QatJob
     from lowbit.qat.engine.trainer import Trainer
     from lowbit.qat.loops.manual import parameter_groups, training
@@ -48,7 +49,7 @@ __all__ = [
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
-    "Recipe", "OptimizerSpec", "Phase", "Trainer",
+    "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
     "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowbit.errors import OutputError, SpecError
 from lowbit.files import write_text
 
-_SETTINGS, _DONE = "run.json", "done"
+_SETTINGS, _DONE, _FACTS = "run.json", "done", "provenance"
 LOCK = ".lock"
 
 
@@ -44,7 +44,7 @@ class WorkFolder:
         write_text(self.path / _DONE, "")
 
 
-def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool) -> WorkFolder:
+def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool, facts: Mapping[str, object] | None = None) -> WorkFolder:
     """The folder for the run with ``settings``.
 
     State of a run with the same settings is kept when ``resume``, state of a finished run with others is deleted.
@@ -53,23 +53,33 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
         path: The folder.
         settings: Everything that the run's result depends on.
         resume: False deletes whatever is there.
+        facts: What ``unfinished_facts`` returns while the run is not done; they may differ in a run that resumes it.
 
     Raises:
         SpecError: There is state of an unfinished run with other settings, which only ``resume=False`` deletes.
     """
-    text = json.dumps(settings, sort_keys=True, indent=1, default=str)
+    settings = json.loads(json.dumps(settings, default=str))
     record = path / _SETTINGS
-    if resume and record.is_file() and record.read_text(encoding="utf-8", errors="replace") == text:
+    earlier = _settings_of(record)
+    earlier.pop(_FACTS, None)
+    if resume and record.is_file() and earlier == settings:
         return WorkFolder(path, is_resumed=True)
     if resume and any(path.rglob("*.safetensors")) and not (path / _DONE).exists():
         raise SpecError(
-            f"{path.parent} holds a stopped run with other settings ({_difference(_settings_of(record), json.loads(text))}). "
+            f"{path.parent} holds a stopped run with other settings ({_difference(earlier, settings)}). "
             "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
         )
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, exist_ok=True)
-    write_text(record, text)
+    write_text(record, json.dumps({**settings, **({} if facts is None else {_FACTS: facts})}, sort_keys=True, indent=1, default=str))
     return WorkFolder(path, is_resumed=False)
+
+
+def unfinished_facts(path: Path, kind: str) -> object:
+    """The facts of the stopped run of that kind whose state is in the folder; ``None`` where there is none."""
+    found = _settings_of(path / _SETTINGS)
+    is_unfinished = found.get("kind") == kind and not (path / _DONE).exists() and any(path.rglob("*.safetensors"))
+    return found.get(_FACTS) if is_unfinished else None
 
 
 def _settings_of(record: Path) -> dict[str, object]:

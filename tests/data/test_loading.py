@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowbit.data import SUITES, Preprocessing, load_data, loader
+from lowbit.data import SUITES, Preprocessing, TensorImages, load_data, loader
 from lowbit.errors import DataError, SpecError, UnknownNameError
 
 
@@ -39,7 +39,7 @@ def test_digits_take_no_folder_and_suites_no_preprocessing(tmp_path: Path) -> No
     with pytest.raises(SpecError, match="takes no folder"):
         load_data("digits", root=tmp_path)
     with pytest.raises(SpecError, match="has its own preprocessing"):
-        load_data("cifar10", root=tmp_path, preprocessing=Preprocessing())
+        load_data("digits", preprocessing=Preprocessing())
 
 
 def test_an_unknown_split_is_refused(numbers: Path) -> None:
@@ -95,3 +95,22 @@ def test_idx_files_of_another_size_state_their_own_shape(tmp_path: Path) -> None
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 1, 5, 4) + bytes(20))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + struct.pack(">I", 1) + bytes([3]))
     assert load_data(f"fashion-mnist:{tmp_path}", split="test").input_shape == (1, 5, 4)
+
+
+def test_the_preprocessing_of_a_suite_makes_the_same_samples_of_pictures() -> None:
+    data = load_data("digits", split="test")
+    assert data.preprocessing == Preprocessing(size=8, crop_fraction=1.0, mean=data.mean, std=data.std, grey=True)
+    images = data.dataset
+    assert isinstance(images, TensorImages)
+    picture = Image.fromarray((images.images[0, 0].numpy().astype(int) * 255 // 16).astype(np.uint8))
+    torch.testing.assert_close(data.preprocessing(picture), data.dataset[0][0], atol=0.05, rtol=0)  # 8 bits there, 4 here
+    assert len(load_data("digits", split="test", preprocessing=data.preprocessing)) == 600  # its own may be named
+
+
+def test_arrays_have_a_preprocessing_where_they_are_square_pictures(tmp_path: Path) -> None:
+    np.savez(tmp_path / "square.npz", images=np.zeros((2, 6, 6, 3), np.uint8))
+    np.savez(tmp_path / "wide.npz", images=np.zeros((2, 6, 8), np.uint8))
+    asked = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    found = load_data(str(tmp_path / "square.npz"), preprocessing=asked).preprocessing
+    assert found == Preprocessing(size=6, crop_fraction=1.0, mean=asked.mean, std=asked.std)
+    assert load_data(str(tmp_path / "wide.npz")).preprocessing is None

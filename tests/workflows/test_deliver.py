@@ -28,9 +28,19 @@ def test_python_and_a_request_give_the_same_report_and_the_same_file(tmp_path: P
     samples = next(iter(loader(load_data("digits", split="calibration"), 32)))[0]
     small = lowbit.quantize(model, method="round_to_nearest", weight_bits=4, calibration=samples)
     test = loader(load_data("digits", split="test"), 32)
-    given = lowbit.deliver(small, tmp_path / "python", calibration=samples, float_model=model, test_data=test, name="digits", onnx=False)
+    known = lowbit.load(tmp_path / "request" / "model.lowbit").provenance
+    given = lowbit.deliver(
+        small,
+        tmp_path / "python",
+        calibration=samples,
+        float_model=model,
+        test_data=test,
+        name="digits",
+        onnx=False,
+        provenance=known,
+    )
     first, second = asked.report.to_dict(), given.report.to_dict()
-    for name in ("quantized", "metrics", "size_bytes", "options", "samples", "weight_bits", "model"):
+    for name in ("quantized", "metrics", "size_bytes", "options", "samples", "weight_bits", "model", "provenance"):
         assert first[name] == second[name], name
     assert (tmp_path / "request" / "model.lowbit").read_bytes() == (tmp_path / "python" / "model.lowbit").read_bytes()
     assert {path.name for path in (tmp_path / "python").iterdir()} == {"report.json", "report.html", "policy.yaml", "model.lowbit"}

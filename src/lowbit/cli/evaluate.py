@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from lowbit.cli.console import SpokenProgress, say, show_json, show_table
+from lowbit.cli.flags import in_flags
 from lowbit.cli.settings import Json, Quiet, options_of
 from lowbit.report.formatting import format_bytes, format_db, format_percent
 from lowbit.workflows.requests import EvaluateRequest
@@ -38,11 +39,14 @@ def evaluate(
     if not quiet:
         rows = [(name, entry, cast(dict[str, float], entry["metrics"])) for name, entry in found.results.items()]
         names = list(rows[0][2])
+        say(str(found.source.provenance))
         say(f"{found.source.name} on {found.source.test_name or 'unlabelled samples'}")
         show_table(
             ("", *names, "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
             [(name, *(found.task.describe(n, metrics[n]) for n in names), *_words(entry)) for name, entry, metrics in rows],
         )
+        for note in found.notes:
+            say(f"note: {in_flags(note)}")
     if found.path is not None:
         say(f"evaluation: {found.path}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli.console import SpokenProgress, say, show_table
+from lowbit.cli.flags import in_flags
 from lowbit.cli.settings import Quiet, options_of
 from lowbit.errors import SpecError
 from lowbit.workflows.requests import RunRequest
@@ -46,11 +47,14 @@ def run(
 
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    loaded = load_on_kernels(packed_file(Path(packed)), weight_only=request.weight_only)
-    labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess)
+    path = packed_file(Path(packed))
+    loaded = load_on_kernels(path, weight_only=request.weight_only)
+    labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess, request.classes, place=str(path))
     paths = [] if pictures is None else find_pictures(Path(pictures))
     if not quiet:
         say(loaded.summary)
+        if labels is not None:
+            say(f"inputs: {labels.preprocessing}" if not labels.note else f"note: {in_flags(labels.note)}")
     if labels is not None:
         if request.out is not None:
             prepare_table(Path(request.out))

@@ -22,6 +22,8 @@ from lowbit.workflows.requests import Request, fields_of
 RUN, OUTPUT, METHOD = "Run", "Output", "Method"  # headings in --help for what is no setting
 PARSED = ("model_options", "teacher_options")  # their values are Python's, as YAML writes them
 
+PIXELS = ("mean", "std")  # of the preprocessing, as options of their own
+
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no tables; files are written all the same.", rich_help_panel=RUN)
 ]
@@ -127,6 +129,8 @@ def _options(request: type[Request], kind: str | None) -> Iterator[tuple[tuple[s
         heading = (group.__doc__ or "").partition("\n")[0].rstrip(".")
         for path, setting in _leaves(settings[name]):
             yield path, _option(setting, heading, kind)
+            if path == ("preprocess",):
+                yield from (((*path, part), _shortcut(part, heading)) for part in PIXELS)
 
 
 def _leaves(setting: Setting) -> Iterator[tuple[tuple[str, ...], Setting]]:
@@ -154,6 +158,12 @@ def _option(setting: Setting, heading: str, kind: str | None) -> Any:
         return Annotated[bool | None, typer.Option(on if setting.default is False else f"{on}/{off_flag_of(setting.name)}", **facts)]
     facts |= {"metavar": _metavar(setting), "autocompletion": _completion(setting, kind)}
     return Annotated[list[str] | None if is_many else str | None, typer.Option(*flags_of(setting.name), **facts)]
+
+
+def _shortcut(name: str, heading: str) -> Any:
+    """The annotation of typer's parameter for an entry of the preprocessing that has an option of its own."""
+    text = f"{name.capitalize()} of the pixels, in 0..1, for each channel; short for --preprocess {name}=..."
+    return Annotated[str | None, typer.Option(f"--{name}", help=text, metavar="NUMBER,...", rich_help_panel=heading, show_default=False)]
 
 
 def _is_mapping(setting: Setting) -> bool:
@@ -223,6 +233,10 @@ def _nested(given: Mapping[tuple[str, ...], object]) -> dict[str, object]:
             value = {key: parse_yaml(text, f"{flag_of(path[-1])} {key}") for key, text in pairs.items()} if path[-1] in PARSED else pairs
         if len(path) == 1:
             values[path[0]] = value
+        elif path[1] in values.setdefault(path[0], {}):
+            raise SpecError(
+                f"{flag_of(path[0])} {path[1]}={values[path[0]][path[1]]}: {path[1]} was given by --{path[1]} too, with {value!r}"
+            )
         else:
-            values.setdefault(path[0], {})[path[1]] = value
+            values[path[0]][path[1]] = value
     return values

@@ -10,6 +10,8 @@ import typer
 from rich.markup import escape
 
 from lowbit.cli.console import errors, results, say, show_json, show_table
+from lowbit.cli.flags import in_flags
+from lowbit.provenance import provenance_from_json
 from lowbit.qat.task import format_metric
 from lowbit.report.formatting import format_bytes, format_change, format_db, format_operand, format_percent, format_ratio
 from lowbit.workflows.deliver import Delivery
@@ -59,6 +61,7 @@ def show_delivery(delivery: Delivery) -> None:
         f"{format_operand(report.activation_bits, 'activations')}, {done} of {len(report.layers)} layers",
         highlight=False,
     )
+    say(str(provenance_from_json(report.provenance)))
     rows: list[tuple[str, object, object, object]] = [
         (name, format_metric(metric.float, metric.unit), format_metric(metric.quantized, metric.unit), format_change(metric))
         for name, metric in report.metrics.items()
@@ -86,4 +89,4 @@ def show_delivery(delivery: Delivery) -> None:
     for note in report.notes:
         if note in problems:
             continue  # those go to standard error
-        results.print(f"note: {note}", markup=False, highlight=False)
+        results.print(f"note: {in_flags(note)}", markup=False, highlight=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowbit.data.image_data import ImageData, Sample, TensorImages
+from lowbit.data.image_data import ImageData, Sample, TensorImages, tensor_data
 from lowbit.data.images import Preprocessing
 from lowbit.errors import DataError
 from lowbit.reading import check_readable
@@ -57,7 +57,7 @@ def load_arrays(path: Path, preprocessing: Preprocessing | None = None) -> Image
         mean, std = ((0.0,) * channels, (1.0,) * channels) if preprocessing is None else (preprocessing.mean, preprocessing.std)
         if len(mean) != channels:
             raise DataError(f"{path}: images have {channels} channel(s), the preprocessing has mean and std for {len(mean)}")
-        return ImageData(path.name, TensorImages(images, classes, mean, std), num_classes, tuple(images.shape[1:]), mean, std)
+        return tensor_data(path.name, TensorImages(images, classes, mean, std), num_classes)
     if samples.dtype.kind != "f":
         raise DataError(f"{path}: samples are {samples.dtype}, expected uint8 pixels or floating-point samples")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.data.image_data import ImageData, Split, TensorImages
+from lowbit.data.image_data import ImageData, Split, TensorImages, tensor_data
 from lowbit.errors import DataError
 
 PIXELS = 3 * 32 * 32
@@ -75,7 +75,7 @@ def load_cifar(version: CifarVersion, root: Path | None, split: Split) -> ImageD
     parts = [_read(folder / file, version) for file in files]
     images, labels = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
     dataset = TensorImages(images, labels, version.mean, version.std)
-    return ImageData(version.name, dataset, version.num_classes, (3, 32, 32), version.mean, version.std, _class_names(folder, version))
+    return tensor_data(version.name, dataset, version.num_classes, _class_names(folder, version))
 
 
 def _read(path: Path, version: CifarVersion) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lowbit.data.image_data import ImageData, Split, TensorImages
+from lowbit.data.image_data import ImageData, Split, TensorImages, tensor_data
 from lowbit.errors import missing_extra
 
 TRAIN_SAMPLES = 1197  # the other 600 are the test samples
@@ -28,4 +28,4 @@ def load_digits(split: Split) -> ImageData:
     images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)[chosen]
     labels = torch.from_numpy(bunch.target.astype(np.int64))[chosen]
     dataset = TensorImages(images, labels, MEAN, STD, white=WHITE)
-    return ImageData("digits", dataset, 10, (1, 8, 8), MEAN, STD, tuple("0123456789"))
+    return tensor_data("digits", dataset, 10, "0123456789")

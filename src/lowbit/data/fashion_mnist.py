@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 from lowbit.data.idx import read_idx
-from lowbit.data.image_data import ImageData, Split, TensorImages
+from lowbit.data.image_data import ImageData, Split, TensorImages, tensor_data
 from lowbit.errors import DataError
 from lowbit.files import may_download, replacing
 
@@ -48,7 +48,7 @@ def load_fashion_mnist(root: Path | None, split: Split) -> ImageData:
     if int(labels.max()) >= len(CLASS_NAMES):
         raise DataError(f"{paths[1]}: label {int(labels.max())}, expected 0 to {len(CLASS_NAMES) - 1}")
     dataset = TensorImages(images.unsqueeze(1), labels.long(), MEAN, STD)
-    return ImageData("fashion-mnist", dataset, len(CLASS_NAMES), tuple(dataset.images.shape[1:]), MEAN, STD, CLASS_NAMES)
+    return tensor_data("fashion-mnist", dataset, len(CLASS_NAMES), CLASS_NAMES)
 
 
 def _file(folder: Path, name: str, is_remote: bool) -> Path:

@@ -81,6 +81,7 @@ def load_folder(folder: Path, split: Split, preprocessing: Preprocessing, *, str
         tuple(path.name for path in classes),
         ignored,
         tuple(skipped),
+        preprocessing,
     )
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lowbit.data.images import Preprocessing
+
 Split = Literal["train", "test", "calibration"]
 Sample = Tensor | tuple[Tensor, int]
 
@@ -28,6 +30,7 @@ class ImageData:
         class_names: By label; empty where unknown.
         ignored: How many files of the folder were no images.
         skipped: Images that could not be decoded and were left out.
+        preprocessing: How a picture becomes a sample like these; None where the samples are no square pictures.
     """
 
     name: str
@@ -39,6 +42,7 @@ class ImageData:
     class_names: tuple[str, ...] = ()
     ignored: int = 0
     skipped: tuple[Path, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -50,11 +54,13 @@ class TensorImages(Dataset[Sample]):
     Attributes:
         images: uint8 ``[N, C, H, W]``, 0 to ``white``.
         labels: int64 ``[N]`` or None.
+        mean, std: Per channel, of pixels in 0..1.
         white: The largest value of a pixel.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float], *, white: int = 255) -> None:
         self.images, self.labels, self.white = images, labels, white
+        self.mean, self.std = tuple(mean), tuple(std)
         self._mean, self._std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
 
     def __len__(self) -> int:
@@ -67,3 +73,12 @@ class TensorImages(Dataset[Sample]):
     def normalized(self, images: Tensor) -> Tensor:
         """``(pixel / white - mean) / std`` in float32 for one image or a batch, on the device of ``images``."""
         return (images.float() / self.white - self._mean.to(images.device)) / self._std.to(images.device)
+
+
+def tensor_data(name: str, dataset: TensorImages, num_classes: int | None, class_names: Sequence[str] = ()) -> ImageData:
+    """Images in memory, with the preprocessing that makes such samples of pictures of any size."""
+    channels, height, width = dataset.images.shape[1:]
+    mean, std = dataset.mean, dataset.std
+    preprocessing = Preprocessing(height, 1.0, mean, std, grey=channels == 1) if height == width and channels in (1, 3) else None
+    shape = (channels, height, width)
+    return ImageData(name, dataset, num_classes, shape, mean, std, tuple(class_names), preprocessing=preprocessing)

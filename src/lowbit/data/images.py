@@ -63,6 +63,11 @@ class Preprocessing:
         """1 for grey, else 3."""
         return 1 if self.grey else 3
 
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        colours = "grey" if self.grey else "colour"
+        return f"{self.size} x {self.size}, {colours}, mean {mean}, std {std}, crop fraction {self.crop_fraction:g}, {self.interpolation}"
+
     def __call__(self, picture: Image.Image) -> Tensor:
         """float32 ``[channels, size, size]``; DataError where resizing would make more than ``MAX_PIXELS`` pixels of it."""
         shorter = int(self.size / self.crop_fraction)

@@ -84,15 +84,20 @@ def load_data(
         raise SpecError(f"split {split!r}, expected one of {', '.join(get_args(Split))}")
     name, _, folder = spec.partition(":")
     if name in SUITES:
-        if preprocessing is not None:
-            raise SpecError(f"{name} has its own preprocessing; leave the option out")
         data = SUITES[name].load(Path(folder) if folder else root, split)
+        if preprocessing is not None and preprocessing != data.preprocessing:
+            raise SpecError(f"{name} has its own preprocessing ({data.preprocessing}), asked for is {preprocessing}; leave the option out")
     else:
         data = _from_path(Path(spec), split, preprocessing, strict)
     if split == "calibration":
         order = torch.randperm(len(data), generator=Generator().manual_seed(0)).tolist()
         data = replace(data, dataset=Subset(data.dataset, order))
     return data
+
+
+def is_suite(spec: str | None) -> bool:
+    """Whether ``spec`` names a suite, with a folder or without."""
+    return spec is not None and spec.partition(":")[0] in SUITES
 
 
 def loader(data: ImageData, batch_size: int = 64, *, shuffle: bool = False, seed: int = 0) -> DataLoader[Sample]:

@@ -87,6 +87,10 @@ class Task(ABC):
         The output may be of another batch, so that only sizes behind the first dimension can be compared.
         """
 
+    def doubt(self, scores: Scores, outputs: int) -> str:
+        """Why the metrics of a network with so many outputs say nothing, in words; empty where they do, or where the task cannot tell."""
+        return ""
+
     def describe(self, name: str, value: float) -> str:
         """A value of a metric as people read it."""
         return format_metric(value, self.units.get(name, ""))

@@ -8,7 +8,8 @@ selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``qu
 ``activations[].name|role|layers|bit_width|low|high|clip_low|clip_high|clipped|sqnr_db``,
 ``disagreements[].sample|float|quantized|label``, ``run.command|started|seconds|machine|versions|data``, and where the network was trained
 ``training.metric``, ``training.recipe``, ``training.task``,
-``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``. What was not measured is ``null``, and without labelled data ``metrics`` is
+``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``; ``provenance`` holds what is known of ``lowbit.Provenance``.
+What was not measured is ``null``, and without labelled data ``metrics`` is
 empty; nothing else is ever left out or NaN.
 """
 
@@ -157,6 +158,7 @@ class Report:
         notes: What was skipped and why, for the whole network.
         run: Facts of the run, see ``report.facts.run_facts``.
         extra: More entries for the file, under names of their own.
+        provenance: Where the network comes from, as ``lowbit.Provenance.to_json`` says it.
     """
 
     method: str
@@ -189,6 +191,7 @@ class Report:
     notes: Sequence[str] = ()
     run: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The content of ``report.json``."""
@@ -225,6 +228,7 @@ class Report:
             "training": None if self.training is None else dict(self.training),
             "notes": list(self.notes),
             "run": dict(self.run),
+            "provenance": dict(self.provenance),
         }
         taken = sorted(set(data) & set(self.extra))
         if taken:

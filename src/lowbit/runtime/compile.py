@@ -19,6 +19,7 @@ from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.operators import Function, find_operator
 from lowbit.formats.program.program import export_program
 from lowbit.network.record import record_of
+from lowbit.provenance import provenance_of
 from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.layers.operator import LayerCall
@@ -194,7 +195,7 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
     elif sample is None:
         raise SpecError("compile_runtime needs a sample to see what the network computes: compile_runtime(model, sample=images)")
     else:
-        content = package(export_program(model, sample), record_of(model))
+        content = package(export_program(model, sample), record_of(model), provenance_of(model))
     network = RuntimeNetwork(content, weight_only, max_elements=max_elements).eval()
     network.require_kernels()
     return network

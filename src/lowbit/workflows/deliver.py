@@ -19,6 +19,7 @@ from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.measure.sensitivity import has_same_layers
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
+from lowbit.provenance import Provenance, class_names_of, provenance_of
 from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
@@ -30,6 +31,7 @@ from lowbit.report.results import LayerResult, MetricResult, ParityResult, Repor
 from lowbit.report.summary import layer_results
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
+from lowbit.workflows.fit import count_outputs, doubtful
 from lowbit.workflows.output import prepare_folder
 
 FILES = ("model.lowbit", "model.onnx")
@@ -84,6 +86,7 @@ def deliver(
     task: Task | Criterion | None = None,
     training: Mapping[str, object] | None = None,
     notes: Sequence[str] = (),
+    provenance: Provenance | None = None,
     data_names: Mapping[str, str] | None = None,
     started: float | None = None,
     progress: Progress | None = None,
@@ -109,6 +112,8 @@ def deliver(
         task: What the network is for, see ``lowbit.train``. Default: classification.
         training: What ``Report.training`` holds.
         notes: More notes for the report.
+        provenance: Where the network comes from, which the report and the files keep. Default: what the network carries, with the
+            classes of the data (its ``classes``, as data sets of torchvision have them) and the task.
         data_names: What the report calls each data set, by what it was used for: ``{"calibration": "photos/"}``.
         started: When the run began, as ``time.time`` gives it. Default: now.
         progress: Progress display; default: silent.
@@ -136,6 +141,7 @@ def deliver(
     test = None if test_data is None else evaluation_batches(test_data, TEST_BATCH)
     inputs = Inputs.of(sample, model) if sample is not None else data.sample  # type: ignore[union-attr]
     out = prepare_folder(Path(out), needed_bytes=3 * tensor_bytes(model))
+    provenance = provenance or _described(model, (test_data, calibration), as_task(task))
     report = Report(
         record.method,
         None,
@@ -147,6 +153,7 @@ def deliver(
         training=training,
         metric=as_task(task).metric_name,
         notes=[*record.table.notes, *notes],
+        provenance=provenance.to_json(),
     )
     rival = float_model if compare else None
     original = layer_reference(model, reference, rival, is_trained=training is not None)
@@ -159,7 +166,7 @@ def deliver(
             continue
         progress.say(f"writing {file} and comparing it with the network")
         try:
-            written = export(model, out / file, sample=inputs)
+            written = export(model, out / file, sample=inputs, provenance=provenance)
         except (GraphError, ParityError, MissingExtraError) as error:
             problems.append(f"{file}: {error}")
         else:
@@ -205,6 +212,13 @@ def layer_reference(model: nn.Module, reference: nn.Module | None, float_model: 
     if float_model is not None and has_same_layers(model, float_model):
         return LayerReference(float_model, "the float network that training started from" if is_trained else "the float network")
     return LayerReference(None, f"the {'trained' if is_trained else 'same'} network with its quantizers off")
+
+
+def _described(model: nn.Module, data: Iterable[object], task: Task) -> Provenance:
+    """What the network carries, with what the data and the task say where it does not."""
+    known = provenance_of(model) or Provenance()
+    names = known.classes or next(filter(None, map(class_names_of, data)), ())
+    return dataclasses.replace(known, classes=names, task=known.task or type(task).__qualname__)
 
 
 def _measured(
@@ -256,12 +270,13 @@ def _compared(
     if test_data is None or calibration is None:
         return report, pictures
     after = evaluate(model, test_data, task=task, progress=progress)
-    before = {} if rival is None else evaluate(rival, test_data, task=task, progress=progress).metrics
+    before = None if rival is None else evaluate(rival, test_data, task=task, progress=progress)
+    doubts = doubtful(task, {"the float network": before, "the quantized network": after}, count_outputs(model, calibration.sample))
     metrics = {
-        name: MetricResult(before.get(name), value, task.units.get(name, ""), task.meanings.get(name, ""))
+        name: MetricResult(None if before is None else before.metrics.get(name), value, task.units.get(name, ""), task.meanings.get(name, ""))
         for name, value in after.metrics.items()
     }
-    return dataclasses.replace(report, metrics=metrics, samples=after.samples), pictures
+    return dataclasses.replace(report, metrics=metrics, samples=after.samples, notes=[*report.notes, *doubts]), pictures
 
 
 def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:

@@ -12,8 +12,10 @@ from lowbit.measure.diagnose import diagnose
 from lowbit.measure.diagnosis import Diagnosis
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress
+from lowbit.qat.tasks import Classification
 from lowbit.report.json_text import to_json
 from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.origin import origin_of
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import DiagnoseRequest
@@ -32,8 +34,15 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
     method = cast(PostTrainingMethod, request.chosen_method())
     policy = request.bit_policy()
     missing = "name some with calibration=: a folder of images, or a name from 'lowbit data list'"
-    source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
+    if request.target is None:
+        source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
+    else:
+        origin = origin_of(Path(request.target))
+        origin.require_task(Classification.__qualname__)
+        source = origin.open(request, request, device=request.device, seed=request.seed, missing=missing)
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
+    for line in (str(source.provenance), *source.notes):
+        progress.say(line)
     job = run_job(source.model, method, policy, source.calibration, source.sample, seed=request.seed, progress=progress)
     test = source.test
     found = diagnose(

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError
 from lowbit.files import write_text
-from lowbit.formats.onnx.sessions import load_onnx
+from lowbit.formats.onnx.sessions import load_onnx, onnx_provenance
 from lowbit.inputs import Inputs
 from lowbit.measure import measure_agreement, measure_latency
 from lowbit.progress import Progress
-from lowbit.qat.task import Task
+from lowbit.qat.task import Scores, Task
 from lowbit.qat.tasks import Classification
 from lowbit.report.json_text import to_json
 from lowbit.workflows.deliver import FILES
 from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.fit import count_outputs, doubtful
 from lowbit.workflows.load import load
+from lowbit.workflows.origin import common_origin
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.requests import EvaluateRequest, SampleSettings
-from lowbit.workflows.source import Source, open_source
+from lowbit.workflows.source import Source, is_network_named, open_source
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,16 @@ class Evaluation:
     Attributes:
         source: The float network and the data.
         task: What the network is for.
-        results: Figures of ``float`` and of each file, by name.
+        results: Figures of ``float`` and of each file, by name; no ``float`` where training started from random weights.
         path: The file with the figures, where one was asked for.
+        notes: What the user should know.
     """
 
     source: Source
     task: Task
     results: dict[str, dict[str, object]]
     path: Path | None
+    notes: tuple[str, ...] = ()
 
 
 class OnnxModule(nn.Module):
@@ -50,6 +54,7 @@ class OnnxModule(nn.Module):
         super().__init__()
         self._network = load_onnx(path, threads=threads)
         self.lowbit_inputs = self._network.input_names
+        self.provenance = onnx_provenance(path)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
         return self._network(Inputs(args, kwargs))
@@ -65,39 +70,42 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     files = [] if request.target is None else exported_files(Path(request.target))
-    source = open_source(
-        request,
-        SampleSettings(calibration_samples=request.samples, batch_size=request.batch_size),
-        device=request.device,
-        seed=request.seed,
-        missing="name some with data=: a labelled folder, or a name from 'lowbit data list'",
-    )
+    networks = {path: load(path) if path.suffix == ".lowbit" else OnnxModule(path, request.threads or 1) for path in files}
+    origin = common_origin({str(path): network.provenance for path, network in networks.items()}) if networks else None
+    samples, opened, task = SampleSettings(calibration_samples=request.samples, batch_size=request.batch_size), None, Classification()
+    if origin is not None:
+        origin.require_task(type(task).__qualname__)
+        if origin.has_no_float_network and not is_network_named(request):
+            opened = origin.place, next(iter(networks.values()))
+    missing = "name some with data=: a labelled folder, or a name from 'lowbit data list'"
+    if origin is None:
+        source = open_source(request, samples, device=request.device, seed=request.seed, missing=missing)
+    else:
+        source = origin.open(request, samples, device=request.device, seed=request.seed, missing=missing, opened=opened)
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
     compared = source.calibration if source.test is None else source.test
     assert compared is not None  # without any data there is no source
-    one, task = source.sample.take(0, 1), Classification()
-    found: dict[str, dict[str, object]] = {
-        "float": {
-            **_metrics(source.model, source.test, task, progress),
-            "latency_ms": measure_latency(source.model, one).median_ms,
-            "runtime": "torch",
-        }
-    }
-    for path in files:
-        network = load(path) if path.suffix == ".lowbit" else OnnxModule(path, request.threads or 1)
-        agreement = measure_agreement(source.model, network, compared, progress=progress)
+    one = source.sample.take(0, 1)
+    found: dict[str, dict[str, object]] = {}
+    scores: dict[str, Scores | None] = {}
+    if opened is None:
+        scores["float"] = _scores(source.model, source.test, task, progress)
+        found["float"] = {**_metrics(scores["float"]), "latency_ms": measure_latency(source.model, one).median_ms, "runtime": "torch"}
+    for path, network in networks.items():
+        agreement = None if opened is not None else measure_agreement(source.model, network, compared, progress=progress)
+        scores[path.name] = _scores(network, source.test, task, progress)
         found[path.name] = {
-            **_metrics(network, source.test, task, progress),
-            "agreement": agreement.top1,
-            "sqnr_db": agreement.sqnr_db,
+            **_metrics(scores[path.name]),
+            "agreement": None if agreement is None else agreement.top1,
+            "sqnr_db": None if agreement is None else agreement.sqnr_db,
             "size_bytes": path.stat().st_size,
             "latency_ms": measure_latency(network, one).median_ms,
             "runtime": "torch, codes decoded to float" if path.suffix == ".lowbit" else "ONNX Runtime",
         }
-    if out is None:
-        return Evaluation(source, task, found, None)
-    write_text(out / "evaluation.json", to_json(found) + "\n")
-    return Evaluation(source, task, found, out / "evaluation.json")
+    notes = (*source.notes, *doubtful(task, scores, count_outputs(source.model, source.sample)))
+    if out is not None:
+        write_text(out / "evaluation.json", to_json(found) + "\n")
+    return Evaluation(source, task, found, None if out is None else out / "evaluation.json", notes)
 
 
 def exported_files(target: Path) -> list[Path]:
@@ -120,9 +128,10 @@ def exported_files(target: Path) -> list[Path]:
     return [target]
 
 
-def _metrics(network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress) -> dict[str, object]:
+def _scores(network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress) -> Scores | None:
+    return None if test is None else evaluate(network, test, task=task, progress=progress)
+
+
+def _metrics(scores: Scores | None) -> dict[str, object]:
     """The metrics by name; none without labelled data."""
-    if test is None:
-        return {"metrics": {}, "samples": 0}
-    scores = evaluate(network, test, task=task, progress=progress)
-    return {"metrics": dict(scores.metrics), "samples": scores.samples}
+    return {"metrics": {}, "samples": 0} if scores is None else {"metrics": dict(scores.metrics), "samples": scores.samples}

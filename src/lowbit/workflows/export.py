@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +17,10 @@ from lowbit.errors import FileFormatError, GraphError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
 from lowbit.formats.checks.speed import Speed, compare_speed
-from lowbit.formats.onnx.sessions import SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
+from lowbit.formats.onnx.sessions import PROVENANCE_KEY, SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
 from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
 from lowbit.formats.packed.file import package, read_package, write_package
+from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
 from lowbit.formats.program.structure import output_names as names_of
@@ -26,8 +28,10 @@ from lowbit.inputs import Inputs, map_tensors, tensors_of
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
+from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.workflows.load import load
+from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.requests import ExportRequest
 from lowbit.workflows.source import open_source
@@ -82,6 +86,7 @@ def export(
     kernels: bool = False,
     dynamic: Sequence[str | int] = (),
     output_names: Sequence[str] = (),
+    provenance: Provenance | None = None,
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.
 
@@ -102,6 +107,7 @@ def export(
         dynamic: Dimensions that stay open besides the batch: ``("H", "W")`` for height and width, ``"D"`` for the depth of volumes, ``"L"`` for
             the length of sequences ``[N, C, L]``, or numbers of dimensions.
         output_names: For ONNX: a name for each output tensor. Left out: the keys of a dictionary, ``out0``, ``out1`` ... for a tuple or list.
+        provenance: Where the network comes from, which the file keeps. Default: what the network carries.
 
     NaN among the inputs gives NaN in the network and in a packed file, on kernels too; a runtime of ONNX files turns NaN into some
     number where it quantizes, so check inputs before. ``lowbit.load(..., check_finite=True)`` refuses them.
@@ -136,6 +142,7 @@ def export(
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
     inputs = Inputs.of(sample, model).to("cpu")
+    provenance = provenance or provenance_of(model)
     if device_of(model).type != "cpu":
         model = copy.deepcopy(model).cpu()
     _refuse_random(model, inputs)
@@ -146,8 +153,8 @@ def export(
     program = replace(program, notes=(*program.notes, *notes))
     if path.suffix == ".onnx":
         require_onnx()
-        return _export_onnx(model, program, path, weight_container, measure_speed, output_names)
-    return _export_packed(model, program, path, kernels)
+        return _export_onnx(model, program, path, weight_container, measure_speed, output_names, provenance)
+    return _export_packed(model, program, path, kernels, provenance)
 
 
 def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tuple[str, ...]]:
@@ -171,9 +178,9 @@ def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
         )
 
 
-def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool) -> ExportReport:
+def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool, provenance: Provenance | None) -> ExportReport:
     with replacing(path) as temporary:
-        size = write_package(replace(package(program, record_of(model)), runs_on_kernels=kernels), temporary)
+        size = write_package(replace(package(program, record_of(model), provenance), runs_on_kernels=kernels), temporary)
         stored = read_package(temporary).tensors
         weights = {name: tensor.decode() for name, tensor in stored.items() if isinstance(tensor, PackedTensor)}
         loaded = load(temporary)
@@ -187,7 +194,13 @@ def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool
 
 
 def _export_onnx(
-    model: nn.Module, program: Program, path: Path, weight_container: WeightContainer, measure_speed: bool, output_names: Sequence[str]
+    model: nn.Module,
+    program: Program,
+    path: Path,
+    weight_container: WeightContainer,
+    measure_speed: bool,
+    output_names: Sequence[str],
+    provenance: Provenance | None,
 ) -> ExportReport:
     import onnx_ir as ir
 
@@ -199,6 +212,8 @@ def _export_onnx(
     rewritten = integer_network(marked, program.weights, weight_container=weight_container, emulated=program.emulated)
     notes = [*program.notes, *rewritten.notes]
     name_outputs(rewritten.model, names)
+    if provenance is not None:
+        rewritten.model.metadata_props[PROVENANCE_KEY] = json.dumps(provenance.to_json(), sort_keys=True)
     speed = None
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         ir.save(rewritten.model, temporary)
@@ -252,11 +267,18 @@ def load_and_export(request: ExportRequest) -> ExportReport:
     if request.runtime and to.suffix != ".lowbit":
         raise SpecError(f"runtime=True, to={str(to)!r}: {to.suffix} files are run by other runtimes. Write a .lowbit file.")
     prepare_folder(to.parent, needed_bytes=0, name="to")
-    source = open_source(request, request, device=request.device, seed=request.seed)
-    network = source.model if request.packed is None else load(packed_file(Path(request.packed)))
     is_quantized = request.packed is not None  # the float network would be timed against itself
-    return export(
-        network,
+    if request.packed is None:
+        source = open_source(request, request, device=request.device, seed=request.seed)
+        attach_provenance(source.model, source.provenance)
+    else:
+        path = packed_file(Path(request.packed))
+        loaded = load(path)
+        request = _with_noise(request, loaded)
+        origin = Origin(str(path), loaded.provenance)
+        source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded))
+    report = export(
+        source.model,
         to,
         sample=source.sample,
         weight_container=request.weight_container,
@@ -265,6 +287,16 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         dynamic=[name for name in (request.dynamic or "").split(",") if name],
         output_names=[] if request.output_names is None else [name.strip() for name in request.output_names.split(",")],
     )
+    return replace(report, notes=(*report.notes, *source.notes))
+
+
+def _with_noise(request: ExportRequest, loaded: PackedNetwork) -> ExportRequest:
+    """``request`` with the input shape of a file that was made without any data."""
+    (first, *others), known = loaded.packed_graph.inputs, loaded.provenance
+    is_without = known is not None and known.data is None and known.calibration is None
+    if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in first.shape[1:]:
+        return request
+    return replace(request, input_shape="x".join(map(str, first.shape[1:])))
 
 
 def packed_file(path: Path) -> Path:

@@ -16,7 +16,8 @@ def load(
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
-    unpickled, and the file can call no other operators than those of ``lowbit.formats.program.operators``.
+    unpickled, and the file can call no other operators than those of ``lowbit.formats.program.operators``. ``network.provenance`` says
+    where it comes from: its preprocessing, its classes and so on (``lowbit.Provenance``), or is ``None`` where the file does not say.
 
     Args:
         path: The file.

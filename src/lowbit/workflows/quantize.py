@@ -30,12 +30,11 @@ from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 from lowbit.workflows.deliver import Delivery, deliver
+from lowbit.workflows.origin import WORK, stopped_run
 from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import QuantizeRequest
-from lowbit.workflows.source import Source, open_source
+from lowbit.workflows.source import Source, is_network_named, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
-
-WORK = ".work"  # the folder of a run's state in the output folder
 
 
 def quantize(
@@ -197,6 +196,9 @@ def open_quantization(request: QuantizeRequest) -> Quantization:
     method = cast(PostTrainingMethod, request.chosen_method())  # unknown names and wrong types fail here, before anything is loaded
     check_results(Path(request.out), find_method(method).name, resume=request.resume)
     policy = request.bit_policy()
+    stopped = stopped_run(Path(request.out), "quantize") if request.resume else None
+    if stopped is not None and not is_network_named(request):
+        request = stopped.fill(request)
     source = open_source(request, request, device=request.device, seed=request.seed)
     if source.calibration is None and "calibration" in method.info.needs:
         raise CalibrationError(
@@ -224,10 +226,10 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
     """
     progress, started = progress or Progress.silent(), time.time()
     plan = open_quantization(request)
-    source = plan.source
+    request, source = plan.request, plan.source
     out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(source.model))
     with exclusive_run(out):
-        work = open_work_folder(out / WORK, plan.fingerprint(), resume=request.resume)
+        work = open_work_folder(out / WORK, plan.fingerprint(), resume=request.resume, facts=source.provenance.to_json())
         if work.is_resumed:
             progress.say("resuming the run that was stopped")
         try:
@@ -252,6 +254,8 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
                 name=source.name,
                 packed=request.packed,
                 onnx=request.onnx,
+                provenance=source.provenance,
+                notes=source.notes,
                 data_names=source.data_names,
                 started=started,
                 progress=progress,

@@ -146,6 +146,8 @@ class NetworkSettings(Request):
             Default: the embedded digits with the embedded network; none with any other network.
         preprocess: How pictures of a folder become inputs: size=224, crop_fraction=0.875, mean=0.485,0.456,0.406, std=0.229,0.224,0.225,
             interpolation=bicubic, grey=false (these are the defaults).
+        classes: Names of the classes in the order of the outputs: a text file with a name a line, or names joined by commas. Default: those of
+            the data.
     """
 
     model: str | None = None
@@ -153,6 +155,7 @@ class NetworkSettings(Request):
     weights: str | None = None
     data: str | None = None
     preprocess: Mapping[str, object] = field(default_factory=dict)
+    classes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -324,10 +327,12 @@ class DiagnoseRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
         remedies: Number of worst quantizers to try remedies for.
         seed: Makes the result reproducible.
         out: Folder for diagnosis.json. Default: only print.
+        target: A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote: its network and data. Default: what the options name.
     """
 
     command: ClassVar[str] = "diagnose"
 
+    target: str | None = None
     method: str = "round_to_nearest"
     samples: Annotated[int, AtLeast(1)] = 32
     remedies: Annotated[int, AtLeast(0)] = 3
@@ -340,7 +345,8 @@ class EvaluateRequest(NetworkSettings, RunSettings):
     """Run.
 
     Attributes:
-        target: A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote. Default: the float network alone.
+        target: A .lowbit or .onnx file, or a folder that 'lowbit quantize' wrote; its network and data are the defaults of the other
+            settings. Default: the float network alone.
         samples: Largest number of samples to compare on if there are no labels.
         batch_size: Samples per forward pass.
         seed: Makes the result reproducible.
@@ -392,7 +398,10 @@ class RunRequest(Request):
 
     Attributes:
         data: The data set that the network was trained on (see 'lowbit data list'): its pixel mean and std and its class names are used.
-        preprocess: How pictures become inputs where no data set says so: mean=0.5, std=0.5 and the like.
+            Default: what the file says.
+        preprocess: How pictures become inputs where neither the file nor a data set says so: mean=0.5, std=0.5 and the like.
+        classes: Names of the classes in the order of the outputs where neither says them: a text file with a name a line, or names joined by
+            commas.
         weight_only: Treatment of layers with quantized weights and float inputs: none: in float; float: decoded while they run, with little
             memory; int8: inputs of linear layers are also rounded to 8 bits, fast for few samples.
         top: Number of classes to show for each picture.
@@ -406,6 +415,7 @@ class RunRequest(Request):
 
     data: str | None = None
     preprocess: Mapping[str, object] = field(default_factory=dict)
+    classes: str | None = None
     weight_only: Literal["none", "float", "int8"] = "none"
     top: Annotated[int, AtLeast(1)] = 3
     runs: Annotated[int, AtLeast(1)] = 30

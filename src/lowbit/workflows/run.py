@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import statistics
 import time
@@ -17,15 +18,19 @@ from torch import Tensor
 from lowbit.data import Preprocessing, load_data
 from lowbit.data.folders import pictures_in
 from lowbit.data.images import read_picture
+from lowbit.data.loading import is_suite
 from lowbit.errors import LayerError, SpecError
 from lowbit.files import write_text
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.progress import Progress
+from lowbit.provenance import Provenance
+from lowbit.qat.tasks import Classification
 from lowbit.runtime.compile import RuntimeNetwork, compile_runtime
 from lowbit.runtime.profile import Profile, profile
 from lowbit.workflows.load import load
+from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
-from lowbit.workflows.source import preprocessing_of
+from lowbit.workflows.source import classes_of, preprocessing_of
 
 Classes = list[tuple[str, list[tuple[str, float]]]]
 
@@ -58,24 +63,47 @@ def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"]
 
 
 class Labels:
-    """How pictures become inputs of a network, and what its classes are called."""
+    """How pictures become inputs of a network, and what its classes are called.
 
-    def __init__(self, preprocessing: Preprocessing, names: Sequence[str]) -> None:
-        self.preprocessing, self.names = preprocessing, names
+    Attributes:
+        preprocessing: From a picture to an input.
+        names: Names of the classes; a class without one goes by its number.
+        note: Where the preprocessing comes from, if nobody said it.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, names: Sequence[str], note: str = "") -> None:
+        self.preprocessing, self.names, self.note = preprocessing, names, note
 
     @staticmethod
-    def of(network: PackedNetwork, data: str | None, preprocess: Mapping[str, object]) -> Labels:
-        """As ``data`` or ``preprocess`` say; size and colours that they leave open are those of the network's input."""
+    def of(
+        network: PackedNetwork,
+        data: str | None,
+        preprocess: Mapping[str, object],
+        classes: str | None = None,
+        *,
+        place: str = "the file",
+    ) -> Labels:
+        """As the file, ``data`` or ``preprocess`` say; what they leave open is as the network's input has it.
+
+        Raises:
+            SpecError: The network takes no pictures, or the user asks for something else than the file at ``place`` says.
+        """
         inputs = network.packed_graph.inputs
         shape = inputs[0].shape[1:]
         if len(inputs) != 1 or len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or None in shape:
             raise SpecError(f"the network takes {', '.join(map(str, inputs))}, no square grey or colour pictures: it can only be timed")
         if data is not None and preprocess:
             raise SpecError("data= gives the preprocessing: leave out preprocess=, or the data")
-        known = None if data is None else load_data(data, split="test")
+        origin, known = Origin(place, network.provenance), network.provenance or Provenance()
+        origin.require_task(Classification.__qualname__)
+        named = None if data is None else load_data(data, split="test", preprocessing=None if is_suite(data) else known.preprocessing)
+        names = classes_of(named, classes)
+        origin.require_classes(names, data)
         settings: dict[str, object] = {"size": str(shape[1]), "grey": shape[0] == 1, "crop_fraction": 1.0}
-        if known is not None:
-            settings |= {"mean": known.mean, "std": known.std}
+        if known.preprocessing is not None:
+            settings = dataclasses.asdict(known.preprocessing)
+        elif named is not None:
+            settings |= {"mean": named.mean, "std": named.std}
         elif shape[0] == 1:
             settings |= {"mean": (0.5,), "std": (0.5,)}
         preprocessing = preprocessing_of({**settings, **preprocess})
@@ -84,7 +112,12 @@ class Labels:
             raise SpecError(
                 f"preprocess= makes {preprocessing.channels} x {preprocessing.size} x {preprocessing.size}, the network takes {inputs[0]}"
             )
-        return Labels(preprocessing, () if known is None else known.class_names)
+        origin.require_preprocessing(preprocessing if named is None or named.preprocessing is None else named.preprocessing, data)
+        note = (
+            f"{place} does not say how pictures become inputs; they are made {preprocessing}: say data= or preprocess= where that is wrong"
+        )
+        is_known = known.preprocessing is not None or named is not None or {"mean", "std"} <= set(preprocess)
+        return Labels(preprocessing, names or known.classes, "" if is_known else note)
 
     def name(self, label: int) -> str:
         """The name of a class, or its number."""

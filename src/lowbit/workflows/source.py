@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lowbit.data import Preprocessing, load_data, loader
+from lowbit.data import ImageData, Preprocessing, load_data, loader
 from lowbit.data.image_data import Sample
+from lowbit.data.loading import is_suite
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
 from lowbit.models import default_weights, load_default, load_model
 from lowbit.options import convert_option
+from lowbit.provenance import Provenance, printable
+from lowbit.qat.tasks import Classification
+from lowbit.reading import check_readable, shorten
+from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.requests import NetworkSettings, SampleSettings
+from lowbit.workflows.trust import remember_network
+from lowbit.workfolder import weights_digest
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
+LARGEST_NAMES = 2**24  # bytes
 NO_DATA = (
     "name some with calibration= (a folder of images, or see 'lowbit data list'), "
     "or for a method that needs none give the shape of one sample: input_shape='3x224x224'"
@@ -35,6 +43,8 @@ class Source:
         name: What the user calls the network.
         sample: Inputs of one call: the first calibration samples, or noise of the input shape where there is no data.
         calibration_name, test_name: Where the samples come from.
+        provenance: Where the network comes from, for its files.
+        notes: What the user should know of it.
     """
 
     name: str
@@ -45,6 +55,8 @@ class Source:
     calibration_name: str
     test: Iterable[object] | None
     test_name: str
+    provenance: Provenance
+    notes: tuple[str, ...] = ()
 
     @property
     def data_names(self) -> dict[str, str]:
@@ -54,20 +66,31 @@ class Source:
         return {"calibration": f"{self.calibration_name}{samples}", **found}
 
 
-def open_network(settings: NetworkSettings, device: str) -> tuple[str, nn.Module]:
+def is_network_named(settings: NetworkSettings) -> bool:
+    """Whether the user names a network, or anything that belongs to one."""
+    return not (settings.model is None and settings.weights is None and not settings.model_options)
+
+
+def open_network(settings: NetworkSettings, device: str, seed: int = 0) -> tuple[str, nn.Module]:
     """The network that is asked for, and what to call it; the embedded one when none is named."""
-    return make_network(settings.model, settings.weights, settings.model_options, device)
+    return make_network(settings.model, settings.weights, settings.model_options, device, seed)
 
 
-def make_network(model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str) -> tuple[str, nn.Module]:
-    """The network of that name, weights and arguments of its factory, and what to call it."""
+def make_network(
+    model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str, seed: int = 0
+) -> tuple[str, nn.Module]:
+    """The network of that name, weights and arguments of its factory, and what to call it; what is random in it is as ``seed`` says."""
     if model is None and weights is None and not options:
         return DEFAULT, load_default().to(open_device(device))
     if model is None:
         raise SpecError("weights and model_options belong to a network: name it with model (see 'lowbit models list').")
     if model == DEFAULT and weights is None and not options:
         weights = default_weights()
-    return model, load_model(model, weights, **options).to(open_device(device))
+    remember_network(model, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = load_model(model, weights, **options)
+    return model, network.to(open_device(device))
 
 
 def open_device(name: str) -> torch.device:
@@ -88,29 +111,93 @@ def open_source(
     device: str = "cpu",
     seed: int = 0,
     missing: str = NO_DATA,
+    opened: tuple[str, nn.Module] | None = None,
 ) -> Source:
     """The network and its data.
 
     Calibration samples come from the training samples of ``samples.calibration``, or of ``settings.data`` where that is not named, in a fixed
-    random order. ``missing`` tells users what to do where there is neither data nor ``samples.input_shape``.
+    random order. ``missing`` tells users what to do where there is neither data nor ``samples.input_shape``. ``opened`` is a network with its
+    name in place of the one that ``settings`` name.
 
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
     """
     samples = samples or SampleSettings()
-    name, network = open_network(settings, device)
-    data = DEFAULT if settings.data is None and name == DEFAULT else settings.data
-    place, preprocessing = open_device(device), preprocessing_of(settings.preprocess)
+    name, network = open_network(settings, device, seed) if opened is None else opened
+    data = DEFAULT if settings.data is None and DEFAULT in (name, settings.model) else settings.data
+    place, asked = open_device(device), preprocessing_of(settings.preprocess)
     looked_at = samples.calibration or data
+    labelled = None if data is None else load_data(data, split="test", preprocessing=asked)
+    facts = Provenance(
+        model=settings.model or (DEFAULT if opened is None else None),
+        model_options=settings.model_options,
+        weights=settings.weights,
+        weights_sha256=None if opened is not None else weights_digest(network),
+        data=data,
+        calibration=samples.calibration,
+        classes=classes_of(labelled, settings.classes),
+        task=Classification.__qualname__,
+    )
     if looked_at is None:
         if samples.input_shape is None:
             raise CalibrationError(f"there is no data for the network {name}: {missing}")
         sample = Inputs((noise(samples.input_shape, seed).to(place),))
-        return Source(name, network, place, sample, None, "no data", None, "")
-    found = samples_of(looked_at, samples.calibration_samples, samples.batch_size, place, preprocessing)
-    batches = Calibration.of(found)
-    test = None if data is None else labelled_batches(data, samples.batch_size, preprocessing)
-    return Source(name, network, place, batches.sample, batches, looked_at, test, "" if test is None else str(data))
+        notes = fit_notes(network, name, sample, replace(facts, preprocessing=asked))
+        return Source(name, network, place, sample, None, "no data", None, "", replace(facts, preprocessing=asked), notes)
+    used = asked or (None if labelled is None or is_suite(looked_at) else labelled.preprocessing)
+    found = load_data(looked_at, split="calibration", preprocessing=used)
+    facts = replace(facts, preprocessing=found.preprocessing)
+    chosen = range(min(samples.calibration_samples, len(found)))
+    batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place))
+    test = None if labelled is None or labelled.num_classes is None else loader(labelled, samples.batch_size)
+    notes = (*default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
+    test_name = "" if test is None else str(data)
+    return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, notes)
+
+
+def default_notes(data: ImageData, settings: NetworkSettings) -> tuple[str, ...]:
+    """A note where pictures of a folder become inputs in a way that the user did not choose."""
+    if settings.preprocess or is_suite(data.name) or data.preprocessing is None or data.preprocessing != Preprocessing():
+        return ()
+    return (
+        f"no preprocessing was given: pictures of {data.name} become {data.preprocessing}, as for most ImageNet networks. "
+        "If the network takes others, say so with preprocess=.",
+    )
+
+
+def classes_of(data: ImageData | None, asked: str | None) -> tuple[str, ...]:
+    """Names of the classes: those that the user gave, else those of the data; none where neither knows them.
+
+    Raises:
+        SpecError: The user gave more or fewer than the data has.
+    """
+    names = class_names(asked)
+    if data is None or data.num_classes is None:
+        return names
+    if names and (len(names) < data.num_classes or (data.class_names and len(names) != data.num_classes)):
+        raise SpecError(f"classes= gives {len(names)} names ({shorten(', '.join(names))}), {data.name} has {data.num_classes} classes")
+    return names or printable(data.class_names)
+
+
+def class_names(asked: str | None) -> tuple[str, ...]:
+    """The names in a text file, one a line, or joined by commas.
+
+    >>> class_names("cat, dog")
+    ('cat', 'dog')
+    """
+    if asked is None:
+        return ()
+    if not Path(asked).is_file():
+        found = asked.split(",")
+    else:
+        try:
+            found = check_readable(asked, max_bytes=LARGEST_NAMES).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise SpecError(f"classes={asked!r}: cannot be read as text in UTF-8 ({error})") from error
+    names = [name.strip() for name in found]
+    if not all(names) or not names:
+        raise SpecError(f"classes={asked!r}: a name is empty. Give a text file with a name a line, or names joined by commas.")
+    return printable(names)
 
 
 def noise(shape: str, seed: int) -> Tensor:
@@ -137,18 +224,6 @@ def preprocessing_of(settings: Mapping[str, object]) -> Preprocessing | None:
             raise unknown_name("setting of preprocess", name, hints)
         values[name] = convert_option("preprocess", name, value, hints[name])
     return Preprocessing(**values)
-
-
-def labelled_batches(data: str, batch_size: int, preprocessing: Preprocessing | None) -> Iterable[object] | None:
-    """The test samples of a data suite or folder with their labels; ``None`` when it has no labels."""
-    found = load_data(data, split="test", preprocessing=preprocessing)
-    return None if found.num_classes is None else loader(found, batch_size)
-
-
-def samples_of(data: str, count: int, batch_size: int, device: torch.device, preprocessing: Preprocessing | None) -> list[Tensor]:
-    """The first ``count`` samples for calibration of a data suite or folder, in batches on ``device``."""
-    dataset = load_data(data, split="calibration", preprocessing=preprocessing)
-    return stacked(dataset.dataset, range(min(count, len(dataset))), batch_size, device)
 
 
 def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, device: torch.device) -> list[Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,13 @@ from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
 from lowbit.models import BUILT_IN
 from lowbit.models.loading import TRAINED_WORDS
+from lowbit.provenance import Provenance
 from lowbit.qat.engine.batches import evaluation_batches
+from lowbit.workflows.fit import fit_notes
+from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
-from lowbit.workflows.source import DEFAULT, Source, make_network, preprocessing_of, stacked
+from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, preprocessing_of, stacked
+from lowbit.workfolder import weights_digest
 
 SAMPLES = 256  # that the report looks at where there are no labels
 BATCH = 32  # of these at a time: exported files are timed with so many
@@ -66,8 +69,7 @@ def open_start(asked: TrainRequest) -> Start:
     ]
 
     options = fitting_options(asked.model, asked.model_options, train)
-    with seeded_globally(asked.recipe.seed):
-        name, network = make_network(asked.model, asked.weights, options, "cpu")
+    name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed)
     is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options)
     if not is_trained:
         notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
@@ -80,7 +82,21 @@ def open_start(asked: TrainRequest) -> Start:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
     calibration = Calibration.of(stacked(train.dataset, order, BATCH, torch.device("cpu")))
     labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
-    source = Source(name, network, torch.device("cpu"), calibration.sample, calibration, named, labelled, "" if test is None else test.name)
+    facts = Provenance(
+        model=name,
+        model_options=options,
+        weights=asked.weights,
+        weights_sha256=weights_digest(network) if is_trained else None,
+        data=named,
+        preprocessing=train.preprocessing,
+        classes=classes_of(train, asked.classes),
+        task=type(asked.task).__qualname__,
+    )
+    if test is not None:
+        Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
+    notes += [*default_notes(train, asked), *fit_notes(network, name, calibration.sample, facts)]
+    place, test_name = torch.device("cpu"), "" if test is None else test.name
+    source = Source(name, network, place, calibration.sample, calibration, named, labelled, test_name, facts)
     return Start(source, train, test, teacher, is_trained, tuple(notes))
 
 
@@ -137,11 +153,3 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
     if not is_trained and _is_known_untrained(asked.teacher):
         raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")
     return make_network(asked.teacher, weights, fitting, "cpu")[1]
-
-
-@contextlib.contextmanager
-def seeded_globally(seed: int) -> Iterator[None]:
-    """Within the context torch's random numbers start from ``seed``; afterwards they are as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

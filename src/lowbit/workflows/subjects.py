@@ -19,7 +19,7 @@ from lowbit.qat.engine.batches import evaluation_batches, seeded
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import as_task
 from lowbit.workflows.source import DEFAULT, make_network, preprocessing_of, stacked
-from lowbit.workflows.start import fitting_options, has_trained_weights, seeded_globally
+from lowbit.workflows.start import fitting_options, has_trained_weights
 from lowbit.workflows.suite import SubjectSettings
 from lowbit.workfolder import tensors_digest, weights_digest
 
@@ -118,8 +118,7 @@ def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subje
     samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
     options = fitting_options(settings.model, settings.model_options, test)
     is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options)
-    with seeded_globally(seed):
-        _, model = make_network(settings.model, settings.weights, options, "cpu")
+    _, model = make_network(settings.model, settings.weights, options, "cpu", seed)
     return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
 
 

@@ -27,6 +27,7 @@ from lowbit.network.unwrap import plain_copy
 from lowbit.options import make_method, settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
+from lowbit.provenance import Provenance, attach_provenance, class_names_of
 from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
@@ -42,10 +43,10 @@ from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.deliver import Delivery, deliver
+from lowbit.workflows.origin import WORK, stopped_run
 from lowbit.workflows.output import check_results, prepare_folder
-from lowbit.workflows.quantize import WORK
 from lowbit.workflows.requests import TrainRequest, TrainSettings
-from lowbit.workflows.source import open_device
+from lowbit.workflows.source import is_network_named, open_device
 from lowbit.workflows.start import Start, open_start
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
@@ -209,6 +210,7 @@ class TrainingJob:
         method: The method.
         policy: Bits for each layer.
         teacher, task, sample, steps_per_epoch: As ``train`` takes them.
+        provenance: Where the network comes from. Default: the classes of the data, where it names them.
     """
 
     model: nn.Module
@@ -220,6 +222,7 @@ class TrainingJob:
     task: Task | Criterion | None = None
     sample: object = None
     steps_per_epoch: int | None = None
+    provenance: Provenance | None = None
 
 
 @records_gradients
@@ -244,6 +247,10 @@ def train_network(
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if job.teacher is None else plain_copy(job.teacher)
     quantized = prepare(own, method=job.method, sample=inputs.to("cpu"), policy=job.policy, surrogate=settings.surrogate, seed=recipe.seed)
+    names = class_names_of(job.train_data)
+    provenance = job.provenance or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
+    if provenance is not None:
+        attach_provenance(quantized, provenance)
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
         trainer.progress.say(note)
     task = as_task(job.task)
@@ -268,7 +275,8 @@ def train_network(
         if trainer.is_main:
             fingerprint = {**used, "weights": weights_digest(own), "sample": tensors_digest(inputs.tensors)}
             fingerprint["teacher"] = None if teacher is None else weights_digest(teacher)
-            work = open_work_folder(out / WORK, fingerprint, resume=settings.resume)
+            known = None if provenance is None else provenance.to_json()
+            work = open_work_folder(out / WORK, fingerprint, resume=settings.resume, facts=known)
             if work.is_resumed:
                 trainer.progress.say("resuming the run that is in this folder")
         trainer.fabric.barrier()
@@ -357,6 +365,9 @@ def open_training(request: TrainRequest) -> Start:
     if request.surrogate is not None:
         make_surrogate(request.surrogate)  # an unknown name fails here, before anything is loaded
     request.bit_policy()
+    stopped = stopped_run(Path(request.out), "train") if request.resume else None
+    if stopped is not None and not is_network_named(request):
+        request = stopped.fill(request)
     return open_start(request)
 
 
@@ -401,6 +412,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         test_data=start.test,
         teacher=start.teacher,
         task=request.task,
+        provenance=start.source.provenance,
     )
     facts = {"recipe_file": yaml.safe_load(request.resolved().to_yaml())}
     trained = train_network(job, request, trainer, out=out, facts=facts)
@@ -429,6 +441,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         task=trained.task,
         training=training,
         notes=start.notes,
+        provenance=start.source.provenance,
         data_names={"training": f"{start.train.name}, {len(start.train)} samples", **start.source.data_names},
         started=started,
         progress=trainer.progress,

@@ -15,10 +15,12 @@ from tests.formats.tampering import Manifest, read_parts, tampered, write_parts
 from tests.networks import SharedWeightNet, TinyNet
 from torch import nn
 
+from lowbit.data import Preprocessing
 from lowbit.errors import DataError, FileFormatError, OutputError
 from lowbit.formats.packed.file import LARGEST_MANIFEST, Package, file_parts, package, read_package, write_package
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import export_program
+from lowbit.provenance import Provenance
 from lowbit.spec import BitPolicy
 from lowbit.workflows.quantize import quantize
 
@@ -52,6 +54,28 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
             tensor, other = tensor.decode(), other.decode()
         assert torch.equal(other, tensor)
         assert other.dtype == tensor.dtype
+
+
+def test_a_file_keeps_where_its_network_comes_from_and_one_of_before_does_not_say(tmp_path: Path) -> None:
+    known = Provenance(model="net.py:build", data="photos", classes=("cat", "dog"), preprocessing=Preprocessing(size=8))
+    program = export_program(quantized(TinyNet(), IMAGE, weights="affine"), IMAGE)
+    for provenance in (known, Provenance(), None):
+        write_package(package(program, provenance=provenance), tmp_path / "m.lowbit")
+        assert read_package(tmp_path / "m.lowbit").provenance == provenance
+    assert read_package(Path(__file__).parent / "files" / "lsq.lowbit").provenance is None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "must hold some of model"),
+        ({"model": "a\x1bb"}, "model must be printable text"),
+        ({"trusted": True}, "must hold some of model"),
+        ({"preprocessing": {"size": 0}}, "size 0"),
+    ],
+)
+def test_a_provenance_that_cannot_be_is_refused(tiny_file: Path, value: object, reason: str) -> None:
+    assert reason in refusal(tampered(tiny_file, lambda manifest: manifest.update(provenance=value)))
 
 
 def test_equal_networks_give_equal_bytes(tmp_path: Path) -> None:

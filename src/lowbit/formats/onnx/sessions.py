@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lowbit.errors import DataError, FileFormatError, SpecError, missing_extra
+from lowbit.errors import DataError, FileFormatError, LowbitError, SpecError, missing_extra
 from lowbit.formats.program.naming import name_inputs
 from lowbit.inputs import Inputs
+from lowbit.provenance import Provenance, provenance_from_json
+from lowbit.reading import shorten
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +33,8 @@ SATURATION_NOTE = (
     "this processor has no VNNI: run the file in ONNX Runtime with the session setting session.x64quantprecision = 1, as was done here; "
     "without it sums of 8-bit products saturate"
 )
+
+PROVENANCE_KEY = "lowbit.provenance"  # entry of a file's metadata: where the network comes from, as JSON
 
 _INTEGER_CONVOLUTIONS = frozenset({"QLinearConv", "ConvInteger"})
 _FLOAT_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "ConvTranspose"})
@@ -133,6 +138,24 @@ def load_onnx(path: Path | str, *, runtime: Runtime = "onnxruntime", threads: in
     if runtime == "openvino":
         return _OpenVinoNetwork(path, threads)
     raise SpecError(f"unknown runtime {runtime!r}. Allowed: onnxruntime, openvino.")
+
+
+def onnx_provenance(path: Path | str) -> Provenance | None:
+    """Where the network in the file comes from; ``None`` where the file does not say.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+        FileFormatError: The file is damaged, or what it says cannot be understood.
+    """
+    try:
+        found = {entry.key: entry.value for entry in _onnx().load(path, load_external_data=False).metadata_props}
+        return provenance_from_json(json.loads(found[PROVENANCE_KEY])) if PROVENANCE_KEY in found else None
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    except LowbitError:
+        raise
+    except Exception as error:  # protobuf's and JSON's
+        raise FileFormatError(f"{path}: it is no ONNX file, or a damaged one ({shorten(str(error))})") from error
 
 
 def saturates() -> bool:

@@ -10,6 +10,7 @@ The ``manifest`` is JSON too, deflated and written in base 85, with
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
 - ``kernels``: true if the network runs on low-bit kernels once it is loaded; absent otherwise;
+- ``provenance``: where the network comes from (``lowbit.provenance``); absent where that is not known;
 - ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
 
 All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
@@ -44,6 +45,7 @@ from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import Json
 from lowbit.network.record import QuantizationRecord
 from lowbit.network.table import LayerRecord, LayerTable
+from lowbit.provenance import Provenance, provenance_from_json
 from lowbit.reading import check_readable
 from lowbit.spec import BitPolicy, parse_bits
 
@@ -64,6 +66,7 @@ class Package:
         record: How the network was quantized; ``None`` where it does not say.
         runs_on_kernels: Whether ``lowbit.load`` puts the network on low-bit kernels. The file holds the same codes either way: how kernels
             want them is a matter of the processor that loads it.
+        provenance: Where the network comes from; ``None`` where the file does not say.
     """
 
     graph: Graph
@@ -71,13 +74,14 @@ class Package:
     layouts: Mapping[str, str] = field(default_factory=dict)
     record: QuantizationRecord | None = None
     runs_on_kernels: bool = False
+    provenance: Provenance | None = None
 
     def layout_of(self, name: str) -> torch.memory_format:
         """Memory format in which the tensor computed when it was exported."""
         return _LAYOUTS[self.layouts[name]] if name in self.layouts else torch.contiguous_format
 
 
-def package(program: Program, record: QuantizationRecord | None = None) -> Package:
+def package(program: Program, record: QuantizationRecord | None = None, provenance: Provenance | None = None) -> Package:
     """Pack an exported program; tensors of equal content are kept once.
 
     Raises:
@@ -96,7 +100,7 @@ def package(program: Program, record: QuantizationRecord | None = None) -> Packa
         if names[name] == name:
             tensors[name] = tensor
     layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
-    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, record)
+    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, record, provenance=provenance)
 
 
 def write_package(content: Package, path: Path | str) -> int:
@@ -123,6 +127,8 @@ def write_package(content: Package, path: Path | str) -> int:
     }
     if content.runs_on_kernels:
         manifest["kernels"] = True
+    if content.provenance is not None:
+        manifest["provenance"] = cast(Json, content.provenance.to_json())
     text = _json(manifest).encode()
     if len(text) > LARGEST_MANIFEST:
         raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
@@ -285,7 +291,8 @@ def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor])
     runs_on_kernels = manifest.get("kernels", False)
     if not isinstance(runs_on_kernels, bool):
         raise FileFormatError(f"its entry 'kernels' must be true or false, got {str(runs_on_kernels)[:80]}")
-    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels)
+    provenance = provenance_from_json(manifest["provenance"]) if "provenance" in manifest else None
+    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels, provenance)
 
 
 def _number(name: str, value: object) -> Tensor:

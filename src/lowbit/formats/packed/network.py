@@ -20,6 +20,7 @@ from lowbit.formats.program.operators import Function, find_operator, find_overl
 from lowbit.formats.program.structure import restore
 from lowbit.inputs import Inputs
 from lowbit.network.record import attach_record
+from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.quantizers import QTensor
 
 
@@ -50,6 +51,13 @@ class PackedNetwork(nn.Module):
             self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
         if package.record is not None:
             attach_record(self, package.record)
+        if package.provenance is not None:
+            attach_provenance(self, package.provenance)
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Where the network comes from: its preprocessing, its classes and so on; ``None`` where the file does not say."""
+        return provenance_of(self)
 
     @property
     def lowbit_inputs(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import DataError
+from lowbit.measure.chance import guessing_bound
 from lowbit.measure.outputs import class_dimension
 from lowbit.options import Above, Interval
-from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
+from lowbit.qat.task import Batch, Output, Scores, Sums, Supervised, format_shape
 
 TOP = 5  # classes among which the label may be
 
@@ -70,6 +72,18 @@ class Classification(Supervised):
         if logits.shape[1] > TOP:
             found[f"top-{TOP} accuracy"] = ((logits.topk(TOP, 1).indices == labels[:, None]).sum(), count)
         return found
+
+    def doubt(self, scores: Scores, outputs: int) -> str:
+        """An accuracy that guessing among the classes could give as well."""
+        accuracy = scores.metrics.get("accuracy")
+        bound = guessing_bound(scores.samples, outputs) if outputs > 1 else 0
+        if accuracy is None or accuracy >= bound:
+            return ""
+        reach = "always can" if bound == math.inf else f"reaches {bound:.2%} once in a thousand times"
+        return (
+            f"an accuracy of {accuracy:.2%} on {scores.samples} samples cannot be told from guessing among {outputs} classes, which {reach}. "
+            "Check the weights, the preprocessing, and the order of the classes."
+        )
 
     def check(self, output: Output, batch: Batch) -> None:
         logits, target = self._pair(output, batch)

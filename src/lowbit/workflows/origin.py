@@ -1,0 +1,245 @@
+"""What a file says about where its network comes from: the defaults of later commands, and what these are held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from lowbit.data import SUITES, Preprocessing
+from lowbit.data.loading import is_suite
+from lowbit.errors import FileFormatError, SpecError
+from lowbit.formats.onnx.sessions import onnx_provenance
+from lowbit.formats.packed.file import read_package
+from lowbit.provenance import SHOWN, Provenance, provenance_from_json
+from lowbit.reading import check_readable, shorten
+from lowbit.workflows.requests import NetworkSettings, SampleSettings
+from lowbit.workflows.source import DEFAULT, NO_DATA, Source, open_source, preprocessing_of
+from lowbit.workflows.trust import is_trusted
+from lowbit.workfolder import unfinished_facts
+
+N = TypeVar("N", bound=NetworkSettings)
+LARGEST_REPORT = 2**26  # bytes
+REPORT, WORK = "report.json", ".work"  # in an output folder: the report, and the folder of a run's state
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A file and what it says about its network.
+
+    Attributes:
+        place: The file, for messages.
+        provenance: What it says; ``None`` where it says nothing.
+    """
+
+    place: str
+    provenance: Provenance | None
+
+    @property
+    def has_no_float_network(self) -> bool:
+        """Whether training started from random weights, so that there is no float network to compare with."""
+        return self.provenance is not None and self.provenance.model is not None and self.provenance.weights_sha256 is None
+
+    def open(
+        self,
+        request: NetworkSettings,
+        samples: SampleSettings,
+        *,
+        device: str,
+        seed: int,
+        missing: str = NO_DATA,
+        opened: tuple[str, nn.Module] | None = None,
+    ) -> Source:
+        """What ``request`` names, and the file where it names nothing, held to what the file says; ``opened`` as for ``open_source``.
+
+        Raises:
+            LowbitError: As ``fill``, ``require_same`` and ``open_source``.
+        """
+        filled = self.fill(request, needs_network=opened is None)
+        both = filled if isinstance(filled, SampleSettings) else samples
+        try:
+            source = open_source(filled, both, device=device, seed=seed, missing=missing, opened=opened)
+        except FileFormatError as error:
+            if request.model is None or request.weights is not None or self.provenance is None or filled.weights is None:
+                raise
+            raise SpecError(
+                f"{self.place} was made from {_network(self.provenance)}; these weights do not fit {request.model}, which you name ({error}). "
+                "Leave model out, or name the weights that belong to it with weights=."
+            ) from error
+        self.require_same(source.provenance)
+        return source
+
+    def fill(self, request: N, *, needs_network: bool = True) -> N:
+        """``request`` with what the file says in place of what the user did not name.
+
+        Args:
+            request: What the user asks for.
+            needs_network: Whether the float network is going to be made.
+
+        Raises:
+            SpecError: The file does not say where it comes from and the user does not either; it names something that is not there any
+                more, or code that the user has not named on this machine; or the user asks for another preprocessing than the file's.
+        """
+        known = self.provenance or Provenance()
+        has_samples = isinstance(request, SampleSettings)
+        samples = [getattr(request, name) for name in ("calibration", "input_shape") if has_samples]
+        is_data_named = request.data is not None or any(samples) or request.model == DEFAULT
+        if not (request.model or known.model if needs_network else is_data_named or known.data or known.calibration):
+            network = "the float network with model= and weights=, " if needs_network else ""
+            raise SpecError(
+                f"{self.place} does not say where its network comes from: name {network}its data with data=, and how pictures become "
+                "inputs with preprocess=."
+            )
+        changes: dict[str, object] = {}
+        if needs_network:
+            changes |= {name: getattr(known, name) for name in ("model", "model_options", "weights") if not getattr(request, name)}
+        if not request.data:
+            changes["data"] = known.data
+            if has_samples and not any(samples):
+                changes["calibration"] = known.calibration
+        for name in ("model", "weights", "data", "calibration"):
+            self._check_is_there(name, changes.get(name))
+        filled = replace(request, **changes)  # type: ignore[arg-type]
+        if known.preprocessing is not None and not is_suite(filled.data):
+            recorded = dataclasses.asdict(known.preprocessing)
+            self.require_preprocessing(preprocessing_of({**recorded, **request.preprocess}), None)
+            filled = replace(filled, preprocess=recorded)
+        if request.model is None and filled.model is not None and not is_trusted(filled.model, filled.model_options):
+            raise SpecError(
+                f"{self.place} names the network {known.model}, whose code was not named on this machine before, so it is not run. "
+                f"If you trust it, name it with model={known.model!r}."
+            )
+        return filled
+
+    def require_same(self, found: Provenance) -> None:
+        """SpecError where the network and the data that were opened are not those that the file was made from; says both."""
+        known = self.provenance
+        if known is None:
+            return
+        if known.weights_sha256 and found.weights_sha256 and known.weights_sha256 != found.weights_sha256:
+            raise SpecError(
+                f"{self.place} was made from {_network(known)}, but this is {_network(found)}. "
+                "Name the network and the weights that it was made from with model= and weights=, or make the file again from these."
+            )
+        self.require_classes(found.classes, found.data)
+        self.require_preprocessing(found.preprocessing, found.data)
+
+    def require_classes(self, classes: Sequence[str], data: str | None) -> None:
+        """SpecError where data has other classes than the network; classes that are only numbered are compared by their number."""
+        known = () if self.provenance is None else self.provenance.classes
+        differ = len(known) != len(classes) or (_are_named(known) and _are_named(classes) and tuple(known) != tuple(classes))
+        if known and classes and differ:
+            raise SpecError(
+                f"{self.place} knows {len(known)} classes ({shorten(', '.join(known))}), {data or 'the data'} has {len(classes)} "
+                f"({shorten(', '.join(classes))}). Name data with the same classes, or the names of its classes with classes=."
+            )
+
+    def require_task(self, task: str) -> None:
+        """SpecError where the network is for another task."""
+        known = None if self.provenance is None else self.provenance.task
+        if known is not None and known != task:
+            raise SpecError(
+                f"{self.place} was made for the task {known}, this measures {task}. Measure it in Python: "
+                "lowbit.evaluate(lowbit.load(file), data, task=...)."
+            )
+
+    def require_preprocessing(self, used: Preprocessing | None, data: str | None) -> None:
+        """SpecError where pictures become inputs in another way than those that the network was made for; ``data`` is where that is from."""
+        known = None if self.provenance is None else self.provenance.preprocessing
+        if known is None or used is None or used == known:
+            return
+        pairs = ((entry.name, getattr(known, entry.name), getattr(used, entry.name)) for entry in dataclasses.fields(Preprocessing))
+        differences = ", ".join(f"{name} {before} and {now}" for name, before, now in pairs if before != now)
+        raise SpecError(
+            f"{self.place} was made with the preprocessing {known}; {'asked for' if data is None else f'that of {data}'} is {used} "
+            f"(they differ in {differences}). Leave preprocess out, name data that fits with data=, or make the file again."
+        )
+
+    def _check_is_there(self, name: str, value: object) -> None:
+        """SpecError where a path that the file names is not there any more."""
+        path = _path_in(name, value)
+        if path is not None and not path.exists():
+            raise SpecError(
+                f"{self.place} names {name} {value}, but there is no {path} here. It may have been moved: say where it is with {name}=."
+            )
+
+
+def origin_of(target: Path) -> Origin:
+    """What the file at ``target`` says, or in a folder its report, or else its first file that says something.
+
+    Raises:
+        LowbitError: There is no such file or folder, or it cannot be read.
+    """
+    if target.is_dir():
+        files = [path for path in (target / REPORT, target / "model.lowbit", target / "model.onnx") if path.is_file()]
+        if not files:
+            raise FileFormatError(
+                f"{target}: there is no {REPORT} in this folder. Name a folder that 'lowbit quantize' or 'lowbit train' wrote."
+            )
+        origins = [origin_of(path) for path in files]
+        return next((origin for origin in origins if origin.provenance is not None), origins[0])
+    check_readable(target)
+    readers = {".lowbit": lambda path: read_package(path).provenance, ".onnx": onnx_provenance, ".json": _from_report}
+    if target.suffix not in readers:
+        raise FileFormatError(f"{target}: expected a .lowbit or .onnx file, or a folder, got {target.suffix or 'no suffix'}")
+    return Origin(str(target), readers[target.suffix](target))
+
+
+def common_origin(origins: Mapping[str, Provenance | None]) -> Origin:
+    """What several files say, by their names; SpecError where they do not come from the same network and data."""
+    known = {place: found for place, found in origins.items() if found is not None}
+    if not known:
+        return Origin(next(iter(origins)), None)
+    (place, first), *others = known.items()
+    for other, provenance in others:
+        if provenance != first:
+            raise SpecError(
+                f"{place} and {other} do not belong together: one is of {first}; the other of {provenance}. Name one of the files."
+            )
+    return Origin(place, first)
+
+
+def stopped_run(out: Path, kind: str) -> Origin | None:
+    """What the stopped run of that kind in an output folder says; ``None`` where there is none to resume."""
+    facts = unfinished_facts(out / WORK, kind)
+    return None if facts is None else Origin(f"the stopped run in {out}", provenance_from_json(facts))
+
+
+def _from_report(path: Path) -> Provenance | None:
+    check_readable(path, max_bytes=LARGEST_REPORT)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise FileFormatError(f"{path}: it is no report ({shorten(str(error))})") from error
+    found = content.get("provenance") if isinstance(content, dict) else None
+    try:
+        return None if found is None else provenance_from_json(found)
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+
+
+def _path_in(name: str, value: object) -> Path | None:
+    """The path that a setting names, where it names one."""
+    if not isinstance(value, str):
+        return None
+    if name == "model":
+        source, _, _ = value.rpartition(":")
+        return Path(source) if source.endswith(".py") else None
+    if name in ("data", "calibration"):
+        suite, _, folder = value.partition(":")
+        return (Path(folder) if folder else None) if suite in SUITES else Path(value)
+    return Path(value)
+
+
+def _are_named(classes: Sequence[str]) -> bool:
+    return list(classes) != [str(number) for number in range(len(classes))]
+
+
+def _network(known: Provenance) -> str:
+    weights = f"the weights {known.weights}" if known.weights else "the weights that it comes with"
+    return f"{known.model} with {weights} (SHA-256 {(known.weights_sha256 or '')[:SHOWN]})"
