@@ -41,8 +41,8 @@ def test_the_csv_has_one_row_for_each_cell_done_or_not() -> None:
 
 def test_markdown_has_means_differences_ranks_and_what_is_missing() -> None:
     text = markdown(make_tables(RESULTS, baseline="lsq"))
-    assert "| 1 | pact | 70.00 % | 10.00 % | 60.00 % | 80.00 % | 3 of 3 | +10.00 [+10.00, +10.00] |" in text
-    assert "| 2 | lsq | 60.00 % | 10.00 % | 50.00 % | 70.00 % | 3 of 3 | baseline |" in text
+    assert "| pact | 1 | 70.00 % | 10.00 % | 60.00 % | 80.00 % | 3 of 3 | +10.00 [+10.00, +10.00] |" in text
+    assert "| lsq | 2 | 60.00 % | 10.00 % | 50.00 % | 70.00 % | 3 of 3 | baseline |" in text
     assert "- ewgs failed (seed 0): <b>no & memory</b>" in text
     assert "### digits, 2/2, training, aligned" in text and "the float network has 95.00 %" in text
 

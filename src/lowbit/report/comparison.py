@@ -32,7 +32,7 @@ COLUMNS = (
     "float_value", "size_bytes", "latency_ms", "float_latency_ms", "seconds", *SHOWN, "weights", "data", "processor", "lowbit", "torch", "key",
 )  # fmt: skip
 LARGEST_CSV = 2**27  # bytes
-HEADS = ("rank", "method", "mean", "sd", "least", "greatest", "seeds", "to baseline", "stored", "time of a cell")
+HEADS = ("method", "rank", "mean", "sd", "least", "greatest", "seeds", "to baseline", "stored", "time of a cell")
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def row_cells(table: Table, row: Row, earlier: Mapping[tuple[str, ...], float] |
     tell = lambda value: NOTHING if value is None else format_metric(value, table.unit)  # noqa: E731
     spread = row.spread
     cells = [
-        NOTHING if row.rank is None else str(row.rank),
         row.label,
+        NOTHING if row.rank is None else str(row.rank),
         *(tell(None if spread is None else value) for value in (spread and spread.mean, spread and spread.deviation)),
         *(tell(None if spread is None else value) for value in (spread and spread.least, spread and spread.greatest)),
         f"{0 if spread is None else spread.count} of {len(row.results)}",
@@ -291,8 +291,8 @@ def _page_table(table: Table, earlier: Mapping[tuple[str, ...], float]) -> dict[
     for row in table.rows:
         spread = row.spread
         keys: list[object] = [
-            row.rank,
             row.label,
+            row.rank,
             spread and spread.mean,
             spread and spread.deviation,
             spread and spread.least,

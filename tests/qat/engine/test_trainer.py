@@ -372,7 +372,7 @@ def test_without_fabric_the_error_says_how_to_install_it(monkeypatch: pytest.Mon
         return load(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"lowbit\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[train\]"):
         train()
 
 

@@ -249,7 +249,7 @@ def test_a_missing_package_is_said_with_the_install_line(name: str, package: str
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
     monkeypatch.delitem(sys.modules, f"lowbit.qat.loops.{name}", raising=False)
-    with pytest.raises(MissingExtraError, match=rf'needs {package}, .*pip install "lowbit\[{extra}\]"'):
+    with pytest.raises(MissingExtraError, match=rf"needs {package}, .*pip install .*\[{extra}\]"):
         importlib.import_module(f"lowbit.qat.loops.{name}")
 
 
