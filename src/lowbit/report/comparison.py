@@ -172,6 +172,8 @@ def _escaped(text: str) -> str:
 
 def table_note(table: Table) -> str:
     """What is compared, in a sentence."""
+    if not table.metric:
+        return "No cell is done."
     better = "higher" if table.higher_is_better else "lower"
     float_value = "" if table.float_value is None else f"; the float network has {format_metric(table.float_value, table.unit)}"
     return f"{table.metric}, {better} is better{float_value}. Ranks are shared where the {CONFIDENCE:.0%} interval covers 0."
