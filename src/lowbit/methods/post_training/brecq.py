@@ -77,14 +77,15 @@ def released_policy(job: PtqJob, units: Sequence[Block], layers: Mapping[str, Re
     block_of = {layer: unit.name for unit in units if unit.kind == "block" for layer in unit.layers}
     for name, layer in layers.items():
         source = None if graph is None else _source(graph, name)
+        activation: int | None
         if source is not None and block_of.get(source) in (None, block_of.get(name)):
             activation = layers[source].output_bits
         else:
             activation = default.activation if layer.is_reconstructed else WIDE  # the first layer reads the network's input
-        bits = {"weight": layer.weight_bits, "activation": activation}
-        asked = {key: value for key, value in bits.items() if getattr(default, key) not in (None, value)}
-        if asked:
-            policy = policy.with_rule(match=name, **asked)
+        weight = None if default.weight in (None, layer.weight_bits) else layer.weight_bits
+        activation = None if default.activation in (None, activation) else activation
+        if (weight, activation) != (None, None):
+            policy = policy.with_rule(match=name, weight=weight, activation=activation)
     return replace(policy, rules=(*policy.rules, *job.policy.rules))
 
 
