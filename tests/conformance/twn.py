@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from lowbit.methods.quantization_aware.twn import TernaryQuantizer, Twn, pack_ternary, unpack_ternary
+from lowbit.formats.packed import packing
+from lowbit.methods.quantization_aware.twn import TernaryQuantizer, Twn
 from lowbit.network import insert
 from lowbit.qat import Slot
+from lowbit.quantizers import QTensor
+
+BYTES_IN_WORD = 4  # of 32 bits, the first weight in the lowest two
+AUTHORS_BITS = torch.tensor([1, 3, 0])  # for the codes 0, 1 and, the last one by its index, -1
+CODES = torch.tensor([-1, 0, 0, 1], dtype=torch.int8)  # for two bits; 2 does not occur
 
 
 def weight(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -17,9 +25,12 @@ def weight(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    scale = torch.as_tensor(inputs["alpha"]).reshape(())
-    words = pack_ternary(inputs["ternary_weight"], scale)
-    return {"codes": words, "unpacked": unpack_ternary(words, scale, tuple(params["shape"]))}
+    encoded = TernaryQuantizer().encode(inputs["ternary_weight"])
+    stored = packing.pack(AUTHORS_BITS[encoded.codes.long()], 2)
+    words = [int.from_bytes(bytes(word.tolist()), "little") for word in stored.split(BYTES_IN_WORD)]
+    codes = CODES[packing.unpack(stored, 2, encoded.codes.numel()).long()].reshape(params["shape"])
+    decoder = replace(encoded.decoder, scale=inputs["alpha"].reshape(()))
+    return {"codes": torch.tensor(words), "unpacked": QTensor(codes, decoder, encoded.bit_width).decode()}
 
 
 def conv(params: dict, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

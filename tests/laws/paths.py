@@ -106,7 +106,9 @@ def _network(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, object]) -> nn.Module:
     model, data = _network(network)
     if info.kind == "post_training":
-        return lowbit.quantize(model, method=info.name, policy=policy, calibration=data[0], **{**post_training.budget(info.name, 4), **options})
+        return lowbit.quantize(
+            model, method=info.name, policy=policy, calibration=data[0], **{**post_training.budget(info.name, 4), **options}
+        )
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
     teacher = model if "teacher" in info.needs else None
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)

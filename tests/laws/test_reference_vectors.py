@@ -55,11 +55,6 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
 
 
 METHODS = {"bi_real_net": ("bi_real_net", "react_net")}  # of adapters whose vectors are those of more than their own method
-# Functions that users call themselves, as nothing of a network needs them: the authors' file format, and what their program would choose.
-DOORS = {
-    "brecq": {"methods/post_training/brecq.py:released_layers"},
-    "twn": {"methods/quantization_aware/twn.py:pack_ternary", "methods/quantization_aware/twn.py:unpack_ternary"},
-}
 
 
 def called_for_all_cases(adapter: Path) -> set[str]:
@@ -83,7 +78,7 @@ def test_adapters_call_only_what_runs_when_users_work_with_the_method(adapter: P
     called = called_for_all_cases(adapter)
     assert called, "an adapter that calls nothing of lowbit checks nothing"
     reached = frozenset().union(*map(reached_by_users, METHODS.get(adapter.stem, (adapter.stem,))))
-    assert sorted(called - reached - DOORS.get(adapter.stem, set())) == []
+    assert sorted(called - reached) == []
 
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)

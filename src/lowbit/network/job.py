@@ -72,10 +72,24 @@ class NetworkJob:
         order, self._used = _run_sample(self.model, self.sample, everything)
         self._called = [name for name in order if not everything[name].is_weight_only]
         self.positions = positions_of(order, everything)
+        self._everything, self._order, self._others = everything, order, _others(self.model)
+        self.placements: list[Placement] = []
+        self._kept: dict[str, str] = {}
+        self._remarks: dict[str, list[str]] = {}
+        self.set_policy(self.policy)
+
+    def set_policy(self, policy: BitPolicy) -> None:
+        """Ask for the bits of ``policy`` from now on; before quantizers are inserted. Layers that were kept in float stay so.
+
+        Raises:
+            LayerError: It leaves every layer in float, or a weight to quantize is not finite.
+        """
+        self.policy = policy
         self._bits = {
-            name: policy_bits(self.policy, name, site.layer, self.positions.get(name, "inner")) for name, site in everything.items()
+            name: policy_bits(policy, name, site.layer, self.positions.get(name, "inner")) for name, site in self._everything.items()
         }
-        self.weights = {name: everything[name] for name in dict.fromkeys([*order, *everything]) if self._bits[name].weight is not None}
+        in_turn = dict.fromkeys([*self._order, *self._everything])
+        self.weights = {name: self._everything[name] for name in in_turn if self._bits[name].weight is not None}
         self.layers = {name: site.layer for name, site in self.weights.items() if not site.is_weight_only}
         if not self.weights and not (self.allows_float_weights and (self.activation_bits or self.output_bits)):
             raise LayerError(f"the policy leaves every layer of {type(self.model).__name__} in float, so there is nothing to do.")
@@ -84,11 +98,9 @@ class NetworkJob:
                 raise LayerError(
                     f"layer {name!r} ({type(site.layer).__name__}): its weight holds NaN or infinite values. Check the weights file."
                 )
-        self._everything, self._order, self._others = everything, order, _others(self.model)
-        self.placements: list[Placement] = []
-        self._kept: dict[str, str] = {}
-        self._remarks: dict[str, list[str]] = {}
         self._leave_what_changes_itself()
+        for name, reason in list(self._kept.items()):
+            self.keep_float(name, reason)
 
     def _note_merged(self, merged: dict[str, str]) -> None:
         by_kind: dict[str, list[str]] = {}

@@ -139,7 +139,7 @@ def run_job(
             raise error if place is None else CalibrationError(f"{place} on the calibration data: {error}") from error
         table = job.finish()
     used = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, job.seed, table))
+    attach_record(job.model, QuantizationRecord(info.name, used, job.policy, job.seed, table))
     return job
 
 

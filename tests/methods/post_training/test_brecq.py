@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.networks import TinyNet, settled
+from tests.networks import BranchNet, TinyNet, settled
 from torch import Tensor, nn
 
-from lowbit.errors import CalibrationError, SpecError
+import lowbit
+from lowbit.errors import CalibrationError, GraphError, SpecError
 from lowbit.methods.post_training.brecq import Brecq, ReleasedLayer, released_layers
 from lowbit.models.mobilenet import mobilenet_v2_small
 from lowbit.models.resnet import resnet8
@@ -166,6 +167,68 @@ def test_a_dead_channel_stays_zero() -> None:
 def test_released_settings_widen_the_ends_and_skip_the_first() -> None:
     narrow = ReleasedLayer(2, 4, True)
     assert released_layers(5, 2, 4) == [ReleasedLayer(8, 8, False), narrow, narrow, ReleasedLayer(2, 8, True), ReleasedLayer(8, 4, True)]
+
+
+def bits_of(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
+    return {row.name: (row.weight_bits, row.activation_bits) for row in lowbit.summary(model).layers}
+
+
+def released(model: nn.Module, data: Tensor, **asked: object) -> nn.Module:
+    policy = BitPolicy.uniform(3, 4, first_last=8)
+    options: dict[str, object] = {**QUICK, "iterations": 1, "policy": policy, "first_last": "released", "calibration": data, **asked}
+    return quantize(model, method="brecq", **options)
+
+
+def test_released_ends_leave_the_classifier_behind_a_residual_block_at_the_bits_of_all() -> None:
+    model, data = residual()
+    bits = bits_of(released(model, data))
+    assert bits["conv"] == (8, 8) and bits["fc"] == (8, 4)
+    assert bits["layer1.0.conv1"] == (3, 8)  # reads the stem
+    inner = {name: pair for name, pair in bits.items() if name not in ("conv", "fc", "layer1.0.conv1")}
+    assert set(inner.values()) == {(3, 4)} and len(inner) == 7
+    assert bits_of(released(model, data, first_last="intended"))["fc"] == (8, 8)
+
+
+def test_released_ends_widen_the_classifier_behind_a_layer_of_its_own() -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)]
+    bits = bits_of(released(nn.Sequential(*layers).eval(), torch.randn(16, 3, 8, 8)))
+    assert bits == {"0": (8, 8), "2": (3, 8), "4": (3, 4), "7": (8, 8)}
+
+
+def test_released_ends_go_by_the_order_of_definition() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.middle, self.inner, self.first = (nn.Linear(5, 5) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.inner(self.first(x).relu()).relu()).relu())
+
+    bits = bits_of(released(Backwards().eval(), torch.randn(16, 5)))
+    # "inner" is the second to last: what reads it has 8 bits; of the two ends by definition, one reads nothing of 8 bits
+    assert bits == {"first": (8, 4), "inner": (3, 4), "middle": (3, 8), "last": (8, 4)}
+
+
+def test_released_ends_leave_rules_and_float_activations_alone() -> None:
+    model, data = residual()
+    policy = BitPolicy.uniform(3, 4).with_rule(match="conv", weight=5, activation=6)
+    assert bits_of(released(model, data, policy=policy))["conv"] == (5, 6)
+    bits = bits_of(released(model, data, policy=BitPolicy.uniform(3, None)))
+    assert bits["conv"] == bits["fc"] == (8, None) and bits["layer1.0.conv1"] == (3, None)
+
+
+def test_the_record_holds_the_bits_of_the_released_code() -> None:
+    model, data = residual()
+    record = record_of(released(model, data))
+    assert record.policy.first_last is None
+    assert [(rule.match, rule.weight, rule.activation) for rule in record.policy.rules] == [
+        ("conv", 8, 8), ("layer1.0.conv1", None, 8), ("fc", 8, None)
+    ]  # fmt: skip
+
+
+def test_released_ends_are_refused_where_the_dataflow_is_not_known() -> None:
+    with pytest.raises(GraphError, match="first_last='released' needs the network's dataflow"):
+        released(BranchNet(), torch.randn(4, 3, 8, 8))
 
 
 # Fisher weights

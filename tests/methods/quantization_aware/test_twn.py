@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
+from lowbit.formats.packed import packing
 from lowbit.methods.quantization_aware.twn import (
     TernaryQuantizer,
     Twn,
     best_threshold,
-    pack_ternary,
     ternary_scale,
     threshold_by_rule,
-    unpack_ternary,
 )
 from lowbit.network import insert
 from lowbit.qat import Slot
@@ -124,22 +123,15 @@ def test_bfloat16_weights_are_computed_in_float32() -> None:
     assert y.dtype == torch.bfloat16 and torch.equal(y, TernaryQuantizer()(weight.float()).bfloat16())
 
 
-def test_words_hold_sixteen_weights_from_the_lowest_bits_on() -> None:
-    scale = torch.tensor(0.5)
-    ternary = torch.tensor([-0.5, 0.0, 0.5, 0.5] + [-0.5] * 12 + [0.5])
-    words = pack_ternary(ternary, scale)
-    assert words.tolist() == [0b11_11_01_00, 0b11]
-    assert torch.equal(unpack_ternary(words, scale, (17,)), ternary)
-
-
 @pytest.mark.parametrize("shape", [(1,), (4, 4), (3, 7, 3, 3)])
-def test_packing_loses_nothing(shape: tuple[int, ...]) -> None:
-    q, weight = TernaryQuantizer(), torch.randn(shape)
-    encoded: QTensor = q.encode(weight)
-    _, scale = q.threshold_and_scale(weight)
-    words = pack_ternary(encoded.decode(), scale)
-    assert words.numel() == -(-weight.numel() // 16) and int(words.max()) < 2**32
-    assert torch.equal(unpack_ternary(words, scale, shape), encoded.decode())
+def test_packing_two_bits_a_weight_loses_nothing(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    encoded: QTensor = TernaryQuantizer().encode(weight)
+    levels = encoded.codes + 1
+    stored = packing.pack(levels, 2)
+    assert stored.numel() == -(-weight.numel() // 4)
+    codes = packing.unpack(stored, 2, weight.numel()).reshape(shape).to(torch.int8) - 1
+    assert torch.equal(QTensor(codes, encoded.decoder, 2).decode(), TernaryQuantizer()(weight))
 
 
 def test_a_prepared_network_has_ternary_weights_and_float_activations() -> None:

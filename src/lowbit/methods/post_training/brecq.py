@@ -15,11 +15,14 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from lowbit.methods.post_training.adaround import reconstruct
+from lowbit.network.graph.blocks import Block
+from lowbit.network.graph.dataflow import Dataflow
+from lowbit.network.layers import quantizable_layers
 from lowbit.network.slot import Slot
 from lowbit.options import Above, AtLeast, Interval
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
@@ -31,7 +34,7 @@ from lowbit.post_training.reconstruction.units import PlannedUnit, block_units, 
 from lowbit.quantizers import Quantizer, UniformQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.registry import MethodInfo, register
-from lowbit.spec import Granularity
+from lowbit.spec import BitPolicy, Granularity
 
 POWER = 2.4  # exponent of the error in the range search and the activation phase
 PAPER_ITERATIONS = 20_000
@@ -48,11 +51,10 @@ class ReleasedLayer:
 
 
 def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[ReleasedLayer]:
-    """The settings of ``count`` layers in definition order as the released code chooses them, including its quirk.
+    """The settings of ``count`` layers in definition order as the released code chooses them.
 
     Weights of the first and the last layer and outputs of the first and the second to last layer in definition order get 8 bits; the
-    first layer is not reconstructed. If the second to last layer is a shortcut, the classifier's input thus keeps
-    ``activation_bits``; lowbit gives it 8 bits, as was intended.
+    first layer is not reconstructed.
 
     Source: the released code, ``set_first_last_layer_to_8bit``.
     """
@@ -61,6 +63,40 @@ def released_layers(count: int, weight_bits: int, activation_bits: int) -> list[
         ReleasedLayer(WIDE if index in ends else weight_bits, WIDE if index in wide_outputs else activation_bits, index != 0)
         for index in range(count)
     ]
+
+
+def released_policy(job: PtqJob, units: Sequence[Block], layers: Mapping[str, ReleasedLayer]) -> BitPolicy:
+    """The job's policy with the bits that the released code gives ``layers``, where the policy's own rules say nothing.
+
+    The output of a layer is what other layers read. The released code quantizes the result of a block as a whole, at the same bits as
+    all others, instead of the output of its last layer. So the classifier behind a residual block keeps the bits of all layers, and gets
+    8 bits where a layer outside of all blocks is both defined and computed just before it.
+    """
+    default, policy = job.policy.default, replace(job.policy, first_last=None, rules=())
+    graph = None if default.activation is None else job.need_graph("first_last='released'")
+    block_of = {layer: unit.name for unit in units if unit.kind == "block" for layer in unit.layers}
+    for name, layer in layers.items():
+        source = None if graph is None else _source(graph, name)
+        activation: int | None
+        if source is not None and block_of.get(source) in (None, block_of.get(name)):
+            activation = layers[source].output_bits
+        else:
+            activation = default.activation if layer.is_reconstructed else WIDE  # the first layer reads the network's input
+        weight = None if default.weight in (None, layer.weight_bits) else layer.weight_bits
+        activation = None if default.activation in (None, activation) else activation
+        if (weight, activation) != (None, None):
+            policy = policy.with_rule(match=name, weight=weight, activation=activation)
+    return replace(policy, rules=(*policy.rules, *job.policy.rules))
+
+
+def _source(graph: Dataflow, layer: str) -> str | None:
+    """The layer that the input of ``layer`` comes from, through operations of one operand."""
+    for node in graph.of_layer(layer):
+        while len(made_from := graph.producers(node)) == 1:
+            (node,) = made_from
+            if node.layer is not None:
+                return node.layer
+    return None
 
 
 @register(
@@ -88,6 +124,9 @@ class Brecq(PostTrainingMethod):
         weight_grid: ``affine``: as in the paper, with the range of least error to the power of 2.4; ``symmetric``; or ``mixed``:
             symmetric for layers of 8 weight bits, which runtimes can compute in integers, affine for all others.
         blocks: Patterns of the modules to reconstruct as a whole, for example ``layer*.*``; default: blocks found in the network.
+        first_last: Bits at both ends of the network: ``intended``, those of the policy, by default 8 for the weights and inputs of the first
+            and the last layer; or ``released``, those of the released code, which goes by the order of definition: the classifier's input
+            has 8 bits only where the layer defined just before it is no part of a block. The policy's rules for single layers hold.
         reconstruct_first: Also reconstruct a first layer of 8 weight bits, which is hardly ever worthwhile.
         iterations: Steps of Adam for each block.
         batch_size: Calibration samples per step, drawn at random.
@@ -111,6 +150,7 @@ class Brecq(PostTrainingMethod):
 
     weight_grid: Literal["affine", "symmetric", "mixed"] = "mixed"
     blocks: tuple[str, ...] = ()
+    first_last: Literal["intended", "released"] = "intended"
     reconstruct_first: bool = False
     iterations: Annotated[int, AtLeast(0)] = PAPER_ITERATIONS
     batch_size: Annotated[int, AtLeast(1)] = 32
@@ -144,11 +184,14 @@ class Brecq(PostTrainingMethod):
 
     def quantize(self, job: PtqJob) -> None:
         job.fold()
+        blocks, released = block_units(job, self.blocks), self._released(job)
+        if released:
+            job.set_policy(released_policy(job, blocks, released))
         job.insert_weights(self.weight_quantizer)
-        units = plan_units(job, block_units(job, self.blocks))
+        units = plan_units(job, blocks)
         facts: dict[str, object] = {"method": "brecq", **asdict(self)}
         weights = RoundWeights(job, self.rounding_objective(), is_symmetric=not self.asymmetric)
-        reconstruct(job, self._without_stem(job, units), weights, facts, cache=self.cache, save_every=self.save_every)
+        reconstruct(job, self._without_stem(job, units, released), weights, facts, cache=self.cache, save_every=self.save_every)
         job.insert_activations(self)
         job.calibrate_activations()
         if self.activation_iterations:
@@ -175,7 +218,18 @@ class Brecq(PostTrainingMethod):
             precision=self.precision,
         )
 
-    def _without_stem(self, job: PtqJob, units: Sequence[PlannedUnit]) -> list[PlannedUnit]:
+    def _released(self, job: PtqJob) -> dict[str, ReleasedLayer]:
+        """The layers in definition order with their settings in the released code, if those are asked for."""
+        if self.first_last == "intended":
+            return {}
+        names, bits = quantizable_layers(job.model), job.policy.default
+        return dict(zip(names, released_layers(len(names), bits.weight or WIDE, bits.activation or WIDE), strict=True))
+
+    def _without_stem(self, job: PtqJob, units: Sequence[PlannedUnit], released: Mapping[str, ReleasedLayer]) -> list[PlannedUnit]:
         first = next(iter(job.layers))
-        is_skipped = not self.reconstruct_first and job.bits(first).weight == WIDE and len(units) > 1
-        return [unit for unit in units if not (is_skipped and unit.layers == (first,))]
+        left = {name for name, layer in released.items() if not layer.is_reconstructed}
+        if not released and job.bits(first).weight == WIDE:
+            left = {first}
+        if self.reconstruct_first or len(units) == 1:
+            left = set()
+        return [unit for unit in units if not left.issuperset(unit.layers)]

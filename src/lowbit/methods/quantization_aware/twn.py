@@ -13,7 +13,6 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -28,7 +27,6 @@ from lowbit.spec import Granularity
 from lowbit.surrogates import pass_gradient, straight_through
 
 LARGEST_THRESHOLD = 100.0  # cap in the authors' code
-WEIGHTS_PER_WORD = 16
 
 
 def threshold_by_rule(rows: Tensor, delta_factor: float = 0.7) -> Tensor:
@@ -126,37 +124,6 @@ class TernaryQuantizer(GridQuantizer):
         with torch.no_grad():
             y = super().forward(x)
         return pass_gradient(x, y)
-
-
-def pack_ternary(ternary: Tensor, scale: Tensor) -> Tensor:
-    """The authors' file format: 16 weights in each 32-bit word, the first in the lowest two bits.
-
-    A weight's low bit says whether it is above ``-scale / 2``, its high bit whether it is above ``scale / 2``; so minus, zero and plus
-    are 0, 1 and 3. The last word is filled up with zero bits.
-
-    Args:
-        ternary: Values ``-scale``, 0 and ``scale``, of any shape.
-        scale: Scalar.
-
-    Returns:
-        The words as int64, ``[ceil(elements / 16)]``.
-
-    Source: authors' code (``TernaryToProto``).
-    """
-    values = ternary.detach().flatten()
-    codes = (values > -scale / 2).long() + 2 * (values > scale / 2).long()
-    words = torch.nn.functional.pad(codes, (0, -len(codes) % WEIGHTS_PER_WORD)).reshape(-1, WEIGHTS_PER_WORD)
-    return (words << _shifts(words)).sum(1)
-
-
-def unpack_ternary(words: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of ``pack_ternary``: values ``-scale``, 0 and ``scale`` of the given shape."""
-    codes = ((words[:, None] >> _shifts(words)) & 3).flatten()[: math.prod(shape)]
-    return torch.stack([-scale, torch.zeros_like(scale), torch.zeros_like(scale), scale])[codes].reshape(shape)
-
-
-def _shifts(words: Tensor) -> Tensor:
-    return 2 * torch.arange(WEIGHTS_PER_WORD, device=words.device)
 
 
 @register(
