@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.models.loading import load_model
-from lowbit.network.insert import bake_weights
 from lowbit.options import settings_of
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, get_method
@@ -127,13 +127,21 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
     run.after_step()
 
 
+def _through_a_file(model: nn.Module, images: Tensor) -> None:
+    """Export, load, and run what was loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.export(model, Path(folder) / "model.lowbit", sample=images)
+        with torch.no_grad():
+            lowbit.load(Path(folder) / "model.lowbit")(images)
+
+
 def _nearest(wanted: int, supported: range) -> int:
     return wanted if wanted in supported else supported[0]
 
 
 @functools.cache
 def reached_by_users(name: str) -> frozenset[str]:
-    """The functions that run when networks are built, quantized or trained by the method, baked for export and decoded, over its bits and options."""
+    """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
     info = get_method(name)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
@@ -141,9 +149,7 @@ def reached_by_users(name: str) -> frozenset[str]:
     with _watching(lambda _: True) as found:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
-            _, codes = bake_weights(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}))
-            for code in codes.values():
-                code.decode()  # what loading a file does
+            _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
