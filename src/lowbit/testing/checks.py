@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.network.insert import activation_quantizers, bake_weights, quantized_weights
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.qtensor import SumDecoder
@@ -46,17 +47,43 @@ def check_codes(model: nn.Module, inner_bits: int) -> None:
     assert widths["conv1.weight"] == widths["conv2.weight"] == inner_bits
     assert widths["stem.weight"] == widths["head.weight"] == 8
     for where, quantizer, values in found:
-        with torch.no_grad():
-            forward, encoded = quantizer(values), quantizer.encode(values)
-        assert torch.equal(encoded.decode(), forward), where
-        assert not encoded.codes.is_floating_point(), where
-        for part in single_grids(encoded):
-            levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
-            assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
-            codes = part.codes.unique().numel()
-            assert codes <= 2**quantizer.bit_width, f"{where}: {codes} codes"
-            if quantizer.bit_width == 1 and where.endswith("weight"):
-                assert levels == 2, where
+        check_grid(where, quantizer, values, is_weight=where.endswith("weight"))
+
+
+def check_grid(where: str, quantizer: Quantizer, values: Tensor, *, is_weight: bool) -> None:
+    """Decoded codes are the forward pass, on at most two to the b levels, two at 1 bit, and fit into their bits."""
+    with torch.no_grad():
+        forward, encoded = quantizer(values), quantizer.encode(values)
+    assert torch.equal(encoded.decode(), forward), where
+    assert torch.isfinite(forward).all(), where
+    assert not encoded.codes.is_floating_point(), where
+    for part in single_grids(encoded):
+        levels = max(row.unique().numel() for row in quantizer.granularity.flatten(part.decode()))
+        assert levels <= 2**quantizer.bit_width, f"{where}: {levels} levels"
+        codes = part.codes.unique().numel()
+        assert codes <= 2**quantizer.bit_width, f"{where}: {codes} codes"
+        if quantizer.bit_width == 1 and is_weight:
+            assert levels <= 2 if values.unique().numel() < 2 else levels == 2, where
+
+
+def check_alone(where: str, quantizer: Quantizer, values: Tensor, *, is_weight: bool) -> None:
+    """What a quantizer keeps without a network: its codes, packed and unpacked, its copies, pickles and state dict, and bfloat16."""
+    check_grid(where, quantizer, values, is_weight=is_weight)
+    with torch.no_grad():
+        expected = quantizer(values)
+        if is_weight:
+            assert torch.equal(PackedTensor.of(quantizer.encode(values)).decode(), expected), where
+        other = copy.deepcopy(quantizer)
+        assert torch.equal(other(values), expected), where
+        assert torch.equal(pickle.loads(pickle.dumps(quantizer))(values), expected), where
+        for tensor in other.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.7)
+        other.load_state_dict(quantizer.state_dict())
+        assert torch.equal(other(values), expected), where
+        low = values.bfloat16()
+        error = (quantizer(low).float() - quantizer(low.float())).norm()
+        assert error <= 2**-8 * quantizer(low.float()).norm(), where
 
 
 def check_baked(model: nn.Module) -> None:

@@ -6,28 +6,51 @@ A method is given by its name, as ``path/to/file.py:Class``, or as a class.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
 
 from lowbit.network.insert import activation_quantizers, bake_weights
-from lowbit.testing import checks, post_training, tiny, training
+from lowbit.options import Method
+from lowbit.registry import MethodInfo
+from lowbit.testing import checks, hooks, post_training, tiny, training
 from lowbit.testing.checks import MethodRef
 from lowbit.testing.odd import ODD, SEQUENCE, odd_network
 from lowbit.workflows.quantize import quantize
 
 Law = Callable[[MethodRef, Path], None]
-BITS = (1, 2, 3, 4, 8)  # at which laws about codes and files are held, where the method supports them
+_held: set[Hashable] = set()  # quantizers that were found to keep their laws in this process
+
+
+def quantizers_keep_their_laws(method: Method) -> None:
+    """Every quantizer that the hooks of ``method`` make, at every bit-width and for every kind of layer, keeps the laws of a quantizer alone."""
+    for example in hooks.new_examples(method, _held):
+        slot = example.slot
+        where = f"{slot} at {slot.bit_width} bits, {slot.purpose}"
+        checks.check_alone(where, example.ready(), example.values, is_weight=slot.purpose == "weight")
+
+
+def two_widths(supported: range) -> list[int]:
+    """The lowest width and 4, or what is nearest to it: those at which whole networks are held to the laws."""
+    return sorted({supported[0], min(supported, key=lambda bits: abs(bits - 4))})
+
+
+def default_of(info: MethodInfo) -> Method:
+    """The method at its defaults."""
+    assert info.method is not None
+    method = info.method()
+    assert isinstance(method, Method)
+    return method
 
 
 def codes_are_the_forward_pass(method: MethodRef, folder: Path) -> None:
-    """Decoded codes equal the forward pass, on at most ``2**b`` levels: before training at all bits, after it at few."""
+    """Decoded codes equal the forward pass, on at most ``2**b`` levels: each quantizer at all bits, networks at two widths and after training."""
     info = training.facts(method)
-    for bits in BITS:
-        if bits in info.weight_bits:
-            activation_bits = bits if info.activation_bits is not None and bits in info.activation_bits else None
-            checks.check_codes(training.prepared(method, bits, activation_bits), bits)
+    quantizers_keep_their_laws(default_of(info))
+    for bits in two_widths(info.weight_bits):
+        activation_bits = bits if info.activation_bits is not None and bits in info.activation_bits else None
+        checks.check_codes(training.prepared(method, bits, activation_bits), bits)
     checks.check_codes(training.trained(method), training.few_bits(method)[0])
 
 
@@ -110,10 +133,11 @@ def learns_by_the_points_it_states(method: MethodRef, folder: Path) -> None:
 
 
 def rounded_codes_are_the_forward_pass(method: MethodRef, folder: Path) -> None:
-    """Decoded codes equal the forward pass, on at most ``2**b`` levels, at all bits that the method supports."""
-    for bits in BITS:
-        if bits in post_training.facts(method).weight_bits:
-            checks.check_codes(post_training.quantized(method, bits), bits)
+    """Decoded codes equal the forward pass, on at most ``2**b`` levels: each quantizer at all bits, networks at two widths."""
+    info = post_training.facts(method)
+    quantizers_keep_their_laws(default_of(info))
+    for bits in two_widths(info.weight_bits):
+        checks.check_codes(post_training.quantized(method, bits), bits)
 
 
 def rounded_layers_compute_with_their_codes(method: MethodRef, folder: Path) -> None:
@@ -164,10 +188,9 @@ def rounded_file_is_small(method: MethodRef, bits: int, folder: Path) -> None:
 
 
 def rounded_files_are_small_and_decode_to_the_same(method: MethodRef, folder: Path) -> None:
-    """The packed file holds codes and tables and hardly more, at all bits that the method supports."""
-    for bits in BITS[1:]:
-        if bits in post_training.facts(method).weight_bits:
-            rounded_file_is_small(method, bits, folder)
+    """The packed file holds codes and tables and hardly more, at two widths."""
+    for bits in two_widths(post_training.facts(method).weight_bits):
+        rounded_file_is_small(method, bits, folder)
 
 
 def the_same_seed_gives_the_same_codes(method: MethodRef, folder: Path) -> None:
