@@ -231,17 +231,12 @@ def variations(sample: Inputs, *, is_batch_open: bool, samples: int = SAMPLES) -
     yield sample
     size = sample.batch_size
     if is_batch_open and size < _CALL:
-        repeats = -(-_CALL // size)
-        sample = _map(sample, lambda t: torch.cat([t] * repeats) if t.dim() and t.shape[0] == size else t)
+        sample = sample.repeat(-(-_CALL // size))
     generator = torch.Generator().manual_seed(0)
     count = size
     while count < samples:
-        yield _map(sample, lambda t: _varied(t, generator))
+        yield sample.map(lambda t: _varied(t, generator))
         count += sample.batch_size
-
-
-def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    return Inputs(tuple(change(t) for t in inputs.args), {name: change(t) for name, t in inputs.kwargs.items()})
 
 
 def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
