@@ -166,7 +166,7 @@ def _name_batch(converted: torch.onnx.ONNXProgram, batch_dims: Mapping[str, int]
 
     sizes: set[str | ir.SymbolicDim] = set()
     for value in converted.model.graph.inputs:
-        dim = value.shape[batch_dims[value.name]] if value.shape and value.name in batch_dims else None
+        dim = value.shape[batch_dims[value.name or ""]] if value.shape and value.name in batch_dims else None
         if isinstance(dim, ir.SymbolicDim) and dim.value:
             sizes.add(dim.value)
     names = {sizes.pop(): "batch"} if len(sizes) == 1 else {}

@@ -154,7 +154,8 @@ def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int])
         if str(name) not in named:
             held = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors)
             raise SpecError(
-                f"dynamic: no input has the dimension {name!r}; the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
+                f"dynamic: no input has the dimension {name!r} besides the batch (dimension {inputs.batch_dim}, which is open already); "
+                f"the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
             )
     try:
         exported = _trace(model, traced, shapes)
@@ -204,8 +205,8 @@ def _not_open(dynamic: Sequence[str | int]) -> str:
 
 
 _OPEN_ADVICE = (
-    "Only networks that take any size can: convolutions, and pooling to one size before linear layers. Leave it out of dynamic, or use "
-    "nn.AdaptiveAvgPool2d(1) before nn.Flatten."
+    "Only networks that take any size can: convolutions and attention, and pooling to one size before linear layers; recurrent layers keep "
+    "the length of the sample. Leave it out of dynamic, or use nn.AdaptiveAvgPool2d(1) before nn.Flatten."
 )
 
 
