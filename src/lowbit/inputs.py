@@ -52,10 +52,18 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one call of the model: ``model(*args, **kwargs)``."""
+    """Inputs of one call of the model: ``model(*args, **kwargs)``.
+
+    Attributes:
+        args: Positional inputs.
+        kwargs: Inputs by keyword.
+        batch_dim: The dimension over samples: 1 where time comes first. A tensor that does not have it, such as a vector of lengths or a
+            padding mask, has its samples in dimension 0.
+    """
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    batch_dim: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", tuple(map(plain_tensor, self.args)))
@@ -68,16 +76,56 @@ class Inputs:
 
     @property
     def batch_size(self) -> int:
-        """Size of the first dimension of the first input."""
-        return self.tensors[0].shape[0] if self.tensors[0].dim() else 1
+        """Size of the batch dimension of the first input that has one."""
+        return next((t.shape[self.batch_dim] for t in self.tensors if t.dim() > self.batch_dim), 1)
+
+    def batch_dim_of(self, tensor: Tensor) -> int | None:
+        """The dimension of ``tensor`` over samples; ``None`` where it has none, as a mask that counts for all samples.
+
+        Example:
+            >>> inputs = Inputs((torch.zeros(7, 4, 3), torch.zeros(4), torch.zeros(7, 7)), batch_dim=1)
+            >>> inputs.batch_size, [inputs.batch_dim_of(tensor) for tensor in inputs.tensors]
+            (4, [1, 0, None])
+        """
+        size = self.batch_size
+        return next((dim for dim in (self.batch_dim, 0) if tensor.dim() > dim and tensor.shape[dim] == size), None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same inputs with every tensor changed."""
+        return Inputs(tuple(map(change, self.args)), {name: change(tensor) for name, tensor in self.kwargs.items()}, self.batch_dim)
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same inputs on ``device``."""
-        return Inputs(tuple(t.to(device) for t in self.args), {k: t.to(device) for k, t in self.kwargs.items()})
+        return self.map(lambda tensor: tensor.to(device))
 
     def take(self, start: int, stop: int) -> Inputs:
-        """Samples ``start`` to ``stop`` (exclusive) of every input."""
-        return Inputs(tuple(t[start:stop] for t in self.args), {k: t[start:stop] for k, t in self.kwargs.items()})
+        """Samples ``start`` to ``stop`` (exclusive) of every input that has samples."""
+
+        def part(tensor: Tensor) -> Tensor:
+            dim = self.batch_dim_of(tensor)
+            return tensor if dim is None else tensor[(slice(None),) * dim + (slice(start, stop),)]
+
+        return self.map(part)
+
+    def repeat(self, count: int) -> Inputs:
+        """Every sample ``count`` times."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            dim = self.batch_dim_of(tensor)
+            return tensor if dim is None else torch.cat([tensor] * count, dim)
+
+        return self.map(repeated)
+
+    def distinct(self) -> Inputs:
+        """The same inputs, copied where one tensor is given several times: a graph of it would treat different tensors as one."""
+        seen: set[int] = set()
+
+        def copied(tensor: Tensor) -> Tensor:
+            is_new = id(tensor) not in seen
+            seen.add(id(tensor))
+            return tensor if is_new else tensor.clone()
+
+        return self.map(copied)
 
     @staticmethod
     def of(batch: object, model: nn.Module | None = None) -> Inputs:

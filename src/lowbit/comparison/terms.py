@@ -36,8 +36,8 @@ def equal_terms(model: nn.Module, float_model: nn.Module, sample: object) -> dic
     """
     record, bits = record_of(model), layer_bits(model)
     positions = {} if record is None else record.table.positions
-    first = next((name for name, place in positions.items() if place == "first"), next(iter(bits)))
-    last = next((name for name, place in positions.items() if place == "last"), list(bits)[-1])
+    first = [name for name, place in positions.items() if place == "first"] or list(bits)[:1]  # a recurrent layer has several weights
+    last = [name for name, place in positions.items() if place == "last"] or list(bits)[-1:]
     macs = count_macs(float_model, sample)
     total = sum(macs.values())
     in_float = sum(count for name, count in macs.items() if None in bits.get(name, (None, None)))
@@ -45,9 +45,9 @@ def equal_terms(model: nn.Module, float_model: nn.Module, sample: object) -> dic
     weights = [found.weight for found in quantizers if found.weight is not None and found.weight.enabled]
     inputs = [found.activation for found in quantizers if found.activation is not None and found.activation.enabled]
     return {
-        "first_layer": _pair(bits[first]),
-        "last_layer": _pair(bits[last]),
-        "inner_layers": _listed(_pair(pair) for name, pair in bits.items() if name not in (first, last)),
+        "first_layer": _listed(_pair(bits[name]) for name in first),
+        "last_layer": _listed(_pair(bits[name]) for name in last),
+        "inner_layers": _listed(_pair(pair) for name, pair in bits.items() if name not in (*first, *last)),
         "merges": None if record is None else record.policy.merges,
         "float_share": round(in_float / total, 3) if total else 0.0,
         "granularity": f"{_listed(str(q.granularity) for q in weights)} / {_listed(str(q.granularity) for q in inputs)}",

@@ -24,7 +24,7 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
 from lowbit.formats.program.structure import output_names as names_of
-from lowbit.inputs import Inputs, map_tensors, tensors_of
+from lowbit.inputs import Inputs, tensors_of
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
@@ -85,6 +85,7 @@ def export(
     measure_speed: bool = True,
     kernels: bool = False,
     dynamic: Sequence[str | int] = (),
+    batch_dim: int | None = None,
     output_names: Sequence[str] = (),
     provenance: Provenance | None = None,
 ) -> ExportReport:
@@ -106,6 +107,8 @@ def export(
             network from ``lowbit.compile_runtime``. The size stays the same, and the check compares the results of the kernels.
         dynamic: Dimensions that stay open besides the batch: ``("H", "W")`` for height and width, ``"D"`` for the depth of volumes, ``"L"`` for
             the length of sequences ``[N, C, L]``, or numbers of dimensions.
+        batch_dim: The dimension over samples: 0, or 1 where time comes first. Left out: the one where one entry of the inputs decides one of
+            the outputs and no other, so that ``nn.LSTM`` and ``nn.MultiheadAttention`` without ``batch_first`` keep an open batch.
         output_names: For ONNX: a name for each output tensor. Left out: the keys of a dictionary, ``out0``, ``out1`` ... for a tuple or list.
         provenance: Where the network comes from, which the file keeps. Default: what the network carries.
 
@@ -113,7 +116,7 @@ def export(
     number where it quantizes, so check inputs before. ``lowbit.load(..., check_finite=True)`` refuses them.
 
     Raises:
-        SpecError: An unknown suffix, container or dimension, names that do not fit the outputs, or ``kernels`` for an ONNX file.
+        SpecError: An unknown suffix, container or dimension (``batch_dim`` among them), names that do not fit the outputs, or ``kernels`` for an ONNX file.
         LayerError: ``kernels`` where no layer can run on them; says why for each.
         GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
             ``dynamic``; names it. Also a network that answers at random.
@@ -149,7 +152,7 @@ def export(
     notes: tuple[str, ...] = ()
     if path.suffix == ".onnx" or kernels:
         model, inputs, notes = _in_float32(model, inputs)
-    program = export_program(model, inputs, dynamic)
+    program = export_program(model, inputs, dynamic, batch_dim)
     program = replace(program, notes=(*program.notes, *notes))
     if path.suffix == ".onnx":
         require_onnx()
@@ -163,8 +166,8 @@ def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tu
     others = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32})
     if not others:
         return model, inputs, ()
-    converted = map_tensors((inputs.args, dict(inputs.kwargs)), lambda t: t.float() if t.is_floating_point() else t)
-    return copy.deepcopy(model).float(), Inputs(*converted), (f"converted from {' and '.join(others)} to float32",)  # type: ignore[misc]
+    converted = inputs.map(lambda t: t.float() if t.is_floating_point() else t)
+    return copy.deepcopy(model).float(), converted, (f"converted from {' and '.join(others)} to float32",)
 
 
 def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
@@ -284,7 +287,8 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         weight_container=request.weight_container,
         measure_speed=request.speed and is_quantized,
         kernels=request.runtime,
-        dynamic=[name for name in (request.dynamic or "").split(",") if name],
+        dynamic=[int(name) if name.isdecimal() else name for name in (request.dynamic or "").split(",") if name],
+        batch_dim=request.batch_dim,
         output_names=[] if request.output_names is None else [name.strip() for name in request.output_names.split(",")],
     )
     return replace(report, notes=(*report.notes, *source.notes))

@@ -375,6 +375,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
             and no more.
         speed: Time the ONNX file of a quantized network against the float one.
         dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size.
+        batch_dim: The input dimension over samples: 0, or 1 where time comes first. Default: found by trying.
         output_names: Names for the output tensors of an ONNX file, joined by commas. Default: the keys of a dictionary, else out0, out1 ...
         seed: Seed of the noise that stands in for samples.
     """
@@ -388,6 +389,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     runtime: bool = False
     speed: bool = True
     dynamic: str | None = None
+    batch_dim: Annotated[int | None, AtLeast(0)] = None
     output_names: str | None = None
     seed: int = 0
 

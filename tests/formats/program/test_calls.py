@@ -21,7 +21,7 @@ Json = dict[str, object]
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> Graph:
     program = export_program(model, inputs if len(inputs) > 1 else inputs[0])
-    return graph_from_exported(program.exported, program.structure, {})
+    return graph_from_exported(program.exported, program.structure, {}, program.batch_dims)
 
 
 class Padded(nn.Module):

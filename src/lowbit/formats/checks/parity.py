@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from lowbit.errors import ParityError
+from lowbit.errors import DataError, GraphError, ParityError
 from lowbit.formats.checks.tolerance import accumulator_step, excess_of, is_quantizer, since_quantizers
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.formats.program.naming import name_inputs
@@ -131,9 +131,26 @@ def check_onnx_parity(model: nn.Module, program: Program, path: Path | str) -> P
         model: The quantized network.
         program: What the file was written from; its node names are the names of the file's inner values.
         path: The ONNX file.
+
+    Raises:
+        GraphError: The file takes the sample, but not another batch size, although its graph leaves that open.
     """
     network = load_onnx(path)
-    parity = _compare_outputs(model, program, lambda inputs: list(network(inputs).values()))
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        try:
+            return list(network(inputs).values())
+        except DataError as error:
+            if inputs is program.sample:
+                raise
+            dim = inputs.batch_dim
+            raise GraphError(
+                f"dimension {dim} of the inputs cannot stay open as the batch: ONNX Runtime cannot run the file on {inputs.batch_size} entries "
+                f"in place of {program.sample.batch_size}. Where another dimension holds the samples, pass batch_dim={1 - min(dim, 1)}; "
+                "else export to .lowbit, or let the network take its inputs with the samples first (batch_first=True)."
+            ) from error
+
+    parity = _compare_outputs(model, program, run)
     quantizers = tuple(node.name for node in program.exported.graph.nodes if is_quantizer(node))
     inputs = program.sample
     if program.is_batch_dynamic and inputs.batch_size > FOLLOWED_SAMPLES:
@@ -231,17 +248,12 @@ def variations(sample: Inputs, *, is_batch_open: bool, samples: int = SAMPLES) -
     yield sample
     size = sample.batch_size
     if is_batch_open and size < _CALL:
-        repeats = -(-_CALL // size)
-        sample = _map(sample, lambda t: torch.cat([t] * repeats) if t.dim() and t.shape[0] == size else t)
+        sample = sample.repeat(-(-_CALL // size))
     generator = torch.Generator().manual_seed(0)
     count = size
     while count < samples:
-        yield _map(sample, lambda t: _varied(t, generator))
+        yield sample.map(lambda t: _varied(t, generator))
         count += sample.batch_size
-
-
-def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    return Inputs(tuple(change(t) for t in inputs.args), {name: change(t) for name, t in inputs.kwargs.items()})
 
 
 def _varied(x: Tensor, generator: torch.Generator) -> Tensor:

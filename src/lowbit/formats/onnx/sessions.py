@@ -105,7 +105,7 @@ class Network(Protocol):
         """The names of the inputs, in the order of the file."""
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The outputs by name, in the order of the file."""
+        """The outputs by name, in the order of the file; DataError where the file cannot be run on these inputs."""
 
     def prepare(self, inputs: Inputs) -> object:
         """Inputs in the form that ``run`` takes."""
@@ -177,7 +177,14 @@ class _OnnxRuntimeNetwork:
         return self._session.run(None, prepared)
 
     def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
-        values = self._session.run(None, self.prepare(inputs))
+        try:
+            values = self._session.run(None, self.prepare(inputs))
+        except LowbitError:
+            raise
+        except Exception as error:  # its errors share no base class
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors)
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"ONNX Runtime cannot run the file on inputs of the shapes {shapes}: {reason}") from error
         return {name: torch.as_tensor(value) for name, value in zip(self._outputs, values, strict=True)}
 
 

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +61,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
         except torch.onnx.errors.OnnxExporterError as error:
             raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export it to .lowbit, or rewrite that operation.") from error
         assert converted is not None
-        _name_batch(converted)
+        _name_batch(converted, program.batch_dims)
         for name in reversed(list(program.weights)):  # each goes to the front
             _mark_weight(converted.model.graph, name)
         converted.optimize()
@@ -160,13 +160,15 @@ def _mark_weight(graph: ir.Graph, name: str) -> None:
         use.node.replace_input_with(use.idx, marker.outputs[0])
 
 
-def _name_batch(converted: torch.onnx.ONNXProgram) -> None:
+def _name_batch(converted: torch.onnx.ONNXProgram, batch_dims: Mapping[str, int]) -> None:
     """Call the open sizes ``batch``, ``height`` and ``width`` and not ``s77``."""
     import onnx_ir as ir
 
     sizes: set[str | ir.SymbolicDim] = set()
     for value in converted.model.graph.inputs:
-        sizes.update(dim.value for dim in (value.shape or ())[:1] if isinstance(dim, ir.SymbolicDim) and dim.value)
+        dim = value.shape[batch_dims[value.name or ""]] if value.shape and value.name in batch_dims else None
+        if isinstance(dim, ir.SymbolicDim) and dim.value:
+            sizes.add(dim.value)
     names = {sizes.pop(): "batch"} if len(sizes) == 1 else {}
     for value in converted.model.graph.inputs:
         for dim, name in zip((value.shape or ())[2:], ("height", "width"), strict=False):

@@ -89,7 +89,7 @@ def package(program: Program, record: QuantizationRecord | None = None, provenan
     """
     exported = program.exported
     values: dict[str, Tensor] = {**exported.state_dict, **{k: v for k, v in exported.constants.items() if isinstance(v, Tensor)}}
-    used = graph_from_exported(exported, program.structure, {}).tensors
+    used = graph_from_exported(exported, program.structure, {}, {}).tensors
     tensors: dict[str, Tensor | PackedTensor] = {}
     names: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -100,7 +100,8 @@ def package(program: Program, record: QuantizationRecord | None = None, provenan
         if names[name] == name:
             tensors[name] = tensor
     layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
-    return Package(graph_from_exported(exported, program.structure, names), tensors, layouts, record, provenance=provenance)
+    graph = graph_from_exported(exported, program.structure, names, program.batch_dims)
+    return Package(graph, tensors, layouts, record, provenance=provenance)
 
 
 def write_package(content: Package, path: Path | str) -> int:

@@ -247,7 +247,8 @@ def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: File
 
 
 def _open_batch(expected: GraphInput, tensor: Tensor) -> list[int]:
-    return [tensor.shape[0]] if expected.shape and expected.shape[0] is None else []
+    dim = expected.batch_dim
+    return [tensor.shape[dim]] if expected.shape and expected.shape[dim] is None else []
 
 
 def _fits(expected: GraphInput, tensor: Tensor) -> bool:

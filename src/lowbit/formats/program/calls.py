@@ -67,14 +67,15 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input: its name, shape (``None`` where the size is open) and whether it is floating point."""
+    """One input: its name, shape (``None`` where the size is open), type, and the dimension over samples."""
 
     name: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype
+    batch_dim: int = 0
 
     def __str__(self) -> str:
-        sizes = [("any" if dim else "batch") if size is None else str(size) for dim, size in enumerate(self.shape)]
+        sizes = [("batch" if dim == self.batch_dim else "any") if size is None else str(size) for dim, size in enumerate(self.shape)]
         return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
@@ -112,13 +113,14 @@ def references(value: object) -> Iterator[Result | Stored]:
             yield from references(item)
 
 
-def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mapping[str, str]) -> Graph:
+def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mapping[str, str], batch_dims: Mapping[str, int]) -> Graph:
     """The graph of an exported program.
 
     Args:
         exported: Functional program.
         structure: How its outputs are nested.
         names: For each parameter, buffer and constant, the name of the stored tensor that holds it.
+        batch_dims: The dimension over samples of each input that has one.
 
     Raises:
         GraphError: It uses an operator or an argument that a packed file cannot hold; names the module.
@@ -131,7 +133,7 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
         if node.op == "placeholder":
             spec = kinds[node.name]
             if spec.kind is InputKind.USER_INPUT:
-                inputs.append(_graph_input(node))
+                inputs.append(_graph_input(node, batch_dims.get(node.name, 0)))
                 known[node] = Result(node.name)
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 known[node] = Stored(names.get(cast(str, spec.target), cast(str, spec.target)))
@@ -150,13 +152,11 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
             raise GraphError(f"a packed file cannot hold {node.op} of {node.target} (used by {_module_of(node)}). Rewrite that part.")
     specs = exported.graph_signature.output_specs
     results = [output for output, spec in zip(outputs, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
-    return Graph(tuple(inputs), tuple(nodes), tuple(results), structure, _batch_range(exported))
+    return Graph(tuple(inputs), tuple(nodes), tuple(results), structure, _batch_range(exported, batch_dims))
 
 
-def _batch_range(exported: ExportedProgram) -> tuple[int, int | None]:
-    inputs = set(exported.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    batches = {str(value.shape[0]) for value in values if isinstance(value, Tensor) and value.dim()}
+def _batch_range(exported: ExportedProgram, batch_dims: Mapping[str, int]) -> tuple[int, int | None]:
+    batches = {str(node.meta["val"].shape[batch_dims[node.name]]) for node in exported.graph.nodes if node.name in batch_dims}
     lowest, highest = 1, math.inf
     for constraint in (found for size, found in exported.range_constraints.items() if str(size) in batches):
         if constraint.lower > 2:  # 2 is where torch starts: it sets sizes 0 and 1 apart
@@ -165,11 +165,11 @@ def _batch_range(exported: ExportedProgram) -> tuple[int, int | None]:
     return lowest, None if math.isinf(highest) else int(highest)
 
 
-def _graph_input(node: fx.Node) -> GraphInput:
+def _graph_input(node: fx.Node, batch_dim: int) -> GraphInput:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         raise GraphError(f"input {node.name!r} is a {type(value).__name__}; a packed file takes tensors only")
-    return GraphInput(node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype)
+    return GraphInput(node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype, batch_dim)
 
 
 def _argument(value: object, known: Mapping[fx.Node, object], node: fx.Node) -> object:
@@ -192,7 +192,9 @@ def _module_of(node: fx.Node) -> str:
 def graph_to_json(graph: Graph) -> Json:
     """Plain JSON values; ``graph_from_json`` reads them."""
     return {
-        "inputs": [[i.name, list(i.shape), str(i.dtype).removeprefix("torch.")] for i in graph.inputs],
+        "inputs": [
+            [i.name, list(i.shape), str(i.dtype).removeprefix("torch."), *([i.batch_dim] if i.batch_dim else [])] for i in graph.inputs
+        ],
         "batch": list(graph.batch_range),
         "nodes": [[n.name, n.operator, _to_json(n.args), {key: _to_json(arg) for key, arg in n.kwargs.items()}] for n in graph.nodes],
         "outputs": _to_json(graph.outputs),
@@ -260,12 +262,15 @@ def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> O
 
 
 def _input_from_json(item: object) -> GraphInput:
-    kinds = [str, list, str]
-    if not (isinstance(item, list) and [type(part) for part in item] == kinds and item[2] in _DTYPES):
-        raise FileFormatError(f"graph inputs: an input must be [name, shape, dtype], got {str(item)[:80]}")
+    kinds = [str, list, str, int]
+    if not (isinstance(item, list) and [type(part) for part in item] in (kinds, kinds[:3]) and item[2] in _DTYPES):
+        raise FileFormatError(f"graph inputs: an input must be [name, shape, dtype] or [name, shape, dtype, batch_dim], got {str(item)[:80]}")
     if not all(size is None or is_size(size) for size in item[1]):
         raise FileFormatError(f"graph input {item[0][:80]!r}: its shape must be sizes or null, got {str(item[1])[:80]}")
-    return GraphInput(item[0], tuple(item[1]), _DTYPES[item[2]])
+    batch_dim = item[3] if len(item) == 4 else 0
+    if batch_dim and not 0 < batch_dim < len(item[1]):
+        raise FileFormatError(f"graph input {item[0][:80]!r}: its batch_dim must be one of its {len(item[1])} dimensions, got {batch_dim}")
+    return GraphInput(item[0], tuple(item[1]), _DTYPES[item[2]], batch_dim)
 
 
 def _range_from_json(item: object) -> tuple[int, int | None]:

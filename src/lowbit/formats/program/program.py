@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,9 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import OutputKind
 
 from lowbit.errors import GraphError, SpecError
+from lowbit.formats.program.batch import checked_batch_dim, find_batch_dim
 from lowbit.formats.program.constants import constant_of, fold_constants
+from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.structure import Json, flatten
 from lowbit.inputs import Inputs, tensors_of
 from lowbit.network.bits import layer_quantizers
@@ -53,10 +55,15 @@ class Program:
     @property
     def is_batch_dynamic(self) -> bool:
         """Whether the graph takes any batch size."""
-        return _is_batch_dynamic(self.exported)
+        return _is_batch_dynamic(self.exported, self.sample)
+
+    @property
+    def batch_dims(self) -> dict[str, int]:
+        """The dimension over samples of each input that has one, by the name of the input."""
+        return _batch_dims(self.exported, self.sample)
 
 
-def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int] = ()) -> Program:
+def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int] = (), batch_dim: int | None = None) -> Program:
     """Export ``model`` in evaluation mode with its weights decoded.
 
     The batch size is left open where the model allows it, else fixed to the sample's, and a note says so. Checks that only guard
@@ -67,12 +74,14 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
         model: A quantized (or float) network; it is not changed.
         sample: Inputs of one call: a tensor, a tuple of tensors, a dict of keyword tensors, or ``Inputs``.
         dynamic: Further dimensions to leave open, see ``lowbit.export``.
+        batch_dim: The dimension over samples, see ``lowbit.export``.
 
     Raises:
         SpecError: A dimension that no input has.
         GraphError: The model cannot be exported; names the line of its code that blocks, or why a dimension cannot stay open.
     """
-    inputs = Inputs.of(sample, model)
+    inputs = Inputs.of(sample, model).distinct()
+    inputs = replace(inputs, batch_dim=find_batch_dim(model, inputs) if batch_dim is None else checked_batch_dim(batch_dim, inputs))
     baked, weights = bake_weights(model)
     structure: list[Json] = [None]
     if isinstance(baked, fx.GraphModule):
@@ -80,6 +89,8 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     baked.register_forward_hook(_flattening(structure))
     with evaluating(baked):
         exported, notes = _export(baked, inputs) if not dynamic else (_export_open(baked, inputs, dynamic), ())
+    if inputs.batch_dim and not dynamic:
+        notes = (*notes, f"dimension {inputs.batch_dim} of the inputs is the batch; the others keep the sizes of the sample, see dynamic")
     _refuse_state(exported)
     _decode_in_float32(exported, weights)
     _simplify(exported)
@@ -96,19 +107,20 @@ def _emulated(model: nn.Module) -> tuple[str, ...]:
 def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[str, ...]]:
     """With an open batch size if possible, else with that of ``inputs``, and why."""
     reason = "the inputs have no batch dimension"
-    if any(_has_batch(t, inputs.batch_size) for t in inputs.tensors):
+    if any(inputs.batch_dim_of(t) is not None for t in inputs.tensors):
         # sizes 0 and 1 are always taken as fixed, so an open size has to be traced with at least 2
-        traced = inputs if inputs.batch_size > 1 else _doubled(inputs)
+        traced = inputs if inputs.batch_size > 1 else inputs.repeat(2)
         shapes = ShapesCollection()
         for tensor in traced.tensors:
-            if _has_batch(tensor, traced.batch_size):
-                shapes[tensor] = {0: Dim.AUTO}
+            dim = traced.batch_dim_of(tensor)
+            if dim is not None:
+                shapes[tensor] = {dim: Dim.AUTO}
         try:
             exported = _trace(model, traced, shapes)
         except Exception as error:
             reason = _first_line(error)
         else:
-            if _is_batch_dynamic(exported):
+            if _is_batch_dynamic(exported, inputs):
                 return exported, ()
             reason = "its code computes with the size as a constant"
     try:
@@ -129,20 +141,21 @@ _RANKS = {"D": (5,), "H": (4, 5), "W": (4, 5), "L": (3,)}
 
 def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int]) -> ExportedProgram:
     """With an open batch size and the further dimensions that ``dynamic`` names."""
-    traced = inputs if inputs.batch_size > 1 else _doubled(inputs)
+    traced = inputs if inputs.batch_size > 1 else inputs.repeat(2)
     shapes = ShapesCollection()
     wanted: dict[int, dict[int, str]] = {}
     for index, tensor in enumerate(traced.tensors):
-        chosen = {dim: str(name) for name in dynamic if (dim := _dimension(name, tensor)) is not None}
+        batch = traced.batch_dim_of(tensor)
+        chosen = {dim: str(name) for name in dynamic if (dim := _dimension(name, tensor)) not in (None, batch)}
         wanted[index] = chosen
-        batch = {0: Dim.AUTO} if _has_batch(tensor, traced.batch_size) else {}
-        shapes[tensor] = {**batch, **dict.fromkeys(chosen, Dim.AUTO)}
+        shapes[tensor] = dict.fromkeys([*chosen, *([] if batch is None else [batch])], Dim.AUTO)
     named = {name for chosen in wanted.values() for name in chosen.values()}
     for name in dynamic:
         if str(name) not in named:
             held = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors)
             raise SpecError(
-                f"dynamic: no input has the dimension {name!r}; the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
+                f"dynamic: no input has the dimension {name!r} besides the batch (dimension {inputs.batch_dim}, which is open already); "
+                f"the inputs have the shapes {held}. Allowed: H, W, D, L, or a number."
             )
     try:
         exported = _trace(model, traced, shapes)
@@ -184,7 +197,7 @@ def _dimension(name: str | int, tensor: Tensor) -> int | None:
     """The number of the dimension called ``name``; ``None`` where the tensor has none."""
     if isinstance(name, str):
         return tensor.dim() + _DIMENSIONS[name] if tensor.dim() in _RANKS.get(name, ()) else None
-    return name if 0 < name < tensor.dim() else None
+    return name if 0 <= name < tensor.dim() else None
 
 
 def _not_open(dynamic: Sequence[str | int]) -> str:
@@ -192,8 +205,8 @@ def _not_open(dynamic: Sequence[str | int]) -> str:
 
 
 _OPEN_ADVICE = (
-    "Only networks that take any size can: convolutions, and pooling to one size before linear layers. Leave it out of dynamic, or use "
-    "nn.AdaptiveAvgPool2d(1) before nn.Flatten."
+    "Only networks that take any size can: convolutions and attention, and pooling to one size before linear layers; recurrent layers keep "
+    "the length of the sample. Leave it out of dynamic, or use nn.AdaptiveAvgPool2d(1) before nn.Flatten."
 )
 
 
@@ -205,21 +218,15 @@ def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) ->
         return cast(ExportedProgram, exported.run_decompositions({}))
 
 
-def _has_batch(tensor: Tensor, size: int) -> bool:
-    return tensor.dim() > 0 and tensor.shape[0] == size
+def _batch_dims(exported: ExportedProgram, inputs: Inputs) -> dict[str, int]:
+    named = name_inputs([str(name) for name in exported.graph_signature.user_inputs], inputs)
+    return {name: dim for name, tensor in named.items() if (dim := inputs.batch_dim_of(tensor)) is not None}
 
 
-def _doubled(inputs: Inputs) -> Inputs:
-    def double(t: Tensor) -> Tensor:
-        return torch.cat([t, t]) if _has_batch(t, 1) else t
-
-    return Inputs(tuple(double(t) for t in inputs.args), {name: double(t) for name, t in inputs.kwargs.items()})
-
-
-def _is_batch_dynamic(exported: ExportedProgram) -> bool:
-    inputs = set(exported.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    return any(isinstance(value.shape[0], torch.SymInt) for value in values if isinstance(value, Tensor) and value.dim())
+def _is_batch_dynamic(exported: ExportedProgram, inputs: Inputs) -> bool:
+    dims = _batch_dims(exported, inputs)
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    return any(isinstance(values[name].shape[dim], torch.SymInt) for name, dim in dims.items())
 
 
 def _plain(traced: fx.GraphModule) -> nn.Module:
