@@ -61,7 +61,9 @@ def relative_error(expected: object, got: object) -> float:
     return max(float((a - b).norm() / a.norm()) for a, b in pairs)
 
 
-def quantize_and_export(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, *, weight_bits: int, limit: float, is_chaotic: bool = False) -> None:
+def quantize_and_export(
+    model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, *, weight_bits: int, limit: float, is_chaotic: bool = False
+) -> None:
     """The whole way, with every step compared to the one before it."""
     with torch.no_grad():
         expected = model(*inputs)

@@ -151,6 +151,8 @@ def test_a_policy_file_of_before_outputs_and_merges_is_read_as_it_was_meant(tmp_
 
 def test_merges_keep_what_was_said_unless_something_is_said() -> None:
     policy = BitPolicy().with_merges(6)
-    assert policy.with_merges(None).merges == 6 and policy.with_merges("float").merges == "float" and policy.with_merges(32).merges == "float"
+    assert (
+        policy.with_merges(None).merges == 6 and policy.with_merges("float").merges == "float" and policy.with_merges(32).merges == "float"
+    )
     with pytest.raises(SpecError, match="merge_bits: bit_width must be a whole number from 1 to 8, got 9"):
         policy.with_merges(9)

@@ -154,5 +154,7 @@ def test_a_path_that_no_file_system_takes_is_an_error_of_data() -> None:
 
 
 def test_a_preprocessing_says_itself_in_a_line() -> None:
-    assert str(Preprocessing(size=8, mean=(0.5,), std=(0.25,), grey=True)) == "8 x 8, grey, mean 0.5, std 0.25, crop fraction 0.875, bicubic"
+    assert (
+        str(Preprocessing(size=8, mean=(0.5,), std=(0.25,), grey=True)) == "8 x 8, grey, mean 0.5, std 0.25, crop fraction 0.875, bicubic"
+    )
     assert str(Preprocessing()).startswith("224 x 224, colour, mean 0.485, 0.456, 0.406, std 0.229")

@@ -57,7 +57,9 @@ def _assignment(found: re.Match[str]) -> str:
 def _names() -> frozenset[str]:
     """Settings of all requests."""
     found: set[str] = set()
-    pending = [kind for kind in (*vars(requests).values(), *vars(suite).values()) if isinstance(kind, type) and issubclass(kind, requests.Request)]
+    pending = [
+        kind for kind in (*vars(requests).values(), *vars(suite).values()) if isinstance(kind, type) and issubclass(kind, requests.Request)
+    ]
     while pending:
         for name, setting in settings_of(pending.pop()).items():
             if dataclasses.is_dataclass(setting.type):

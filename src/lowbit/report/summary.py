@@ -118,7 +118,9 @@ def other_results(model: nn.Module) -> list[LayerResult]:
         size = sum(tensor.numel() * tensor.element_size() for tensor in held)
         shape = tuple(held[0].shape) if len(held) == 1 else ()
         found.append(
-            LayerResult(row.name, row.kind, None, None, status=row.status, reason=row.reason, shape=shape, stored_bytes=size, float_bytes=size)
+            LayerResult(
+                row.name, row.kind, None, None, status=row.status, reason=row.reason, shape=shape, stored_bytes=size, float_bytes=size
+            )
         )
     return found
 

@@ -273,7 +273,9 @@ def _compared(
     before = None if rival is None else evaluate(rival, test_data, task=task, progress=progress)
     doubts = doubtful(task, {"the float network": before, "the quantized network": after}, count_outputs(model, calibration.sample))
     metrics = {
-        name: MetricResult(None if before is None else before.metrics.get(name), value, task.units.get(name, ""), task.meanings.get(name, ""))
+        name: MetricResult(
+            None if before is None else before.metrics.get(name), value, task.units.get(name, ""), task.meanings.get(name, "")
+        )
         for name, value in after.metrics.items()
     }
     return dataclasses.replace(report, metrics=metrics, samples=after.samples, notes=[*report.notes, *doubts]), pictures

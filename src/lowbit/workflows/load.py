@@ -10,9 +10,7 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.runtime.compile import RuntimeNetwork
 
 
-def load(
-    path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None, check_finite: bool = False
-) -> PackedNetwork:
+def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None, check_finite: bool = False) -> PackedNetwork:
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is

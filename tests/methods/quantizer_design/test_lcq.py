@@ -351,7 +351,8 @@ def test_learned_curves_survive_the_state_dict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"intervals": 0}, "intervals must be 1 or more, got 0"), ({"outer_bits": 9}, "outer_bits must be from 2 to 8")]
+    ("options", "message"),
+    [({"intervals": 0}, "intervals must be 1 or more, got 0"), ({"outer_bits": 9}, "outer_bits must be from 2 to 8")],
 )
 def test_options_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(SpecError, match=message):
