@@ -2,8 +2,8 @@
 
 Imports run down: ``compile`` -> ``lowering`` -> ``layers`` -> ``cuda``, ``cpu`` -> ``arguments``, ``activation``, ``thresholds``, ``kept``.
 
-- ``compile`` puts layers of a network on kernels, ``profile`` says where its time goes;
-- ``lowering`` finds the layers in a graph, with what can be computed along with them;
+- ``compile`` moves the layers of a network onto kernels, ``profile`` shows where its time goes;
+- ``lowering`` finds the layers in a graph and the operators that can be fused with them;
 - ``layers`` are torch operators, one file for each kind of layer, with a reference in plain torch;
-- ``cpu`` and ``cuda`` are the kernels.
+- ``cpu`` and ``cuda`` contain the kernels.
 """

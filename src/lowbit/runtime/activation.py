@@ -1,4 +1,4 @@
-"""Activations that are computed along with binary layers: a shift, a slope for what is negative, another shift, and a clip.
+"""Activations that are fused with binary layers: a shift, a slope for negative values, another shift, and a clip.
 
 ReLU, leaky and parametric ReLU, ReLU6, hardtanh and ReActNet's RPReLU (Liu et al. 2020, section 4.2) are of this form.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ROWS = 5  # of a table of activations
+ROWS = 5  # rows of an activation's table
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Activation:
     """``clip(z + after, low, high)`` with ``z = y + before``, times ``slope`` where it is negative.
 
     Attributes:
-        before, slope, after, low, high: Numbers, or tensors of one for each channel; ``None`` where nothing is done.
+        before, slope, after, low, high: A number, or a tensor with one for each channel; ``None`` skips the step.
     """
 
     before: Tensor | float | None = None
@@ -29,10 +29,10 @@ class Activation:
     high: Tensor | float | None = None
 
     def followed_by(self, operator: str, values: Sequence[Tensor | float]) -> Activation | None:
-        """This one and an operator of torch behind it, as one; ``None`` where that is none.
+        """This activation and a torch operator behind it, merged into one; ``None`` if the result is not of this form.
 
         Args:
-            operator: ``aten.relu.default`` and the like.
+            operator: Name of the operator, such as ``aten.relu.default``.
             values: Its arguments after the first.
         """
         is_clipped = self.low is not None or self.high is not None
@@ -52,7 +52,7 @@ class Activation:
         return None
 
     def table(self, channels: int) -> Tensor:
-        """What ``activated`` takes: float32 ``[5, channels]``, the rows ``before``, ``slope``, ``after``, ``low`` and ``high``."""
+        """The table that ``activated`` expects: float32 ``[5, channels]``, the rows ``before``, ``slope``, ``after``, ``low`` and ``high``."""
         nothing = {"before": 0.0, "slope": 1.0, "after": 0.0, "low": -torch.inf, "high": torch.inf}
         given = {name: getattr(self, name) for name in nothing}
         rows = (torch.as_tensor(nothing[name] if value is None else value, dtype=torch.float32) for name, value in given.items())
@@ -60,12 +60,12 @@ class Activation:
 
 
 def activated(y: Tensor, activation: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """``y`` behind an activation.
+    """Apply an activation to ``y``.
 
     Args:
         y: Any shape.
-        activation: From ``Activation.table``; nothing is done without it.
-        shape: In which a row broadcasts with ``y``.
+        activation: Table from ``Activation.table``; ``None`` returns ``y`` unchanged.
+        shape: Shape in which a row of the table broadcasts with ``y``.
     """
     if activation is None:
         return y

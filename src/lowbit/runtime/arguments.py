@@ -1,7 +1,7 @@
-"""What the operators of low-bit layers are given, in parts.
+"""Arguments of the operators of low-bit layers, grouped into dataclasses.
 
-Tensors are ``T``: a ``Tensor`` where a layer is computed, a reference to one where a layer is described in a graph. The operators of torch
-take the fields of all parts one by one; ``layers.operator`` flattens and rebuilds them.
+Tensors are of type ``T``: a ``Tensor`` where a layer is computed, a reference where a graph describes the layer. The torch operators take
+the fields of all dataclasses one by one; ``layers.operator`` flattens and rebuilds them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Pair = Sequence[int]
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution reads for one output; pairs are vertical and horizontal.
+    """Geometry of a convolution; pairs are vertical and horizontal.
 
     Attributes:
         kernel_size: Size of the kernel.
         stride: Step from one output to the next.
-        padding: Places beyond each border of the image.
-        dilation: Step from one place of the kernel to the next.
+        padding: Rows and columns added at each border of the image.
+        dilation: Step between neighbouring kernel elements.
         groups: Number of groups.
-        pad_value: What places beyond the border count as: -1, 0 or +1.
+        pad_value: Value of the padding: -1, 0 or +1.
     """
 
     kernel_size: Pair
@@ -38,11 +38,11 @@ class Window:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Kernel, stride, padding and dilation in a row, as loops take them."""
+        """Kernel size, stride, padding and dilation as one tuple, as the loops expect them."""
         return (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
 
     def output_size(self, image: Pair) -> tuple[int, int]:
-        """Rows and columns of the convolution of an image of this height and width; SpecError where there are none.
+        """Rows and columns of the output for an image of this height and width; SpecError if there are none.
 
         >>> Window((3, 3), stride=(2, 2), padding=(1, 1)).output_size((8, 7))
         (4, 4)
@@ -55,7 +55,7 @@ class Window:
         return (height - reach_h) // self.stride[0] + 1, (width - reach_w) // self.stride[1] + 1
 
     def check(self) -> None:
-        """SpecError unless all pairs are pairs, padding is at least 0, the rest at least 1, and ``pad_value`` is one of the three."""
+        """Raise SpecError unless all pairs are pairs, padding is at least 0, the rest at least 1, and ``pad_value`` is -1, 0 or 1."""
         for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             pair = getattr(self, name)
             if len(pair) != 2 or min(pair) < least:
@@ -64,13 +64,13 @@ class Window:
             raise SpecError(f"pad_value must be -1, 0 or 1, got {self.pad_value}")
 
     def check_zero_padding(self) -> None:
-        """What ``check`` raises, and SpecError where places beyond the border do not count as 0."""
+        """Raise what ``check`` raises, and SpecError where the padding is not 0."""
         self.check()
         if self.pad_value != 0:
             raise SpecError(f"only layers of signs have a pad_value, got {self.pad_value}")
 
 
-POINT = Window((1, 1))  # of a linear layer, whose rows are an image of one line
+POINT = Window((1, 1))  # for linear layers, whose inputs are treated as an image of one row
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class SignLayer(Generic[T]):
     Attributes:
         words: Signs of the weight, from ``pack_conv_weight``.
         in_channels: Number of input channels.
-        mask: Mask of nonzero weights; ``None``: no weight is 0.
-        threshold: ``[in_channels]`` float32: inputs from there on are +1, others -1. ``None``: 0.
-        flip: ``[in_channels]`` bool: the other way round.
+        mask: Mask of nonzero weights; ``None`` if no weight is 0.
+        threshold: ``[in_channels]`` float32: inputs at or above it count as +1, others as -1. Default: 0.
+        flip: ``[in_channels]`` bool: invert these channels.
     """
 
     words: T
@@ -104,14 +104,14 @@ class SignLayer(Generic[T]):
 
 @dataclass(frozen=True)
 class PlanesLayer(Generic[T]):
-    """Whole-numbered weights of up to 2 bits that are multiplied by input codes of up to 4 bits.
+    """Integer weights of up to 2 bits that are multiplied by input codes of up to 4 bits.
 
     Attributes:
         words: Bits of the weight, from ``pack_planes``.
         in_channels: Number of input channels.
-        thresholds: ``[levels, 1 or in_channels]`` float32, ascending: an input's code is the number of those it reaches.
-        zero_code: The code that stands for 0.
-        mask: Mask of nonzero bits of the weight; ``None``: no bit is 0.
+        thresholds: ``[levels, 1 or in_channels]`` float32, ascending: the code of an input is the number of thresholds it reaches.
+        zero_code: The code of 0.
+        mask: Mask of nonzero bits of the weight; ``None`` if no bit is 0.
     """
 
     words: T
@@ -145,21 +145,21 @@ class Affine(Generic[T]):
 
     @property
     def lasting(self) -> Affine[T]:
-        """The part that stays from call to call: what this was made of by ``with_residual``, else this itself."""
+        """The part that does not change between calls: the object that ``with_residual`` was called on, else this one."""
         found: Affine[T] = vars(self).get("_lasting", self)
         return found
 
 
 @dataclass(frozen=True)
 class Epilogue(Affine[T]):
-    """What happens to sums of products: ``y = activated(scale * K * sum + bias + residual)``.
+    """Computes outputs from sums of products: ``y = activated(scale * K * sum + bias + residual)``.
 
     Attributes:
-        residual: Shaped like the output, or broadcasting to it; float32.
+        residual: float32, shaped like the output or broadcasting to it.
         input_scaling: Multiply by XNOR-Net's ``K``: the mean of ``|x|`` over the channels of a group and the window.
         activation: ``[5, out]`` float32, see ``lowbit.runtime.activation``.
-        out_threshold: ``[out]`` float32: give packed signs, +1 for ``y >= out_threshold``, in place of ``y``.
-        out_flip: ``[out]`` bool: the other way round.
+        out_threshold: ``[out]`` float32: return packed signs, +1 for ``y >= out_threshold``, instead of ``y``.
+        out_flip: ``[out]`` bool: invert the signs of these channels.
     """
 
     residual: T | None = None
@@ -169,7 +169,7 @@ class Epilogue(Affine[T]):
     out_flip: T | None = None
 
     def with_residual(self, residual: T) -> Epilogue[T]:
-        """The same with ``residual``; ``dataclasses.replace`` takes as long as a tenth of a small layer."""
+        """A copy with ``residual``; ``dataclasses.replace`` would take a tenth of the time of a small layer."""
         found: Epilogue[T] = object.__new__(Epilogue)
         vars(found).update(vars(self), residual=residual, _lasting=self.lasting)
         return found

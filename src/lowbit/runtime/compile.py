@@ -1,6 +1,6 @@
 """``lowbit.compile_runtime``: a network whose layers run on low-bit kernels.
 
-It works on the graph of a packed file, so that a trained network and one that was loaded are the same to it.
+It works on the graph of a packed file, so that trained and loaded networks are treated alike.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lowbit.runtime.pieces import LARGEST_BYTES, Shape, images_are_apart
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """What runs on what.
+    """The kernel of each layer.
 
     Attributes:
         target: The kernels in use.
-        why: Why these.
+        why: The reason for this target.
         layers: One entry for each layer.
     """
 
@@ -43,7 +43,7 @@ class RuntimeReport:
 
     @property
     def head(self) -> str:
-        """How many layers run on which kernels, and why on these."""
+        """A line with the number of layers on each kind of kernel, and the reason for the target."""
         few = sum(layer.kernel in ("binary", "ternary", "planes") for layer in self.layers)
         whole, packed = (sum(layer.kernel == kernel for layer in self.layers) for kernel in ("int8", "packed"))
         kept = f", {packed} with weights that stay packed" if packed else ""
@@ -56,11 +56,11 @@ class RuntimeReport:
 class RuntimeNetwork(PackedNetwork):
     """A packed network in which layers were replaced by the runtime's operators.
 
-    Large batches are taken piece by piece, so that activations stay in the processor's caches, where no image's result depends on another's.
+    Where no image's result depends on another image, large batches are computed in pieces whose activations stay in the processor's caches.
 
     Attributes:
-        report: What runs on what.
-        source: What it was made of; ``lowbit.export`` writes that to a file.
+        report: The kernel of each layer.
+        source: The packed network that it was made from; ``lowbit.export`` writes that to a file.
     """
 
     def __init__(self, content: Package, weight_only: WeightOnly = "none", *, max_elements: int | None = None) -> None:
@@ -80,10 +80,10 @@ class RuntimeNetwork(PackedNetwork):
         self.packed_layers = {
             node.name: LayerCall(OPERATORS[node.operator]) for node in self.packed_graph.nodes if node.operator in OPERATORS
         }
-        self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece of a batch of images of these shapes
+        self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece, by the shapes of the inputs
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
-        """Large batches piece by piece, where that gives the same; with NaN among the inputs, in float, as codes cannot hold it."""
+        """Compute large batches in pieces where the result is the same, and inputs with NaN in float, as codes cannot represent it."""
         if not torch.compiler.is_compiling() and any(
             tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in inputs.values()
         ):
@@ -105,7 +105,7 @@ class RuntimeNetwork(PackedNetwork):
         return [torch.cat(cast("tuple[Tensor, ...]", outputs)) for outputs in zip(*pieces, strict=True)]
 
     def _images_in_piece(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> int:
-        """How many images' largest activation fits ``LARGEST_BYTES``; 0 where images cannot be taken apart."""
+        """Number of images whose largest activation fits ``LARGEST_BYTES``; 0 if the batch cannot be split."""
         shapes: dict[str, Shape] = {}
         largest = 1
 
@@ -118,7 +118,7 @@ class RuntimeNetwork(PackedNetwork):
         observer, self.packed_observer = self.packed_observer, observe
         try:
             super().compute({name: tensor[:1] for name, tensor in inputs.items()}, stored)
-        except FileFormatError:  # it cannot take a single image; whether it takes the batch is still to be seen
+        except FileFormatError:  # a single image does not work; the whole batch still may
             return 0
         finally:
             self.packed_observer = observer
@@ -129,18 +129,18 @@ class RuntimeNetwork(PackedNetwork):
         return PackedNetwork(self.source, self.packed_max_elements).eval()
 
     def require_kernels(self) -> None:
-        """LayerError, with the reason for each layer, where none runs on kernels."""
+        """Raise LayerError, with the reason for each layer, if none runs on kernels."""
         if any(layer.kernel != "float" for layer in self.report.layers):
             return
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
         raise LayerError(
-            f"no layer can run on low-bit kernels: {reasons}. They need inputs that are signs and weights of one bit (or -1, 0, 1), or inputs "
-            "and weights on affine grids of up to 8 bits: quantize or train with activation_bits. Layers of quantized weights alone: "
-            "weight_only='int8' or 'float'."
+            f"no layer can run on low-bit kernels: {reasons}. They need signs as inputs and weights of one bit (or -1, 0, 1), or inputs and "
+            "weights on affine grids of up to 8 bits: quantize or train with activation_bits. For layers of which only the weights are "
+            "quantized, pass weight_only='int8' or 'float'."
         )
 
     def functions(self) -> list[Function]:
-        """The runtime's operators beside those of packed files."""
+        """The runtime's operators besides those of packed files."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return [
                 OPERATORS[call.node.operator].overload if call.node.name in self.packed_layers else find_operator(call.node.operator)
@@ -149,7 +149,7 @@ class RuntimeNetwork(PackedNetwork):
         return [self.packed_layers.get(call.node.name) or find_operator(call.node.operator) for call in self.packed_calls]
 
     def overload_of(self, operator: str) -> object:
-        """The runtime's operators beside those of packed files."""
+        """The runtime's operators besides those of packed files."""
         return OPERATORS[operator].overload if operator in OPERATORS else super().overload_of(operator)
 
 
@@ -159,21 +159,21 @@ def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict
 
 
 def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: WeightOnly = "none") -> RuntimeNetwork:
-    """A network that computes what ``model`` computes, with its low-bit layers on low-bit kernels.
+    """Compile a quantized network so that its low-bit layers run on low-bit kernels.
 
     Args:
         model: A network with quantizers, or one from ``lowbit.load``; it is not changed.
-        sample: Inputs of one call, needed for the first kind.
+        sample: Inputs of one call, required for a network with quantizers.
         weight_only: Treatment of layers with quantized weights and float inputs: ``none``: they stay in float; ``float``: their weights
             stay packed in memory and are decoded while they run, which is exact and slower; ``int8``: inputs of linear layers are also
             rounded to 8 bits per row, which is fast for few rows and changes the outputs by about half a percent.
 
     Returns:
-        A module in evaluation mode; ``.report`` lists every layer with what it runs on, or why it stayed in float.
+        A module in evaluation mode; ``.report`` lists every layer with its kernel, or the reason why it stayed in float.
 
     Raises:
-        SpecError: ``sample`` is missing, or ``weight_only`` is none of these.
-        LayerError: No layer could be converted; says why for each.
+        SpecError: ``sample`` is missing, or ``weight_only`` is unknown.
+        LayerError: No layer could be converted; the error gives the reason for each.
         GraphError: The network cannot be exported.
 
     Example:

@@ -1,4 +1,4 @@
-"""What was made of packed weights, kept as long as they live and stay as they are."""
+"""A cache of objects derived from packed weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class PreparedWeights(Generic[T]):
-    """What was made of packed weights, kept as long as they live and nobody writes to them."""
+    """Objects derived from packed weights, cached as long as these are alive and unchanged."""
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, what this depends on, what was made of it)
+        self._known = WeakTensorKeyDictionary()  # packed weight -> (its mask, key, derived object)
 
     def get(self, words: Tensor, mask: Tensor | None, numbers: tuple[int, ...], prepare: Callable[[], T]) -> T:
-        """What ``prepare`` made of ``words``, ``mask`` and ``numbers``; made again when a state dict is loaded into them."""
+        """The result of ``prepare`` for ``words``, ``mask`` and ``numbers``; computed again after a state dict is loaded into them."""
         state = (version_of(words), version_of(mask), *numbers)
         known: tuple[Tensor | None, tuple[int, ...], T] | None = self._known.get(words)
         if known is None or known[0] is not mask or known[1] != state:
@@ -28,5 +28,5 @@ class PreparedWeights(Generic[T]):
 
 
 def version_of(tensor: Tensor | None) -> int:
-    """Changes when a state dict is loaded into a tensor."""
+    """A number that changes when a state dict is loaded into ``tensor``."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -1,7 +1,7 @@
-"""Batches in pieces whose activations stay in the processor's caches.
+"""Splitting of batches into pieces whose activations stay in the processor's caches.
 
-A large batch of activations goes to memory and back between any two layers, and fresh memory costs as much again; a piece of it does not.
-What a network computes is the same where no image's result depends on another's, which the graph tells.
+The activations of a large batch go to memory and back between any two layers, and allocating them costs as much again; those of a small
+piece do not. The result is the same if no image's result depends on another image, which can be seen from the graph.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from lowbit.formats.program.calls import Graph, OperatorCall, Result, references
 
-LARGEST_BYTES = 8 * 2**20  # of one activation of a piece, for each thread
+LARGEST_BYTES = 8 * 2**20  # size of one activation of a piece, for each thread
 
 Shape = tuple[int, ...]
 
@@ -31,7 +31,7 @@ _RESHAPING = frozenset({"view", "reshape", "_unsafe_view"})
 
 
 def images_are_apart(graph: Graph, shapes: Mapping[str, Shape]) -> bool:
-    """Whether each output of a network for an image depends on that image alone, as far as the operators of its graph tell.
+    """Whether each output for an image depends on that image alone, as far as the operators of the graph show.
 
     Args:
         graph: Graph of the network; all its inputs have an open batch size.
@@ -40,7 +40,7 @@ def images_are_apart(graph: Graph, shapes: Mapping[str, Shape]) -> bool:
     batched = {item.name for item in graph.inputs if item.shape and item.shape[0] is None}
     if len(batched) != len(graph.inputs):
         return False
-    sizes: set[str] = set()  # nodes that give the size of the batch
+    sizes: set[str] = set()  # nodes that compute the size of the batch
     ranks = {name: len(shape) for name, shape in shapes.items()} | {item.name: len(item.shape) for item in graph.inputs}
     for node in graph.nodes:
         read = {r.name for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)}
@@ -77,13 +77,13 @@ def _keeps_images(node: OperatorCall, sizes: set[str]) -> bool:
 
 
 def _for_each_number(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
-    """No broadcasting that pairs images: results of the same rank."""
+    """Whether all operands have the rank of the result, so that broadcasting does not pair different images."""
     found = [ranks.get(r.name) for value in (*node.args, *node.kwargs.values()) for r in references(value) if isinstance(r, Result)]
     return len(set(found)) == 1 and found[0] == ranks.get(node.name)
 
 
 def _for_each_image(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
-    """Its first argument has axes beside that of the batch, its weights are stored, and what is added has the result's rank."""
+    """Whether the first argument has axes besides the batch, weights are stored tensors, and summands have the rank of the result."""
     first, *others = node.args
     weights = [r for value in others for r in references(value) if isinstance(r, Result)]
     added = (r for value in node.kwargs.values() for r in references(value) if isinstance(r, Result))
@@ -92,7 +92,7 @@ def _for_each_image(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
 
 
 def _along_axes(node: OperatorCall, ranks: Mapping[str, int]) -> bool:
-    """The axes are given and the first one is not among them."""
+    """Whether the axes are explicit and the batch axis is not among them."""
     name = _short(node.operator)
     place = 2 if name in ("split", "chunk") else 1
     if len(node.args) <= place:

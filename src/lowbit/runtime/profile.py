@@ -21,7 +21,7 @@ class OperatorTime:
 
     Attributes:
         name: Name of the call in the graph.
-        operator: What is called.
+        operator: Name of the operator.
         milliseconds: Median over the runs.
     """
 
@@ -35,7 +35,7 @@ class Profile:
     """Where the time of one call of a network goes.
 
     Attributes:
-        milliseconds: Median of whole calls, which are timed apart.
+        milliseconds: Median of whole calls, which are timed separately.
         operators: One entry for each operator call, in order.
     """
 
@@ -43,7 +43,7 @@ class Profile:
     operators: tuple[OperatorTime, ...]
 
     def shares(self) -> dict[str, float]:
-        """Milliseconds by operator, the largest first; ``between`` is what the calls together do not explain."""
+        """Milliseconds by operator, the largest first; ``between`` is the time outside of the operators."""
         found: dict[str, float] = {}
         for entry in self.operators:
             found[entry.operator] = found.get(entry.operator, 0.0) + entry.milliseconds
@@ -53,7 +53,7 @@ class Profile:
 
 @torch.no_grad()
 def profile(network: PackedNetwork, sample: object, *, runs: int = 20) -> Profile:
-    """Time whole calls and each operator call of ``network`` on ``sample``, ``runs`` times each, after some calls to warm up."""
+    """Time whole calls and each operator call of ``network`` on ``sample``, ``runs`` times each after warming up."""
     inputs = Inputs.of(sample, network)
     seconds: dict[str, list[float]] = {}
     operators: dict[str, str] = {}

@@ -186,8 +186,8 @@ def test_gradients_are_refused() -> None:
 @pytest.mark.parametrize(
     ("weight", "told"),
     [
-        (torch.full((4, 3), 0.5), "holds whole numbers from -3 to 3"),
-        (torch.full((4, 3), 4.0), "holds whole numbers"),
+        (torch.full((4, 3), 0.5), "must hold whole numbers from -3 to 3"),
+        (torch.full((4, 3), 4.0), "must hold whole numbers"),
         (torch.ones(4, 3, 3), "needs a shape"),
     ],
 )

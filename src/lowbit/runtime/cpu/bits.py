@@ -1,4 +1,4 @@
-"""Signs as bits: 32 to a word."""
+"""Signs packed as bits, 32 to a word."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ WORD = 32
 
 
 def words_for(count: int) -> int:
-    """Words that hold ``count`` signs."""
+    """Number of words that ``count`` signs need."""
     return -(-count // WORD)
 
 
 def pack_signs(x: Tensor, dim: int = -1) -> Tensor:
-    """Signs along ``dim`` as int32 words: bit ``i`` of word ``w`` is 1 where element ``32 w + i`` is at least 0 (NaN counts as negative).
+    """Pack signs along ``dim`` into int32 words: bit ``i`` of word ``w`` is 1 where element ``32 w + i`` is at least 0 (NaN counts as negative).
 
     Args:
         x: Any shape and type.
-        dim: Dimension that is packed; its size becomes ``ceil(size / 32)``. Bits beyond the size are 0.
+        dim: Dimension to pack; its size becomes ``ceil(size / 32)``. Bits beyond the size are 0.
     """
     bits = (x >= 0).movedim(dim, -1)
     count = bits.shape[-1]
@@ -29,18 +29,18 @@ def pack_signs(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def unpack_bits(words: Tensor, count: int, dim: int = -1) -> Tensor:
-    """The first ``count`` bits along ``dim`` of int32 ``words``, as booleans; undoes ``pack_signs``."""
+    """The first ``count`` bits along ``dim`` of int32 ``words``, as booleans; the inverse of ``pack_signs``."""
     moved = words.movedim(dim, -1).unsqueeze(-1)
     bits = (moved >> torch.arange(WORD, device=words.device, dtype=torch.int32)) & 1
     return bits.flatten(-2)[..., :count].bool().movedim(-1, dim)
 
 
 def unpack_signs(words: Tensor, count: int, dim: int = -1) -> Tensor:
-    """The first ``count`` signs along ``dim`` of int32 ``words``, float32 -1 and +1; undoes ``pack_signs``."""
+    """The first ``count`` signs along ``dim`` of int32 ``words``, float32 -1 and +1; the inverse of ``pack_signs``."""
     return unpack_bits(words, count, dim) * 2.0 - 1.0
 
 
 def unpack_weight(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """float32 -1, 0 and +1: the first ``count`` signs along the last dimension, 0 where ``mask`` has no bit."""
+    """The first ``count`` signs along the last dimension as float32 -1 and +1, and 0 where ``mask`` has no bit."""
     signs = unpack_signs(words, count)
     return signs if mask is None else signs * unpack_bits(mask, count)

@@ -1,8 +1,9 @@
-"""Machine code of the kernels in a folder of lowbit's own, checked before it is used.
+"""A cache of the kernels' machine code, verified before it is used.
 
-numba writes what it compiled to a folder and reads it in later processes. Its key is the file of the function alone, so the folder is
-named by all that the code depends on; what it reads it trusts, so every file is compared with a checksum first. A folder is filled
-aside and then renamed: processes that start at the same time do not see half of it. If none can be written, each process compiles again.
+numba writes compiled code to a folder and reads it in later processes. It keys the code by the function's file alone, so the folder's name
+covers everything that the code depends on; and it trusts what it reads, so every file is compared with its checksum first. A folder is
+filled under a temporary name and then renamed, so that processes that start at the same time never see a partial one. If no folder can be
+written, each process compiles again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHECKSUMS = "checksums.json"
 
 
 def cache_root() -> Path:
-    """Where machine code is kept: ``LOWBIT_CACHE``, else the user's cache folder."""
+    """Folder of the cache: ``LOWBIT_CACHE``, else the user's cache folder."""
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
@@ -38,9 +39,9 @@ def cache_root() -> Path:
 
 
 def cache_folder(target: str, sources: list[Path]) -> Path:
-    """The folder for ``target`` and ``sources``, their text, place and time, with the versions that the code depends on.
+    """The folder for ``target``, the text, path and time of ``sources``, and the versions that the code depends on.
 
-    numba reads what it wrote only for a source of the same place and time: installations that shared a folder would overwrite one another's.
+    numba reads its code only for a source with the same path and time, so installations that shared a folder would overwrite each other's.
     """
     import llvmlite
     import numba
@@ -54,7 +55,7 @@ def cache_folder(target: str, sources: list[Path]) -> Path:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether the files in ``folder`` are those that were put there."""
+    """Whether the files in ``folder`` match their checksums."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())
         return bool(expected) and expected == _checksums(folder)
@@ -64,9 +65,9 @@ def is_sound(folder: Path) -> bool:
 
 @contextmanager
 def cached_in(folder: Path) -> Iterator[bool]:
-    """Within the context numba reads from ``folder`` and writes to it; false where it cannot.
+    """Within the context, let numba read from ``folder`` and write to it; yields False where that is not possible.
 
-    What is compiled within it is kept when the context ends.
+    Code that is compiled within the context is kept when it ends.
     """
     import numba
 
@@ -87,7 +88,7 @@ def cached_in(folder: Path) -> Iterator[bool]:
             (aside / CHECKSUMS).write_text(json.dumps(_checksums(aside)))
             _replace(folder, aside)
     except OSError:
-        return  # the disk is full, or another process was first
+        return  # the disk is full, or another process was faster
     finally:
         config.CACHE_DIR = before
         if aside is not None:
@@ -96,7 +97,7 @@ def cached_in(folder: Path) -> Iterator[bool]:
 
 def _replace(folder: Path, fresh: Path) -> None:
     if is_sound(folder):
-        return  # another process was first
+        return  # another process was faster
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

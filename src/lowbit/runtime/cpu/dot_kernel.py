@@ -1,9 +1,9 @@
-"""Generates the product of packed weight codes with rows of 8-bit inputs as LLVM vector IR: codes are unpacked in registers.
+"""Generates the product of packed weight codes with rows of 8-bit inputs as LLVM vector IR, which unpacks the codes in registers.
 
 Each 32-bit lane of a vector belongs to one output, and each of its bytes holds ``8 / b`` codes: part ``s`` of the lane is ``(byte >> s b) &
-(2**b - 1)`` of its four bytes, the codes of four neighbouring inputs. Four inputs of a row are broadcast to all lanes and multiplied by them,
-in one instruction where the processor has one (VNNI). The sums of some rows times some vectors of outputs stay in registers, so
-that unpacking is shared by the rows, and there is nothing to add up across lanes.
+(2**b - 1)`` of its four bytes, the codes of four neighbouring inputs. Four inputs of a row are broadcast to all lanes and multiplied by
+these codes, in one instruction where the processor has one (VNNI). The sums of a tile of rows and outputs stay in registers, so that the
+rows share the unpacking, and nothing has to be added up across lanes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-VECTORS = 4  # of outputs in a tile
-UNIT = 16  # outputs whose codes lie together: those of a vector of 64 bytes
+VECTORS = 4  # vectors of outputs in a tile
+UNIT = 16  # outputs whose codes are interleaved: those of a vector of 64 bytes
 _DOTS = {64: "llvm.x86.avx512.vpdpbusd.512", 32: "llvm.x86.avx512.vpdpbusd.256"}
 I8, I32, I64 = (ir.IntType(width) for width in (8, 32, 64))
 
@@ -24,13 +24,13 @@ I8, I32, I64 = (ir.IntType(width) for width in (8, 32, 64))
 def make_dot_kernel(rows: int, lanes: int, *, has_dot: bool) -> Any:
     """A numba intrinsic ``(codes, bit_width, units, groups, x, x_row, out, out_row)``: ``out[m, r] = sum codes[r, k] x[m, k]``.
 
-    For ``rows`` rows of inputs and ``VECTORS`` vectors of outputs. All are integers: addresses of uint8 codes ``[units, groups, 4 * UNIT]`` of 1, 2,
-    4 or 8 bits, int8 inputs and int32 results, the units that there are, and bytes from one row to the next. Results of units that are
-    not there repeat those of the last one. Sums are exact.
+    It computes ``rows`` rows of inputs times ``VECTORS`` vectors of outputs. All arguments are integers: the addresses of uint8 codes
+    ``[units, groups, 4 * UNIT]`` of 1, 2, 4 or 8 bits, of int8 inputs and of int32 results, the number of units, and the bytes from one
+    row to the next. Results beyond the last unit repeat those of the last one. Sums are exact.
 
     Args:
         rows: Rows of inputs.
-        lanes: Bytes of a vector.
+        lanes: Bytes in a vector.
         has_dot: Whether the processor adds four products of bytes to a 32-bit lane.
     """
 
@@ -38,7 +38,7 @@ def make_dot_kernel(rows: int, lanes: int, *, has_dot: bool) -> Any:
         builder.call(_function(rows, lanes, has_dot, builder.module), arguments)
         return cgutils.get_null_value(I8.as_pointer())
 
-    # numba wants the arity spelled out
+    # numba needs explicit parameters
     def typed(context, codes, bit_width, units, groups, x, x_row, out, out_row):  # type: ignore[no-untyped-def]
         return types.void(*[types.intp] * 8), generate
 
@@ -46,7 +46,7 @@ def make_dot_kernel(rows: int, lanes: int, *, has_dot: bool) -> Any:
 
 
 def _function(rows: int, lanes: int, has_dot: bool, module: Any) -> Any:
-    """The kernel as a function: inlined, it would have to share the registers with the loops around it."""
+    """The kernel as a function of its own: inlined, it would share the registers with the loops around it."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), module.get_unique_name("lowbit.dot_kernel"))
     function.linkage = "internal"
     function.attributes.add("noinline")
@@ -61,8 +61,8 @@ def _function(rows: int, lanes: int, has_dot: bool, module: Any) -> Any:
         starts.append(builder.add(builder.add(codes, offset), I64(vector * lanes % (4 * UNIT))))
     cells = [(row, vector) for row in range(rows) for vector in range(VECTORS)]
     totals = {cell: cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for cell in cells}
-    left = [cgutils.alloca_once(builder, sums) for _ in range(VECTORS)]  # parts that are still to come
-    # lanes are shifted whole: the bits of other bytes that this brings along are masked
+    left = [cgutils.alloca_once(builder, sums) for _ in range(VECTORS)]  # parts that are not yet unpacked
+    # whole lanes are shifted; the mask removes the bits that arrive from neighbouring bytes
     bits = builder.trunc(bit_width, I32)
     shift, ones = _spread(builder, bits, sums), builder.sub(builder.shl(I32(1), bits), I32(1))
     mask = _spread(builder, builder.mul(ones, I32(0x01010101)), sums)
@@ -91,7 +91,7 @@ def _function(rows: int, lanes: int, has_dot: bool, module: Any) -> Any:
 
 
 def _spread(builder: Any, number: Any, kind: Any) -> Any:
-    """A vector that holds ``number`` in all lanes."""
+    """A vector with ``number`` in all lanes."""
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, I32(0))
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, kind.count), None))
 
@@ -103,7 +103,7 @@ def _add_products_at_once(builder: Any, total: Any, codes: Any, inputs: Any) -> 
 
 
 def _add_products(builder: Any, total: Any, codes: Any, inputs: Any) -> Any:
-    """Byte by byte, in 32-bit lanes."""
+    """Add products byte by byte, in 32-bit lanes."""
     for byte in range(4):
         code = builder.and_(builder.lshr(codes, _splat(codes.type, 8 * byte)), _splat(codes.type, 255))
         value = builder.ashr(builder.shl(inputs, _splat(codes.type, 24 - 8 * byte)), _splat(codes.type, 24))

@@ -26,16 +26,16 @@ _features = processor_features() if _target.name.startswith("avx") else frozense
 _has_wide_dot = _target.name.startswith("avx512") and "avx512vnni" in _features
 HAS_DOT = _has_wide_dot or {"avx512vnni", "avx512vl"} <= _features
 LANES = 64 if _has_wide_dot else 32 if HAS_DOT else 4 * _target.floats
-OUTPUTS = VECTORS * LANES // 4  # outputs of a tile
+OUTPUTS = VECTORS * LANES // 4  # outputs in a tile
 ROWS = 4  # rows of inputs whose sums are kept in registers
 TILES_AT_ONCE = 4  # tiles that are finished together
-INPUTS_AT_ONCE = 64  # rows of inputs that stay in the cache while the weight passes by
+INPUTS_AT_ONCE = 64  # rows of inputs that stay in the cache while the weight is read
 
 _dot_one, _dot_some = (make_dot_kernel(rows, LANES, has_dot=HAS_DOT) for rows in (1, ROWS))
 
 
 def _finish(found: Sums, table: Floats, scales: Floats, sums: Floats, bias: Floats, y: Floats, begin: int, end: int) -> None:
-    """``y = (found * step + sum * lowest) * scale + bias`` for outputs ``begin`` to ``end``, whose sums ``found`` holds."""
+    """``y = (found * step + sum * lowest) * scale + bias`` for outputs ``begin`` to ``end`` with the sums ``found``."""
     lowest, step = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
     for r in range(end - begin):
         row = 0 if table.shape[0] == 1 else begin + r
@@ -68,14 +68,14 @@ def _multiply(
     """``y[m, r] = (sum_k codes[r, k] x[m, k] * step + sums[m] * lowest) * scales[m] + bias[r]`` for tiles ``first`` to ``last`` of outputs.
 
     Args:
-        codes: ``[units, groups, 4 * UNIT]``, packed.
-        x: ``[rows, codes]``, filled up to a multiple of ``ROWS`` rows.
+        codes: Packed codes ``[units, groups, 4 * UNIT]``.
+        x: Input codes ``[rows, codes]``, padded to a multiple of ``ROWS`` rows.
         table: ``[out or 1, 2]``: ``lowest, step``.
-        scales, sums: ``[rows, 1]``, of the rows of inputs.
+        scales, sums: Scale and sum of the codes of each row of ``x``, ``[rows, 1]``.
         bias: ``[1, out]`` or empty.
-        y: ``[rows, out]``.
-        bit_width: 1, 2, 4 or 8, of the codes.
-        first, last: Which tiles of ``OUTPUTS`` outputs.
+        y: The result, ``[rows, out]``.
+        bit_width: Bits of the packed codes: 1, 2, 4 or 8.
+        first, last: Range of tiles of ``OUTPUTS`` outputs.
     """
     width, groups, line = TILES_AT_ONCE * OUTPUTS, codes.shape[1], x.shape[1]
     found = np.empty((INPUTS_AT_ONCE, width), np.int32)
@@ -98,16 +98,16 @@ def _multiply(
 
 
 def _quantize(x: Floats, codes: Codes, scales: Floats, sums: Floats) -> None:
-    """``codes = round(x / scale)`` with ``scale = max |x| / 127`` for each row, NaN where a row is not finite, and the sums of the codes.
+    """Compute ``codes = round(x / scale)`` with ``scale = max |x| / 127`` for each row, and the sums of the codes.
 
-    Codes beyond ``x`` are 0.
+    The scale of a row that is not finite is NaN. Codes beyond ``x`` are 0.
     """
-    magic = np.float32(1.5 * 2**23)  # added to and taken from a small number, it rounds it half to even
+    magic = np.float32(1.5 * 2**23)  # adding it to a small number and subtracting it again rounds half to even
     peak = np.empty(1, np.int32)
     for m in range(x.shape[0]):
         row, bits, out = x[m], x[m].view(np.int32), codes[m, : x.shape[1]]
         most = np.int32(0)
-        for k in range(bits.size):  # without their signs, the bits of floats are ordered as the floats are, infinity and NaN last
+        for k in range(bits.size):  # the bits of magnitudes are ordered like the floats, with infinity and NaN last
             most = max(most, bits[k] & np.int32(0x7FFFFFFF))
         peak[0] = most
         largest, total = peak.view(np.float32)[0], np.int32(0)

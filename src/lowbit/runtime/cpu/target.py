@@ -1,4 +1,4 @@
-"""Which kernels this processor gets."""
+"""The kernels that suit this processor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Target:
     """A kind of processor and the shape of the micro-kernels that suit it.
 
     Attributes:
-        name: ``reference`` is plain torch.
-        features: What a processor must have, in LLVM's words.
+        name: Name of the target; ``reference`` is plain torch.
+        features: Features that a processor must have, by LLVM's names.
         form: How products are added up: ``count`` or ``lookup`` of ``micro_kernel``.
-        lanes: Output channels of a vector; 0 where there is no kernel.
+        lanes: Output channels in a vector; 0 if there is no kernel.
         rows: Output positions that a tile keeps in registers.
-        columns: Vectors of output channels of a tile.
+        columns: Vectors of output channels in a tile.
         floats: Numbers in a vector of float32.
-        peak: Products of one bit by one bit that a core can do in a cycle, by count of instructions; 0 where it was not counted.
+        peak: One-bit products per core and cycle, from the instruction count; 0 if unknown.
     """
 
     name: str
@@ -53,9 +53,9 @@ TARGETS = (
 
 @functools.cache
 def active_target() -> tuple[Target, str]:
-    """The target in use and why, found at the first call.
+    """The target in use and the reason; determined by the first call.
 
-    The first of ``TARGETS`` that the processor can run; the environment variable ``LOWBIT_KERNELS`` names another one.
+    It is the first of ``TARGETS`` that the processor can run, unless the environment variable ``LOWBIT_KERNELS`` names another one.
 
     Raises:
         SpecError: ``LOWBIT_KERNELS`` names no target, or one that this processor cannot run.
@@ -70,7 +70,7 @@ def active_target() -> tuple[Target, str]:
         return REFERENCE, f"numba is not installed: {install_command('kernels')}"
     try:
         found = processor_features()
-    except Exception as error:  # a numba or llvmlite that does not work on this machine
+    except Exception as error:  # whatever a broken installation raises
         warnings.warn(f"numba does not work here ({type(error).__name__}: {error}), low-bit layers run in float", stacklevel=2)
         return REFERENCE, f"numba does not work here ({type(error).__name__})"
     able = [target for target in TARGETS if found.issuperset(target.features)]
@@ -81,11 +81,11 @@ def active_target() -> tuple[Target, str]:
         return chosen, f"{VARIABLE} asks for it"
     return able[0], f"this processor has {', '.join(able[0].features)}" if able[
         0
-    ].features else "this processor has no vector unit known here"
+    ].features else "this processor has no supported vector unit"
 
 
 def processor_features() -> frozenset[str]:
-    """Names of what this processor can do, as LLVM spells them."""
+    """Features of this processor, by LLVM's names."""
     import llvmlite.binding as llvm
 
     features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}

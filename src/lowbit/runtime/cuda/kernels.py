@@ -1,9 +1,9 @@
-"""Binary and ternary layers on CUDA devices: signs packed to words, and words compared, in Triton.
+"""Binary and ternary layers on CUDA devices in Triton: signs are packed into words, and words are compared.
 
-``sum x w = popcount(m) - 2 popcount((x ^ w) & m)`` as in ``layers.binary``, whose references compute the same integers. A place outside the
-image has no bits, that is, it counts as -1; ``(pad_value + 1) * sum(w)`` over the weights that meet such places puts that right.
+``sum x w = popcount(m) - 2 popcount((x ^ w) & m)`` as in ``layers.binary``, whose references compute the same integers. Padding has no
+bits set, that is, it counts as -1; adding ``(pad_value + 1) * sum(w)`` over the weights that meet padding corrects that.
 
-Importing this file needs Triton, which comes with CUDA builds of torch; ``cuda.target`` says whether it is used. With
+Importing this file needs Triton, which comes with CUDA builds of torch; ``cuda.target`` decides whether it is used. With
 ``TRITON_INTERPRET=1`` in the environment the kernels run in Triton's interpreter, on tensors of the CPU.
 """
 
@@ -22,17 +22,17 @@ from lowbit.runtime.arguments import POINT, Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import WORD, unpack_weight, words_for
 from lowbit.runtime.kept import PreparedWeights
 
-TILE = 2048  # sums that a program keeps in registers; with twice as many the compiler runs out of them
+TILE = 2048  # sums that a program keeps in registers; with twice as many, registers run out
 TILE_CHANNELS = 64
 THREAD_SUMS = 8
 PACKED_POSITIONS = 64
 
 
 def conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> Tensor:
-    """``binary_conv2d`` of arguments that were checked, on one device, without activation and packed outputs.
+    """``binary_conv2d`` for checked arguments, without activation and packed outputs.
 
     Raises:
-        SpecError: A tensor is on another device than ``x``.
+        SpecError: A tensor is not on the device of ``x``.
     """
     _check_devices(x, layer, epilogue)
     shape = (x.shape[0], layer.words.shape[0], *window.output_size(x.shape[2:]))
@@ -42,16 +42,16 @@ def conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue: Epilog
         k_map = input_scale(x.detach(), window.kernel_size, window.stride, window.padding, window.dilation, window.groups).contiguous()
     added = None if epilogue.residual is None else epilogue.residual.float().expand(shape)
     per_group = layer.in_channels // window.groups
-    weight = _turned_weights.get(layer.words, layer.mask, (per_group,), lambda: _turn(layer.words, layer.mask, per_group))
+    weight = _turned_weights.get(layer.words, layer.mask, (per_group,), lambda: _transpose(layer.words, layer.mask, per_group))
     _convolve(pack(x, window.groups, layer.threshold, layer.flip), x, weight, window, epilogue, added, k_map, y)
     return y
 
 
 def linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor]) -> Tensor:
-    """``binary_linear`` of arguments that were checked: the convolution of an image of one row.
+    """``binary_linear`` for checked arguments, computed as a convolution of an image of one row.
 
     Raises:
-        SpecError: A tensor is on another device than ``x``.
+        SpecError: A tensor is not on the device of ``x``.
     """
     _check_devices(x, layer, epilogue)
     words, mask, features = layer.words, layer.mask, layer.in_channels
@@ -59,16 +59,16 @@ def linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor]) -> T
     image = _as_image(x)
     added = None if epilogue.residual is None else _as_image(epilogue.residual.float().expand(y.shape))
     weight = _turned_weights.get(
-        words, mask, (features,), lambda: _turn(words[:, None, None], None if mask is None else mask[:, None, None], features)
+        words, mask, (features,), lambda: _transpose(words[:, None, None], None if mask is None else mask[:, None, None], features)
     )
     _convolve(pack(image, 1, layer.threshold, layer.flip), image, weight, POINT, epilogue, added, None, _as_image(y))
     return y
 
 
 def pack(x: Tensor, groups: int, threshold: Tensor | None, flip: Tensor | None) -> Tensor:
-    """int32 ``[groups * words, N * H * W]``: the signs of ``x`` ``[N, C, H, W]``, of any strides, 32 channels of a group to a word.
+    """Pack the signs of ``x`` ``[N, C, H, W]`` with any strides as int32 ``[groups * words, N * H * W]``, 32 channels of a group to a word.
 
-    A bit is 1 where ``x >= threshold`` (0 without), the other way round where ``flip``; bits beyond a group's channels are 0.
+    A bit is 1 where ``x >= threshold`` (default 0), inverted where ``flip``; bits beyond a group's channels are 0.
     """
     n, channels, height, width = x.shape
     per_group = channels // groups
@@ -83,21 +83,21 @@ def pack(x: Tensor, groups: int, threshold: Tensor | None, flip: Tensor | None) 
     return image
 
 
-class _Turned(NamedTuple):
+class _TransposedWeight(NamedTuple):
     """A weight with its output channels last, so that neighbouring threads read neighbouring words."""
 
     words: Tensor  # [kernel height * kernel width * words, out]
-    mask: Tensor | None  # like it
-    total: Tensor  # [out], products that are counted
-    missing: Tensor  # [kernel height * kernel width, out], sum of the weights at each place
+    mask: Tensor | None  # shaped like words
+    total: Tensor  # [out], number of products
+    missing: Tensor  # [kernel height * kernel width, out], sum of the weights at each kernel position
 
 
-_turned_weights: PreparedWeights[_Turned] = PreparedWeights()
+_turned_weights: PreparedWeights[_TransposedWeight] = PreparedWeights()
 
 
-def _turn(words: Tensor, mask: Tensor | None, per_group: int) -> _Turned:
+def _transpose(words: Tensor, mask: Tensor | None, per_group: int) -> _TransposedWeight:
     weight = unpack_weight(words, mask, per_group)
-    return _Turned(
+    return _TransposedWeight(
         words.flatten(1).t().contiguous(),
         None if mask is None else mask.flatten(1).t().contiguous(),
         weight.abs().sum((1, 2, 3)).int(),
@@ -108,7 +108,7 @@ def _turn(words: Tensor, mask: Tensor | None, per_group: int) -> _Turned:
 def _convolve(
     image: Tensor,
     x: Tensor,
-    weight: _Turned,
+    weight: _TransposedWeight,
     window: Window,
     epilogue: Epilogue[Tensor],
     residual: Tensor | None,
@@ -127,7 +127,7 @@ def _convolve(
             positions, image.shape[1], *x.shape[2:], rows, columns, groups, per_group, len(image) // groups, *window.numbers,
             *((0, 0, 0, 0) if residual is None else residual.stride()),
             PAD_FACTOR=window.pad_value + 1 if any(window.padding) else 0, POSITIONS=tile, CHANNELS=channels,
-            num_warps=max(tile * channels // (THREAD_SUMS * 32), 1),  # of 32 threads
+            num_warps=max(tile * channels // (THREAD_SUMS * 32), 1),  # a warp has 32 threads
             enable_fp_fusion=False,  # the reference rounds after each step
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def _check_devices(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tenso
 
 @triton.jit
 def _popcount(words):
-    """Bits that are 1, by masks and shifts; LLVM makes one instruction of it in a loop."""
+    """Count the set bits with masks and shifts; in a loop, LLVM turns this into one instruction."""
     bits = words.to(tl.uint32, bitcast=True)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
@@ -157,7 +157,7 @@ def _popcount(words):
 def pack_kernel(
     x, threshold, flip, image, positions, height, width, x_n, x_c, x_h, x_w, per_group, words, BITS: tl.constexpr, POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """One word at each of ``POSITIONS`` positions."""
+    """Pack one word at each of ``POSITIONS`` positions."""
     blocks = tl.cdiv(positions, POSITIONS)
     word = tl.program_id(0) // blocks
     position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)
@@ -187,7 +187,7 @@ def convolve_kernel(
     kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, residual_n, residual_c, residual_h, residual_w,
     PAD_FACTOR: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``POSITIONS`` output positions by ``CHANNELS`` output channels of one group."""
+    """Compute a tile of ``POSITIONS`` output positions by ``CHANNELS`` output channels of one group."""
     tiles = tl.cdiv(per_group, CHANNELS)
     group = tl.program_id(0) % (groups * tiles) // tiles
     in_group = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)

@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments: compiled loops do not check bounds, so no argument that does not fit may reach them."""
+"""Checks of the operators' arguments: compiled loops do not check bounds, so arguments must be valid before they reach them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowbit.runtime.cpu.bits import WORD, words_for
 
 
 def check_packed_input(x: Tensor, layer: SignLayer[Tensor], groups: int, input_scaling: bool) -> None:
-    """SpecError where packed signs do not fit a layer, or what needs numbers is asked of them too."""
+    """Raise SpecError where packed signs do not fit a layer, or the layer needs the float inputs."""
     channels = layer.in_channels
     if x.dim() != 4 or x.shape[3] != words_for(channels) or (groups > 1 and channels // groups % WORD):
         raise SpecError(
@@ -22,16 +22,16 @@ def check_packed_input(x: Tensor, layer: SignLayer[Tensor], groups: int, input_s
             f"each group, got {tuple(x.shape)}"
         )
     if layer.threshold is not None or layer.flip is not None or input_scaling:
-        raise SpecError("packed signs have no threshold, flip or input scaling: these need the numbers")
+        raise SpecError("packed signs have no threshold, flip or input scaling: these need float inputs")
 
 
 def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
-    """SpecError where an input does not fit a layer.
+    """Raise SpecError where an input does not fit a layer.
 
     Args:
-        x: Channels are dimension 1 of an image, else the last one.
-        in_channels: Number of channels that the layer takes.
-        rank: 4 for images; ``None`` where any number of dimensions will do.
+        x: The input; its channels are dimension 1 of an image, else the last one.
+        in_channels: Number of input channels of the layer.
+        rank: 4 for images; ``None`` for any number of dimensions.
     """
     if x.dtype != torch.float32:
         raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
@@ -40,7 +40,7 @@ def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
 
 
 def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilogue[Tensor]) -> None:
-    """SpecError where the parts of a layer do not fit each other; there is no window for linear layers."""
+    """Raise SpecError where the parts of a layer do not fit each other; linear layers have no window."""
     channels, groups, kernel = layer.in_channels, 1 if window is None else window.groups, () if window is None else window.kernel_size
     out = layer.words.shape[0] if layer.words.dim() else 0
     if groups < 1 or channels < 1 or channels % groups or out % groups:
@@ -61,11 +61,11 @@ def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilo
     if epilogue.out_flip is not None and epilogue.out_threshold is None:
         raise SpecError("out_flip needs out_threshold")
     if window is None and (epilogue.input_scaling or epilogue.out_threshold is not None):
-        raise SpecError("a linear layer has no input scaling, and gives numbers: leave out input_scaling and out_threshold")
+        raise SpecError("a linear layer has no input scaling and returns floats: leave out input_scaling and out_threshold")
 
 
 def check_tensors(device: torch.device, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype]) -> None:
-    """SpecError where one of the tensors, given with name, shape and type, is another one or not on ``device``."""
+    """Raise SpecError where a tensor does not have the expected shape and type, or is not on ``device``."""
     for name, tensor, shape, dtype in expected:
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise SpecError(f"{name} must be {_word(dtype)} {shape}, got {_word(tensor.dtype)} {tuple(tensor.shape)}")
@@ -74,7 +74,7 @@ def check_tensors(device: torch.device, *expected: tuple[str, Tensor | None, tup
 
 
 def check_codes(x: Tensor, codes: Tensor, groups: int, scale: Tensor, bias: Tensor | None, kernel: Sequence[int] | None) -> None:
-    """SpecError where an 8-bit layer does not fit its input; linear layers have no kernel size."""
+    """Raise SpecError where an 8-bit layer does not fit its input; linear layers have no kernel size."""
     rank, out = 2 if kernel is None else 4, codes.shape[0] if codes.dim() else 0
     if codes.dtype != torch.int8 or codes.dim() != rank or not codes.numel():
         raise SpecError(f"codes must be int8 of {rank} dimensions and not empty, got {_word(codes.dtype)} {tuple(codes.shape)}")
@@ -92,13 +92,13 @@ def check_codes(x: Tensor, codes: Tensor, groups: int, scale: Tensor, bias: Tens
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """SpecError where what is added is not float32, or on another device than the input."""
+    """Raise SpecError where the residual is not float32, or not on the device of the input."""
     if residual is not None and (residual.dtype != torch.float32 or residual.device != x.device):
         raise SpecError(f"residual must be float32 on {x.device}, got {_word(residual.dtype)} on {residual.device}")
 
 
 def refuse_gradients(operator: str, *tensors: Tensor | None) -> None:
-    """LayerError where a gradient would be expected to flow through ``operator``."""
+    """Raise LayerError where a gradient would have to flow through ``operator``."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise LayerError(
             f"{operator} has no derivative, and one of its tensors requires a gradient. Call it under torch.no_grad(); to train, use the "

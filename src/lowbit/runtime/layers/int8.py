@@ -1,7 +1,7 @@
-"""Layers whose weights and inputs have 8 bits or fewer on affine grids, by the 8-bit kernels of oneDNN that torch brings along.
+"""Layers whose weights and inputs have affine grids of at most 8 bits, computed by oneDNN's 8-bit kernels, which torch ships with.
 
-Sums of products of codes are exact. Where a processor's 8-bit products saturate, or torch has no such kernels, the codes are multiplied in
-float32, which is exact up to rounding.
+Sums of products of codes are exact. Where the processor's 8-bit products saturate, or torch has no such kernels, the codes are multiplied
+in float32, which is exact up to rounding.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class InputGrid:
     qmax: int
 
     def encode(self, x: Tensor) -> Tensor:
-        """uint8 ``code - qmin``, by the arithmetic of the quantizers."""
+        """uint8 ``code - qmin``, computed exactly as the quantizers do."""
         codes = x.sub(self.lower).div_(self.step) if self.lower else x.div(self.step)
         codes.round_()
-        if self.shift != self.qmin:  # both are whole numbers, of which float32 holds sums
+        if self.shift != self.qmin:  # both are integers, whose sum float32 represents exactly
             codes.add_(self.shift - self.qmin)
         return codes.clamp_(0, self.qmax - self.qmin).to(torch.uint8)
 
     @property
     def zero_code(self) -> int:
-        """The byte that stands for 0."""
+        """The byte that represents 0."""
         return int(self.zero_point) - self.qmin
 
 
@@ -66,14 +66,14 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
         x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
         codes: int8 ``[out, in_channels / groups, kernel height, kernel width]``.
         grid: The values of an ``InputGrid``.
-        window: What an output reads; its kernel size is that of ``codes``, its ``pad_value`` 0.
-        epilogue: The scale is that of the weight.
+        window: Geometry of the convolution; its kernel size is that of ``codes``, its ``pad_value`` 0.
+        epilogue: Its scale is the weight's.
 
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
 
     Raises:
-        SpecError: An argument of another type or shape, a grid that does not fit a byte, or an image smaller than the kernel.
+        SpecError: An argument has the wrong type or shape, the grid does not fit a byte, or the image is smaller than the kernel.
 
         >>> grid = [0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 255.0]
         >>> int8_conv2d(torch.full((1, 1, 1, 2), 1.3), torch.full((1, 1, 1, 1), 3, dtype=torch.int8), grid, Window((1, 1)), Affine(torch.ones(1)))
@@ -98,7 +98,7 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
 
 
 def int8_conv2d_reference(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window, epilogue: Affine[Tensor]) -> Tensor:
-    """``int8_conv2d`` by the float convolution of the codes."""
+    """``int8_conv2d`` computed as a float convolution of the codes."""
     _check_conv2d(x, codes, window, epilogue)
     inputs = input_grid(grid)
     centred = inputs.encode(x).float() - inputs.zero_code
@@ -119,7 +119,7 @@ def _empty_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Aff
 
 @register_operator(_empty_linear)
 def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
-    """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; gives ``[..., out]``."""
+    """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; returns ``[..., out]``."""
     inputs = input_grid(grid)
     check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
     if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
@@ -138,7 +138,7 @@ def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affin
 
 
 def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affine[Tensor]) -> Tensor:
-    """``int8_linear`` by the float product of the codes."""
+    """``int8_linear`` computed as a float product of the codes."""
     inputs = input_grid(grid)
     check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
     y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (epilogue.scale * inputs.scale)
@@ -147,7 +147,7 @@ def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilo
 
 @functools.cache
 def has_exact_kernels() -> bool:
-    """Whether torch has 8-bit kernels whose sums of products are exact on this processor."""
+    """Whether torch has 8-bit kernels for this processor whose sums of products are exact."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise") and not saturates()
 
 
@@ -165,8 +165,8 @@ def _cached_grid(values: tuple[float, ...]) -> InputGrid:
 
 
 def input_grid(values: Sequence[float]) -> InputGrid:
-    """The grid whose values an operator was given."""
+    """The grid with the values that were passed to an operator."""
     return _cached_grid(tuple(values))
 
 
-_prepacked = WeakTensorKeyDictionary()  # codes -> (what their form depends on, oneDNN's form of them, zero points)
+_prepacked = WeakTensorKeyDictionary()  # codes -> (arguments that determine the layout, codes in oneDNN's layout, zero points)

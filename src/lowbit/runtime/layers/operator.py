@@ -1,7 +1,7 @@
-"""Functions of parts as operators of torch, so that exported and compiled programs carry them.
+"""Functions that take dataclasses, registered as torch operators, so that exported and compiled programs contain them.
 
-A schema of torch has tensors, numbers and lists of numbers only. Parameters that are dataclasses are flattened into their fields here, and
-rebuilt from them.
+A torch schema allows tensors, numbers and lists of numbers only. So arguments that are dataclasses are flattened into their fields here,
+and rebuilt from them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ P = ParamSpec("P")
 
 
 class Operator(Generic[P]):
-    """A registered operator. Calls of it go through torch, so that programs which are exported or compiled contain it.
+    """A registered operator, called through torch so that exported and compiled programs contain it.
 
     Attributes:
-        name: As graphs call it.
-        function: What it computes, without the operator around it: torch's way to it and back takes longer than a small layer.
+        name: Name of the operator in graphs.
+        function: The plain function, for calls that skip torch's dispatcher, which takes longer than a small layer.
         signature: The flat parameters, those without a default first.
     """
 
@@ -55,14 +55,14 @@ class Operator(Generic[P]):
 
     @property
     def overload(self) -> Callable[..., Tensor]:
-        """Torch's operator, of flat arguments."""
+        """The torch operator, which takes flat arguments."""
         found: Callable[..., Tensor] = getattr(torch.ops.lowbit, self.function.__name__).default
         return found
 
     def flatten(self, *arguments: object, **options: object) -> dict[str, object]:
-        """The flat arguments by name; those that are as by default are left out.
+        """The flat arguments by name, without those that equal their default.
 
-        Tensors may be anything that stands for them, such as references of a graph.
+        Anything may take the place of a tensor, such as a reference within a graph.
         """
         given = self._parameters.bind(*arguments, **options).arguments
         flat: dict[str, object] = {}
@@ -72,7 +72,7 @@ class Operator(Generic[P]):
         return {name: value for name, value in flat.items() if not _is_default(value, self.signature.parameters[name].default)}
 
     def rebuild(self, *arguments: object, **options: object) -> list[Any]:
-        """What ``function`` takes, from flat arguments."""
+        """The arguments of ``function``, rebuilt from flat ones."""
         if arguments:
             options.update(zip(self._names, arguments, strict=False))
         return [
@@ -82,16 +82,16 @@ class Operator(Generic[P]):
         ]
 
     def flat(self, *arguments: object, **options: object) -> Tensor:
-        """``function`` of flat arguments."""
+        """Call ``function`` with flat arguments."""
         function: Callable[..., Tensor] = self.function
         return function(*self.rebuild(*arguments, **options))
 
 
 class LayerCall:
-    """An operator as one layer of a graph calls it: parts are rebuilt only where arguments are others than at the call before.
+    """An operator as one layer of a graph calls it: arguments are rebuilt only when they differ from those of the previous call.
 
     Args:
-        operator: What is called.
+        operator: The operator.
     """
 
     def __init__(self, operator: Operator[...]) -> None:
@@ -120,7 +120,7 @@ _operators: dict[str, Operator[...]] = {}
 
 
 def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Operator[P]]:
-    """A torch operator ``lowbit::`` whose output looks like ``fake``'s, so that programs with it can be exported and compiled."""
+    """Register a torch operator in ``lowbit::``, which exported and compiled programs can contain; ``fake`` computes an empty output."""
 
     def register(function: Callable[P, Tensor]) -> Operator[P]:
         registered = Operator(function)
@@ -141,7 +141,7 @@ def register_operator(fake: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor
 
 
 def _fields_of(part: type) -> list[inspect.Parameter]:
-    """The fields of a dataclass as parameters; defaults that a schema cannot hold are none."""
+    """The fields of a dataclass as parameters, without defaults that a schema cannot express."""
     hints = typing.get_type_hints(part)
     return [
         inspect.Parameter(

@@ -1,8 +1,8 @@
 """Layers whose weights stay packed in 1 to 8 bits while they run.
 
-Linear layers, ``arithmetic="int8"``: inputs are rounded to 8 bits for each row (``scale = max |x| / 127``), and codes are unpacked in registers and multiplied
-by them: the time is that of reading the packed weight. ``arithmetic="float"``: a few rows of the weight at a time are decoded and multiplied
-in float32: exact, and no more memory than those rows. Convolutions are of the second kind.
+Linear layers with ``arithmetic="int8"`` round their inputs to 8 bits row by row (``scale = max |x| / 127``), unpack the codes in registers
+and multiply the two, so that a call takes as long as reading the packed weight. With ``arithmetic="float"`` a few rows of the weight at a
+time are decoded and multiplied in float32, which is exact and needs memory for those rows only. Convolutions use float arithmetic.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lowbit.runtime.cpu.target import active_target
 from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import share
 
-ROWS_AT_ONCE = 256  # of a weight, decoded together; whole units
-UNIT = 16  # rows whose codes lie together; rows are filled up to whole units
+ROWS_AT_ONCE = 256  # rows of a weight that are decoded together, a multiple of UNIT
+UNIT = 16  # rows whose codes are interleaved; the number of rows is padded to a multiple of it
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PackedWeight(Generic[T]):
-    """A weight ``[out_features, in_features]`` in its packed form.
+    """A packed weight ``[out_features, in_features]``.
 
     Attributes:
         words: uint8 ``[units, groups, 4 * UNIT]``: codes in containers of 1, 2, 4 or 8 bits, see ``pack_linear_weight``.
-        table: float32 ``[rows, 2**bit_width]``, ``rows`` being ``out_features`` or 1: what each code stands for. Where that is evenly spaced
+        table: Level of each code, float32 ``[rows, 2**bit_width]`` with ``rows`` being ``out_features`` or 1. For evenly spaced levels
             ``[rows, 2]``: the lowest level and the step.
         bit_width: Bits of the container.
         out_features, in_features: Size of the weight.
@@ -51,15 +51,15 @@ class PackedWeight(Generic[T]):
 
 
 def container_bits(bit_width: int) -> int:
-    """1, 2, 4 or 8: the bits that a code takes."""
+    """Bits that a code occupies: 1, 2, 4 or 8."""
     return next(bits for bits in (1, 2, 4, 8) if bit_width <= bits)
 
 
 def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWeight[Tensor]:
     """Pack unsigned codes ``[out, in_features]``.
 
-    Rows are filled up to whole units of ``UNIT`` and codes to whole groups of ``32 / b`` by zeros. Byte ``4 r + i`` of ``words[unit, group]``
-    holds codes of row ``r`` of the unit: part ``s`` of it (bits ``s b`` to ``s b + b - 1``) is code ``4 s + i`` of the group.
+    Rows are padded with zeros to a multiple of ``UNIT``, and the codes of a row to a multiple of ``32 / b``. Byte ``4 r + i`` of
+    ``words[unit, group]`` holds codes of row ``r`` of the unit: its bits ``s b`` to ``s b + b - 1`` are code ``4 s + i`` of the group.
 
     Args:
         codes: Integers ``0 .. 2**bit_width - 1``.
@@ -67,7 +67,7 @@ def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWe
         bit_width: 1 to 8.
 
     Raises:
-        SpecError: Codes or a table of another shape or range.
+        SpecError: Codes or table have an unsupported shape or range.
     """
     if codes.dim() != 2 or codes.is_floating_point() or not 1 <= bit_width <= 8:
         raise SpecError(
@@ -83,11 +83,11 @@ def pack_linear_weight(codes: Tensor, table: Tensor, bit_width: int) -> PackedWe
     words = torch.zeros_like(parts[:, :, :, 0])
     for part in range(8 // bits):
         words |= parts[:, :, :, part] << (part * bits)
-    return PackedWeight(words.flatten(2).contiguous(), _shortened(table.float(), bits), bits, *codes.shape)
+    return PackedWeight(words.flatten(2).contiguous(), _compact_table(table.float(), bits), bits, *codes.shape)
 
 
-def _shortened(table: Tensor, bit_width: int) -> Tensor:
-    """Lowest level and step of an evenly spaced table, else a level for each code of ``bit_width`` bits."""
+def _compact_table(table: Tensor, bit_width: int) -> Tensor:
+    """Lowest level and step of an evenly spaced table; any other table with one level for each code of ``bit_width`` bits."""
     lowest, step = table[:, :1], (table[:, -1:] - table[:, :1]) / (table.shape[1] - 1)
     even = lowest + step * torch.arange(table.shape[1])
     is_even = bool(((even - table).abs() <= 1e-6 * table.abs().amax(1, keepdim=True)).all())
@@ -95,7 +95,7 @@ def _shortened(table: Tensor, bit_width: int) -> Tensor:
 
 
 def unpack_linear_weight(weight: PackedWeight[Tensor]) -> Tensor:
-    """float32 ``[out_features, in_features]``."""
+    """The decoded weight, float32 ``[out_features, in_features]``."""
     words, table, bits = weight.words, weight.table, weight.bit_width
     shifts = torch.arange(8 // bits, device=words.device, dtype=torch.uint8) * bits
     parts = (words.unflatten(2, (UNIT, 1, 4)) >> shifts[:, None]) & (2**bits - 1)
@@ -109,7 +109,7 @@ def unpack_linear_weight(weight: PackedWeight[Tensor]) -> Tensor:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of each row and their scales ``[rows, 1]``: ``scale = max |x| / 127``, ``code = round(x / scale)``.
 
-    The scale is 1 where a row is 0, and NaN where it holds NaN or infinite values; its codes are 0 then.
+    A row of zeros has scale 1. A row with NaN or infinite values has scale NaN and codes 0.
     """
     largest = x.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
@@ -118,20 +118,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_linear_reference(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
-    """``packed_linear`` by the float product with the decoded weight, some rows of it at a time."""
+    """``packed_linear`` computed as a float product with the decoded weight, a few rows at a time."""
     rows = x.reshape(-1, weight.in_features)
     scale = None
     if arithmetic == "int8":
         codes, scale = quantize_rows(rows)
         rows = codes.float()
-    pieces = [rows @ part.t() for _, part in _decoded(weight, ROWS_AT_ONCE)]
+    pieces = [rows @ part.t() for _, part in _decoded_rows(weight, ROWS_AT_ONCE)]
     y = torch.cat(pieces, 1) if pieces else rows.new_empty(len(rows), 0)
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], weight.out_features)
 
 
-def _decoded(weight: PackedWeight[Tensor], size: int) -> Iterator[tuple[slice, Tensor]]:
-    """``size`` outputs at a time and their rows of the weight."""
+def _decoded_rows(weight: PackedWeight[Tensor], size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of ``size`` outputs, each with the decoded rows of its weight."""
     for start in range(0, weight.out_features, size):
         part = slice(start, min(start + size, weight.out_features))
         table = weight.table if len(weight.table) == 1 else weight.table[part]
@@ -151,9 +151,8 @@ def _empty_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
 def packed_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str = "float") -> Tensor:
     """``y = x W^T + bias`` with ``W[r, k] = table[r, code[r, k]]`` read from packed codes.
 
-    With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row; rows that are not finite give NaN. Where a table is evenly spaced the
-    sums of products of codes are exact integers; other tables, and rows so long that 32 bits do not hold the sums, are computed by the
-    reference.
+    With ``arithmetic="int8"``, ``x`` is rounded to 8 bits row by row; rows that are not finite give NaN. For evenly spaced levels the sums
+    of products of codes are exact integers. The reference computes other tables, and rows so long that a sum could exceed 32 bits.
 
     Args:
         x: float32 ``[..., in_features]``.
@@ -165,7 +164,7 @@ def packed_linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
         float32 ``[..., out_features]``.
 
     Raises:
-        SpecError: An argument of another type or shape.
+        SpecError: An argument has the wrong type or shape.
 
         >>> weight = pack_linear_weight(torch.tensor([[0, 1, 3]]), torch.tensor([[-1.0, 0.0, 1.0, 2.0]]), 2)
         >>> packed_linear(torch.tensor([[1.0, 5.0, 10.0]]), weight, None)
@@ -198,19 +197,19 @@ def _empty_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
 
 @register_operator(_empty_conv2d)
 def packed_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, window: Window) -> Tensor:
-    """The convolution of ``x`` with a weight that is decoded from packed codes for this call, ``ROWS_AT_ONCE`` output channels at a time.
+    """Convolve ``x`` with a packed weight, decoding ``ROWS_AT_ONCE`` output channels at a time.
 
     Args:
         x: float32 ``[N, in_channels, H, W]``.
-        weight: From ``pack_linear_weight``: its rows are the output channels, each with ``in_channels / groups`` kernels in a row.
+        weight: From ``pack_linear_weight``: a row for each output channel, with its ``in_channels / groups`` kernels one after the other.
         bias: ``[out_channels]``.
-        window: What an output reads; its ``pad_value`` is 0.
+        window: Geometry of the convolution; its ``pad_value`` is 0.
 
     Returns:
         float32 ``[N, out_channels, rows, columns]``, channels-last.
 
     Raises:
-        SpecError: An argument of another type or shape.
+        SpecError: An argument has the wrong type or shape.
 
         >>> weight = pack_linear_weight(torch.tensor([[1, 0]]), torch.tensor([[-1.0, 1.0]]), 1)
         >>> packed_conv2d(torch.tensor([[[[5.0, 2.0, 1.0]]]]), weight, None, Window((1, 2)))
@@ -226,7 +225,7 @@ def packed_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
     _check_weight(weight, bias)
     settings = tuple(window.stride), tuple(window.padding), tuple(window.dilation), window.groups
     pieces = []
-    for part, rows in _decoded(weight, ROWS_AT_ONCE if window.groups == 1 else weight.out_features):
+    for part, rows in _decoded_rows(weight, ROWS_AT_ONCE if window.groups == 1 else weight.out_features):
         added = None if bias is None else bias[part]
         pieces.append(functional.conv2d(x, rows.view(-1, per_group, *window.kernel_size), added, *settings))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).contiguous(memory_format=torch.channels_last)

@@ -1,10 +1,11 @@
 """Layers with low-bit weights and inputs on the kernels of binary layers: one product of signs for each pair of bits.
 
-An input code ``c`` of bits ``b_p`` is ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and a whole-numbered weight is
-``sum 2**q t_q`` with ``t_q`` of -1, 0 and +1. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums
-over a window that the binary kernels count, and a number for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1, here with signs.
+An input code ``c`` with bits ``b_p`` equals ``sum 2**p (s_p + 1) / 2`` with signs ``s_p = 2 b_p - 1``, and an integer weight equals
+``sum 2**q t_q`` with ``t_q`` in {-1, 0, +1}. So ``2 sum (c - z) w = sum 2**(p + q) sum s_p t_q + (2**planes - 1 - 2 z) sum w``: sums
+over a window, which the binary kernels count, plus a constant for each output channel. Source: Zhou et al. 2016, "DoReFa-Net", section 2.1,
+here with signs.
 
-Each function has a torch reference of the same signature beside it. Both give the same integers.
+Each function has a torch reference with the same signature. Both compute the same integers.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ MOST_WEIGHT = 3  # in magnitude: 2 bits
 
 
 def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["planes", "int8", "float"], str]:
-    """What layers of these bits run fastest on here, and why. The cost of planes is that of a binary layer times the pairs of bits.
+    """The fastest kernel for layers of these bit-widths on this processor, and the reason.
 
-    Measured by benchmarks/bit_planes.py on the 3x3 convolutions of ResNet-18 against the faster of oneDNN's and ONNX Runtime's 8-bit ones.
+    Bit planes cost as much as a binary layer times the number of pairs of bits. Measured by benchmarks/bit_planes.py on the 3x3
+    convolutions of ResNet-18 against the faster of oneDNN's and ONNX Runtime's 8-bit ones.
 
     Args:
         weight_bits: 1 to 8; 1 for weights of -1, 0 and +1 too.
@@ -57,27 +59,27 @@ def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["plan
 
 @functools.cache
 def most_pairs() -> tuple[int, str]:
-    """How many pairs of bits planes are worth on this processor, and why."""
+    """The largest number of pairs of bits for which planes are fastest on this processor, and the reason."""
     target = active_target()[0]
     if compiled_loops() is None:
         return 0, "there are no compiled kernels here"
     if not has_exact_kernels():
-        return 2, "what is left is float32, torch has no exact 8-bit kernels for this processor"
+        return 2, "the alternative is float32, as torch has no exact 8-bit kernels for this processor"
     if "amx-int8" in processor_features():
-        return 1, "this processor multiplies 8-bit matrices (AMX) as fast as two pairs of bits are counted"
+        return 1, "this processor multiplies 8-bit matrices (AMX) as fast as it counts two pairs of bits"
     if target.form == "lookup":
         return 1, "looking up bits takes as long as 8-bit products from two pairs on"
     return 2, "8-bit products take as long as three pairs of bits"
 
 
 def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
-    """The bits of whole-numbered weights as words.
+    """Pack the bits of integer weights into words.
 
     Where all weights are odd, bits are -1 and +1 (``2 q - (2**planes - 1)`` with ``q = 0, 1, ...``); else they are the binary digits of the
     magnitude with the sign of the weight, and need a mask.
 
     Args:
-        weight: ``[out, in / groups, kernel height, kernel width]`` or ``[out, in]``, whole numbers from -3 to 3.
+        weight: ``[out, in / groups, kernel height, kernel width]`` or ``[out, in]``, integers from -3 to 3.
         groups: Number of groups; ``out`` must be a multiple of it.
 
     Returns:
@@ -85,7 +87,7 @@ def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]
         lowest bit first, and a mask of the same shape, ``None`` where no digit is zero.
 
     Raises:
-        SpecError: Another value or shape.
+        SpecError: Values out of range, or an unsupported shape.
     """
     if weight.dim() not in (2, 4) or weight.shape[0] % groups:
         raise SpecError(
@@ -93,7 +95,7 @@ def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]
         )
     values = weight.round().long()
     if not bool((weight == values).all()) or not bool((values.abs() <= MOST_WEIGHT).all()):
-        raise SpecError(f"a weight in planes holds whole numbers from -{MOST_WEIGHT} to {MOST_WEIGHT}; divide by its scale first")
+        raise SpecError(f"a weight in planes must hold whole numbers from -{MOST_WEIGHT} to {MOST_WEIGHT}; divide it by its scale first")
     count = max(int(values.abs().max()) if values.numel() else 1, 1).bit_length()
     is_odd = bool((values % 2 != 0).all())
     source = (values + 2**count - 1) // 2 if is_odd else values.abs()
@@ -105,13 +107,13 @@ def pack_planes(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]
 
 
 def unpack_planes(words: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """float32 whole numbers, ``count`` along the last dimension; undoes ``pack_planes``, whose channels are last."""
+    """The inverse of ``pack_planes``: float32 integers, with ``count`` channels along the last dimension."""
     digits = unpack_weight(words, mask, count)
     return torch.stack([digits[plane] * 2**plane for plane in range(len(digits))]).sum(0)
 
 
 def input_thresholds(grid: InputGrid) -> Tensor:
-    """float32 ``[levels, 1]``: ``grid``'s code is the number of thresholds that an input reaches, exactly."""
+    """Exact thresholds of ``grid``, float32 ``[levels, 1]``: the code of an input is the number of thresholds it reaches."""
 
     def threshold(level: int) -> Tensor:
         return sign_threshold(lambda x: grid.encode(x).float() - level - 0.5, 1)[0]
@@ -120,11 +122,11 @@ def input_thresholds(grid: InputGrid) -> Tensor:
 
 
 def planes_conv2d_reference(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> Tensor:
-    """``planes_conv2d`` by the float convolution of the codes."""
+    """``planes_conv2d`` computed as a float convolution of the codes."""
     top, left = window.padding
     codes = functional.pad(_codes(x, layer.thresholds[:, :, None, None]) - layer.zero_code, (left, left, top, top))
     weight = unpack_planes(layer.words, layer.mask, layer.in_channels // window.groups).movedim(-1, 1)
-    # with one channel, torch can read one order of memory as the other
+    # with one channel, torch can mistake one memory format for the other
     codes, weight = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (codes, weight))
     y = functional.conv2d(codes, weight, None, tuple(window.stride), 0, tuple(window.dilation), window.groups).round()
     y = y * epilogue.scale.reshape(-1, 1, 1)
@@ -132,7 +134,7 @@ def planes_conv2d_reference(x: Tensor, layer: PlanesLayer[Tensor], window: Windo
 
 
 def planes_linear_reference(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor]) -> Tensor:
-    """``planes_linear`` by the float product of the codes."""
+    """``planes_linear`` computed as a float product of the codes."""
     weight = unpack_planes(layer.words, layer.mask, layer.in_channels)
     y = functional.linear(_codes(x, layer.thresholds) - layer.zero_code, weight).round() * epilogue.scale
     return y if epilogue.bias is None else y + epilogue.bias
@@ -158,20 +160,20 @@ def _empty_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor
 def planes_conv2d(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> Tensor:
     """``y = scale * sum((code(x) - zero_code) w) + bias`` over the window; ``code(x)`` is the number of thresholds that ``x`` reaches.
 
-    The sums are exact. Places outside the image count as ``zero_code``, NaN as code 0.
+    The sums are exact. Padding counts as ``zero_code``, NaN as code 0.
 
     Args:
         x: ``[N, in_channels, H, W]`` float32; channels-last is fastest.
-        layer: The weight, and what the codes of ``x`` are.
-        window: What an output reads; its ``pad_value`` is 0.
-        epilogue: The scale is the product of those of weight and input.
+        layer: The weight, and the thresholds that encode ``x``.
+        window: Geometry of the convolution; its ``pad_value`` is 0.
+        epilogue: Its scale is the product of the scales of weight and input.
 
     Returns:
         ``[N, out, rows, columns]`` float32, channels-last.
 
     Raises:
-        SpecError: An argument of another type or shape, or an image smaller than the kernel.
-        LayerError: A gradient is expected: there is no derivative.
+        SpecError: An argument has the wrong type or shape, or the image is smaller than the kernel.
+        LayerError: A gradient is required; the operator has no derivative.
 
         >>> words, mask = pack_planes(torch.full((1, 1, 1, 1), 3.0))
         >>> layer = PlanesLayer(words, 1, torch.tensor([[0.5], [1.5]]), 0, mask)
@@ -197,7 +199,7 @@ def planes_conv2d(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogu
 
 @register_operator(_empty_linear)
 def planes_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor]) -> Tensor:
-    """``planes_conv2d`` for ``x`` ``[..., in_channels]`` and weights ``[out, in_channels]``; gives ``[..., out]``."""
+    """``planes_conv2d`` for ``x`` ``[..., in_channels]`` and weights ``[out, in_channels]``; returns ``[..., out]``."""
     refuse_gradients("planes_linear", x, epilogue.scale, epilogue.bias)
     loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
     prepared = None if loops is None else known_layer(layer, POINT, epilogue)
@@ -214,7 +216,7 @@ def planes_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor
 
 
 class PreparedPlanes(PreparedLayer):
-    """A layer of several bits as the kernels read it; see ``PreparedLayer``."""
+    """A layer of several bits in the form that the kernels read; see ``PreparedLayer``."""
 
     def __init__(self, loops: ModuleType, layer: PlanesLayer[Tensor], window: Window, epilogue: Affine[Tensor]) -> None:
         signs = SignLayer(layer.words, layer.in_channels, layer.mask, layer.thresholds)
@@ -230,13 +232,13 @@ class PreparedPlanes(PreparedLayer):
         total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
         self.weight = weight, mask, total.int().numpy(), missing
         scale = (epilogue.scale.detach() / 2).contiguous().numpy()  # sums are doubled
-        self.finishing = 0, scale, *self.finishing[2:]  # padding is in the image
+        self.finishing = 0, scale, *self.finishing[2:]  # the image already includes the padding
         inputs = np.zeros((1, 1, 1, layer.in_channels), np.float32)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
         loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
-        """An image for each bit, with the bits of ``zero_code`` as padding."""
+        """Allocate an image for each bit, padded with the bits of ``zero_code``."""
         image = super().empty_image(n, height, width)
         top, left = self.shape[4], self.shape[5]
         for plane in range(self.planes if top or left else 0):
@@ -248,7 +250,7 @@ class PreparedPlanes(PreparedLayer):
 
 
 def _check(layer: PlanesLayer[Tensor], window: Window | None, epilogue: Affine[Tensor]) -> None:
-    """SpecError where the parts of a layer do not fit each other; there is no window for linear layers."""
+    """Raise SpecError where the parts of a layer do not fit each other; linear layers have no window."""
     words, mask, thresholds = layer.tensors
     assert words is not None
     assert thresholds is not None

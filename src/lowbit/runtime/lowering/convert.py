@@ -1,9 +1,9 @@
-"""The graph of a packed network, rewritten so that layers run on low-bit kernels that also compute the operators around them.
+"""The graph of a packed network, rewritten so that layers run on low-bit kernels, fused with the operators around them.
 
-A layer becomes binary or ternary where its input is a sign and its weight holds ``-s``, ``+s`` and perhaps 0 for each output channel; it
-becomes one of bit planes or of 8 bits where input and weight have affine grids of few enough bits. Batch norms go into scales, weights
-or the comparison of the next sign; sums with another tensor of the same shape, activations and XNOR-Net's K are computed along with binary
-layers. Layers whose weight alone is quantized can read packed codes, if asked to.
+A layer becomes binary or ternary where its input is a sign and the weights of each output channel are ``-s``, ``+s`` and possibly 0; it
+runs on bit planes or 8-bit kernels where input and weight have affine grids of few enough bits. Batch norms are folded into scales, weights
+or the threshold of the next sign; sums with another tensor of the same shape, activations and XNOR-Net's K are fused with binary layers.
+On request, layers of which only the weight is quantized read packed codes.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ OPERATORS: dict[str, Operator[...]] = {
     )
 }  # fmt: skip
 _VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
-MOST_PRODUCTS = 2.0**24  # of a sum; float32 holds all whole numbers up to it
+MOST_PRODUCTS = 2.0**24  # in one sum; float32 represents all integers up to it exactly
 WeightOnly = Literal["none", "float", "int8"]
 
 
 @dataclass(frozen=True)
 class LayerPath:
-    """What a layer runs on.
+    """The kernel that a layer runs on.
 
     Attributes:
         name: Name of the layer.
-        kernel: ``binary``, ``ternary``, ``planes`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float`` as before.
-        fused: What is computed along with it.
+        kernel: ``binary``, ``ternary``, ``planes`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float``: unchanged.
+        fused: The operators that are fused with it.
         reason: Why it stayed in float.
     """
 
@@ -66,16 +66,16 @@ class LayerPath:
 
 
 @dataclass
-class _Behind:
-    """What is computed along with a binary layer.
+class _FusedCalls:
+    """The operators behind a binary layer that are fused with it.
 
     Attributes:
         calls: The layer and the calls behind it that are replaced.
-        scale, offset: The layer's scale and bias with what was folded into them.
-        residual: What is added.
+        scale, offset: The layer's scale and bias, with the batch norm folded in.
+        residual: The tensor that is added.
         input_scaling: Whether outputs are multiplied by XNOR-Net's K.
-        activation: What follows the sum.
-        fused: All of this in words.
+        activation: The activation that follows the sum.
+        fused: A description of all of this.
     """
 
     calls: list[OperatorCall]
@@ -99,11 +99,11 @@ class Conversion:
 
     Attributes:
         graph: The rewritten graph.
-        tensors: What it reads beside the tensors that it read before.
+        tensors: The new tensors that it reads.
         paths: One entry for each layer.
 
     Raises:
-        FileFormatError: The tensors of a layer do not fit it or each other; names the node.
+        FileFormatError: The tensors of a layer do not fit it or each other; the error names the node.
     """
 
     def __init__(self, graph: Graph, stored: Mapping[str, Tensor], codes: Mapping[str, QTensor], weight_only: WeightOnly = "none") -> None:
@@ -113,11 +113,11 @@ class Conversion:
         self.tensors: dict[str, Tensor] = {}
         self.paths: list[LayerPath] = []
         for node in graph.nodes:
-            if node.operator in _VIEWS:  # layers will give another order of memory, in which views can be impossible
+            if node.operator in _VIEWS:  # layers may return another memory format, for which a view can be impossible
                 self._editor.fuse([node], replace(node, operator=RESHAPE))
         for node in graph.nodes:
             if node.name not in self._editor.nodes:
-                continue  # is computed along with a layer
+                continue  # it was fused with a layer
             if node.operator in (CONV, LINEAR):
                 try:
                     self.paths.append(self._convert(node))
@@ -132,7 +132,7 @@ class Conversion:
         if not isinstance(weight, Stored):
             return LayerPath(node.name, "float", reason="its weight is computed")
         name = weight.name.removesuffix(".weight")
-        if any(path.name == name for path in self.paths):  # a layer that is called twice, with norms of its own perhaps
+        if any(path.name == name for path in self.paths):  # a layer that is called twice, possibly with a norm for each call
             name = f"{name}.{node.name}"
         if isinstance(options.get("padding"), str):
             return LayerPath(name, "float", reason="its padding is a string ('same' or 'valid')")
@@ -157,14 +157,14 @@ class Conversion:
 
     def _to_binary(self, node: OperatorCall, name: str, sign: OperatorCall, signs: Tensor, scale: Tensor) -> LayerPath:
         """Replace a layer whose weight is ``signs * scale``."""
-        behind = self._behind_binary(node, sign, scale)
+        behind = self._fusable_calls(node, sign, scale)
         window = self._patterns.window(node) if node.operator == CONV else POINT
         channels = signs.shape[1] * window.groups
-        if behind.input_scaling:  # the magnitudes are those of what the sign is taken of
+        if behind.input_scaling:  # K is computed from the values before the sign
             source, threshold, flip, before = sign.args[0], None, None, list[str]()
         else:
             source, threshold, flip, before = self._patterns.sign_chain(sign, channels, -3 if node.operator == CONV else -1)
-            if self._gives_signs(source, node, window.groups, threshold, flip, name):
+            if self._return_signs(source, node, window.groups, threshold, flip, name):
                 threshold, flip, before = None, None, ["packed input"]
         words, mask = pack_conv_weight(signs, window.groups)
         keep = functools.partial(self._keep, name)
@@ -182,9 +182,9 @@ class Conversion:
             self._replace(behind.calls, binary_linear, source, layer, epilogue)
         return LayerPath(name, "binary" if mask is None else "ternary", (*before, *behind.fused))
 
-    def _behind_binary(self, node: OperatorCall, sign: OperatorCall, scale: Tensor) -> _Behind:
-        """What stands behind a layer on ``sign`` and is computed along: K, a batch norm, a sum and an activation, in this order."""
-        found = _Behind([node], scale, self._patterns.bias(node, len(scale)))
+    def _fusable_calls(self, node: OperatorCall, sign: OperatorCall, scale: Tensor) -> _FusedCalls:
+        """The operators behind a layer on ``sign`` that can be fused with it: K, a batch norm, a sum and an activation, in this order."""
+        found = _FusedCalls([node], scale, self._patterns.bias(node, len(scale)))
         scaled = self._patterns.input_scaling_behind(node, sign.args[0])
         if scaled is not None:
             found.calls += scaled
@@ -208,10 +208,10 @@ class Conversion:
             found.fused.append("activation")
         return found
 
-    def _gives_signs(
+    def _return_signs(
         self, source: object, node: OperatorCall, groups: int, threshold: Tensor | None, flip: Tensor | None, name: str
     ) -> bool:
-        """Let a binary convolution give the packed signs that ``node`` takes, if nothing else reads its numbers, and say whether it does."""
+        """Let a binary convolution return the packed signs that ``node`` reads, if nothing else reads its output; return whether it does."""
         producer, reader = self._editor.source(source), self._editor.source(source)
         while reader is not None and reader.name != node.name:
             reader = self._editor.only_reader(reader)
@@ -232,7 +232,7 @@ class Conversion:
         return True
 
     def _whole_threshold(self, epilogue: Epilogue[Stored], limit: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """What sums of products are compared with in place of outputs; ``None`` where these depend on more, or do not only rise or fall."""
+        """Threshold and flip for the sums of products themselves; ``None`` if the outputs depend on more than these or are not monotone."""
         activation = None if epilogue.activation is None else self.tensors[epilogue.activation.name]
         if epilogue.residual is not None or epilogue.input_scaling or (activation is not None and bool((activation[1] < 0).any())):
             return None
@@ -273,7 +273,7 @@ class Conversion:
         return LayerPath(name, "planes", ("batch norm",) if norm else ())
 
     def _to_int8(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | str:
-        """Replace a layer on affine grids; else why not."""
+        """Replace a layer on affine grids, or return the reason why it stays."""
         weight = cast(Stored, node.args[1])
         if weight.name not in self._codes:
             return "its weight is not quantized"
@@ -299,12 +299,12 @@ class Conversion:
         return LayerPath(name, "int8", ("batch norm",) if norm else ())
 
     def _norm(self, node: OperatorCall) -> tuple[list[OperatorCall], Tensor, Tensor]:
-        """The batch norm behind a layer with its factor and shift; nothing, 1 and 0 where there is none."""
+        """The batch norm behind a layer with its factor and shift; no calls, 1 and 0 if there is none."""
         norm = self._patterns.norm_behind(node)
         return ([], torch.ones(1), torch.zeros(1)) if norm is None else (norm, *self._patterns.norm_parameters(norm[0]))
 
     def _to_packed(self, node: OperatorCall, name: str) -> str | None:
-        """Let a layer read packed codes, and say how it computes; ``None`` where its codes have no table for each output."""
+        """Let a layer read packed codes, and describe its arithmetic; ``None`` if its codes have no table for each output."""
         code = self._codes.get(cast(Stored, node.args[1]).name)
         if code is None or isinstance(code.decoder, SumDecoder) or code.decoder.granularity.kind in ("per_group", "per_axes"):
             return None
@@ -325,7 +325,7 @@ class Conversion:
         return "8-bit inputs, but levels are unevenly spaced: decoded in float" if is_decoded else f"{self._weight_only} arithmetic"
 
     def _fold_norm(self, node: OperatorCall, name: str) -> tuple[str, ...]:
-        """Put the batch norm behind a float layer into its weight and bias."""
+        """Fold the batch norm behind a float layer into its weight and bias."""
         norm = self._patterns.norm_behind(node)
         if norm is None or node.operator != CONV:
             return ()
@@ -336,7 +336,7 @@ class Conversion:
         return ("batch norm",)
 
     def _replace(self, calls: Sequence[OperatorCall], operator: Operator[...], x: object, *parts: object) -> None:
-        """Put a call of ``operator`` in the place of ``calls``, the last of which gives its result."""
+        """Replace ``calls``, the last of which computes the result, by a call of ``operator``."""
         arguments = operator.flatten(x, *parts)
         self._editor.fuse(calls, OperatorCall(calls[-1].name, operator.name, (arguments.pop("x"),), arguments))
 

@@ -1,4 +1,4 @@
-"""A graph that is being rewritten: which nodes read which, what stands in the place of a node, and what is left in the end."""
+"""A graph that is being rewritten: which nodes read which, the replacement of each node, and the resulting graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowbit.formats.program.calls import Graph, OperatorCall, Result, references
 
 
 class GraphEditor:
-    """The nodes of a graph by name, in order; replaced ones keep their place."""
+    """The nodes of a graph by name, in order; a replacement takes the position of the node it replaces."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -21,18 +21,18 @@ class GraphEditor:
                 self._readers.setdefault(name, []).append(node.name)
 
     def only_reader(self, node: OperatorCall) -> OperatorCall | None:
-        """The node that alone reads ``node``, once."""
+        """The node that is the only reader of ``node`` and reads it once."""
         readers = self._readers.get(node.name, [])
         return self.nodes[readers[0]] if len(readers) == 1 and node.name not in self._returned else None
 
     def source(self, value: object) -> OperatorCall | None:
-        """The node whose result ``value`` is; ``None`` for inputs and what is no result."""
+        """The node that computes ``value``; ``None`` for inputs and for anything that is not a result."""
         return self.nodes.get(value.name) if isinstance(value, Result) else None
 
     def fuse(self, nodes: Sequence[OperatorCall], fused: OperatorCall) -> None:
-        """Put ``fused`` where the last of ``nodes`` was, and take the others out, with what only they read."""
+        """Replace the last of ``nodes`` by ``fused``, and remove the others together with everything that only they read."""
         read = [name for node in nodes for name in self._forget_reads(node.name)]
-        self.nodes[fused.name] = fused  # keeps the place
+        self.nodes[fused.name] = fused  # keeps the position
         for name in _read_by(fused):
             self._readers.setdefault(name, []).append(fused.name)
         for node in nodes:
@@ -45,14 +45,14 @@ class GraphEditor:
                 del self.nodes[name]
 
     def _forget_reads(self, name: str) -> list[str]:
-        """Take a node from the readers of what it reads, and give that."""
+        """Remove a node from the readers of everything it reads, and return the names of what it reads."""
         read = _read_by(self.nodes[name])
         for source in read:
             self._readers[source].remove(name)
         return read
 
     def graph(self) -> Graph:
-        """The graph as it is now, without what nothing reads any more."""
+        """The current graph, without nodes that are no longer read."""
         kept: list[OperatorCall] = []
         needed = set(self._returned)
         for node in reversed(self.nodes.values()):

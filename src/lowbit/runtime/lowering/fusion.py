@@ -1,4 +1,4 @@
-"""Patterns around a layer in a graph that a kernel can compute with the layer, and the values of its weight and its input."""
+"""Patterns around a layer in a graph that a kernel can fuse with the layer, and the grids of its weight and its input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FusionPatterns:
     """Finds the patterns that can be fused with a layer.
 
     Args:
-        editor: The graph, which may be rewritten meanwhile.
+        editor: The graph, which may be rewritten in the meantime.
         stored: Its tensors, decoded.
         codes: The codes of quantized weights.
     """
@@ -41,14 +41,14 @@ class FusionPatterns:
         self._editor, self._stored, self._codes = editor, stored, codes
 
     def signs_and_scale(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` where it has other levels."""
+        """The weight as -1, 0 and 1, and the scale of each output channel; ``None`` if it has other levels."""
         values = self._stored[name].detach().float()
         scale = values.abs().flatten(1).amax(1)
         signs = values / torch.where(scale > 0, scale, torch.ones_like(scale)).reshape(-1, *(1,) * (values.dim() - 1))
         return (signs, scale) if bool(((signs == 0) | (signs.abs() == 1)).all()) else None
 
     def whole_numbers(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The weight as whole numbers that planes hold, and the scale of each output channel; ``None`` where it has other levels."""
+        """The weight as integers that bit planes can represent, and the scale of each output channel; ``None`` if it has other levels."""
         signs = self.signs_and_scale(name)
         if signs is not None or name not in self._codes:
             return signs
@@ -60,7 +60,7 @@ class FusionPatterns:
         return (numbers, grid.scale.expand(len(numbers))) if is_small else None
 
     def is_sign(self, node: OperatorCall) -> bool:
-        """Whether a node gives -1 below zero and +1 from zero on."""
+        """Whether a node returns -1 below zero, and +1 at zero and above."""
         if node.operator != SIGN or not all(isinstance(value, Stored) for value in node.args[1:3]):
             return False
         boundaries, levels = (self._stored[cast(Stored, value).name].flatten().tolist() for value in node.args[1:3])
@@ -68,7 +68,7 @@ class FusionPatterns:
         return levels == [-1.0, 1.0] and len(boundaries) == 1 and -smallest < boundaries[0] < 0
 
     def sign_chain(self, sign: OperatorCall, channels: int, axis: int) -> tuple[object, Tensor | None, Tensor | None, list[str]]:
-        """What a sign is really taken of, the threshold and flip that stand for the operators in between, and what these were."""
+        """The source of a sign, the threshold and flip that replace the operators in between, and a description of these."""
         chain: list[OperatorCall] = []
         value = sign.args[0]
         while (node := self._editor.source(value)) is not None and self._is_monotone(node, channels, axis):
@@ -97,7 +97,7 @@ class FusionPatterns:
         return results[argument.name] if isinstance(argument, Result) else argument
 
     def _is_monotone(self, node: OperatorCall, channels: int, axis: int) -> bool:
-        """Whether a node's result rises or falls with its first argument in each channel and depends on nothing else."""
+        """Whether a node's result is monotone in its first argument in each channel and depends on nothing else."""
         if node.kwargs or not isinstance(node.args[0], Result):
             return False
         if node.operator == NORM:
@@ -119,9 +119,9 @@ class FusionPatterns:
         return self._stored[bias.name].detach().float() if isinstance(bias, Stored) else torch.zeros(channels)
 
     def input_scaling_behind(self, node: OperatorCall, x: object) -> list[OperatorCall] | None:
-        """The operators behind a convolution that multiply it, without its bias, with XNOR-Net's K for its input ``x``.
+        """The operators behind a convolution that multiply its output, without the bias, by XNOR-Net's K of its input ``x``.
 
-        Where there is a bias, it is taken off before and added again.
+        Where there is a bias, they subtract it first and add it again.
         """
         has_bias, found = options_of(node).get("bias") is not None, [node]
         for operator in ("sub", "mul", "add") if has_bias else ("mul",):
@@ -135,7 +135,7 @@ class FusionPatterns:
         return found[1:] if is_bias and len(others) == 1 and self._is_input_scale(others[0], node, x) else None
 
     def _is_bias(self, value: object, node: OperatorCall) -> bool:
-        """Whether ``value`` holds the bias of ``node``."""
+        """Whether ``value`` is the bias of ``node``."""
         bias = options_of(node)["bias"]
         return (
             isinstance(value, Stored)
@@ -154,13 +154,13 @@ class FusionPatterns:
         return list(scale.args[1:]) == [*pairs, window.groups]
 
     def window(self, node: OperatorCall) -> Window:
-        """What a convolution reads."""
+        """The geometry of a convolution."""
         kernel, options = self._stored[cast(Stored, node.args[1]).name].shape[2:], options_of(node)
         stride, padding, dilation = (_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
         return Window(list(kernel), stride, padding, dilation, cast(int, options.get("groups", 1)))
 
     def norm_behind(self, node: OperatorCall) -> list[OperatorCall] | None:
-        """A batch norm that alone reads ``node``, and the node that takes its first result."""
+        """A batch norm that is the only reader of ``node``, and the node that selects its first result."""
         norm = self._editor.only_reader(node)
         if norm is None or norm.operator != NORM or not all(isinstance(value, Stored) for value in norm.args[1:5]):
             return None
@@ -174,7 +174,7 @@ class FusionPatterns:
         return factor, bias - mean * factor
 
     def sum_behind(self, node: OperatorCall) -> tuple[OperatorCall, Result] | None:
-        """A sum that alone reads ``node``, and what is added."""
+        """A sum that is the only reader of ``node``, and its other operand."""
         total = self._editor.only_reader(node)
         if total is None or total.operator != "aten.add.Tensor" or total.kwargs or len(total.args) != 2:
             return None
@@ -182,10 +182,10 @@ class FusionPatterns:
         return (total, others[0]) if len(others) == 1 and isinstance(others[0], Result) else None
 
     def activation_behind(self, node: OperatorCall, channels: int, axis: int) -> tuple[list[OperatorCall], Activation] | None:
-        """Operators behind ``node``, each the only reader of the one before it, that are one activation."""
+        """Operators behind ``node``, each the only reader of the one before it, that form one activation."""
         found, activation, last = list[OperatorCall](), Activation(), node
         while (reader := self._editor.only_reader(last)) is not None and not reader.kwargs and reader.args[0] == Result(last.name):
-            slopes = reader.operator == "aten.prelu.default" and isinstance(reader.args[1], Stored)  # of rank 1 whatever the input's
+            slopes = reader.operator == "aten.prelu.default" and isinstance(reader.args[1], Stored)  # rank 1 whatever the input's
             if not slopes and not all(self._is_per_channel(value, channels, axis) for value in reader.args[1:]):
                 break
             values = [cast("Tensor | float", self._evaluated(value, {})) for value in reader.args[1:]]
@@ -197,7 +197,7 @@ class FusionPatterns:
         return (found, activation) if found else None
 
     def input_grid(self, node: OperatorCall) -> list[float] | None:
-        """The values of an ``InputGrid``; ``None`` where codes do not fit a byte or 0 is none of them."""
+        """The values of an ``InputGrid``; ``None`` if the codes do not fit a byte or 0 is not among the levels."""
         parts = [self._stored[value.name] for value in node.args[1:] if isinstance(value, Stored)]
         qmin, qmax = cast(int, node.args[-2]), cast(int, node.args[-1])
         if len(parts) != len(node.args) - 3 or any(part.numel() != 1 for part in parts) or qmax - qmin > 255:
@@ -210,7 +210,7 @@ class FusionPatterns:
 
 
 def options_of(node: OperatorCall) -> dict[str, object]:
-    """The arguments of a layer after its weight, by name."""
+    """The arguments of a layer that follow its weight, by name."""
     return {**dict(zip(("bias", "stride", "padding", "dilation", "groups"), node.args[2:], strict=False)), **node.kwargs}
 
 
