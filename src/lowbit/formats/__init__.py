@@ -2,7 +2,7 @@
 
 Imports run down: ``checks`` -> ``packed``, ``onnx`` -> ``program``.
 
-- ``program`` is a network as one functional graph, which both formats are written from;
+- ``program`` exports a network as one functional graph, from which both formats are written;
 - ``packed`` is the ``.lowbit`` file, ``onnx`` the file for other runtimes;
-- ``checks`` say whether a file computes what the network computes, and how fast.
+- ``checks`` test whether a file computes what the network computes, and how fast.
 """

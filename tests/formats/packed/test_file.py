@@ -279,7 +279,7 @@ def test_a_shape_without_elements_hides_no_values(tiny_file: Path) -> None:
         (lambda m: m["tensors"].pop("stem.weight.zero_point"), r"8 values of 'uint8' belong to no tensor"),
         (lambda m: m["tensors"].pop("bn1.bias"), "tensor 'bn1.running_mean': its checksum does not match"),
         (lambda m: m["tensors"].__setitem__("head.bias", [1, 2]), r"'head.bias': it must be described by \[dtype, shape, checksum\]"),
-        (lambda m: m["tensors"]["head.bias"].__setitem__(0, "complex128"), "tensor 'head.bias': the file holds fewer values"),
+        (lambda m: m["tensors"]["head.bias"].__setitem__(0, "complex128"), "tensor 'head.bias': the file contains fewer values"),
         (lambda m: m["packed"].__setitem__("absent", {}), "tensor 'absent': its codes are missing"),
         (lambda m: m["numbers"].__setitem__("conv1.weight", [1.0, 0]), "tensor 'conv1.weight': it appears twice"),
         (lambda m: m["numbers"].__setitem__("head.bias", [1.0, 0]), "tensor 'head.bias': it appears twice"),

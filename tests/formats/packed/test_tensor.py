@@ -110,7 +110,7 @@ def refusal(changes: Mapping[str, object], tables: Mapping[str, Tensor] | None =
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"shape": [6, 4, 3, 4]}, "288 codes of 3 bits need 108 bytes, the file holds torch.uint8 of shape (81,)"),
+        ({"shape": [6, 4, 3, 4]}, "288 codes of 3 bits need 108 bytes, the file contains torch.uint8 of shape (81,)"),
         ({"shape": [2**39, 2**39]}, f"{2**78} codes of 3 bits need {2**78 * 3 // 8} bytes"),
         ({"shape": [216.0]}, "its shape must be a list of up to 16 sizes"),
         ({"shape": [[216]]}, "its shape must be a list of up to 16 sizes"),
@@ -151,8 +151,8 @@ def test_a_description_that_contradicts_the_tensors_is_refused(changes: dict[str
         ({"scale": torch.ones(5, 1, 1, 1)}, "table 'scale' must have the shape (6, 1, 1, 1), got (5, 1, 1, 1)"),
         ({"scale": torch.ones(6, 4, 3, 3)}, "table 'scale' must have the shape (6, 1, 1, 1), got (6, 4, 3, 3)"),
         ({"zero_point": torch.ones(6)}, "table 'zero_point' must have the shape (6, 1, 1, 1), got (6,)"),
-        ({"scale": torch.full((6, 1, 1, 1), torch.nan)}, "table 'scale' holds values that are not finite"),
-        ({"scale": torch.full((6, 1, 1, 1), torch.inf)}, "table 'scale' holds values that are not finite"),
+        ({"scale": torch.full((6, 1, 1, 1), torch.nan)}, "table 'scale' contains values that are not finite"),
+        ({"scale": torch.full((6, 1, 1, 1), torch.inf)}, "table 'scale' contains values that are not finite"),
         ({"scale": torch.ones(6, 1, 1, 1, dtype=torch.int32)}, "table 'scale' must be floating point, got torch.int32"),
         ({"levels": torch.ones(6, 8)}, "its decoder 'affine' has no table 'levels'"),
     ],

@@ -32,7 +32,7 @@ W = torch.ones(4, 4, 3, 3)
         ("aten.grid_sampler.default", (X, X, 7, 0, False), r"interpolation_mode must be one of \(0, 1, 2\), got 7"),
         ("aten.scaled_dot_product_attention.default", (X, X, X, None, 0.5), "dropout_p must be 0"),
         ("aten.instance_norm.default", (X, None, None, W[0, 0, 0], W[0, 0, 0], True, 1.0, 1e-5, False), "running statistics"),
-        ("aten.view.dtype", (X, torch.bool), "bytes cannot be taken for truth values"),
+        ("aten.view.dtype", (X, torch.bool), "bytes cannot be used as booleans"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_a_file_is_read(name: str, args: tuple[object, ...], reason: str) -> None:
@@ -54,9 +54,9 @@ Q, K = torch.ones(1, 4, 5, 8), torch.ones(1, 4, 3, 8)
     [
         ((Q, K, torch.ones(1, 4, 200, 8)), {}, "as many keys as values"),
         ((Q, K[..., :4], K), {}, "as wide as queries"),
-        ((Q, K, K.double()), {}, "one dtype"),
+        ((Q, K, K.double()), {}, "same dtype"),
         ((Q, K, K, torch.ones(5, 4)), {}, r"a mask of shape \(5, 4\) does not fit scores"),
-        ((Q, K, K, torch.ones(5, 3), 0.0, True), {}, "not given beside is_causal"),
+        ((Q, K, K, torch.ones(5, 3), 0.0, True), {}, "cannot be combined with is_causal"),
         ((Q, K, K), {"scale": float("nan")}, "scale must be a finite number"),
         ((Q, K[:, :3], K[:, :3]), {"enable_gqa": True}, "a divisor of the query's"),
     ],

@@ -35,7 +35,7 @@ X = torch.ones(1, 4, 8, 8)
     ids=lambda value: str(value) if not isinstance(value, tuple) else "",
 )
 def test_a_result_that_is_too_large_is_refused_before_it_is_made(overload: Any, args: tuple[Any, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"it makes [\d,]+ elements, at most {LEAST:,} are allowed"):
+    with pytest.raises(ValueError, match=rf"its result has [\d,]+ elements, at most {LEAST:,} are allowed"):
         Budget(None, [X]).check(overload, args, {})
 
 
@@ -46,7 +46,7 @@ def test_a_pooling_window_counts_whether_its_places_exist_or_not() -> None:
 
 def test_the_limit_of_elements_is_exact_and_grows_with_the_inputs() -> None:
     Budget(256, [X]).check(ATEN.relu.default, (X,), {})
-    with pytest.raises(ValueError, match="it makes 256 elements, at most 255 are allowed"):
+    with pytest.raises(ValueError, match="its result has 256 elements, at most 255 are allowed"):
         Budget(255, [X]).check(ATEN.relu.default, (X,), {})
     assert Budget(None, [torch.empty(2**23, device="meta")]).max_elements == 64 * 2**23
     assert Budget(None, [X]).max_elements == LEAST
@@ -56,7 +56,7 @@ def test_results_that_are_held_together_and_work_add_up() -> None:
     budget = Budget(256, [X])
     for index in range(16):
         budget.hold(f"y{index}", X, [])
-    with pytest.raises(ValueError, match="4,352 elements are held together, at most 4,096"):
+    with pytest.raises(ValueError, match="4,352 elements are in memory together, at most 4,096"):
         budget.hold("y16", X, [])
     budget = Budget(256, [X])
     with pytest.raises(ValueError, match="operations are needed"):
@@ -77,7 +77,7 @@ def test_load_takes_the_limit_and_names_the_node(tmp_path: Path) -> None:
     network = lowbit.load(path, max_elements=64)
     for _ in range(2):  # a batch that passed is not checked again, a larger one is
         assert network(torch.ones(2, 8)).shape == (8, 8)  # type: ignore[attr-defined]
-        with pytest.raises(FileFormatError, match=r"graph node 'y' .* it makes 96 elements, at most 64 are allowed"):
+        with pytest.raises(FileFormatError, match=r"graph node 'y' .* its result has 96 elements, at most 64 are allowed"):
             network(torch.ones(3, 8))
     with pytest.raises(SpecError, match="max_elements must be a whole number of at least 1"):
         lowbit.load(path, max_elements=0)

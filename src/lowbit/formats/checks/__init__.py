@@ -1,1 +1,1 @@
-"""Does a file compute what the network computes, and how fast?"""
+"""Checks of exported files: whether they compute what the network computes, and how fast."""

@@ -1,19 +1,18 @@
-"""Does an exported file compute what the quantized network computes?
+"""Checks whether an exported file computes what the quantized network computes.
 
 The verdict comes from the outputs. Two networks that round the same numbers differ where a number lies on the boundary between two
-codes: a runtime adds in another order and rounds biases to integers, so a few codes in a thousand come out one off. What matters is
-what that does to the answers: on at least ``SAMPLES`` samples (those given, and seeded variations of them) ``EQUAL_ANSWERS`` of the
-predictions must be the same, one for each sample or, where the output is a map, for each of its places. Beyond that the outputs must agree to
-``CLOSE_DB``, or else what separates them must be rounding at ties and nothing more.
+codes: a runtime adds in a different order and rounds biases to integers, so a few codes in a thousand are off by one. What matters is
+the effect on the answers: on at least ``SAMPLES`` samples (the given ones and seeded variations of them) a fraction ``EQUAL_ANSWERS`` of
+the predictions must be the same, where there is one prediction for each sample or, if the output is a map, for each of its pixels. In
+addition, the outputs must agree to ``CLOSE_DB``, or differ only by the rounding of ties.
 
-Layers explain the verdict. The network is run in torch on a few samples, the result of every activation quantizer is compared
-with the file's and then replaced by it, so that an error can neither hide behind earlier ones nor be blamed on later layers. The excess is
-twice the distance, in steps, of the value in torch from what the file's code covers: 0 for equal codes, next to nothing for a tie, and
-more the more a code is simply wrong; up to 1 for values that are no levels. Ties stay below ``EXCESS_LIMIT`` plus what rounding
-biases to the integers of the accumulator can do. The float outputs behind the last quantizers agree to a thousandth of their range,
-plus that rounding.
+Layers explain the verdict. The network is run in torch on a few samples, the result of every activation quantizer is compared with the
+file's and then replaced by it, so that an error can neither hide behind earlier ones nor be attributed to later layers. The excess is
+twice the distance, in steps, of the value in torch from the range that rounds to the file's code: 0 for equal codes, close to 0 for a tie,
+larger for wrong codes, and up to 1 for values that are not levels. Ties stay below ``EXCESS_LIMIT`` plus the effect of rounding biases to
+the integers of the accumulator. The float outputs behind the last quantizers agree to a thousandth of their range, plus that rounding.
 
-A packed file holds the same operators and weights: its outputs must agree to ``CLOSE_DB`` whatever the layers.
+A packed file contains the same operators and weights, so its outputs must agree to ``CLOSE_DB`` whatever the layers.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ from lowbit.network.layers import evaluating
 
 SAMPLES = 256
 EQUAL_ANSWERS = 0.99
-CLOSE_DB = 60.0  # outputs that agree so far are the same, whatever a layer says
-EXCESS_LIMIT = 0.1  # of a quantization step
-OUTPUT_LIMIT = 1e-3  # of the largest output value
+CLOSE_DB = 60.0  # outputs that agree to this ratio count as equal, whatever the layers
+EXCESS_LIMIT = 0.1  # in quantization steps
+OUTPUT_LIMIT = 1e-3  # as a fraction of the largest output value
 FOLLOWED_SAMPLES = 4  # the comparison of each quantizer keeps all of their activations in memory
-_VARIATION = 0.1  # of an input's standard deviation
-_CALL = 32  # samples in a call, at least, where the batch size is open
-_LISTED = 4  # layers in a message
+_VARIATION = 0.1  # noise, in standard deviations of the input
+_CALL = 32  # minimum number of samples in a call, where the batch size is open
+_LISTED = 4  # layers named in a message
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A place where a file's codes are not the network's, on equal inputs.
+    """A layer, activation or operation where the file's codes differ from the network's on equal inputs.
 
     Attributes:
         place: The layer, activation or operation.
-        steps: Largest distance of a value in torch from what the file's code covers, in quantization steps.
+        steps: Largest distance of a value in torch from the range that rounds to the file's code, in quantization steps.
         changed: Fraction of codes that differ.
     """
 
@@ -69,20 +68,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the file's outputs compare with the quantized network's.
+    """Comparison of the file's outputs with the quantized network's.
 
     Attributes:
-        samples: Samples compared.
+        samples: Number of samples compared.
         max_abs_error: Largest difference of an output value.
-        top1_agreement: Fraction of equal predictions; ``None`` where no output holds classes.
-        sqnr_db: ``10 log10(var(outputs) / mean squared difference)``; infinite when equal.
+        top1_agreement: Fraction of equal predictions; ``None`` if no output contains classes.
+        sqnr_db: ``10 log10(var(outputs) / mean squared difference)``; infinite if equal.
         passed: Whether the file computes what the network computes.
         changed_codes: Largest fraction of codes at one quantizer that differ on equal inputs.
-        excess: Largest distance, in quantization steps, of a value from what the file's code covers.
-        diverging: The first place where more than rounding at ties separates the two; where a file did not pass without one, the most likely.
-        differences: Where codes differ on equal inputs, in the order of the network.
-        is_within_ties: Whether every layer alone is within what rounding at ties can do. A deep network, above all one with random weights,
-            can turn such differences into other answers: then it has not passed, and the file is right all the same.
+        excess: Largest distance, in quantization steps, of a value from the range that rounds to the file's code.
+        diverging: The first place where the two differ by more than the rounding of ties; if there is none in a file that did not pass,
+            the most likely place.
+        differences: Places where codes differ on equal inputs, in the order of the network.
+        is_within_ties: Whether the rounding of ties explains the differences of each layer. A deep network, especially one with random
+            weights, can turn such differences into other answers: then ``passed`` is false although the file is correct.
     """
 
     samples: int
@@ -102,17 +102,17 @@ class Parity:
 
     @property
     def figures(self) -> str:
-        """The figures of the comparison in words."""
+        """The figures of the comparison as text."""
         agreement = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.1%}"
         return f"largest difference {self.max_abs_error:.3g}, {self.sqnr_db:.1f} dB{agreement} on {self.samples} samples"
 
     @property
     def has_equal_answers(self) -> bool:
-        """Whether enough predictions are the same, where there are any."""
+        """Whether enough predictions are the same, if there are any."""
         return self.top1_agreement is None or self.top1_agreement >= EQUAL_ANSWERS
 
     def require(self, path: Path | str) -> None:
-        """ParityError, naming the first layer that diverges, unless ``passed`` or every layer is within what rounding at ties can do."""
+        """Raise ParityError, naming the first layer that diverges, unless ``passed`` or the rounding of ties explains all differences."""
         if self.passed or self.is_within_ties:
             return
         largest = sorted(self.differences, key=lambda difference: -difference.steps)[:_LISTED]
@@ -125,11 +125,11 @@ class Parity:
 
 
 def check_onnx_parity(model: nn.Module, program: Program, path: Path | str) -> Parity:
-    """Run the program's sample, and variations of it, through the quantized network and the file in ONNX Runtime with all optimizations.
+    """Compare an ONNX file, run by ONNX Runtime with all optimizations, with the network on the program's sample and variations of it.
 
     Args:
         model: The quantized network.
-        program: What the file was written from; its node names are the names of the file's inner values.
+        program: The program that the file was written from; its node names are the names of the file's inner values.
         path: The ONNX file.
 
     Raises:
@@ -175,13 +175,13 @@ def check_onnx_parity(model: nn.Module, program: Program, path: Path | str) -> P
 
 
 def check_packed_parity(model: nn.Module, program: Program, loaded: nn.Module, weights: Mapping[str, Tensor]) -> Parity:
-    """Run the program's sample, and variations of it, through the quantized network and the one loaded from a packed file.
+    """Compare the network loaded from a packed file with the original one on the program's sample and variations of it.
 
     Args:
         model: The quantized network.
-        program: What the file was written from.
-        loaded: What ``load`` returned.
-        weights: The file's decoded weights by parameter name, to name the layer when the outputs differ.
+        program: The program that the file was written from.
+        loaded: The network that ``load`` returned.
+        weights: The file's decoded weights by parameter name, to identify the layer if the outputs differ.
     """
 
     def run(inputs: Inputs) -> list[Tensor]:
@@ -196,15 +196,15 @@ def check_packed_parity(model: nn.Module, program: Program, loaded: nn.Module, w
 
 
 def _most_different(differences: Sequence[Difference]) -> str:
-    """Where to look when no layer alone is to blame."""
+    """The place with the largest difference, for when no single layer explains a failure."""
     if not differences:
         return "the outputs, though no quantizer's codes differ on equal inputs"
     most = max(differences, key=lambda difference: (difference.steps, difference.changed))
-    return f"{most}, the most of all layers, each of which is within what rounding at ties can do"
+    return f"{most}, the largest difference of all layers, although the rounding of ties could explain each of them"
 
 
 def _compare_outputs(model: nn.Module, program: Program, run: Callable[[Inputs], list[Tensor]]) -> Parity:
-    """``passed`` is left to the caller."""
+    """Compare the outputs; the caller sets ``passed``."""
     meter = AgreementMeter()
     samples, equal, answers = 0, 0, 0
     for inputs in variations(program.sample, is_batch_open=program.is_batch_dynamic):
@@ -223,7 +223,7 @@ def _compare_outputs(model: nn.Module, program: Program, run: Callable[[Inputs],
 
 
 def _same_answers(want: Tensor, got: Tensor, inputs: Inputs) -> Tensor | None:
-    """Which predictions are the same; ``None`` for an output that holds no classes: numbers, or pictures like the inputs."""
+    """Mask of equal predictions; ``None`` for an output without classes: numbers, or pictures like the inputs."""
     if not want.is_floating_point():
         return want == got
     dim = class_dimension(want)
@@ -235,10 +235,10 @@ def _same_answers(want: Tensor, got: Tensor, inputs: Inputs) -> Tensor | None:
 
 
 def variations(sample: Inputs, *, is_batch_open: bool, samples: int = SAMPLES) -> Iterator[Inputs]:
-    """The sample, then seeded variations of it until there are ``samples``.
+    """Yield the sample, then seeded variations of it until there are ``samples``.
 
-    Floats get noise of a tenth of their standard deviation and stay within their range; whole numbers, such as tokens, change places along
-    the last axis; truth values stay.
+    Floats get noise of a tenth of their standard deviation, clamped to their range; integers, such as tokens, are permuted along the last
+    axis; booleans do not change.
 
     Example:
         >>> calls = list(variations(Inputs((torch.zeros(100, 2),)), is_batch_open=True))
@@ -266,7 +266,7 @@ def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _alike(ratio: float, error: float) -> float:
-    """A constant output has no variance, so that the ratio says nothing where the error does."""
+    """The ratio, or infinity for equal outputs: a constant output has no variance, so that its ratio is meaningless."""
     return math.inf if error == 0 else ratio
 
 
@@ -299,7 +299,7 @@ class _Follower(fx.Interpreter):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         followed = self._followed.setdefault(source, [])
-        if node.name not in self.observed:  # the file has one quantizer where several did the same
+        if node.name not in self.observed:  # identical quantizers of one tensor were merged in the file
             return next((theirs for ours, theirs in followed if torch.equal(ours, result)), result)
         theirs = self.observed[node.name].to(result.dtype)
         followed.append((result, theirs))
@@ -337,13 +337,13 @@ def _diverging_output(program: Program, wanted: Sequence[Tensor], got: Sequence[
             float((want - theirs).abs().max()),
             OUTPUT_LIMIT * float(want.abs().max()) + accumulator_step(program, nodes[name]) / 2,
         )
-        if not error <= limit:  # a NaN fails, too
+        if not error <= limit:  # also fails for NaN
             return f"{describe(program, nodes[name])}: its output is off by {error:.3g}"
     return None
 
 
 def describe(program: Program, node: fx.Node) -> str:
-    """``layer 'conv1'`` for what is computed by that layer since the last quantizers, else the quantizer or operation itself."""
+    """A name for messages: ``layer 'conv1'`` if that layer computes ``node`` since the last quantizers, else the quantizer or operation."""
     signature = program.exported.graph_signature
     parameters = signature.inputs_to_parameters
     tables = {**signature.inputs_to_lifted_tensor_constants, **parameters, **signature.inputs_to_buffers}
@@ -357,7 +357,7 @@ def describe(program: Program, node: fx.Node) -> str:
 
 
 def _arguments(program: Program, inputs: Inputs) -> list[Tensor]:
-    """Values of all placeholders of the program's graph."""
+    """The values of all placeholders of the program's graph."""
     exported, signature = program.exported, program.exported.graph_signature
     named = name_inputs([str(name) for name in signature.user_inputs], inputs)
     values: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""How fast an exported file is, against the float network in the same runtime.
+"""Speed of an exported file compared with the float network in the same runtime.
 
-Both files are timed in one process, turn by turn, so that whatever else the machine does hits both; the ratio is the median of
-the ratios of neighbouring calls.
+Both files are timed alternately in one process, so that other load on the machine affects both; the ratio is the median of the ratios of
+neighbouring calls.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Speed:
     """Median milliseconds per call of the float and the quantized file.
 
     Attributes:
-        float_ms: The float network.
-        quantized_ms: The exported file.
+        float_ms: Time of the float network.
+        quantized_ms: Time of the exported file.
         ratio: How many times faster the exported file is; below 1 it is slower.
-        runtime, threads, batch_size, runs: How it was measured.
+        runtime, threads, batch_size, runs: Conditions of the measurement.
     """
 
     float_ms: float
@@ -47,7 +47,7 @@ class Speed:
 
     @property
     def setting(self) -> str:
-        """How it was measured, in words."""
+        """The conditions of the measurement, in words."""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{self.runtime}, {threads}, batch {self.batch_size}, median of {self.runs} interleaved calls"
 
@@ -78,7 +78,7 @@ def compare_speed(
     threads: int = 1,
     runs: int = RUNS,
 ) -> Speed:
-    """Time two ONNX files turn by turn; raises what ``latency`` raises."""
+    """Time two ONNX files alternately; raises what ``latency`` raises."""
     inputs = Inputs.of(sample)
     networks = [load_onnx(path, runtime=runtime, threads=threads) for path in (float_path, quantized_path)]
     before, after = time_interleaved(networks, inputs, runs=runs)
@@ -87,7 +87,7 @@ def compare_speed(
 
 
 def time_interleaved(networks: list[Network], inputs: Inputs, *, runs: int = RUNS) -> list[list[float]]:
-    """Milliseconds of each call of each network, called in turn."""
+    """Milliseconds of each call of each network; the networks are called alternately."""
     if runs < 1:
         raise SpecError(f"runs must be at least 1, got {runs}")
     prepared = [network.prepare(inputs) for network in networks]

@@ -1,4 +1,4 @@
-"""Tolerances of an exported file: distances from the network in quantization steps, and the effect of rounded biases."""
+"""Tolerances for exported files: distances from the network in quantization steps, and the effect of rounded biases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowbit.formats.program.constants import constant_of
 from lowbit.formats.program.program import Program
 
 ours = torch.ops.lowbit
-# operators that do not enlarge differences and keep channels apart, and those that do not enlarge them
+# operators that neither amplify differences nor mix channels, and those that do not amplify differences
 _KEEPING = frozenset({
     "relu", "hardtanh", "clamp", "clamp_min", "leaky_relu", "elu", "gelu", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh",
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool2d", "adaptive_avg_pool2d", "add", "sub", "clone", "pad",
@@ -30,17 +30,17 @@ def is_quantizer(node: fx.Node) -> bool:
 
 
 def excess_of(node: fx.Node, x: Tensor, tables: Sequence[Tensor], theirs: Tensor) -> tuple[float, float]:
-    """How far the values ``theirs`` are from what the quantizer ``node`` may make of ``x``.
+    """How far the levels ``theirs`` are from valid results of the quantizer ``node`` for ``x``.
 
     Args:
         node: The quantizer.
-        x: What it quantizes.
-        tables: Its tensor arguments behind ``x``.
-        theirs: Levels that a file found for ``x``.
+        x: Its input.
+        tables: Its tensor arguments after ``x``.
+        theirs: Levels that a file computed for ``x``.
 
     Returns:
-        ``(excess, step)``: twice the largest distance, in steps, of a value from the range that the code of its level covers, or, of
-        a level that is none, from the nearest one; and the step in units of ``x``.
+        ``(excess, step)``: twice the largest distance, in steps, of a value from the range that rounds to its level, or, for a value
+        in ``theirs`` that is not a level, of that value from the nearest level; and the step in units of ``x``.
     """
     if node.target is ours.fake_quantize_codebook.default:
         return _codebook_excess(x, tables[0], tables[1], theirs)
@@ -62,29 +62,29 @@ def _codebook_excess(x: Tensor, boundaries: Tensor, levels: Tensor, theirs: Tens
     upper = torch.searchsorted((levels[1:] + levels[:-1]) / 2, theirs.contiguous())
     level = levels[upper]
     ends = torch.cat([boundaries.new_tensor([-math.inf]), boundaries, boundaries.new_tensor([math.inf])])
-    # equal levels beside each other cover the sum of their ranges
+    # neighbouring codes with the same level cover both ranges
     lowest, highest = (ends[torch.searchsorted(levels.contiguous(), level, right=right)] for right in (False, True))
     outside = torch.maximum(lowest - x, x - highest).clamp(min=0)
     return _largest(2 * torch.maximum(outside, (theirs - level).abs()) / step), step
 
 
 def _largest(distances: Tensor) -> float:
-    """The largest, infinite where there is NaN, at least 0."""
+    """The largest distance, at least 0; infinite if any is NaN."""
     largest = float(distances.max()) if distances.numel() else 0.0
     return math.inf if math.isnan(largest) else max(largest, 0.0)
 
 
 def accumulator_step(program: Program, node: fx.Node) -> float:
-    """What one step of the integer accumulators is worth at ``node``, summed over the layers since the quantizers before it.
+    """Size of one step of the integer accumulators at ``node``, summed over the layers since the preceding quantizers.
 
-    Through batch norms, products with constants, and operators that do not enlarge differences; behind others, layers are computed in
-    float with exact biases.
+    Steps are followed through batch norms, products with constants, and operators that do not amplify differences; before any other
+    operator, layers are computed in float with exact biases.
     """
     parameters = program.exported.graph_signature.inputs_to_parameters
     total, one = 0.0, torch.ones((), dtype=torch.float64)
     pending = [(source, one) for source in _sources(node)[:1]] if is_quantizer(node) else [(node, one)]
     seen = {source for source, _ in pending}
-    for reader, gain in pending:  # grows
+    for reader, gain in pending:  # grows during the loop during the loop
         for name in (parameters.get(source.name, "") for source in reader.all_input_nodes):
             grid = integer_grid(program.weights[name]) if name in program.weights else None
             if grid is not None:
@@ -101,7 +101,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 
 def _gain(program: Program, node: fx.Node, gain: Tensor) -> Tensor | None:
-    """``gain`` of the input of ``node``, one number or one for each channel; ``None`` where that cannot be said."""
+    """Gain at the input of ``node`` given ``gain`` at its output, a scalar or one number for each channel; ``None`` if unknown."""
     name = _operator(node)
     if name in _KEEPING or node.target is operator.getitem:
         return gain
@@ -136,7 +136,7 @@ def _largest_product(scale: Tensor, gain: Tensor) -> float:
 
 
 def _largest_scale(program: Program, layer: fx.Node) -> float:
-    """The largest scale of the quantizers before ``layer``."""
+    """The largest scale of the quantizers that precede ``layer``."""
     found = []
     for quantizer in (source for step in since_quantizers(layer) for source in step.all_input_nodes if is_quantizer(source)):
         place = 3 if quantizer.target is ours.fake_quantize_grid.default else 1
@@ -148,9 +148,9 @@ def _largest_scale(program: Program, layer: fx.Node) -> float:
 
 
 def since_quantizers(node: fx.Node) -> list[fx.Node]:
-    """``node`` (or what it quantizes) and everything it is computed from, back to the quantizers before it; nearest first."""
+    """``node`` (or its input, if it is a quantizer) and everything it is computed from, back to the preceding quantizers; nearest first."""
     found = _sources(node)[:1] if is_quantizer(node) else [node]
-    for reader in found:  # grows
+    for reader in found:  # grows during the loop during the loop
         found += [source for source in _sources(reader) if source not in found]
     return found
 

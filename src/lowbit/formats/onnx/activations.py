@@ -1,4 +1,4 @@
-"""Activation quantizers of a translated graph as QuantizeLinear and DequantizeLinear."""
+"""Writes the activation quantizers of a translated graph as QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import onnx_ir as ir
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import DOMAIN, QUANTIZE
 
-_FAR = 2**31  # further from zero than any code
-_WHOLE = 1e-4  # steps by which codes may be moved so that 0 is a whole number of steps from them
-# operators whose output holds values of their first input, or zeros
+_FAR = 2**31  # farther from zero than any code
+_WHOLE = 1e-4  # largest shift of the codes, in steps, that puts 0 on the grid
+# operators whose output consists of values of their first input, or zeros
 MOVES = frozenset({
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather",
     "DepthToSpace", "SpaceToDepth", "Tile",
@@ -25,8 +25,8 @@ MOVES = frozenset({
 class Grid:
     """Codes of an activation in a uint8 container: ``lo`` to ``hi``.
 
-    A code is ``round((x - shift) / step) + origin`` and stands for ``(code - zero_point) * scale``; most often both are the same grid
-    and there is no shift.
+    A code is ``round((x - shift) / step) + origin`` and decodes to ``(code - zero_point) * scale``; usually both are the same grid and
+    there is no shift.
     """
 
     step: np.float32
@@ -39,20 +39,20 @@ class Grid:
 
     @staticmethod
     def plain(scale: np.float32, zero_point: int, lo: int, hi: int) -> Grid:
-        """Levels that stand for the values they are found at."""
+        """A grid whose codes decode to the values that they are rounded from, without a shift."""
         return Grid(scale, zero_point, lo, hi, scale, zero_point)
 
     def code(self, value: float) -> int:
-        """Where ``value`` is rounded to, before clipping."""
+        """The code of ``value`` before clipping."""
         return int(np.clip(np.rint((np.float32(value) - np.float32(self.shift)) / self.step), -_FAR, _FAR)) + self.origin
 
     def within(self, lo: int, hi: int) -> Grid:
-        """The same codes in a narrower range."""
+        """The same grid with a narrower range of codes."""
         return replace(self, lo=lo, hi=hi)
 
 
 def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Reasons) -> None:
-    """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, taking in a ReLU or clip before it."""
+    """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, absorbing a preceding ReLU or clip."""
     x = input_of(node, 0)
     qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
     parts = [constant_of(value) for value in node.inputs[1:]]
@@ -73,7 +73,7 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
 
 
 def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | str:
-    """The quantizer's grid in a uint8 container, or in words what the container cannot hold."""
+    """The quantizer's grid in a uint8 container, or a description of what does not fit the container."""
     if any(part is None or part.size != 1 for part in parts):
         return "a grid that is not constant, or not one for the whole tensor"
     lower, step, scale, zero = (float(part.item()) for part in parts if part is not None)
@@ -91,9 +91,9 @@ def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | s
 
 
 def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> ir.Value:
-    """Quantize before the limit and again behind it, so that the layer before ends in integers.
+    """Quantize before and after the limit, so that the output of the preceding layer is integer.
 
-    Rounding keeps order: ``Q(min(y, limit)) = min(Q(y), Q(limit))``.
+    Rounding preserves order: ``Q(min(y, limit)) = min(Q(y), Q(limit))``.
     """
     name, producer = node.outputs[0].name, x.producer()
     assert producer is not None
@@ -110,7 +110,7 @@ def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> i
 
 
 def _channel_limit(x: ir.Value) -> Array | None:
-    """The constant upper limits of ``x`` if it comes from a minimum that only quantizers read."""
+    """The constant upper limits of ``x`` if it is a minimum that only quantizers read."""
     node = x.producer()
     if node is None or node.domain != "" or node.op_type != "Min" or len(node.inputs) != 2 or node.inputs[1] is None:
         return None
@@ -119,7 +119,7 @@ def _channel_limit(x: ir.Value) -> Array | None:
 
 
 def _absorb_clips(x: ir.Value, grid: Grid, *, reader: str = QUANTIZE) -> tuple[ir.Value, Grid]:
-    """The input of a ReLU or clip that only operators ``reader`` read, and the codes that are left of ``grid``."""
+    """The input of a ReLU or clip that only operators ``reader`` read, and ``grid`` limited to the remaining codes."""
     while (bounds := _clip_bounds(x)) is not None and not x.is_graph_output() and all(use.node.op_type == reader for use in x.uses()):
         lo, hi = (min(max(grid.code(bound), grid.lo), grid.hi) for bound in bounds)
         grid = grid.within(lo, hi)
@@ -130,7 +130,7 @@ def _absorb_clips(x: ir.Value, grid: Grid, *, reader: str = QUANTIZE) -> tuple[i
 
 
 def _clip_bounds(x: ir.Value) -> tuple[float, float] | None:
-    """The range of ``x`` if it comes from a ReLU or a clip between constants."""
+    """The range of ``x`` if it is the output of a ReLU or of a clip between constants."""
     node = x.producer()
     if node is None or node.domain != "" or node.op_type not in ("Relu", "Clip"):
         return None
@@ -147,9 +147,9 @@ def _clip_bounds(x: ir.Value) -> tuple[float, float] | None:
 
 
 def _insert_pair(anchor: ir.Node, x: ir.Value, grid: Grid, name: str | None, *, after: bool) -> ir.Value:
-    """QuantizeLinear, a clip of the codes where they do not fill the container, and DequantizeLinear, beside ``anchor``.
+    """Insert QuantizeLinear, a clip of the codes if they do not fill the container, and DequantizeLinear next to ``anchor``.
 
-    A shift is subtracted first; behind a layer it becomes a part of the layer's bias.
+    A shift is subtracted first; behind a layer it becomes part of the layer's bias.
     """
     graph = graph_of(anchor)
     scale = add_initializer(graph, f"{name}.scale", np.asarray(grid.scale, np.float32))
@@ -210,9 +210,9 @@ def only_moves(node: ir.Node) -> bool:
 
 
 def repeat_quantizer(node: ir.Node, grids: dict[ir.Value, Grid]) -> None:
-    """Quantize what ``node`` has moved on the grid that it is on already."""
+    """Quantize the output of ``node``, which only moves values, on the grid of its input."""
     known = grids[input_of(node, 0)]
-    grid = Grid.plain(known.scale, known.zero_point, 0, 255)  # its codes are in the narrower range already
+    grid = Grid.plain(known.scale, known.zero_point, 0, 255)  # its codes already lie in the narrower range
     for output in node.outputs if node.op_type == "Split" else node.outputs[:1]:
         uses = list(output.uses())
         if output.is_graph_output() or all(use.node.op_type == QUANTIZE for use in uses):
@@ -259,7 +259,7 @@ def _is_float_operator(node: ir.Node, grids: Mapping[ir.Value, Grid]) -> bool:
 
 
 def share_quantizers(graph: ir.Graph) -> None:
-    """Quantizers that do the same to one tensor (a shared quantizer hooked at each of its readers) become one."""
+    """Merge identical quantizers of one tensor, such as a shared quantizer that is hooked at each of its readers."""
     known: dict[tuple[object, ...], ir.Node] = {}
     for node in list(graph):
         if node.op_type != QUANTIZE or node.domain != DOMAIN:
@@ -279,7 +279,7 @@ def share_quantizers(graph: ir.Graph) -> None:
 
 
 def pool_globally(graph: ir.Graph) -> None:
-    """A mean over height and width is a global average pooling, which has an integer kernel."""
+    """Replace a mean over height and width by global average pooling, which has an integer kernel."""
     for node in list(graph):
         if node.op_type != "ReduceMean" or node.domain != "" or len(node.inputs) < 2:
             continue

@@ -1,7 +1,7 @@
-"""Folding of operators that only scale and shift channels into the integer-weight layer before them.
+"""Folds operators that only scale and shift channels into the integer-weight layer before them.
 
-A trained network keeps its batch norms; between a layer and its quantizer one would keep the layer in float. It goes into the scales
-of the weight, one for each channel then, and into the bias; codes stay as they are but for their sign where the norm's is negative.
+A trained network keeps its batch norms; one between a layer and its quantizer would keep the layer in float. It is folded into the scales of
+the weight, one for each channel, and into the bias; codes do not change, except for their sign where the norm's factor is negative.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def fold_affine(graph: ir.Graph, weights: Mapping[str, QTensor], reasons: Reason
     """Fold batch norms, and products and sums with constants, into the convolutions and linear layers before them.
 
     Args:
-        graph: With weight nodes; it is changed.
+        graph: Graph with weight nodes; changed in place.
         weights: The codes of the weights by parameter name.
-        reasons: Gets the layers whose codes keep their batch norm from being folded.
+        reasons: Receives the layers whose codes prevent the folding of their batch norm.
 
     Returns:
-        The new grid of each weight node that something was folded into.
+        The new grid of each weight node that was changed.
     """
     folded: dict[ir.Node, IntegerGrid] = {}
     for layer in list(graph):
@@ -57,7 +57,7 @@ def fold_affine(graph: ir.Graph, weights: Mapping[str, QTensor], reasons: Reason
 
 
 def _weight_node(layer: ir.Node) -> ir.Node | None:
-    """The weight node of a layer that alone reads it, and whose output channels are its first axis."""
+    """The weight node of a layer, if the layer is its only reader and its first axis is the output channels."""
     if layer.domain != "" or layer.op_type not in ("Conv", "Gemm"):
         return None
     if layer.op_type == "Gemm":
@@ -72,7 +72,7 @@ def _weight_node(layer: ir.Node) -> ir.Node | None:
 
 
 def _affine_steps(layer: ir.Node, channels: int) -> tuple[list[ir.Node], Doubles, Doubles]:
-    """The operators behind ``layer`` that multiply its channels and add to them, one after the other, and what they come to."""
+    """The chain of operators behind ``layer`` that scale and shift its channels, with their combined factor and shift."""
     steps: list[ir.Node] = []
     factor, shift = np.ones(channels), np.zeros(channels)
     value = layer.outputs[0]
@@ -117,7 +117,7 @@ def _norm(node: ir.Node) -> tuple[Doubles, Doubles] | None:
 
 
 def _per_channel(value: ir.Value | None, channels: int, rank: int) -> Doubles | None:
-    """A constant that is one number for each channel (axis 1 of ``rank``), or one for all."""
+    """A constant with one number for each channel (axis 1 of ``rank``), or one for all."""
     constant = constant_of(value)
     if constant is None or constant.dtype != np.float32 or constant.ndim > rank:
         return None

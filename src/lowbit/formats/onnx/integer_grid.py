@@ -1,4 +1,4 @@
-"""Codes of a quantized weight as the integers that ONNX's DequantizeLinear decodes."""
+"""Converts the codes of a quantized weight to integers that ONNX's DequantizeLinear decodes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder, BinaryDecoder, PowerOfTwoDecoder
 
-SMALLEST_SCALE = 1e-35  # a channel with a smaller one holds nothing
-_EQUALLY_NEAR = 1e-6  # of the largest unit
+SMALLEST_SCALE = 1e-35  # a channel with a smaller scale counts as zero
+_EQUALLY_NEAR = 1e-6  # in largest units
 
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """``(codes - zero_point) * scale``, scale and zero point along ``axis``, or for the whole tensor where that is ``None``.
+    """``(codes - zero_point) * scale`` with scale and zero point along ``axis``, or for the whole tensor if that is ``None``.
 
     Attributes:
-        codes: int8, the shape of the weight.
+        codes: int8, shaped like the weight.
         scale: float32, ``[channels]`` or ``[]``.
         zero_point: int8, shaped like ``scale``.
-        axis: The axis that counts channels.
+        axis: The channel axis.
     """
 
     codes: Tensor
@@ -43,7 +43,7 @@ class IntegerGrid:
         return IntegerGrid(self.codes.permute(order).contiguous(), self.scale, self.zero_point, axis)
 
     def upright(self) -> IntegerGrid:
-        """The same values with no negative scale, which a learned one can become: ``-(codes - zero) = (-1 - codes) - (-1 - zero)``."""
+        """The same values without negative scales, which training can produce: ``-(codes - zero) = (-1 - codes) - (-1 - zero)``."""
         is_negative = self.scale < 0
         if not bool(is_negative.any()):
             return self
@@ -51,9 +51,9 @@ class IntegerGrid:
         return IntegerGrid(codes, self.scale.abs(), torch.where(is_negative, ~self.zero_point, self.zero_point), self.axis)
 
     def centred(self) -> IntegerGrid:
-        """The same values with the zero point 0, where the shifted codes fit int8: always with 7 bits or fewer.
+        """The same values with zero point 0, if the shifted codes fit int8, as they always do with 7 bits or fewer.
 
-        Kernels need no correction for the weight's zero point then, and those that allow none can be used.
+        Then kernels need no correction for the weight's zero point, and kernels that do not support one can be used.
         """
         codes = self.codes.short() - self.zero_point.short().reshape(self._shape())
         if codes.numel() and (int(codes.min()) < -128 or int(codes.max()) > 127):
@@ -61,20 +61,20 @@ class IntegerGrid:
         return IntegerGrid(codes.to(torch.int8), self.scale, torch.zeros_like(self.zero_point), self.axis)
 
     def widened(self) -> IntegerGrid:
-        """The same values on a finer grid: codes times a power of two, as far as they stay within -64 to 64.
+        """The same values on a finer grid: codes times the largest power of two that keeps them within -64 to 64.
 
-        Biases are rounded to the grid of the products, so coarse codes would round them coarsely; and up to 64 two products with
-        8-bit activations fit 16 bits, in which processors without integer dot products add them.
+        Biases are rounded to the grid of the products, so coarse codes would round them coarsely. Up to 64, the sum of two products with
+        8-bit activations fits 16 bits, in which processors without integer dot products add them.
         """
         largest = max(int(t.abs().max()) for t in (self.codes.short(), self.zero_point.short()))
         factor = 2 ** max(int(math.log2(64 / max(largest, 1))), 0)
         return IntegerGrid(self.codes * factor, self.scale / factor, self.zero_point * factor, self.axis)
 
     def holding(self, bias: Tensor, x_scale: float, largest: int) -> IntegerGrid:
-        """The same values on the grid whose products with inputs of scale ``x_scale`` come closest to ``bias``, a number for each channel.
+        """The same values on the grid whose products with inputs of scale ``x_scale`` best represent ``bias``, a number for each channel.
 
-        Codes of few bits leave room. Among all multiples of them within ``-largest`` to ``largest`` each scale gets the one with which the
-        biases that share it are nearest to whole numbers of units, and the finest of those that are equally near.
+        Low-bit codes leave room in int8. Of all multiples of the codes within ``-largest`` to ``largest``, each scale gets the one with
+        which the biases that share it are nearest to integers of the resulting unit; of equally near ones, the finest.
         """
         zeros = self.zero_point.short().reshape(-1)
         rows = torch.cat([self.codes.short().movedim(self.axis or 0, 0).reshape(len(zeros), -1), zeros[:, None]], 1)
@@ -99,7 +99,7 @@ class IntegerGrid:
         return IntegerGrid(codes.to(torch.int8), scale.float(), zero_point.to(torch.int8), self.axis)
 
     def coarsened(self, least_scale: Tensor) -> IntegerGrid:
-        """The nearest values on a grid whose scale is at least ``least_scale``, which broadcasts with ``scale``."""
+        """The nearest values on a grid with a scale of at least ``least_scale``, which broadcasts with ``scale``."""
         scale = torch.maximum(self.scale, least_scale.float())
         values = (self.codes.double() - self.zero_point.double().reshape(self._shape())) * (self.scale.double() / scale).reshape(
             self._shape()
@@ -108,9 +108,9 @@ class IntegerGrid:
         return IntegerGrid(codes, scale, self.zero_point, self.axis)
 
     def rescaled(self, factor: Tensor) -> IntegerGrid | None:
-        """The values times ``factor`` ``[channels]``, one for each index of the first axis; ``None`` where int8 cannot hold the codes.
+        """The values times ``factor`` ``[channels]``, one for each index of the first axis; ``None`` if the codes do not fit int8.
 
-        The codes of a channel with a negative factor change their sign; those of one with the factor 0 become 0.
+        A negative factor flips the signs of a channel's codes; a factor of 0 sets them to 0.
         """
         if self.axis not in (None, 0):
             return None
@@ -126,20 +126,20 @@ class IntegerGrid:
 
     @property
     def fits_int4(self) -> bool:
-        """Whether codes and zero points are -8 to 7."""
+        """Whether codes and zero points are within -8 to 7."""
         return all(int(t.min()) >= -8 and int(t.max()) <= 7 for t in (self.codes, self.zero_point))
 
     def _shape(self) -> list[int]:
-        """Shape in which scale and zero point broadcast with the codes."""
+        """The shape in which scale and zero point broadcast with the codes."""
         return [] if self.axis is None else [-1 if dim == self.axis else 1 for dim in range(self.codes.dim())]
 
 
 def integer_grid(weight: QTensor) -> IntegerGrid | None:
     """``weight`` on an integer grid that decodes to the same floats bit for bit; ``None`` if there is none.
 
-    Evenly spaced levels have one where 0 is a level or midway between two: codes are doubled then, which takes one bit more than int8
-    has where they have 8. Two levels have one, and powers of two where the largest is at most 64 times the smallest. Groups within
-    a channel have none that a convolution kernel takes. ``why_no_integer_grid`` says what stands against it.
+    Evenly spaced levels have one if 0 is a level, or lies midway between two levels: then codes are doubled, which 8-bit codes are too
+    wide for. Two levels always have one; powers of two have one if the largest is at most 64 times the smallest. Groups within a channel
+    have none that a convolution kernel supports. ``why_no_integer_grid`` returns the reason.
     """
     decoder = weight.decoder
     axis = decoder.granularity.axis % weight.codes.dim() if decoder.granularity.kind == "per_channel" else None
@@ -153,7 +153,7 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
         if not _is_whole(zero_point):
             broadcast = decoder.granularity.broadcast(2 * codes) - (2 * zero_point).short()
             codes, zero_point, scale = decoder.granularity.restore(broadcast, codes.shape), torch.zeros_like(zero_point), scale / 2
-        elif weight.codes.dtype == torch.uint8:  # the lowest code of the container, whatever the bit-width
+        elif weight.codes.dtype == torch.uint8:  # the lowest code of the container, for any bit-width
             shift = 2 ** (weight.bit_width - 1)
             codes, zero_point = codes - shift, zero_point - shift
     elif isinstance(decoder, BinaryDecoder):
@@ -176,7 +176,7 @@ def integer_grid(weight: QTensor) -> IntegerGrid | None:
 
 
 def why_no_integer_grid(weight: QTensor) -> str:
-    """What it is that an integer grid cannot hold, for a weight without one."""
+    """The property of a weight without an integer grid that such a grid cannot represent."""
     decoder = weight.decoder
     if decoder.granularity.kind in ("per_group", "per_axes"):
         return "groups within a channel" if decoder.granularity.group_size else "a scale for each combination of several axes"

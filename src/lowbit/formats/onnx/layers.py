@@ -1,4 +1,4 @@
-"""Quantized weights of a translated graph as integer codes, and the biases that go with them."""
+"""Writes the quantized weights of a translated graph as integer codes, with matching biases."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lowbit.formats.program.program import GRID_OF_ITS_OWN
 from lowbit.network.insert import site_name
 from lowbit.quantizers import QTensor
 
-LARGEST_BIAS = 2**30  # leaves the sum of products as much again
-COARSE = 1 / 8  # of a step: the most by which a bias may be moved
+LARGEST_BIAS = 2**30  # leaves as much room for the sum of products
+COARSE = 1 / 8  # largest rounding error of a bias, in steps
 _PAIR = 2**14 - 1  # two products of this size fit 16 bits, in which processors without integer dot products add them
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can become a part of the layer before them
+_LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can be fused into the layer before them
 
 
 @dataclass(frozen=True)
 class DecodedWeight:
-    """A weight as it is in the file: the parameter's name, the grid, whether two codes share a byte, and whether its products hold the bias."""
+    """A weight in the file: the parameter's name, its grid, whether two codes share a byte, and whether its products can express the bias."""
 
     name: str
     grid: IntegerGrid
@@ -42,9 +42,9 @@ def decode_weight(
     reasons: Reasons,
     folded: IntegerGrid | None = None,
 ) -> None:
-    """Replace a weight node by DequantizeLinear of its codes, or by its float values where no integer grid holds them.
+    """Replace a weight node by DequantizeLinear of its codes, or by its float values if they have no integer grid.
 
-    ``folded`` is the grid to use where something was folded into it.
+    ``folded`` is the grid to use if a batch norm or the like was folded into the weight.
     """
     grid = folded or integer_grid(weight)
     if grid is None:
@@ -66,7 +66,7 @@ def _insert(
 ) -> ir.Value:
     is_int4 = container == "int4" and weight.grid.fits_int4
     dtype, grid = (ir.DataType.INT4, weight.grid) if is_int4 else (ir.DataType.INT8, weight.grid.centred().widened())
-    # ONNX Runtime fuses a linear layer only where the zero point is written out, zeros too
+    # ONNX Runtime fuses a linear layer only if the zero point is explicit, even if it is 0
     contents = (("codes", grid.codes, dtype), ("scale", grid.scale, None), ("zero_point", grid.zero_point, dtype))
     value = _insert_decoder(anchor, name, {part: (content.numpy(), kind) for part, content, kind in contents}, grid.axis)
     decoded[value] = DecodedWeight(weight.name, grid, is_int4)
@@ -74,15 +74,15 @@ def _insert(
 
 
 def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight]) -> None:
-    """An int32 bias of scale ``x_scale * w_scale`` for a layer that is computed in integers; any other keeps its float bias.
+    """Give a layer that is computed in integers an int32 bias of scale ``x_scale * w_scale``; other layers keep their float bias.
 
-    Rounding a bias moves a whole channel, which matters where many of its values lie near the boundary of two codes, and always where the
-    input is 0 and the bias is all there is. So the codes of the weights are multiplied until their products hold the biases well, and a
-    bias is rounded to that side on which it has its own code. Where that leaves more than ``COARSE`` of a step of the codes behind
-    the layer, the layer stays in float.
+    Rounding a bias shifts a whole channel, which matters where many of its values lie near the boundary of two codes, and always where the
+    input is 0, so that only the bias is left. So the codes of the weights are multiplied until the grid of their products is fine enough
+    for the biases, and a bias is rounded in the direction that keeps its code. If the error still exceeds ``COARSE`` steps of the codes
+    behind the layer, the layer stays in float.
 
-    A channel with next to no weights (a dead one) can have a scale at which its bias exceeds 32 bits. Its weights go to the finest
-    grid at which the bias fits; that moves the result by less than the bias times ``inputs * 2**-23``.
+    A dead channel, with hardly any weights, can have a scale at which its bias exceeds 32 bits. Its weights are moved to the finest grid at
+    which the bias fits; that changes the result by less than the bias times ``inputs * 2**-23``.
     """
     if len(node.inputs) < 3 or why_in_float(node, grids, decoded) is not None:
         return
@@ -114,7 +114,7 @@ def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[i
 
 
 def _replace_weight(node: ir.Node, weight: DecodedWeight, decoded: dict[ir.Value, DecodedWeight]) -> None:
-    """Let ``node`` alone have another grid for its weight; it keeps the names where nothing else reads that weight."""
+    """Replace the grid of the weight for ``node`` only; the names stay if nothing else reads that weight."""
     old, graph = input_of(node, 1), graph_of(node)
     step = old.producer()
     assert step is not None
@@ -140,7 +140,7 @@ class _Quantizer:
 
 
 def _quantizer_behind(node: ir.Node) -> _Quantizer | None:
-    """The quantizer that alone reads a layer's result."""
+    """The quantizer that is the only reader of a layer's result."""
     readers = {use.node for use in node.outputs[0].uses()}
     reader = readers.pop() if len(readers) == 1 else None
     if reader is None or reader.op_type != "QuantizeLinear":
@@ -150,7 +150,7 @@ def _quantizer_behind(node: ir.Node) -> _Quantizer | None:
 
 
 def _bias_codes(bias: torch.Tensor, units: torch.Tensor, quantizer: _Quantizer | None) -> torch.Tensor:
-    """The nearest whole numbers of ``units``, or the next ones on the other side where those alone have the code of ``bias`` itself."""
+    """Biases rounded to integers of ``units``: the nearest one, or the next on the other side if only that keeps the code of ``bias``."""
     nearest = (bias / units).round()
     if quantizer is None:
         return nearest
@@ -163,7 +163,7 @@ def _bias_codes(bias: torch.Tensor, units: torch.Tensor, quantizer: _Quantizer |
 def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
     """Keep a layer in float that has no integer weight although its input is quantized.
 
-    ONNX Runtime would quantize its weight to 8 bits by itself. A clip to the range that the input is in anyway hides the codes.
+    ONNX Runtime would quantize its weight to 8 bits on its own. A clip to the range of the input, which changes nothing, hides the codes.
     """
     if node.domain != "" or node.op_type not in _LAYERS or node.inputs[1] in decoded:
         return
@@ -179,9 +179,9 @@ def _hide_codes(node: ir.Node, grids: Mapping[ir.Value, Grid]) -> None:
 
 
 def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:
-    """Let a layer that is computed in float have its weight as a cast and a product, which runtimes compute once, when loading.
+    """Decode the weight of a layer that is computed in float by a cast and a product, which runtimes compute once, when loading.
 
-    They leave DequantizeLinear to be computed in every call. Not done where ONNX Runtime would then quantize the weight again.
+    They would compute a DequantizeLinear in every call. This is not done where ONNX Runtime would then quantize the weight again.
     """
     if why_in_float(node, grids, decoded) is None or (node.inputs[0] in grids and _may_end_in_quantizer(node.outputs[0])):
         return
@@ -190,9 +190,9 @@ def decode_while_loading(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded:
 
 
 def decode_weights_of_others(graph: ir.Graph, decoded: Mapping[ir.Value, DecodedWeight]) -> None:
-    """Let readers that are no layers of their own, as those of embeddings and recurrent layers, not have a weight decoded in every call.
+    """Avoid decoding a whole weight in every call for other readers, such as those in embeddings and recurrent layers.
 
-    A lookup of rows decodes the rows that it has found; what else is done with weights alone is computed once, when loading.
+    A lookup decodes only the rows that it finds; anything else that depends on weights alone is computed once, when loading.
     """
     for value, weight in decoded.items():
         source, readers = value.producer(), dict.fromkeys(use.node for use in value.uses() if use.node.op_type not in _LAYERS)
@@ -201,7 +201,7 @@ def decode_weights_of_others(graph: ir.Graph, decoded: Mapping[ir.Value, Decoded
         codes, tables = _codes_of(value), _tables(graph, f"{value.name}.table", weight.grid)
         others = []
         for reader in readers:
-            if weight.is_int4 or not _looks_up_rows(reader, value):  # ONNX has no lookup among 4-bit codes
+            if weight.is_int4 or not _looks_up_rows(reader, value):  # ONNX cannot look up 4-bit codes
                 others.append(reader)
                 continue
             factors, zeros = (None if table is None else _same_lookup(reader, table) for table in tables)
@@ -222,7 +222,7 @@ def _looks_up_rows(reader: ir.Node, value: ir.Value) -> bool:
 
 
 def _same_lookup(reader: ir.Node, table: ir.Value) -> ir.Value:
-    """What ``reader`` finds in another table; a table of one row is for all rows."""
+    """The lookup of ``reader`` in another table; a table of one row applies to all rows."""
     if table.shape is not None and table.shape[0] == 1:
         return table
     step = ir.node("Gather", [table, input_of(reader, 1)], {"axis": 0})
@@ -238,7 +238,7 @@ def _codes_of(weight: ir.Value) -> ir.Value:
 
 
 def _tables(graph: ir.Graph, name: str, grid: IntegerGrid) -> tuple[ir.Value, ir.Value | None]:
-    """Factors and, where there are any, zero points, shaped so that they broadcast with the codes."""
+    """Factors and zero points, if any, in shapes that broadcast with the codes."""
     shape, zeros = [-1 if axis == grid.axis else 1 for axis in range(grid.codes.dim())], None
     if bool(grid.zero_point.any()):
         zeros = add_initializer(graph, f"{name}.zeros", grid.zero_point.float().reshape(shape).numpy())
@@ -246,7 +246,7 @@ def _tables(graph: ir.Graph, name: str, grid: IntegerGrid) -> tuple[ir.Value, ir
 
 
 def _decode_by_steps(anchor: ir.Node, name: str, codes: ir.Value, factors: ir.Value, zeros: ir.Value | None) -> ir.Value:
-    """``(codes - zeros) * factors`` in front of ``anchor``."""
+    """Insert ``(codes - zeros) * factors`` in front of ``anchor``."""
     steps = [ir.node("Cast", [codes], {"to": FLOAT})]
     if zeros is not None:
         steps.append(ir.node("Sub", [steps[0].outputs[0], zeros]))
@@ -259,7 +259,7 @@ def _decode_by_steps(anchor: ir.Node, name: str, codes: ir.Value, factors: ir.Va
 
 
 def _may_end_in_quantizer(value: ir.Value) -> bool:
-    """Whether a runtime that merges neighbouring operators into a layer or swaps them may see a quantizer right behind it."""
+    """Whether a runtime that fuses or reorders operators may find a quantizer directly behind the layer."""
     uses = list(value.uses())
     merged = {"Relu", "Clip", *MOVES} | (_LINEAR if len(uses) == 1 else set())
     return any(
@@ -273,7 +273,7 @@ def _is_decoded(value: ir.Value | None) -> bool:
 
 
 def _insert_decoder(anchor: ir.Node, name: str, contents: Mapping[str, tuple[Array, ir.DataType | None]], axis: int | None) -> ir.Value:
-    """DequantizeLinear of new initializers in front of ``anchor``."""
+    """Insert DequantizeLinear of new initializers in front of ``anchor``."""
     graph = graph_of(anchor)
     inputs = [add_initializer(graph, f"{name}.{part}", content, dtype) for part, (content, dtype) in contents.items()]
     step = ir.node("DequantizeLinear", inputs, {} if axis is None else {"axis": axis})
@@ -284,7 +284,7 @@ def _insert_decoder(anchor: ir.Node, name: str, contents: Mapping[str, tuple[Arr
 
 
 def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> str | None:
-    """Why runtimes cannot compute a layer in integers although its weight is; ``None`` if they can, or if it is no such layer."""
+    """Why runtimes cannot compute a layer with an integer weight in integers; ``None`` if they can, or if it is no such layer."""
     if node.domain != "" or len(node.inputs) < 2 or (weight := node.inputs[1]) is None or weight not in decoded:
         return None
     if decoded[weight].is_int4:
@@ -295,7 +295,7 @@ def why_in_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping
         return f"{node.op_type} has no integer kernel"
     if node.inputs[0] not in grids:
         return "the input is not quantized"
-    if node.op_type == "Conv":  # linear layers may end in float
+    if node.op_type == "Conv":  # the output of linear layers may be float
         if node.outputs[0].is_graph_output():
             return "the result is the network's output"
         after = sorted({use.node.op_type for use in node.outputs[0].uses()} - {"QuantizeLinear"})
@@ -313,7 +313,7 @@ def note_layers_in_float(
     reasons: Reasons,
     emulated: Collection[str] = (),
 ) -> None:
-    """Add the layers with integer weights that are computed in float; inputs of ``emulated`` ones have a grid of their own in every call."""
+    """Note the layers with integer weights that are computed in float; inputs of ``emulated`` layers have a new grid in every call."""
     for node in graph:
         why = why_in_float(node, grids, decoded)
         weight = node.inputs[1] if why is not None else None

@@ -1,16 +1,16 @@
-"""Quantizer and weight nodes of a translated graph as QuantizeLinear and DequantizeLinear, placed so that runtimes compute in integers.
+"""Rewrites quantizer and weight nodes of a translated graph as QuantizeLinear and DequantizeLinear, so that runtimes compute in integers.
 
-What ONNX Runtime and OpenVINO need to see, and what is done for it:
+ONNX Runtime and OpenVINO require, and the rewriting provides:
 
-- activations as uint8 codes: a quantizer is shifted so that its lowest code is 0; fewer codes than 256 are a clip *of the codes*;
+- activations as uint8 codes: a quantizer is shifted so that its lowest code is 0; fewer codes than 256 become a clip *of the codes*;
 - a convolution directly followed by its quantizer: a ReLU or clip between the two becomes part of the clip of the codes, which is
-  exact because rounding is monotone, and disappears where the codes' range implies it;
+  exact because rounding is monotone, and is dropped where the range of the codes implies it;
 - batch norms behind layers folded into the scales of their weights and into their biases;
 - integer weights with one scale for each output channel, the transpose of a linear layer applied to the codes;
 - integer biases of scale ``x_scale * w_scale``;
-- layers with float weights are kept from being quantized by the runtime on its own, which ONNX Runtime does where their input is;
-- codes read by several operators of a function in float, such as GELU, decoded once for all of them;
-- codes on both sides of operators that only move values: the quantizer is repeated behind them, which changes nothing.
+- layers with float weights that stay in float: ONNX Runtime would quantize them on its own where their input is quantized;
+- codes that several operators of a float function such as GELU read, decoded once for all of them;
+- codes on both sides of operators that only move values: the quantizer is repeated behind them, which does not change the values.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from lowbit.formats.onnx.surgery import Reasons, pass_through, remove_unused, ti
 from lowbit.formats.onnx.translate import DOMAIN, INT4_OPSET, QUANTIZE, WEIGHT, WeightContainer
 from lowbit.quantizers import QTensor
 
-_LISTED = 6  # names of layers in a note
+_LISTED = 6  # layers named in a note
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """An ONNX model of standard operators, and what was left in float and why."""
+    """An ONNX model of standard operators, and notes on the layers that stay in float."""
 
     model: ir.Model
     notes: tuple[str, ...]
 
 
 def float_network(marked: ir.Model) -> ir.Model:
-    """The same network without any quantizer: what the quantized file is timed against."""
+    """The same network without quantizers, as the baseline for timing the quantized file."""
     model = marked.clone()
     for node in list(model.graph):
         if node.domain == DOMAIN:
@@ -70,14 +70,14 @@ def integer_network(
     """Replace every quantizer and quantized weight by ONNX's operators.
 
     Args:
-        marked: What ``translate`` returned; it is not changed.
+        marked: The graph from ``translate``; it is not changed.
         weights: The codes of the weights by parameter name.
-        weight_container: ``int8`` (integer kernels), or ``int4``, which takes half a byte for codes of up to 4 bits but which
-            runtimes decode and compute in float.
-        emulated: Layers whose input has its own grid in every call.
+        weight_container: ``int8`` (integer kernels), or ``int4``, which stores codes of up to 4 bits in half a byte, but which runtimes
+            decode to compute in float.
+        emulated: Layers whose input has a new grid in every call.
 
     Raises:
-        SpecError: 4-bit codes in a graph of an opset without them.
+        SpecError: The graph's opset has no 4-bit integers.
     """
     if weight_container == "int4" and marked.opset_imports[""] < INT4_OPSET:
         raise SpecError(f"4-bit codes need opset {INT4_OPSET}, the graph has {marked.opset_imports['']}")
@@ -91,7 +91,7 @@ def integer_network(
             quantize_activation(node, grids, reasons)
         elif only_moves(node) and node.inputs[0] in grids:
             repeat_quantizer(node, grids)
-    remove_unused(model)  # ReLUs and clips that quantizers took in
+    remove_unused(model)  # ReLUs and clips that quantizers absorbed
     folded = fold_affine(model.graph, weights, reasons)
     decoded: dict[ir.Value, DecodedWeight] = {}
     for node in list(model.graph):

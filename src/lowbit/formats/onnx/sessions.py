@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime and OpenVINO: running them, and counting what is really computed in integers."""
+"""Runs ONNX files in ONNX Runtime and OpenVINO, and counts the layers that are actually computed in integers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Runtime = Literal["onnxruntime", "openvino"]
 
-# Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate. With this entry of its session's settings ONNX Runtime
-# uses exact, slower instructions there; where there is VNNI it changes nothing.
+# Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate. With this session setting ONNX Runtime uses exact but
+# slower instructions there; with VNNI it has no effect.
 PRECISE_PRODUCTS = ("session.x64quantprecision", "1")
 
 SATURATION_NOTE = (
@@ -44,9 +44,9 @@ _FLOAT_PRODUCTS = frozenset({"Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatM
 
 @dataclass(frozen=True)
 class IntegerCount:
-    """Convolutions and linear layers in ONNX Runtime's optimized graph, and how many of them have an integer kernel.
+    """Numbers of convolutions and linear layers in ONNX Runtime's optimized graph, and of those with an integer kernel.
 
-    Products of two activations, as in attention, are not counted. ``operators`` has the number of nodes of each kind.
+    Products of two activations, as in attention, are not counted. ``operators`` is the number of nodes by operator.
     """
 
     conv_integer: int
@@ -61,7 +61,7 @@ class IntegerCount:
 
 
 def count_integer_kernels(path: Path | str) -> IntegerCount:
-    """Let ONNX Runtime optimize the file fully for this machine and count the kernels that it chose.
+    """Optimize the file with ONNX Runtime for this machine and count the integer kernels that it chose.
 
     Raises:
         MissingExtraError: onnx or onnxruntime is not installed.
@@ -73,7 +73,7 @@ def count_integer_kernels(path: Path | str) -> IntegerCount:
         _session(str(path), threads=1, optimized=optimized)
         graph = onnx.load(optimized).graph
     constants = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:  # a weight that is decoded when the network runs is a weight still
+    for node in graph.node:  # weights that are decoded at run time count as weights, too
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             constants.update(node.output)
     kinds = [
@@ -92,7 +92,7 @@ def count_integer_kernels(path: Path | str) -> IntegerCount:
 
 
 def _weight_inputs(node: onnx.NodeProto) -> tuple[str, ...]:
-    """The two factors of a product; in the quantized linear operators the second stands behind the scales of the first."""
+    """Names of the two factors of a product; quantized linear operators have the scale and zero point of the first in between."""
     position = 3 if node.op_type in ("QGemm", "QLinearMatMul") else 1
     return node.input[0], node.input[position]
 
@@ -108,10 +108,10 @@ class Network(Protocol):
         """The outputs by name, in the order of the file; DataError where the file cannot be run on these inputs."""
 
     def prepare(self, inputs: Inputs) -> object:
-        """Inputs in the form that ``run`` takes."""
+        """Convert inputs to the form that ``run`` expects."""
 
     def run(self, prepared: object) -> object:
-        """One call without any conversion: what is timed."""
+        """Run one call without any conversion; this is the part that is timed."""
 
 
 def load_onnx(path: Path | str, *, runtime: Runtime = "onnxruntime", threads: int = 1, observe: tuple[str, ...] = ()) -> Network:
@@ -121,13 +121,13 @@ def load_onnx(path: Path | str, *, runtime: Runtime = "onnxruntime", threads: in
         path: The file.
         runtime: ``onnxruntime`` or ``openvino``.
         threads: Processor threads for one call.
-        observe: Inner values to return behind the outputs (ONNX Runtime only); those the file does not have are left out.
+        observe: Inner values to return after the outputs (ONNX Runtime only); names that the file does not have are ignored.
 
     Raises:
         MissingExtraError: The runtime is not installed.
         DataError: There is no such file.
         FileFormatError: The runtime does not accept the file.
-        SpecError: An unknown runtime, or ``threads`` below 1.
+        SpecError: The runtime is unknown, or ``threads`` is below 1.
     """
     if threads < 1:
         raise SpecError(f"threads must be at least 1, got {threads}")
@@ -159,7 +159,7 @@ def onnx_provenance(path: Path | str) -> Provenance | None:
 
 
 def saturates() -> bool:
-    """Whether this processor's plain 8-bit products saturate, so that ``PRECISE_PRODUCTS`` makes a difference: x86 without VNNI."""
+    """Whether 8-bit products saturate on this processor unless ``PRECISE_PRODUCTS`` is set: x86 without VNNI."""
     found = torch.cpu.get_capabilities()
     return found["architecture"] == "x86_64" and not (found["avx512_vnni"] or found["avx_vnni"])
 
@@ -216,7 +216,7 @@ class _OpenVinoNetwork:
 
 
 def _with_outputs(path: Path | str, names: tuple[str, ...]) -> bytes:
-    """The file with inner values as further outputs."""
+    """The file with inner values as additional outputs."""
     onnx = _onnx()
     model = onnx.load(path)
     made = {name for node in model.graph.node for name in node.output} - {value.name for value in model.graph.output}
@@ -235,7 +235,7 @@ def _session(source: str | bytes, threads: int, optimized: Path | None = None) -
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if saturates():
         options.add_session_config_entry(*PRECISE_PRODUCTS)
-    options.log_severity_level = 4  # what there is to say is in the exceptions
+    options.log_severity_level = 4  # exceptions carry the messages
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
@@ -251,7 +251,7 @@ def _session(source: str | bytes, threads: int, optimized: Path | None = None) -
 
 
 def _without_sharing(source: str | bytes) -> bytes:
-    """The file with decoded weights of its own for each node that reads some: ``PRECISE_PRODUCTS`` fails on weights that layers share."""
+    """The file with a copy of shared decoded weights for each reader: ``PRECISE_PRODUCTS`` fails on weights that layers share."""
     onnx = _onnx()
     model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     graph = model.graph

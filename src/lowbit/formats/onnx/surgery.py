@@ -10,40 +10,40 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-Reasons = dict[str, list[str]]  # why something stays in float, and the names of what does
+Reasons = dict[str, list[str]]  # reason for staying in float -> names of the layers or tensors
 Array = npt.NDArray[np.generic]
 
 FLOAT = ir.DataType.FLOAT
 
 
 def graph_of(node: ir.Node) -> ir.Graph:
-    """The graph that ``node`` is in."""
+    """The graph that contains ``node``."""
     assert isinstance(node.graph, ir.Graph)
     return node.graph
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator requires."""
+    """A required input of the operator."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The content of a constant or initializer, ``None`` for anything else."""
+    """The content of a constant or initializer; ``None`` for anything else."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def add_initializer(graph: ir.Graph, name: str, content: Array, dtype: ir.DataType | None = None) -> ir.Value:
-    """A new initializer."""
+    """Add an initializer to the graph."""
     value = ir.val(name, const_value=ir.tensor(content, dtype=dtype, name=name))
     graph.register_initializer(value)
     return value
 
 
 def pass_through(node: ir.Node) -> None:
-    """Put an identity in the place of ``node``; ``tidy`` removes those that may go."""
+    """Replace ``node`` by an identity; ``tidy`` removes it where possible."""
     step = ir.node("Identity", [input_of(node, 0)])
     step.outputs[0].shape, step.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
     graph_of(node).insert_before(node, step)
@@ -51,7 +51,7 @@ def pass_through(node: ir.Node) -> None:
 
 
 def take_place_of(node: ir.Node, value: ir.Value) -> None:
-    """Let ``value`` take the place and the name of the output of ``node``, and remove ``node``."""
+    """Replace the output of ``node`` by ``value``, which inherits its name, and remove ``node``."""
     old = node.outputs[0]
     name = old.name
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
@@ -60,9 +60,9 @@ def take_place_of(node: ir.Node, value: ir.Value) -> None:
 
 
 def name_outputs(model: ir.Model, names: Sequence[str | None]) -> None:
-    """Give the outputs names, each a value of its own even where two are one tensor or one is an input; ``None`` leaves a name.
+    """Name the outputs, each a separate value even if two are the same tensor or one is an input; ``None`` keeps a name.
 
-    An output that returns an input under the input's own name stays what it is.
+    An output that returns an input under the input's own name does not change.
     """
     graph = model.graph
     inner = {str(value.name): value for node in graph for value in node.outputs}
@@ -91,10 +91,10 @@ def remove_unused(model: ir.Model) -> None:
 
 
 def tidy(model: ir.Model) -> ir.Model:
-    """Remove what nothing reads, and traces of the exporting machine such as file names in stack traces."""
+    """Remove everything that is not read, and traces of the exporting machine such as file names in stack traces."""
     has_subgraphs = any(True for _ in model.graph.subgraphs())
     for step in (
-        *(() if has_subgraphs else (passes.IdentityEliminationPass(),)),  # their results have to be values of their own
+        *(() if has_subgraphs else (passes.IdentityEliminationPass(),)),  # subgraphs must return values of their own
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.ClearMetadataAndDocStringPass(),

@@ -1,7 +1,7 @@
-"""A program as an ONNX graph in which quantizers and quantized weights are still single nodes of our own.
+"""Translates a program to an ONNX graph in which quantizers and quantized weights are still single nodes of a custom domain.
 
-Torch's exporter and ONNX's optimizer work on this graph: nodes of a domain they do not know keep them from folding a
-quantizer or a weight's codes away. ``onnx_rewrite`` then turns the nodes into ONNX's own operators.
+Torch's exporter and ONNX's optimizer work on this graph; as they do not know the domain, they cannot fold a quantizer or the codes of a
+weight away. ``rewrite`` then turns the nodes into standard ONNX operators.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ WeightContainer = Literal["int8", "int4"]
 DOMAIN = "lowbit"
 QUANTIZE = "FakeQuantize"  # (x, lower, step, scale, zero_point) {qmin, qmax}
 WEIGHT = "QuantizedWeight"  # (decoded weight) {name}
-OPSET = 18  # what torch's operator library is written in: newer versions go through a converter
+OPSET = 18  # the version of torch's operator library; newer ones need a conversion
 INT4_OPSET = 21  # the first with 4-bit integers
 
 
 def require_onnx() -> None:
-    """MissingExtraError unless ``onnx``, ``onnxscript`` and ``onnxruntime`` can be imported."""
+    """Raise MissingExtraError unless ``onnx``, ``onnxscript`` and ``onnxruntime`` can be imported."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(package)
@@ -62,14 +62,14 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
             raise GraphError(f"the network has no ONNX form: {_reason(error)}. Export it to .lowbit, or rewrite that operation.") from error
         assert converted is not None
         _name_batch(converted, program.batch_dims)
-        for name in reversed(list(program.weights)):  # each goes to the front
+        for name in reversed(list(program.weights)):  # each is inserted at the front
             _mark_weight(converted.model.graph, name)
         converted.optimize()
     return converted.model
 
 
 def _allow_other_layouts(program: Program) -> None:
-    """Let views copy what they read: the exporter takes attention apart, and what that computes lies differently in memory."""
+    """Let views copy their input: the exporter decomposes attention, whose intermediate results have a different memory layout."""
     aten, graph = torch.ops.aten, program.exported.graph
     for node in list(graph.nodes):
         if node.target is not aten.view.default or node.args[0].op != "call_function":
@@ -99,7 +99,7 @@ def _translations() -> dict[Any, Any]:
 
     ours, op = values.Opset(DOMAIN, 1), opset18  # type: Any, Any
 
-    # torch reads the annotations to tell attributes from inputs
+    # torch reads the annotations to distinguish attributes from inputs
     def affine(x, scale, zero_point, qmin: int, qmax: int):  # type: ignore[no-untyped-def]
         return ours.FakeQuantize(x, op.Neg(op.Mul(zero_point, scale)), scale, scale, zero_point, qmin=qmin, qmax=qmax)
 
@@ -115,7 +115,7 @@ def _translations() -> dict[Any, Any]:
         channels = 1
         if groups == 1:
             size = op.ReduceMean(size, [1], keepdims=1)
-        else:  # one convolution takes both means, whatever the height and width
+        else:  # one convolution computes both means, for any height and width
             channels = x.shape[1] // groups
         kernel = np.full((groups, channels, *kernel_size), 1 / (channels * math.prod(kernel_size)), np.float32)
         return op.Conv(size, op.CastLike(op.Constant(value=ir.tensor(kernel)), size), **window)
@@ -161,7 +161,7 @@ def _mark_weight(graph: ir.Graph, name: str) -> None:
 
 
 def _name_batch(converted: torch.onnx.ONNXProgram, batch_dims: Mapping[str, int]) -> None:
-    """Call the open sizes ``batch``, ``height`` and ``width`` and not ``s77``."""
+    """Name the open dimensions ``batch``, ``height`` and ``width`` instead of ``s77``."""
     import onnx_ir as ir
 
     sizes: set[str | ir.SymbolicDim] = set()
@@ -189,7 +189,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress lines; what goes wrong is in the exception."""
+    """Silence the exporter's progress messages; failures raise exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,20 +1,20 @@
 """The ``.lowbit`` file: a quantized network in one safetensors file, with codes packed to exactly their bits.
 
-It holds the packed codes (``conv1.weight``), the tables that decode them (``conv1.weight.scale``) and everything that stayed float, one
-behind the other in the order of their names: one vector for each dtype, because an entry in safetensors' header takes as much as a
+It contains the packed codes (``conv1.weight``), the tables that decode them (``conv1.weight.scale``) and everything that stayed float,
+concatenated in the order of their names into one vector for each dtype, because an entry in safetensors' header takes as much space as a
 small table. The header's metadata has one entry, ``lowbit``: a JSON object with ``version``, ``manifest`` and the manifest's ``checksum``.
-The ``manifest`` is JSON too, deflated and written in base 85, with
+The ``manifest`` is JSON as well, compressed with deflate and encoded in base 85, with
 
-- ``graph``: the operator calls (``lowbit.formats.program.calls``); reading it evaluates nothing and names no class;
+- ``graph``: the operator calls (``lowbit.formats.program.calls``); reading it evaluates no code and names no class;
 - ``tensors``: dtype, shape and BLAKE2b of every tensor;
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
-- ``kernels``: true if the network runs on low-bit kernels once it is loaded; absent otherwise;
-- ``provenance``: where the network comes from (``lowbit.provenance``); absent where that is not known;
-- ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and what was done to each layer.
+- ``kernels``: true if the loaded network runs on low-bit kernels; absent otherwise;
+- ``provenance``: origin of the network (``lowbit.provenance``); absent if unknown;
+- ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and the treatment of each layer.
 
-All keys are sorted and safetensors writes several metadata entries in random order, so one entry makes equal networks equal bytes.
-Checksums find damage; they are no signature.
+Equal networks give equal bytes: keys are sorted, and there is only one metadata entry, as safetensors writes several in random order.
+Checksums detect damage; they are not a signature.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ from lowbit.spec import BitPolicy, parse_bits
 
 VERSION = "1"
 LARGEST_MANIFEST = 2**24  # bytes of JSON; the largest networks of timm need less than a tenth of it
-DEEPEST_NAME = 64  # modules within modules; beyond it torch's recursion over modules ends in an error of Python's
+DEEPEST_NAME = 64  # nested modules; torch recurses over them and would exceed Python's recursion limit
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a packed file holds.
+    """The content of a packed file.
 
     Attributes:
         graph: The operator calls.
-        tensors: Every tensor that the graph reads, packed where it is quantized.
+        tensors: Every tensor that the graph reads; packed if it is quantized.
         layouts: Memory format of the tensors that are not row-major.
-        record: How the network was quantized; ``None`` where it does not say.
-        runs_on_kernels: Whether ``lowbit.load`` puts the network on low-bit kernels. The file holds the same codes either way: how kernels
-            want them is a matter of the processor that loads it.
-        provenance: Where the network comes from; ``None`` where the file does not say.
+        record: How the network was quantized; ``None`` if unknown.
+        runs_on_kernels: Whether ``lowbit.load`` moves the network onto low-bit kernels. The codes in the file are the same either way, as
+            their layout for the kernels depends on the processor that loads it.
+        provenance: Origin of the network; ``None`` if unknown.
     """
 
     graph: Graph
@@ -77,15 +77,15 @@ class Package:
     provenance: Provenance | None = None
 
     def layout_of(self, name: str) -> torch.memory_format:
-        """Memory format in which the tensor computed when it was exported."""
+        """Memory format that the tensor had when it was exported."""
         return _LAYOUTS[self.layouts[name]] if name in self.layouts else torch.contiguous_format
 
 
 def package(program: Program, record: QuantizationRecord | None = None, provenance: Provenance | None = None) -> Package:
-    """Pack an exported program; tensors of equal content are kept once.
+    """Pack an exported program; tensors with equal content are stored once.
 
     Raises:
-        GraphError: An operator or argument that a file cannot hold.
+        GraphError: An operator or argument that a packed file does not support.
     """
     exported = program.exported
     values: dict[str, Tensor] = {**exported.state_dict, **{k: v for k, v in exported.constants.items() if isinstance(v, Tensor)}}
@@ -105,10 +105,10 @@ def package(program: Program, record: QuantizationRecord | None = None, provenan
 
 
 def write_package(content: Package, path: Path | str) -> int:
-    """Write a packed file, complete or not at all, and return its size in bytes.
+    """Write a packed file atomically and return its size in bytes.
 
     Raises:
-        OutputError: The file cannot be written; a file that was there before is unchanged.
+        OutputError: The file cannot be written; an existing file is unchanged.
     """
     arrays: dict[str, Tensor] = {}
     numbers: dict[str, Json] = {}
@@ -162,7 +162,7 @@ class FilePart:
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """Bytes of all kinds together."""
         return self.code_bytes + self.table_bytes + self.float_bytes + self.header_bytes
 
 
@@ -175,9 +175,9 @@ HEADER_SECTIONS = {
 
 
 def file_parts(path: Path | str) -> list[FilePart]:
-    """What the bytes of a packed file are spent on, the largest part first; they add up to the size of the file.
+    """The parts of a packed file, the largest first; their bytes add up to the size of the file.
 
-    The header is compressed as a whole; its bytes are shared out in proportion to what each section takes when it is deflated alone.
+    The header is compressed as a whole; its bytes are divided in proportion to the size of each section when it is compressed alone.
 
     Raises:
         DataError, FileFormatError: As for ``read_package``.
@@ -208,7 +208,7 @@ def read_package(path: Path | str) -> Package:
 
     Raises:
         DataError: There is no such file, or it cannot be read.
-        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load; says what is wrong.
+        FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load.
     """
     check_readable(path)  # a missing file is not a broken one
     try:
@@ -222,7 +222,7 @@ def read_package(path: Path | str) -> Package:
         raise FileFormatError(f"{path}: not a safetensors file, or a truncated one ({error}). Copy or export it again.") from error
     except RecursionError as error:
         raise FileFormatError(f"{path}: its manifest is nested too deeply") from error
-    except ValueError as error:  # FileFormatError, and what refuses bits and policies
+    except ValueError as error:  # FileFormatError, and errors about bits and policies
         raise FileFormatError(f"{path}: {error}") from error
 
 
@@ -313,7 +313,7 @@ def _check_layout(name: str, layout: object, tensors: Mapping[str, Tensor | Pack
 
 
 def _arrays(name: str, tensor: Tensor | PackedTensor) -> dict[str, Tensor]:
-    """The tensors that a file stores for ``tensor``."""
+    """The arrays that a file stores for ``tensor``."""
     if isinstance(tensor, PackedTensor):
         tables = {f"{name}.{key}": table for key, table in tensor.stored_tables().items()}
         return {key: value.detach().cpu().contiguous() for key, value in {name: tensor.packed, **tables}.items()}
@@ -339,7 +339,7 @@ def _separated(described: Mapping[str, object], vectors: Mapping[str, Tensor]) -
         dtype, shape, checksum = entry
         vector, first, count = vectors.get(dtype, torch.empty(0)), read.get(dtype, 0), math.prod(shape)
         if vector.dim() != 1 or first + count > vector.numel():
-            raise FileFormatError(f"{where}: the file holds fewer values than its shape {shape} needs")
+            raise FileFormatError(f"{where}: the file contains fewer values than its shape {shape} needs")
         arrays[name] = vector[first : first + count].reshape(shape).clone()
         read[dtype] = first + count
         if checksum != _checksum(arrays[name]):
@@ -360,7 +360,7 @@ def _fingerprint(name: str, tensor: Tensor | PackedTensor) -> str:
 
 
 def _layout(tensor: Tensor) -> str:
-    """Name of the memory format in which the strides differ from row-major, or ``""``."""
+    """Name of the memory format of a tensor that is not row-major, else ``""``."""
     for name, layout in _LAYOUTS.items():
         if tensor.dim() == (4 if name == "channels_last" else 5):
             strides = torch.empty(tensor.shape, memory_format=layout, device="meta").stride()
@@ -390,7 +390,7 @@ def _info(record: QuantizationRecord | None) -> dict[str, Json]:
 
 
 def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
-    """The inverse of ``_info``; values of options that are not JSON's come back as text."""
+    """The inverse of ``_info``; values of options that JSON cannot express come back as strings."""
     if not info:
         return None
     method, options, seed, rows, notes = (info.get(key) for key in ("method", "options", "seed", "layers", "notes"))
@@ -403,7 +403,7 @@ def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
         table.add(_row_from(row))
     table.others = [_row_from(row) for row in cast(list[object], others)]
     table.notes.extend(cast(list[str], notes))
-    merge_bits = options.pop("merge_bits", None)  # where files had it before it was a part of the policy
+    merge_bits = options.pop("merge_bits", None)  # older files have it here instead of in the policy
     policy = BitPolicy.from_dict(info.get("policy")).with_merges(merge_bits)
     return QuantizationRecord(cast(str, method), options, policy, seed, table)
 
@@ -411,7 +411,7 @@ def _record_from(info: Mapping[str, object]) -> QuantizationRecord | None:
 def _row_from(row: object) -> LayerRecord:
     if not (isinstance(row, list) and len(row) in (6, 7) and _are_texts([row[0], row[1], row[5]]) and row[4] in ("done", "skipped")):
         raise FileFormatError(f"what was done to a layer must be [name, kind, bits, bits, status, reason, bits], got {str(row)[:80]}")
-    bits = [*row[2:4], *row[6:], None]  # files of before outputs could be quantized have no bits for them
+    bits = [*row[2:4], *row[6:], None]  # older files have no bits for outputs
     weight_bits, activation_bits, output_bits, *_ = (parse_bits(value, f"layer {row[0][:80]!r}") for value in bits)
     return LayerRecord(row[0], row[1], weight_bits, activation_bits, row[4], row[5], output_bits)
 

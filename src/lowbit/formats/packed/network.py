@@ -1,4 +1,4 @@
-"""A packed file as a network that runs without the code of the original one."""
+"""Runs the network in a packed file without the code of the original network."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lowbit.quantizers import QTensor
 
 
 class PackedNetwork(nn.Module):
-    """Runs the operator calls of a packed file on its decoded tensors.
+    """A network that runs the operator calls of a packed file on its decoded tensors.
 
-    Takes and returns what the original network did, and carries the record of its quantization.
+    It has the inputs and outputs of the original network, and the record of its quantization.
     """
 
     def __init__(self, package: Package, max_elements: int | None = None) -> None:
         super().__init__()
         self.packed_max_elements = max_elements
-        self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call has been checked
-        # long names: what the file calls its modules becomes attributes beside these
+        self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call was checked
+        # long names, because the file's module names become attributes next to these
         self.packed_content = package
         self.packed_graph = package.graph
         self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
@@ -61,7 +61,7 @@ class PackedNetwork(nn.Module):
 
     @property
     def lowbit_inputs(self) -> tuple[str, ...]:
-        """The names of its inputs, as its ``forward`` does not say them."""
+        """The names of its inputs, which the signature of ``forward`` does not contain."""
         return tuple(item.name for item in self.packed_graph.inputs)
 
     def weight_codes(self) -> dict[str, QTensor]:
@@ -80,7 +80,7 @@ class PackedNetwork(nn.Module):
         graph = self.packed_graph
         device = next(iter(inputs.values())).device
         shapes = tuple(tensor.shape for tensor in inputs.values())
-        is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()  # torch checks what it traces
+        is_traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()  # torch checks calls while tracing
         budget = None if is_traced or shapes in self.packed_checked else Budget(self.packed_max_elements, list(inputs.values()))
         values: dict[str, object] = dict(inputs)
 
@@ -134,22 +134,22 @@ class PackedNetwork(nn.Module):
         return found
 
     def functions(self) -> list[Function]:
-        """What each node of the graph calls."""
+        """The function that each node of the graph calls."""
         return [find_operator(call.node.operator) for call in self.packed_calls]
 
     def overload_of(self, operator: str) -> object:
-        """Torch's operator behind an operator of the graph; ``None`` for arithmetic on sizes."""
+        """The torch operator for an operator of the graph; ``None`` for arithmetic on sizes."""
         return find_overload(operator)
 
     def _check(self, call: _PreparedCall, arguments: list[object], options: dict[str, object], budget: Budget) -> None:
-        """FileFormatError where a call is none that torch can be trusted with, or takes too much."""
+        """Raise FileFormatError if torch cannot be trusted with a call, or if it exceeds the budget."""
         overload = self.overload_of(call.node.operator)
         if overload is not None:
             _call(call.node, check_tensors, overload, arguments, options)
             _call(call.node, budget.check, overload, arguments, options)
 
     def _add(self, name: str, values: Tensor) -> None:
-        """Register a tensor under its full name, in modules made for the parts of that name."""
+        """Register a tensor under its full name, creating a module for each part of that name."""
         *path, last = name.split(".")
         module: nn.Module = self
         for part in path:
@@ -167,7 +167,7 @@ class PackedNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class _PreparedCall:
-    """A node with its arguments as lists, which of them are stored tensors or hold other values, and the results that nothing reads after it."""
+    """A node with its arguments as lists, the positions of stored tensors and other references, and the results last read by it."""
 
     node: OperatorCall
     arguments: list[object]
@@ -202,12 +202,12 @@ def _is_open(value: object) -> bool:
 
 
 def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs by name, each of the dtype and shape that the file expects, on the network's device."""
+    """Inputs by name, checked for the dtype, shape and device that the network expects."""
     expected = {item.name: item for item in graph.inputs}
     if len(inputs.tensors) != len(expected) or not set(inputs.kwargs) <= set(expected):
         wanted = ", ".join(f"{name}: {item}" for name, item in expected.items())
         given = [*("a tensor" for _ in inputs.args), *inputs.kwargs]
-        raise SpecError(f"the network takes {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
+        raise SpecError(f"the network expects {wanted}; got {len(given)} inputs: {', '.join(given) or 'none'}")
     named = name_inputs(list(expected), inputs)
     lowest, highest = graph.batch_range
     devices = {tensor.device for tensor in stored.values()}
@@ -226,7 +226,7 @@ def _checked(graph: Graph, inputs: Inputs, stored: Mapping[str, Tensor]) -> dict
 
 
 def _require_finite(inputs: Mapping[str, Tensor]) -> None:
-    """DataError naming the first input that holds NaN or infinity, and its samples."""
+    """Raise DataError naming the first input with NaN or infinity, and its samples."""
     for name, tensor in inputs.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = ~tensor.isfinite()
@@ -239,7 +239,7 @@ def _require_finite(inputs: Mapping[str, Tensor]) -> None:
 
 
 def _check_equal_batches(graph: Graph, inputs: Mapping[str, Tensor], error: FileFormatError) -> None:
-    """SpecError where inputs of different batch sizes may be why a node cannot be computed."""
+    """Raise SpecError if different batch sizes of the inputs may be the reason why a node cannot be computed."""
     sizes = {item.name: _open_batch(item, inputs[item.name]) for item in graph.inputs}
     if len({size for found in sizes.values() for size in found}) > 1:
         batches = ", ".join(f"{name} {size}" for name, found in sizes.items() for size in found)
@@ -257,10 +257,10 @@ def _fits(expected: GraphInput, tensor: Tensor) -> bool:
 
 
 def _call(node: OperatorCall, function: Callable[..., object], /, *args: object, **kwargs: object) -> object:
-    """What a function returns, its errors as a FileFormatError that names the node."""
+    """Call a function, turning its errors into a FileFormatError that names the node."""
     try:
         return function(*args, **kwargs)
-    except SpecError as error:  # inputs have been checked: what the file calls and what it holds do not fit
+    except SpecError as error:  # inputs were checked, so the file's calls and tensors do not fit each other
         raise FileFormatError(f"graph node {node.name!r} ({node.operator}) cannot be computed: {error}") from error
     except LowbitError:
         raise
@@ -272,7 +272,7 @@ def _call(node: OperatorCall, function: Callable[..., object], /, *args: object,
 
 
 def _last_reads(graph: Graph) -> list[tuple[str, ...]]:
-    """For each node, the results that nothing reads after it."""
+    """For each node, the results that are not read after it."""
     waiting = {reference.name for output in graph.outputs for reference in references(output) if isinstance(reference, Result)}
     finished: list[tuple[str, ...]] = []
     for node in reversed(graph.nodes):

@@ -1,7 +1,7 @@
-"""Codes as bits: dense packing of 1- to 8-bit codes.
+"""Dense packing of 1- to 8-bit codes.
 
-Codes form one little-endian stream of bits: code ``i`` takes bits ``i * b`` to ``i * b + b - 1``, so 8 codes fill ``b`` bytes
-whatever ``b`` is, and the result does not depend on the machine's byte order.
+Codes form one little-endian stream of bits: code ``i`` occupies bits ``i * b`` to ``i * b + b - 1``, so 8 codes fill ``b`` bytes
+for any ``b``, and the result does not depend on the machine's byte order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowbit.spec import check_bit_width
 
 
 def packed_size(count: int, bit_width: int) -> int:
-    """Bytes that ``count`` codes take."""
+    """Number of bytes that ``count`` packed codes need."""
     return (count * bit_width + 7) // 8
 
 
@@ -49,7 +49,7 @@ def pack(codes: Tensor, bit_width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bit_width: int, count: int) -> Tensor:
-    """The inverse of ``pack``: uint8 vector of ``count`` codes; SpecError when ``packed`` has another size or type."""
+    """The inverse of ``pack``: a uint8 vector of ``count`` codes; SpecError if ``packed`` has the wrong size or type."""
     check_bit_width(bit_width, "unpack")
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != packed_size(count, bit_width):
         raise SpecError(
@@ -66,7 +66,7 @@ def unpack(packed: Tensor, bit_width: int, count: int) -> Tensor:
 
 
 def _overlaps(bit_width: int) -> Iterator[tuple[int, int, int]]:
-    """``(code, byte, shift)`` for each of the 8 codes of a group and each byte that holds some of its bits."""
+    """``(code, byte, shift)`` for each of the 8 codes of a group and each byte that contains some of its bits."""
     for code in range(8):
         first, last = code * bit_width, (code + 1) * bit_width - 1
         for byte in range(first // 8, last // 8 + 1):
@@ -74,5 +74,5 @@ def _overlaps(bit_width: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:
-    """Left by ``shift`` bits, right when negative; bits that leave the byte are dropped."""
+    """``x`` shifted left by ``shift`` bits, right if negative; bits that leave the byte are dropped."""
     return x << shift if shift >= 0 else x >> -shift

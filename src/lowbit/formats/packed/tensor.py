@@ -1,4 +1,4 @@
-"""A quantized tensor in its packed form, and how a file describes it."""
+"""Packed tensors and their description in a file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PackedTensor:
     """Codes packed to exactly ``bit_width`` bits each, with their decoder.
 
     Attributes:
-        packed: uint8 vector; the codes minus ``offset``, in row-major order.
-        shape: Shape of the codes (with a leading dimension over the parts of a sum).
+        packed: uint8 vector of the codes minus ``offset``, in row-major order.
+        shape: Shape of the codes, with a leading dimension over the parts of a sum.
         bit_width: 1 to 8.
         offset: The smallest possible code: 0, or ``-2**(bit_width - 1)`` for signed codes.
         decoder: Turns codes into floats.
@@ -44,12 +44,12 @@ class PackedTensor:
         return PackedTensor(packed, tuple(q.codes.shape), q.bit_width, offset, q.decoder)
 
     def unpack(self) -> QTensor:
-        """The codes, one to a byte."""
+        """The codes, one per byte."""
         codes = unpack(self.packed, self.bit_width, math.prod(self.shape)).to(torch.int16) + self.offset
         return QTensor(codes.to(code_dtype(self.offset)).reshape(self.shape), self.decoder, self.bit_width)
 
     def decode(self) -> Tensor:
-        """The float values, bit for bit those of the quantizer."""
+        """The float values, bit for bit equal to the quantizer's."""
         return self.unpack().decode()
 
     @property
@@ -68,12 +68,12 @@ class PackedTensor:
         return sum(table.numel() * table.element_size() for table in self.stored_tables().values())
 
     def stored_tables(self) -> dict[str, Tensor]:
-        """The decoder's tables as a file keeps them: zero points as whole numbers of one byte, and not at all where all are 0."""
+        """The decoder's tables as a file stores them: zero points as integers of one byte, and none if all are 0."""
         tables = {name: _as_bytes(table) if _is_zero_point(name) else table for name, table in self.decoder.tensors().items()}
         return {name: table for name, table in tables.items() if not _is_zero_point(name) or bool(table.any())}
 
     def describe(self) -> dict[str, Json]:
-        """What a file says about it besides its tensors; ``packed_tensor_from`` reads it."""
+        """The description that a file stores besides the arrays; ``packed_tensor_from`` reads it."""
         parts = self.decoder.parts if isinstance(self.decoder, SumDecoder) else ()
         granularity = self.decoder.granularity.counted_from_zero(len(self.shape) - bool(parts))
         return {
@@ -83,20 +83,20 @@ class PackedTensor:
 
 
 def packed_tensor_from(name: str, description: object, packed: Tensor, tables: Mapping[str, Tensor]) -> PackedTensor:
-    """The packed tensor that a file describes, checked so that it can be decoded.
+    """Rebuild a packed tensor from a file, and check that it can be decoded.
 
     Args:
-        name: For messages.
-        description: What ``describe`` returned.
+        name: Name for error messages.
+        description: The description from ``describe``.
         packed: The packed codes.
         tables: The stored tables by their names within the decoder.
 
     Raises:
-        FileFormatError: Something does not fit; says what.
+        FileFormatError: The description, the codes or the tables are invalid.
     """
     try:
         return _packed_tensor(description, packed, tables)
-    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # also a granularity that does not fit
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # also raised for a granularity that does not fit
         raise FileFormatError(f"tensor {name[:80]!r}: {error}") from error
 
 
@@ -113,7 +113,7 @@ def _packed_tensor(description: object, packed: Tensor, tables: Mapping[str, Ten
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != packed_size(math.prod(shape), bit_width):
         raise FileFormatError(
             f"{math.prod(shape)} codes of {bit_width} bits need {packed_size(math.prod(shape), bit_width)} bytes, "
-            f"the file holds {packed.dtype} of shape {tuple(packed.shape)}"
+            f"the file contains {packed.dtype} of shape {tuple(packed.shape)}"
         )
     tensor = PackedTensor(packed, tuple(shape), bit_width, cast(int, offset), _decoder(description, tables))
     _check_tables(tensor)
@@ -141,7 +141,7 @@ def _decoder(description: Mapping[str, object], tables: Mapping[str, Tensor]) ->
 
 
 def _check_tables(tensor: PackedTensor) -> None:
-    """Every table must be finite and broadcast with the codes, and codes must be those that the decoder has."""
+    """Check that every table is finite and broadcasts with the codes, and that the decoder has all codes."""
     codes = tensor.unpack().codes
     pairs = [(tensor.decoder, codes)]
     if isinstance(tensor.decoder, SumDecoder):
@@ -159,7 +159,7 @@ def _check_tables(tensor: PackedTensor) -> None:
             if not table.is_floating_point():
                 raise FileFormatError(f"table {name!r} must be floating point, got {table.dtype}")
             if not bool(torch.isfinite(table).all()):
-                raise FileFormatError(f"table {name!r} holds values that are not finite")
+                raise FileFormatError(f"table {name!r} contains values that are not finite")
             if isinstance(decoder, CodebookDecoder):
                 _check_codebook(table, part, math.prod(scale_shape))
             elif tuple(table.shape) not in ((), scale_shape):
@@ -179,7 +179,7 @@ def _is_zero_point(name: str) -> bool:
 
 
 def _as_bytes(zero_point: Tensor) -> Tensor:
-    """Whole numbers of one byte where that is exact."""
+    """Zero points as integers of one byte if that is exact."""
     for dtype in (torch.uint8, torch.int8):
         if bool((zero_point.to(dtype).to(zero_point.dtype) == zero_point).all()):
             return zero_point.to(dtype)

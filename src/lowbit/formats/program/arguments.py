@@ -1,8 +1,8 @@
-"""What operators are given, checked against what torch trusts.
+"""Checks the arguments of operators that torch does not check itself.
 
-Torch believes many of its callers: it divides by a stride of zero, reads past the end of a short table, writes statistics into its
-arguments. Settings (numbers, flags) are checked by the names of their parameters, which mean the same in all operators, once when a file
-is read and again when they were computed; tensors are checked by families of operators before each call.
+Torch trusts its callers: it divides by a stride of zero, reads past the end of a short table, and writes statistics into its arguments.
+Settings (numbers, flags) are checked by the names of their parameters, which mean the same in all operators, once when a file is read and
+again if they are computed at run time; tensors are checked for each family of operators before each call.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_SETTING = 2**31  # sizes, strides and places beyond it fit no tensor; sums and products of them overflow in torch
+LARGEST_SETTING = 2**31  # larger sizes, strides and indices fit no tensor, and their sums and products overflow in torch
 
 Values = Mapping[str, Any]
 
-_LEAST = {  # of whole numbers, by the name of the parameter
+_LEAST = {  # smallest integers, by the name of the parameter
     **dict.fromkeys(("stride", "dilation", "kernel_size", "groups", "group", "num_groups", "num_layers", "step"), 1),
     **dict.fromkeys(("upscale_factor", "downscale_factor", "chunks", "sections", "divisor_override"), 1),
     **dict.fromkeys(("padding", "output_padding", "output_size", "repeats", "steps", "split_size", "split_sizes", "length", "k"), 0),
     **dict.fromkeys(("N", "C", "HxW", "n", "m", "normalized_shape"), 0),
     "num_classes": -1,
 }
-_CHOICES = {"interpolation_mode": (0, 1, 2), "padding_mode": (0, 1, 2)}  # torch takes any number and then does not compute anything
-_OPEN = {"start", "end"}  # of a slice: the largest number stands for the end
+_CHOICES = {"interpolation_mode": (0, 1, 2), "padding_mode": (0, 1, 2)}  # torch accepts any number and then computes nothing
+_OPEN = {"start", "end"}  # in a slice, the largest number means the end
 _ANY_SIGN = {("rot90", "k")}
 RANDOM = ("dropout", "dropout_p")
 _TRAINING = ("train", "training", "use_input_stats")
@@ -36,9 +36,9 @@ _INTEGER_DIVISIONS = {"floor_divide", "remainder", "fmod", "div"}
 
 
 def check_settings(overload: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """ValueError where a setting that stands in a graph is out of its range, makes results random or changes a stored tensor.
+    """Raise ValueError if a constant setting is out of range, makes results random or would change a stored tensor.
 
-    Arguments that are still to be computed are left alone.
+    Arguments that are computed at run time are skipped.
     """
     for name, parameter, value in _given(overload, args, kwargs):
         if parameter.is_listed and not (value is None or isinstance(value, (torch.dtype, torch.memory_format))):
@@ -54,15 +54,15 @@ def check_settings(overload: Any, args: Sequence[object], kwargs: Mapping[str, o
         ):
             raise ValueError(f"{name} must be false where there are running statistics: they would be changed")
         if value is torch.bool and str(overload) == "aten.view.dtype":
-            raise ValueError("bytes cannot be taken for truth values")
+            raise ValueError("bytes cannot be used as booleans")
         if name == "sorter" and value is not None:
-            raise ValueError("sorter must be left out: torch does not check where it points")
+            raise ValueError("sorter must be left out: torch does not check its indices")
 
 
 def _check_whole(overload: Any, name: str, value: object) -> None:
     for number in value if isinstance(value, (list, tuple)) else (value,):
         if not isinstance(number, int) or isinstance(number, bool):
-            continue  # absent, or computed when it runs
+            continue  # absent, or computed at run time
         if name not in _OPEN and abs(number) > LARGEST_SETTING:
             raise ValueError(f"{name} must be at most {LARGEST_SETTING} in size, got {number}")
         least = _LEAST.get(name)
@@ -73,7 +73,7 @@ def _check_whole(overload: Any, name: str, value: object) -> None:
 
 
 def check_tensors(overload: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """ValueError where the arguments of a call are none that torch can be trusted with."""
+    """Raise ValueError if torch cannot be trusted with the tensor arguments of a call."""
     check_settings(overload, args, kwargs)
     family = _FAMILIES.get(overload._schema.name)
     if family is not None:
@@ -81,7 +81,7 @@ def check_tensors(overload: Any, args: Sequence[object], kwargs: Mapping[str, ob
 
 
 class _Parameter:
-    """What a schema says of a parameter: whether it is a whole number or a list of them, or one of torch's tables of names."""
+    """The kind of a parameter in a schema: an integer or a list of integers, or one of torch's enumerations."""
 
     def __init__(self, argument: Any) -> None:
         kind = str(argument.real_type)
@@ -102,28 +102,28 @@ def _given(overload: Any, args: Sequence[object], kwargs: Mapping[str, object]) 
 
 
 def _batch_norm(values: Values) -> None:
-    """Each table has one element for each channel."""
+    """Check that each table has one element for each channel."""
     x = values["input"]
     tables = [values.get(name) for name in ("weight", "bias", *_STATISTICS)]
     if x.dim() < 2 or any(table is not None and table.shape != x.shape[1:2] for table in tables):
         raise ValueError(f"an input of shape {tuple(x.shape)} needs tables of one element for each channel")
     if any(table is not None and table.device != x.device for table in tables):
-        raise ValueError("its tables must be where its input is")
+        raise ValueError("its tables must be on the device of its input")
     if values.get("running_mean") is None and values.get("training") is not True:
-        raise ValueError("it needs statistics, or to take them from its input")
+        raise ValueError("it needs running statistics, or training mode to compute them from its input")
 
 
 def _group_norm(values: Values) -> None:
-    """The sizes that it is told are those of its input."""
+    """Check that the given sizes are those of the input."""
     x, batch, channels, rest = (values[name] for name in ("input", "N", "C", "HxW"))
     if x.dim() < 2 or x.shape[:2] != (batch, channels) or math.prod(x.shape[2:]) != rest:
         raise ValueError(f"an input of shape {tuple(x.shape)} is not {batch} x {channels} x {rest}")
     if channels % values["group"] or any(t is not None and t.shape != (channels,) for t in (values.get("weight"), values.get("bias"))):
-        raise ValueError(f"{channels} channels need whole groups and tables of one element for each channel")
+        raise ValueError(f"{channels} channels must be divisible into its groups and need tables of one element for each channel")
 
 
 def _recurrent(gates: int) -> Callable[[Values], None]:
-    """States and parameters have the shapes that the input asks for; ``gates`` rows of a weight belong to one output."""
+    """A check that states and parameters have the shapes that the input requires; ``gates`` rows of a weight belong to one output."""
 
     def check(values: Values) -> None:
         x, hx, parameters, layers = values["input"], values["hx"], values["params"], values["num_layers"]
@@ -148,20 +148,20 @@ def _recurrent(gates: int) -> Callable[[Values], None]:
 
 
 def _bag(values: Values) -> None:
-    """A table of rows, places in it, and where bags begin, all in one place; torch checks what the places are."""
+    """Check the table of rows, the indices and the offsets of the bags; torch checks the range of the indices."""
     weight, indices, offsets, factors = values["weight"], values["indices"], values["offsets"], values.get("per_sample_weights")
     if [t.dim() for t in (weight, indices, offsets)] != [2, 1, 1] or any(t.device != weight.device for t in (indices, offsets)):
-        raise ValueError("it needs a table of rows, a list of places in it and one of where bags begin")
+        raise ValueError("it needs a table of rows, a list of indices and a list of offsets, all on one device")
     if indices.dtype != offsets.dtype or indices.dtype not in (torch.int32, torch.int64) or values.get("mode", 0) not in (0, 1, 2):
-        raise ValueError("places must be whole numbers, and its mode 0, 1 or 2")
+        raise ValueError("indices and offsets must be whole numbers, and its mode 0, 1 or 2")
     if factors is not None and (factors.shape != indices.shape or factors.dtype != weight.dtype or factors.device != weight.device):
-        raise ValueError(f"its factors must be {weight.dtype}, one for each of {indices.numel()} places")
+        raise ValueError(f"its factors must be {weight.dtype}, one for each of {indices.numel()} indices")
     if not -weight.shape[0] <= (values.get("padding_idx") or 0) < max(weight.shape[0], 1):
         raise ValueError(f"padding_idx must be one of its {weight.shape[0]} rows")
 
 
 def _resize(values: Values) -> None:
-    """Scales fit the sizes: torch computes places in the input, and the width of filters, from them."""
+    """Check that scales fit the sizes: torch computes positions in the input, and the width of filters, from them."""
     x, sizes, factors = values.get("self", values.get("input")), values.get("output_size"), values.get("scale_factors")
     scales = factors if factors is not None else [value for name, value in values.items() if name.startswith("scales")]
     if not isinstance(x, Tensor) or x.dim() < 3:
@@ -169,7 +169,7 @@ def _resize(values: Values) -> None:
     space = x.shape[2:]
     if sizes is None:
         sizes = [before * scale for before, scale in zip(space, scales, strict=True)]
-        if not all(1 <= size <= LARGEST_SETTING for size in sizes):  # NaN too
+        if not all(1 <= size <= LARGEST_SETTING for size in sizes):  # also fails for NaN
             raise ValueError(f"scales of {list(scales)} do not resize {tuple(space)}")
         return
     for before, after, scale in zip(space, sizes, scales, strict=False):
@@ -178,17 +178,19 @@ def _resize(values: Values) -> None:
 
 
 def _attention(values: Values) -> None:
-    """As many keys as values, all of one width, and heads and masks that fit."""
+    """Check that there are as many keys as values, that widths are equal, and that heads and masks fit."""
     query, key, value, mask = values["query"], values["key"], values["value"], values.get("attn_mask")
     tensors = (query, key, value)
     if any(t.dim() < 2 or t.dim() != query.dim() or t.dtype != query.dtype or t.device != query.device for t in tensors):
-        raise ValueError("query, key and value must have one dtype and equally many dimensions, two or more")
+        raise ValueError("query, key and value must have the same dtype and the same number of dimensions, two or more")
     if values.get("enable_gqa"):
         heads = [t.shape[-3] if t.dim() > 2 else 0 for t in tensors]
         if any(count == 0 for count in heads) or heads[1] != heads[2] or heads[0] % heads[1]:
             raise ValueError(f"shared heads need keys and values of at least one head, a divisor of the query's, got {heads}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"there must be as many keys as values, as wide as queries, got {', '.join(str(tuple(t.shape)) for t in tensors)}")
+        raise ValueError(
+            f"there must be as many keys as values, and keys as wide as queries, got {', '.join(str(tuple(t.shape)) for t in tensors)}"
+        )
     scale = values.get("scale")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
@@ -196,13 +198,13 @@ def _attention(values: Values) -> None:
     if mask is not None:
         scores = (*outer, query.shape[-2], key.shape[-2])
         if values.get("is_causal") or mask.dtype not in (torch.bool, query.dtype) or mask.device != query.device:
-            raise ValueError("a mask must be of bool or the query's dtype, and is not given beside is_causal")
+            raise ValueError("a mask must have dtype bool or that of the query, and cannot be combined with is_causal")
         if not _broadcasts_to(mask.shape, scores):
             raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit scores of shape {scores}")
 
 
 def _transposed(values: Values) -> None:
-    """No more places are added than a step holds."""
+    """Check that output_padding is smaller than the stride or the dilation."""
     if values.get("transposed") is False:
         return
     names = ("output_padding", "stride", "dilation")
@@ -212,13 +214,13 @@ def _transposed(values: Values) -> None:
 
 
 def _numbers(value: object) -> list[Any]:
-    """One number for each dimension, of which there are at most three."""
+    """A number for each of up to three dimensions."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     return numbers if len(numbers) > 1 else 3 * numbers
 
 
 def _quantizer(values: Values) -> None:
-    """Tables of one element, or that broadcast to the input; a result is always shaped like the input."""
+    """Check that tables have one element or broadcast to the shape of the input, which is that of the result."""
     x, tables = values["x"], [value for name, value in values.items() if name != "x" and isinstance(value, Tensor)]
     if any(not _broadcasts_to(table.shape, x.shape) or table.device != x.device for table in tables):
         raise ValueError(f"scales and zero points must fit an input of shape {tuple(x.shape)}, got {[tuple(t.shape) for t in tables]}")
@@ -257,12 +259,12 @@ _FAMILIES: dict[str, Callable[[Values], None]] = {
 
 
 def divides_integers(overload: Any) -> bool:
-    """Whether an operator can divide whole numbers as such: the smallest one by -1 has no result, and ends the process."""
+    """Whether an operator can perform integer division, where dividing the smallest integer by -1 crashes the process."""
     return overload._schema.name.removeprefix("aten::") in _INTEGER_DIVISIONS
 
 
 def refusing_overflow(overload: Any) -> Callable[..., object]:
-    """``overload`` with ValueError where the smallest whole number is divided by -1."""
+    """``overload``, raising ValueError if the smallest integer is divided by -1."""
 
     def checked(*args: Any, **kwargs: Any) -> object:
         is_exact = "div" in str(overload).split(".")[1:2] and kwargs.get("rounding_mode") is None

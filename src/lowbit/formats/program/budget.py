@@ -1,7 +1,7 @@
-"""How much memory and time a graph from a file may take, found out before it takes them.
+"""Limits the memory and time of a graph from a file before it runs.
 
-A call is first made on the meta device, where tensors have shapes and no values: torch computes every size, of what it makes on the way
-too, and allocates nothing.
+A call is first made on the meta device, where tensors have shapes but no values: torch computes all sizes, those of intermediate results
+included, and allocates nothing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 LEAST = 2**28  # elements of one result: 1 GiB of float32
-PER_INPUT = 64  # elements of one result for each element of the inputs; a first layer of 64 channels on grey images
-AT_A_TIME = 16  # results of full size that may be held together
-PRODUCTS = 2**13  # multiply-accumulates for each element that a result may have: minutes on one core
-PER_ELEMENT = 64  # multiply-accumulates that computing one element outside matrix products counts as
+PER_INPUT = 64  # elements of one result per input element, as in a first layer of 64 channels on grey images
+AT_A_TIME = 16  # results of full size that may be in memory together
+PRODUCTS = 2**13  # multiply-accumulates per allowed element of a result: minutes on one core
+PER_ELEMENT = 64  # cost of one element outside matrix products, in multiply-accumulates
 
 
 class Budget:
-    """What one pass through a graph may take.
+    """Limits on the memory and time of one pass through a graph.
 
     Args:
-        max_elements: Elements of one result; ``None``: ``2**28``, or 64 times those of the inputs where that is more.
-        inputs: Those of the pass.
+        max_elements: Largest number of elements of one result. Default: ``2**28``, or 64 times those of the inputs if that is more.
+        inputs: Inputs of the pass.
 
     Attributes:
-        is_decided_by_values: A result's size was decided by values, so that the next inputs of these shapes can need more.
+        is_decided_by_values: Whether the size of a result depended on values, so that other inputs of the same shapes can need more.
     """
 
     def __init__(self, max_elements: int | None, inputs: Sequence[Tensor]) -> None:
@@ -42,7 +42,7 @@ class Budget:
         self._held: dict[str, int] = {}
 
     def check(self, overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """ValueError where a call needs more than is left; nothing is computed or allocated."""
+        """Raise ValueError if a call exceeds the budget; nothing is computed or allocated."""
         name = str(overload)
         if name in _RECURRENT:
             self.count(*_recurrent(*args))
@@ -63,13 +63,13 @@ class Budget:
         self.add_work(_windows(overload, args, kwargs) * sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)))
 
     def count(self, elements: int, work: float) -> None:
-        """Note a result; ValueError where it is too large."""
+        """Count a result; ValueError if it is too large."""
         if elements > self.max_elements:
-            raise ValueError(f"it makes {elements:,} elements, at most {self.max_elements:,} are allowed. {RAISE}")
+            raise ValueError(f"its result has {elements:,} elements, at most {self.max_elements:,} are allowed. {RAISE}")
         self.add_work(work)
 
     def add_work(self, work: float) -> None:
-        """Note multiply-accumulates; ValueError where a pass would take too many."""
+        """Count multiply-accumulates; ValueError if the pass needs too many."""
         self.work += work
         if self.work > PRODUCTS * self.max_elements:
             raise ValueError(
@@ -77,20 +77,20 @@ class Budget:
             )
 
     def hold(self, name: str, result: object, freed: Sequence[str]) -> None:
-        """Note that a result is kept and others are not; ValueError where too much is held together."""
+        """Record that a result is kept and others are freed; ValueError if too much is in memory together."""
         self._held[name] = sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
         for other in freed:
             self._held.pop(other, None)
         held = sum(self._held.values())
         if held > AT_A_TIME * self.max_elements:
-            raise ValueError(f"{held:,} elements are held together, at most {AT_A_TIME * self.max_elements:,} are allowed. {RAISE}")
+            raise ValueError(f"{held:,} elements are in memory together, at most {AT_A_TIME * self.max_elements:,} are allowed. {RAISE}")
 
 
 RAISE = "If the file can be trusted, load it with a larger max_elements."
 
 
 class _Meter(TorchDispatchMode):
-    """Counts what every operator makes, those that torch composes others of included."""
+    """Counts the results of every operator, including those that composite operators consist of."""
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ def _to_meta(value: object) -> object:
 
 
 def _windows(overload: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> float:
-    """Places that a pooling reads for one output, whether they are in its input or not."""
+    """Number of elements that a pooling reads for one output, padding included."""
     name = overload._schema.name
     if "_pool" in name and "adaptive" not in name:
         size = kwargs.get("kernel_size", args[1] if len(args) > 1 else 1)
         dims = int(name[name.index("d", name.index("_pool") + 5) - 1])
         return PER_ELEMENT / 4 * (math.prod(size) if isinstance(size, (list, tuple)) and len(size) > 1 else _single(size) ** dims)
     layer = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][1:2]
-    if name.startswith("lowbit::") and layer and name.endswith(("conv2d", "linear")):  # packed words hold up to 32 places each
+    if name.startswith("lowbit::") and layer and name.endswith(("conv2d", "linear")):  # a packed word contains up to 32 elements
         return 32 * layer[0].numel() / max(layer[0].shape[0], 1)
     return 0.0
 
@@ -131,7 +131,7 @@ def _single(size: object) -> int:
 
 
 def _recurrent(x: Tensor, _states: object, parameters: Sequence[Tensor], *_rest: object) -> tuple[int, float]:
-    """Elements and multiply-accumulates: every step makes a row for each weight and multiplies with all of them."""
+    """Elements and multiply-accumulates: every step computes a row for each weight and multiplies by all of them."""
     steps = x.shape[0] * x.shape[1]
     return steps * sum(p.shape[0] for p in parameters if p.dim()), float(steps) * sum(p.numel() for p in parameters)
 
@@ -155,7 +155,7 @@ def _is_mask(index: object) -> bool:
 
 
 def _places(indices: Sequence[object]) -> list[object]:
-    """Indices with the places of what masks select instead of masks, on the meta device."""
+    """Indices on the meta device, with masks replaced by the indices that they select."""
     found: list[object] = []
     for index in indices:
         if isinstance(index, Tensor) and _is_mask(index):

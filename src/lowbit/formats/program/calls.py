@@ -1,7 +1,7 @@
-"""The graph of a packed file: a list of operator calls, each reading only what stands before it, as plain JSON.
+"""The graph of a packed file in plain JSON: a list of operator calls, each of which reads only earlier results.
 
-Arguments are numbers, text, ``null`` and lists, or one of: ``{"node": name}`` the result of an earlier call or an input,
-``{"tensor": name}`` a stored tensor, ``{"dtype": name}``, ``{"memory_format": name}``, ``{"device": null}`` wherever the inputs are,
+Arguments are numbers, strings, ``null`` and lists, or one of: ``{"node": name}``, the result of an earlier call or an input;
+``{"tensor": name}``, a stored tensor; ``{"dtype": name}``; ``{"memory_format": name}``; ``{"device": null}``, the device of the inputs;
 ``{"float": "inf" | "-inf" | "nan"}``.
 """
 
@@ -38,14 +38,14 @@ _DEEPEST = 6  # nesting of lists in an argument; torch's operators need 2
 
 @dataclass(frozen=True)
 class Result:
-    """The value that an earlier node or an input of that name has."""
+    """A reference to the result of an earlier node, or to an input."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The stored tensor of that name."""
+    """A reference to a stored tensor."""
 
     name: str
 
@@ -57,7 +57,7 @@ class InputDevice:
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One operator call."""
+    """A call of an operator."""
 
     name: str
     operator: str
@@ -67,7 +67,7 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input: its name, shape (``None`` where the size is open), type, and the dimension over samples."""
+    """An input: its name, shape (``None`` for open sizes), dtype, and the dimension over samples."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -81,9 +81,9 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class Graph:
-    """Inputs, operator calls in order, and the values returned with how they are nested.
+    """Inputs, operator calls in order, and the returned values with their nesting.
 
-    ``batch_range`` holds the smallest and largest size of the batch, ``None`` where there is no limit.
+    ``batch_range`` is the smallest and the largest batch size, ``None`` for no limit.
     """
 
     inputs: tuple[GraphInput, ...]
@@ -105,7 +105,7 @@ class Graph:
 
 
 def references(value: object) -> Iterator[Result | Stored]:
-    """The names that an argument refers to."""
+    """The references within an argument."""
     if isinstance(value, (Result, Stored)):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -118,12 +118,12 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
 
     Args:
         exported: Functional program.
-        structure: How its outputs are nested.
-        names: For each parameter, buffer and constant, the name of the stored tensor that holds it.
+        structure: Nesting of its outputs.
+        names: The name of the stored tensor for each parameter, buffer and constant.
         batch_dims: The dimension over samples of each input that has one.
 
     Raises:
-        GraphError: It uses an operator or an argument that a packed file cannot hold; names the module.
+        GraphError: It uses an operator or an argument that a packed file does not support; the error names the module.
     """
     known: dict[fx.Node, object] = {}
     inputs: list[GraphInput] = []
@@ -140,16 +140,18 @@ def graph_from_exported(exported: ExportedProgram, structure: Json, names: Mappi
         elif node.op == "call_function":
             name = operator_name(node.target)
             if name is None:
-                raise GraphError(f"a packed file cannot hold the operator {node.target} (used by {_module_of(node)}). Rewrite that part.")
+                raise GraphError(
+                    f"a packed file does not support the operator {node.target} (used by {_module_of(node)}). Rewrite that part."
+                )
             args = tuple(_argument(arg, known, node) for arg in node.args)
-            # where memory lies and how tensors are laid out is torch's default everywhere
+            # pinned memory and layout always have torch's defaults
             kwargs = {key: _argument(arg, known, node) for key, arg in node.kwargs.items() if key not in ("layout", "pin_memory")}
             nodes.append(OperatorCall(node.name, name, args, kwargs))
             known[node] = Result(node.name)
         elif node.op == "output":
             outputs = tuple(_argument(arg, known, node) for arg in cast(tuple[object, ...], node.args[0]))
         else:
-            raise GraphError(f"a packed file cannot hold {node.op} of {node.target} (used by {_module_of(node)}). Rewrite that part.")
+            raise GraphError(f"a packed file does not support {node.op} of {node.target} (used by {_module_of(node)}). Rewrite that part.")
     specs = exported.graph_signature.output_specs
     results = [output for output, spec in zip(outputs, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
     return Graph(tuple(inputs), tuple(nodes), tuple(results), structure, _batch_range(exported, batch_dims))
@@ -159,7 +161,7 @@ def _batch_range(exported: ExportedProgram, batch_dims: Mapping[str, int]) -> tu
     batches = {str(node.meta["val"].shape[batch_dims[node.name]]) for node in exported.graph.nodes if node.name in batch_dims}
     lowest, highest = 1, math.inf
     for constraint in (found for size, found in exported.range_constraints.items() if str(size) in batches):
-        if constraint.lower > 2:  # 2 is where torch starts: it sets sizes 0 and 1 apart
+        if constraint.lower > 2:  # torch starts at 2, as it treats sizes 0 and 1 specially
             lowest = max(lowest, int(constraint.lower))
         highest = min(highest, float(constraint.upper))
     return lowest, None if math.isinf(highest) else int(highest)
@@ -168,7 +170,7 @@ def _batch_range(exported: ExportedProgram, batch_dims: Mapping[str, int]) -> tu
 def _graph_input(node: fx.Node, batch_dim: int) -> GraphInput:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
-        raise GraphError(f"input {node.name!r} is a {type(value).__name__}; a packed file takes tensors only")
+        raise GraphError(f"input {node.name!r} is a {type(value).__name__}; a packed file supports tensors only")
     return GraphInput(node.name, tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype, batch_dim)
 
 
@@ -181,7 +183,7 @@ def _argument(value: object, known: Mapping[fx.Node, object], node: fx.Node) -> 
         return InputDevice()
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
         return value
-    raise GraphError(f"a packed file cannot hold the argument {value!r} of {node.target} (used by {_module_of(node)})")
+    raise GraphError(f"a packed file does not support the argument {value!r} of {node.target} (used by {_module_of(node)})")
 
 
 def _module_of(node: fx.Node) -> str:
@@ -190,7 +192,7 @@ def _module_of(node: fx.Node) -> str:
 
 
 def graph_to_json(graph: Graph) -> Json:
-    """Plain JSON values; ``graph_from_json`` reads them."""
+    """The graph as plain JSON values; ``graph_from_json`` reads them."""
     return {
         "inputs": [
             [i.name, list(i.shape), str(i.dtype).removeprefix("torch."), *([i.batch_dim] if i.batch_dim else [])] for i in graph.inputs
@@ -221,14 +223,14 @@ def _to_json(value: object) -> Json:
 
 
 def graph_from_json(data: object, tensors: frozenset[str]) -> Graph:
-    """The graph that a file holds, checked: known operators, and only references to what stands before.
+    """Read and check a graph: operators must be known, and references must point to earlier results.
 
     Args:
-        data: What ``graph_to_json`` returned.
+        data: The values from ``graph_to_json``.
         tensors: Names of the stored tensors.
 
     Raises:
-        FileFormatError: Anything else than a graph that can be run.
+        FileFormatError: The data is not a valid graph.
     """
     fields = _typed(data, dict, "graph")
     inputs = tuple(_input_from_json(item) for item in _typed(fields.get("inputs"), list, "graph inputs"))
@@ -264,7 +266,9 @@ def _node_from_json(item: object, known: set[str], tensors: frozenset[str]) -> O
 def _input_from_json(item: object) -> GraphInput:
     kinds = [str, list, str, int]
     if not (isinstance(item, list) and [type(part) for part in item] in (kinds, kinds[:3]) and item[2] in _DTYPES):
-        raise FileFormatError(f"graph inputs: an input must be [name, shape, dtype] or [name, shape, dtype, batch_dim], got {str(item)[:80]}")
+        raise FileFormatError(
+            f"graph inputs: an input must be [name, shape, dtype] or [name, shape, dtype, batch_dim], got {str(item)[:80]}"
+        )
     if not all(size is None or is_size(size) for size in item[1]):
         raise FileFormatError(f"graph input {item[0][:80]!r}: its shape must be sizes or null, got {str(item[1])[:80]}")
     batch_dim = item[3] if len(item) == 4 else 0
@@ -290,11 +294,11 @@ def _from_json(value: object, known: set[str], tensors: frozenset[str], where: s
     if isinstance(content, str):
         if kind == "node":
             if content not in known:
-                raise FileFormatError(f"{where}: it reads {content[:80]!r}, which no earlier node makes")
+                raise FileFormatError(f"{where}: it reads {content[:80]!r}, which no earlier node computes")
             return Result(content)
         if kind == "tensor":
             if content not in tensors:
-                raise FileFormatError(f"{where}: it reads the tensor {content[:80]!r}, which the file does not hold")
+                raise FileFormatError(f"{where}: it reads the tensor {content[:80]!r}, which the file does not contain")
             return Stored(content)
         if kind == "dtype" and content in _DTYPES:
             return _DTYPES[content]

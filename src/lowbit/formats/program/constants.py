@@ -1,4 +1,4 @@
-"""Constants of an exported program: its parameters and buffers, and what is computed from them alone."""
+"""Constants of an exported program: its parameters and buffers, and values computed from these alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from lowbit.formats.program.operators import operator_name
 
-_LARGEST = 256  # numbers; the levels of a codebook and the tables of an activation's grid, but no weight
+_LARGEST = 256  # elements: enough for a codebook or the tables of an activation grid, too few for weights
 
 
 def constant_of(exported: ExportedProgram, placeholder: fx.Node) -> Tensor | None:
@@ -27,9 +27,9 @@ def constant_of(exported: ExportedProgram, placeholder: fx.Node) -> Tensor | Non
 
 
 def fold_constants(exported: ExportedProgram) -> None:
-    """Replace what is computed from parameters, buffers and constants alone, up to 256 numbers, by constants of the program.
+    """Replace results of up to 256 elements that depend on parameters, buffers and constants alone by constants.
 
-    So a quantizer's grid is a handful of numbers in a file, and not the way from its parameters to them.
+    So a file contains the few numbers of a quantizer's grid, rather than the computation that derives them from its parameters.
     """
     graph = exported.graph_module.graph
     outputs = set(graph.output_node().all_input_nodes)
@@ -59,7 +59,7 @@ def _computed(node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor | None:
 
 
 def _add_constant(exported: ExportedProgram, node: fx.Node, value: Tensor) -> fx.Node:
-    """A placeholder for a new constant, before the inputs, where torch keeps constants."""
+    """Add a constant with a placeholder before the inputs, where torch keeps constants."""
     specs = exported.graph_signature.input_specs
     index = next(position for position, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT)
     placeholders = [found for found in exported.graph_module.graph.nodes if found.op == "placeholder"]
@@ -74,7 +74,7 @@ def _add_constant(exported: ExportedProgram, node: fx.Node, value: Tensor) -> fx
 
 
 def _names(path: str, operator: str) -> Iterator[str]:
-    """Names for a constant of the module at ``path``: its place first."""
+    """Candidate names for a constant of the module at ``path``, the plain one first."""
     prefix = f"{path}." if path else ""
     yield f"{prefix}{operator}"
     yield from (f"{prefix}{operator}_{number}" for number in range(1, 10**6))

@@ -1,9 +1,9 @@
 """The operators that a packed graph may use.
 
-Torch's functional operators that deterministic inference needs, lowbit's own, and whole-number arithmetic on sizes. What is not listed
-here is neither written nor run, so a file can compute with its tensors and do nothing else: no files, no random numbers, no
-changing of tensors in place, no views that reach outside a tensor. What operators are given is checked in ``arguments``, how much they
-may take in ``budget``.
+These are torch's functional operators for deterministic inference, lowbit's own, and integer arithmetic on sizes. Operators that are not
+listed here are neither written nor run, so a file can compute with its tensors and do nothing else: it cannot access files, draw random
+numbers, change tensors in place or view memory outside of a tensor. ``arguments`` checks the arguments of operators, ``budget`` limits
+their memory and time.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _ATEN_NAMES = """
     scaled_dot_product_attention lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell sym_size sym_numel
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
-_NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # only their overload for plain batches, not that for packed sequences
+_NOT_PACKED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # their overload for packed sequences is not allowed
 _LOWBIT = frozenset({"fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook", "input_scale"})
 
-_LARGEST = 2**62  # sizes beyond it cannot be sizes; repeated products of hostile files would fill the memory
+_LARGEST = 2**62  # no size can be larger; repeated products in hostile files would exhaust the memory
 
 
 def _on_numbers(function: Callable[..., float]) -> Function:
-    """``function`` for numbers of bounded size only: Python's ``*`` would also repeat lists, its integers grow without end."""
+    """``function`` restricted to numbers of bounded size: Python's ``*`` would also repeat lists, and its integers are unbounded."""
 
     def checked(*values: object) -> float:
         if not all(isinstance(value, (int, float)) for value in values):
@@ -77,7 +77,7 @@ def _item(values: object, index: object) -> object:
     return values[index]
 
 
-_ON_SIZES: dict[str, tuple[Function, Function]] = {  # name: (what export finds in a graph, what a loaded graph runs)
+_ON_SIZES: dict[str, tuple[Function, Function]] = {  # name: (function in an exported graph, function that a loaded graph runs)
     "getitem": (operator.getitem, _item),
     "add": (operator.add, _on_numbers(operator.add)),
     "sub": (operator.sub, _on_numbers(operator.sub)),
@@ -97,7 +97,7 @@ _NAMES_ON_SIZES = {found: name for name, (found, _) in _ON_SIZES.items()}
 
 
 def operator_name(target: object) -> str | None:
-    """The name under which a file refers to a node's target (``aten.conv2d.default``, ``mul``), or ``None`` if it is not allowed."""
+    """The name by which a file refers to a node's target (``aten.conv2d.default``, ``mul``), or ``None`` if it is not allowed."""
     name = _NAMES_ON_SIZES.get(target) if callable(target) else None
     if name is not None:
         return str(name)
@@ -106,20 +106,20 @@ def operator_name(target: object) -> str | None:
 
 @functools.cache
 def find_operator(name: str) -> Function:
-    """The function behind a name in a file; FileFormatError when it is not allowed or this torch does not have it."""
+    """The function of that name; FileFormatError if it is not allowed or this version of torch lacks it."""
     if name in _ON_SIZES:
         return _ON_SIZES[name][1]
     if not _is_listed(name):
         raise FileFormatError(f"operator {name[:80]!r} is not one that a packed file may use")
     overload = _overload(name)
     if not _is_function(overload):
-        reason = "it writes into its arguments, is random or makes no tensor"
+        reason = "it writes into its arguments, is random or returns no tensor"
         raise FileFormatError(f"operator {name!r} is not one that a packed file may use: {reason}")
     return refusing_overflow(overload) if divides_integers(overload) else cast(Function, overload)
 
 
 def check_arguments(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """FileFormatError where a setting that stands in a graph is none that torch can be trusted with."""
+    """Raise FileFormatError if torch cannot be trusted with a constant setting of a graph."""
     if name in _ON_SIZES:
         return
     try:
@@ -129,7 +129,7 @@ def check_arguments(name: str, args: Sequence[object], kwargs: Mapping[str, obje
 
 
 def find_overload(name: str) -> Any:
-    """Torch's operator behind a name that is allowed; ``None`` for arithmetic on sizes."""
+    """The torch operator with an allowed name; ``None`` for arithmetic on sizes."""
     return None if name in _ON_SIZES else _overload(name)
 
 
@@ -139,13 +139,13 @@ def _is_listed(name: str) -> bool:
     known = _ATEN if namespace == "aten" else _LOWBIT if namespace == "lowbit" else frozenset()
     if packet in _NOT_PACKED and overload != "input":
         return False
-    return packet in known and overload.isidentifier() and not overload.startswith("prim")  # of TorchScript, without checks
+    return packet in known and overload.isidentifier() and not overload.startswith("prim")  # TorchScript overloads, which check nothing
 
 
 def _is_function(overload: Any) -> bool:
-    """Whether it writes into none of its arguments, draws no random numbers and makes tensors, or reads a size.
+    """Whether an operator changes none of its arguments, draws no random numbers, and returns tensors or a size.
 
-    What is random only by a setting, such as attention with dropout, is allowed; ``arguments`` refuses the setting.
+    Operators that are random only with certain settings, such as attention with dropout, are allowed; ``arguments`` refuses the setting.
     """
     schema = overload._schema
     makes_tensors = any("Tensor" in str(result.type) for result in schema.returns)
@@ -157,6 +157,6 @@ def _is_function(overload: Any) -> bool:
 def _overload(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if not isinstance(found, _OpOverload):  # packets have other attributes too
+    if not isinstance(found, _OpOverload):  # packets also have other attributes
         raise FileFormatError(f"operator {name!r} is unknown to torch {torch.__version__}; the file needs another version")
     return found

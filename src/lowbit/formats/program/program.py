@@ -1,4 +1,4 @@
-"""A quantized network as one functional graph: what both file formats are written from."""
+"""Exports a quantized network as one functional graph, from which both file formats are written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowbit.network.insert import activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
 from lowbit.quantizers import QTensor
 
-GRID_OF_ITS_OWN = "every input has its own grid"  # why a layer is emulated
+GRID_OF_ITS_OWN = "every input has its own grid"  # the reason why a layer is emulated
 
 aten = torch.ops.aten
 
@@ -36,13 +36,13 @@ class Program:
     """A quantized network in evaluation mode as a graph.
 
     Attributes:
-        exported: The graph: functional, weights baked, each activation quantizer one ``lowbit::fake_quantize_*`` node. Its outputs
-            are the tensors of the network's output, flattened.
+        exported: The functional graph, with decoded weights and one ``lowbit::fake_quantize_*`` node for each activation quantizer. Its
+            outputs are the flattened tensors of the network's output.
         weights: The codes of each quantized weight by parameter name (a value of ``graph_signature.inputs_to_parameters``).
-        sample: The inputs it was exported with.
-        structure: How the flattened outputs are nested.
-        notes: What the user should know, for example that the batch size is fixed and why.
-        emulated: Layers (or sites of quantizers) whose input has its own grid in every call, which is computed with values in float.
+        sample: The inputs that it was exported with.
+        structure: Nesting of the flattened outputs.
+        notes: Remarks for the user, such as that the batch size is fixed, and why.
+        emulated: Layers (or sites of quantizers) whose input has a new grid in every call, which is emulated in float.
     """
 
     exported: ExportedProgram
@@ -54,7 +54,7 @@ class Program:
 
     @property
     def is_batch_dynamic(self) -> bool:
-        """Whether the graph takes any batch size."""
+        """Whether the graph accepts any batch size."""
         return _is_batch_dynamic(self.exported, self.sample)
 
     @property
@@ -66,9 +66,8 @@ class Program:
 def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int] = (), batch_dim: int | None = None) -> Program:
     """Export ``model`` in evaluation mode with its weights decoded.
 
-    The batch size is left open where the model allows it, else fixed to the sample's, and a note says so. Checks that only guard
-    shapes, copies that change nothing and identity batch norms are removed, and what quantizers compute from their parameters alone is
-    computed once.
+    The batch size is left open if the model allows it, else fixed to the sample's, with a note. Shape checks, redundant copies and identity
+    batch norms are removed, and whatever quantizers compute from their parameters alone is computed once.
 
     Args:
         model: A quantized (or float) network; it is not changed.
@@ -77,8 +76,8 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
         batch_dim: The dimension over samples, see ``lowbit.export``.
 
     Raises:
-        SpecError: A dimension that no input has.
-        GraphError: The model cannot be exported; names the line of its code that blocks, or why a dimension cannot stay open.
+        SpecError: No input has a dimension in ``dynamic``.
+        GraphError: The model cannot be exported; the error names the line of its code, or the reason why a dimension cannot stay open.
     """
     inputs = Inputs.of(sample, model).distinct()
     inputs = replace(inputs, batch_dim=find_batch_dim(model, inputs) if batch_dim is None else checked_batch_dim(batch_dim, inputs))
@@ -105,10 +104,10 @@ def _emulated(model: nn.Module) -> tuple[str, ...]:
 
 
 def _export(model: nn.Module, inputs: Inputs) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """With an open batch size if possible, else with that of ``inputs``, and why."""
+    """Export with an open batch size if possible, else with that of ``inputs`` and a note with the reason."""
     reason = "the inputs have no batch dimension"
     if any(inputs.batch_dim_of(t) is not None for t in inputs.tensors):
-        # sizes 0 and 1 are always taken as fixed, so an open size has to be traced with at least 2
+        # torch always treats sizes 0 and 1 as fixed, so an open size must be traced with at least 2
         traced = inputs if inputs.batch_size > 1 else inputs.repeat(2)
         shapes = ShapesCollection()
         for tensor in traced.tensors:
@@ -140,7 +139,7 @@ _RANKS = {"D": (5,), "H": (4, 5), "W": (4, 5), "L": (3,)}
 
 
 def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int]) -> ExportedProgram:
-    """With an open batch size and the further dimensions that ``dynamic`` names."""
+    """Export with an open batch size and the dimensions in ``dynamic`` open, too."""
     traced = inputs if inputs.batch_size > 1 else inputs.repeat(2)
     shapes = ShapesCollection()
     wanted: dict[int, dict[int, str]] = {}
@@ -173,7 +172,7 @@ def _export_open(model: nn.Module, inputs: Inputs, dynamic: Sequence[str | int])
 
 
 def _try_another_size(model: nn.Module, exported: ExportedProgram, inputs: Inputs, wanted: Mapping[int, Mapping[int, str]]) -> None:
-    """GraphError unless the network and its graph give the same where the open dimensions are twice as large."""
+    """Raise GraphError unless the network and its graph agree when the open dimensions are twice as large."""
     larger = [
         tensor.repeat(*(2 if dim in wanted[index] else 1 for dim in range(tensor.dim()))) for index, tensor in enumerate(inputs.tensors)
     ]
@@ -189,12 +188,12 @@ def _try_another_size(model: nn.Module, exported: ExportedProgram, inputs: Input
     pairs = list(zip(tensors_of(expected), tensors_of(found), strict=True))
     if not all(
         a.shape == b.shape and float((a - b).abs().mean()) <= 0.01 * float(a.abs().mean()) + 1e-6 for a, b in pairs
-    ):  # a code or two may fall to the other side of a tie
-        raise GraphError(f"{_not_open(names)}: at twice the size the graph does not compute what the network does. {_OPEN_ADVICE}")
+    ):  # a few codes may round to the other side of a tie
+        raise GraphError(f"{_not_open(names)}: at twice the size the graph does not compute what the network computes. {_OPEN_ADVICE}")
 
 
 def _dimension(name: str | int, tensor: Tensor) -> int | None:
-    """The number of the dimension called ``name``; ``None`` where the tensor has none."""
+    """The index of the dimension called ``name``; ``None`` if the tensor does not have it."""
     if isinstance(name, str):
         return tensor.dim() + _DIMENSIONS[name] if tensor.dim() in _RANKS.get(name, ()) else None
     return name if 0 <= name < tensor.dim() else None
@@ -205,7 +204,7 @@ def _not_open(dynamic: Sequence[str | int]) -> str:
 
 
 _OPEN_ADVICE = (
-    "Only networks that take any size can: convolutions and attention, and pooling to one size before linear layers; recurrent layers keep "
+    "Only networks that accept any size can: convolutions and attention, and pooling to one size before linear layers; recurrent layers keep "
     "the length of the sample. Leave it out of dynamic, or use nn.AdaptiveAvgPool2d(1) before nn.Flatten."
 )
 
@@ -214,7 +213,7 @@ def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) ->
     dynamic = None if shapes is None else shapes.dynamic_shapes(model, inputs.args, dict(inputs.kwargs))
     with quiet_export():
         exported: ExportedProgram = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
-        # makes it functional; the empty table keeps convolution, linear and attention whole
+        # makes the graph functional; with the empty table, convolution, linear and attention are not decomposed
         return cast(ExportedProgram, exported.run_decompositions({}))
 
 
@@ -230,7 +229,7 @@ def _is_batch_dynamic(exported: ExportedProgram, inputs: Inputs) -> bool:
 
 
 def _plain(traced: fx.GraphModule) -> nn.Module:
-    """A module of the same parts that runs the code of ``traced``: torch.export runs a traced network without its hooks."""
+    """A module with the same submodules that runs the code of ``traced``: torch.export ignores the hooks of a traced network."""
     module = nn.Module()
     module._parameters, module._buffers, module._modules = traced._parameters, traced._buffers, traced._modules
     module._non_persistent_buffers_set = traced._non_persistent_buffers_set
@@ -239,7 +238,7 @@ def _plain(traced: fx.GraphModule) -> nn.Module:
 
 
 def _flattening(structure: list[Json]) -> Callable[[nn.Module, object, object], object]:
-    """A forward hook that returns the tensors of the output and keeps how they were nested."""
+    """A forward hook that returns the tensors of the output and stores their nesting."""
 
     def hook(_module: nn.Module, _args: object, output: object) -> object:
         leaves: list[Tensor | torch.SymInt] = []
@@ -252,7 +251,7 @@ def _flattening(structure: list[Json]) -> Callable[[nn.Module, object, object], 
 
 
 def blocking_line(error: BaseException) -> str:
-    """``file:line: source`` of the innermost line outside torch and lowbit that led to ``error``."""
+    """``file:line: source`` of the innermost line outside of torch and lowbit that led to ``error``."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     if not frames:
@@ -271,13 +270,13 @@ def _refuse_state(exported: ExportedProgram) -> None:
     for output in exported.graph_signature.output_specs:
         if output.kind not in kept:
             raise GraphError(
-                f"the model changes {output.target!r} while it runs ({output.kind.name.lower()}), but a file has no memory between calls. "
-                "Switch that off in evaluation mode."
+                f"the model changes {output.target!r} while it runs ({output.kind.name.lower()}), but a file keeps no state between calls. "
+                "Turn that off in evaluation mode."
             )
 
 
 def _decode_in_float32(exported: ExportedProgram, weights: Mapping[str, QTensor]) -> None:
-    """Let a weight with codes be what they decode to, float32, and convert it where the network computes with another type."""
+    """Store weights with codes as their decoded float32 values, and convert them if the network computes with another dtype."""
     graph = exported.graph_module.graph
     names = exported.graph_signature.inputs_to_parameters
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -296,7 +295,7 @@ def _decode_in_float32(exported: ExportedProgram, weights: Mapping[str, QTensor]
 
 
 def _simplify(exported: ExportedProgram) -> None:
-    """Remove shape checks, copies that change nothing, identity batch norms and whatever nothing reads."""
+    """Remove shape checks, redundant copies, identity batch norms and unused nodes."""
     graph = exported.graph_module.graph
     outputs = set(graph.output_node().all_input_nodes)
     state = {node: constant_of(exported, node) for node in graph.nodes if node.op == "placeholder"}
@@ -321,7 +320,7 @@ _CHECKS = frozenset({
 
 
 def _is_copy(node: fx.Node) -> bool:
-    """A node that returns its input, laid out in memory as it was."""
+    """Whether a node returns its input with the same memory layout."""
     if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
     if node.target is not aten.clone.default or node.kwargs.get("memory_format") not in (None, torch.preserve_format):

@@ -1,8 +1,8 @@
-"""How a network's outputs are nested, as plain JSON values.
+"""Describes how a network's outputs are nested, in plain JSON values.
 
 ``null``, ``{"tensor": 3}`` (the third tensor), ``{"value": 0.5}``, ``{"tuple": [...]}``, ``{"list": [...]}`` or
-``{"dict": [[key, ...], ...]}``. Other mappings and dataclasses are described as dictionaries and named tuples as tuples, because
-a file must not name classes to build.
+``{"dict": [[key, ...], ...]}``. Other mappings and dataclasses are described as dictionaries, and named tuples as tuples,
+because a file must not name classes to instantiate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEEPEST = 32  # levels of nesting; real outputs have two or three
 
 
 def flatten(output: object, leaves: list[Tensor | torch.SymInt]) -> Json:
-    """Append the tensors of ``output`` to ``leaves`` and return how they are nested; GraphError for a type that cannot be described."""
+    """Append the tensors of ``output`` to ``leaves`` and return the nesting; GraphError for a type that cannot be described."""
     if isinstance(output, (Tensor, torch.SymInt)):
         leaves.append(output)
         return {"tensor": len(leaves) - 1}
@@ -84,7 +84,7 @@ def restore(structure: Json, leaves: Sequence[object]) -> object:
 
 
 def check_structure(structure: object, leaves: int, depth: int = 0) -> None:
-    """FileFormatError unless ``restore`` can rebuild ``structure`` from that many leaves."""
+    """Raise FileFormatError unless ``restore`` can rebuild ``structure`` from this number of leaves."""
     if structure is None:
         return
     if depth > DEEPEST:
