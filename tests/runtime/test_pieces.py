@@ -145,4 +145,7 @@ def test_a_profile_adds_the_pieces_up(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = lowbit.compile_runtime(trained("bi_real_net"), sample=images())
     found = profile(fast, images(4), runs=3)
     assert len(found.operators) == len(fast.packed_graph.nodes)
-    assert 0 < sum(entry.milliseconds for entry in found.operators) < 2 * found.milliseconds
+    assert all(entry.milliseconds > 0 for entry in found.operators) and found.milliseconds > 0
+    total, shares = sum(entry.milliseconds for entry in found.operators), found.shares()
+    assert shares["between"] == pytest.approx(max(found.milliseconds - total, 0.0))
+    assert sum(shares.values()) == pytest.approx(max(found.milliseconds, total))
