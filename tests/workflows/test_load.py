@@ -251,7 +251,7 @@ def test_a_loaded_network_is_exported_again_without_loss(tiny_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("args", "kwargs", "reason"),
     [
-        ((), {}, r"takes x: float32 \[batch, 3, 8, 8\]; got 0 inputs: none"),
+        ((), {}, r"expects x: float32 \[batch, 3, 8, 8\]; got 0 inputs: none"),
         ((IMAGE, IMAGE), {}, "got 2 inputs: a tensor, a tensor"),
         ((), {"y": IMAGE}, "got 1 inputs: y"),
         ((IMAGE[:, :2],), {}, r"input 'x' must be float32 \[batch, 3, 8, 8\], got float32 \[4, 2, 8, 8\]"),
