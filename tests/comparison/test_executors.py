@@ -58,7 +58,7 @@ def test_a_worker_that_dies_costs_its_own_cell_only(tmp_path: Path) -> None:
     assert found.keys() == set(whats)
     assert found["raises"].problem == "RuntimeError: no such luck"
     assert found["memory"].problem == "there was not enough memory"
-    assert found["killed"].problem == "its process was killed by signal 9, for memory if nobody did it"
+    assert found["killed"].problem == "its process was killed by signal 9, probably for lack of memory"
     assert found["exits"].problem == "its process ended with exit status 3"
     assert [found[what].answer for what in ("killed once", "well")] == [{"value": "killed once"}, {"value": "well"}]
 

@@ -125,7 +125,7 @@ def test_networks_of_timm_and_torchvision(spec: str, count: int) -> None:
         (
             "class E(Exception):\n    def __str__(self): raise ValueError('in str')\ndef build():\n    raise E\n",
             ":build",
-            "failed with E, which cannot say what it is about",
+            "failed with E, without a readable message",
         ),
         ("import torch\ndef build():\n    return torch.nn.Linear(1, 1)\n", "", r"name the function or class in it.*It has: build\."),
     ],

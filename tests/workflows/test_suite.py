@@ -73,7 +73,7 @@ def test_an_altered_method_carries_another_name() -> None:
     for wrong, told in (
         (({"method": "lsq", "label": "lsq", "surrogate": "ewgs"},), "'lsq' is altered, so it needs another label"),
         (({"method": "lsq", "label": "pact"},), "the label 'pact' is the name of another method"),
-        (("lsq", "lsq"), "'lsq' is there twice"),
+        (("lsq", "lsq"), "'lsq' appears twice"),
     ):
         with pytest.raises(SpecError, match=told):
             Suite(methods=wrong).check()  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_unknown_names_are_told_before_anything_runs() -> None:
         Suite(methods=({"method": "dfq", "surrogate": "ewgs"},)).check()  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="there is none"):
         Suite(methods=()).check()
-    with pytest.raises(SpecError, match="'digits' is there twice"):
+    with pytest.raises(SpecError, match="'digits' appears twice"):
         Suite(networks=("digits", "digits")).check()  # type: ignore[arg-type]
 
 

@@ -27,8 +27,8 @@ class Job:
     """A cell to run, as it is sent to a worker.
 
     Attributes:
-        key: Of its result.
-        name: What people call it.
+        key: Key of the result.
+        name: Name shown to people.
         payload: What the runner needs; it is pickled.
     """
 
@@ -211,7 +211,7 @@ class _Worker:
         """How it ended, in words."""
         code = self._process.exitcode or 0
         if code == -signal.SIGKILL:
-            return "its process was killed by signal 9, for memory if nobody did it"
+            return "its process was killed by signal 9, probably for lack of memory"
         return f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit status {code}"
 
     def stop(self) -> None:

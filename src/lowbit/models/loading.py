@@ -125,7 +125,7 @@ def _description(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
-        return f"{type(error).__name__}, which cannot say what it is about"
+        return f"{type(error).__name__}, without a readable message"
 
 
 def _module_named(name: str) -> ModuleType:
@@ -167,7 +167,7 @@ def _signature(factory: Callable[..., nn.Module]) -> str:
     try:
         return str(inspect.signature(factory))
     except (TypeError, ValueError):  # written in C
-        return "arguments that it does not tell"
+        return "unknown arguments"
 
 
 def _import_vision(package: str) -> Any:

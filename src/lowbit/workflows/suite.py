@@ -157,7 +157,7 @@ class TermSettings(Request):
         first_last_bits: Minimum bits of the first and the last layer in the aligned track, or 'same' for no exception. Default: 8.
         merge_bits: Bits of residual sums and concatenations in the aligned track, or 'float'. Default: each kind's own.
         keep: Name patterns of layers to leave in float in the aligned track.
-        calibration_samples: Samples that methods without training look at; drawn anew for each seed.
+        calibration_samples: Calibration samples of post-training methods; each seed draws its own.
         batch_size_calibration: Samples per forward pass of these.
     """
 
@@ -255,7 +255,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
             if names.count(name) > 1:
-                raise SpecError(f"methods: {name!r} is there twice. Give each a label of its own.")
+                raise SpecError(f"methods: {name!r} appears twice. Give each its own label.")
             is_altered = bool(contender.options or contender.surrogate)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
@@ -266,7 +266,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         titles = [one.title for one in self.subjects]
         for title in titles:
             if titles.count(title) > 1:
-                raise SpecError(f"networks: {title!r} is there twice. Give each a name of its own.")
+                raise SpecError(f"networks: {title!r} appears twice. Give each its own name.")
         if self.baseline is not None and self.baseline not in names:
             raise unknown_name("baseline", self.baseline, names)
         from lowbit.comparison.terms import SHOWN  # brings torch
