@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import lowbit
+from lowbit.cli import app
 from lowbit.comparison.store import Store
+from lowbit.comparison.tables import make_tables
 from lowbit.errors import OutputError, SpecError
-from lowbit.workflows.compare import compare, estimate_cells, plan_cells, tables_of
+from lowbit.workflows.compare import commands_of, compare, estimate_cells, plan_cells, tables_of
 from lowbit.workflows.subjects import Subject
 from lowbit.workflows.suite import Suite
 
@@ -296,18 +299,36 @@ sys.exit("no worker was seen")
 """
 
 
-def test_the_commands_of_cells_make_them_again(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+def test_the_command_of_a_cell_makes_it_again(tmp_path: Path) -> None:
+    asked = Suite(
+        methods=("round_to_nearest", {"method": "lsq", "surrogate": "ewgs"}),
+        bits=("2/2",),
+        seeds=2,
+        workers=0,
+        first_last_bits=4,
+        out=str(tmp_path / "c"),
+    ).changed({"epochs": 1, "optimizer": {"momentum": 0.5}, "calibration_samples": 64})  # type: ignore[arg-type]
+    results = compare(asked).tables.results
+    keys = [result.key for result in results]
+    commands = commands_of(asked, make_tables(results), keys)
+    assert commands.keys() == set(keys) and commands_of(asked, make_tables(results), []) == {}
+    for result in results:
+        words = shlex.split(commands[result.key])[1:-1]
+        done = CliRunner().invoke(app, [*words, str(tmp_path / result.key), "--workers", "0", "-q"])
+        assert done.exit_code == 0, done.output
+        assert {key: one.metrics for key, one in Store(tmp_path / result.key).load().items()} == {result.key: result.metrics}
 
-    from lowbit.cli import app
 
-    asked = Suite(methods=("lsq",), bits=("2/2",), seeds=1, workers=0, out=str(tmp_path / "c")).changed({"epochs": 1})  # type: ignore[arg-type]
-    comparison = compare(asked)
-    from lowbit.workflows.compare import commands_of
+def test_a_cell_is_the_same_whatever_other_methods_are_compared(tmp_path: Path) -> None:
+    alone = plan_cells(Suite(methods=("dfq",), bits=("8/8",), seeds=1), Store(tmp_path))  # type: ignore[arg-type]
+    beside = plan_cells(Suite(methods=("lsq", "dfq"), bits=("8/8",), seeds=1), Store(tmp_path))  # type: ignore[arg-type]
+    assert [one.key for one in alone] == [one.key for one in beside if one.cell.label == "dfq"]
+    assert len({one.key for one in beside}) == 2
 
-    (command,) = commands_of(asked, comparison.tables).values()
-    assert re.fullmatch(r"lowbit train --method lsq -w 2 -a 2 --seed 0 --epochs 1 --batch-size 128 --lr 0.02", command)
-    result = CliRunner().invoke(app, [*command.split()[1:], "--no-packed", "--no-onnx", "--out", str(tmp_path / "t"), "-q"])
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "t" / "report.json").read_text())
-    assert report["metrics"]["accuracy"]["quantized"] == comparison.tables.results[0].value
+
+def test_only_the_named_cells_are_run(tmp_path: Path) -> None:
+    asked = suite(tmp_path, only=("round_to_nearest 2/4 on points, seed 1", "lsq * seed 2"))
+    found = compare(asked, subjects=[subject()]).tables.results
+    assert sorted(result.cell.name for result in found) == ["lsq 2/4 on points, seed 2", "round_to_nearest 2/4 on points, seed 1"]
+    with pytest.raises(SpecError, match="no cell of the suite is called 'none'"):
+        compare(suite(tmp_path, only=("none",)), subjects=[subject()])

@@ -15,22 +15,22 @@ DIGITS = SubjectSettings()
 
 
 def test_the_embedded_network_comes_with_its_data_and_trained_weights() -> None:
-    subject = open_subject(DIGITS, 0, trains=True)
+    subject = open_subject(DIGITS, 0)
     facts = subject.facts()
     assert facts["split"] == "train 1197, test 600" and not subject.follows_seed
-    assert facts == open_subject(DIGITS, 5, trains=True).facts()
+    assert facts == open_subject(DIGITS, 5).facts()
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
     settings = SubjectSettings(model="resnet8", data="digits")
-    weights = [open_subject(settings, seed, trains=False).facts()["weights"] for seed in (0, 0, 1)]
+    weights = [open_subject(settings, seed).facts()["weights"] for seed in (0, 0, 1)]
     assert weights[0] == weights[1] != weights[2]
-    assert open_subject(settings, 0, trains=False).follows_seed
+    assert open_subject(settings, 0).follows_seed
 
 
 def test_the_first_training_samples_are_other_data() -> None:
-    subject = open_subject(replace(DIGITS, train_samples=100), 0, trains=True)
-    whole = open_subject(DIGITS, 0, trains=True)
+    subject = open_subject(replace(DIGITS, train_samples=100), 0)
+    whole = open_subject(DIGITS, 0)
     assert subject.facts()["split"] == "train 100, test 600" and subject.facts()["data"] != whole.facts()["data"]
     first, second = subject.train_data.dataset[99], whole.train_data.dataset[99]  # type: ignore[attr-defined]
     assert torch.equal(first[0], second[0]) and first[1] == second[1]
@@ -43,7 +43,7 @@ def test_calibration_is_drawn_from_the_data_and_the_seed_alone() -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     rows = drawn[0][:, 0].tolist()
     assert len(rows) == len(set(rows)) == 20 and set(rows) <= set(inputs[:, 0].tolist())
-    whole = open_subject(DIGITS, 0, trains=False)
+    whole = open_subject(DIGITS, 0)
     seen = [whole.draw_calibration(64, 32, seed).sample.tensors for seed in (0, 0, 1)]
     (first,), (second,), (third,) = (list(tensors) for tensors in seen)
     assert first.shape == (32, 1, 8, 8) and torch.equal(first, second) and not torch.equal(first, third)
@@ -60,13 +60,13 @@ def test_the_digest_of_data_follows_their_values(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name / "1.png")
     settings = SubjectSettings(test_data=str(tmp_path), model="resnet8", preprocess={"size": 8})
-    before = open_subject(settings, 0, trains=False).facts()["data"]
+    before = open_subject(settings, 0).facts()["data"]
     Image.new("RGB", (64, 9), (3, 2, 1)).save(tmp_path / "b" / "2.png")
-    assert open_subject(settings, 0, trains=False).facts()["data"] != before
+    assert open_subject(settings, 0).facts()["data"] != before
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(DataError, match="networks, resnet8: there is no data to measure on"):
-        open_subject(SubjectSettings(model="resnet8"), 0, trains=True)
+        open_subject(SubjectSettings(model="resnet8"), 0)
     with pytest.raises(CalibrationError, match="own: there are no samples to calibrate on"):
         Subject("own", torch.nn.Linear(2, 2)).draw_calibration(4, 2, 0)

@@ -8,9 +8,10 @@ import inspect
 import math
 import os
 import platform
+import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -82,7 +83,6 @@ class CellTask:
     cell: Cell
     suite: Suite
     subject: Subject | SubjectSettings
-    trains: bool
     work: Path
     float_metrics: Mapping[str, float]
 
@@ -182,7 +182,7 @@ def tables_of(suite: Suite) -> Comparison:
 def _reported(suite: Suite, store: Store, current: Sequence[str]) -> Comparison:
     tables = make_tables(store.load().values(), baseline=suite.baseline or suite.methods[0].name, equal=suite.equal, current=current)
     against = None if suite.against is None else Path(suite.against)
-    files = write_comparison(ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables), against), store.folder)
+    files = write_comparison(ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables, current), against), store.folder)
     return Comparison(suite, tables, store.folder, files)
 
 
@@ -190,12 +190,14 @@ def plan_cells(suite: Suite, store: Store, opened: _Opened | None = None) -> lis
     """Every cell of ``suite`` with the name of its result, and whether it is stored."""
     opened = opened or _Opened(suite, ())
     known = store.load()
-    planned = []
+    planned: list[PlannedCell] = []
     for cell, reason in suite.cells(opened.names or None):
         facts = opened.facts(cell)
         key = cell.key(facts)
         found = known.get(key)
         planned.append(PlannedCell(cell, key, facts, reason, found is not None and found.status != "failed"))
+    if not planned:
+        raise SpecError(f"no cell of the suite is called {' or '.join(map(repr, suite.only))}. Names are like 'lsq 4/4 on digits, seed 0'.")
     return planned
 
 
@@ -227,7 +229,6 @@ class _Opened:
         if len(self._given) < len(subjects):
             raise SpecError("subjects: two of them have the same name. Give each its own.")
         self._settings = {} if subjects else {one.title: one for one in suite.subjects}
-        self.trains = any(info.kind == "training" for info in suite.check())
         self._facts: dict[tuple[str, int | None], Mapping[str, object]] = {}
         self._scores: dict[str, Mapping[str, float]] = {}
         self._sources: dict[tuple[str, str, str | None], str] = {}
@@ -243,7 +244,7 @@ class _Opened:
 
     def facts(self, cell: Cell) -> dict[str, object]:
         """Digests of all that the cell runs on."""
-        subject = opened_subject(self.named(cell.subject), cell.seed, self.trains)
+        subject = opened_subject(self.named(cell.subject), cell.seed)
         at = (cell.subject, cell.seed if subject.follows_seed else None)
         if at not in self._facts:
             self._facts[at] = subject.facts()
@@ -260,7 +261,7 @@ class _Opened:
 
     def float_metrics(self, cell: Cell, known: Iterable[Result], progress: Progress) -> Mapping[str, float]:
         """The float network's own metrics, measured once; none where its weights are random."""
-        subject = opened_subject(self.named(cell.subject), cell.seed, self.trains)
+        subject = opened_subject(self.named(cell.subject), cell.seed)
         if subject.follows_seed:
             return {}
         facts = self.facts(cell)
@@ -278,15 +279,15 @@ class _Opened:
 _cache: dict[object, Subject] = {}
 
 
-def opened_subject(named: Subject | SubjectSettings, seed: int, trains: bool) -> Subject:
+def opened_subject(named: Subject | SubjectSettings, seed: int) -> Subject:
     """The opened network; a process opens each once, and those with random weights once for each seed."""
     if isinstance(named, Subject):
         return named
-    key = (named.to_yaml(), trains)
-    if key in _cache or (*key, seed) in _cache:
-        return _cache[key] if key in _cache else _cache[(*key, seed)]
-    subject = open_subject(named, seed, trains=trains)
-    _cache[(*key, seed) if subject.follows_seed else key] = subject
+    key = named.to_yaml()
+    if key in _cache or (key, seed) in _cache:
+        return _cache[key] if key in _cache else _cache[key, seed]
+    subject = open_subject(named, seed)
+    _cache[(key, seed) if subject.follows_seed else key] = subject
     return subject
 
 
@@ -320,7 +321,6 @@ def _jobs(missing: Sequence[PlannedCell], store: Store, opened: _Opened, progres
                 one.cell,
                 opened._suite,
                 opened.named(one.cell.subject),
-                opened.trains,
                 store.work_folder(one.key).absolute(),
                 opened.float_metrics(one.cell, known, progress),
             ),
@@ -361,7 +361,7 @@ def run_cell(job: Job, progress: Progress) -> Mapping[str, object]:
     task = cast(CellTask, job.payload)
     cell, suite = task.cell, task.suite
     start = time.perf_counter()
-    subject = opened_subject(task.subject, cell.seed, task.trains)
+    subject = opened_subject(task.subject, cell.seed)
     goal = as_task(subject.task)
     facts: dict[str, object] = {
         "metric": goal.metric_name,
@@ -437,29 +437,18 @@ def machine_facts(threads: int) -> dict[str, object]:
     return {"processor": processor_name(), "system": platform.system(), "threads": threads, **versions()}
 
 
-def commands_of(suite: Suite, tables: Tables) -> dict[str, str]:
-    """The command that makes each result, by its key; those of networks given as objects have none."""
-    named = {one.title: one for one in suite.subjects}
+def commands_of(suite: Suite, tables: Tables, current: Collection[str]) -> dict[str, str]:
+    """The command that runs each result of ``suite`` alone, by its key; ``current`` are the suite's keys.
+
+    Networks given as objects have no command, nor have results of other suites in the same folder.
+    """
+    named = {one.title for one in suite.subjects}
+    file = Path(suite.out) / "suite.yaml"
     return {
-        result.key: _command(suite, result.cell, named[result.cell.subject]) for result in tables.results if result.cell.subject in named
+        result.key: shlex.join(["lowbit", "compare", str(file), "--only", result.cell.name, "--out", "one-cell"])
+        for result in tables.results
+        if result.key in current and result.cell.subject in named
     }
-
-
-def _command(suite: Suite, cell: Cell, subject: SubjectSettings) -> str:
-    parts = ["lowbit", "train" if cell.kind == "training" else "quantize", "--method", cell.method]
-    parts += [word for name, value in cell.options.items() for word in ("-o", f"{name}={value}")]
-    if cell.surrogate:
-        parts += ["--surrogate", cell.surrogate]
-    parts += ["-w", str(cell.weight_bits or "float"), "-a", str(cell.activation_bits or "float"), "--seed", str(cell.seed)]
-    for name in ("model", "weights", "data", "test_data", "calibration"):
-        if value := getattr(subject, name):
-            parts += [f"--{name.replace('_', '-')}", value]
-    if cell.track == "published":
-        parts += ["--policy", "paper", *(["--recipe", "paper"] if cell.kind == "training" else [])]
-    elif cell.kind == "training":
-        parts += ["--epochs", str(suite.recipe.epochs), "--batch-size", str(suite.recipe.batch_size)]
-        parts += ["--lr", str(suite.recipe.optimizer.learning_rate)]
-    return " ".join(parts)
 
 
 def _but_for_the_seed(cell: Cell) -> str:
@@ -513,7 +502,7 @@ class _ProbedStage(Stage):
 def _measured_seconds(one: PlannedCell, store: Store, opened: _Opened) -> float:
     probe = _Probe()
     work = store.work_folder(f"{one.key}-measured").absolute()
-    task = CellTask(one.cell, opened._suite, opened.named(one.cell.subject), opened.trains, work, {})
+    task = CellTask(one.cell, opened._suite, opened.named(one.cell.subject), work, {})
     try:
         run_cell(Job(one.key, one.cell.name, task), probe)
         return time.perf_counter() - probe.start

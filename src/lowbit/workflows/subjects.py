@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lowbit.data import ImageData, load_data
+from lowbit.data import ImageData, Preprocessing, load_data
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
 from lowbit.errors import CalibrationError, DataError
@@ -92,13 +92,12 @@ class Subject:
         return Calibration.of(data, self.model, limit=count)
 
 
-def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subject:
+def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     """The network and the data that ``settings`` name; random weights are drawn from ``seed``.
 
     Args:
         settings: Names.
         seed: For networks without trained weights.
-        trains: Whether training data are needed.
 
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
@@ -110,16 +109,23 @@ def open_subject(settings: SubjectSettings, seed: int, *, trains: bool) -> Subje
     test = load_data(settings.test_data or str(data), split="test", preprocessing=preprocessing)
     if test.num_classes is None:
         raise DataError(f"networks, {settings.title}: {test.name} has no labels to measure with. Name labelled data.")
-    train = load_data(data, split="train", preprocessing=preprocessing) if trains and data is not None else None
+    train = None if data is None else _training_data(data, preprocessing)
     if train is not None and settings.train_samples is not None:
         train = _first(train, settings.train_samples)
-    named = settings.calibration or data
-    calibration = None if named is None or (train is not None and named == data) else named
+    calibration = settings.calibration or (data if train is None else None)  # else training samples, whatever methods are compared
     samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
     options = fitting_options(settings.model, settings.model_options, test)
     is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options)
     _, model = make_network(settings.model, settings.weights, options, "cpu", seed)
     return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
+
+
+def _training_data(data: str, preprocessing: Preprocessing | None) -> ImageData | None:
+    """The training samples of ``data``; ``None`` where a folder has none, which only methods that train need."""
+    try:
+        return load_data(data, split="train", preprocessing=preprocessing)
+    except DataError:
+        return None
 
 
 def _first(data: ImageData, count: int) -> ImageData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -185,6 +186,7 @@ class PlaceSettings(Request):
         out: Folder of the results (cells/) and the tables made of them.
         against: A results.csv of an earlier comparison, to show what has changed.
         merge: Folders of other comparisons, to take in the cells of.
+        only: Names, or patterns of names, of the only cells to run, for example 'lsq 4/4 on digits, seed 0' or 'lsq *'.
     """
 
     decides: ClassVar[bool] = False
@@ -198,6 +200,7 @@ class PlaceSettings(Request):
     out: str = "lowbit-compare"
     against: str | None = None
     merge: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,8 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
                             dict(contender.options), contender.surrogate, self._terms(info),
                         )  # fmt: skip
-                        yield cell, _missing_bits(info, pair)
+                        if not self.only or any(cell.name == name or fnmatch.fnmatchcase(cell.name, name) for name in self.only):
+                            yield cell, _missing_bits(info, pair)
 
     def check(self) -> list[MethodInfo]:
         """The facts of every method, in their order; raises what ``cells`` raises."""
