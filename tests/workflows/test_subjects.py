@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lowbit.errors import CalibrationError, DataError
-from lowbit.workflows.subjects import Subject, data_digest, open_subject
+from lowbit.workflows.subjects import Subject, data_digest, open_subject, training_data
 from lowbit.workflows.suite import SubjectSettings
 
 DIGITS = SubjectSettings()
@@ -70,3 +70,14 @@ def test_what_is_missing_is_named() -> None:
         open_subject(SubjectSettings(model="resnet8"), 0)
     with pytest.raises(CalibrationError, match="own: there are no samples to calibrate on"):
         Subject("own", torch.nn.Linear(2, 2)).draw_calibration(4, 2, 0)
+
+
+def test_a_folder_without_training_samples_is_measured_on_and_told_when_it_is_to_be_trained_on(tmp_path: Path) -> None:
+    for name, shade in (("a", 10), ("b", 200)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / "test" / name / "1.png")
+    settings = SubjectSettings(data=str(tmp_path), calibration=str(tmp_path / "test"), model="resnet8", preprocess={"size": 8})
+    subject = open_subject(settings, 0)
+    assert subject.train_data is None and subject.facts()["split"] == "test 2"
+    with pytest.raises(DataError, match="has test, but for the train samples a sub-folder train"):
+        training_data(settings)

@@ -43,7 +43,7 @@ from lowbit.workflows.export import export
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import TrainSettings
-from lowbit.workflows.subjects import Subject, open_subject, sample_total
+from lowbit.workflows.subjects import Subject, open_subject, sample_total, training_data
 from lowbit.workflows.suite import SubjectSettings, Suite
 from lowbit.workflows.train import TrainingJob, train_network, trainer_for
 from lowbit.workfolder import exclusive_run
@@ -395,6 +395,8 @@ def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.M
     method = make_method(cell.method, "training", cell.options)
     assert isinstance(method, TrainingMethod)
     if subject.train_data is None:
+        if isinstance(task.subject, SubjectSettings):
+            training_data(task.subject)  # raises why there are none
         raise SpecError(f"{subject.name}: {cell.method} trains, and there are no training data. Give the network data.")
     recipe = suite.recipe_for(cell, method.default_recipe() if suite.track == "published" else Recipe())
     settings = TrainSettings(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lowbit.data import ImageData, Preprocessing, load_data
+from lowbit.data import ImageData, load_data
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
 from lowbit.errors import CalibrationError, DataError
@@ -102,16 +102,17 @@ def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
-    data = settings.data or (DEFAULT if settings.model in (None, DEFAULT) else None)
+    data = _data(settings)
     if data is None and settings.test_data is None:
         raise DataError(f"networks, {settings.title}: there is no data to measure on: name some with data= (see 'lowbit data list').")
     preprocessing = preprocessing_of(settings.preprocess)
     test = load_data(settings.test_data or str(data), split="test", preprocessing=preprocessing)
     if test.num_classes is None:
         raise DataError(f"networks, {settings.title}: {test.name} has no labels to measure with. Name labelled data.")
-    train = None if data is None else _training_data(data, preprocessing)
-    if train is not None and settings.train_samples is not None:
-        train = _first(train, settings.train_samples)
+    try:
+        train = training_data(settings)
+    except DataError:  # only methods that train need them, and say then what is wrong
+        train = None
     calibration = settings.calibration or (data if train is None else None)  # else training samples, whatever methods are compared
     samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
     options = fitting_options(settings.model, settings.model_options, test)
@@ -120,12 +121,21 @@ def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
 
 
-def _training_data(data: str, preprocessing: Preprocessing | None) -> ImageData | None:
-    """The training samples of ``data``; ``None`` where a folder has none, which only methods that train need."""
-    try:
-        return load_data(data, split="train", preprocessing=preprocessing)
-    except DataError:
+def training_data(settings: SubjectSettings) -> ImageData | None:
+    """The training samples that ``settings`` name; ``None`` where they name no data.
+
+    Raises:
+        DataError: The data have no training samples, or they cannot be read.
+    """
+    data = _data(settings)
+    if data is None:
         return None
+    train = load_data(data, split="train", preprocessing=preprocessing_of(settings.preprocess))
+    return train if settings.train_samples is None else _first(train, settings.train_samples)
+
+
+def _data(settings: SubjectSettings) -> str | None:
+    return settings.data or (DEFAULT if settings.model in (None, DEFAULT) else None)
 
 
 def _first(data: ImageData, count: int) -> ImageData:
