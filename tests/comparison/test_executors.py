@@ -90,5 +90,5 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("Could not find any running Ray instance")
 
     monkeypatch.setattr(ray, "init", find_none)
-    with pytest.raises(SpecError, match="ray='auto': there is no cluster to connect to .*Could not find any running Ray instance"):
+    with pytest.raises(SpecError, match=r"ray='auto': there is no cluster to connect to .*Could not find any running Ray instance"):
         list(run_on_ray(JOBS, double, address="auto", threads=1, memory_bytes=None, progress=Progress.silent()))
