@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowbit.errors import DataError, LowbitError, SpecError
+from lowbit.errors import DataError, LowbitError, SpecError, unknown_name
 
 LARGEST_YAML = 2**20  # bytes; a policy for a thousand layers needs a tenth of it
 DEEPEST_YAML = 32  # levels of nesting
@@ -55,6 +55,31 @@ class Lined(dict[Any, Any]):
 def line_of(value: object, key: object = None) -> str:
     """``", line 3"`` for a mapping from a YAML file, or for one of its keys, else nothing: for the place in an error."""
     return f", line {value.lines.get(key, value.line)}" if isinstance(value, Lined) else ""
+
+
+def entries_of(value: object, first: str, names: Collection[str], where: str, *, other: Collection[str] = ()) -> dict[str, Any]:
+    """The entries of a mapping that a user wrote: text, but for those in ``other``.
+
+    Args:
+        value: The mapping.
+        first: The entry that it must have.
+        names: The entries that it may have.
+        where: The place, for errors.
+        other: Entries that may be anything.
+
+    Raises:
+        SpecError: It is no mapping, lacks ``first``, or an entry is not text.
+        UnknownNameError: An entry that is not in ``names``.
+    """
+    if not isinstance(value, Mapping) or first not in value:
+        raise SpecError(f"{where}{line_of(value)}: expected a name, or names and values with {first!r} among them, got {shorten(value)}")
+    for name, entry in value.items():
+        place = f"{where}{line_of(value, name)}"
+        if name not in names:
+            raise unknown_name(f"entry of {place}", str(name), names)
+        if name not in other and not isinstance(entry, str):
+            raise SpecError(f"{place}: {name} must be text, got {shorten(entry)}")
+    return dict(value)
 
 
 def shorten(value: object, longest: int = 100) -> str:

@@ -332,3 +332,13 @@ def test_only_the_named_cells_are_run(tmp_path: Path) -> None:
     assert sorted(result.cell.name for result in found) == ["lsq 2/4 on points, seed 2", "round_to_nearest 2/4 on points, seed 1"]
     with pytest.raises(SpecError, match="no cell of the suite is called 'none'"):
         compare(suite(tmp_path, only=("none",)), subjects=[subject()])
+
+
+def test_orderings_are_judged_and_written(tmp_path: Path) -> None:
+    asked = suite(tmp_path, methods=("round_to_nearest", "dfq"), bits=("8/8",), orderings=("round_to_nearest >= dfq at 8/8",))
+    comparison = compare(asked, subjects=[subject()])
+    (verdict,) = comparison.verdicts
+    assert verdict.subject == "points" and verdict.better is not None and verdict.better.count == 3
+    assert verdict.finding in (tmp_path / "orderings.md").read_text()
+    assert "round_to_nearest &gt;= dfq at 8/8" in (tmp_path / "comparison.html").read_text()
+    assert tables_of(asked).verdicts == comparison.verdicts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowbit.errors import CalibrationError, DataError
+from lowbit.errors import CalibrationError, DataError, LowbitError
 from lowbit.workflows.subjects import Subject, data_digest, open_subject, training_data
 from lowbit.workflows.suite import SubjectSettings
 
@@ -81,3 +81,43 @@ def test_a_folder_without_training_samples_is_measured_on_and_told_when_it_is_to
     assert subject.train_data is None and subject.facts()["split"] == "test 2"
     with pytest.raises(DataError, match="has test, but for the train samples a sub-folder train"):
         training_data(settings)
+
+
+FACTORIES = """
+import torch, lowbit
+
+def ramp():
+    data = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1] * 3)
+    return lowbit.Subject("inner name", torch.nn.Linear(2, 2), train_data=data, test_data=data)
+
+def number():
+    return 3
+
+def broken():
+    raise ValueError("no weights here")
+"""
+
+
+def test_a_function_of_a_file_gives_network_data_and_task(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FACTORIES)
+    opened = open_subject(SubjectSettings(subject=f"{path}:ramp"), seed=0)
+    assert (opened.name, opened.model.out_features) == ("ramp", 2)
+    assert open_subject(SubjectSettings(name="other", subject=f"{path}:ramp"), seed=0).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        (":number", {}, "returned int, expected a lowbit.Subject"),
+        (":broken", {}, "calling it failed with ValueError: no weights here"),
+        (":rampp", {}, "Did you mean 'ramp'"),
+        ("", {}, "name a file and the function in it"),
+        (":ramp", {"data": "digits", "train_samples": 3}, "leave out data, train_samples"),
+    ],
+)
+def test_what_is_wrong_with_a_subject_is_told(tmp_path: Path, name: str, changes: dict[str, object], told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FACTORIES)
+    with pytest.raises(LowbitError, match=told):
+        open_subject(SubjectSettings(subject=f"{path}{name}", **changes), seed=0)  # type: ignore[arg-type]

@@ -125,3 +125,36 @@ def test_recipes_and_policies_follow_the_track() -> None:
 def test_networks_without_data_take_the_shared_one() -> None:
     suite = Suite(networks=("resnet8", SubjectSettings(model="resnet20", data="cifar10")), data="fashion-mnist")  # type: ignore[arg-type]
     assert [subject.data for subject in suite.subjects] == ["fashion-mnist", "cifar10"]
+
+
+def test_a_method_may_have_bits_and_networks_of_its_own() -> None:
+    suite = Suite(
+        networks=("digits", {"model": "resnet8", "data": "digits", "name": "r8"}),  # type: ignore[arg-type]
+        methods=("lsq", {"method": "xnor_net", "bits": "1/1,1/float", "networks": ["r8"]}),  # type: ignore[arg-type]
+        seeds=1,
+        orderings=("lsq > xnor_net at 1/1",),  # type: ignore[arg-type]
+    )
+    assert [(cell.subject, cell.label, cell.bits) for cell, _ in suite.cells()] == [
+        ("digits", "lsq", "4/4"), ("digits", "lsq", "2/2"), ("r8", "lsq", "4/4"), ("r8", "lsq", "2/2"), ("r8", "xnor_net", "1/1"),
+        ("r8", "xnor_net", "1/float"),
+    ]  # fmt: skip
+
+
+def test_a_label_may_come_again_for_other_cells_only() -> None:
+    again = [{"method": "lsq", "bits": "4/4"}, {"method": "lsq", "bits": "2/2"}]
+    assert len(list(Suite(methods=again, seeds=1).cells())) == 2  # type: ignore[arg-type]
+    for other in ({"method": "lsq", "bits": "4/4,2/2"}, {"method": "pact", "label": "same", "bits": "2/2"}):
+        with pytest.raises(SpecError, match="appears twice"):
+            Suite(methods=({"method": "lsq", "label": "same", "bits": "4/4"}, {**other, "label": "same"})).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"orderings": ("lsq > lsqq at 2/2",)}, r"method of the ordering 'lsq > lsqq at 2/2' 'lsqq'. Did you mean 'lsq'"),
+        ({"networks": ("digits",), "methods": ({"method": "lsq", "networks": "digit"},)}, r"network of lsq 'digit'. Did you mean 'digits'"),
+    ],
+)
+def test_names_that_are_not_in_the_suite_are_told(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(UnknownNameError, match=told):
+        Suite(**{"methods": ("lsq",), **changes}).check()  # type: ignore[arg-type]

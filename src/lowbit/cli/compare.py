@@ -62,6 +62,7 @@ def compare(
         with resumable():
             comparison = run(suite, progress=progress)
     from lowbit.report.comparison import HEADS, earlier_means, remarks, row_cells, table_note, unfinished
+    from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells
 
     earlier = {} if suite.against is None else earlier_means(Path(suite.against))
     if not quiet:
@@ -71,7 +72,9 @@ def compare(
             for text in [table_note(table), *unfinished(table)]:
                 say(text)
             say("")
-        for text in remarks(comparison.tables):
+        if comparison.verdicts:
+            show_table(ORDERING_HEADS, [ordering_cells(verdict) for verdict in comparison.verdicts], title="orderings")
+        for text in [*notes(comparison.verdicts), *remarks(comparison.tables)]:
             say(text)
     say(f"written to {comparison.folder}: {', '.join(path.name for path in comparison.files)}")
     if not comparison.tables.count("done"):

@@ -84,7 +84,7 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
         options = _without_weights(options)
         model = _call(partial(models.get_model, name), spec, options)
     else:
-        model = _call(_factory(source, name), spec, options)
+        model = _call(find_factory(source, name), spec, options)
     if weights is not None:
         load_weights(model, Path(weights))
     return model.eval()
@@ -95,12 +95,18 @@ def _without_weights(options: dict[str, object]) -> dict[str, object]:
     return options if may_download() else {name: value for name, value in options.items() if name not in TRAINED_WORDS}
 
 
-def _factory(source: str, name: str) -> Callable[..., nn.Module]:
+def find_factory(source: str, name: str) -> Callable[..., Any]:
+    """The function or class ``name`` of a module or a Python file.
+
+    Raises:
+        SpecError: There is no such module or file, or importing it fails.
+        UnknownNameError: It defines no such function.
+    """
     module = _import(source)
     factory = getattr(module, name, None)
     if not callable(factory):
         raise unknown_name(f"factory in {source}", name, factories_in(module))
-    return cast(Callable[..., nn.Module], factory)
+    return cast(Callable[..., Any], factory)
 
 
 def _import(source: str) -> ModuleType:

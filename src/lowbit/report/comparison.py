@@ -18,12 +18,14 @@ from lowbit.comparison.cells import Result
 from lowbit.comparison.statistics import CONFIDENCE, LEAST_SEEDS
 from lowbit.comparison.tables import Row, Table, Tables
 from lowbit.comparison.terms import SHOWN
+from lowbit.comparison.verdicts import Verdict
 from lowbit.errors import DataError, LowbitError
 from lowbit.files import write_text
 from lowbit.qat.task import format_metric
 from lowbit.reading import check_readable
 from lowbit.registry import MethodInfo, find_method
 from lowbit.report.formatting import NOTHING, format_bytes
+from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells, orderings_page
 from lowbit.report.scatter import Point, by_bits, scatter
 
 FILES = ("results.csv", "table.md", "table.tex", "methods.bib", "comparison.html", "suite.yaml")
@@ -44,16 +46,18 @@ class ComparisonReport:
         suite: The suite as YAML.
         commands: The command that makes a result, by its key.
         against: ``results.csv`` of an earlier comparison.
+        verdicts: What the results say about orderings.
     """
 
     tables: Tables
     suite: str
     commands: Mapping[str, str] = field(default_factory=dict)
     against: Path | None = None
+    verdicts: Sequence[Verdict] = ()
 
 
 def write_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
-    """Write every file of ``FILES`` into ``folder``.
+    """Write every file of ``FILES`` into ``folder``, and ``orderings.md`` where there are verdicts.
 
     Raises:
         OutputError: A file cannot be written.
@@ -68,9 +72,10 @@ def write_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
         render_page(report, earlier),
         report.suite,
     )
-    for name, text in zip(FILES, texts, strict=True):
+    written = dict(zip(FILES, texts, strict=True)) | ({"orderings.md": orderings_page(report.verdicts)} if report.verdicts else {})
+    for name, text in written.items():
         write_text(folder / name, text)
-    return [folder / name for name in FILES]
+    return [folder / name for name in written]
 
 
 def results_csv(results: Sequence[Result]) -> str:
@@ -274,6 +279,9 @@ def render_page(report: ComparisonReport, earlier: Mapping[tuple[str, ...], floa
         heads=[*HEADS, *(["to earlier"] if earlier else [])],
         groups=[_page_group(subject, track, found) for (subject, track), found in groups.items()],
         remarks=remarks(tables),
+        ordering_heads=ORDERING_HEADS,
+        orderings=[ordering_cells(verdict) for verdict in report.verdicts],
+        ordering_notes=notes(report.verdicts),
         results=sorted(tables.results, key=lambda r: (r.cell.subject, r.cell.bits, r.cell.label, r.cell.seed)),
         commands=report.commands,
         suite=report.suite,

@@ -23,6 +23,7 @@ from lowbit.comparison.executors import Job, Outcome, run_here, run_in_processes
 from lowbit.comparison.store import Store
 from lowbit.comparison.tables import Tables, make_tables
 from lowbit.comparison.terms import equal_terms
+from lowbit.comparison.verdicts import Verdict, judge
 from lowbit.errors import DivergedError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import model_size
@@ -58,6 +59,7 @@ class Comparison:
     Attributes:
         suite: What was asked for.
         tables: Rows that may stand beside each other, warnings, and every result.
+        verdicts: What the results say about the suite's orderings.
         folder: The store; ``cells/`` holds a JSON file for each cell.
         files: Files that were written beside it.
 
@@ -72,6 +74,7 @@ class Comparison:
 
     suite: Suite
     tables: Tables
+    verdicts: Sequence[Verdict]
     folder: Path
     files: Sequence[Path]
 
@@ -128,7 +131,8 @@ def compare(
 
     Returns:
         Tables, warnings and all results. ``suite.out`` gets ``comparison.html``, ``results.csv``, ``table.md``, ``table.tex``,
-        ``methods.bib`` and ``suite.yaml``.
+        ``methods.bib`` and ``suite.yaml``, and
+        ``orderings.md`` where the suite has orderings.
 
     Raises:
         UnknownNameError: No such method, option, baseline or term.
@@ -182,8 +186,9 @@ def tables_of(suite: Suite) -> Comparison:
 def _reported(suite: Suite, store: Store, current: Sequence[str]) -> Comparison:
     tables = make_tables(store.load().values(), baseline=suite.baseline or suite.methods[0].name, equal=suite.equal, current=current)
     against = None if suite.against is None else Path(suite.against)
-    files = write_comparison(ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables, current), against), store.folder)
-    return Comparison(suite, tables, store.folder, files)
+    verdicts = judge(suite.orderings, [result for result in tables.results if not current or result.key in current])
+    report = ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables, current), against, verdicts)
+    return Comparison(suite, tables, verdicts, store.folder, write_comparison(report, store.folder))
 
 
 def plan_cells(suite: Suite, store: Store, opened: _Opened | None = None) -> list[PlannedCell]:

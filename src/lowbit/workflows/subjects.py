@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from torch.utils.data import Subset
 from lowbit.data import ImageData, load_data
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
-from lowbit.errors import CalibrationError, DataError
+from lowbit.errors import CalibrationError, DataError, LowbitError, SpecError
 from lowbit.inputs import Calibration, tensors_of
+from lowbit.models.loading import find_factory
 from lowbit.qat.engine.batches import evaluation_batches, seeded
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import as_task
@@ -102,6 +103,8 @@ def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
+    if settings.subject is not None:
+        return _made(settings)
     data = _data(settings)
     if data is None and settings.test_data is None:
         raise DataError(f"networks, {settings.title}: there is no data to measure on: name some with data= (see 'lowbit data list').")
@@ -119,6 +122,28 @@ def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options)
     _, model = make_network(settings.model, settings.weights, options, "cpu", seed)
     return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
+
+
+def _made(settings: SubjectSettings) -> Subject:
+    """What the function that ``settings.subject`` names returns, under the settings' name."""
+    assert settings.subject is not None
+    place = f"networks, subject {settings.subject}"
+    others = [f.name for f in fields(settings) if f.name not in ("name", "subject") and getattr(settings, f.name) != f.default]
+    others = [name for name in others if getattr(settings, name) not in ({}, ())]
+    if others:
+        raise SpecError(f"{place}: the function gives the network, its data and task, so leave out {', '.join(others)}")
+    source, colon, name = settings.subject.rpartition(":")
+    if not colon:
+        raise SpecError(f"{place}: name a file and the function in it, as file.py:function")
+    try:
+        made = find_factory(source, name)()
+    except LowbitError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise SpecError(f"{place}: calling it failed with {type(error).__name__}: {error}") from error
+    if not isinstance(made, Subject):
+        raise SpecError(f"{place}: it returned {type(made).__name__}, expected a lowbit.Subject")
+    return replace(made, name=settings.title)
 
 
 def training_data(settings: SubjectSettings) -> ImageData | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from lowbit.comparison.cells import FLOAT, Cell, Track
+from lowbit.comparison.orderings import Ordering
 from lowbit.errors import LowbitError, SpecError, unknown_name
 from lowbit.options import Above, AtLeast, make_method
 from lowbit.qat.recipe import AugmentName, Recipe
-from lowbit.reading import line_of, shorten
+from lowbit.reading import entries_of, line_of, shorten
 from lowbit.registry import MethodInfo, find_method, list_methods
 from lowbit.spec import BitPolicy, parse_bits
 from lowbit.workflows.requests import Bits, BitSettings, NetworkSettings, Request, plain_value
@@ -30,6 +31,8 @@ class Contender:
         options: Hyper-parameters that differ from the method's defaults.
         surrogate: Gradient surrogate in place of the method's own.
         kind: Kind of the method, where methods of several kinds have the name.
+        bits: Bits of this method in place of the suite's.
+        networks: Names of the only networks to run it on. Default: all.
 
     Example:
         >>> Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name
@@ -41,6 +44,8 @@ class Contender:
     options: Mapping[str, object] = field(default_factory=dict)
     surrogate: str | None = None
     kind: str | None = None
+    bits: tuple[BitPair, ...] = ()
+    networks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,7 +62,11 @@ class Contender:
             return value
         if isinstance(value, str):
             return Contender(value.strip())
-        return Contender(**_entries(value, "method", [f.name for f in dataclasses.fields(Contender)], where))
+        entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=("options", "bits", "networks"))
+        if not isinstance(entries.get("options", {}), Mapping):
+            raise SpecError(f"{where}{line_of(value, 'options')}: options must hold names and values, got {shorten(entries['options'])}")
+        bits = tuple(BitPair.parse(pair, f"{where}{line_of(value, 'bits')}: bits") for pair in _several(entries.get("bits")))
+        return Contender(**entries | {"bits": bits, "networks": tuple(map(str, _several(entries.get("networks"))))})
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class SubjectSettings(NetworkSettings):
 
     Attributes:
         name: What tables call it. Default: the model and its data.
+        subject: Function of a Python file that returns a ``lowbit.Subject``, as file.py:function, for networks, data and tasks of any kind; in place
+            of all other settings but the name.
         test_data: Labelled data that metrics are measured on. Default: the test part of the data.
         calibration: Samples without labels. Default: training samples of the data.
         train_samples: Number of training samples to use, the first ones. Default: all.
@@ -100,6 +111,7 @@ class SubjectSettings(NetworkSettings):
     command: ClassVar[str] = "networks"
 
     name: str | None = None
+    subject: str | None = None
     test_data: str | None = None
     calibration: str | None = None
     train_samples: Annotated[int | None, AtLeast(1)] = None
@@ -107,6 +119,8 @@ class SubjectSettings(NetworkSettings):
     @property
     def title(self) -> str:
         """What tables call it."""
+        if self.subject is not None:
+            return self.name or self.subject.rpartition(":")[2]
         parts = [self.model or "digits", *([self.data] if self.data and self.data != self.model else [])]
         return self.name or " on ".join(parts)
 
@@ -136,6 +150,7 @@ class SuiteSettings(Request):
             recipe and the policy of its paper. The two are never in one table.
         baseline: Method that differences are taken to. Default: the first.
         equal: More terms that must be equal within a table, for example granularity, symmetry or norms.
+        orderings: Claims to judge by the results, for example 'lsq > dorefa at 2/2'; in a suite file also with source and note.
     """
 
     networks: tuple[SubjectSettings, ...] = ()
@@ -145,6 +160,7 @@ class SuiteSettings(Request):
     track: Track = "aligned"
     baseline: str | None = None
     equal: tuple[str, ...] = ()
+    orderings: tuple[Ordering, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,7 +258,9 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         infos = self.check()
         for name in subjects or tuple(one.title for one in self.subjects):
             for contender, info in zip(self.methods, infos, strict=True):
-                for pair in self.bits:
+                if contender.networks and name not in contender.networks:
+                    continue
+                for pair in contender.bits or self.bits:
                     for seed in self.seed_numbers:
                         cell = Cell(
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
@@ -258,8 +276,6 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         names = [contender.name for contender in self.methods]
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
-            if names.count(name) > 1:
-                raise SpecError(f"methods: {name!r} appears twice. Give each its own label.")
             is_altered = bool(contender.options or contender.surrogate)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
@@ -271,14 +287,34 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         for title in titles:
             if titles.count(title) > 1:
                 raise SpecError(f"networks: {title!r} appears twice. Give each its own name.")
+        self._check_labels(titles)
+        for contender in self.methods:
+            for title in contender.networks:
+                if title not in titles and self.networks:
+                    raise unknown_name(f"network of {contender.name}", title, titles)
         if self.baseline is not None and self.baseline not in names:
             raise unknown_name("baseline", self.baseline, names)
+        for ordering in self.orderings:
+            for label in (ordering.better, ordering.worse):
+                if label not in names:
+                    raise unknown_name(f"method of the ordering {ordering.claim!r}", label, names)
         from lowbit.comparison.terms import SHOWN  # brings torch
 
         for term in self.equal:
             if term not in SHOWN:
                 raise unknown_name("term of equal", term, SHOWN)
         return infos
+
+    def _check_labels(self, titles: Sequence[str]) -> None:
+        """SpecError when a label stands for two methods, or twice for the same cells."""
+        meanings: dict[str, Contender] = {}
+        seen: set[tuple[str, str, BitPair]] = set()
+        for one in self.methods:
+            same = dataclasses.replace(meanings.setdefault(one.name, one), bits=one.bits, networks=one.networks)
+            cells = {(one.name, title, pair) for title in one.networks or titles for pair in one.bits or self.bits}
+            if same != one or cells & seen:
+                raise SpecError(f"methods: {one.name!r} appears twice. Give each its own label, or other bits or networks.")
+            seen |= cells
 
     def policy(self, cell: Cell) -> BitPolicy:
         """Bits of each layer in the aligned track."""
@@ -341,16 +377,10 @@ def _listed(bits: range) -> str:
     return ", ".join(map(str, bits))
 
 
-def _entries(value: object, first: str, names: list[str], where: str) -> dict[str, Any]:
-    """The entries of a mapping in a suite: text, but for ``options``."""
-    if not isinstance(value, Mapping) or first not in value:
-        raise SpecError(f"{where}{line_of(value)}: expected a name, or names and values with {first!r} among them, got {shorten(value)}")
-    for name, entry in value.items():
-        place = f"{where}{line_of(value, name)}"
-        if name not in names:
-            raise unknown_name(f"entry of {place}", str(name), names)
-        if name == "options" and not isinstance(entry, Mapping):
-            raise SpecError(f"{place}: options must hold names and values, got {shorten(entry)}")
-        if name != "options" and not isinstance(entry, str):
-            raise SpecError(f"{place}: {name} must be text, got {shorten(entry)}")
-    return dict(value)
+def _several(value: object) -> Sequence[object]:
+    """The entries of a list, or of text that commas join."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, (list, tuple)) else [value]
