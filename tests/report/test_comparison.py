@@ -62,7 +62,7 @@ def test_the_bibliography_has_each_paper_once() -> None:
     text = bibliography(RESULTS)
     assert re.findall(r"@misc\{(\w+),", text) == ["lsq", "pact", "ewgs"]
     assert "author = {Esser and McKinstry and Bablani and Appuswamy and Modha}" in text
-    assert "note = {ICLR}" in text and "year = {2020}" in text and "Learned Step Size Quantization" in text
+    assert "note = {ICLR}" in text and "year = {2020}" in text and "Learned Step Size" in text
 
 
 def test_the_page_is_whole_and_escapes_what_users_wrote() -> None:
@@ -102,3 +102,11 @@ def test_plots_have_a_dot_for_each_point_and_stay_within_their_frame() -> None:
     for plot, dots in zip(plots, (5, 4), strict=True):
         places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
         assert len(places) == dots and all(0 < x < 900 and 0 < y < 340 for x, y in places)
+
+
+def test_labels_lead_to_what_the_page_says_about_their_method() -> None:
+    results = [*seeds([0.5] * 3, "lsq"), *seeds([0.6] * 3, "mine")]
+    page = render_page(ComparisonReport(make_tables(results), "seeds: 3"))
+    assert '<a href="#method-lsq">lsq</a>' in page and '<dt id="method-lsq">lsq</dt>' in page
+    assert "Learned Step Size" in page and "<code>lowbit methods show lsq</code>" in page
+    assert '<th scope="row">mine</th>' in page

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -332,6 +334,25 @@ def test_only_the_named_cells_are_run(tmp_path: Path) -> None:
     assert sorted(result.cell.name for result in found) == ["lsq 2/4 on points, seed 2", "round_to_nearest 2/4 on points, seed 1"]
     with pytest.raises(SpecError, match="no cell of the suite is called 'none'"):
         compare(suite(tmp_path, only=("none",)), subjects=[subject()])
+
+
+def test_a_full_disk_loses_nothing_and_the_same_call_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = suite(tmp_path, methods=("round_to_nearest",), seeds=3)
+    fsync, calls = os.fsync, itertools.count()
+
+    def filling(descriptor: int) -> None:
+        if next(calls) >= 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", filling)
+        with pytest.raises(OutputError, match="the disk is full"):
+            compare(asked, subjects=[subject()])
+    (stored,) = (tmp_path / "cells").iterdir()
+    before = stored.stat().st_mtime_ns
+    assert [row.spread and row.spread.count for row in compare(asked, subjects=[subject()]).tables.tables[0].rows] == [3]
+    assert stored.stat().st_mtime_ns == before and len(list((tmp_path / "cells").iterdir())) == 3
 
 
 def test_orderings_are_judged_and_written(tmp_path: Path) -> None:

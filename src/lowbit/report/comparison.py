@@ -312,7 +312,15 @@ def _page_table(table: Table, earlier: Mapping[tuple[str, ...], float]) -> dict[
         before = earlier.get(earlier_key(row)) if earlier else None
         keys += [None if before is None or spread is None else spread.mean - before] if earlier else []
         terms = {name: row.term(name) for name in SHOWN}
-        rows.append({"label": row.label, "cells": list(zip(row_cells(table, row, earlier), keys, strict=True)), "terms": terms, "row": row})
+        rows.append(
+            {
+                "label": row.label,
+                "method": row.results[0].cell.method,
+                "cells": list(zip(row_cells(table, row, earlier), keys, strict=True)),
+                "terms": terms,
+                "row": row,
+            }
+        )
     return {"title": table.title, "note": table_note(table), "rows": rows, "unfinished": unfinished(table)}
 
 
