@@ -116,6 +116,49 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
         >>> [(bits.weight, bits.activation) for bits in lowbit.get_bits(model).values()]
         [(5, 6), (3, 3), (8, 8)]
     """
+    _change(model, bits, is_lowering=False)
+
+
+def lower_bits(model: nn.Module, stage: LayerBits) -> None:
+    """Bring a network that is trained at ever fewer bits to those of ``stage``, each layer to at least those that its policy asks for.
+
+    Unlike ``set_bits`` a grid of fewer bits is derived from what was learned at more, and never one that was put aside earlier.
+
+    Args:
+        model: A network from ``lowbit.prepare``.
+        stage: Bits of weights and inputs; ``None`` leaves them in float for now.
+
+    Raises:
+        SpecError: As ``set_bits``.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.network.bits import lower_bits
+        >>> model = lowbit.prepare(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), weight_bits=2, sample=torch.randn(8, 4))
+        >>> for stage in (lowbit.LayerBits(8, None), lowbit.LayerBits(5, 5), lowbit.LayerBits(1, 1)):
+        ...     lower_bits(model, stage)
+        ...     print(lowbit.get_bits(model)["1"])
+        LayerBits(weight=8, activation=None, output=None)
+        LayerBits(weight=5, activation=5, output=None)
+        LayerBits(weight=2, activation=4, output=None)
+    """
+    _change(model, {name: raised_bits(own, stage) for name, own in asked_bits(model).items()}, is_lowering=True)
+
+
+def raised_bits(own: LayerBits, stage: LayerBits) -> LayerBits:
+    """Bits of a layer at a stage of lowering: its own, or those of the stage where these are more; ``None`` there is float.
+
+    >>> raised_bits(LayerBits(2, 4), LayerBits(3, None))
+    LayerBits(weight=3, activation=None, output=None)
+    """
+
+    def wider(asked: int | None, bits: int | None) -> int | None:
+        return None if asked is None or bits is None else max(asked, bits)
+
+    return LayerBits(wider(own.weight, stage.weight), wider(own.activation, stage.activation), own.output)
+
+
+def _change(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy, *, is_lowering: bool) -> None:
     layers = layer_quantizers(model)
     if not any(found.weight or found.activation or found.output for found in layers.values()):
         raise LayerError(f"{type(model).__name__} has no quantizers whose bits could be changed. Prepare or quantize it first.")
@@ -126,7 +169,11 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
             _note(changes, model, layers, name, part, getattr(wanted, part))
     weights = {f.weight: insert.float_weight(f.layer, f.parameter).detach() for f in layers.values() if f.weight is not None}
     for quantizer, (width, _) in changes.items():
-        quantizer.set_bit_width(width, weights.get(quantizer))
+        if is_lowering and width is not None and width < quantizer.bit_width:
+            quantizer.forget_grid_for(width)
+            quantizer.set_bit_width(width)
+        else:
+            quantizer.set_bit_width(width, weights.get(quantizer))
     record = record_of(model)
     for row in [] if record is None else list(record.table):
         if record is not None and row.name in layers:

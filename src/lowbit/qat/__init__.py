@@ -9,13 +9,14 @@ if TYPE_CHECKING:  # imported when they are first used: settings of training are
     from lowbit.qat.attach.job import QatJob
     from lowbit.qat.method import TrainingMethod
     from lowbit.qat.networks import Companion, GivenNetworks
+    from lowbit.qat.procedure import Procedure
     from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn
     from lowbit.qat.run import TrainRun
     from lowbit.qat.task import CriterionTask, Scores, Supervised, Task
     from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 
 __all__ = [
-    "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "QatJob", "Recipe", "Regression",
+    "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "Procedure", "QatJob", "Recipe", "Regression",
     "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod", "Turn",
 ]  # fmt: skip
 

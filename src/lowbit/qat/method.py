@@ -6,7 +6,7 @@ Everything has a default, so that a method's file holds only what its paper chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -21,8 +21,10 @@ from lowbit.qat.attach.job import QatJob, learned_scale
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Batch
+from lowbit.qat.task import Batch, Scores
 from lowbit.quantizers import Quantizer
+
+Measure = Callable[[], Scores]  # the task's metrics of the network as it is
 
 
 @dataclass
@@ -151,8 +153,17 @@ class TrainingMethod(Method, ABC):
         """
         yield self.loss(run, batch)
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it is trained on another loss than the task's, the teacher's and the penalties, so that loops have to ask it for that."""
+        return type(self).loss is not TrainingMethod.loss or type(self).losses is not TrainingMethod.losses
+
     def after_backward(self, run: TrainRun) -> None:
         """Called when all gradients of a step are there, before they are clipped."""
 
     def after_step(self, run: TrainRun) -> None:
         """Called after the optimizers' step."""
+
+    def evaluate(self, run: TrainRun, measure: Measure) -> Scores:
+        """The metrics at the end of an epoch, with the network in evaluation mode; a network of several widths measures each of them."""
+        return measure()

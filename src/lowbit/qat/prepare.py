@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -14,9 +14,10 @@ from lowbit.inputs import Inputs
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import choose_policy, make_method
+from lowbit.options import choose_policy
 from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
+from lowbit.qat.procedure import Procedure, training_method
 from lowbit.quantizers import Quantizer
 from lowbit.registry import find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
@@ -35,6 +36,8 @@ def prepare(
     sample: object,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
+    procedure: str | type[Procedure] | Procedure | None = None,
+    procedure_options: Mapping[str, object] | None = None,
     merge_bits: Bits = None,
     seed: int = 0,
     **options: object,
@@ -51,6 +54,9 @@ def prepare(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
+        procedure: Procedure to train with in place of the method's own, such as ``"qkd"`` (``lowbit.list_methods(axis="procedure")``): its
+            phases, companions and losses, with the quantizers of ``method``.
+        procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
             nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in the papers.
             With them an exported residual network runs in integers from end to end, which is several times faster. Needs a network
@@ -62,8 +68,8 @@ def prepare(
         The network in the training mode of ``model``; ``lowbit.summary`` shows what was done to each layer.
 
     Raises:
-        UnknownNameError: No such method, option or surrogate.
-        SpecError: Bits, policy or an option out of range, or a surrogate that the method cannot use.
+        UnknownNameError: No such method, option, surrogate or procedure.
+        SpecError: Bits, policy or an option out of range, or a surrogate or a procedure that the method cannot use.
         CalibrationError: A sample that does not fit the network.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
@@ -76,9 +82,8 @@ def prepare(
         >>> prepared[0].weight[0].unique().numel() <= 4
         True
     """
-    info = find_method(method, "training")
-    chosen = make_method(method, "training", options)
-    assert isinstance(chosen, TrainingMethod)
+    chosen = training_method(method, options, procedure, procedure_options)
+    info = find_method(chosen, "training")
     policy = training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,7 +94,7 @@ def prepare(
         if surrogate is not None:
             set_surrogate(job, surrogate, info.name)
         table = job.finish()
-    used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
     attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))

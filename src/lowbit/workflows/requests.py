@@ -104,7 +104,8 @@ class Request:
             return asked
         if asked != PAPER:
             raise SpecError(f"{where or 'settings'}: recipe must be {PAPER!r} or a Recipe, got {shorten(asked)}. Set its fields by name.")
-        chosen = self.changed({name: values[name] for name in ("method", "options") if name in values})
+        named = ("method", "options", "procedure", "procedure_options")
+        chosen = self.changed({name: values[name] for name in named if name in values})
         return typing.cast("TrainRequest", chosen).paper_recipe()
 
     def to_yaml(self) -> str:
@@ -502,7 +503,21 @@ class TrainSettings(TrainingSettings, OutputSettings, RunSettings, ProcessSettin
 
 
 @dataclass(frozen=True)
-class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings, TrainSettings):
+class ProcedureSettings(Request):
+    """Method.
+
+    Attributes:
+        procedure: Name of the procedure to train with instead of the method's own: its phases, companions and losses, with the method's
+            quantizers. 'lowbit methods list --axis procedure' lists them.
+        procedure_options: Hyper-parameters of that procedure.
+    """
+
+    procedure: str | None = None
+    procedure_options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettings, TeacherSettings, TrainSettings):
     """Network and data.
 
     Attributes:
@@ -526,6 +541,12 @@ class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings
     def method_info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
         return find_method(self.method, "training")
+
+    def chosen_method(self) -> Method:
+        """The method with its hyper-parameters, its quantizers sent through the procedure where one is named."""
+        from lowbit.qat.procedure import training_method  # brings torch
+
+        return training_method(self.method, self.options, self.procedure, self.procedure_options)
 
     @property
     def task(self) -> Classification:

@@ -24,7 +24,7 @@ from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import make_method, settings_of
+from lowbit.options import settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, attach_provenance, class_names_of
@@ -35,6 +35,7 @@ from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepare, training_policy
+from lowbit.qat.procedure import Procedure, training_method
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
@@ -84,6 +85,8 @@ def train(
     out: Path | str | None = None,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = TrainSettings.surrogate,
+    procedure: str | type[Procedure] | Procedure | None = None,
+    procedure_options: Mapping[str, object] | None = None,
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | Criterion | None = None,
@@ -121,6 +124,8 @@ def train(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
             last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's.
+        procedure: Procedure to train with in place of the method's own, such as ``"qkd"``; see ``lowbit.prepare``.
+        procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
         task: Task of the network: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
@@ -164,8 +169,7 @@ def train(
         >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
         True
     """
-    chosen = make_method(method, "training", options, _other_settings())
-    assert isinstance(chosen, TrainingMethod)
+    chosen = training_method(method, options, procedure, procedure_options, _other_settings())
     if isinstance(recipe, str):
         recipe = paper_recipe(chosen, recipe)
     elif recipe is None:
@@ -335,6 +339,7 @@ def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, settings:
         "version": versions()["lowbit"],
         "method": record.method,
         "method_source": source_digest(type(run.method)),
+        **({"base_source": source_digest(type(run.method.base))} if isinstance(run.method, Procedure) else {}),
         "options": dict(record.options),
         "surrogate": settings.surrogate,
         "policy": record.policy.to_dict(),

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
+from lowbit.network.bits import raised_bits
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
-from lowbit.spec import Granularity
+from lowbit.spec import Granularity, LayerBits
 
 InitializeLayer = Callable[..., None]  # (layer, input) or (layer, None, parameter)
 
@@ -190,6 +191,28 @@ class QatJob(NetworkJob):
         for name, buffer in self.model.named_buffers():
             if name.rpartition(".")[0] in norms:
                 buffer.copy_(saved[name])
+
+    @contextmanager
+    def raised(self, stage: LayerBits) -> Iterator[None]:
+        """Within the context layers ask for at least the bits of ``stage``, so that what is inserted and initialized starts there.
+
+        Afterwards their quantizers have the bits of the policy, on grids derived from the first ones.
+        """
+        asked, widths = self._bits, {id(q) for _, q in self.inserted}
+        start = LayerBits(stage.weight or 8, stage.activation or 8)
+        self._bits = {name: raised_bits(bits, start) for name, bits in asked.items()}
+        try:
+            yield
+        finally:
+            self._bits = asked
+        for name, quantizer in self.inserted:
+            if id(quantizer) not in widths:
+                is_weight = name in self.weights and self.weights[name].quantizer is quantizer
+                quantizer.set_bit_width(asked[name].weight if is_weight else asked[name].activation)
+        own = {name: bits.activation for name, bits in asked.items()}
+        self.placements = [
+            replace(p, bit_width=own[p.layer] or p.bit_width) if p.purpose == "input" and p.layer in own else p for p in self.placements
+        ]
 
     def is_excepted(self, name: str) -> bool:
         """Whether the policy's exception for the first and the last layer applies to it."""
