@@ -6,6 +6,7 @@ from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:  # imported when they are first used: settings of training are read without torch
     from lowbit.network.slot import Slot
+    from lowbit.qat.adaptive import AdaptiveMethod
     from lowbit.qat.attach.job import QatJob
     from lowbit.qat.method import TrainingMethod
     from lowbit.qat.networks import Companion, GivenNetworks
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # imported when they are first used: settings of training are
     from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 
 __all__ = [
-    "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "Procedure", "QatJob", "Recipe", "Regression",
+    "AdaptiveMethod", "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "Procedure", "QatJob", "Recipe", "Regression",
     "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod", "Turn",
 ]  # fmt: skip
 

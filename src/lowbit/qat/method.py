@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -53,6 +53,8 @@ class TrainingMethod(Method, ABC):
         >>> model.weight[0].abs().unique().numel()
         1
     """
+
+    switching: ClassVar[Literal["network", "layer"] | None] = None  # whether it trains several widths, of the network or of each layer
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0
     quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
+from lowbit.network.bits import set_bits
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
@@ -19,11 +21,12 @@ from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.procedure import Procedure, training_method
 from lowbit.quantizers import Quantizer
-from lowbit.registry import find_method
-from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
+from lowbit.registry import find_method, list_methods
+from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits, parse_switches, switch_name, widest
 from lowbit.surrogates import make_surrogate
 
 _ATTRIBUTE = "lowbit_method"
+Widths = Sequence[int | str | LayerBits] | str | None
 
 
 @records_gradients
@@ -33,6 +36,7 @@ def prepare(
     method: str | type[TrainingMethod] | TrainingMethod = "lsq",
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
+    bits: Widths = None,
     sample: object,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
@@ -50,6 +54,8 @@ def prepare(
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        bits: Widths that one network is to have, from the highest to the lowest, for methods that train several: ``[8, 4, 2]``, or weights and
+            inputs apart, ``"32/32,4/4,1/1"``. ``lowbit.set_bits`` switches between them. Replaces ``weight_bits`` and ``activation_bits``.
         sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
@@ -84,10 +90,17 @@ def prepare(
     """
     chosen = training_method(method, options, procedure, procedure_options)
     info = find_method(chosen, "training")
+    switches = training_switches(chosen, bits)
+    if switches:
+        weight_bits, activation_bits = widest(switches).weight, widest(switches).activation
     policy = training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
+    if switches:
+        policy = replace(policy, default=replace(widest(switches), output=policy.default.output))
+    elif chosen.switching is not None:
+        switches = (policy.default,)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer)
+        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer, switches=switches)
         check_method_bits(info, policy, job)
         chosen.attach(job)
         job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
@@ -97,9 +110,37 @@ def prepare(
     used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table, switches, chosen.switching or "network"))
     setattr(job.model, _ATTRIBUTE, chosen)
+    if switches:
+        set_bits(job.model, switches[0])
     return job.model
+
+
+def training_switches(method: TrainingMethod, bits: Widths) -> tuple[LayerBits, ...]:
+    """The widths that ``bits`` asks ``method`` to train one network for; empty where it asks for none.
+
+    Raises:
+        SpecError: The method trains one width, does not have one of these, or they are listed twice or in another order.
+    """
+    if bits is None:
+        return ()
+    info = find_method(method, "training")
+    if method.switching is None:
+        several = [other.name for other in list_methods(kind="training") if getattr(other.method, "switching", None) is not None]
+        raise SpecError(
+            f"{info.name!r} trains a network for one width: give weight_bits and activation_bits. Methods for several: "
+            f"{', '.join(several) or 'none is installed'}."
+        )
+    switches = parse_switches(bits)
+    for switch in switches:
+        for operand, supported in (("weight", info.weight_bits), ("activation", info.activation_bits)):
+            width = getattr(switch, operand)
+            if width is not None and width not in (supported or ()):
+                raise SpecError(
+                    f"bits: {info.name} has {operand} bits {', '.join(map(str, supported or ())) or 'float'}, got {switch_name(switch)}. Choose others."
+                )
+    return switches
 
 
 def training_policy(

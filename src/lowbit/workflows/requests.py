@@ -21,7 +21,7 @@ from lowbit.options import Above, AtLeast, Interval, Method, Setting, check_sett
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
 from lowbit.reading import Lined, line_of, read_yaml, shorten
 from lowbit.registry import Kind, MethodInfo, find_method
-from lowbit.spec import BitPolicy, LayerBits, parse_bits
+from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
 
 if TYPE_CHECKING:
     from lowbit.qat.tasks import Classification
@@ -517,7 +517,19 @@ class ProcedureSettings(Request):
 
 
 @dataclass(frozen=True)
-class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettings, TeacherSettings, TrainSettings):
+class SwitchSettings(Request):
+    """Bits.
+
+    Attributes:
+        bits: Widths of one network that switches between them, from the highest to the lowest, for methods that train several: 8,4,2, or
+            weights and activations apart, 32/32,4/4,1/1. Replaces the bits of weights and activations.
+    """
+
+    bits: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettings, SwitchSettings, TeacherSettings, TrainSettings):
     """Network and data.
 
     Attributes:
@@ -557,11 +569,14 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
 
     def bit_policy(self, default: LayerBits | None = None) -> BitPolicy:
         """Bits for each layer; where none are given 4, or the nearest below or above that the method supports."""
+        given = [name for name in ("weight_bits", "activation_bits") if getattr(self, name) is not None]
+        if self.bits is not None and given:
+            raise SpecError(f"bits={self.bits} lists the widths of weights and activations; leave out {', '.join(given)}.")
         return super().bit_policy(default or self._default_bits())
 
     def resolved(self) -> Self:
         """With the bits that are not given filled in."""
-        return self if isinstance(self.policy, Mapping) else self._filled(self._default_bits())
+        return self if isinstance(self.policy, Mapping) or self.bits is not None else self._filled(self._default_bits())
 
     def paper_recipe(self) -> Recipe:
         """The recipe of the method's paper, which ``changed({"recipe": "paper"})`` chooses."""
@@ -572,6 +587,8 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
         return method.default_recipe()
 
     def _default_bits(self) -> LayerBits:
+        if self.bits is not None:
+            return widest(parse_switches(self.bits))
         info = self.method_info
         return LayerBits(_nearest(info.weight_bits), None if info.activation_bits is None else _nearest(info.activation_bits))
 

@@ -34,14 +34,14 @@ from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
-from lowbit.qat.prepare import method_of, prepare, training_policy
+from lowbit.qat.prepare import Widths, method_of, prepare, training_policy
 from lowbit.qat.procedure import Procedure, training_method
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.registry import check_needs, find_method
-from lowbit.spec import BitPolicy, Bits
+from lowbit.spec import BitPolicy, Bits, switch_name
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.origin import WORK, stopped_run
@@ -80,6 +80,7 @@ def train(
     method: str | type[TrainingMethod] | TrainingMethod = TrainRequest.method,
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
+    bits: Widths = None,
     test_data: object = None,
     recipe: Recipe | Literal["paper"] | None = None,
     out: Path | str | None = None,
@@ -117,6 +118,7 @@ def train(
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        bits: Widths that one network is to have, for methods that train several; see ``lowbit.prepare``.
         test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
         recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
             size of a loader.
@@ -200,6 +202,7 @@ def train(
         task=task,
         sample=sample,
         steps_per_epoch=steps_per_epoch,
+        bits=bits,
     )
     return train_network(job, settings, trainer_for(settings, Progress.of(progress)), out=None if out is None else Path(out)).model
 
@@ -213,7 +216,7 @@ class TrainingJob:
         train_data, test_data: Data of the kinds that ``train`` takes.
         method: The method.
         policy: Bits for each layer.
-        teacher, task, sample, steps_per_epoch: As ``train`` takes them.
+        teacher, task, sample, steps_per_epoch, bits: As ``train`` takes them.
         provenance: Where the network comes from. Default: the classes of the data, where it names them.
     """
 
@@ -226,6 +229,7 @@ class TrainingJob:
     task: Task | Criterion | None = None
     sample: object = None
     steps_per_epoch: int | None = None
+    bits: Widths = None
     provenance: Provenance | None = None
 
 
@@ -250,7 +254,15 @@ def train_network(
     inputs = Inputs.of(job.sample, model) if job.sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if job.teacher is None else plain_copy(job.teacher)
-    quantized = prepare(own, method=job.method, sample=inputs.to("cpu"), policy=job.policy, surrogate=settings.surrogate, seed=recipe.seed)
+    quantized = prepare(
+        own,
+        method=job.method,
+        sample=inputs.to("cpu"),
+        policy=job.policy,
+        bits=job.bits,
+        surrogate=settings.surrogate,
+        seed=recipe.seed,
+    )
     names = class_names_of(job.train_data)
     provenance = job.provenance or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
     if provenance is not None:
@@ -343,6 +355,7 @@ def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, settings:
         "options": dict(record.options),
         "surrogate": settings.surrogate,
         "policy": record.policy.to_dict(),
+        **({"switches": [switch_name(switch) for switch in record.switches]} if record.switches else {}),
         "recipe": dataclasses.asdict(run.recipe),
         "task": run.task.facts(),
         "seed": run.recipe.seed,
@@ -418,6 +431,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         teacher=start.teacher,
         task=request.task,
         provenance=start.source.provenance,
+        bits=request.bits,
     )
     facts = {"recipe_file": yaml.safe_load(request.resolved().to_yaml())}
     trained = train_network(job, request, trainer, out=out, facts=facts)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
-from lowbit.network.bits import raised_bits
+from lowbit.network.bits import policy_bits, raised_bits
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
@@ -41,6 +41,7 @@ class QatJob(NetworkJob):
 
     Attributes:
         edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
+        switches: The widths between which the network is to switch, from the highest on, which the policy's default is; with one it has this alone.
         inserted: The quantizers that ``insert`` put in, each with the name of its layer.
 
     Raises:
@@ -57,6 +58,7 @@ class QatJob(NetworkJob):
 
     allows_float_weights = True
     edges: QuantizerFactory = learned_scale
+    switches: tuple[LayerBits, ...] = ()
     inserted: list[tuple[str, Quantizer]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -213,6 +215,21 @@ class QatJob(NetworkJob):
         self.placements = [
             replace(p, bit_width=own[p.layer] or p.bit_width) if p.purpose == "input" and p.layer in own else p for p in self.placements
         ]
+
+    def weight_slot(self, name: str) -> Slot:
+        slot = super().weight_slot(name)
+        return replace(slot, widths=self._widths(name, slot.layer, "weight"))
+
+    def slot(self, placement: Placement, *, is_signed: bool = True) -> Slot:
+        slot = super().slot(placement, is_signed=is_signed)
+        return replace(slot, widths=self._widths(slot.name, slot.layer, "activation")) if placement.purpose == "input" else slot
+
+    def _widths(self, name: str, layer: nn.Module, operand: Literal["weight", "activation"]) -> tuple[int, ...]:
+        """The widths of a layer's weight or input over all switches, each once."""
+        position = self.positions.get(name, "inner")
+        policies = [replace(self.policy, default=switch) for switch in self.switches]
+        found = [getattr(policy_bits(policy, name, layer, position), operand) for policy in policies]
+        return tuple(dict.fromkeys(bits for bits in found if bits is not None))
 
     def is_excepted(self, name: str) -> bool:
         """Whether the policy's exception for the first and the last layer applies to it."""
