@@ -17,8 +17,9 @@ if TYPE_CHECKING:  # imported when they are first used: settings of training are
     from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 
 __all__ = [
-    "AdaptiveMethod", "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "Procedure", "QatJob", "Recipe", "Regression",
-    "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod", "Turn",
+    "AdaptiveMethod", "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase",
+    "Procedure", "QatJob", "Recipe", "Regression", "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod",
+    "Turn",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_imports(__name__)

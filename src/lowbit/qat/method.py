@@ -56,6 +56,8 @@ class TrainingMethod(Method, ABC):
 
     switching: ClassVar[Literal["network", "layer"] | None] = None  # whether it trains several widths, of the network or of each layer
 
+    allows_procedure: ClassVar[bool] = True  # whether its quantizers can be trained by another procedure than its own
+
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0
     quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0
 

@@ -46,7 +46,7 @@ class Procedure(TrainingMethod):
         replaces_loss: Whether the procedure computes losses of its own from outputs, so that a base with one of its own cannot take part.
 
     Raises:
-        SpecError: A base whose quantizers belong to a procedure of their own.
+        SpecError: A base whose quantizers need phases or a loss of their own.
 
     Example:
         >>> import torch, lowbit
@@ -69,27 +69,38 @@ class Procedure(TrainingMethod):
         if vars(self)[_BASE] is None:
             self.base = self.quantizers()
             return
-        if isinstance(self.base, self.quantizers):
+        if self.has_own_quantizers:
             return
+        base = self.base.info
         if isinstance(self.base, Procedure):
+            base = base if self.base.has_own_quantizers else self.base.base.info
             self.base = self.base.base
-        own, base = type(self).info, getattr(self.base, "info", None)
-        if base is None:  # the quantizers of another paper, which are registered with it
-            base = replace(own, name=type(self.base).__name__)
-        self._check_base(own, base)
+        self._check_base(base)
         axes = (*dict.fromkeys((*base.axes, "procedure")),)
-        needs = (*dict.fromkeys((*base.needs, *own.needs)),)
+        needs = (*dict.fromkeys((*base.needs, *type(self).info.needs)),)
         self.info = replace(base, axes=axes, needs=needs, method=type(self))  # type: ignore[misc]
 
-    def _check_base(self, own: MethodInfo, base: MethodInfo) -> None:
-        if "procedure" in base.axes:
+    @property
+    def has_own_quantizers(self) -> bool:
+        """Whether it trains the paper's own quantizers."""
+        return type(self.base) is self.quantizers
+
+    def _check_base(self, base: MethodInfo) -> None:
+        own = type(self).info
+        if not self.base.allows_procedure:
             raise SpecError(
-                f"{base.name!r} is a procedure together with its quantizers: these need its own phases and cannot go through {own.name!r}. "
-                "Leave procedure out, or choose another method."
+                f"the quantizers of {base.name!r} need its own phases and cannot go through {own.name!r}. Leave procedure out, or choose "
+                "another method."
             )
         if self.replaces_loss and self.base.has_own_loss:
             raise SpecError(
                 f"{base.name!r} trains on a loss of its own, which {own.name!r} would replace. Leave procedure out, or switch that loss off."
+            )
+        phases = self.base.phases(Recipe(epochs=100))
+        if len(phases) > 1 and type(self).phases is not Procedure.phases:
+            raise SpecError(
+                f"{base.name!r} has the phases {', '.join(phase.name for phase in phases)}, which cannot go through those of {own.name!r}. Switch "
+                "them off by its options, or leave procedure out."
             )
 
     @classmethod
@@ -112,7 +123,7 @@ class Procedure(TrainingMethod):
         """Those of the base, and the procedure's: beside them in the paper's own method, else as ``procedure.temperature``."""
         own = {name: getattr(self, name) for name in self.procedure_parameters()}
         base = self.base.hyper_parameter_values()
-        if isinstance(self.base, self.quantizers):
+        if self.has_own_quantizers:
             return {**own, **base}
         return {**base, "procedure": type(self).info.name, **{f"procedure.{name}": value for name, value in own.items()}}
 
@@ -123,22 +134,14 @@ class Procedure(TrainingMethod):
             recipe: The user's recipe.
             shares: Relative lengths by name. The last part with a share has one epoch or more.
             restart: Whether the learning rates' schedule starts again with each part; else it goes through all of them once.
-
-        Raises:
-            SpecError: The base has several phases of its own.
         """
-        phases = self.base.phases(recipe)
-        if len(phases) > 1:
-            raise SpecError(
-                f"{type(self.base).__name__} has the phases {', '.join(phase.name for phase in phases)} of its own, which cannot go through "
-                f"{type(self).info.name!r}. Leave the options that ask for them out."
-            )
+        (whole,) = self.base.phases(recipe)
         counts = split_epochs(recipe.epochs, tuple(shares.values()))
         done, parts = 0, []
         for name, epochs in zip(shares, counts, strict=True):
             if epochs:
                 span = (0.0, 1.0) if restart else (done / recipe.epochs, (done + epochs) / recipe.epochs)
-                parts.append(replace(phases[0], name=name, epochs=epochs, span=span))
+                parts.append(replace(whole, name=name, epochs=epochs, span=span))
             done += epochs
         return parts
 
@@ -166,7 +169,7 @@ class Procedure(TrainingMethod):
                 continue
             part = "weight" if job.weights[name].quantizer is quantizer else "activation"
             own = getattr(asked[name], part)
-            wanted = [max(own, getattr(stage, part) or own) for stage in stages] + [own]
+            wanted = [max(own, width) for stage in stages if (width := getattr(stage, part)) is not None] + [own]
             missing = [width for width in wanted if width not in quantizer.bit_widths]
             if missing:
                 raise SpecError(
