@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ def prepare(
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
     procedure: str | type[Procedure] | Procedure | None = None,
-    procedure_options: Mapping[str, object] | None = None,
+    procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     seed: int = 0,
     **options: object,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -248,7 +249,7 @@ def training_method(
     method: object,
     options: Mapping[str, object],
     procedure: object = None,
-    procedure_options: Mapping[str, object] | None = None,
+    procedure_options: Mapping[str, object] = MappingProxyType({}),
     elsewhere: Mapping[str, str] | None = None,
 ) -> TrainingMethod:
     """The training method that a user asks for, its quantizers sent through another procedure where one is named.
@@ -268,7 +269,7 @@ def training_method(
         if procedure_options:
             raise SpecError(f"procedure_options {', '.join(procedure_options)} without a procedure. Name one with procedure=.")
         return chosen
-    info, given = find_procedure(procedure), dict(procedure_options or {})
+    info, given = find_procedure(procedure), dict(procedure_options)
     if isinstance(procedure, Procedure):
         if given:
             raise SpecError(f"procedure is an object of {info.name} with hyper-parameters of its own: set {', '.join(given)} there.")

@@ -25,9 +25,9 @@ class SwitchableQuantizer(Quantizer):
         >>> import torch
         >>> from lowbit.quantizers import LearnedScaleQuantizer
         >>> quantizer = SwitchableQuantizer((8, 2), lambda bits: LearnedScaleQuantizer(bits, signed=False))
-        >>> quantizer.initialize(torch.rand(64))
+        >>> quantizer.initialize(torch.linspace(0, 1, 64))
         >>> quantizer.set_bit_width(2)
-        >>> quantizer.bit_width, quantizer(torch.rand(64)).unique().numel(), len(list(quantizer.parameters()))
+        >>> quantizer.bit_width, quantizer(torch.linspace(0, 9, 64)).unique().numel(), len(list(quantizer.parameters()))
         (2, 4, 2)
     """
 

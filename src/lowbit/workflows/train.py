@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
@@ -87,7 +88,7 @@ def train(
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = TrainSettings.surrogate,
     procedure: str | type[Procedure] | Procedure | None = None,
-    procedure_options: Mapping[str, object] | None = None,
+    procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | Criterion | None = None,
