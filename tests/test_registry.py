@@ -18,7 +18,7 @@ from lowbit import registry
 from lowbit.errors import CalibrationError, DataError, GraphError, LayerError, SpecError, UnknownNameError
 from lowbit.methods.gradients.ewgs import Ewgs
 from lowbit.methods.quantizer_design.lsq import Lsq
-from lowbit.options import make_method, settings_of
+from lowbit.options import hyper_parameters_of, make_method
 from lowbit.plugins import source_digest
 from lowbit.qat.prepare import method_of
 from lowbit.registry import MethodInfo, check_needs, find_method, get_method, list_methods, register
@@ -110,7 +110,7 @@ def test_quantize_holds_needs_before_it_works() -> None:
 def test_every_number_has_a_range_that_holds_its_default(info: MethodInfo) -> None:
     assert info.method is not None
     info.method()  # checks the defaults
-    without = [name for name, setting in settings_of(info.method).items() if holds_numbers(setting.type) and setting.interval is None]
+    without = [name for name, setting in hyper_parameters_of(info).items() if holds_numbers(setting.type) and setting.interval is None]
     assert without == []
 
 

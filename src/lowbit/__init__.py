@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.qat.loops.manual import parameter_groups, training
     from lowbit.qat.method import TrainingMethod
     from lowbit.qat.prepare import prepare
+    from lowbit.qat.procedure import Procedure
     from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
     from lowbit.qat.run import TrainRun, penalty
     from lowbit.qat.task import CriterionTask, Scores, Task
@@ -48,7 +49,7 @@ __all__ = [
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
-    "register", "TrainingMethod", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
+    "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
     "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
     "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from lowbit.errors import SpecError, UnknownNameError, unknown_name
 from lowbit.registry import Kind, MethodInfo, find_method, list_methods
@@ -135,6 +135,21 @@ class Method(CheckedSettings):
 
     info: ClassVar[MethodInfo]
     ends: ClassVar[Literal["wide", "float", "same"]] = "wide"  # the paper's first and last layer: 8 bits or more, float, or as all others
+    is_procedure: ClassVar[bool] = False  # whether the quantizers of other methods can go through it
+
+    @classmethod
+    def hyper_parameters(cls) -> dict[str, Setting]:
+        """What users can set, by name."""
+        return settings_of(cls)
+
+    @classmethod
+    def with_hyper_parameters(cls, values: Mapping[str, Any]) -> Self:
+        """The method with these values, and the defaults of all others."""
+        return cls(**values)
+
+    def hyper_parameter_values(self) -> dict[str, object]:
+        """The value of each of ``hyper_parameters``, as records keep it."""
+        return {name: getattr(self, name) for name in self.hyper_parameters()}
 
     def default_policy(self, bits: LayerBits) -> BitPolicy:
         """The bits of each layer as the paper has them, where inner layers have ``bits``; users get it with ``policy="paper"``."""
@@ -212,29 +227,33 @@ def build_method(info: MethodInfo, options: Mapping[str, object], elsewhere: Map
         raise SpecError(
             f"method {info.name!r}: {getattr(info.method, '__name__', None)} is no dataclass. Put @dataclass below @register(...)."
         )
-    hints = typing.get_type_hints(info.method)
+    known = hyper_parameters_of(info)
     for name in options:
         _check_option(info, name, elsewhere or {})
-    converted: dict[str, Any] = {name: convert_option(info.name, name, value, hints[name]) for name, value in options.items()}
-    return info.method(**converted)
+    converted: dict[str, Any] = {name: convert_option(info.name, name, value, known[name].type) for name, value in options.items()}
+    return info.method.with_hyper_parameters(converted) if issubclass(info.method, Method) else info.method(**converted)
+
+
+def hyper_parameters_of(info: MethodInfo) -> dict[str, Setting]:
+    """What users can set of a registered method, by name; nothing where its class is no dataclass."""
+    cls = info.method
+    if cls is None or not dataclasses.is_dataclass(cls):
+        return {}
+    return cls.hyper_parameters() if issubclass(cls, Method) else settings_of(cls)
 
 
 def _check_option(info: MethodInfo, name: str, elsewhere: Mapping[str, str]) -> None:
     """UnknownNameError where the method has no hyper-parameter ``name``; it says who has it, or what the caller takes in another way."""
-    own = _option_names(info)
+    own = hyper_parameters_of(info)
     if name in own:
         return
     near = name if name in elsewhere else next(iter(difflib.get_close_matches(name, [*own, *elsewhere], n=1)), "")
     if near in elsewhere:
         suggestion = "" if near == name else f" Did you mean {near!r}?"
         raise UnknownNameError(f"unknown option of {info.name} {name!r}.{suggestion} {elsewhere[near]}")
-    others = [other.name for other in list_methods(kind=info.kind) if name in _option_names(other)]
+    others = [other.name for other in list_methods(kind=info.kind) if name in hyper_parameters_of(other)]
     hint = f"Methods that have it: {', '.join(others)}." if others else f"See 'lowbit methods show {info.name}'."
     raise unknown_name(f"option of {info.name}", name, own, hint)
-
-
-def _option_names(info: MethodInfo) -> list[str]:
-    return [f.name for f in dataclasses.fields(info.method)] if dataclasses.is_dataclass(info.method) else []
 
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:

@@ -85,6 +85,11 @@ class MethodInfo:
     margin_points: float = 0.0
     method: type | None = None
 
+    @property
+    def is_procedure(self) -> bool:
+        """Whether the quantizers of any training method can go through it: ``procedure="qkd"``."""
+        return bool(getattr(self.method, "is_procedure", False))
+
 
 def register(info: MethodInfo) -> Callable[[type[T]], type[T]]:
     """Class decorator: make the method known under its name and kind.
@@ -165,8 +170,9 @@ def find_method(method: object, kind: Kind | None = None) -> MethodInfo:
     if isinstance(method, str) and not is_in_file(method):
         return get_method(method, kind)
     _import_all()  # a file may import methods of lowbit, which are not to be registered privately
-    cls = class_in_file(method, _privately) if isinstance(method, str) else method if isinstance(method, type) else type(method)
-    info = getattr(cls, "info", None)
+    found = class_in_file(method, _privately) if isinstance(method, str) else method
+    cls = found if isinstance(found, type) else type(found)
+    info = getattr(found, "info", None)  # an object may know more than its class: whose quantizers go through a procedure
     if not isinstance(info, MethodInfo):
         raise SpecError(
             f"method {cls.__qualname__}: it has no facts. Put @lowbit.register(lowbit.MethodInfo(...)) above the class, or derive it from "
@@ -193,6 +199,23 @@ def list_methods(
         and (axis is None or axis in info.axes)
         and (section is None or info.section == section)
     ]
+
+
+def find_procedure(procedure: object) -> MethodInfo:
+    """The facts of what a user gave as ``procedure``: the name of a procedure, ``path/to/file.py:Class``, a class, or an object of one.
+
+    Raises:
+        UnknownNameError: No such method.
+        SpecError: A method whose procedure belongs to its own quantizers, or that has none.
+
+    >>> find_procedure("qkd").is_procedure
+    True
+    """
+    info = find_method(procedure, "training")
+    if not info.is_procedure:
+        known = ", ".join(other.name for other in list_methods(kind="training") if other.is_procedure)
+        raise SpecError(f"{info.name!r} is no procedure that the quantizers of other methods can go through. Those are: {known}.")
+    return info
 
 
 def check_needs(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -209,6 +210,69 @@ def parse_bits(value: object, where: str) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 4:
         value = int(value)
     return check_bit_width(cast(int, value), where)
+
+
+def switch_name(switch: LayerBits) -> str:
+    """``4/4``, ``1/float``: bits of weights and inputs.
+
+    >>> switch_name(LayerBits(1, None))
+    '1/float'
+    """
+    return "/".join("float" if bits is None else str(bits) for bits in (switch.weight, switch.activation))
+
+
+def parse_switches(value: object, where: str = "bits") -> tuple[LayerBits, ...]:
+    """The widths that one network is to have, from the highest to the lowest, as a user lists them.
+
+    Args:
+        value: ``[8, 4, 2]`` or ``"8,4,2"``; each a number for weights and inputs, or both as ``"1/32"`` (32 or ``float``: not quantized), or
+            ``LayerBits``.
+        where: For errors.
+
+    Raises:
+        SpecError: Nothing, a width twice, or one that is above the one before it.
+
+    >>> [switch_name(switch) for switch in parse_switches("32/32,4/4,1/1")]
+    ['float/float', '4/4', '1/1']
+    """
+    parts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    switches = tuple(_parse_switch(part, where) for part in parts)
+    if not switches:
+        raise SpecError(f"{where}: there is no width. List some from the highest to the lowest, such as 8,4,2.")
+    for switch in switches:
+        if switches.count(switch) > 1:
+            raise SpecError(f"{where}: {switch_name(switch)} stands there twice. List each width once.")
+    for before, after in pairwise(switches):
+        if any(_rank(b) > _rank(a) for a, b in ((before.weight, after.weight), (before.activation, after.activation))):
+            raise SpecError(
+                f"{where}: {switch_name(after)} is above {switch_name(before)}, which stands before it. List widths from the highest to the lowest."
+            )
+    return switches
+
+
+def widest(switches: Sequence[LayerBits]) -> LayerBits:
+    """The most bits of weights and of inputs among ``switches``, those in float apart: what quantizers are made for.
+
+    >>> widest(parse_switches("32/32,4/4,1/1"))
+    LayerBits(weight=4, activation=4, output=None)
+    """
+    weights = [switch.weight for switch in switches if switch.weight is not None]
+    activations = [switch.activation for switch in switches if switch.activation is not None]
+    return LayerBits(max(weights, default=None), max(activations, default=None))
+
+
+def _parse_switch(part: object, where: str) -> LayerBits:
+    if isinstance(part, LayerBits):
+        return part
+    widths = part.split("/") if isinstance(part, str) else [part]
+    if len(widths) > 2:
+        raise SpecError(f"{where}: expected a width such as 4, or WEIGHTS/ACTIVATIONS such as 1/32, got {shorten(part)}")
+    bits = [parse_bits(width.strip() if isinstance(width, str) else width, where) for width in widths]
+    return LayerBits(bits[0], bits[-1])
+
+
+def _rank(bits: int | None) -> int:
+    return 32 if bits is None else bits
 
 
 _SEVERAL_WEIGHTS = frozenset({"RNNBase", "RNNCellBase", "MultiheadAttention"})  # classes, whose weights go by the names of parameters

@@ -87,6 +87,7 @@ def test_the_names_that_are_completed_are_those_that_are_known() -> None:
     assert names.model_names() == list(BUILT_IN)
     assert names.data_names() == list(SUITES)
     assert names.surrogate_names() == list(SURROGATES)
+    assert names.procedure_names() == [info.name for info in list_methods(kind="training") if info.is_procedure]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.models.loading import load_model
-from lowbit.options import settings_of
+from lowbit.options import hyper_parameters_of
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, get_method
 from lowbit.spec import BitPolicy
@@ -84,7 +84,7 @@ def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
 def variants(info: MethodInfo) -> Iterator[dict[str, object]]:
     """Each choice other than the default of each of its options, one at a time."""
     assert info.method is not None
-    for name, setting in settings_of(info.method).items():
+    for name, setting in hyper_parameters_of(info).items():
         kinds = [setting.type, *typing.get_args(setting.type)]
         choices = [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
         if setting.type is bool:
@@ -118,7 +118,7 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
     """One step in a loop of the user's own, as the documentation writes it."""
     model, data = _network("resnet8")
     qat = lowbit.prepare(model, method=info.name, policy=policy, sample=data[0]).train()
-    run = lowbit.training(qat, steps_per_epoch=1, epochs=4)
+    run = lowbit.training(qat, steps_per_epoch=1, epochs=4, float_network=model)
     optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.01))
     run.before_step(optimizer)
     run.loss(data).backward()

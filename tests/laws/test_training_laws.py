@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.errors import SpecError
+from lowbit.errors import LowbitError, SpecError
 from lowbit.qat.prepare import prepare
 from lowbit.registry import get_method, list_methods
 from lowbit.surrogates import SURROGATES
@@ -185,6 +185,27 @@ def test_a_file_of_odd_layers_with_biases_decodes_to_the_same_outputs(name: str,
 @every_method
 def test_the_same_seed_gives_the_same_network(name: str, tmp_path: Path) -> None:
     laws.the_same_seed_gives_the_same_network(name, tmp_path)
+
+
+# Procedures
+
+
+@pytest.mark.parametrize("procedure", [info.name for info in list_methods(kind="training") if info.is_procedure])
+@every_method
+def test_goes_through_any_procedure_or_says_why_not(name: str, procedure: str) -> None:
+    weight_bits, activation_bits = training.few_bits(name)
+    ask = {"method": name, "weight_bits": weight_bits, "activation_bits": activation_bits, "sample": tiny.calibration()[:16]}
+    try:
+        model = prepare(tiny.trained(), procedure=procedure, seed=3, **ask)  # type: ignore[arg-type]
+    except LowbitError as error:
+        assert procedure in str(error)
+        return
+    before = {key: value.clone() for key, value in tiny.trained().state_dict().items()}
+    training.train(model, epochs=4)
+    checks.check_untouched(tiny.trained(), before)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert lowbit.get_bits(model)["conv1"].weight == weight_bits
+    checks.check_baked(model)
 
 
 # Surrogates

@@ -35,14 +35,15 @@ def losses(method: str, reentrant: bool | None) -> Tensor:
     info = lowbit.get_method(method)
     bits = min(max(2, info.weight_bits.start), info.weight_bits.stop - 1)
     activations = info.activation_bits
+    network = Net(reentrant)
     model = lowbit.prepare(
-        Net(reentrant),
+        network,
         method=method,
         weight_bits=bits,
         activation_bits=None if activations is None else min(max(2, activations.start), activations.stop - 1),
         sample=X,
     ).train()
-    run, found = lowbit.training(model, steps_per_epoch=3, epochs=4, batches=[(X, Y)]), []
+    run, found = lowbit.training(model, steps_per_epoch=3, epochs=4, batches=[(X, Y)], float_network=network), []
     optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.05))
     for _ in range(12):
         run.before_step(optimizer)

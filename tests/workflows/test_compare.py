@@ -303,7 +303,7 @@ sys.exit("no worker was seen")
 
 def test_the_command_of_a_cell_makes_it_again(tmp_path: Path) -> None:
     asked = Suite(
-        methods=("round_to_nearest", {"method": "lsq", "surrogate": "ewgs"}),
+        methods=("round_to_nearest", {"method": "lsq", "surrogate": "ewgs", "procedure": "qkd", "procedure_options": {"temperature": 3}}),
         bits=("2/2",),
         seeds=2,
         workers=0,

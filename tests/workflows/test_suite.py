@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,18 @@ def test_bits_that_a_method_does_not_have_are_skipped_with_the_reason() -> None:
 def test_an_altered_method_carries_another_name() -> None:
     assert Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name == "ewgs (delta=0.001)"
     assert Contender.parse({"method": "lsq", "surrogate": "ewgs"}).name == "lsq (ewgs)"
+    assert Contender.parse({"method": "lsq", "procedure": "qkd"}).name == "lsq (qkd)"
+    options = {"temperature": 3}
+    through = Contender.parse({"method": "lsq", "surrogate": "ewgs", "procedure": "qkd", "procedure_options": options})
+    assert through.name == "lsq (temperature=3, ewgs, qkd)"
+    (cell, _), *_ = Suite(methods=(through,)).cells()
+    assert cell.changes == {"surrogate": "ewgs", "procedure": "qkd", "procedure.temperature": 3}
+    assert cell.key({}) != replace(cell, procedure_options={}).key({}) != replace(cell, procedure_options={}, procedure=None).key({})
     for wrong, told in (
         (({"method": "lsq", "label": "lsq", "surrogate": "ewgs"},), "'lsq' is altered, so it needs another label"),
+        (({"method": "lsq", "label": "lsq", "procedure": "qkd"},), "'lsq' is altered, so it needs another label"),
+        (({"method": "proxquant", "procedure": "qkd"},), "the quantizers of 'proxquant' need its own phases"),
+        (({"method": "dfq", "procedure": "qkd"},), "a procedure is for training methods"),
         (({"method": "lsq", "label": "pact"},), "the label 'pact' is the name of another method"),
         (("lsq", "lsq"), "'lsq' appears twice"),
     ):

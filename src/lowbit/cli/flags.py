@@ -10,7 +10,13 @@ from lowbit.options import settings_of
 from lowbit.workflows import requests, suite
 
 _SHORT = {"method": "-m", "weight_bits": "-w", "activation_bits": "-a", "options": "-o", "learning_rate": "--lr"}
-_LONG = {"options": "option", "model_options": "model-option", "teacher_options": "teacher-option", "kind": "optimizer"}
+_LONG = {
+    "options": "option",
+    "procedure_options": "procedure-option",
+    "model_options": "model-option",
+    "teacher_options": "teacher-option",
+    "kind": "optimizer",
+}
 _OFF = {"resume": "--fresh"}
 
 

@@ -13,7 +13,7 @@ from lowbit.cli.console import results, say, show_json, show_table
 from lowbit.cli.names import method_names
 from lowbit.cli.settings import Json, name_completion, type_word, value_word
 from lowbit.errors import unknown_name
-from lowbit.options import settings_of
+from lowbit.options import hyper_parameters_of
 
 app = typer.Typer(add_completion=False, help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
@@ -22,19 +22,27 @@ app = typer.Typer(add_completion=False, help="Which methods there are, and what 
 def list_methods(
     pattern: Annotated[str, typer.Argument(help="Only methods whose name matches this shell pattern, for example 'ada*'.")] = "*",
     kind: Annotated[registry.Kind | None, typer.Option(help="Only methods of this kind. Default: all.")] = None,
+    axis: Annotated[registry.Axis | None, typer.Option(help="Only methods that answer this question. Default: all.")] = None,
     json: Json = False,
 ) -> None:
-    """List the methods with their bit-widths and needs."""
-    infos = registry.list_methods(pattern, kind=kind)
+    """List the methods with their bit-widths and needs.
+
+    The procedures among them that any quantizer can go through: lowbit methods list --axis procedure
+    """
+    infos = registry.list_methods(pattern, kind=kind, axis=axis)
     if not infos:
-        raise unknown_name("method", pattern, (info.name for info in registry.list_methods(kind=kind)))
+        raise unknown_name("method", pattern, (info.name for info in registry.list_methods(kind=kind, axis=axis)))
     if json:
         show_json([facts_of(info) for info in infos])
         return
-    show_table(
-        ("method", "kind", "weight bits", "activation bits", "needs", "what it does"),
-        ((i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos),
-    )
+    rows: list[tuple[object, ...]] = [
+        (i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos
+    ]
+    heads = ["method", "kind", "weight bits", "activation bits", "needs", "what it does"]
+    if axis == "procedure":
+        heads.insert(1, "quantizers")
+        rows = [(row[0], "any (--procedure)" if i.is_procedure else "its own", *row[1:]) for row, i in zip(rows, infos, strict=True)]
+    show_table(heads, rows)
 
 
 @app.command("show")
@@ -60,13 +68,14 @@ def show_method(
         "paper": info.paper,
         "section": info.section,
         "axes": ", ".join(info.axes),
+        "procedure": "any training method's quantizers can go through it, with --procedure" if info.is_procedure else None,
         "kind": info.kind,
         "weight bits": span(info.weight_bits),
         "activation bits": span(info.activation_bits),
         "needs": ", ".join(info.needs) or "nothing but the network",
         "fidelity": "; ".join(filter(None, (info.fidelity, info.evidence))),
     }
-    show_table(("fact", ""), facts.items())
+    show_table(("fact", ""), [(name, fact) for name, fact in facts.items() if fact is not None])
     results.print()
     show_table(
         ("option", "type", "allowed", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE"
@@ -89,13 +98,14 @@ def new_method(
 def facts_of(info: registry.MethodInfo) -> dict[str, object]:
     """What is known of a method, for programs."""
     facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "method"}
-    return {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in facts.items()}
+    plain = {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in facts.items()}
+    return {**plain, "is_procedure": info.is_procedure}
 
 
 def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str]]:
     """Name, type, range, default and meaning of each hyper-parameter of a method."""
-    assert info.method is not None
-    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in settings_of(info.method).values()]
+    known = hyper_parameters_of(info).values()
+    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in known]
 
 
 def span(bits: range | None) -> str:

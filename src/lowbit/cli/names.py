@@ -7,11 +7,17 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1]
+PROCEDURE = "procedure"  # of training methods, those that are one
 
 
 def method_names(kind: str | None = None) -> list[str]:
     """Registered methods, of one kind or all."""
-    return sorted(name for name, of in _methods().items() if kind in (None, of))
+    return sorted(name for name, of in _methods().items() if kind in (None, of) or (kind == "training" and of == PROCEDURE))
+
+
+def procedure_names() -> list[str]:
+    """Methods that the quantizers of others can go through: those of classes that derive from ``Procedure``."""
+    return sorted(name for name, of in _methods().items() if of == PROCEDURE)
 
 
 def model_names() -> list[str]:
@@ -35,11 +41,13 @@ def _methods() -> dict[str, str]:
     found = {}
     for path in (SOURCE / "methods").rglob("*.py"):
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-            decorators = statement.decorator_list if isinstance(statement, ast.ClassDef) else []
-            for node in (node for decorator in decorators for node in ast.walk(decorator)):
+            if not isinstance(statement, ast.ClassDef):
+                continue
+            for node in (node for decorator in statement.decorator_list for node in ast.walk(decorator)):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MethodInfo":
                     facts = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
-                    found[str(facts["name"])] = str(facts["kind"])
+                    is_procedure = any(isinstance(base, ast.Name) and base.id == "Procedure" for base in statement.bases)
+                    found[str(facts["name"])] = PROCEDURE if is_procedure else str(facts["kind"])
     return found
 
 

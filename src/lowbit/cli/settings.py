@@ -20,6 +20,7 @@ from lowbit.reading import parse_yaml
 from lowbit.workflows.requests import Request, fields_of
 
 RUN, OUTPUT, METHOD = "Run", "Output", "Method"  # headings in --help for what is no setting
+MAPPINGS = ("options", "procedure_options", "model_options", "teacher_options", "preprocess")  # given as NAME=VALUE
 PARSED = ("model_options", "teacher_options")  # their values are Python's, as YAML writes them
 
 PIXELS = ("mean", "std")  # of the preprocessing, as options of their own
@@ -205,6 +206,8 @@ def _completion(setting: Setting, kind: str | None) -> Callable[[str], list[str]
         return name_completion(names.model_names)
     if setting.name in ("data", "calibration", "test_data"):
         return name_completion(names.data_names)
+    if setting.name == "procedure":
+        return name_completion(names.procedure_names)
     if setting.name == "surrogate":
         return name_completion(names.surrogate_names)
     if setting.name.endswith("_bits"):
@@ -228,7 +231,7 @@ def _nested(given: Mapping[tuple[str, ...], object]) -> dict[str, object]:
     for path, value in given.items():
         if value is None or value == []:
             continue
-        if isinstance(value, list) and path[-1] in ("options", "model_options", "teacher_options", "preprocess"):
+        if isinstance(value, list) and path[-1] in MAPPINGS:
             pairs = key_values(value, flag_of(path[-1]))
             value = {key: parse_yaml(text, f"{flag_of(path[-1])} {key}") for key, text in pairs.items()} if path[-1] in PARSED else pairs
         if len(path) == 1:

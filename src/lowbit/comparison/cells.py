@@ -29,6 +29,7 @@ class Cell:
         track: ``aligned`` or ``published``; they are never compared.
         options: Hyper-parameters of the method that differ from its defaults.
         surrogate: Gradient surrogate in place of the method's.
+        procedure, procedure_options: Procedure in place of the method's, with its hyper-parameters.
         terms: Everything else that is asked for: recipe, policy, number of calibration samples.
     """
 
@@ -43,6 +44,8 @@ class Cell:
     options: Mapping[str, object] = field(default_factory=dict)
     surrogate: str | None = None
     terms: Mapping[str, object] = field(default_factory=dict)
+    procedure: str | None = None
+    procedure_options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def bits(self) -> str:
@@ -56,7 +59,18 @@ class Cell:
 
     def key(self, facts: Mapping[str, object]) -> str:
         """SHA-256, shortened to 20 digits, of the cell and of ``facts`` about what it runs on: weights, data, sources."""
-        return digest_of({"cell": asdict(self), "facts": facts})
+        cell = asdict(self)
+        for name in ("procedure", "procedure_options"):  # cells that have none are called as they were before there were any
+            if not cell[name]:
+                del cell[name]
+        return digest_of({"cell": cell, "facts": facts})
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """What differs from the method as its paper has it."""
+        own = {"surrogate": self.surrogate, "procedure": self.procedure}
+        prefixed = {f"procedure.{name}": value for name, value in self.procedure_options.items()}
+        return {**self.options, **{name: value for name, value in own.items() if value}, **prefixed}
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _table(results: Sequence[Result], baseline: str | None) -> Table:
 
 def _rows(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by label; one label that stands for methods with other options becomes several."""
-    groups = _by(results, lambda result: (result.cell.label, digest_of([result.cell.method, result.cell.options, result.cell.surrogate])))
+    groups = _by(results, lambda result: (result.cell.label, digest_of([result.cell.method, result.cell.changes])))
     found: dict[str, list[Result]] = {}
     for group in groups:
         label = group[0].cell.label
@@ -220,8 +220,7 @@ def _rows(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _options(result: Result) -> str:
-    chosen = {**result.cell.options, **({"surrogate": result.cell.surrogate} if result.cell.surrogate else {})}
-    return ", ".join(f"{name}={value}" for name, value in chosen.items()) or "as in its paper"
+    return ", ".join(f"{name}={value}" for name, value in result.cell.changes.items()) or "as in its paper"
 
 
 def _warnings(results: Sequence[Result], tables: Sequence[Table]) -> list[str]:

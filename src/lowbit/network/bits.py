@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
+import torch
 from torch import nn
 
 from lowbit.errors import LayerError, SpecError
@@ -16,8 +17,8 @@ from lowbit.network import insert
 from lowbit.network.layers import WEIGHT, WEIGHT_ONLY
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.quantizers import Quantizer
-from lowbit.registry import get_method
-from lowbit.spec import BitPolicy, LayerBits, Position, matches
+from lowbit.registry import list_methods
+from lowbit.spec import BitPolicy, LayerBits, Position, matches, parse_bits, switch_name
 
 BitsLike = int | LayerBits | None
 Part = Literal["weight", "activation", "output"]
@@ -45,6 +46,21 @@ class LayerQuantizers:
     def bits(self) -> LayerBits:
         """Current bits of these quantizers."""
         return LayerBits(*(None if quantizer is None else quantizer.bits for quantizer in (self.weight, self.activation, self.output)))
+
+
+@runtime_checkable
+class FollowsBits(Protocol):
+    """A module of a network that changes with the bits of its layers, as a norm does that has statistics for each width."""
+
+    def choose(self, bits: Mapping[str, LayerBits], switch: LayerBits | None) -> str:
+        """What to select for the bits of all layers, by name, and the switch that gives them, ``None`` where each layer has its own.
+
+        Raises:
+            SpecError: It has nothing for these bits.
+        """
+
+    def select(self, choice: str) -> None:
+        """Compute with it from now on."""
 
 
 def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
@@ -83,6 +99,12 @@ def get_bits(model: nn.Module) -> dict[str, LayerBits]:
     return {name: quantizers.bits for name, quantizers in layer_quantizers(model).items()}
 
 
+def switches_of(model: nn.Module) -> tuple[LayerBits, ...]:
+    """The widths between which the network switches, from the highest on; empty where it was trained for one."""
+    record = record_of(model)
+    return () if record is None else record.switches
+
+
 def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
     """Bits that the policy in the network's record asks for each layer, whatever it has now; SpecError without a record."""
     record = _record(model)
@@ -100,7 +122,9 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
         bits: A number sets every existing quantizer except in layers that the network's policy excepts (the first and last one, and
             those named by a rule). ``LayerBits`` does the same, but raises an error if a layer lacks a requested quantizer. ``None``
             gives the float network. A mapping from name patterns (``"layer1.*"``) to any of these sets the layers that match; later
-            patterns win. A ``BitPolicy`` sets every layer.
+            patterns win. A ``BitPolicy`` sets every layer. A network trained for several widths (``lowbit.prepare(bits=...)``) has those
+            alone: it takes one of them, and only where its method mixes them a mapping, which leaves the first and the last layer
+            alone unless it names them.
 
     Raises:
         SpecError: A width that the method or a quantizer does not support (the message lists those it does), a pattern that matches no
@@ -116,58 +140,121 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
         >>> [(bits.weight, bits.activation) for bits in lowbit.get_bits(model).values()]
         [(5, 6), (3, 3), (8, 8)]
     """
-    layers = layer_quantizers(model)
+    if torch.compiler.is_compiling():
+        raise SpecError("set_bits changes a network, which a compiled graph cannot hold. Call it between calls of the compiled network.")
+    _change(model, bits, is_lowering=False)
+
+
+def lower_bits(model: nn.Module, stage: LayerBits) -> None:
+    """Bring a network that is trained at ever fewer bits to those of ``stage``, each layer to at least those that its policy asks for.
+
+    Unlike ``set_bits`` a grid of fewer bits is derived from what was learned at more, and never one that was put aside earlier.
+
+    Args:
+        model: A network from ``lowbit.prepare``.
+        stage: Bits of weights and inputs; ``None`` leaves them in float for now.
+
+    Raises:
+        SpecError: As ``set_bits``.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.network.bits import lower_bits
+        >>> model = lowbit.prepare(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), weight_bits=2, sample=torch.randn(8, 4))
+        >>> for stage in (lowbit.LayerBits(8, None), lowbit.LayerBits(5, 5), lowbit.LayerBits(1, 1)):
+        ...     lower_bits(model, stage)
+        ...     print(lowbit.get_bits(model)["1"])
+        LayerBits(weight=8, activation=None, output=None)
+        LayerBits(weight=5, activation=5, output=None)
+        LayerBits(weight=2, activation=4, output=None)
+    """
+    _change(model, {name: raised_bits(own, stage) for name, own in asked_bits(model).items()}, is_lowering=True)
+
+
+def raised_bits(own: LayerBits, stage: LayerBits) -> LayerBits:
+    """Bits of a layer at a stage of lowering: its own, or those of the stage where these are more; ``None`` there is float.
+
+    >>> raised_bits(LayerBits(2, 4), LayerBits(3, None))
+    LayerBits(weight=3, activation=None, output=None)
+    """
+
+    def wider(asked: int | None, bits: int | None) -> int | None:
+        return None if asked is None or bits is None else max(asked, bits)
+
+    return LayerBits(wider(own.weight, stage.weight), wider(own.activation, stage.activation), own.output)
+
+
+def _change(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy, *, is_lowering: bool) -> None:
+    layers, record, switch = layer_quantizers(model), record_of(model), None
     if not any(found.weight or found.activation or found.output for found in layers.values()):
         raise LayerError(f"{type(model).__name__} has no quantizers whose bits could be changed. Prepare or quantize it first.")
-    asked = _asked(model, layers, bits)
-    changes: dict[Quantizer, tuple[int | None, str]] = {}
-    for name, wanted in asked.items():
-        for part in get_args(Part):
-            _note(changes, model, layers, name, part, getattr(wanted, part))
+    if record is None or not record.switches:
+        asked = _asked(model, layers, bits)
+    else:
+        asked, switch = _switched(record, layers, bits)
+    changes = _changes(layers, asked, record)
+    followers = [module for module in model.modules() if isinstance(module, FollowsBits)]
+    after = {**{name: found.bits for name, found in layers.items()}, **asked} if followers else {}
+    choices = [follower.choose(after, switch) for follower in followers]
     weights = {f.weight: insert.float_weight(f.layer, f.parameter).detach() for f in layers.values() if f.weight is not None}
-    for quantizer, (width, _) in changes.items():
-        quantizer.set_bit_width(width, weights.get(quantizer))
-    record = record_of(model)
+    for quantizer, width in changes.items():
+        if is_lowering and width is not None and width < quantizer.bit_width:
+            quantizer.forget_grid_for(width)
+            quantizer.set_bit_width(width)
+        else:
+            quantizer.set_bit_width(width, weights.get(quantizer))
+    for follower, choice in zip(followers, choices, strict=True):
+        follower.select(choice)
     for row in [] if record is None else list(record.table):
         if record is not None and row.name in layers:
             now = layers[row.name].bits
             record.table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation, output_bits=now.output))
 
 
-def _note(
-    changes: dict[Quantizer, tuple[int | None, str]],
-    model: nn.Module,
-    layers: Mapping[str, LayerQuantizers],
-    name: str,
-    part: Part,
-    width: int | None,
+def _changes(
+    layers: Mapping[str, LayerQuantizers], asked: Mapping[str, LayerBits], record: QuantizationRecord | None
+) -> dict[Quantizer, int | None]:
+    """The new width of each quantizer, checked."""
+    changes: dict[Quantizer, int | None] = {}
+    names: dict[Quantizer, str] = {}
+    supported = _method_widths(record)
+    for name, wanted in asked.items():
+        for part in get_args(Part):
+            quantizer, width = getattr(layers[name], part), getattr(wanted, part)
+            if quantizer is None:
+                continue
+            if width is not None:
+                _check_width(quantizer, name, part, width, record, supported.get(part))
+            other = names.setdefault(quantizer, name)
+            if changes.setdefault(quantizer, width) != width:
+                raise SpecError(
+                    f"layers {other!r} and {name!r} share one {part} quantizer, so they cannot have {changes[quantizer]} and {width} bits. "
+                    "Give both the same."
+                )
+    return changes
+
+
+def _method_widths(record: QuantizationRecord | None) -> dict[Part, range]:
+    """The widths that the network's method has, as far as it is registered: one of a file leaves them to its quantizers."""
+    info = None if record is None else next((known for known in list_methods() if known.name == record.method), None)
+    if info is None:
+        return {}
+    return {"weight": info.weight_bits, **({} if info.activation_bits is None else {"activation": info.activation_bits})}
+
+
+def _check_width(
+    quantizer: Quantizer, name: str, part: Part, width: int, record: QuantizationRecord | None, supported: range | None
 ) -> None:
-    """Add one quantizer and its new width to ``changes``, checked."""
-    quantizer: Quantizer | None = getattr(layers[name], part)
-    if quantizer is None:
-        return
-    if width is not None:
-        _check_method(model, name, part, width)
-        try:
-            quantizer.check_has(width)
-        except SpecError as error:
-            raise SpecError(f"layer {name!r}, {part}: {error}") from error
-    before, other = changes.setdefault(quantizer, (width, name))
-    if before != width:
+    """SpecError where the quantizer has no such width, or the network's method in a layer that it quantizes itself."""
+    is_excepted = record is not None and record.policy.first_last is not None and name in record.table.positions
+    if record is not None and supported is not None and width not in supported and not is_excepted:
         raise SpecError(
-            f"layers {other!r} and {name!r} share one {part} quantizer, so they cannot have {before} and {width} bits. Give both the same."
+            f"layer {name!r}: {record.method} has {part} bits {', '.join(map(str, supported))}, got {width}. Choose one of them."
         )
-
-
-def _check_method(model: nn.Module, name: str, part: Part, width: int) -> None:
-    """SpecError where the network's method has no such width in a layer that it quantizes itself."""
-    record = record_of(model)
-    if record is None or (record.policy.first_last is not None and name in record.table.positions):
-        return
-    info = get_method(record.method)
-    widths = info.weight_bits if part == "weight" else info.activation_bits if part == "activation" else None
-    if widths is not None and width not in widths:
-        raise SpecError(f"layer {name!r}: {record.method} has {part} bits {', '.join(map(str, widths))}, got {width}. Choose one of them.")
+    try:
+        quantizer.check_has(width)
+    except SpecError as error:
+        raise SpecError(f"layer {name!r}, {part}: {error}") from error
 
 
 def _asked(
@@ -190,6 +277,66 @@ def _asked(
     if isinstance(bits, LayerBits):
         _require(asked, layers, record)
     return asked
+
+
+def _switched(
+    record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bits: BitsLike | Mapping[str, BitsLike] | BitPolicy
+) -> tuple[dict[str, LayerBits], LayerBits | None]:
+    """The bits of each layer of a network of several widths, and the switch that gives them, where it is one."""
+    if not isinstance(bits, (Mapping, BitPolicy)):
+        switch = _switch(record, bits)
+        return _at_switch(record, layers, switch), switch
+    if isinstance(bits, Mapping):
+        asked = _mixed(record, layers, bits)
+        for switch in record.switches:
+            if all(asked.get(name, layers[name].bits) == wanted for name, wanted in _at_switch(record, layers, switch).items()):
+                return asked, switch
+        if record.switching == "layer":
+            return asked, None
+    advice = "Give a mapping of patterns" if record.switching == "layer" else f"Give one of {_listed(record)}"
+    raise SpecError(f"this network, trained by {record.method}, switches each {record.switching} between its widths. {advice}.")
+
+
+def _at_switch(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], switch: LayerBits) -> dict[str, LayerBits]:
+    """The bits of every layer at one switch, as far as it has quantizers."""
+    asked = _by_policy(replace(record.policy, default=switch), layers, record.table.positions)
+    return {
+        name: LayerBits(*(None if getattr(layers[name], part) is None else getattr(wanted, part) for part in get_args(Part)))
+        for name, wanted in asked.items()
+    }
+
+
+def _mixed(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bits: Mapping[str, BitsLike]) -> dict[str, LayerBits]:
+    """Bits by patterns; layers of one width have it at every switch, so that patterns pass them over."""
+    at_switches = [_at_switch(record, layers, switch) for switch in record.switches]
+    fixed = {name for name in layers if len(record.switches) > 1 and all(found[name] == at_switches[0][name] for found in at_switches)}
+    asked: dict[str, LayerBits] = {}
+    for pattern, value in bits.items():
+        matching = _by_pattern({pattern: None if isinstance(value, LayerBits) else value}, layers, record)
+        for name in matching:
+            if name not in fixed:
+                asked[name] = _at_switch(record, layers, _switch(record, value))[name]
+            elif name == pattern and switch_name(_layer_bits(value)) != switch_name(layers[name].bits):
+                raise SpecError(f"layer {name!r}: the network was trained with {switch_name(layers[name].bits)} there alone. Leave it out.")
+    return asked
+
+
+def _switch(record: QuantizationRecord, bits: BitsLike) -> LayerBits:
+    """The switch that ``bits`` names; a number is that of the weights."""
+    if isinstance(bits, LayerBits):
+        fitting = [s for s in record.switches if (s.weight, s.activation) == (bits.weight, bits.activation)]
+    else:
+        width = parse_bits(bits, "bits")
+        fitting = [s for s in record.switches if s.weight == width]
+        fitting = [s for s in fitting if s.activation == width] or fitting
+    if len(fitting) != 1:
+        given = switch_name(bits) if isinstance(bits, LayerBits) else bits
+        raise SpecError(f"this network was trained for the widths {_listed(record)}, got {given}. Choose one of them.")
+    return fitting[0]
+
+
+def _listed(record: QuantizationRecord) -> str:
+    return ", ".join(map(switch_name, record.switches))
 
 
 def _by_policy(policy: BitPolicy, layers: Mapping[str, LayerQuantizers], positions: Mapping[str, Position]) -> dict[str, LayerBits]:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from lowbit.network.table import LayerTable
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, LayerBits
 
 _ATTRIBUTE = "lowbit_record"
 
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """Method, options, policy, seed and the table of layers of one quantization."""
+    """Method, options, policy, seed and the table of layers of one quantization, and the widths between which the network switches.
+
+    Attributes:
+        switches: From the highest on; empty where the network was trained for one width.
+        switching: Whether the ``network`` switches as a whole, or each ``layer``.
+    """
 
     method: str
     options: Mapping[str, object]
     policy: BitPolicy
     seed: int
     table: LayerTable
+    switches: tuple[LayerBits, ...] = ()
+    switching: Literal["network", "layer"] = "network"
 
 
 def attach_record(model: nn.Module, record: QuantizationRecord) -> None:

@@ -28,6 +28,8 @@ class Slot:
             ``sum`` or a ``concatenation``, goes into a ``pool``, or is a ``gate`` that another one is multiplied with.
         operand_of: The sums and concatenations that read the tensor, by name; quantizers of one merge can be one and the same.
         result_of: The sum or concatenation that the tensor comes from, or "".
+        widths: The bit-widths that the quantizer has to have, from the highest on, in a network that switches between several; ``bit_width`` is
+            the first one. Empty where it has one.
         parameter: The name of the layer's parameter, where a weight is quantized: ``weight``, or one of several such as ``weight_ih_l0``.
 
     Example:
@@ -46,6 +48,7 @@ class Slot:
     operand_of: tuple[str, ...] = ()
     result_of: str = ""
     parameter: str = WEIGHT
+    widths: tuple[int, ...] = ()
 
     @property
     def channel_axis(self) -> int:

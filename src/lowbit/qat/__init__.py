@@ -6,17 +6,20 @@ from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:  # imported when they are first used: settings of training are read without torch
     from lowbit.network.slot import Slot
+    from lowbit.qat.adaptive import AdaptiveMethod
     from lowbit.qat.attach.job import QatJob
     from lowbit.qat.method import TrainingMethod
     from lowbit.qat.networks import Companion, GivenNetworks
+    from lowbit.qat.procedure import Procedure
     from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn
     from lowbit.qat.run import TrainRun
     from lowbit.qat.task import CriterionTask, Scores, Supervised, Task
     from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
 
 __all__ = [
-    "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase", "QatJob", "Recipe", "Regression",
-    "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod", "Turn",
+    "AdaptiveMethod", "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase",
+    "Procedure", "QatJob", "Recipe", "Regression", "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod",
+    "Turn",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_imports(__name__)

@@ -6,9 +6,9 @@ Everything has a default, so that a method's file holds only what its paper chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -21,8 +21,10 @@ from lowbit.qat.attach.job import QatJob, learned_scale
 from lowbit.qat.networks import Companion, GivenNetworks
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.qat.run import TrainRun
-from lowbit.qat.task import Batch
+from lowbit.qat.task import Batch, Scores
 from lowbit.quantizers import Quantizer
+
+Measure = Callable[[], Scores]  # the task's metrics of the network as it is
 
 
 @dataclass
@@ -51,6 +53,10 @@ class TrainingMethod(Method, ABC):
         >>> model.weight[0].abs().unique().numel()
         1
     """
+
+    switching: ClassVar[Literal["network", "layer"] | None] = None  # whether it trains several widths, of the network or of each layer
+
+    allows_procedure: ClassVar[bool] = True  # whether its quantizers can be trained by another procedure than its own
 
     quantizer_learning_rate: Annotated[float, AtLeast(0)] = 1.0
     quantizer_weight_decay: Annotated[float, AtLeast(0)] = 0.0
@@ -151,8 +157,17 @@ class TrainingMethod(Method, ABC):
         """
         yield self.loss(run, batch)
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it is trained on another loss than the task's, the teacher's and the penalties, so that loops have to ask it for that."""
+        return type(self).loss is not TrainingMethod.loss or type(self).losses is not TrainingMethod.losses
+
     def after_backward(self, run: TrainRun) -> None:
         """Called when all gradients of a step are there, before they are clipped."""
 
     def after_step(self, run: TrainRun) -> None:
         """Called after the optimizers' step."""
+
+    def evaluate(self, run: TrainRun, measure: Measure) -> Scores:
+        """The metrics at the end of an epoch, with the network in evaluation mode; a network of several widths measures each of them."""
+        return measure()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -11,18 +13,21 @@ from torch import nn
 from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
+from lowbit.network.bits import set_bits
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import choose_policy, make_method
+from lowbit.options import choose_policy
 from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
+from lowbit.qat.procedure import Procedure, training_method
 from lowbit.quantizers import Quantizer
-from lowbit.registry import find_method
-from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
+from lowbit.registry import find_method, list_methods
+from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits, parse_switches, switch_name, widest
 from lowbit.surrogates import make_surrogate
 
 _ATTRIBUTE = "lowbit_method"
+Widths = Sequence[int | str | LayerBits] | str | None
 
 
 @records_gradients
@@ -32,9 +37,12 @@ def prepare(
     method: str | type[TrainingMethod] | TrainingMethod = "lsq",
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
+    bits: Widths = None,
     sample: object,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = None,
+    procedure: str | type[Procedure] | Procedure | None = None,
+    procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     seed: int = 0,
     **options: object,
@@ -47,10 +55,15 @@ def prepare(
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        bits: Widths that one network is to have, from the highest to the lowest, for methods that train several: ``[8, 4, 2]``, or weights and
+            inputs apart, ``"32/32,4/4,1/1"``. ``lowbit.set_bits`` switches between them. Replaces ``weight_bits`` and ``activation_bits``.
         sample: One batch of inputs (labels are dropped); quantizers are initialized from it.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's (a name of ``lowbit.surrogates.SURROGATES``).
+        procedure: Procedure to train with in place of the method's own, such as ``"qkd"`` (``lowbit.list_methods(axis="procedure")``): its
+            phases, companions and losses, with the quantizers of ``method``.
+        procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
             nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in the papers.
             With them an exported residual network runs in integers from end to end, which is several times faster. Needs a network
@@ -62,8 +75,8 @@ def prepare(
         The network in the training mode of ``model``; ``lowbit.summary`` shows what was done to each layer.
 
     Raises:
-        UnknownNameError: No such method, option or surrogate.
-        SpecError: Bits, policy or an option out of range, or a surrogate that the method cannot use.
+        UnknownNameError: No such method, option, surrogate or procedure.
+        SpecError: Bits, policy or an option out of range, or a surrogate or a procedure that the method cannot use.
         CalibrationError: A sample that does not fit the network.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
@@ -76,25 +89,59 @@ def prepare(
         >>> prepared[0].weight[0].unique().numel() <= 4
         True
     """
-    info = find_method(method, "training")
-    chosen = make_method(method, "training", options)
-    assert isinstance(chosen, TrainingMethod)
+    chosen = training_method(method, options, procedure, procedure_options)
+    info = find_method(chosen, "training")
+    switches = training_switches(chosen, bits)
+    if switches:
+        weight_bits, activation_bits = widest(switches).weight, widest(switches).activation
     policy = training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits)
+    if switches:
+        policy = replace(policy, default=replace(widest(switches), output=policy.default.output))
+    elif chosen.switching is not None:
+        switches = (policy.default,)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer)
+        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer, switches=switches)
         check_method_bits(info, policy, job)
         chosen.attach(job)
         job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
         if surrogate is not None:
             set_surrogate(job, surrogate, info.name)
         table = job.finish()
-    used: dict[str, object] = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table))
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table, switches, chosen.switching or "network"))
     setattr(job.model, _ATTRIBUTE, chosen)
+    if switches:
+        set_bits(job.model, switches[0])
     return job.model
+
+
+def training_switches(method: TrainingMethod, bits: Widths) -> tuple[LayerBits, ...]:
+    """The widths that ``bits`` asks ``method`` to train one network for; empty where it asks for none.
+
+    Raises:
+        SpecError: The method trains one width, does not have one of these, or they are listed twice or in another order.
+    """
+    if bits is None:
+        return ()
+    info = find_method(method, "training")
+    if method.switching is None:
+        several = [other.name for other in list_methods(kind="training") if getattr(other.method, "switching", None) is not None]
+        raise SpecError(
+            f"{info.name!r} trains a network for one width: give weight_bits and activation_bits. Methods for several: "
+            f"{', '.join(several) or 'none is installed'}."
+        )
+    switches = parse_switches(bits)
+    for switch in switches:
+        for operand, supported in (("weight", info.weight_bits), ("activation", info.activation_bits)):
+            width = getattr(switch, operand)
+            if width is not None and width not in (supported or ()):
+                raise SpecError(
+                    f"bits: {info.name} has {operand} bits {', '.join(map(str, supported or ())) or 'float'}, got {switch_name(switch)}. Choose others."
+                )
+    return switches
 
 
 def training_policy(

@@ -132,6 +132,8 @@ class Phase:
         clip_norm: Largest norm of all gradients of one network together, or ``None``.
         renew_each_epoch: Build new optimizers at the start of every epoch.
         turns: Turns of a step; each sees the batches of the step and has its own backward passes and optimizer step.
+        span: The part of the optimizers' schedules that the phase goes through, as fractions: (0.5, 1.0) is the second half of a schedule
+            that two phases share.
 
     Example:
         >>> import lowbit
@@ -146,6 +148,12 @@ class Phase:
     clip_norm: float | None = None
     renew_each_epoch: bool = False
     turns: Sequence[Turn] = (Turn(),)
+    span: tuple[float, float] = (0.0, 1.0)
+
+    def scheduled(self, progress: float) -> float:
+        """The fraction of the schedules that is done when ``progress`` (0 to 1) of the phase is."""
+        start, end = self.span
+        return start + (end - start) * progress
 
     def key(self, role: Role, turn: Turn | None = None) -> Role | None:
         """The key of ``optimizers`` that counts for ``role``; ``None`` where the phase, or the turn, does not train it."""

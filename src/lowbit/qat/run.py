@@ -15,7 +15,7 @@ from lowbit.errors import LoopError, SpecError
 from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.qat.networks import Companion, GivenNetworks, RoleOf
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, Turn, covering
-from lowbit.qat.task import Batch, Task
+from lowbit.qat.task import Batch, Output, Scores, Task
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo
 
@@ -45,6 +45,9 @@ class Hooks(Protocol):
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]: ...
     def after_backward(self, run: TrainRun) -> None: ...
     def after_step(self, run: TrainRun) -> None: ...
+    def evaluate(self, run: TrainRun, measure: Callable[[], Scores]) -> Scores: ...
+    @property
+    def has_own_loss(self) -> bool: ...
 
 
 @dataclass
@@ -166,7 +169,7 @@ class TrainRun:
     def learning_rate(self) -> float:
         """Current learning rate of the weights."""
         spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()), None)
-        return 0.0 if spec is None else spec.rate_at(self.phase_progress)
+        return 0.0 if spec is None else spec.rate_at(self.phase.scheduled(self.phase_progress))
 
     def quantizers(self) -> Iterator[Quantizer]:
         """Every quantizer of the network, each once."""
@@ -296,11 +299,13 @@ class TrainRun:
             raise LoopError(f"{self.method.info.name!r} gave no loss in the turn {self.turn.name!r}")
         return found[0] if len(found) == 1 else torch.stack(found).sum()
 
+    def predict(self, batch: Batch) -> Output:
+        """The network's output for a batch, through the wrapper where there is one."""
+        return self.task.predict(self.model if self.wrapped is None else self.wrapped, batch)
+
     def task_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """The task's loss, mixed with the teacher's where there is one."""
-        if self.wrapped is not None and (model is None or model is self.model):
-            model = self.wrapped
-        output = self.task.predict(self.model if model is None else model, batch)
+        output = self.predict(batch) if model is None or model is self.model else self.task.predict(model, batch)
         loss = self.task.loss(output, batch)
         teacher = self.networks.get("teacher")
         if teacher is None:
@@ -345,7 +350,7 @@ class TrainRun:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = group["spec"].rate_at(self.phase_progress)
+                group["lr"] = group["spec"].rate_at(self.phase.scheduled(self.phase_progress))
 
     def roles(self) -> Iterator[tuple[Role, nn.Parameter]]:
         """Every parameter of the network and its companions with its role."""
@@ -407,7 +412,7 @@ class TrainRun:
         """SpecError where the phase names a role that no parameter has."""
         roles = {role for role, _ in self.roles()}
         asked = {key for turn in self.phase.turns for key in turn.roles or ()} | set(self.phase.optimizers)
-        unknown = {key for key in asked if all(covering(role, (key,)) is None for role in roles)} - USUAL_ROLES
+        unknown = {key for key in asked if all(covering(role, (key,)) is None for role in roles) and not covering(key, USUAL_ROLES)}
         if unknown:
             raise SpecError(f"phase {self.phase.name!r}: no parameter has the role {', '.join(sorted(unknown))}")
 

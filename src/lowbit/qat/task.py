@@ -69,6 +69,11 @@ class Task(ABC):
         squares = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
         return squares / sum(a.numel() for a, _ in pairs)
 
+    def with_temperature(self, temperature: float) -> Task:
+        """This task with another temperature in ``distillation_loss``; itself where that has none."""
+        has_one = "temperature" in getattr(self, "__dataclass_fields__", {})
+        return cast(Task, dataclasses.replace(cast(Any, self), temperature=temperature)) if has_one else self
+
     @abstractmethod
     def measure(self, output: Output, batch: Batch) -> tuple[Any, Any] | Sums:
         """What a batch adds to the metrics; it is summed over all batches and processes.

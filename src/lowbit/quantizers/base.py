@@ -124,6 +124,9 @@ class Quantizer(nn.Module, ABC):
         """Whether there already is a grid of this width."""
         return bits == self.bit_width
 
+    def forget_grid_for(self, bits: int) -> None:
+        """Drop the grid of a width that is not in use, so that ``set_bit_width`` derives it anew from the one in use."""
+
     def _change_bit_width(self, bits: int, values: Tensor | None) -> None:
         """Change to another width of ``bit_widths``."""
         self.bit_width = bits
@@ -156,6 +159,10 @@ class TableQuantizer(Quantizer):
 
     def has_grid_for(self, bits: int) -> bool:
         return super().has_grid_for(bits) or not self.tables_by_width or f"{self.tables_by_width[0]}{_AT_WIDTH}{bits}" in self._buffers
+
+    def forget_grid_for(self, bits: int) -> None:
+        for name in self.tables_by_width if bits != self.bit_width else ():
+            self._buffers.pop(f"{name}{_AT_WIDTH}{bits}", None)
 
     def resize(self) -> None:
         """Set what follows from ``bit_width`` alone, such as the range of the codes; does nothing by default."""

@@ -75,7 +75,7 @@ def odd_layer_trains(method: MethodRef, case: str) -> None:
     """Two steps on the odd network ``case`` stay finite, and codes equal the forward pass."""
     model, data = odd_network(case)
     qat = training.ready(method, model, data).train()
-    run = training.run_of(qat, epochs=1)
+    run = training.run_of(qat, epochs=1, float_network=model)
     run.start_phase()
     run.start_epoch()
     for _ in range(2):

@@ -7,7 +7,7 @@ import functools
 
 from torch import Tensor, nn
 
-from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of, prepare
 from lowbit.registry import MethodInfo, find_method
 from lowbit.testing import tiny
@@ -52,11 +52,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return tiny.samples(64, seed=5000 + step)
 
 
-def run_of(model: nn.Module, *, epochs: int = EPOCHS, learning_rate: float = 0.02) -> TrainRun:
-    """A run over ``epochs`` epochs of ``STEPS`` steps."""
+def run_of(model: nn.Module, *, epochs: int = EPOCHS, learning_rate: float = 0.02, float_network: nn.Module | None = None) -> TrainRun:
+    """A run over ``epochs`` epochs of ``STEPS`` steps; ``float_network`` is what was prepared, the trained network by default."""
     recipe = Recipe(epochs, optimizer=OptimizerSpec(learning_rate=learning_rate), seed=4)
     batches = functools.partial(lambda count: [batch(step) for step in range(count)])
-    return TrainRun(model, method_of(model), Classification(), recipe, STEPS, batches=batches)
+    given = GivenNetworks(float_network=tiny.trained() if float_network is None else float_network)
+    return TrainRun(model, method_of(model), Classification(), recipe, STEPS, given=given, batches=batches)
 
 
 def one_step(run: TrainRun) -> Tensor:

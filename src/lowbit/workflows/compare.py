@@ -32,9 +32,10 @@ from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.curve import versions
 from lowbit.qat.method import TrainingMethod
+from lowbit.qat.procedure import training_method
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.tasks import as_task
-from lowbit.registry import find_method
+from lowbit.registry import find_method, find_procedure
 from lowbit.report.comparison import ComparisonReport, write_comparison
 from lowbit.report.facts import processor_name
 from lowbit.spec import BitPolicy, LayerBits
@@ -236,7 +237,7 @@ class _Opened:
         self._settings = {} if subjects else {one.title: one for one in suite.subjects}
         self._facts: dict[tuple[str, int | None], Mapping[str, object]] = {}
         self._scores: dict[str, Mapping[str, float]] = {}
-        self._sources: dict[tuple[str, str, str | None], str] = {}
+        self._sources: dict[tuple[str | None, ...], str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -253,7 +254,7 @@ class _Opened:
         at = (cell.subject, cell.seed if subject.follows_seed else None)
         if at not in self._facts:
             self._facts[at] = subject.facts()
-        of = (cell.method, cell.kind, cell.surrogate)
+        of = (cell.method, cell.kind, cell.surrogate, cell.procedure)
         if of not in self._sources:
             self._sources[of] = method_digest(cell)
         return {
@@ -297,9 +298,11 @@ def opened_subject(named: Subject | SubjectSettings, seed: int) -> Subject:
 
 
 def method_digest(cell: Cell) -> str:
-    """SHA-256 of the files that define the cell's method, those it derives from, and its surrogate."""
+    """SHA-256 of the files that define the cell's method and procedure, those they derive from, and its surrogate."""
     info = find_method(cell.method, cell.kind)
-    classes = [cls for cls in (info.method.__mro__ if info.method is not None else ()) if _is_own(cls.__module__)]
+    procedure = None if cell.procedure is None else find_procedure(cell.procedure).method
+    families = [cls.__mro__ for cls in (info.method, procedure) if cls is not None]
+    classes = [cls for family in families for cls in family if _is_own(cls.__module__)]
     if cell.surrogate is not None:
         classes.append(type(make_surrogate(cell.surrogate)))
     digest = hashlib.sha256()
@@ -397,8 +400,7 @@ def run_cell(job: Job, progress: Progress) -> Mapping[str, object]:
 
 def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
     cell, suite = task.cell, task.suite
-    method = make_method(cell.method, "training", cell.options)
-    assert isinstance(method, TrainingMethod)
+    method = training_method(cell.method, cell.options, cell.procedure, cell.procedure_options)
     if subject.train_data is None:
         if isinstance(task.subject, SubjectSettings):
             training_data(task.subject)  # raises why there are none

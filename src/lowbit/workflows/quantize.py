@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import time
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def run_job(
             place = _first_not_finite(model, data)
             raise error if place is None else CalibrationError(f"{place} on the calibration data: {error}") from error
         table = job.finish()
-    used = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    used = method.hyper_parameter_values()
     attach_record(job.model, QuantizationRecord(info.name, used, job.policy, job.seed, table))
     return job
 

@@ -21,7 +21,7 @@ from lowbit.options import Above, AtLeast, Interval, Method, Setting, check_sett
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
 from lowbit.reading import Lined, line_of, read_yaml, shorten
 from lowbit.registry import Kind, MethodInfo, find_method
-from lowbit.spec import BitPolicy, LayerBits, parse_bits
+from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
 
 if TYPE_CHECKING:
     from lowbit.qat.tasks import Classification
@@ -104,7 +104,8 @@ class Request:
             return asked
         if asked != PAPER:
             raise SpecError(f"{where or 'settings'}: recipe must be {PAPER!r} or a Recipe, got {shorten(asked)}. Set its fields by name.")
-        chosen = self.changed({name: values[name] for name in ("method", "options") if name in values})
+        named = ("method", "options", "procedure", "procedure_options")
+        chosen = self.changed({name: values[name] for name in named if name in values})
         return typing.cast("TrainRequest", chosen).paper_recipe()
 
     def to_yaml(self) -> str:
@@ -502,7 +503,33 @@ class TrainSettings(TrainingSettings, OutputSettings, RunSettings, ProcessSettin
 
 
 @dataclass(frozen=True)
-class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings, TrainSettings):
+class ProcedureSettings(Request):
+    """Method.
+
+    Attributes:
+        procedure: Name of the procedure to train with instead of the method's own: its phases, companions and losses, with the method's
+            quantizers. 'lowbit methods list --axis procedure' lists them.
+        procedure_options: Hyper-parameters of that procedure.
+    """
+
+    procedure: str | None = None
+    procedure_options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SwitchSettings(Request):
+    """Bits.
+
+    Attributes:
+        bits: Widths of one network that switches between them, from the highest to the lowest, for methods that train several: 8,4,2, or
+            weights and activations apart, 32/32,4/4,1/1. Replaces the bits of weights and activations.
+    """
+
+    bits: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettings, SwitchSettings, TeacherSettings, TrainSettings):
     """Network and data.
 
     Attributes:
@@ -527,6 +554,12 @@ class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings
         """The method's facts; SpecError when it is no training method."""
         return find_method(self.method, "training")
 
+    def chosen_method(self) -> Method:
+        """The method with its hyper-parameters, its quantizers sent through the procedure where one is named."""
+        from lowbit.qat.procedure import training_method  # brings torch
+
+        return training_method(self.method, self.options, self.procedure, self.procedure_options)
+
     @property
     def task(self) -> Classification:
         """What the network is trained for."""
@@ -536,11 +569,14 @@ class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings
 
     def bit_policy(self, default: LayerBits | None = None) -> BitPolicy:
         """Bits for each layer; where none are given 4, or the nearest below or above that the method supports."""
+        given = [name for name in ("weight_bits", "activation_bits") if getattr(self, name) is not None]
+        if self.bits is not None and given:
+            raise SpecError(f"bits={self.bits} lists the widths of weights and activations; leave out {', '.join(given)}.")
         return super().bit_policy(default or self._default_bits())
 
     def resolved(self) -> Self:
         """With the bits that are not given filled in."""
-        return self if isinstance(self.policy, Mapping) else self._filled(self._default_bits())
+        return self if isinstance(self.policy, Mapping) or self.bits is not None else self._filled(self._default_bits())
 
     def paper_recipe(self) -> Recipe:
         """The recipe of the method's paper, which ``changed({"recipe": "paper"})`` chooses."""
@@ -551,6 +587,8 @@ class TrainRequest(NetworkSettings, MethodSettings, BitSettings, TeacherSettings
         return method.default_recipe()
 
     def _default_bits(self) -> LayerBits:
+        if self.bits is not None:
+            return widest(parse_switches(self.bits))
         info = self.method_info
         return LayerBits(_nearest(info.weight_bits), None if info.activation_bits is None else _nearest(info.activation_bits))
 

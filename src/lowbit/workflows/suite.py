@@ -30,6 +30,8 @@ class Contender:
         label: What tables call it. Default: the method's name, with whatever is altered behind it.
         options: Hyper-parameters that differ from the method's defaults.
         surrogate: Gradient surrogate in place of the method's own.
+        procedure: Procedure in place of the method's own.
+        procedure_options: Hyper-parameters of that procedure.
         kind: Kind of the method, where methods of several kinds have the name.
         bits: Bits of this method in place of the suite's.
         networks: Names of the only networks to run it on. Default: all.
@@ -44,6 +46,8 @@ class Contender:
     options: Mapping[str, object] = field(default_factory=dict)
     surrogate: str | None = None
     kind: str | None = None
+    procedure: str | None = None
+    procedure_options: Mapping[str, object] = field(default_factory=dict)
     bits: tuple[BitPair, ...] = ()
     networks: tuple[str, ...] = ()
 
@@ -52,7 +56,8 @@ class Contender:
         """What tables call it."""
         if self.label is not None:
             return self.label
-        changes = [f"{name}={value}" for name, value in self.options.items()] + ([self.surrogate] if self.surrogate else [])
+        options = [f"{name}={value}" for name, value in {**self.options, **self.procedure_options}.items()]
+        changes = [*options, *(word for word in (self.surrogate, self.procedure) if word)]
         return f"{self.method} ({', '.join(changes)})" if changes else self.method
 
     @staticmethod
@@ -62,9 +67,11 @@ class Contender:
             return value
         if isinstance(value, str):
             return Contender(value.strip())
-        entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=("options", "bits", "networks"))
-        if not isinstance(entries.get("options", {}), Mapping):
-            raise SpecError(f"{where}{line_of(value, 'options')}: options must hold names and values, got {shorten(entries['options'])}")
+        other = ("options", "procedure_options", "bits", "networks")
+        entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=other)
+        for name in ("options", "procedure_options"):
+            if not isinstance(entries.get(name, {}), Mapping):
+                raise SpecError(f"{where}{line_of(value, name)}: {name} must hold names and values, got {shorten(entries[name])}")
         bits = tuple(BitPair.parse(pair, f"{where}{line_of(value, 'bits')}: bits") for pair in _several(entries.get("bits")))
         return Contender(**entries | {"bits": bits, "networks": tuple(map(str, _several(entries.get("networks"))))})
 
@@ -143,7 +150,8 @@ class SuiteSettings(Request):
     Attributes:
         networks: Networks with their data; in a suite file a list with the settings of each. Default: the one that --model, --weights and
             --data name.
-        methods: Methods, joined by commas; in a suite file also with method, label, options and surrogate. Any kinds.
+        methods: Methods, joined by commas; in a suite file also with method, label, options, surrogate, procedure and
+            procedure_options. Any kinds.
         bits: Bits of weights and activations, for example 4/4,2/2 or 4/float.
         seeds: Number of seeds; the first one is the recipe's. Fewer than 3 show no difference.
         track: aligned: one recipe, one policy for first and last layers, one number of images for all. published: every method with the
@@ -264,7 +272,8 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
                     for seed in self.seed_numbers:
                         cell = Cell(
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
-                            dict(contender.options), contender.surrogate, self._terms(info),
+                            dict(contender.options), contender.surrogate, self._terms(info), contender.procedure,
+                            dict(contender.procedure_options),
                         )  # fmt: skip
                         if not self.only or any(cell.name == name or fnmatch.fnmatchcase(cell.name, name) for name in self.only):
                             yield cell, _missing_bits(info, pair)
@@ -276,7 +285,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         names = [contender.name for contender in self.methods]
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
-            is_altered = bool(contender.options or contender.surrogate)
+            is_altered = bool(contender.options or contender.surrogate or contender.procedure)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
                     f"methods: the label {name!r} is the name of another method than {contender.method!r}. Choose another label."
@@ -349,8 +358,15 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
 
 def _info(contender: Contender) -> MethodInfo:
     info = find_method(contender.method, contender.kind)  # type: ignore[arg-type]
+    if contender.procedure is not None and info.kind != "training":
+        raise SpecError(f"methods, {contender.name}: a procedure is for training methods, and {info.name} is {info.kind}.")
     try:
-        make_method(contender.method, info.kind, contender.options)
+        if info.kind == "training":
+            from lowbit.qat.procedure import training_method  # brings torch
+
+            training_method(contender.method, contender.options, contender.procedure, contender.procedure_options)
+        else:
+            make_method(contender.method, info.kind, contender.options)
     except LowbitError as error:
         raise type(error)(f"methods, {contender.name}: {error}") from error
     if contender.surrogate is not None:

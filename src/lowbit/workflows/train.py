@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
@@ -24,7 +25,7 @@ from lowbit.measure import tensor_bytes
 from lowbit.measure.outputs import device_of
 from lowbit.network.record import record_of
 from lowbit.network.unwrap import plain_copy
-from lowbit.options import make_method, settings_of
+from lowbit.options import settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, attach_provenance, class_names_of
@@ -34,13 +35,14 @@ from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
-from lowbit.qat.prepare import method_of, prepare, training_policy
+from lowbit.qat.prepare import Widths, method_of, prepare, training_policy
+from lowbit.qat.procedure import Procedure, training_method
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
 from lowbit.qat.tasks import as_task
 from lowbit.registry import check_needs, find_method
-from lowbit.spec import BitPolicy, Bits
+from lowbit.spec import BitPolicy, Bits, switch_name
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.origin import WORK, stopped_run
@@ -79,11 +81,14 @@ def train(
     method: str | type[TrainingMethod] | TrainingMethod = TrainRequest.method,
     weight_bits: int | None = 4,
     activation_bits: int | None = 4,
+    bits: Widths = None,
     test_data: object = None,
     recipe: Recipe | Literal["paper"] | None = None,
     out: Path | str | None = None,
     policy: BitPolicy | Literal["paper"] | None = None,
     surrogate: str | None = TrainSettings.surrogate,
+    procedure: str | type[Procedure] | Procedure | None = None,
+    procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
     task: Task | Criterion | None = None,
@@ -114,6 +119,7 @@ def train(
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
+        bits: Widths that one network is to have, for methods that train several; see ``lowbit.prepare``.
         test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
         recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
             size of a loader.
@@ -121,6 +127,8 @@ def train(
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
             last layer as in the method's paper.
         surrogate: Gradient surrogate to use in place of the method's.
+        procedure: Procedure to train with in place of the method's own, such as ``"qkd"``; see ``lowbit.prepare``.
+        procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
         teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
         task: Task of the network: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
@@ -164,8 +172,7 @@ def train(
         >>> lowbit.evaluate(trained, (inputs, labels))["accuracy"] > 0.8
         True
     """
-    chosen = make_method(method, "training", options, _other_settings())
-    assert isinstance(chosen, TrainingMethod)
+    chosen = training_method(method, options, procedure, procedure_options, _other_settings())
     if isinstance(recipe, str):
         recipe = paper_recipe(chosen, recipe)
     elif recipe is None:
@@ -196,6 +203,7 @@ def train(
         task=task,
         sample=sample,
         steps_per_epoch=steps_per_epoch,
+        bits=bits,
     )
     return train_network(job, settings, trainer_for(settings, Progress.of(progress)), out=None if out is None else Path(out)).model
 
@@ -209,7 +217,7 @@ class TrainingJob:
         train_data, test_data: Data of the kinds that ``train`` takes.
         method: The method.
         policy: Bits for each layer.
-        teacher, task, sample, steps_per_epoch: As ``train`` takes them.
+        teacher, task, sample, steps_per_epoch, bits: As ``train`` takes them.
         provenance: Where the network comes from. Default: the classes of the data, where it names them.
     """
 
@@ -222,6 +230,7 @@ class TrainingJob:
     task: Task | Criterion | None = None
     sample: object = None
     steps_per_epoch: int | None = None
+    bits: Widths = None
     provenance: Provenance | None = None
 
 
@@ -246,7 +255,15 @@ def train_network(
     inputs = Inputs.of(job.sample, model) if job.sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if job.teacher is None else plain_copy(job.teacher)
-    quantized = prepare(own, method=job.method, sample=inputs.to("cpu"), policy=job.policy, surrogate=settings.surrogate, seed=recipe.seed)
+    quantized = prepare(
+        own,
+        method=job.method,
+        sample=inputs.to("cpu"),
+        policy=job.policy,
+        bits=job.bits,
+        surrogate=settings.surrogate,
+        seed=recipe.seed,
+    )
     names = class_names_of(job.train_data)
     provenance = job.provenance or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
     if provenance is not None:
@@ -335,9 +352,11 @@ def run_settings(run: TrainRun, source: BatchSource, trainer: Trainer, settings:
         "version": versions()["lowbit"],
         "method": record.method,
         "method_source": source_digest(type(run.method)),
+        **({"base_source": source_digest(type(run.method.base))} if isinstance(run.method, Procedure) else {}),
         "options": dict(record.options),
         "surrogate": settings.surrogate,
         "policy": record.policy.to_dict(),
+        **({"switches": [switch_name(switch) for switch in record.switches]} if record.switches else {}),
         "recipe": dataclasses.asdict(run.recipe),
         "task": run.task.facts(),
         "seed": run.recipe.seed,
@@ -413,6 +432,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         teacher=start.teacher,
         task=request.task,
         provenance=start.source.provenance,
+        bits=request.bits,
     )
     facts = {"recipe_file": yaml.safe_load(request.resolved().to_yaml())}
     trained = train_network(job, request, trainer, out=out, facts=facts)

@@ -20,6 +20,7 @@ from lowbit.qat.prepare import method_of
 from lowbit.qat.task import Batch
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.registry import list_methods
+from lowbit.testing import tiny
 from lowbit.testing.training import batch as tiny_batch, one_step, prepared as tiny_prepared
 
 
@@ -83,11 +84,12 @@ def test_every_method_learns_the_same_in_a_loop_of_ones_own(name: str) -> None:
     def batches(count: int) -> list[Batch]:
         return [tiny_batch(index) for index in range(count)]
 
-    run = TrainRun(theirs, method_of(theirs), Classification(), recipe, 2, batches=batches)
+    given = GivenNetworks(float_network=tiny.trained())
+    run = TrainRun(theirs, method_of(theirs), Classification(), recipe, 2, given=given, batches=batches)
     for _ in run.each_epoch():
         for _ in range(2):
             one_step(run)
-    own = lowbit.training(mine, steps_per_epoch=2, epochs=4, recipe=recipe, batches=batches)
+    own = lowbit.training(mine, steps_per_epoch=2, epochs=4, recipe=recipe, batches=batches, float_network=tiny.trained())
     groups: dict[str, list[dict[str, object]]] = {}
     for group in own.parameter_groups():
         groups.setdefault(str(group["kind"]), []).append(group)

@@ -192,13 +192,17 @@ class BinaryConnect(TrainingMethod):
         """Factor of the steps of a layer's weight."""
         return self.glorot(layer, parameter)[0] if isinstance(self.learning_rate_scale, str) else self.learning_rate_scale
 
+    @property
+    def has_own_loss(self) -> bool:
+        return self.squared_hinge
+
     def loss(self, run: TrainRun, batch: Batch) -> Tensor:
         """The squared hinge of labels where that is asked for."""
         if not self.squared_hinge:
             return super().loss(run, batch)
         if not isinstance(run.task, Classification):
             raise SpecError(f"binary_connect: squared_hinge needs class labels, which {type(run.task).__name__} has none of; leave it out")
-        scores = output_tensor(run.task.predict(run.model if run.wrapped is None else run.wrapped, batch))
+        scores = output_tensor(run.predict(batch))
         targets = torch.full_like(scores, -1).scatter(1, run.task.tensor_target(batch).unsqueeze(1), 1)
         return squared_hinge(scores, targets) + run.penalty()
 

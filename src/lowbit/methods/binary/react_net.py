@@ -132,5 +132,5 @@ class ReactNetMethod(TrainingMethod):
             return super().loss(run, batch)
         with torch.no_grad():
             target = run.task.predict(teacher, batch)
-        output = run.task.predict(run.model if run.wrapped is None else run.wrapped, batch)
+        output = run.predict(batch)
         return distribution_loss(output_tensor(output), output_tensor(target)) + run.penalty()

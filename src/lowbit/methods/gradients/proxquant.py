@@ -310,6 +310,8 @@ class ProxQuant(TrainingMethod):
         renew_optimizer: Reset the optimizer's averages at the start of every epoch, as the authors' code does.
     """
 
+    allows_procedure = False  # the strength of its pull is spread over the one phase before weights are frozen
+
     two_bits: Literal["ternary", "mean", "median"] = "ternary"
     planes: Literal["mean", "median"] = "mean"
     pull: Annotated[float | None, AtLeast(0)] = None

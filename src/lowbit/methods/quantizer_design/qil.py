@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network import insert
-from lowbit.network.bits import asked_bits, set_bits
+from lowbit.network.bits import lower_bits
 from lowbit.network.layers import WEIGHT
 from lowbit.options import AtLeast, Interval
 from lowbit.qat import OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun
@@ -302,11 +302,7 @@ class Qil(TrainingMethod):
         if not self.progressive:
             return
         stage = (*self.progressive, 1)[run.phase_index]
-        asked = asked_bits(run.model)
-        stages = {
-            name: LayerBits(_at_least(stage, own.weight), _at_least(stage, own.activation), own.output) for name, own in asked.items()
-        }
-        set_bits(run.model, stages)
+        lower_bits(run.model, LayerBits(stage, stage))
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         found = super().optimizers(recipe)
@@ -317,7 +313,3 @@ class Qil(TrainingMethod):
         weights = insert.weight_quantizer(layer, parameter)
         if self.rescale and isinstance(weights, QilWeight):
             weights.set_scale(output_ratio(layer, x, with_bias=False, parameter=parameter))
-
-
-def _at_least(bits: int, own: int | None) -> int | None:
-    return None if own is None else max(bits, own)

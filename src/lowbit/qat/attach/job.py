@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
+from lowbit.network.bits import policy_bits, raised_bits
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
-from lowbit.spec import Granularity
+from lowbit.spec import Granularity, LayerBits
 
 InitializeLayer = Callable[..., None]  # (layer, input) or (layer, None, parameter)
 
@@ -40,6 +41,7 @@ class QatJob(NetworkJob):
 
     Attributes:
         edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
+        switches: The widths between which the network is to switch, from the highest on, which the policy's default is; with one it has this alone.
         inserted: The quantizers that ``insert`` put in, each with the name of its layer.
 
     Raises:
@@ -56,6 +58,7 @@ class QatJob(NetworkJob):
 
     allows_float_weights = True
     edges: QuantizerFactory = learned_scale
+    switches: tuple[LayerBits, ...] = ()
     inserted: list[tuple[str, Quantizer]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -190,6 +193,43 @@ class QatJob(NetworkJob):
         for name, buffer in self.model.named_buffers():
             if name.rpartition(".")[0] in norms:
                 buffer.copy_(saved[name])
+
+    @contextmanager
+    def raised(self, stage: LayerBits) -> Iterator[None]:
+        """Within the context layers ask for at least the bits of ``stage``, so that what is inserted and initialized starts there.
+
+        Afterwards their quantizers have the bits of the policy, on grids derived from the first ones.
+        """
+        asked, widths = self._bits, {id(q) for _, q in self.inserted}
+        start = LayerBits(stage.weight or 8, stage.activation or 8)
+        self._bits = {name: raised_bits(bits, start) for name, bits in asked.items()}
+        try:
+            yield
+        finally:
+            self._bits = asked
+        for name, quantizer in self.inserted:
+            if id(quantizer) not in widths:
+                is_weight = name in self.weights and self.weights[name].quantizer is quantizer
+                quantizer.set_bit_width(asked[name].weight if is_weight else asked[name].activation)
+        own = {name: bits.activation for name, bits in asked.items()}
+        self.placements = [
+            replace(p, bit_width=own[p.layer] or p.bit_width) if p.purpose == "input" and p.layer in own else p for p in self.placements
+        ]
+
+    def weight_slot(self, name: str) -> Slot:
+        slot = super().weight_slot(name)
+        return replace(slot, widths=self._widths(name, slot.layer, "weight"))
+
+    def slot(self, placement: Placement, *, is_signed: bool = True) -> Slot:
+        slot = super().slot(placement, is_signed=is_signed)
+        return replace(slot, widths=self._widths(slot.name, slot.layer, "activation")) if placement.purpose == "input" else slot
+
+    def _widths(self, name: str, layer: nn.Module, operand: Literal["weight", "activation"]) -> tuple[int, ...]:
+        """The widths of a layer's weight or input over all switches, each once."""
+        position = self.positions.get(name, "inner")
+        policies = [replace(self.policy, default=switch) for switch in self.switches]
+        found = [getattr(policy_bits(policy, name, layer, position), operand) for policy in policies]
+        return tuple(dict.fromkeys(bits for bits in found if bits is not None))
 
     def is_excepted(self, name: str) -> bool:
         """Whether the policy's exception for the first and the last layer applies to it."""

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor
@@ -174,6 +174,10 @@ class Trainer:
 
     def _device(self) -> str:
         return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Stopped(Exception):
+    """A signal came while the network was being measured."""
 
 
 class _Session:
@@ -406,22 +410,28 @@ class _Session:
         model.eval()
 
     def _evaluate(self, epoch: int) -> Scores | None:
-        """The task's metrics on the test data."""
+        """The task's metrics on the test data, as the method measures them."""
         if self.test is None:
             return None
-        run, meter = self.run, Meter(self.run.task)
+        run = self.run
         applied = self.average.applied(run.model) if self.average is not None else contextlib.nullcontext()
+        try:
+            with applied, run.evaluating():
+                return run.method.evaluate(run, lambda: self._measure(cast(Iterable[Batch], self.test)))
+        except _Stopped:  # the evaluation is done again; the state to save is that of training
+            self._leave(self.stop.number == signal.SIGTERM)
+
+    def _measure(self, test: Iterable[Batch]) -> Scores:
+        """The task's metrics of the network as it is."""
+        run, meter = self.run, Meter(self.run.task)
         rank, processes = self.fabric.global_rank, process_count()
-        with applied, run.evaluating():
-            for index, batch in enumerate(self.test):
-                if index % processes != rank:
-                    continue
-                batch = self.fabric.to_device(batch)
-                meter.add(run.task.predict(run.model, batch), batch)
-                if self.stop.number is not None and processes == 1:
-                    break
-        if self.stop.number is not None and processes == 1:
-            self._leave(self.stop.number == signal.SIGTERM)  # the evaluation is done again
+        for index, batch in enumerate(test):
+            if index % processes != rank:
+                continue
+            batch = self.fabric.to_device(batch)
+            meter.add(run.task.predict(run.model, batch), batch)
+            if self.stop.number is not None and processes == 1:
+                raise _Stopped
         together = Meter(run.task)
         for sums, samples in gathered_objects((meter.sums, meter.samples)):
             together.merge(sums, samples)

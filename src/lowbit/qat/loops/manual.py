@@ -18,7 +18,6 @@ from lowbit.qat.engine.constants import Constants
 from lowbit.qat.engine.finite import gradient_is_finite
 from lowbit.qat.engine.processes import average_buffers, average_gradients, mean_over_processes
 from lowbit.qat.engine.snapshot import Restoration, Snapshot
-from lowbit.qat.method import TrainingMethod
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import method_of, prepared_network
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, covering
@@ -141,7 +140,7 @@ class ManualLoop(TrainRun):
             LoopError: Called out of order, there is no gradient, or the method has its own loss that was not used.
         """
         self._expect("after_backward", "after_backward")
-        if not self._has_called_loss and _has_loss_of_its_own(self.method):
+        if not self._has_called_loss and self.method.has_own_loss:
             raise LoopError(
                 f"{self.method.info.name!r} has its own loss: compute it with run.loss((inputs, targets)), then loss.backward()"
             )
@@ -273,7 +272,7 @@ class ManualLoop(TrainRun):
             parameter.grad = None
         for optimizer in self._companion_optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["spec"].rate_at(self.phase_progress)
+                group["lr"] = group["spec"].rate_at(self.phase.scheduled(self.phase_progress))
 
     def _build_optimizers(self) -> None:
         self.set_trainable()
@@ -489,10 +488,6 @@ def _groups(phases: Iterable[Phase], roles: Iterable[tuple[Role, nn.Parameter]])
         for role, spec in specs.items()
         if role in found
     ]
-
-
-def _has_loss_of_its_own(method: object) -> bool:
-    return type(method).loss is not TrainingMethod.loss or type(method).losses is not TrainingMethod.losses  # type: ignore[attr-defined]
 
 
 def _first_of(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:

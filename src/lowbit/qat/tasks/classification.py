@@ -58,6 +58,11 @@ class Classification(Supervised):
     def distillation_loss(self, output: Output, teacher_output: Output) -> Tensor:
         """``T**2 KL(softmax(teacher / T) || softmax(output / T))``. Source: Hinton et al. 2015, section 2."""
         logits, wanted = self.output_in(output), self.output_in(teacher_output)
+        if logits.shape != wanted.shape:
+            raise DataError(
+                f"the teacher gives outputs of shape {format_shape(wanted)}, the network {format_shape(logits)}: they must tell the same classes "
+                "apart. Use a teacher for the network's classes; its layers may be wider."
+            )
         dim = class_dimension(logits)
         soft = functional.log_softmax(logits / self.temperature, dim)
         target = functional.softmax(wanted / self.temperature, dim)
