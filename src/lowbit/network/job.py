@@ -12,7 +12,7 @@ from torch import nn
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
-from lowbit.network.bits import policy_bits
+from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
 from lowbit.network.insert import WeightSite, weight_sites
 from lowbit.network.layers import NORMS, WEIGHT, execution_order, layer_kind, weights_of
 from lowbit.network.placement import Placement
@@ -67,7 +67,7 @@ class NetworkJob:
                 f"{type(self.model).__name__} has no layer to quantize; lowbit quantizes convolutions, linear layers, embeddings, recurrent "
                 "layers and attention."
             )
-        self.policy.check({name: site.layer for name, site in everything.items()})
+        check_policy(self.policy, {name: site.layer for name, site in everything.items()})
         self._check_weights(everything)
         order, self._used = _run_sample(self.model, self.sample, everything)
         self._called = [name for name in order if not everything[name].is_weight_only]
@@ -237,6 +237,8 @@ class NetworkJob:
             if site.is_weight_only:
                 if asked.weight is not None:
                     reasons.append("what is computed with it stays in float")
+                for rule in unhonoured_rules(self.policy, name, site.layer):
+                    reasons.append(f"activation bits of the rule with {rule} are not honoured")
                 if name not in self._order and name not in self._used:
                     reasons.append("the sample never uses this weight")
             elif name in self._used:
