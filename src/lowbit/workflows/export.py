@@ -272,14 +272,15 @@ def load_and_export(request: ExportRequest) -> ExportReport:
     prepare_folder(to.parent, needed_bytes=0, name="to")
     is_quantized = request.packed is not None  # the float network would be timed against itself
     if request.packed is None:
-        source = open_source(request, request, device=request.device, seed=request.seed)
+        source = open_source(request, request, device=request.device, seed=request.seed, batch_dim=request.batch_dim or 0)
         attach_provenance(source.model, source.provenance)
     else:
         path = packed_file(Path(request.packed))
         loaded = load(path)
         request = _with_noise(request, loaded)
         origin = Origin(str(path), loaded.provenance)
-        source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded))
+        batch_dim = loaded.packed_graph.inputs[0].batch_dim if request.batch_dim is None else request.batch_dim
+        source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded), batch_dim=batch_dim)
     report = export(
         source.model,
         to,
@@ -298,9 +299,10 @@ def _with_noise(request: ExportRequest, loaded: PackedNetwork) -> ExportRequest:
     """``request`` with the input shape of a file that was made without any data."""
     (first, *others), known = loaded.packed_graph.inputs, loaded.provenance
     is_without = known is not None and known.data is None and known.calibration is None
-    if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in first.shape[1:]:
+    sample = [size for dim, size in enumerate(first.shape) if dim != first.batch_dim]
+    if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in sample:
         return request
-    return replace(request, input_shape="x".join(map(str, first.shape[1:])))
+    return replace(request, input_shape="x".join(map(str, sample)))
 
 
 def packed_file(path: Path) -> Path:

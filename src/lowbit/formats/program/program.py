@@ -15,12 +15,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import OutputKind
 
 from lowbit.errors import GraphError, SpecError
-from lowbit.formats.program.batch import checked_batch_dim, find_batch_dim
 from lowbit.formats.program.constants import constant_of, fold_constants
 from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.structure import Json, flatten
 from lowbit.inputs import Inputs, tensors_of
 from lowbit.measure.cost import float_size
+from lowbit.network.batch import checked_batch_dim, find_batch_dim
 from lowbit.network.bits import layer_quantizers
 from lowbit.network.graph.dataflow import quiet_export
 from lowbit.network.insert import Coded, activation_quantizers, bake_weights
