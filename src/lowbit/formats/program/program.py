@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -247,12 +248,20 @@ def _is_batch_dynamic(exported: ExportedProgram, inputs: Inputs) -> bool:
 def _plain(network: nn.Module) -> nn.Module:
     """A module with the same submodules that runs the code of ``network``.
 
-    torch.export ignores the hooks of a traced network, and takes a property of a loaded one for the submodule of that name.
+    torch.export ignores the hooks of a traced network, takes a property of a loaded one for the submodule of that name, and needs the names
+    of its inputs, ``lowbit_inputs``, in a signature.
     """
     module: nn.Module = type(type(network).__name__, (nn.Module,), {})()  # errors name it
     module._parameters, module._buffers, module._modules = network._parameters, network._buffers, network._modules
     module._non_persistent_buffers_set = network._non_persistent_buffers_set
-    module.forward = network.forward
+
+    def forward(*args: Tensor, **kwargs: Tensor) -> object:
+        return network.forward(*args, **kwargs)
+
+    names = getattr(network, "lowbit_inputs", None)
+    parameters = None if names is None else [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    forward.__signature__ = inspect.signature(network.forward) if parameters is None else inspect.Signature(parameters)  # type: ignore[attr-defined]
+    module.forward = forward
     return module.eval()
 
 
