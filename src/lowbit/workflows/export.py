@@ -24,9 +24,9 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
 from lowbit.formats.program.structure import output_names as names_of
-from lowbit.inputs import Inputs, tensors_of
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import is_random
 from lowbit.network.record import record_of
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
@@ -172,9 +172,7 @@ def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tu
 
 def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
     """GraphError where two calls with the same inputs differ."""
-    with evaluating(model):
-        first, second = (list(tensors_of(model(*inputs.args, **inputs.kwargs))) for _ in range(2))
-    if any(a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
+    if is_random(model, inputs):
         raise GraphError(
             f"{type(model).__name__} is random: two calls in evaluation mode with the same inputs give different outputs, so no file can be "
             "checked against it. Look for dropout that is always on (training=True, or p= without self.training) and for torch.rand."
