@@ -178,7 +178,10 @@ def _positional_inputs(batch: tuple[object, ...] | list[object], takes: Takes | 
         needed = 1 if takes is None else max(len(takes.required), 1)
         while takes is not None and len(members) > needed and not isinstance(members[-1], Tensor):
             members.pop()
-        if len(members) == 2 and needed < 2 and all(isinstance(m, Tensor) for m in members) and _is_label(members[1], members[0]):  # type: ignore[arg-type]
+        tensors = [member for member in members if isinstance(member, Tensor)]
+        may_be_label = len(members) == 2 if needed < 2 else len(batch) == len(members) == needed + 1
+        is_length = takes is not None and len(members) > 2 and "len" in takes.optional[0]
+        if may_be_label and not is_length and len(tensors) == len(members) and _is_label(tensors[-1], tensors[0]):
             members.pop()
     if not all(isinstance(member, Tensor) for member in members):
         raise CalibrationError(f"{_EXPECTED}; got {_kinds(batch)}")
