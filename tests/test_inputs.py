@@ -116,3 +116,19 @@ def test_tensors_are_changed_wherever_they_are() -> None:
     found = map_tensors({"x": (X, [X, "a"]), "n": None}, lambda tensor: tensor + 1)
     assert found["x"][0][0, 0, 0, 0] == 2 and found["x"][1][0][0, 0, 0, 0] == 2 and found["x"][1][1] == "a" and found["n"] is None  # type: ignore[index]
     assert [tensor is X for tensor in tensors_of([None, {"x": X}, (X,)])] == [True, True]
+
+
+def test_a_label_behind_all_inputs_is_not_taken_for_an_optional_one() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+            return x + z if mask is None else (x + z) * mask
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor, z: Tensor, lengths: Tensor | None = None) -> Tensor:
+            return x + z
+
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    assert len(Inputs.of((x, x, labels), Masked()).args) == 2
+    assert len(Inputs.of((x, x, x > 0), Masked()).args) == 3
+    assert len(Inputs.of((x, x, labels, labels), Masked()).args) == 3  # what follows is the target
+    assert len(Inputs.of((x, x, labels), Padded()).args) == 3

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
+import lowbit
 from lowbit.data import Preprocessing, load_data, loader
 from lowbit.errors import FileFormatError, SpecError
 from lowbit.provenance import LONGEST_TEXT, MOST_CLASSES, Provenance, attach_provenance, class_names_of, provenance_from_json, provenance_of
@@ -107,3 +109,28 @@ def test_classes_are_found_in_data_sets_and_in_loaders_over_them() -> None:
 
 def test_names_that_cannot_be_printed_are_written_as_escapes() -> None:
     assert class_names_of(SimpleNamespace(classes=["a\x1b[2J", "b\udcff"])) == ("a\\x1b[2J", "b\\udcff")
+
+
+def test_what_is_given_to_quantize_and_train_is_in_the_files(tmp_path: Path) -> None:
+    known = Provenance(classes=("cat", "dog"), preprocessing=Preprocessing(size=8, mean=(0.5,), std=(0.25,), grey=True))
+    inputs, labels = torch.randn(32, 8), torch.arange(32) % 2
+    recipe = lowbit.Recipe(epochs=1, batch_size=16)
+    networks = [
+        lowbit.quantize(nn.Linear(8, 2), calibration=inputs, provenance=known),
+        lowbit.train(nn.Linear(8, 2), (inputs, labels), recipe=recipe, provenance=known),
+    ]
+    again = nn.Linear(8, 2)
+    attach_provenance(again, known)
+    networks += [lowbit.quantize(again, calibration=inputs), lowbit.train(again, (inputs, labels), recipe=recipe)]
+    for number, network in enumerate(networks):
+        lowbit.export(network, tmp_path / f"{number}.lowbit", sample=inputs)
+        assert lowbit.load(tmp_path / f"{number}.lowbit").provenance == known
+    delivery = lowbit.deliver(networks[0], tmp_path, calibration=inputs, onnx=False)
+    assert delivery.report.provenance["classes"] == ["cat", "dog"]
+
+
+def test_quantize_finds_the_classes_of_the_data() -> None:
+    data = TensorDataset(torch.randn(32, 8))
+    data.classes = ["cat", "dog"]  # type: ignore[attr-defined]
+    found = provenance_of(lowbit.quantize(nn.Linear(8, 2), calibration=DataLoader(data, batch_size=16)))
+    assert found is not None and found.classes == ("cat", "dog")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import onnx
@@ -134,6 +135,30 @@ def test_a_rule_names_a_weight_or_its_layer() -> None:
             set_bits(model, {"lstm": LayerBits(4, 4)})
     with pytest.raises(SpecError, match=r"lstm\.weight_ih_l9.*matches no layer.*lstm\.weight_ih_l0"):
         quantized(policy=policy.with_rule(match="lstm.weight_ih_l9", weight=3))
+
+
+@pytest.mark.parametrize(("part", "match"), [("activation", "lstm"), ("output", "embedding"), ("activation", "lstm.weight_hh_*")])
+def test_a_rule_for_what_such_layers_read_or_give_is_refused_by_name(part: str, match: str) -> None:
+    asked = lowbit.BitPolicy.uniform(4, 8).with_rule(match=match, weight=4, **{part: 8})  # type: ignore[arg-type]
+    with pytest.raises(
+        SpecError, match=rf"rule with match '{re.escape(match)}'.*'{re.escape(match.partition('*')[0])}.*Let the rule say weight bits alone"
+    ):
+        quantized(policy=asked)
+    with pytest.raises(SpecError, match="weight bits alone"):
+        prepared(policy=asked)
+    model = quantized(4)
+    with pytest.raises(SpecError, match="weight bits alone"):
+        set_bits(model, asked)
+    taken_back = asked.with_rule(match=match, **{part: "float"})  # type: ignore[arg-type]
+    assert get_bits(quantized(policy=taken_back))["head"].weight == 8
+
+
+def test_a_rule_that_other_layers_honour_is_listed_where_it_is_not() -> None:
+    policy = lowbit.BitPolicy.uniform(4, 8).with_rule(match="*", weight=4, activation=6)
+    reasons = {row.name: row.reason for row in lowbit.summary(quantized(policy=policy)).layers}
+    assert "activation bits of the rule with match '*' are not honoured" in reasons["lstm.weight_ih_l0"]
+    assert "not honoured" not in reasons["head"]
+    assert not any("not honoured" in row.reason for row in lowbit.summary(quantized(4)).layers)  # the default asks no layer by name
 
 
 def test_an_embedding_that_runs_first_is_the_first_layer_and_one_within_is_not() -> None:

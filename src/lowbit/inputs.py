@@ -178,7 +178,10 @@ def _positional_inputs(batch: tuple[object, ...] | list[object], takes: Takes | 
         needed = 1 if takes is None else max(len(takes.required), 1)
         while takes is not None and len(members) > needed and not isinstance(members[-1], Tensor):
             members.pop()
-        if len(members) == 2 and needed < 2 and all(isinstance(m, Tensor) for m in members) and _is_label(members[1], members[0]):  # type: ignore[arg-type]
+        tensors = [member for member in members if isinstance(member, Tensor)]
+        may_be_label = len(members) == 2 if needed < 2 else len(batch) == len(members) == needed + 1
+        is_length = takes is not None and len(members) > 2 and "len" in takes.optional[0]
+        if may_be_label and not is_length and len(tensors) == len(members) and _is_label(tensors[-1], tensors[0]):
             members.pop()
     if not all(isinstance(member, Tensor) for member in members):
         raise CalibrationError(f"{_EXPECTED}; got {_kinds(batch)}")
@@ -264,33 +267,49 @@ def map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
     return value
 
 
+BatchDim = int | Callable[[Inputs], int]  # a dimension, or what finds it in the first batch
+
+
+def _dim_of(batch_dim: BatchDim, inputs: Inputs) -> int:
+    return batch_dim if isinstance(batch_dim, int) else batch_dim(inputs)
+
+
 class Calibration:
     """Re-iterable batches of model inputs, each checked when it is first seen.
 
     Raises CalibrationError when there is no batch, a batch holds no sample, or a value is NaN or infinite.
     """
 
-    def __init__(self, batches: Iterable[object], *, model: nn.Module | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, batches: Iterable[object], *, model: nn.Module | None = None, limit: int | None = None, batch_dim: BatchDim = 0
+    ) -> None:
         if isinstance(batches, Iterator):
             batches = list(batches)  # a generator can be read only once
-        self._batches, self._model, self._limit = batches, model, limit
+        self._batches, self._model, self._limit, self._batch_dim = batches, model, limit, batch_dim
         self._counts: list[int] | None = None
 
     @staticmethod
-    def of(data: object, model: nn.Module | None = None, *, limit: int | None = None) -> Calibration:
-        """Calibration from a loader, a list of batches, or one tensor (cut into batches of 32).
+    def of(data: object, model: nn.Module | None = None, *, limit: int | None = None, batch_dim: BatchDim = 0) -> Calibration:
+        """Calibration from a loader, a list of batches, or one tensor (cut into batches of 32 samples).
 
-        ``model`` is the network they are for, see ``Inputs.of``; ``limit`` caps the samples.
+        ``model`` is the network they are for, see ``Inputs.of``; ``limit`` caps the samples; ``batch_dim`` is the dimension over samples of
+        batches that do not say it, or finds it in the first of them.
+
+        Example:
+            >>> time_first = torch.zeros(7, 40, 3)
+            >>> [batch.args[0].shape[:2] for batch in Calibration.of(time_first, limit=33, batch_dim=1)]
+            [torch.Size([7, 32]), torch.Size([7, 1])]
         """
         if isinstance(data, Calibration) and limit is None:
             return data
         if isinstance(data, Tensor):
-            data = list(data.split(32)) if data.dim() else [data]
+            batch_dim = _dim_of(batch_dim, Inputs((data,)))
+            data = list(data.split(32, batch_dim)) if data.dim() > batch_dim else [data]
         elif isinstance(data, (Inputs, Mapping)):
             data = [data]
         if not isinstance(data, Iterable):
             raise CalibrationError(f"calibration must be a loader, a list of batches or a tensor, got {type(data).__name__}")
-        return Calibration(data, model=model, limit=limit)
+        return Calibration(data, model=model, limit=limit, batch_dim=batch_dim)
 
     def __iter__(self) -> Iterator[Inputs]:
         counts: list[int] = []
@@ -299,6 +318,9 @@ class Calibration:
                 inputs = Inputs.of(batch, self._model)
             except CalibrationError as error:
                 raise CalibrationError(f"calibration batch {index}: {error}") from error
+            if not isinstance(batch, Inputs):
+                self._batch_dim = _dim_of(self._batch_dim, inputs)
+                inputs = dataclasses.replace(inputs, batch_dim=self._batch_dim)
             if self._limit is not None:
                 inputs = inputs.take(0, self._limit - sum(counts)) if inputs.batch_size > self._limit - sum(counts) else inputs
             if self._counts is None:

@@ -404,11 +404,13 @@ class BitPolicy:
         """Bits of the layer ``name``; ``position`` says whether it is the first or last one to run."""
         bits = self.first_last if self.first_last is not None and position != "inner" else self.default
         asked = {operand: getattr(bits, operand) for operand in OPERANDS}
-        for rule in self.rules:
-            if rule.applies(name, module):
-                said = {operand: getattr(rule, operand) for operand in OPERANDS}
-                asked |= {operand: None if value == _FLOAT else value for operand, value in said.items() if value is not None}
-        return LayerBits(**asked)
+        ruled = {operand: getattr(rule, operand) for operand, rule in self.deciding_rules(name, module).items()}
+        return LayerBits(**asked | {operand: None if value == _FLOAT else value for operand, value in ruled.items()})
+
+    def deciding_rules(self, name: str, module: nn.Module) -> dict[str, Rule]:
+        """The rule that decides the bits of each of ``weight``, ``activation`` and ``output`` of a layer, where one says something of it."""
+        applying = [rule for rule in self.rules if rule.applies(name, module)]
+        return {operand: rule for rule in applying for operand in OPERANDS if getattr(rule, operand) is not None}
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
         """SpecError when a rule applies to none of ``layers``."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from lowbit.cli import app
@@ -66,3 +67,27 @@ def test_a_dry_run_prints_the_bits_of_each_layer(command: list[str], tmp_path: P
     assert str(tmp_path / "out" / "model.onnx") in found["would_write"]
     assert (str(tmp_path / "out" / "model.lowbit") in found["would_write"]) == (command[0] == "quantize")
     assert not (tmp_path / "out").exists()
+
+
+def test_run_prints_classes_and_times(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    picture = tmp_path / "grey.png"
+    Image.new("L", (8, 8), 128).save(picture)
+    printed("quantize", *FAST, "--out", tmp_path / "out", "--no-onnx")
+    found = printed("run", tmp_path / "out", picture, "--top", "2", "--benchmark", "--runs", "2")
+    assert found["notes"] == [] and "8 x 8, grey" in found["inputs"]
+    (row,) = found["pictures"]
+    assert row["picture"] == str(picture) and [set(entry) for entry in row["classes"]] == [{"class", "share"}] * 2
+    assert row["classes"][0]["share"] >= row["classes"][1]["share"] > 0
+    assert set(found["milliseconds"]) == {"low-bit kernels", "decoded to float"} and min(found["milliseconds"].values()) > 0
+    assert found["where_the_time_goes"] and "layers" in found["kernels"][0]
+
+
+def test_evaluate_says_what_is_doubtful(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    chance = printed(
+        "evaluate", "--model", "resnet8", "--model-option", "in_channels=1", "--model-option", "num_classes=12", "--data", "digits", "--out", tmp_path
+    )  # fmt: skip
+    assert any("12 outputs" in note for note in chance["notes"])
+    assert json.loads((tmp_path / "evaluation.json").read_text())["notes"] == chance["notes"]
+    assert printed("evaluate")["notes"] == []

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.networks import LoopNet, SharedWeightNet
-from torch import nn
+from torch import Tensor, nn
 
+import lowbit
 from lowbit.measure import compute_cost, count_macs, model_size, qtensor_bytes
 from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
@@ -105,3 +108,62 @@ def test_a_shared_weight_is_stored_once_for_each_form_of_its_codes(second_bits: 
     size = model_size(model)
     assert size.total_bytes == stored + (6 + 6) * 4
     assert size.float_bytes == (36 + 6 + 6) * 4
+
+
+class LayerOfTwoNames(nn.Module):
+    """A layer and a norm that the network holds, and calls, under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.again, self.norm_again = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm_again(self.again(torch.relu(self.norm(self.first(x))))))  # type: ignore[no-any-return]
+
+
+class TiedEnds(nn.Module):
+    """An embedding whose weight is the last layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(self.table(tokens))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bits", [4, 8])  # at 4 bits the ends have forms of their own, as they keep 8
+@pytest.mark.parametrize(
+    ("model", "sample"),
+    [
+        (SharedWeightNet(), torch.randn(16, 6)),
+        (TiedEnds(), torch.randint(20, (16, 5))),
+        (LayerOfTwoNames(), torch.randn(16, 16)),
+        (LoopNet(repeats=3), torch.randn(16, 6)),
+    ],
+    ids=["two layers", "embedding and head", "two names", "loop"],
+)
+def test_a_loaded_network_knows_the_size_of_the_float_one(model: nn.Module, sample: Tensor, bits: int, tmp_path: Path) -> None:
+    distinct = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    policy = lowbit.BitPolicy.uniform(4, 8).with_rule(match=list(model_size(model).layers)[-1], weight=bits)
+    small = lowbit.quantize(model.eval(), method="round_to_nearest", policy=policy, calibration=sample)
+    lowbit.export(small, tmp_path / "m.lowbit", sample=sample)
+    lowbit.export(lowbit.load(tmp_path / "m.lowbit"), tmp_path / "again.lowbit", sample=sample)
+    for network in (small, lowbit.load(tmp_path / "m.lowbit"), lowbit.load(tmp_path / "again.lowbit")):
+        assert lowbit.summary(network).float_bytes == sum(distinct.values())
+    before, after = (lowbit.summary(network) for network in (small, lowbit.load(tmp_path / "m.lowbit")))
+    assert [(row.name, row.float_bytes, row.weight_bits) for row in after.layers] == [
+        (row.name, row.float_bytes, row.weight_bits) for row in before.layers
+    ]
+
+
+def test_a_layer_of_two_names_is_in_few_bits_in_both_files(tmp_path: Path) -> None:
+    sample = torch.randn(16, 16)
+    small = lowbit.quantize(LayerOfTwoNames().eval(), method="round_to_nearest", weight_bits=4, calibration=sample)
+    lowbit.export(small, tmp_path / "m.lowbit", sample=sample)
+    assert set(lowbit.load(tmp_path / "m.lowbit").weight_codes()) == {"first.weight", "last.weight"}
+    pytest.importorskip("onnx")
+    report = lowbit.export(small, tmp_path / "m.onnx", sample=sample, measure_speed=False)
+    assert report.integer is not None and report.integer.linear_integer == report.integer.linear_total

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit.errors import MissingExtraError, SpecError, UnknownNameError, install_command
 from lowbit.files import without_downloads
-from lowbit.models import load_model
+from lowbit.models import full_name, load_model
 
 FILE = """
 import torch
@@ -127,7 +127,16 @@ def test_networks_of_timm_and_torchvision(spec: str, count: int) -> None:
             ":build",
             "failed with E, without a readable message",
         ),
-        ("import torch\ndef build():\n    return torch.nn.Linear(1, 1)\n", "", r"name the function or class in it.*It has: build\."),
+        (
+            "import torch\ndef one(n):\n    return torch.nn.Linear(n, 1)\n",
+            "",
+            r"name the function or class in it, as .*exiting_net\.py:NAME\. It has: one \(none of them makes a network without arguments",
+        ),
+        (
+            "import torch\ndef one():\n    return torch.nn.Linear(1, 1)\ntwo = torch.nn.ReLU\ndef three() -> torch.nn.Module:\n    return two()\n",
+            "",
+            r"It has: one, three \(one, three need no arguments\)\.",
+        ),
     ],
 )
 def test_code_of_the_user_that_exits_or_is_not_named_is_an_error(
@@ -140,6 +149,33 @@ def test_code_of_the_user_that_exits_or_is_not_named_is_an_error(
             load_model(f"{tmp_path / 'exiting_net.py'}{spec}")
     finally:
         sys.modules.pop("exiting_net", None)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("def build():\n    return nn.Linear(2, 3)\n", "build"),
+        (
+            "class Net(nn.Linear):\n    def __init__(self, width=3):\n        super().__init__(2, width)\ndef seed():\n    torch.manual_seed(0)\n",
+            "Net",
+        ),
+        (
+            "class Net(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 3)\ndef build() -> nn.Module:\n    return Net()\n",
+            "build",
+        ),
+        ("class Block(nn.Linear):\n    pass\ndef classes() -> int:\n    return 3\nnet = Block(2, classes())\n", "net"),
+    ],
+    ids=["function", "class beside a helper", "function of a class", "network"],
+)
+def test_a_file_with_one_factory_needs_no_name(source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "only_net.py"
+    path.write_text(f"import torch\nfrom torch import nn\n{source}")
+    try:
+        assert full_name(str(path)) == f"{path}:{name}"
+        assert load_model(str(path))(torch.zeros(1, 2)).shape == (1, 3)
+    finally:
+        sys.modules.pop("only_net", None)
 
 
 def test_a_file_of_weights_is_no_network() -> None:

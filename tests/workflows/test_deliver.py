@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.networks import SharedWeightNet
-from torch import nn
+from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import SpecError
@@ -129,3 +129,25 @@ def test_a_float_network_whose_norms_were_folded_is_no_reference_for_layers() ->
     assert layer_reference(small, model, None, is_trained=False).network is model
     kept = lowbit.prepare(model, method="lsq", sample=torch.randn(8, 1, 8, 8))
     assert layer_reference(kept, None, model, is_trained=True).network is model
+
+
+def test_the_report_lists_what_else_holds_parameters_with_the_reason(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm, self.factor = nn.Linear(6, 6), nn.LayerNorm(6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.inner(x)) * self.factor  # type: ignore[no-any-return]
+
+    images = torch.randn(64, 6)
+    small = lowbit.quantize(Scaled(), method="round_to_nearest", weight_bits=4, calibration=images)
+    report = lowbit.deliver(small, tmp_path, calibration=images, onnx=False).report
+    assert [(row.name, row.kind, row.status, row.stored_bytes) for row in report.others] == [
+        ("factor", "parameter", "skipped", 24), ("norm", "LayerNorm", "skipped", 48),
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "report.json").read_text())["others"]
+    assert [(row["name"], row["reason"]) for row in written] == [(row.name, row.reason) for row in report.others]
+    page = (tmp_path / "report.html").read_text()
+    layers = page[page.index("<h2>Layers") :]
+    assert all(f">{row.name}<" in layers and row.reason in layers for row in report.others)

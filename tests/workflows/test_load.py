@@ -293,7 +293,21 @@ def refused_or_computed(path: Path, *inputs: Tensor) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    ["forward", "training", "packed_graph", "weight_codes", "_modules", "__class__", "", ".", "a..b", "eval.weight", "stem", "stem.bias.x"],
+    [
+        "forward",
+        "training",
+        "packed_graph",
+        "packed_source",
+        "lowbit_record",
+        "_modules",
+        "__class__",
+        "",
+        ".",
+        "a..b",
+        "eval.weight",
+        "stem",
+        "stem.bias.x",
+    ],
 )
 def test_tensors_cannot_take_the_place_of_the_networks_own_parts(tiny_file: Path, name: str) -> None:
     path = tampered(tiny_file, lambda manifest: manifest["numbers"].__setitem__(name, [1.0, 0]))
@@ -354,3 +368,38 @@ def test_awkward_networks_run_from_their_files(tmp_path: Path) -> None:
     reused = quantized(ReusedNet(), IMAGE)
     export(reused, tmp_path / "reused.lowbit", sample=IMAGE)
     assert torch.equal(outputs(load(tmp_path / "reused.lowbit"), IMAGE), outputs(reused, IMAGE))
+
+
+class NamesOfLowbit(nn.Module):
+    """A network whose parts are called as attributes of a loaded network are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.provenance, self.report, self.compute = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+        self.source, self.float_size = nn.Linear(8, 4), nn.Parameter(torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.report(torch.relu(self.provenance(x)))).mean((2, 3)) * self.float_size
+        return self.source(torch.relu(self.compute(hidden)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_parts_may_be_called_as_lowbits_own_attributes(kernels: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, known = torch.randn(16, 3, 8, 8), lowbit.Provenance(classes=("a", "b", "c", "d"))
+    small = lowbit.quantize(NamesOfLowbit().eval(), method="round_to_nearest", calibration=images)
+    export(small, tmp_path / "m.lowbit", sample=images, kernels=kernels, provenance=known)
+    loaded = load(tmp_path / "m.lowbit", check_finite=True)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(loaded)))
+    export(loaded, tmp_path / "again.lowbit", sample=images)
+    for network in (loaded, copied, load(tmp_path / "again.lowbit")):
+        assert network.provenance == known
+        assert {"provenance", "report", "compute", "source", "float_size"} == {name.partition(".")[0] for name in network.state_dict()}
+        torch.testing.assert_close(network(images), small(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_refuses_nan_is_exported_again(tiny_file: Path, tmp_path: Path) -> None:
+    loaded = load(tiny_file, check_finite=True)
+    images = torch.randn(4, *loaded.packed_graph.inputs[0].shape[1:])
+    export(loaded, tmp_path / "again.lowbit", sample=images)
+    assert torch.equal(load(tmp_path / "again.lowbit")(images), loaded(images))

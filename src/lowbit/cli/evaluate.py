@@ -34,7 +34,7 @@ def evaluate(
 
     found = evaluate_files(request, progress=SpokenProgress(quiet=quiet))
     if json:
-        show_json(found.results)
+        show_json(found.to_dict())
         return
     if not quiet:
         rows = [(name, entry, cast(dict[str, float], entry["metrics"])) for name, entry in found.results.items()]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.console import SpokenProgress, say, show_table
+from lowbit.cli.console import SpokenProgress, say, show_json, show_table
 from lowbit.cli.flags import in_flags
-from lowbit.cli.settings import Quiet, options_of
+from lowbit.cli.settings import Json, Quiet, options_of
 from lowbit.errors import SpecError
 from lowbit.workflows.requests import RunRequest
 
@@ -31,6 +31,7 @@ def run(
         bool, typer.Option("--benchmark", help="Time the network instead, on noise of its input shape, and show where the time goes.")
     ] = False,
     quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Classify pictures with a packed network on low-bit kernels, or time it.
 
@@ -51,7 +52,10 @@ def run(
     loaded = load_on_kernels(path, weight_only=request.weight_only)
     labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess, request.classes, place=str(path))
     paths = [] if pictures is None else find_pictures(Path(pictures))
-    if not quiet:
+    notes = [] if labels is None or not labels.note else [labels.note]
+    facts: dict[str, object] = {"kernels": loaded.summary.splitlines(), "notes": notes}
+    is_shown = not (quiet or json)
+    if is_shown:
         say(loaded.summary)
         if labels is not None:
             say(f"inputs: {labels.preprocessing}" if not labels.note else f"note: {in_flags(labels.note)}")
@@ -60,17 +64,28 @@ def run(
             prepare_table(Path(request.out))
         progress = SpokenProgress(quiet=quiet)
         rows = classify(loaded.network, paths, labels, top=request.top, batch_size=request.batch_size, progress=progress)
-        if not quiet:
+        facts["inputs"] = str(labels.preprocessing)
+        facts["pictures"] = [
+            {"picture": path, "classes": [{"class": name, "share": share} for name, share in found]} for path, found in rows
+        ]
+        if is_shown:
             show_table(
                 ("picture", *(f"class {index + 1}" for index in range(len(rows[0][1])))),
                 ((path, *(f"{name} {share:.1%}" for name, share in found)) for path, found in rows),
             )
         if request.out is not None:
             write_classes(rows, Path(request.out))
-            say(f"classes: {request.out}")
+            if not json:
+                say(f"classes: {request.out}")
     if benchmark:
-        say(f"{torch.get_num_threads()} thread(s), batch {request.batch_size}, medians of {request.runs} calls turn by turn")
-        _show_timing(time_network(loaded, batch_size=request.batch_size, runs=request.runs))
+        timing = time_network(loaded, batch_size=request.batch_size, runs=request.runs)
+        facts["milliseconds"] = timing.medians
+        facts["where_the_time_goes"] = timing.profile.shares()
+        if not json:
+            say(f"{torch.get_num_threads()} thread(s), batch {request.batch_size}, medians of {request.runs} calls turn by turn")
+            _show_timing(timing)
+    if json:
+        show_json(facts)
 
 
 def _show_timing(timing: Timing) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit.errors import DataError
-from lowbit.inputs import Calibration, Inputs
+from lowbit.inputs import Inputs
 from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import batch_count, class_dimension, device_of, output_tensor
+from lowbit.network.batch import calibration_for
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
 
@@ -93,7 +94,7 @@ def measure_agreement(
         CalibrationError: No batch, or inputs that are not finite.
         DataError: The outputs hold no such entry or differ in shape.
     """
-    calibration = Calibration.of(data, reference)
+    calibration = calibration_for(reference, data)
     meter = AgreementMeter()
     with (
         evaluating(reference),

@@ -21,7 +21,7 @@ from lowbit.network.insert import (
     site_name,
     weight_sites,
 )
-from lowbit.network.record import record_of
+from lowbit.network.record import FloatSize, record_of
 from lowbit.network.table import LayerRecord
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import TableQuantizer
@@ -94,21 +94,48 @@ def model_size(model: nn.Module) -> ModelSize:
     a zero point each) under ``other_bytes``.
     """
     layers: dict[str, LayerSize] = {}
+    float_network = float_size(model)
     counted: set[int] = set()
     stored: dict[int, list[QTensor | None]] = {}
     for name, (weight, bias, codes) in _stored_layers(model).items():
-        weight_bytes, table_bytes, float_bytes = 0, 0, 0
+        weight_bytes, table_bytes = 0, 0
         if weight is not None and not any(_are_same(codes, other) for other in stored.get(id(weight), [])):
             weight_bytes, table_bytes = (_bytes(weight), 0) if codes is None else qtensor_bytes(codes)
-            float_bytes = 0 if id(weight) in counted else weight.numel() * 4
             stored.setdefault(id(weight), []).append(codes)
+        float_bytes = 0 if weight is None or name in float_network.tied else weight.numel() * 4
         bias_bytes = _bytes(bias) if bias is not None and id(bias) not in counted else 0
         layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes + bias_bytes)
         counted |= {id(weight), id(bias)}
-    counted |= {id(t) for module in model.modules() if isinstance(module, Quantizer) for t in _tensors(module)}
+    counted |= _grid_tensors(model)
     rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
     grids = sum(_grid_bytes(q) for q in activation_quantizers(model).values())
-    return ModelSize(layers, rest + grids, sum(layer.float_bytes for layer in layers.values()) + rest)
+    return ModelSize(layers, rest + grids, float_network.total_bytes)
+
+
+def float_size(model: nn.Module) -> FloatSize:
+    """What the network takes in float32; of a loaded one what its file says of the network that it was made from."""
+    if isinstance(model, Coded) and model.float_size is not None:
+        return model.float_size
+    weights: dict[int, Tensor] = {}
+    tied = []
+    for name, weight in _float_weights(model).items():
+        if id(weight) in weights:
+            tied.append(name)
+        weights[id(weight)] = weight
+    counted = weights.keys() | _grid_tensors(model)
+    rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
+    return FloatSize(sum(weight.numel() * 4 for weight in weights.values()) + rest, tuple(tied))
+
+
+def _float_weights(model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, Coded):
+        return {name: weight for name, (weight, _, _) in _coded_layers(model).items() if weight is not None}
+    return {name: site.original for name, site in weight_sites(model).items()}
+
+
+def _grid_tensors(model: nn.Module) -> set[int]:
+    """The tensors of quantizers, by their ids."""
+    return {id(t) for module in model.modules() if isinstance(module, Quantizer) for t in _tensors(module)}
 
 
 def _are_same(first: QTensor | None, second: QTensor | None) -> bool:

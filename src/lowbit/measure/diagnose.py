@@ -23,6 +23,7 @@ from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import device_of, pieces
 from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
 from lowbit.measure.sensitivity import CHUNK, output_noise
+from lowbit.network.batch import calibration_for
 from lowbit.network.insert import activation_quantizers, quantization_enabled, quantized_weights
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress, Stage
@@ -78,7 +79,7 @@ def diagnose(
         >>> diagnosis.setting("weights").sqnr_db > diagnosis.setting("all").sqnr_db
         True
     """
-    walk = _Walk(model, Calibration.of(calibration, reference or model, limit=samples), reference, evaluate, output)
+    walk = _Walk(model, calibration_for(reference or model, calibration, limit=samples), reference, evaluate, output)
     alternatives = alternatives or {}
     progress = progress or Progress.silent()
     with evaluating(model), evaluating(reference or model), ExitStack() as stack:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lowbit.errors import LayerError
-from lowbit.inputs import Calibration
 from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise, sqnr_db
 from lowbit.measure.outputs import batch_count, pieces
+from lowbit.network.batch import calibration_for
 from lowbit.network.insert import float_weight, quantization_enabled, quantized_weights, weight_sites
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress
@@ -106,7 +106,7 @@ def output_noise(
     """
     names = list(layers) if layers is not None else list(quantizable_layers(model))
     original = reference or model
-    calibration = Calibration.of(data, original)
+    calibration = calibration_for(original, data)
     noise = {name: Noise() for name in names}
     failed: set[str] = set()
     with (

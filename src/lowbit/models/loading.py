@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
+import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,7 +49,8 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
     """The network that ``spec`` names, in evaluation mode.
 
     Args:
-        spec: A built-in name, ``package.module:factory``, ``file.py:factory``, ``timm:NAME`` or ``torchvision:NAME``.
+        spec: A built-in name, ``package.module:factory``, ``file.py:factory``, ``timm:NAME`` or ``torchvision:NAME``. A file alone,
+            ``file.py``, will do where ``full_name`` finds the factory.
         weights: State dict as ``.safetensors`` or ``.pt`` / ``.pth``.
         **options: Passed to the factory (``num_classes``, ``in_channels``...).
 
@@ -58,9 +62,7 @@ def load_model(spec: str, weights: Path | str | None = None, **options: object) 
     """
     source, colon, name = spec.rpartition(":")
     if not colon and spec.endswith(".py"):
-        raise SpecError(
-            f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(factories_in(_import(spec))) or 'none'}."
-        )
+        return load_model(full_name(spec), weights, **options)
     if not colon and Path(spec).suffix in (".pt", ".pth", ".safetensors", ".ckpt"):
         raise SpecError(
             f"model {spec}: a file of weights. Name the network as file.py:factory, or a built-in one ({', '.join(BUILT_IN)}), and this file with weights=."
@@ -124,6 +126,55 @@ def factories_in(module: ModuleType) -> list[str]:
     """Names of the functions, classes and networks that a module defines itself."""
     defined = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     return [key for key, value in defined.items() if getattr(value, "__module__", None) == module.__name__ or isinstance(value, nn.Module)]
+
+
+def full_name(spec: str) -> str:
+    """``spec`` itself, or for a Python file alone ``file.py:factory`` with the one factory in it that needs no arguments.
+
+    That is a function that returns something (and does not say that this is no network), else a class of networks, or a network.
+
+    Raises:
+        SpecError: There is none, or several; the message lists what the file has.
+    """
+    if not spec.endswith(".py"):
+        return spec
+    module = _import(spec)
+    found = {name: getattr(module, name) for name in factories_in(module)}
+    usable = {name: factory for name, factory in found.items() if _needs_nothing(factory)}
+    functions = [name for name, factory in usable.items() if inspect.isfunction(factory) and _may_return_network(factory)]
+    networks = [name for name, factory in usable.items() if isinstance(factory, nn.Module) or _is_network_type(factory)]
+    chosen = functions or networks
+    if len(chosen) == 1:
+        return f"{spec}:{chosen[0]}"
+    reason = f"{', '.join(chosen)} need no arguments" if chosen else "none of them makes a network without arguments"
+    raise SpecError(f"model {spec}: name the function or class in it, as {spec}:NAME. It has: {', '.join(found) or 'none'} ({reason}).")
+
+
+def _needs_nothing(factory: Callable[..., object]) -> bool:
+    """Whether it is a network already, or can be called without arguments."""
+    if isinstance(factory, nn.Module):
+        return True
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _may_return_network(function: Callable[..., object]) -> bool:
+    """Whether a function declares that it returns a network, or declares nothing and has a ``return`` with a value."""
+    try:
+        declared = typing.get_type_hints(function).get("return")
+        source = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except Exception:  # hints may name what is not there, and code may have no source
+        return False
+    if declared is not None:
+        return _is_network_type(declared)
+    return any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(source))
+
+
+def _is_network_type(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _description(error: BaseException) -> str:

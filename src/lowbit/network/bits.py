@@ -18,7 +18,7 @@ from lowbit.network.layers import WEIGHT, WEIGHT_ONLY
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import list_methods
-from lowbit.spec import BitPolicy, LayerBits, Position, matches, parse_bits, switch_name
+from lowbit.spec import BitPolicy, LayerBits, Position, Rule, matches, parse_bits, switch_name
 
 BitsLike = int | LayerBits | None
 Part = Literal["weight", "activation", "output"]
@@ -84,6 +84,29 @@ def policy_bits(policy: BitPolicy, name: str, layer: nn.Module, position: Positi
     """Bits that ``policy`` asks for the weight ``name`` of ``layer``, and for input and output where the layer can have them quantized."""
     bits = policy.bits_for(name, layer, position=position)
     return LayerBits(bits.weight, None) if isinstance(layer, WEIGHT_ONLY) else bits
+
+
+def check_policy(policy: BitPolicy, layers: Mapping[str, nn.Module]) -> None:
+    """SpecError where a rule of ``policy`` matches none of ``layers``, or asks for inputs or outputs in few bits of weight-only layers alone."""
+    policy.check(layers)
+    for rule in policy.rules:
+        matching = {name: layer for name, layer in layers.items() if rule.applies(name, layer)}
+        refused = [name for name, layer in matching.items() if rule in unhonoured_rules(policy, name, layer)]
+        if refused and all(isinstance(layer, WEIGHT_ONLY) for layer in matching.values()):
+            kinds = ", ".join(dict.fromkeys(type(matching[name]).__name__ for name in refused))
+            raise SpecError(
+                f"policy: the rule with {rule} asks for bits of what {', '.join(map(repr, refused))} ({kinds}) reads or gives, which stays in "
+                "float: of these layers only weights are quantized. Let the rule say weight bits alone."
+            )
+
+
+def unhonoured_rules(policy: BitPolicy, name: str, layer: nn.Module) -> list[Rule]:
+    """The rules whose activation or output bits a weight-only layer cannot have; a default that counts for all layers asks for none."""
+    if not isinstance(layer, WEIGHT_ONLY):
+        return []
+    ruling = policy.deciding_rules(name, layer)
+    asking = (ruling[part] for part in ("activation", "output") if part in ruling and isinstance(getattr(ruling[part], part), int))
+    return list(dict.fromkeys(asking))
 
 
 def get_bits(model: nn.Module) -> dict[str, LayerBits]:
@@ -264,7 +287,7 @@ def _asked(
     record = record_of(model)
     positions: Mapping[str, Position] = {} if record is None else record.table.positions
     if isinstance(bits, BitPolicy):
-        bits.check({name: found.layer for name, found in layers.items()})
+        check_policy(bits, {name: found.layer for name, found in layers.items()})
         asked = _by_policy(bits, layers, positions)
         _require(asked, layers, record)
         return asked

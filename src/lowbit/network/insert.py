@@ -27,6 +27,7 @@ from lowbit.network.layers import (
     quantizable_layers,
     weights_of,
 )
+from lowbit.network.record import FloatSize
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import disabled
 
@@ -339,6 +340,10 @@ def quantization_enabled(model: nn.Module, *, weights: bool, activations: bool) 
 @runtime_checkable
 class Coded(Protocol):
     """A network whose parameters hold decoded weights already and that knows their codes: one that was loaded from a file."""
+
+    @property
+    def float_size(self) -> FloatSize | None:
+        """The size of the float network that the file was made from; ``None`` where the file does not say."""
 
     def weight_codes(self) -> dict[str, QTensor]:
         """The codes of each quantized weight by parameter name."""

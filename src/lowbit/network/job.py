@@ -12,9 +12,9 @@ from torch import nn
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
-from lowbit.network.bits import policy_bits
+from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
 from lowbit.network.insert import WeightSite, weight_sites
-from lowbit.network.layers import NORMS, WEIGHT, execution_order, layer_kind, weights_of
+from lowbit.network.layers import NORMS, WEIGHT, execution_order, is_random, layer_kind, weights_of
 from lowbit.network.placement import Placement
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.network.surgery.merge import merge_reparametrized
@@ -67,9 +67,10 @@ class NetworkJob:
                 f"{type(self.model).__name__} has no layer to quantize; lowbit quantizes convolutions, linear layers, embeddings, recurrent "
                 "layers and attention."
             )
-        self.policy.check({name: site.layer for name, site in everything.items()})
+        check_policy(self.policy, {name: site.layer for name, site in everything.items()})
         self._check_weights(everything)
         order, self._used = _run_sample(self.model, self.sample, everything)
+        self._note_random()
         self._called = [name for name in order if not everything[name].is_weight_only]
         self.positions = positions_of(order, everything)
         self._everything, self._order, self._others = everything, order, _others(self.model)
@@ -108,6 +109,18 @@ class NetworkJob:
             by_kind.setdefault(kind, []).append(name)
         for kind, names in by_kind.items():
             self.table.note(f"{kind} was merged into plain parameters: {', '.join(names)}")
+
+    def _note_random(self) -> None:
+        """Say so where two calls with the same inputs differ; two samples are enough to see that."""
+        try:
+            random = is_random(self.model, self.sample.take(0, 2))
+        except Exception:  # it may take no other batch size
+            return
+        if random:
+            self.table.note(
+                "the network is random: two calls in evaluation mode with the same inputs give different outputs, so it cannot be exported, "
+                "and figures vary. Look for dropout that is always on (training=True, or p= without self.training) and for torch.rand"
+            )
 
     @staticmethod
     def _check_weights(sites: dict[str, WeightSite]) -> None:
@@ -237,6 +250,8 @@ class NetworkJob:
             if site.is_weight_only:
                 if asked.weight is not None:
                     reasons.append("what is computed with it stays in float")
+                for rule in unhonoured_rules(self.policy, name, site.layer):
+                    reasons.append(f"activation bits of the rule with {rule} are not honoured")
                 if name not in self._order and name not in self._used:
                     reasons.append("the sample never uses this weight")
             elif name in self._used:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import LayerError
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, tensors_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -145,6 +145,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def is_random(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether two calls in evaluation mode with the same inputs give different outputs, as with dropout that is always on."""
+    with evaluating(model):
+        first, second = (list(tensors_of(model(*inputs.args, **inputs.kwargs))) for _ in range(2))
+    return any(a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
 
 
 _KINDS: dict[type[nn.Module], str] = {

@@ -32,6 +32,19 @@ class QuantizationRecord:
     switching: Literal["network", "layer"] = "network"
 
 
+@dataclass(frozen=True)
+class FloatSize:
+    """What a network takes in float32.
+
+    Attributes:
+        total_bytes: Its parameters and buffers, tensors that several modules share once.
+        tied: The weights, by the names of their sites, that are the same tensor as an earlier one.
+    """
+
+    total_bytes: int
+    tied: tuple[str, ...] = ()
+
+
 def attach_record(model: nn.Module, record: QuantizationRecord) -> None:
     """Let ``model`` carry ``record`` (copies and pickles keep it)."""
     setattr(model, _ATTRIBUTE, record)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LoopError, SpecError
+from lowbit.network import insert
 from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.qat.networks import Companion, GivenNetworks, RoleOf
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, Turn, covering
@@ -170,6 +171,11 @@ class TrainRun:
         """Current learning rate of the weights."""
         spec = self.phase.optimizers.get("weights") or next(iter(self.phase.optimizers.values()), None)
         return 0.0 if spec is None else spec.rate_at(self.phase.scheduled(self.phase_progress))
+
+    def trained_weights(self) -> list[insert.WeightSite]:
+        """The quantized weights that hooks may change: all but those that the user froze."""
+        frozen = set(map(id, self._frozen_by_user))
+        return [site for site in insert.quantized_weights(self.model).values() if id(site.original) not in frozen]
 
     def quantizers(self) -> Iterator[Quantizer]:
         """Every quantizer of the network, each once."""

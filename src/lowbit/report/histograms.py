@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.inputs import Calibration
 from lowbit.measure.agreement import run_output
 from lowbit.measure.noise import Noise
 from lowbit.measure.sensitivity import original_weights
+from lowbit.network.batch import calibration_for
 from lowbit.network.insert import activation_quantizers, quantized_weights, sites
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
@@ -157,7 +157,7 @@ def activation_histograms(model: nn.Module, data: object) -> list[ActivationHist
     handles = [quantizer.register_forward_pre_hook(watch(quantizer)) for quantizer in meters]
     try:
         with evaluating(model):
-            for inputs in Calibration.of(data, model):
+            for inputs in calibration_for(model, data):
                 run_output(model, inputs)
     finally:
         for handle in handles:

@@ -394,17 +394,30 @@ def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
 
 
 def layer_table(report: Report) -> Table:
-    """The layers, and below them what is quantized between layers.
+    """The layers, below them what is quantized between layers, and last what else holds parameters.
 
     Where a layer's output is quantized because a sum, a concatenation or pooling takes it, its row says so.
     """
     layers, sites = report.layers, {f"{layer.name}.output" for layer in report.layers}
     merged = {activation.name: activation for activation in report.activations if activation.role == "merge"}
     merges = [activation for site, activation in merged.items() if site not in sites]
-    rest = (Cell("", applies=False),) * len(merges)
+    between, outside = ((Cell("", applies=False),) * len(rows) for rows in (merges, report.others))
+    rest = (*between, *outside)
 
     def setting(title: str, cell: Callable[[LayerResult], Cell], others: tuple[Cell, ...] = rest, *, is_number: bool = False) -> Column:
         return Column(title, (*map(cell, layers), *others), is_number, is_setting=True)
+
+    def kind(layer: LayerResult) -> Cell:
+        return Cell(layer.kind)
+
+    def shape(layer: LayerResult) -> Cell:
+        return Cell("\u00d7".join(map(str, layer.shape)))
+
+    def stored(layer: LayerResult) -> Cell:
+        return Cell(format_bytes(layer.stored_bytes), _sort_key(layer.stored_bytes))
+
+    def status(layer: LayerResult) -> Cell:
+        return Cell(layer.status, detail=layer.reason, class_=f"status {layer.status}")
 
     def output(layer: LayerResult) -> Cell:
         if layer.output_bits is not None:
@@ -417,20 +430,22 @@ def layer_table(report: Report) -> Table:
         return Column(title, (*cells, *rest), is_number=True)
 
     columns = [
-        setting("Kind", lambda layer: Cell(layer.kind), (Cell("merge"),) * len(merges)),
-        Column("Weight", (*(Cell("\u00d7".join(map(str, layer.shape))) for layer in layers), *rest)),
+        setting("Kind", kind, (*(Cell("merge") for _ in merges), *map(kind, report.others))),
+        Column("Weight", (*map(shape, layers), *between, *map(shape, report.others))),
         setting("Weight bits", lambda layer: _bits(layer.weight_bits), is_number=True),
         setting("Activation bits", lambda layer: _bits(layer.activation_bits), is_number=True),
-        setting("Output bits", output, tuple(_bits(merge.bit_width) for merge in merges), is_number=True),
+        setting("Output bits", output, (*(_bits(merge.bit_width) for merge in merges), *outside), is_number=True),
         setting("Quantizer", lambda layer: Cell(layer.quantizer, detail=layer.granularity.replace("_", " "))),
         number("Output SQNR", lambda layer: layer.sqnr_db, format_db),
         number("Weight SQNR", lambda layer: layer.weight_sqnr_db, format_db),
-        number("Stored", lambda layer: layer.stored_bytes, format_bytes),
+        Column("Stored", (*map(stored, layers), *between, *map(stored, report.others)), is_number=True),
         number("MACs", lambda layer: layer.macs, format_count),
         number("Bit operations", lambda layer: layer.bops, format_count),
-        setting("Status", lambda layer: Cell(layer.status, detail=layer.reason, class_=f"status {layer.status}")),
+        setting("Status", status, (*between, *map(status, report.others))),
     ]
-    return Table.of((*(layer.name for layer in layers), *(merge.name for merge in merges)), columns)
+    return Table.of(
+        (*(layer.name for layer in layers), *(merge.name for merge in merges), *(other.name for other in report.others)), columns
+    )
 
 
 def _bits(bits: int | None) -> Cell:

@@ -3,7 +3,7 @@
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``metric`` (the name of the one that
 selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
 ``parity.onnx|packed.max_abs_error|top1_agreement|passed|samples|sqnr_db``, ``latency_ms.float_onnx|quantized_onnx``,
-``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, ``noise_reference``,
+``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, ``others[].name|kind|status|reason|stored_bytes``, ``noise_reference``,
 ``stored[].name|total_bytes|code_bytes|table_bytes|value_bytes|header_bytes`` (which add up to ``size_bytes.packed``),
 ``activations[].name|role|layers|bit_width|low|high|clip_low|clip_high|clipped|sqnr_db``,
 ``disagreements[].sample|float|quantized|label``, ``run.command|started|seconds|machine|versions|data``, and where the network was trained
@@ -149,6 +149,7 @@ class Report:
         parity_packed, parity_onnx: Checks of the exported files.
         latency_float_onnx, latency_quantized_onnx: Median milliseconds per call in the runtime that ``latency_setting`` names.
         layers: In execution order.
+        others: What holds parameters besides the layers (norms, single parameters), and why it stays in float.
         noise_reference: The network that noise of layers is measured against, in words; empty where it was not measured.
         stored: What the bytes of the packed file are spent on, the largest part first; they add up to its size.
         activations: Activation quantizers in the order in which data reaches them.
@@ -183,6 +184,7 @@ class Report:
     latency_quantized_onnx: float | None = None
     latency_setting: str = ""
     layers: Sequence[LayerResult] = ()
+    others: Sequence[LayerResult] = ()
     noise_reference: str = ""
     stored: Sequence[StoredPart] = ()
     activations: Sequence[ActivationResult] = ()
@@ -221,6 +223,7 @@ class Report:
                 "setting": self.latency_setting or None,
             },
             "layers": [asdict(layer) for layer in self.layers],
+            "others": [asdict(other) for other in self.others],
             "noise_reference": self.noise_reference or None,
             "stored": [{**asdict(part), "total_bytes": part.total_bytes} for part in self.stored],
             "activations": [asdict(activation) for activation in self.activations],

@@ -57,10 +57,6 @@ class RuntimeNetwork(PackedNetwork):
     """A packed network in which layers were replaced by the runtime's operators.
 
     Where no image's result depends on another image, large batches are computed in pieces whose activations stay in the processor's caches.
-
-    Attributes:
-        report: The kernel of each layer.
-        source: The packed network that it was made from; ``lowbit.export`` writes that to a file.
     """
 
     def __init__(self, content: Package, weight_only: WeightOnly = "none", *, max_elements: int | None = None) -> None:
@@ -75,12 +71,22 @@ class RuntimeNetwork(PackedNetwork):
         target, why = active_target()
         if target.lanes and compiled_loops() is None:
             why = "the kernels could not be compiled, so the reference runs"
-        self.report = RuntimeReport(target.name, why, tuple(conversion.paths))
-        self.source = content
+        self.packed_report = RuntimeReport(target.name, why, tuple(conversion.paths))
+        self.packed_source = content
         self.packed_layers = {
             node.name: LayerCall(OPERATORS[node.operator]) for node in self.packed_graph.nodes if node.operator in OPERATORS
         }
         self.packed_pieces: dict[tuple[Shape, ...], int] = {}  # images in a piece, by the shapes of the inputs
+
+    @property
+    def report(self) -> RuntimeReport:
+        """The kernel of each layer."""
+        return self.packed_report
+
+    @property
+    def source(self) -> Package:
+        """The packed network that it was made from; ``lowbit.export`` writes that to a file."""
+        return self.packed_source
 
     def compute(self, inputs: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[object]:
         """Compute large batches in pieces where the result is the same, and inputs with NaN in float, as codes cannot represent it."""

@@ -17,6 +17,7 @@ from lowbit.formats.packed.file import file_parts
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.measure.sensitivity import has_same_layers
+from lowbit.network.batch import calibration_for
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, class_names_of, provenance_of
@@ -28,7 +29,7 @@ from lowbit.report.histograms import activation_histograms, weight_histograms
 from lowbit.report.html import write_html
 from lowbit.report.pictures import Disagreement, Disagreements
 from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, StoredPart, write_json
-from lowbit.report.summary import layer_results
+from lowbit.report.summary import layer_results, other_results
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.fit import count_outputs, doubtful
@@ -137,7 +138,7 @@ def deliver(
         raise SpecError(f"{type(model).__name__} is not quantized: deliver what lowbit.quantize or lowbit.train returns.")
     if calibration is None and sample is None:
         raise SpecError("deliver needs samples to check files with: pass calibration= or sample=.")
-    data = None if calibration is None else Calibration.of(calibration, model)
+    data = None if calibration is None else calibration_for(model, calibration)
     test = None if test_data is None else evaluation_batches(test_data, TEST_BATCH)
     inputs = Inputs.of(sample, model) if sample is not None else data.sample  # type: ignore[union-attr]
     out = prepare_folder(Path(out), needed_bytes=3 * tensor_bytes(model))
@@ -235,6 +236,7 @@ def _measured(
     report = dataclasses.replace(
         report,
         layers=layers,
+        others=other_results(model),
         weight_bits=common_bits(record.policy.default.weight, (layer.weight_bits for layer in layers)),
         activation_bits=common_bits(record.policy.default.activation, (layer.activation_bits for layer in layers)),
     )

@@ -46,6 +46,10 @@ class Evaluation:
     path: Path | None
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, object]:
+        """The content of ``evaluation.json``: the figures of each network by its name, and the ``notes``."""
+        return {**self.results, "notes": list(self.notes)}
+
 
 class OnnxModule(nn.Module):
     """An ONNX file as a module: tensors in, a dictionary of tensors out."""
@@ -103,9 +107,10 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
             "runtime": "torch, codes decoded to float" if path.suffix == ".lowbit" else "ONNX Runtime",
         }
     notes = (*source.notes, *doubtful(task, scores, count_outputs(source.model, source.sample)))
-    if out is not None:
-        write_text(out / "evaluation.json", to_json(found) + "\n")
-    return Evaluation(source, task, found, None if out is None else out / "evaluation.json", notes)
+    evaluation = Evaluation(source, task, found, None if out is None else out / "evaluation.json", notes)
+    if evaluation.path is not None:
+        write_text(evaluation.path, to_json(evaluation.to_dict()) + "\n")
+    return evaluation
 
 
 def exported_files(target: Path) -> list[Path]:

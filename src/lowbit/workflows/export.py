@@ -24,9 +24,9 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
 from lowbit.formats.program.structure import output_names as names_of
-from lowbit.inputs import Inputs, tensors_of
+from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import is_random
 from lowbit.network.record import record_of
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
@@ -172,9 +172,7 @@ def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tu
 
 def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
     """GraphError where two calls with the same inputs differ."""
-    with evaluating(model):
-        first, second = (list(tensors_of(model(*inputs.args, **inputs.kwargs))) for _ in range(2))
-    if any(a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
+    if is_random(model, inputs):
         raise GraphError(
             f"{type(model).__name__} is random: two calls in evaluation mode with the same inputs give different outputs, so no file can be "
             "checked against it. Look for dropout that is always on (training=True, or p= without self.training) and for torch.rand."
@@ -272,14 +270,15 @@ def load_and_export(request: ExportRequest) -> ExportReport:
     prepare_folder(to.parent, needed_bytes=0, name="to")
     is_quantized = request.packed is not None  # the float network would be timed against itself
     if request.packed is None:
-        source = open_source(request, request, device=request.device, seed=request.seed)
+        source = open_source(request, request, device=request.device, seed=request.seed, batch_dim=request.batch_dim or 0)
         attach_provenance(source.model, source.provenance)
     else:
         path = packed_file(Path(request.packed))
         loaded = load(path)
         request = _with_noise(request, loaded)
         origin = Origin(str(path), loaded.provenance)
-        source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded))
+        batch_dim = loaded.packed_graph.inputs[0].batch_dim if request.batch_dim is None else request.batch_dim
+        source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded), batch_dim=batch_dim)
     report = export(
         source.model,
         to,
@@ -298,9 +297,10 @@ def _with_noise(request: ExportRequest, loaded: PackedNetwork) -> ExportRequest:
     """``request`` with the input shape of a file that was made without any data."""
     (first, *others), known = loaded.packed_graph.inputs, loaded.provenance
     is_without = known is not None and known.data is None and known.calibration is None
-    if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in first.shape[1:]:
+    sample = [size for dim, size in enumerate(first.shape) if dim != first.batch_dim]
+    if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in sample:
         return request
-    return replace(request, input_shape="x".join(map(str, first.shape[1:])))
+    return replace(request, input_shape="x".join(map(str, sample)))
 
 
 def packed_file(path: Path) -> Path:

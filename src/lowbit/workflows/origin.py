@@ -54,8 +54,10 @@ class Origin:
         seed: int,
         missing: str = NO_DATA,
         opened: tuple[str, nn.Module] | None = None,
+        batch_dim: int = 0,
     ) -> Source:
-        """What ``request`` names, and the file where it names nothing, held to what the file says; ``opened`` as for ``open_source``.
+        """What ``request`` names, and the file where it names nothing, held to what the file says; ``opened`` and
+        ``batch_dim`` as for ``open_source``.
 
         Raises:
             LowbitError: As ``fill``, ``require_same`` and ``open_source``.
@@ -63,7 +65,7 @@ class Origin:
         filled = self.fill(request, needs_network=opened is None)
         both = filled if isinstance(filled, SampleSettings) else samples
         try:
-            source = open_source(filled, both, device=device, seed=seed, missing=missing, opened=opened)
+            source = open_source(filled, both, device=device, seed=seed, missing=missing, opened=opened, batch_dim=batch_dim)
         except FileFormatError as error:
             if request.model is None or request.weights is not None or self.provenance is None or filled.weights is None:
                 raise

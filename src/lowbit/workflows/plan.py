@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowbit.inputs import Inputs
-from lowbit.network.bits import policy_bits
+from lowbit.network.bits import check_policy, policy_bits
 from lowbit.network.insert import weight_sites
 from lowbit.network.job import in_order, positions_of
 from lowbit.network.layers import execution_order, layer_kind
@@ -27,10 +27,10 @@ def plan_layers(model: nn.Module, sample: Inputs, policy: BitPolicy) -> list[Pla
     """The bits that ``policy`` gives each layer of ``model``, in the order in which they run on ``sample``.
 
     Raises:
-        SpecError: A rule of the policy matches no layer.
+        SpecError: A rule of the policy matches no layer, or no layer that it could be honoured in.
     """
     sites = weight_sites(model)
-    policy.check({name: site.layer for name, site in sites.items()})
+    check_policy(policy, {name: site.layer for name, site in sites.items()})
     order = in_order(execution_order(model, sample), sites)
     ends = positions_of(order, sites)
     return [

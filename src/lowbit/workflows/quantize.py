@@ -15,6 +15,7 @@ from lowbit.autograd import records_gradients
 from lowbit.errors import CalibrationError, LowbitError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import tensor_bytes
+from lowbit.network.batch import calibration_for
 from lowbit.network.job import check_method_bits
 from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, attach_record
@@ -24,6 +25,7 @@ from lowbit.options import choose_policy, make_method
 from lowbit.plugins import source_digest
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
 from lowbit.progress import Progress
+from lowbit.provenance import Provenance, attach_provenance, class_names_of, provenance_of
 from lowbit.qat.engine.curve import versions
 from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
@@ -49,6 +51,7 @@ def quantize(
     seed: int = QuantizeRequest.seed,
     progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
+    provenance: Provenance | None = None,
     **options: object,
 ) -> nn.Module:
     """Quantize a trained network without training it again.
@@ -69,6 +72,8 @@ def quantize(
         progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
             error is a terminal, and in a notebook.
         work_dir: Folder for caches and for resuming after a kill.
+        provenance: What files of the network keep: the names of its classes, its preprocessing and so on. Default: what ``model`` carries,
+            else the classes of the calibration data, where these name them.
         **options: The method's hyper-parameters.
 
     Returns:
@@ -92,7 +97,7 @@ def quantize(
     arguments = dict.fromkeys(set(inspect.signature(quantize).parameters) - {"options"}, "It is an argument of lowbit.quantize.")
     chosen = make_method(method, "post_training", options, arguments)
     assert isinstance(chosen, PostTrainingMethod)
-    return run_job(
+    quantized = run_job(
         model,
         chosen,
         choose_policy(chosen, policy, bits).with_merges(merge_bits),
@@ -102,6 +107,11 @@ def quantize(
         progress=Progress.of(progress),
         work_dir=None if work_dir is None else Path(work_dir),
     ).model
+    names = class_names_of(calibration)
+    known = provenance or provenance_of(model) or (Provenance(classes=names) if names else None)
+    if known is not None:
+        attach_provenance(quantized, known)
+    return quantized
 
 
 @records_gradients
@@ -114,7 +124,7 @@ def run_job(
     equalized where the method does that), its dataflow and the table of layers.
     """
     info = find_method(method)
-    data = None if calibration is None else Calibration.of(calibration, model)
+    data = None if calibration is None else calibration_for(model, calibration)
     check_needs(info, calibration=data is not None)
     if data is None and sample is None:
         raise CalibrationError("without calibration data pass sample=, the inputs of one call, so that shapes are known.")

@@ -138,8 +138,8 @@ class NetworkSettings(Request):
     """Network and data.
 
     Attributes:
-        model: The network: 'package.module:factory', 'file.py:factory' (a function or class that returns the network), 'timm:NAME',
-            'torchvision:NAME', or a name from 'lowbit models list'. Default: the embedded digits network.
+        model: The network: 'package.module:factory', 'file.py:factory' (a function or class that returns the network; 'file.py'
+            will do where it has one that needs no arguments), 'timm:NAME', 'torchvision:NAME', or a name from 'lowbit models list'. Default: the embedded digits network.
         model_options: Arguments for the network's factory, for example num_classes=10.
         weights: Trained weights, .safetensors or a .pt/.pth state dict (no code in it is run). Default: what the factory returns; the
             embedded network has its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lowbit.data.image_data import Sample
 from lowbit.data.loading import is_suite
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
-from lowbit.models import default_weights, load_default, load_model
+from lowbit.models import default_weights, full_name, load_default, load_model
 from lowbit.options import convert_option
 from lowbit.provenance import Provenance, printable
 from lowbit.qat.tasks import Classification
@@ -86,6 +86,7 @@ def make_network(
         raise SpecError("weights and model_options belong to a network: name it with model (see 'lowbit models list').")
     if model == DEFAULT and weights is None and not options:
         weights = default_weights()
+    model = full_name(model)
     remember_network(model, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -112,12 +113,13 @@ def open_source(
     seed: int = 0,
     missing: str = NO_DATA,
     opened: tuple[str, nn.Module] | None = None,
+    batch_dim: int = 0,
 ) -> Source:
     """The network and its data.
 
     Calibration samples come from the training samples of ``samples.calibration``, or of ``settings.data`` where that is not named, in a fixed
     random order. ``missing`` tells users what to do where there is neither data nor ``samples.input_shape``. ``opened`` is a network with its
-    name in place of the one that ``settings`` name.
+    name in place of the one that ``settings`` name. Samples are stacked along ``batch_dim``.
 
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
@@ -129,7 +131,7 @@ def open_source(
     looked_at = samples.calibration or data
     labelled = None if data is None else load_data(data, split="test", preprocessing=asked)
     facts = Provenance(
-        model=settings.model or (DEFAULT if opened is None else None),
+        model=name if opened is None else settings.model,
         model_options=settings.model_options,
         weights=settings.weights,
         weights_sha256=None if opened is not None else weights_digest(network),
@@ -138,21 +140,31 @@ def open_source(
         classes=classes_of(labelled, settings.classes),
         task=Classification.__qualname__,
     )
+    named = name_notes(settings, name) if opened is None else ()
     if looked_at is None:
         if samples.input_shape is None:
             raise CalibrationError(f"there is no data for the network {name}: {missing}")
-        sample = Inputs((noise(samples.input_shape, seed).to(place),))
-        notes = fit_notes(network, name, sample, replace(facts, preprocessing=asked))
+        sample = Inputs((noise(samples.input_shape, seed, batch_dim).to(place),), batch_dim=batch_dim)
+        notes = (*named, *fit_notes(network, name, sample, replace(facts, preprocessing=asked)))
         return Source(name, network, place, sample, None, "no data", None, "", replace(facts, preprocessing=asked), notes)
     used = asked or (None if labelled is None or is_suite(looked_at) else labelled.preprocessing)
     found = load_data(looked_at, split="calibration", preprocessing=used)
     facts = replace(facts, preprocessing=found.preprocessing)
     chosen = range(min(samples.calibration_samples, len(found)))
-    batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place))
+    batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place, batch_dim), batch_dim=batch_dim)
     test = None if labelled is None or labelled.num_classes is None else loader(labelled, samples.batch_size)
-    notes = (*default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
+    notes = (*named, *default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
     test_name = "" if test is None else str(data)
     return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, notes)
+
+
+def name_notes(settings: NetworkSettings, name: str) -> tuple[str, ...]:
+    """A note where the user named a file alone, and the network is the one in it."""
+    return (
+        (f"the network is {name}, the only one that {settings.model} makes without arguments",)
+        if settings.model not in (None, name)
+        else ()
+    )
 
 
 def default_notes(data: ImageData, settings: NetworkSettings) -> tuple[str, ...]:
@@ -200,12 +212,21 @@ def class_names(asked: str | None) -> tuple[str, ...]:
     return printable(names)
 
 
-def noise(shape: str, seed: int) -> Tensor:
+def noise(shape: str, seed: int, batch_dim: int = 0) -> Tensor:
     """Two samples of standard normal noise of the input shape that the user gave, for methods that look at no data."""
     sizes = shape.lower().split("x")
     if not all(size.isdigit() and int(size) for size in sizes):
         raise SpecError(f"input_shape={shape!r}: expected whole numbers joined by x, for example 3x224x224")
-    return torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))
+    return _stack(list(torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))), batch_dim)
+
+
+def _stack(samples: Sequence[Tensor], batch_dim: int) -> Tensor:
+    """A batch; SpecError where the samples have too few dimensions for that one."""
+    if batch_dim > samples[0].dim():
+        raise SpecError(
+            f"batch_dim={batch_dim}: samples of shape {list(samples[0].shape)} make a batch of {samples[0].dim() + 1} dimensions. Count from 0."
+        )
+    return torch.stack(list(samples), batch_dim)
 
 
 def preprocessing_of(settings: Mapping[str, object]) -> Preprocessing | None:
@@ -226,8 +247,8 @@ def preprocessing_of(settings: Mapping[str, object]) -> Preprocessing | None:
     return Preprocessing(**values)
 
 
-def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, device: torch.device) -> list[Tensor]:
+def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, device: torch.device, batch_dim: int = 0) -> list[Tensor]:
     """The ``chosen`` samples without labels, in batches on ``device``."""
     items = (dataset[index] for index in chosen)
     images = [item[0] if isinstance(item, tuple) else item for item in items]
-    return [torch.stack(images[start : start + batch_size]).to(device) for start in range(0, len(images), batch_size)]
+    return [_stack(images[start : start + batch_size], batch_dim).to(device) for start in range(0, len(images), batch_size)]

@@ -20,7 +20,7 @@ from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
-from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, preprocessing_of, stacked
+from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, name_notes, preprocessing_of, stacked
 from lowbit.workfolder import weights_digest
 
 SAMPLES = 256  # that the report looks at where there are no labels
@@ -94,7 +94,7 @@ def open_start(asked: TrainRequest) -> Start:
     )
     if test is not None:
         Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
-    notes += [*default_notes(train, asked), *fit_notes(network, name, calibration.sample, facts)]
+    notes += [*name_notes(asked, name), *default_notes(train, asked), *fit_notes(network, name, calibration.sample, facts)]
     place, test_name = torch.device("cpu"), "" if test is None else test.name
     source = Source(name, network, place, calibration.sample, calibration, named, labelled, test_name, facts)
     return Start(source, train, test, teacher, is_trained, tuple(notes))

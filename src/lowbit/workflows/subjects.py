@@ -16,6 +16,7 @@ from lowbit.data.image_data import TensorImages
 from lowbit.errors import CalibrationError, DataError, LowbitError, SpecError
 from lowbit.inputs import Calibration, tensors_of
 from lowbit.models.loading import find_factory
+from lowbit.network.batch import calibration_for
 from lowbit.qat.engine.batches import evaluation_batches, seeded
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import as_task
@@ -87,10 +88,10 @@ class Subject:
             data = data[0]
         if isinstance(data, Tensor):
             rows = data[torch.randperm(len(data), generator=seeded(seed, count))[:count]]
-            return Calibration.of(list(rows.split(batch_size)), self.model)
+            return calibration_for(self.model, list(rows.split(batch_size)))
         if data is None:
             raise CalibrationError(f"{self.name}: there are no samples to calibrate on. Give it calibration or training data.")
-        return Calibration.of(data, self.model, limit=count)
+        return calibration_for(self.model, data, limit=count)
 
 
 def open_subject(settings: SubjectSettings, seed: int) -> Subject:

@@ -28,7 +28,7 @@ from lowbit.network.unwrap import plain_copy
 from lowbit.options import settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
-from lowbit.provenance import Provenance, attach_provenance, class_names_of
+from lowbit.provenance import Provenance, attach_provenance, class_names_of, provenance_of
 from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
@@ -106,6 +106,7 @@ def train(
     resume: bool = TrainSettings.resume,
     tensorboard: bool | None = TrainSettings.tensorboard,
     progress: bool | Progress | None = None,
+    provenance: Provenance | None = None,
     **options: object,
 ) -> nn.Module:
     """Train a low-bit copy of ``model``.
@@ -204,6 +205,7 @@ def train(
         sample=sample,
         steps_per_epoch=steps_per_epoch,
         bits=bits,
+        provenance=provenance,
     )
     return train_network(job, settings, trainer_for(settings, Progress.of(progress)), out=None if out is None else Path(out)).model
 
@@ -218,7 +220,7 @@ class TrainingJob:
         method: The method.
         policy: Bits for each layer.
         teacher, task, sample, steps_per_epoch, bits: As ``train`` takes them.
-        provenance: Where the network comes from. Default: the classes of the data, where it names them.
+        provenance: Where the network comes from. Default: what it carries, else the classes of the data, where it names them.
     """
 
     model: nn.Module
@@ -265,7 +267,9 @@ def train_network(
         seed=recipe.seed,
     )
     names = class_names_of(job.train_data)
-    provenance = job.provenance or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
+    provenance = (
+        job.provenance or provenance_of(model) or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
+    )
     if provenance is not None:
         attach_provenance(quantized, provenance)
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):

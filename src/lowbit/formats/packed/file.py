@@ -11,6 +11,7 @@ The ``manifest`` is JSON as well, compressed with deflate and encoded in base 85
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
 - ``kernels``: true if the loaded network runs on low-bit kernels; absent otherwise;
 - ``provenance``: origin of the network (``lowbit.provenance``); absent if unknown;
+- ``float_bytes`` and ``tied``: the size of the float network, and the weights that are the same tensor as an earlier one there;
 - ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and the treatment of each layer.
 
 Equal networks give equal bytes: keys are sorted, and there is only one metadata entry, as safetensors writes several in random order.
@@ -43,7 +44,7 @@ from lowbit.formats.packed.tensor import PackedTensor, packed_tensor_from
 from lowbit.formats.program.calls import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
 from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import Json
-from lowbit.network.record import QuantizationRecord
+from lowbit.network.record import FloatSize, QuantizationRecord
 from lowbit.network.table import LayerRecord, LayerTable
 from lowbit.provenance import Provenance, provenance_from_json
 from lowbit.reading import check_readable
@@ -67,6 +68,7 @@ class Package:
         runs_on_kernels: Whether ``lowbit.load`` moves the network onto low-bit kernels. The codes in the file are the same either way, as
             their layout for the kernels depends on the processor that loads it.
         provenance: Origin of the network; ``None`` if unknown.
+        float_size: Size of the float network; ``None`` if unknown.
     """
 
     graph: Graph
@@ -75,6 +77,7 @@ class Package:
     record: QuantizationRecord | None = None
     runs_on_kernels: bool = False
     provenance: Provenance | None = None
+    float_size: FloatSize | None = None
 
     def layout_of(self, name: str) -> torch.memory_format:
         """Memory format that the tensor had when it was exported."""
@@ -101,7 +104,7 @@ def package(program: Program, record: QuantizationRecord | None = None, provenan
             tensors[name] = tensor
     layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
     graph = graph_from_exported(exported, program.structure, names, program.batch_dims)
-    return Package(graph, tensors, layouts, record, provenance=provenance)
+    return Package(graph, tensors, layouts, record, provenance=provenance, float_size=program.float_size)
 
 
 def write_package(content: Package, path: Path | str) -> int:
@@ -130,6 +133,9 @@ def write_package(content: Package, path: Path | str) -> int:
         manifest["kernels"] = True
     if content.provenance is not None:
         manifest["provenance"] = cast(Json, content.provenance.to_json())
+    if content.float_size is not None:
+        manifest["float_bytes"] = content.float_size.total_bytes
+        manifest |= {"tied": list(content.float_size.tied)} if content.float_size.tied else {}
     text = _json(manifest).encode()
     if len(text) > LARGEST_MANIFEST:
         raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
@@ -293,7 +299,16 @@ def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor])
     if not isinstance(runs_on_kernels, bool):
         raise FileFormatError(f"its entry 'kernels' must be true or false, got {str(runs_on_kernels)[:80]}")
     provenance = provenance_from_json(manifest["provenance"]) if "provenance" in manifest else None
-    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels, provenance)
+    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels, provenance, _float_size(manifest))
+
+
+def _float_size(manifest: Mapping[str, object]) -> FloatSize | None:
+    total, tied = manifest.get("float_bytes"), manifest.get("tied", [])
+    if total is None and not tied:
+        return None
+    if not (is_size(total) and _are_texts(tied)):
+        raise FileFormatError(f"the size of the float network: expected a number of bytes and names, got {str((total, tied))[:80]}")
+    return FloatSize(cast(int, total), tuple(cast(list[str], tied)))
 
 
 def _number(name: str, value: object) -> Tensor:

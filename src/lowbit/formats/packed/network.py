@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.operators import Function, find_operator, find_overload
 from lowbit.formats.program.structure import restore
 from lowbit.inputs import Inputs
-from lowbit.network.record import attach_record
+from lowbit.network.record import FloatSize, attach_record
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.quantizers import QTensor
 
@@ -34,7 +35,7 @@ class PackedNetwork(nn.Module):
         super().__init__()
         self.packed_max_elements = max_elements
         self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call was checked
-        # long names, because the file's module names become attributes next to these
+        # long names, because the file's names become attributes next to these
         self.packed_content = package
         self.packed_graph = package.graph
         self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
@@ -64,6 +65,11 @@ class PackedNetwork(nn.Module):
         """The names of its inputs, which the signature of ``forward`` does not contain."""
         return tuple(item.name for item in self.packed_graph.inputs)
 
+    @property
+    def float_size(self) -> FloatSize | None:
+        """The size of the float network that the file was made from; ``None`` where the file does not say."""
+        return self.packed_content.float_size
+
     def weight_codes(self) -> dict[str, QTensor]:
         """The codes of each quantized weight by parameter name."""
         return dict(self.packed_codes)
@@ -71,7 +77,7 @@ class PackedNetwork(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
         stored = self.stored_tensors()
         inputs = _checked(self.packed_graph, Inputs(args, kwargs), stored)
-        if self.packed_refuses_nan:
+        if self.packed_refuses_nan and not torch.compiler.is_exporting():
             _require_finite(inputs)
         return restore(self.packed_graph.structure, self.compute(inputs, stored))
 
@@ -151,18 +157,29 @@ class PackedNetwork(nn.Module):
     def _add(self, name: str, values: Tensor) -> None:
         """Register a tensor under its full name, creating a module for each part of that name."""
         *path, last = name.split(".")
+        # not by add_module and the like, which refuse what is also the name of a method or property, such as provenance
         module: nn.Module = self
         for part in path:
             if part not in module._modules:
-                module.add_module(part, nn.Module())
-            inner = module._modules[part]
-            assert inner is not None
-            module = inner
+                _check_name(module, part)
+                module._modules[part] = nn.Module()
+            module = cast(nn.Module, module._modules[part])
+        _check_name(module, last)
         if values.is_floating_point() and values.dim():
-            module.register_parameter(last, nn.Parameter(values, requires_grad=False))
+            module._parameters[last] = nn.Parameter(values, requires_grad=False)
         else:
-            module.register_buffer(last, values)
+            module._buffers[last] = values
         self.packed_owners[name] = module, last
+
+
+_RESERVED = ("packed_", "lowbit_")  # what attributes of loaded networks begin with
+
+
+def _check_name(module: nn.Module, name: str) -> None:
+    """KeyError where ``module`` cannot have a part of that name because torch or lowbit needs it, or because it has one."""
+    taken = (vars(module), module._modules, module._parameters, module._buffers)
+    if not name or name.startswith(_RESERVED) or hasattr(nn.Module, name) or any(name in parts for parts in taken):
+        raise KeyError(f"{name!r} is taken, empty, or begins with {' or '.join(_RESERVED)}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,17 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import OutputKind
 
 from lowbit.errors import GraphError, SpecError
-from lowbit.formats.program.batch import checked_batch_dim, find_batch_dim
 from lowbit.formats.program.constants import constant_of, fold_constants
 from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.structure import Json, flatten
 from lowbit.inputs import Inputs, tensors_of
+from lowbit.measure.cost import float_size
+from lowbit.network.batch import checked_batch_dim, find_batch_dim
 from lowbit.network.bits import layer_quantizers
 from lowbit.network.graph.dataflow import quiet_export
-from lowbit.network.insert import activation_quantizers, bake_weights
+from lowbit.network.insert import Coded, activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
+from lowbit.network.record import FloatSize
 from lowbit.quantizers import QTensor
 
 GRID_OF_ITS_OWN = "every input has its own grid"  # the reason why a layer is emulated
@@ -43,6 +46,7 @@ class Program:
         structure: Nesting of the flattened outputs.
         notes: Remarks for the user, such as that the batch size is fixed, and why.
         emulated: Layers (or sites of quantizers) whose input has a new grid in every call, which is emulated in float.
+        float_size: What the float network takes.
     """
 
     exported: ExportedProgram
@@ -51,6 +55,7 @@ class Program:
     structure: Json
     notes: tuple[str, ...] = ()
     emulated: tuple[str, ...] = ()
+    float_size: FloatSize | None = None
 
     @property
     def is_batch_dynamic(self) -> bool:
@@ -83,7 +88,7 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     inputs = replace(inputs, batch_dim=find_batch_dim(model, inputs) if batch_dim is None else checked_batch_dim(batch_dim, inputs))
     baked, weights = bake_weights(model)
     structure: list[Json] = [None]
-    if isinstance(baked, fx.GraphModule):
+    if isinstance(baked, (fx.GraphModule, Coded)):
         baked = _plain(baked)
     baked.register_forward_hook(_flattening(structure))
     with evaluating(baked):
@@ -94,7 +99,7 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     _decode_in_float32(exported, weights)
     _simplify(exported)
     fold_constants(exported)
-    return Program(exported, weights, inputs, structure[0], notes, _emulated(model))
+    return Program(exported, weights, inputs, structure[0], notes, _emulated(model), float_size(model))
 
 
 def _emulated(model: nn.Module) -> tuple[str, ...]:
@@ -214,7 +219,19 @@ def _trace(model: nn.Module, inputs: Inputs, shapes: ShapesCollection | None) ->
     with quiet_export():
         exported: ExportedProgram = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=dynamic, strict=False)
         # makes the graph functional; with the empty table, convolution, linear and attention are not decomposed
-        return cast(ExportedProgram, exported.run_decompositions({}))
+        functional = cast(ExportedProgram, exported.run_decompositions({}))
+    _name_as_first(functional, model)
+    return functional
+
+
+def _name_as_first(exported: ExportedProgram, model: nn.Module) -> None:
+    """Name tensors of modules that a network holds under several names by the first one, as policies and tables do; torch takes the last."""
+    first: dict[int, str] = {}
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    aliases = {name: first.setdefault(id(tensor), name) for name, tensor in held}
+    for spec in exported.graph_signature.input_specs:
+        if spec.target is not None and aliases.get(spec.target, spec.target) != spec.target:
+            spec.target = aliases[spec.target]
 
 
 def _batch_dims(exported: ExportedProgram, inputs: Inputs) -> dict[str, int]:
@@ -228,12 +245,23 @@ def _is_batch_dynamic(exported: ExportedProgram, inputs: Inputs) -> bool:
     return any(isinstance(values[name].shape[dim], torch.SymInt) for name, dim in dims.items())
 
 
-def _plain(traced: fx.GraphModule) -> nn.Module:
-    """A module with the same submodules that runs the code of ``traced``: torch.export ignores the hooks of a traced network."""
-    module = nn.Module()
-    module._parameters, module._buffers, module._modules = traced._parameters, traced._buffers, traced._modules
-    module._non_persistent_buffers_set = traced._non_persistent_buffers_set
-    module.forward = traced.forward
+def _plain(network: nn.Module) -> nn.Module:
+    """A module with the same submodules that runs the code of ``network``.
+
+    torch.export ignores the hooks of a traced network, takes a property of a loaded one for the submodule of that name, and needs the names
+    of its inputs, ``lowbit_inputs``, in a signature.
+    """
+    module: nn.Module = type(type(network).__name__, (nn.Module,), {})()  # errors name it
+    module._parameters, module._buffers, module._modules = network._parameters, network._buffers, network._modules
+    module._non_persistent_buffers_set = network._non_persistent_buffers_set
+
+    def forward(*args: Tensor, **kwargs: Tensor) -> object:
+        return network.forward(*args, **kwargs)
+
+    names = getattr(network, "lowbit_inputs", None)
+    parameters = None if names is None else [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    forward.__signature__ = inspect.signature(network.forward) if parameters is None else inspect.Signature(parameters)  # type: ignore[attr-defined]
+    module.forward = forward
     return module.eval()
 
 

@@ -135,9 +135,9 @@ class BiRealNet(TrainingMethod):
             change_network(job, self.shortcuts)
 
         def weight_quantizer(slot: Slot) -> Quantizer:
-            if self.weight_init == "uniform":
-                weight = insert.float_weight(slot.layer, slot.parameter).data
-                weight.copy_(torch.rand(weight.shape, generator=generator) * 1e-3)
+            weight = insert.float_weight(slot.layer, slot.parameter)
+            if self.weight_init == "uniform" and weight.requires_grad:
+                weight.data.copy_(torch.rand(weight.shape, generator=generator) * 1e-3)
             return self.weight_quantizer(slot)
 
         generator = job.generator()

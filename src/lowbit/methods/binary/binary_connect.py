@@ -208,16 +208,16 @@ class BinaryConnect(TrainingMethod):
 
     def after_backward(self, run: TrainRun) -> None:
         """Keep the weights that the optimizer starts from."""
-        self._before = {id(weight): weight.detach().clone() for weight in (site.original for site, _ in _binary_weights(run.model))}
+        self._before = {id(weight): weight.detach().clone() for weight in (site.original for site, _ in _binary_weights(run))}
 
     @torch.no_grad()
     def after_step(self, run: TrainRun) -> None:
         """Scale the step and clip the weights."""
-        for site, quantizer in _binary_weights(run.model):
+        for site, quantizer in _binary_weights(run):
             weight, scale = site.original, self.step_scale(site.layer, site.parameter)
             weight.copy_(take_step(weight, self._before.pop(id(weight), weight), scale, quantizer.limit))
 
 
-def _binary_weights(model: nn.Module) -> list[tuple[insert.WeightSite, BinaryConnectWeight]]:
-    found = ((site, site.quantizer) for site in insert.quantized_weights(model).values())
+def _binary_weights(run: TrainRun) -> list[tuple[insert.WeightSite, BinaryConnectWeight]]:
+    found = ((site, site.quantizer) for site in run.trained_weights())
     return [(site, quantizer) for site, quantizer in found if isinstance(quantizer, BinaryConnectWeight)]

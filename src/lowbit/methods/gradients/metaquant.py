@@ -400,7 +400,8 @@ class MetaQuant(TrainingMethod):
     @torch.no_grad()
     def after_backward(self, run: TrainRun) -> None:
         weights = list(meta_weights(run.model))
-        is_first = not any(bool(quantizer.has_history) for _, quantizer in weights)
+        has_gradients = any(site.original.grad is not None for site, _ in weights)  # none has where the user froze all of them
+        is_first = has_gradients and not any(bool(quantizer.has_history) for _, quantizer in weights)
         for site, quantizer in weights:
             weight, bias, pending = site.original, _bias(site.layer), quantizer.pending
             if pending is not None and pending.bias is not None and bias is not None:

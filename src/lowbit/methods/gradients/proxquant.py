@@ -21,7 +21,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.network import insert
 from lowbit.options import AtLeast, Interval
 from lowbit.qat import OptimizerSpec, Phase, Recipe, Slot, TrainingMethod, TrainRun
 from lowbit.qat.recipe import Role
@@ -385,7 +384,7 @@ class ProxQuant(TrainingMethod):
     @staticmethod
     def _weights(run: TrainRun) -> list[tuple[Tensor, ProxQuantizer]]:
         found: list[tuple[Tensor, ProxQuantizer]] = []
-        for site in insert.quantized_weights(run.model).values():
+        for site in run.trained_weights():
             if isinstance(site.quantizer, ProxQuantizer):
                 found.append((site.original, site.quantizer))
         return found

@@ -295,8 +295,10 @@ class XnorNet(TrainingMethod):
 
     @torch.no_grad()
     def prepare_weight(self, layer: nn.Module, parameter: str = WEIGHT) -> None:
-        """Centre and clamp the stored weight of ``layer``."""
+        """Centre and clamp the stored weight of ``layer``, unless it is frozen."""
         weight = insert.float_weight(layer, parameter)
+        if not weight.requires_grad:
+            return
         if self.centre:
             weight.copy_(centre(weight, groups=int(getattr(layer, "groups", 1)), is_transposed=isinstance(layer, TRANSPOSED)))
         if self.clamp:

@@ -73,7 +73,11 @@ class Reconstruction:
         self.state = self._state(phase)
         units = [unit for unit in self.units if phase.has_work(unit)]
         keys = [f"{phase.name}-{index:03d}" for index in range(len(units))]
-        is_carried = [unit.is_carried and index > 0 and self._follows(units[index - 1], unit) for index, unit in enumerate(units)]
+        has_samples_first = self.calibration.sample.batch_dim == 0
+        is_carried = [
+            unit.is_carried and has_samples_first and index > 0 and self._follows(units[index - 1], unit)
+            for index, unit in enumerate(units)
+        ]
         is_done = [self.state.has(key) for key in keys]
         unfinished = is_done.index(False) if False in is_done else len(units)
         chain_start = max((index for index in range(min(unfinished, len(units) - 1) + 1) if not is_carried[index]), default=0)
@@ -155,20 +159,24 @@ class Reconstruction:
         module = reference.get_submodule(unit.name)
         calls: CallCache | None = None
         target: TensorCache | None = None
-        start = 0
+        start = dim = 0
         with parametrize.cached():
             for inputs in self.calibration:
                 size = inputs.batch_size
                 float_call = call_of(reference, unit.name, inputs)
                 call = float_call if phase.is_symmetric else call_of(model, unit.name, inputs)
-                calls = calls or CallCache(call, growing(call, call_of(reference, unit.name, resized(inputs))), size, samples, self.space)
-                calls.write(start, size, call)
                 with evaluating(reference):
                     output = unit.call(module, *float_call)
-                target = _write(target, output, start, size, samples, self.space)
+                if calls is None:
+                    other = call_of(reference, unit.name, resized(inputs))
+                    calls = CallCache(call, growing(call, other), size, samples, self.space)
+                    with evaluating(reference):
+                        dim = 0 if inputs.batch_dim == 0 else growing(output, unit.call(module, *other))[0] or 0
+                calls.write(start, size, call)
+                target = _write(target, output, start, size, samples, self.space, dim)
                 start += size
         assert calls is not None and target is not None
-        return UnitData(calls, target, self._gradients(phase, unit))
+        return UnitData(calls, target, self._gradients(phase, unit, target.dim))
 
     def _carry(self, phase: Phase, before: PlannedUnit, unit: PlannedUnit, old: UnitData) -> UnitData:
         """Cache a unit's data from the data of the unit whose output it reads; ``old`` is released."""
@@ -191,8 +199,8 @@ class Reconstruction:
             old.target.release()
         return UnitData(CallCache.of(calls or old.target), target, self._gradients(phase, unit))
 
-    def _gradients(self, phase: Phase, unit: PlannedUnit) -> TensorCache | None:
-        """The weights of the Fisher losses; see ``Objective.fisher``."""
+    def _gradients(self, phase: Phase, unit: PlannedUnit, dim: int = 0) -> TensorCache | None:
+        """The weights of the Fisher losses, with samples in dimension ``dim``; see ``Objective.fisher``."""
         objective, cache, start = phase.objective, None, 0
         if objective.loss == "mse":
             return None
@@ -204,7 +212,7 @@ class Reconstruction:
                 gradient = fisher_gradient(self.job.model, self.job.reference, unit.name, layers, piece)
                 squares += float(gradient.double().square().mean()) * piece.batch_size
                 weight = released_weight(gradient) if objective.fisher == "released" else gradient
-                cache = _write(cache, weight, start, piece.batch_size, self.calibration.samples, self.space)
+                cache = _write(cache, weight, start, piece.batch_size, self.calibration.samples, self.space, dim)
                 start += piece.batch_size
         assert cache is not None
         if objective.fisher == "paper":
@@ -243,9 +251,9 @@ class Reconstruction:
         return fingerprint(tensors(), {"facts": self._facts, "seed": job.seed, "bits": bits, "units": units, "model": repr(job.model)})
 
 
-def _write(cache: TensorCache | None, x: Tensor, start: int, size: int, samples: int, space: CacheSpace) -> TensorCache:
-    """Write samples into the cache, which is created for the first ones."""
-    cache = cache or TensorCache(x, size, samples, space)
+def _write(cache: TensorCache | None, x: Tensor, start: int, size: int, samples: int, space: CacheSpace, dim: int = 0) -> TensorCache:
+    """Write samples, which lie in dimension ``dim``, into the cache, which is created for the first ones."""
+    cache = cache or TensorCache(x, size, samples, space, dim)
     cache.write(start, size, x)
     return cache
 

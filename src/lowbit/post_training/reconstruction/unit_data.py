@@ -88,11 +88,12 @@ def _reserve(file: int, size: int) -> None:
 class TensorCache:
     """One tensor of every sample. Four-dimensional ones of ``WIDE`` channels or more are kept, and read, channels-last.
 
-    A tensor whose first dimension is a multiple of the batch size (windows of images, say) keeps that many rows for each sample.
+    A tensor whose dimension over samples, ``dim``, is a multiple of the batch size (windows of images, say) keeps that many rows for each sample.
     """
 
-    def __init__(self, first: Tensor, batch_size: int, samples: int, space: CacheSpace) -> None:
-        self.device, self.dtype = first.device, first.dtype
+    def __init__(self, first: Tensor, batch_size: int, samples: int, space: CacheSpace, dim: int = 0) -> None:
+        self.device, self.dtype, self.dim = first.device, first.dtype, dim
+        first = first.movedim(dim, 0)
         self.rows = first.shape[0] // batch_size
         self.shape = first.shape[1:]
         self._is_image = first.dim() == 4 and first.shape[1] >= WIDE
@@ -107,6 +108,7 @@ class TensorCache:
 
     def write(self, start: int, batch_size: int, x: Tensor) -> None:
         """Keep ``x`` as samples ``start`` to ``start + batch_size``."""
+        x = x.movedim(self.dim, 0)
         if x.shape[1:] != self.shape or x.shape[0] != batch_size * self.rows:
             raise CalibrationError(
                 f"reconstruction needs calibration samples of one size: inside the network one batch gives {tuple(self.shape)} for each "
@@ -118,7 +120,8 @@ class TensorCache:
     def read(self, index: Tensor) -> Tensor:
         """A fresh tensor of the samples ``index``."""
         rows = self._data.index_select(0, index).flatten(0, 1)
-        return (rows.movedim(-1, 1) if self._is_image else rows).to(self.device, non_blocking=True)
+        ordered = rows.movedim(-1, 1) if self._is_image else rows
+        return ordered.movedim(0, self.dim).to(self.device, non_blocking=True)
 
     def scale(self, factor: float) -> None:
         """Multiply everything by ``factor``."""
@@ -137,18 +140,19 @@ def _last(x: Tensor) -> Tensor:
 class CallCache:
     """All inputs of a module's call, nested tuples, lists and dicts included, for every sample.
 
-    Tensors that do not grow with the batch (``grows``, see ``growing``) are kept once; they must be the same in every batch, like
+    Tensors that do not grow with the batch (``dims``, see ``growing``) are kept once; they must be the same in every batch, like
     everything that is no tensor.
     """
 
-    def __init__(self, call: Call, grows: Sequence[bool], batch_size: int, samples: int, space: CacheSpace) -> None:
+    def __init__(self, call: Call, dims: Sequence[int | None], batch_size: int, samples: int, space: CacheSpace) -> None:
         self._caches: list[TensorCache] = []
         self._constants: list[Tensor] = []
-        kinds = iter(grows)
+        remaining = iter(dims)
 
         def keep(x: Tensor) -> _Place:
-            if next(kinds):
-                self._caches.append(TensorCache(x, batch_size, samples, space))
+            dim = next(remaining)
+            if dim is not None:
+                self._caches.append(TensorCache(x, batch_size, samples, space, dim))
                 return _Place(len(self._caches) - 1, is_constant=False)
             self._constants.append(x.detach().clone())
             return _Place(len(self._constants) - 1, is_constant=True)
@@ -221,27 +225,23 @@ def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _tensors(call: Call) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _map(call, Tensor, found.append)
+    _map(value, Tensor, found.append)
     return found
 
 
-def growing(call: Call, other: Call) -> list[bool]:
-    """Which tensors of ``call`` grow with the batch: their first dimension differs in ``other``, the call with another batch size."""
-    return [a.shape[:1] != b.shape[:1] for a, b in zip(_tensors(call), _tensors(other), strict=True)]
+def growing(value: Any, other: Any) -> list[int | None]:
+    """The dimension over samples of each tensor in ``value``: the first that differs in ``other``, made from another batch size."""
+    return [
+        next((dim for dim, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if sizes[0] != sizes[1]), None)
+        for a, b in zip(_tensors(value), _tensors(other), strict=True)
+    ]
 
 
 def resized(inputs: Inputs) -> Inputs:
     """``inputs`` with another batch size: the first sample alone, or a single sample twice."""
-    size = inputs.batch_size
-
-    def change(x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[0] != size:
-            return x
-        return x[:1] if size > 1 else torch.cat([x, x])
-
-    return Inputs(tuple(map(change, inputs.args)), {name: change(x) for name, x in inputs.kwargs.items()})
+    return inputs.take(0, 1) if inputs.batch_size > 1 else inputs.repeat(2)
 
 
 @dataclass

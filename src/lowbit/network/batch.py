@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
-from lowbit.inputs import Inputs, tensors_of
+from lowbit.inputs import Calibration, Inputs, tensors_of
 from lowbit.network.layers import evaluating
 
 _SAME = 1e-4  # of the largest value: what is computed in another order
@@ -27,6 +27,23 @@ def find_batch_dim(model: nn.Module, inputs: Inputs) -> int:
     if all(tensor.dim() < 2 for tensor in inputs.tensors):
         return 0
     return next((dim for dim in (0, 1) if _are_samples(model, replace(inputs, batch_dim=dim))), 0)
+
+
+def calibration_for(model: nn.Module, data: object, *, limit: int | None = None) -> Calibration:
+    """Calibration data for ``model``, cut along the dimension over samples, which is found with two samples of the first batch."""
+
+    def find(inputs: Inputs) -> int:
+        if not _may_begin_with_time(inputs):
+            return 0
+        return next((dim for dim in (0, 1) if _are_samples(model, replace(inputs, batch_dim=dim).take(0, 2))), 0)
+
+    return Calibration.of(data, model, limit=limit, batch_dim=find)
+
+
+def _may_begin_with_time(inputs: Inputs) -> bool:
+    """Whether dimension 1 may count samples: inputs are sequences of vectors or of tokens, and no pictures, tables or volumes."""
+    are_sequences = (tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point()) for tensor in inputs.tensors)
+    return any(are_sequences) and all(tensor.dim() <= 3 for tensor in inputs.tensors)
 
 
 def checked_batch_dim(batch_dim: int, inputs: Inputs) -> int:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.errors import SpecError
-from lowbit.formats.program.batch import checked_batch_dim, find_batch_dim
 from lowbit.inputs import Inputs
+from lowbit.network.batch import calibration_for, checked_batch_dim, find_batch_dim
 
 SEQUENCE = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
 LONGER = torch.randn(7, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -64,3 +65,31 @@ def test_a_batch_dimension_that_no_input_has_is_refused() -> None:
     assert checked_batch_dim(2, Inputs((SEQUENCE,))) == 2
     with pytest.raises(SpecError, match=r"batch_dim=3: no input has that dimension; the inputs have the shapes \[5, 4, 8\]"):
         checked_batch_dim(3, Inputs((SEQUENCE,)))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if len(CASES[case][1]) == 1 and case != "a vector"])
+def test_calibration_data_are_cut_along_the_batch(case: str) -> None:
+    make, (sample,), dim = CASES[case]
+    repeated = torch.cat([sample] * 20, dim)
+    for data in (repeated, [repeated], [sample] * 20):
+        found = calibration_for(make(), data, limit=13)
+        assert found.samples == 13 and {batch.batch_dim for batch in found} == {dim}
+        assert {size for batch in found for size in (batch.args[0].shape[:dim] + batch.args[0].shape[dim + 1 :],)} == {
+            sample.shape[:dim] + sample.shape[dim + 1 :]
+        }
+        assert torch.equal(torch.cat([batch.args[0] for batch in found], dim), repeated.narrow(dim, 0, 13))
+
+
+@pytest.mark.parametrize("method", ["round_to_nearest", "white_paper", "adaround", "brecq"])
+def test_a_network_whose_inputs_begin_with_time_is_quantized_as_one_with_samples_first(method: str) -> None:
+    def build(batch_first: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return LastStep(batch_first=batch_first).eval()
+
+    tokens = torch.randint(0, 20, (5, 48), generator=torch.Generator().manual_seed(3))
+    options = {} if method == "round_to_nearest" else {"iterations": 20}
+    first, second = (
+        lowbit.quantize(build(is_first), method=method, weight_bits=4, calibration=data, **options)
+        for is_first, data in ((False, tokens), (True, tokens.t().contiguous()))
+    )
+    torch.testing.assert_close(first(tokens), second(tokens.t()))
