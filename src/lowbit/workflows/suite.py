@@ -26,7 +26,7 @@ class Contender:
 
     Attributes:
         method: Name of the method, or ``path/to/file.py:Class``.
-        label: What tables call it. Default: the method's name, with whatever is altered behind it.
+        label: Its name in tables. Default: the method's name, with whatever is altered behind it.
         options: Hyper-parameters that differ from the method's defaults.
         surrogate: Gradient surrogate in place of the method's own.
         kind: Kind of the method, where methods of several kinds have the name.
@@ -44,7 +44,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         if self.label is not None:
             return self.label
         changes = [f"{name}={value}" for name, value in self.options.items()] + ([self.surrogate] if self.surrogate else [])
@@ -91,7 +91,7 @@ class SubjectSettings(NetworkSettings):
     """A network of a suite with its data.
 
     Attributes:
-        name: What tables call it. Default: the model and its data.
+        name: Its name in tables. Default: the model and its data.
         test_data: Labelled data that metrics are measured on. Default: the test part of the data.
         calibration: Samples without labels. Default: training samples of the data.
         train_samples: Number of training samples to use, the first ones. Default: all.
@@ -106,7 +106,7 @@ class SubjectSettings(NetworkSettings):
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         parts = [self.model or "digits", *([self.data] if self.data and self.data != self.model else [])]
         return self.name or " on ".join(parts)
 
