@@ -96,8 +96,8 @@ def test_the_front_holds_what_no_cheaper_point_beats() -> None:
 def test_plots_have_a_dot_for_each_point_and_stay_within_their_frame() -> None:
     points = [Point(f"m{i}", 10.0**i, i / 10, i / 10 - 0.05, i / 10 + 0.05) for i in range(5)]
     plots = [
-        scatter(points, higher_is_better=True, x_label="bytes", y_label="accuracy", tell_x=str, tell_y=str),
-        by_bits({"m": {"2/2": 0.5, "4/4": 0.6, "4/float": 0.7}, "n": {"4/4": 0.1}}, y_label="accuracy", tell=str),
+        scatter(points, higher_is_better=True, x_label="bytes", y_label="accuracy", format_x=str, format_y=str),
+        by_bits({"m": {"2/2": 0.5, "4/4": 0.6, "4/float": 0.7}, "n": {"4/4": 0.1}}, y_label="accuracy", format_value=str),
     ]
     for plot, dots in zip(plots, (5, 4), strict=True):
         places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]

@@ -185,6 +185,17 @@ def test_nan_gives_nan_or_is_refused(kernels: bool, tmp_path: Path) -> None:
         checked(broken)
 
 
+def test_nan_becomes_some_number_in_onnx_runtime(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    model = quantize(TinyNet().eval(), method="round_to_nearest", calibration=[IMAGE])
+    export(model, tmp_path / "m.onnx", sample=IMAGE, measure_speed=False)
+    broken = IMAGE.clone()
+    broken[1, 0, 2, 2] = float("nan")
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: broken.numpy()})
+    assert torch.from_numpy(found).isfinite().all()  # so inputs have to be checked before the call, as lowbit.export says
+
+
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.1), nn.GELU(), nn.PReLU(), nn.Sigmoid()])
 def test_convolutions_before_activation_functions_run_in_integers(activation: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(0)

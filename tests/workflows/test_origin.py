@@ -240,7 +240,7 @@ def test_a_training_from_random_weights_leaves_no_float_network_to_compare_with(
     assert facts["model"] == "resnet8" and facts["classes"] == NAMES and "weights_sha256" not in facts
     done("evaluate", "trained", "--out", ".")
     found = json.loads((here / "evaluation.json").read_text())
-    assert list(found) == ["model.lowbit"] and found["model.lowbit"]["agreement"] is None
+    assert list(found) == ["model.lowbit", "notes"] and found["model.lowbit"]["agreement"] is None
     assert found["model.lowbit"]["metrics"]["accuracy"] == report_of(here / "trained")["metrics"]["accuracy"]["quantized"]
 
 

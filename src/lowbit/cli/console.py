@@ -99,12 +99,12 @@ def say(text: str) -> None:
 
 
 def show_json(data: object) -> None:
-    """Print ``data`` as JSON, all that standard output gets then; in ASCII, which every stream can hold."""
+    """Print ``data`` as JSON, the only thing on standard output then; in ASCII, which every stream can hold."""
     typer.echo(to_json(data, ascii_only=True))
 
 
 class SpokenProgress(Progress):
-    """Progress that speaks of options where the library speaks of settings."""
+    """Progress whose messages name command-line options in place of settings."""
 
     def say(self, message: str) -> None:
         """Print one line, unless quiet."""
@@ -112,7 +112,7 @@ class SpokenProgress(Progress):
 
 
 def say_how_to_resume(what: str, kept: str) -> None:
-    """Tell that the run has stopped, what is kept of it, and the command that resumes it."""
+    """Say that the run has stopped, what was saved, and the command that resumes it."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
     errors.print(f"[bold red]{escape(what)}[/]; {escape(kept)}. Resume it with:", highlight=False, soft_wrap=True)
     errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
@@ -120,7 +120,7 @@ def say_how_to_resume(what: str, kept: str) -> None:
 
 @contextlib.contextmanager
 def resumable(*, is_first: bool = True) -> Iterator[None]:
-    """Ctrl-C ends the command with the one that resumes it; only the first of several processes says so."""
+    """Ctrl-C ends the command with a message on how to resume it, printed by the first process only."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""``lowbit data``: which data there is, where it is looked for, and what is in it."""
+"""``lowbit data``: available data, where it is searched for, and its contents."""
 
 from __future__ import annotations
 

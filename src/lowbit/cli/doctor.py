@@ -58,7 +58,7 @@ def doctor(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show what is installed, what the processor can do, and which kernels low-bit layers run on and why."""
+    """Show the installed packages, the processor's instructions, and the kernels that low-bit layers run on and why."""
     found, kernels = parts(), dict(_kernels())
     seconds = dict(_first_use()) if times else {}
     missing = dict.fromkeys(part.extra for part in found if part.version is None)
@@ -104,10 +104,10 @@ def _problem(package: str) -> str:
     if done.returncode == 0:
         return ""
     torch_version = _version("torch") or ""
-    told = done.stderr.strip().splitlines()[-1]
+    reason = done.stderr.strip().splitlines()[-1]
     index = f" --index-url {CPU_INDEX}" if torch_version.endswith("+cpu") else ""
     return (
-        f"does not import beside torch {torch_version} ({told}), as it was built for another build of torch. lowbit makes its networks "
+        f"does not import beside torch {torch_version} ({reason}), as it was built for another build of torch. lowbit makes its networks "
         f"and timm's work all the same; to have it whole: {sys.executable} -m pip install --force-reinstall --no-deps{index} "
         f"torchvision=={(_version(package) or '').partition('+')[0]}"
     )

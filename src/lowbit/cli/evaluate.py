@@ -1,4 +1,4 @@
-"""``lowbit evaluate``: how right and how fast a network or an exported file is."""
+"""``lowbit evaluate``: accuracy and speed of a network or an exported file."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def export(
 ) -> None:
     """Write a network to a file, check the file against the network, and time it.
 
-    The data only gives the inputs that the check runs on: name some that fit the network.
+    The data only provides the inputs that the check runs on: name some that fit the network.
     """
     request = ExportRequest().changed({**given, "to": to, "packed": packed})
     from lowbit.workflows.export import load_and_export

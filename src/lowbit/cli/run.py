@@ -1,4 +1,4 @@
-"""``lowbit run``: a packed file at work on this machine's low-bit kernels."""
+"""``lowbit run``: run a packed file on this machine's low-bit kernels."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ RecipeFile = Annotated[
 def options_of(
     request: type[Request], *, kind: str | None = None, without: Collection[str] = (), shortcuts: type | None = None
 ) -> Callable[[Callable[..., None]], Any]:
-    """Decorator: give a command the options of all settings of ``request``.
+    """Decorator: add an option to a command for each setting of ``request``.
 
     Its first parameter gets the values that the user gave, named as in a recipe file; parameters of its own stay.
 

@@ -1,4 +1,4 @@
-"""Augmentation of batches in plain tensor code: the same seed gives the same pictures on every device."""
+"""Augmentation of batches in plain tensor code: the same seed produces the same pictures on every device."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class CifarVersion:
-    """Where one of the two keeps what.
+    """File names and labels of one of the two versions.
 
     Attributes:
         label_bytes: In front of each image; the last one is the label.

@@ -17,7 +17,7 @@ MEAN, STD = (0.3058,), (0.3756,)
 
 
 def load_digits(split: Split) -> ImageData:
-    """Digits, always divided the same way; MissingExtraError without scikit-learn."""
+    """The digits, always split the same way; MissingExtraError without scikit-learn."""
     try:
         from sklearn.datasets import load_digits as bundled_digits
     except ImportError as error:

@@ -61,7 +61,7 @@ def _file(folder: Path, name: str, is_remote: bool) -> Path:
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Fetch ``name`` into ``folder``; a file whose content is not the known one is never kept."""
+    """Fetch ``name`` into ``folder``; a file whose checksum is wrong is never kept."""
     path, address = folder / name, f"{ADDRESS}{name}.gz"
     if not may_download():
         raise DataError(f"fashion-mnist: {name} is not in {folder}, and a dry run does not download it from {address}. {_ways()}")

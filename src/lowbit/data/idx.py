@@ -21,7 +21,7 @@ MAX_BYTES = 2**30  # a hostile file could unpack to any size
 
 
 def read_idx(path: Path, *, dimensions: int) -> Tensor:
-    """The uint8 array in ``path`` (``.gz`` is unpacked); DataError when magic number, type, rank or length are not as they must be."""
+    """The uint8 array in ``path`` (``.gz`` is unpacked); DataError when its magic number, type, rank or length is wrong."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

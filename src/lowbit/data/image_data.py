@@ -1,4 +1,4 @@
-"""What every data suite gives: a data set and the facts about it."""
+"""What every data suite provides: a data set and the facts about it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = Tensor | tuple[Tensor, int]
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set of normalised images with what a program needs to know about it.
+    """A data set of normalised images and what a program needs to know about it.
 
     Attributes:
         name: What the user calls it.

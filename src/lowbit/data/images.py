@@ -1,4 +1,4 @@
-"""Pictures decoded safely and brought to the shape a network wants."""
+"""Pictures decoded safely and brought to the shape that a network takes."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def load_data(
 
 
 def is_suite(spec: str | None) -> bool:
-    """Whether ``spec`` names a suite, with a folder or without."""
+    """Whether ``spec`` names a suite, with or without a folder."""
     return spec is not None and spec.partition(":")[0] in SUITES
 
 

@@ -113,7 +113,7 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def float_size(model: nn.Module) -> FloatSize:
-    """What the network takes in float32; of a loaded one what its file says of the network that it was made from."""
+    """Size of the network in float32; for a loaded network, the size that its file records."""
     if isinstance(model, Coded) and model.float_size is not None:
         return model.float_size
     weights: dict[int, Tensor] = {}

@@ -148,7 +148,7 @@ class _Walk:
 
     def suspects(self) -> list[Suspect]:
         """Steps 3 and 4 of the chart, worst first; noise is measured against the network with its quantizers off."""
-        ranges, readers, order = self._look()
+        ranges, readers, order = self._observe()
         named = [(name, "weight", q) for name, q in self.weights.items()]
         named += [(name, "activation", q) for name, q in self.activations.items()]
         found: list[tuple[float, Suspect]] = []
@@ -178,15 +178,15 @@ class _Walk:
         return [replace(suspect, share=mse / total) for mse, suspect in found]
 
     def noise(self, context: AbstractContextManager[None]) -> Noise:
-        """Error of the output within ``context``."""
+        """Error of the output while ``context`` is active."""
         noise = Noise()
         with context:
             for inputs, target in zip(self.batches, self.off, strict=True):
                 noise.add(target, run_output(self.model, inputs, self.output))
         return noise
 
-    def _look(self) -> tuple[dict[Quantizer, Range | None], dict[Quantizer, list[str]], dict[Quantizer, int]]:
-        """Ranges of what each quantizer sees in the float network, which layers read each activation, execution order."""
+    def _observe(self) -> tuple[dict[Quantizer, Range | None], dict[Quantizer, list[str]], dict[Quantizer, int]]:
+        """The range of each quantizer's input in the float network, the layers that read each activation, and the execution order."""
         order: dict[Quantizer, None] = {}
         ranges: dict[Quantizer, Range | None] = {}
         for name, quantizer in self.weights.items():
@@ -232,7 +232,7 @@ class _Walk:
         return ranges, readers, {quantizer: place for place, quantizer in enumerate(order)}
 
     def remedies(self, suspects: list[Suspect]) -> list[Remedy]:
-        """Step 5: what can be tried is tried."""
+        """Step 5: try the remedies for each suspect."""
         found: list[Remedy] = []
         now = self.noise(disabled(())).sqnr_db
         for suspect in suspects:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Noise:
-    """Error statistics of a tensor that comes in pieces; sums are kept in double precision.
+    """Error statistics of a tensor that arrives in pieces; sums are kept in double precision.
 
     The reported ratio is ``sqnr_db = 10 log10(var(reference) / mean((quantized - reference)**2))`` with the variance over all
     elements seen. A constant offset of the reference carries no information, so it is not counted as signal;
@@ -21,7 +21,7 @@ class Noise:
         self._mean = self._spread = self._power = self._error = 0.0
 
     def add(self, reference: Tensor, quantized: Tensor) -> None:
-        """Count one more piece; both tensors have one shape."""
+        """Add one more piece; both tensors have the same shape."""
         if reference.shape != quantized.shape:
             raise ValueError(f"cannot compare shapes {tuple(reference.shape)} and {tuple(quantized.shape)}")
         if reference.numel() == 0:

@@ -15,7 +15,7 @@ LIVE = 1e-4  # part of the largest variance below which a channel says nothing: 
 
 @dataclass(frozen=True)
 class NormShift:
-    """What reaches the first batch norm, against what it has seen in training; medians over its channels.
+    """Inputs of the first batch norm compared with its statistics from training; medians over its channels.
 
     Attributes:
         name: The batch norm.
@@ -29,7 +29,7 @@ class NormShift:
 
     @property
     def is_large(self) -> bool:
-        """Whether the inputs were probably preprocessed in another way than those of the training."""
+        """Whether the inputs were probably preprocessed differently from those of the training."""
         return not 0.5 <= self.variance_ratio <= 2 or self.mean_shift > 1
 
 

@@ -52,7 +52,7 @@ def batch_count(data: object, calibration: Calibration) -> int:
 
 
 def pieces(inputs: Inputs, size: int) -> Iterator[Inputs]:
-    """``inputs`` cut into at most ``size`` samples each where all inputs share their first dimension; else whole."""
+    """``inputs`` in pieces of at most ``size`` samples if all inputs share their first dimension, else as one piece."""
     total = inputs.batch_size
     if any(t.dim() == 0 or t.shape[0] != total for t in inputs.tensors):
         yield inputs

@@ -1,4 +1,4 @@
-"""What quantizers see: ranges, outliers and uneven channels of weights and activations."""
+"""Inputs of quantizers: ranges, outliers and uneven channels of weights and activations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RangeMeter:
         self._sample: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Look at one more tensor, unquantized."""
+        """Add one more tensor, unquantized."""
         x = x.detach()
         if x.numel() == 0:
             return

@@ -1,4 +1,4 @@
-"""Noise layer by layer: what each weight lost, what each layer's output lost."""
+"""Noise layer by layer: of each weight and of each layer's output."""
 
 from __future__ import annotations
 

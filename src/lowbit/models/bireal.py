@@ -1,4 +1,4 @@
-"""Residual networks with a shortcut around each convolution, made of the plain ones by the surgery that any residual network can have.
+"""Residual networks with a shortcut around each convolution, built from the plain ones by surgery that works on any residual network.
 
 Source: Liu et al. 2018, "Bi-Real Net", section 3.2. There are no activations: the sign of binary inputs is the only one, so these networks are
 for binary training.

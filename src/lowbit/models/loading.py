@@ -151,7 +151,7 @@ def full_name(spec: str) -> str:
 
 
 def _needs_nothing(factory: Callable[..., object]) -> bool:
-    """Whether it is a network already, or can be called without arguments."""
+    """Whether ``factory`` is a network already, or can be called without arguments."""
     if isinstance(factory, nn.Module):
         return True
     try:
@@ -178,7 +178,7 @@ def _is_network_type(value: object) -> bool:
 
 
 def _description(error: BaseException) -> str:
-    """The error in words, whatever it does when it is asked for its own."""
+    """The error in words, even if its own text cannot be produced."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; a shortcut where the shape stays."""
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; a shortcut where input and output have the same shape."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""State dicts read without running code, and put into a network only when they fit it."""
+"""State dicts, read without running code and loaded into a network only if they fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and compile put before
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the state dict in ``path`` into ``model``; FileFormatError when it cannot be read safely or does not fit."""
+    """Load the state dict in ``path`` into ``model``; FileFormatError when it cannot be read safely or does not fit."""
     state = _without_prefix(read_state_dict(path))
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]

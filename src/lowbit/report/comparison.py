@@ -1,4 +1,4 @@
-"""What a comparison is written to: CSV, Markdown, LaTeX, BibTeX and one HTML page."""
+"""Files of a comparison: CSV, Markdown, LaTeX, BibTeX and one HTML page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HEADS = ("method", "rank", "mean", "sd", "least", "greatest", "seeds", "to basel
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """All that is written about a comparison.
+    """Everything that is written about a comparison.
 
     Attributes:
         tables: The tables.
@@ -129,13 +129,13 @@ def earlier_key(row: Row) -> tuple[str, ...]:
 
 def row_cells(table: Table, row: Row, earlier: Mapping[tuple[str, ...], float] | None = None) -> list[str]:
     """The cells of a row under ``HEADS``, as people read them; with ``earlier`` one more, the change to it."""
-    tell = lambda value: NOTHING if value is None else format_metric(value, table.unit)  # noqa: E731
+    formatted = lambda value: NOTHING if value is None else format_metric(value, table.unit)  # noqa: E731
     spread = row.spread
     cells = [
         row.label,
         NOTHING if row.rank is None else str(row.rank),
-        *(tell(None if spread is None else value) for value in (spread and spread.mean, spread and spread.deviation)),
-        *(tell(None if spread is None else value) for value in (spread and spread.least, spread and spread.greatest)),
+        *(formatted(None if spread is None else value) for value in (spread and spread.mean, spread and spread.deviation)),
+        *(formatted(None if spread is None else value) for value in (spread and spread.least, spread and spread.greatest)),
         f"{0 if spread is None else spread.count} of {len(row.results)}",
         _difference(table, row),
         format_bytes(row.size_bytes),
@@ -152,8 +152,8 @@ def _difference(table: Table, row: Row) -> str:
         return "baseline"
     if row.difference is None:
         return NOTHING
-    told = f"{_signed(row.difference.mean, table.unit)} [{_signed(row.difference.low, table.unit)}, {_signed(row.difference.high, table.unit)}]"
-    return told if row.difference.is_shown else f"{told}, no difference shown"
+    text = f"{_signed(row.difference.mean, table.unit)} [{_signed(row.difference.low, table.unit)}, {_signed(row.difference.high, table.unit)}]"
+    return text if row.difference.is_shown else f"{text}, no difference shown"
 
 
 def _signed(value: float, unit: str) -> str:
@@ -176,7 +176,7 @@ def _escaped(text: str) -> str:
 
 
 def table_note(table: Table) -> str:
-    """What is compared, in a sentence."""
+    """A sentence about what is compared."""
     if not table.metric:
         return "No cell is done."
     better = "higher" if table.higher_is_better else "lower"
@@ -197,7 +197,7 @@ def unfinished(table: Table) -> list[str]:
 
 
 def remarks(tables: Tables) -> list[str]:
-    """What to know before reading the tables."""
+    """Remarks to read before the tables."""
     return [
         *(f"warning: {text}" for text in tables.warnings),
         *(f"separate tables: {text}" for text in tables.separated),
@@ -329,7 +329,7 @@ def _page_group(subject: str, track: str, tables: Sequence[Table]) -> dict[str, 
     unit, metric, higher = tables[0].unit, tables[0].metric, tables[0].higher_is_better
     rows = [(table, row) for table in tables for row in table.rows if row.spread is not None]
     plots: dict[str, Markup] = {}
-    for title, name, tell in (
+    for title, name, format_value in (
         ("stored bytes", "size_bytes", format_bytes),
         ("milliseconds of one call (ONNX Runtime)", "latency_ms", lambda ms: f"{ms:.2f} ms"),
     ):
@@ -340,12 +340,19 @@ def _page_group(subject: str, track: str, tables: Sequence[Table]) -> dict[str, 
         ]
         if points:
             plots[f"{metric} over {title}"] = scatter(
-                points, higher_is_better=higher, x_label=title, y_label=metric, tell_x=tell, tell_y=lambda value: format_metric(value, unit)
+                points,
+                higher_is_better=higher,
+                x_label=title,
+                y_label=metric,
+                format_x=format_value,
+                format_y=lambda value: format_metric(value, unit),
             )
     lines: dict[str, dict[str, float]] = {}
     for table, row in rows:
         if row.spread is not None:
             lines.setdefault(row.label, {})[table.bits] = row.spread.mean
     if len({table.bits for table, _ in rows}) > 1:
-        plots[f"{metric} over bits (weights/activations)"] = by_bits(lines, y_label=metric, tell=lambda value: format_metric(value, unit))
+        plots[f"{metric} over bits (weights/activations)"] = by_bits(
+            lines, y_label=metric, format_value=lambda value: format_metric(value, unit)
+        )
     return {"title": f"{subject}, {track}", "plots": plots}

@@ -1,4 +1,4 @@
-"""Facts of a run: what was started, when, on which machine, with which versions, and on which data."""
+"""Facts of a run: the command, the time, the machine, the versions and the data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_facts(started: float, data: Mapping[str, str]) -> dict[str, object]:
     """The facts, for ``Report.run``.
 
     Args:
-        started: When the run began, as ``time.time`` gives it; its duration is counted from there to now.
+        started: When the run began, as returned by ``time.time``; its duration is counted from there to now.
         data: What each data set was, in words, by what it was used for.
     """
     return {
@@ -42,7 +42,7 @@ def run_facts(started: float, data: Mapping[str, str]) -> dict[str, object]:
 
 
 def command_line(arguments: list[str]) -> str | None:
-    """What was typed: ``lowbit quantize -w 4``, ``python train.py``; ``None`` where no script was run, as in a notebook."""
+    """The command as it was typed: ``lowbit quantize -w 4``, ``python train.py``; ``None`` where no script was run, as in a notebook."""
     program, *rest = arguments or [""]
     path = Path(program)
     if path.stem == "lowbit" or (path.name == "__main__.py" and path.parent.name == "lowbit"):
@@ -51,7 +51,7 @@ def command_line(arguments: list[str]) -> str | None:
 
 
 def processor_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """The processor's name if the system reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

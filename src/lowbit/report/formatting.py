@@ -71,7 +71,7 @@ def format_percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def format_change(metric: MetricResult) -> str:
-    """What quantizing changed: ``-1.00 points`` where the metric is in percent, else ``+0.012``; empty where one was not measured."""
+    """The change due to quantization: ``-1.00 points`` where the metric is in percent, else ``+0.012``; empty if either value was not measured."""
     if metric.float is None or metric.quantized is None or math.isnan(metric.float) or math.isnan(metric.quantized):
         return ""
     from lowbit.qat.task import format_metric  # brings torch, which the command line's help does not need

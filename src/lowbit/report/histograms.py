@@ -1,4 +1,4 @@
-"""Weights and activations beside the grids that they were rounded to, as numbers to draw."""
+"""Histograms of weights and activations with the grids that they were rounded to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowbit.report.results import ActivationResult
 
 BINS = 96
 MOST_LEVELS = 256  # levels kept for drawing
-FINE_BITS = 6  # from here on levels lie too close to draw, and errors tell more
+FINE_BITS = 6  # from here on levels lie too close to draw, and errors are more informative
 WIDEST_ERROR = 2.0  # steps; larger errors count in the outermost bins
 SAMPLE_SIZE = 4096  # values kept of each tensor for its histogram
 FAR = 1e6  # and so many times the largest value: beyond every grid
@@ -93,7 +93,7 @@ def weight_histograms(model: nn.Module, reference: nn.Module | None = None) -> l
 
 
 def _levels_used(quantized: Tensor, quantizer: Quantizer) -> Tensor:
-    """For each scale, how many different values the weights that share it take."""
+    """The number of different values among the weights that share a scale, for each scale."""
     rows = quantizer.granularity.flatten(quantized).sort(dim=1).values
     return 1 + (rows.diff(dim=1) != 0).sum(1)
 
@@ -167,7 +167,7 @@ def activation_histograms(model: nn.Module, data: object) -> list[ActivationHist
 
 
 def activation_roles(model: nn.Module) -> dict[Quantizer, tuple[str, tuple[str, ...]]]:
-    """What each activation quantizer is for, and for which layers: their ``input`` or ``output``, or a ``merge``.
+    """The role of each activation quantizer and the layers it serves: their ``input`` or ``output``, or a ``merge``.
 
     A merge is what meets in a sum or a concatenation, its result, or what is pooled.
     """
@@ -191,7 +191,7 @@ class _ActivationMeter:
         self._sample: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Look at one more tensor, unquantized; one with NaN or infinity has no range and is left out."""
+        """Add one more tensor, unquantized; one with NaN or infinity has no range and is left out."""
         if x.numel() == 0 or not bool(x.isfinite().all()):
             return
         quantized = self.quantizer.encode(x).decode()

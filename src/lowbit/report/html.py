@@ -1,4 +1,4 @@
-"""``report.html``: one page that needs nothing else, no network, no fonts, no scripts from elsewhere."""
+"""``report.html``: one self-contained page, without fonts, scripts or anything else from elsewhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with its heading, and a line below it."""
+    """A drawing with its heading and a caption."""
 
     title: str
     drawing: Markup
@@ -76,7 +76,7 @@ class Cell:
     key: str = ""
     detail: str = ""
     class_: str = ""
-    applies: bool = True  # whether its row can have anything to say here
+    applies: bool = True  # False for cells that have no meaning in their row
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Column:
     title: str
     cells: tuple[Cell, ...]
     is_number: bool = False
-    is_setting: bool = False  # says what was asked for, not what was measured
+    is_setting: bool = False  # a setting, not a measurement
 
     @property
     def is_empty(self) -> bool:
-        """Whether no row has anything to say."""
+        """Whether every cell is empty."""
         return all(cell.text in ("", NOTHING) and not cell.detail for cell in self.cells)
 
     @property
@@ -102,7 +102,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by name; columns that say the same in every row are told once, empty ones not at all."""
+    """Rows by name; columns with the same text in every row are shown once above the table, empty ones not at all."""
 
     names: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -132,7 +132,7 @@ class Names:
         return Names("".join(f"{parts[0]}." for parts in shared))
 
     def short(self, name: str) -> str:
-        """What is shown."""
+        """The name as it is shown."""
         return name.removeprefix(self.prefix)
 
 
@@ -348,7 +348,7 @@ def stored_parts(report: Report) -> list[StoredPart]:
 
 
 def storage_bars(parts: Sequence[StoredPart]) -> list[Bar]:
-    """Stored bytes of each part beside what it takes in float32, all to the scale of the largest."""
+    """Stored bytes of each part beside its size in float32, all to the same scale."""
     most = max((max(part.total_bytes, part.float_bytes or 0) for part in parts), default=0) or 1
     bars = []
     for part in parts:
@@ -396,7 +396,7 @@ def computed_words(layers: Sequence[LayerResult]) -> dict[str, str] | None:
 def layer_table(report: Report) -> Table:
     """The layers, below them what is quantized between layers, and last what else holds parameters.
 
-    Where a layer's output is quantized because a sum, a concatenation or pooling takes it, its row says so.
+    Where a layer's output is quantized because a sum, a concatenation or pooling reads it, its row shows that.
     """
     layers, sites = report.layers, {f"{layer.name}.output" for layer in report.layers}
     merged = {activation.name: activation for activation in report.activations if activation.role == "merge"}
@@ -425,8 +425,8 @@ def layer_table(report: Report) -> Table:
         merge = merged.get(f"{layer.name}.output")
         return Cell("") if merge is None else Cell(str(merge.bit_width), str(merge.bit_width), detail="merge")
 
-    def number(title: str, value: Callable[[LayerResult], float | None], tell: Callable[[float | None], str]) -> Column:
-        cells = (Cell(tell(value(layer)), _sort_key(value(layer))) for layer in layers)
+    def number(title: str, value: Callable[[LayerResult], float | None], format_value: Callable[[float | None], str]) -> Column:
+        cells = (Cell(format_value(value(layer)), _sort_key(value(layer))) for layer in layers)
         return Column(title, (*cells, *rest), is_number=True)
 
     columns = [
@@ -453,10 +453,10 @@ def _bits(bits: int | None) -> Cell:
 
 
 def activation_table(activations: Sequence[ActivationResult]) -> Table:
-    """Activation quantizers with the values that they saw."""
+    """Activation quantizers with the ranges of their inputs."""
 
-    def number(title: str, value: Callable[[ActivationResult], float], tell: Callable[[float | None], str]) -> Column:
-        return Column(title, tuple(Cell(tell(value(a)), _sort_key(value(a))) for a in activations), is_number=True)
+    def number(title: str, value: Callable[[ActivationResult], float], format_value: Callable[[float | None], str]) -> Column:
+        return Column(title, tuple(Cell(format_value(value(a)), _sort_key(value(a))) for a in activations), is_number=True)
 
     columns = [
         Column("What it is", tuple(Cell(role_words(a)) for a in activations)),
@@ -554,7 +554,7 @@ def _learning_plot(
     def scaled(value: float | None) -> float | None:
         return None if value is None else factor * value
 
-    def tell(value: float) -> str:
+    def format_value(value: float) -> str:
         return format_metric(value / factor, unit) if colour == "main" else format_number(value)
 
     drawing = svg.curves(
@@ -562,7 +562,7 @@ def _learning_plot(
         [f"epoch {result['epoch']} ({result['phase']})" for result in curve],
         scaled(baseline),
         unit=unit,
-        tell=tell,
+        format_value=format_value,
         span=(factor * span[0], factor * span[1]),
         across=[result["epoch"] for result in curve],
         across_unit="epoch",
@@ -602,5 +602,5 @@ def unbroken(text: str) -> str:
 
 
 def _sort_key(value: object) -> str:
-    """What the table sorts a cell by: a number, or nothing for what was not measured."""
+    """The key that a cell is sorted by: a number, or nothing for what was not measured."""
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)

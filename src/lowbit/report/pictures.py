@@ -1,4 +1,4 @@
-"""Pictures on which the float and the quantized network give different answers."""
+"""Pictures that the float and the quantized network classify differently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Disagreement:
 
     Attributes:
         sample: Its position in the data, from 0.
-        float_answer, quantized_answer: The class that each network gives.
+        float_answer, quantized_answer: The class that each network predicts.
         label: The right class; ``None`` without labels.
         margin: How much larger the float network's logit of its own answer is than that of the quantized network's answer.
         png: The picture; values are stretched from its smallest to its largest.
@@ -38,7 +38,7 @@ class Disagreement:
 
     @property
     def facts(self) -> dict[str, int | None]:
-        """What ``report.json`` says about it."""
+        """The entry in ``report.json``."""
         return {"sample": self.sample, "float": self.float_answer, "quantized": self.quantized_answer, "label": self.label}
 
     @property
@@ -48,7 +48,7 @@ class Disagreement:
 
 
 class Disagreements:
-    """Batches that two networks answer, and the pictures on which their answers differ, the float network's surest answers first.
+    """Batches that two networks answer, and the pictures on which their answers differ, the float network's most confident answers first.
 
     Labels are those of the batch that was drawn last, so ``watch`` has to see the answers before the next one is drawn.
 
@@ -72,7 +72,7 @@ class Disagreements:
         return len(self._data)  # type: ignore[arg-type] # a TypeError where it is not known, as of the data itself
 
     def watch(self, inputs: Inputs, wanted: Tensor, got: Tensor) -> None:
-        """Look at the answers of the float and of the quantized network to one batch."""
+        """Compare the answers of the float and of the quantized network to one batch."""
         first, self._seen = self._seen, self._seen + inputs.batch_size
         if not _are_pictures(inputs) or wanted.dim() != 2 or wanted.shape[1] < 2 or len(wanted) != inputs.batch_size:
             return
@@ -87,7 +87,7 @@ class Disagreements:
         self._kept = sorted(self._kept, key=lambda entry: entry[:2])[:MOST_PICTURES]
 
     def found(self) -> list[Disagreement]:
-        """What was kept, the float network's surest answers first."""
+        """The pictures that were kept, the float network's most confident answers first."""
         return [
             Disagreement(sample, right, answer, label, -negative, picture_png(picture))
             for negative, sample, right, answer, label, picture in self._kept

@@ -28,7 +28,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer: what was done to it, what it lost, what it costs.
+    """One layer: its quantization, its noise and its cost.
 
     Attributes:
         sqnr_db: Layer output in the quantized network against that in the report's ``noise_reference``, noise of earlier layers included.
@@ -77,7 +77,7 @@ class StoredPart:
 
     @property
     def total_bytes(self) -> int:
-        """All that is stored."""
+        """Bytes of all kinds together."""
         return self.code_bytes + self.table_bytes + self.value_bytes + self.header_bytes
 
 
@@ -152,8 +152,8 @@ class Report:
         others: What holds parameters besides the layers (norms, single parameters), and why it stays in float.
         noise_reference: The network that noise of layers is measured against, in words; empty where it was not measured.
         stored: What the bytes of the packed file are spent on, the largest part first; they add up to its size.
-        activations: Activation quantizers in the order in which data reaches them.
-        disagreements: Samples to which the two networks give different answers, some of them: ``sample``, ``float``, ``quantized``, ``label``.
+        activations: Activation quantizers in execution order.
+        disagreements: Some of the samples that the two networks classify differently: ``sample``, ``float``, ``quantized``, ``label``.
         training: Where the network was trained: ``metric`` (the name of the one that selects), ``recipe``, ``task``, and
             ``curve``, a mapping for each epoch.
         notes: What was skipped and why, for the whole network.

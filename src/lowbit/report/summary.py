@@ -1,4 +1,4 @@
-"""``lowbit.summary``: the layers of a network, what was done to each, and how much they store."""
+"""``lowbit.summary``: the layers of a network, their quantization and their stored bytes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Summary:
 
 
 def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, LayerNoise] | None = None) -> Summary:
-    """Describe any network: float, quantized, or loaded from a ``.lowbit`` file.
+    """Describe a network: float, quantized, or loaded from a ``.lowbit`` file.
 
     Args:
         model: The network; it is not changed.
@@ -109,7 +109,7 @@ def summary(model: nn.Module, *, sample: object = None, noise: Mapping[str, Laye
 
 
 def other_results(model: nn.Module) -> list[LayerResult]:
-    """One ``LayerResult`` for what the record of ``model`` lists besides the layers."""
+    """One ``LayerResult`` for everything else that holds parameters, as the record of ``model`` lists it."""
     record = record_of(model)
     tensors = dict(model.named_parameters())
     found = []

@@ -10,13 +10,13 @@ from markupsafe import Markup, escape
 
 
 def element(name: str, *children: str, **attributes: object) -> Markup:
-    """``<name a="b">children</name>``; text children and attribute values are escaped, Markup is not. ``class_`` gives ``class``."""
+    """``<name a="b">children</name>``; text children and attribute values are escaped, Markup is not. ``class_`` becomes ``class``."""
     parts = [f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items()]
     return Markup("<{}{}>{}</{}>").format(name, Markup("".join(parts)), Markup("").join(children), name)
 
 
 def drawing(width: float, height: float, label: str, *children: str, class_: str = "plot") -> Markup:
-    """An SVG of ``width x height`` units that scales with the page; ``label`` is what screen readers say."""
+    """An SVG of ``width x height`` units that scales with the page; ``label`` is read by screen readers."""
     return element("svg", *children, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label, class_=class_)
 
 
@@ -35,7 +35,7 @@ class Axis:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within ``low .. high``, at most about ``most``: multiples of 1, 2 or 5 times a power of ten."""
+    """Round numbers within ``low .. high``, about ``most`` at the most: multiples of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -128,7 +128,7 @@ def curves(
     marked: Sequence[int] = (),
     *,
     unit: str = "dB",
-    tell: Callable[[float], str] = _db,
+    format_value: Callable[[float], str] = _db,
     tick: Callable[[float], str] = _plain,
     span: tuple[float, float] | None = None,
     across: Sequence[float] = (),
@@ -144,7 +144,7 @@ def curves(
         baseline: A value to draw across, or ``None``.
         marked: Positions to number on the plot.
         unit: Unit of the values, shown at the vertical axis.
-        tell: Function that formats a value.
+        format_value: Function that formats a value.
         tick: Function that formats a value of the vertical axis.
         span: Range of the vertical axis; default: from 0 to slightly above the largest value.
         across: The number of each position, for ticks at the horizontal axis; default: none.
@@ -174,7 +174,7 @@ def curves(
         path = "".join(f"{'M' if index == 0 else 'L'}{x(p):.1f} {y(v):.1f}" for index, (p, v) in enumerate(points))
         parts.append(element("path", d=path, class_=f"curve {one.class_}"))
         for p, v in points:
-            tooltip = element("title", f"{names[p]}, {one.name}: {tell(v)}")
+            tooltip = element("title", f"{names[p]}, {one.name}: {format_value(v)}")
             parts.append(element("circle", tooltip, cx=f"{x(p):.1f}", cy=f"{y(v):.1f}", r="3", class_=one.class_))
     for number, position in enumerate(marked, 1):
         parts += [

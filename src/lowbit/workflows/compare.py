@@ -1,4 +1,4 @@
-"""``lowbit.compare``: methods on equal terms, cell by cell, resumable, with tables whose rows may stand beside each other."""
+"""``lowbit.compare``: methods on equal terms, cell by cell, resumable, with tables whose rows are comparable."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CellTask:
-    """All that a worker needs for one cell."""
+    """Everything that a worker needs for one cell."""
 
     cell: Cell
     suite: Suite
@@ -469,7 +469,7 @@ class _Enough(Exception):
 
 
 class _Probe(Progress):
-    """Measures the first steps of each stage, and stops at the first that would take long."""
+    """Measures the first steps of each stage and stops at the first long one."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -495,7 +495,7 @@ class _ProbedStage(Stage):
         return None
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Count; raise ``_Enough`` when the first steps say that the rest takes long."""
+        """Count; raise ``_Enough`` once the first steps show that the rest takes long."""
         super().advance(amount, note)
         self._steps += 1
         now = time.perf_counter()

@@ -66,7 +66,7 @@ class Delivery:
 
 
 def files_of(packed: bool, onnx: bool) -> list[str]:
-    """What ``deliver`` writes."""
+    """Names of the files that ``deliver`` writes."""
     exported = (name for name, wanted in zip(FILES, (packed, onnx), strict=True) if wanted)
     return ["report.html", "report.json", "policy.yaml", *exported]
 
@@ -116,7 +116,7 @@ def deliver(
         provenance: Where the network comes from, which the report and the files keep. Default: what the network carries, with the
             classes of the data (its ``classes``, as data sets of torchvision have them) and the task.
         data_names: What the report calls each data set, by what it was used for: ``{"calibration": "photos/"}``.
-        started: When the run began, as ``time.time`` gives it. Default: now.
+        started: When the run began, as returned by ``time.time``. Default: now.
         progress: Progress display; default: silent.
 
     Raises:
@@ -195,11 +195,11 @@ def deliver(
 
 @dataclass(frozen=True)
 class LayerReference:
-    """What the noise of layers is measured against.
+    """The network that the noise of layers is measured against.
 
     Attributes:
         network: A float network with the same layers; ``None`` for the quantized one with its quantizers off.
-        words: What the report calls it.
+        words: Its description in the report.
     """
 
     network: nn.Module | None
@@ -216,7 +216,7 @@ def layer_reference(model: nn.Module, reference: nn.Module | None, float_model: 
 
 
 def _described(model: nn.Module, data: Iterable[object], task: Task) -> Provenance:
-    """What the network carries, with what the data and the task say where it does not."""
+    """The network's provenance, completed from the data and the task."""
     known = provenance_of(model) or Provenance()
     names = known.classes or next(filter(None, map(class_names_of, data)), ())
     return dataclasses.replace(known, classes=names, task=known.task or type(task).__qualname__)
@@ -231,7 +231,7 @@ def _measured(
     original: LayerReference,
     progress: Progress,
 ) -> Report:
-    """``report`` with what the network's layers are and lose."""
+    """``report`` with the network's layers and their noise."""
     layers = layer_results(model, sample=sample)
     report = dataclasses.replace(
         report,
@@ -255,7 +255,7 @@ def _compared(
     task: Task,
     progress: Progress,
 ) -> tuple[Report, list[Disagreement]]:
-    """``report`` with what the network's answers and metrics are, and pictures that ``rival``, the float network, answers differently."""
+    """``report`` with agreement and metrics, and the pictures that ``rival``, the float network, classifies differently."""
     pictures: list[Disagreement] = []
     if rival is not None and calibration is not None:
         seen = Disagreements(calibration if test_data is None else test_data)

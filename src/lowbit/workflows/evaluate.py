@@ -1,4 +1,4 @@
-"""``lowbit.evaluate``: how good a network is at its task."""
+"""``lowbit.evaluate``: the metrics of a network on its task."""
 
 from __future__ import annotations
 

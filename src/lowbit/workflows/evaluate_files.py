@@ -1,4 +1,4 @@
-"""How right and how fast a float network and the files made of it are; what ``lowbit evaluate`` does."""
+"""Accuracy and speed of a float network and of files made from it; the work of ``lowbit evaluate``."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ def export(
         output_names: For ONNX: a name for each output tensor. Left out: the keys of a dictionary, ``out0``, ``out1`` ... for a tuple or list.
         provenance: Where the network comes from, which the file keeps. Default: what the network carries.
 
-    NaN among the inputs gives NaN in the network and in a packed file, on kernels too; a runtime of ONNX files turns NaN into some
-    number where it quantizes, so check inputs before. ``lowbit.load(..., check_finite=True)`` refuses them.
+    NaN in the inputs leads to NaN in the outputs of the network and of a packed file, also on kernels. ONNX runtimes turn NaN into
+    some number where they quantize, so check inputs before a call. ``lowbit.load(..., check_finite=True)`` refuses them.
 
     Raises:
         SpecError: An unknown suffix, container or dimension (``batch_dim`` among them), names that do not fit the outputs, or ``kernels`` for an ONNX file.
@@ -161,7 +161,7 @@ def export(
 
 
 def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tuple[str, ...]]:
-    """Network and inputs as runtimes compute with them, and what that changed: those of other floating-point types are converted."""
+    """Network and inputs converted to float32, and a note on the types that they had."""
     tensors = (*model.parameters(), *model.buffers(), *inputs.tensors)
     others = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float32})
     if not others:
@@ -255,7 +255,7 @@ def _checked_names(names: Sequence[str], program: Program) -> list[str | None]:
 def load_and_export(request: ExportRequest) -> ExportReport:
     """Write the packed file, or the float network, that ``request`` names to another file; what ``lowbit export`` does.
 
-    The data only gives the inputs that the check runs on.
+    The data only provides the inputs that the check runs on.
 
     Raises:
         LowbitError: Something cannot be found, read or written, or is not allowed.

@@ -1,4 +1,4 @@
-"""Whether data, preprocessing and classes fit a network: what does not is an error or a note, before anybody believes a figure."""
+"""Checks that data, preprocessing and classes fit a network; a misfit is an error or a note."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fit_notes(model: nn.Module, name: str, sample: Inputs, facts: Provenance) ->
 
 
 def count_outputs(model: nn.Module, sample: Inputs) -> int | None:
-    """How many classes the network tells apart; ``None`` where its output has no such dimension."""
+    """The number of classes that the network distinguishes; ``None`` where its output has no such dimension."""
     with evaluating(model):
         output = model(*sample.args, **sample.kwargs)
     try:
@@ -65,6 +65,6 @@ def count_outputs(model: nn.Module, sample: Inputs) -> int | None:
 
 
 def doubtful(task: Task, scores: Mapping[str, Scores | None], outputs: int | None) -> tuple[str, ...]:
-    """A sentence for each network, by its name, whose metrics cannot be told from guessing among so many outputs."""
+    """A sentence for each network, by name, whose metrics are no better than guessing among that many outputs."""
     found = {} if outputs is None else {name: task.doubt(score, outputs) for name, score in scores.items() if score is not None}
     return tuple(f"{name}: {doubt}" for name, doubt in found.items() if doubt)

@@ -1,4 +1,4 @@
-"""What a file says about where its network comes from: the defaults of later commands, and what these are held to."""
+"""The provenance recorded in a file: defaults for later commands, and a check that these fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPORT, WORK = "report.json", ".work"  # in an output folder: the report, and th
 
 @dataclass(frozen=True)
 class Origin:
-    """A file and what it says about its network.
+    """A file and the provenance of its network.
 
     Attributes:
         place: The file, for messages.
@@ -77,7 +77,7 @@ class Origin:
         return source
 
     def fill(self, request: N, *, needs_network: bool = True) -> N:
-        """``request`` with what the file says in place of what the user did not name.
+        """``request`` with the file's provenance for everything that the user did not name.
 
         Args:
             request: What the user asks for.

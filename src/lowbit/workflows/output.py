@@ -11,7 +11,7 @@ from lowbit.errors import OutputError, SpecError
 
 
 def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
-    """Make the folder ``path`` that the setting ``name`` gives, if it is not there, and check that it is writable with ``needed_bytes`` free.
+    """Make the folder ``path`` of the setting ``name`` if it does not exist, and check that it is writable and has ``needed_bytes`` free.
 
     Raises:
         OutputError: It is a file, cannot be written to, or its disk is too full.

@@ -1,4 +1,4 @@
-"""What a policy would do to a network, before anything is done."""
+"""The effect of a policy on a network, before anything is changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PlannedLayer:
 
 
 def plan_layers(model: nn.Module, sample: Inputs, policy: BitPolicy) -> list[PlannedLayer]:
-    """The bits that ``policy`` gives each layer of ``model``, in the order in which they run on ``sample``.
+    """The bits that ``policy`` assigns to each layer of ``model``, in the order in which they run on ``sample``.
 
     Raises:
         SpecError: A rule of the policy matches no layer, or no layer that it could be honoured in.

@@ -164,7 +164,7 @@ def _first_not_finite(model: nn.Module, data: Calibration | None) -> str | None:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What ``quantize_and_deliver`` is going to do: the request with everything that it names opened.
+    """The plan of ``quantize_and_deliver``: the request with its network and data opened.
 
     Attributes:
         request: What is asked for.

@@ -48,7 +48,7 @@ class Request:
 
     @classmethod
     def from_yaml(cls, path: Path | str, overrides: Mapping[str, object] | None = None) -> Self:
-        """The request in the file, with the values of ``overrides`` in place of those that it gives.
+        """The request in the file, with the values of ``overrides`` in place of its own.
 
         Raises:
             SpecError: It cannot be read, or holds a value that is not allowed.
@@ -301,7 +301,7 @@ class QuantizeRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
     """Run.
 
     Attributes:
-        seed: Makes the result reproducible: the same seed gives the same bits.
+        seed: Makes the result reproducible: the same seed leads to the same bits.
 
     Example:
         >>> import lowbit
@@ -315,7 +315,7 @@ class QuantizeRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
     seed: int = 0
 
     def resolved(self) -> Self:
-        """With the bits that are not given filled in."""
+        """The request with default bits filled in."""
         return self._filled(EIGHT_BITS)
 
 
@@ -575,7 +575,7 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
         return super().bit_policy(default or self._default_bits())
 
     def resolved(self) -> Self:
-        """With the bits that are not given filled in."""
+        """The request with default bits filled in."""
         return self if isinstance(self.policy, Mapping) or self.bits is not None else self._filled(self._default_bits())
 
     def paper_recipe(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""A packed file at work on this machine's low-bit kernels: classes of pictures, and where the time goes."""
+"""Running a packed file on this machine's low-bit kernels: classification and profiling."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Labels:
         *,
         place: str = "the file",
     ) -> Labels:
-        """As the file, ``data`` or ``preprocess`` say; what they leave open is as the network's input has it.
+        """From the file, ``data`` or ``preprocess``; the rest follows from the shape of the network's input.
 
         Raises:
             SpecError: The network takes no pictures, or the user asks for something else than the file at ``place`` says.

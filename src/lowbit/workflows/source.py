@@ -72,14 +72,14 @@ def is_network_named(settings: NetworkSettings) -> bool:
 
 
 def open_network(settings: NetworkSettings, device: str, seed: int = 0) -> tuple[str, nn.Module]:
-    """The network that is asked for, and what to call it; the embedded one when none is named."""
+    """The requested network and its name; the embedded one if none is named."""
     return make_network(settings.model, settings.weights, settings.model_options, device, seed)
 
 
 def make_network(
     model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str, seed: int = 0
 ) -> tuple[str, nn.Module]:
-    """The network of that name, weights and arguments of its factory, and what to call it; what is random in it is as ``seed`` says."""
+    """The network with that name, weights and factory arguments, and its full name; ``seed`` determines random weights."""
     if model is None and weights is None and not options:
         return DEFAULT, load_default().to(open_device(device))
     if model is None:
@@ -118,7 +118,7 @@ def open_source(
     """The network and its data.
 
     Calibration samples come from the training samples of ``samples.calibration``, or of ``settings.data`` where that is not named, in a fixed
-    random order. ``missing`` tells users what to do where there is neither data nor ``samples.input_shape``. ``opened`` is a network with its
+    random order. ``missing`` is the advice for users when there is neither data nor ``samples.input_shape``. ``opened`` is a network with its
     name in place of the one that ``settings`` name. Samples are stacked along ``batch_dim``.
 
     Raises:
@@ -159,7 +159,7 @@ def open_source(
 
 
 def name_notes(settings: NetworkSettings, name: str) -> tuple[str, ...]:
-    """A note where the user named a file alone, and the network is the one in it."""
+    """A note on the network that was chosen if the user named only a file."""
     return (
         (f"the network is {name}, the only one that {settings.model} makes without arguments",)
         if settings.model not in (None, name)
@@ -168,7 +168,7 @@ def name_notes(settings: NetworkSettings, name: str) -> tuple[str, ...]:
 
 
 def default_notes(data: ImageData, settings: NetworkSettings) -> tuple[str, ...]:
-    """A note where pictures of a folder become inputs in a way that the user did not choose."""
+    """A note if pictures of a folder are preprocessed with defaults."""
     if settings.preprocess or is_suite(data.name) or data.preprocessing is None or data.preprocessing != Preprocessing():
         return ()
     return (

@@ -1,4 +1,4 @@
-"""The start of a training: the network, the data and the teacher that were asked for."""
+"""The start of training: network, data and teacher of a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SELF = "self"  # a teacher: the float network that training starts from
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from.
+    """The starting point of training.
 
     Attributes:
         source: The float network and what the report looks at.
@@ -49,7 +49,7 @@ class Start:
 
 
 def open_start(asked: TrainRequest) -> Start:
-    """The network, the data and the teacher that are asked for.
+    """Open the network, the data and the teacher of a request.
 
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.

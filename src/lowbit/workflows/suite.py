@@ -27,7 +27,7 @@ class Contender:
 
     Attributes:
         method: Name of the method, or ``path/to/file.py:Class``.
-        label: What tables call it. Default: the method's name, with whatever is altered behind it.
+        label: Its name in tables. Default: the method's name, with whatever is altered behind it.
         options: Hyper-parameters that differ from the method's defaults.
         surrogate: Gradient surrogate in place of the method's own.
         procedure: Procedure in place of the method's own.
@@ -53,7 +53,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         if self.label is not None:
             return self.label
         options = [f"{name}={value}" for name, value in {**self.options, **self.procedure_options}.items()]
@@ -107,7 +107,7 @@ class SubjectSettings(NetworkSettings):
     """A network of a suite with its data.
 
     Attributes:
-        name: What tables call it. Default: the model and its data.
+        name: Its name in tables. Default: the model and its data.
         subject: Function of a Python file that returns a ``lowbit.Subject``, as file.py:function, for networks, data and tasks of any kind; in place
             of all other settings but the name.
         test_data: Labelled data that metrics are measured on. Default: the test part of the data.
@@ -125,7 +125,7 @@ class SubjectSettings(NetworkSettings):
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         if self.subject is not None:
             return self.name or self.subject.rpartition(":")[2]
         parts = [self.model or "digits", *([self.data] if self.data and self.data != self.model else [])]

@@ -212,7 +212,7 @@ def train(
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained, and on what: objects, where a request has names.
+    """The network and data of one training, as objects where a request has names.
 
     Attributes:
         model: The float network.
@@ -316,7 +316,7 @@ def train_network(
 
 
 def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
-    """What ``model`` takes of the first ``count`` batches, as one: as many samples as the processes take in a step."""
+    """The inputs in the first ``count`` batches, joined into one: as many samples as the processes take in a step."""
     found = [Inputs.of(batch, model) for batch in source.first(count)]
     if not found:
         raise DataError("the training data hold no batch")
@@ -328,7 +328,7 @@ def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
 
 
 def _other_settings() -> dict[str, str]:
-    """What ``train`` takes by name besides hyper-parameters, each with the way to give it."""
+    """Named arguments of ``train`` besides hyper-parameters, each with the way to pass it."""
     in_optimizer = "It belongs to the recipe's optimizer: recipe=lowbit.Recipe(optimizer=lowbit.OptimizerSpec({}=...))."
     ways = {
         **dict.fromkeys(inspect.signature(train).parameters, "It is an argument of lowbit.train."),

@@ -1,4 +1,4 @@
-"""Networks whose code the user has named on this machine: only theirs runs again because a file names it.
+"""Networks whose code the user has named on this machine: only their code runs again when a file names it.
 
 A file that says "my network is evil.py:build" must not get that code run by whoever opens the file. So each network that was named in a
 command leaves a digest of its name, its options and its place in the user's cache; a file's network that left none has to be named again.
