@@ -33,9 +33,10 @@ class AdaptiveMethod(TrainingMethod):
         super().attach(job)
 
     def insert_norms(self, job: QatJob) -> None:
-        """Give each batch norm a version for every switch."""
+        """Give each batch norm a version for every switch, where there are several."""
         keys = [switch_name(switch) for switch in job.switches]
-        switch_norms(job.model, lambda _, norm: SwitchableNorm(norm, keys))
+        if len(keys) > 1:
+            switch_norms(job.model, lambda _, norm: SwitchableNorm(norm, keys))
 
     def training_switches(self, run: TrainRun) -> Iterable[LayerBits]:
         """The switches that a step trains, in their order; by default all of them, from the highest on."""

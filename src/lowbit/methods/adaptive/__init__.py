@@ -1,1 +1,1 @@
-"""Adaptive bit-widths: one network that runs at any of several widths."""
+"""Networks that run at several bit-widths."""

@@ -44,6 +44,12 @@ class SwitchableNorm(nn.Module):
         """The norm that is selected."""
         return self.norms[self.key]
 
+    def share_affine(self) -> None:
+        """Let all norms have the weight and bias of the first one, and statistics of their own."""
+        first, *others = self.norms.values()
+        for norm in others:
+            norm.weight, norm.bias = first.weight, first.bias
+
     def choose(self, bits: Mapping[str, LayerBits], switch: LayerBits | None) -> str:
         """The key for a network whose layers have these bits, by name, under ``switch`` (``None``: each layer its own).
 
