@@ -7,7 +7,7 @@
 
 The files are timed turn by turn in one process, one thread; the ratios are those of the least times. Networks whose activation functions have
 no integer kernel of their own (SiLU, Hardswish, squeeze-and-excitation) must not be slower than ONNX Runtime's file, and their answers not
-further from the float network's; they are trained for a minute on Fashion-MNIST at 64 x 64, because random weights turn rounding
+further from the float network's; they are trained for a few minutes on Fashion-MNIST at 64 x 64, because random weights turn rounding
 into other answers. The others have random weights: the time does not depend on them. Results: benchmarks/results/onnx_speed.json.
 """
 
@@ -38,7 +38,7 @@ from lowbit.models import load_model
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
 NETWORKS = ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_large_100", "efficientnet_b0", "csp_silu")
 TRAINED = ("mobilenetv3_large_100", "efficientnet_b0", "csp_silu")  # at most as slow as ONNX Runtime's own file, at least as accurate
-TRAINING_STEPS, TRAINING_BATCH, TRAINING_SIZE = 120, 32, 64
+TRAINING_STEPS, TRAINING_BATCH, TRAINING_SIZE = 400, 32, 64
 TEST_IMAGES = 512
 # goal and least ratio over the same runtime's float network, batch 1
 TARGETS = {

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.methods.adaptive.adabits import Adabits, normalized
-from lowbit.methods.adaptive.adabits import quantize_k as level_of
+from lowbit.methods.adaptive.adabits import Adabits, normalized, quantize_k as level_of
 from lowbit.network import insert
 from lowbit.network.surgery.switchable_norm import SwitchableNorm
 from lowbit.qat import Slot
@@ -122,7 +121,9 @@ def switch_bn(params: Values, inputs: dict[str, Tensor]) -> Values:
     norm = SwitchableNorm(nn.BatchNorm2d(x.shape[2], params["eps"], params["momentum"]), [str(bits) for bits in widths])
     if not params.get("affine", True):
         norm.share_affine()
-    for own, weight_, bias in zip(norm.norms.values(), inputs["weight"].expand(len(widths), -1), inputs["bias"].expand(len(widths), -1), strict=True):
+    for own, weight_, bias in zip(
+        norm.norms.values(), inputs["weight"].expand(len(widths), -1), inputs["bias"].expand(len(widths), -1), strict=True
+    ):
         own.weight.data, own.bias.data = weight_.clone(), bias.clone()
     outputs = []
     for values, bits in zip(x, params["sequence"], strict=True):
@@ -130,7 +131,10 @@ def switch_bn(params: Values, inputs: dict[str, Tensor]) -> Values:
         outputs.append(norm(values))
     norm.eval().select(str(params["eval_bits"]))
     found = {"y": torch.stack(outputs), "y_eval_last_x": norm(x[-1])}
-    return {**found, **{name: torch.stack([own.get_buffer(name) for own in norm.norms.values()]) for name in ("running_mean", "running_var")}}
+    return {
+        **found,
+        **{name: torch.stack([own.get_buffer(name) for own in norm.norms.values()]) for name in ("running_mean", "running_var")},
+    }
 
 
 class Small(nn.Sequential):
@@ -185,5 +189,7 @@ def joint_training(params: Values, inputs: dict[str, Tensor]) -> Values:
         run.after_backward()
         optimizer.step()
         run.after_step()
-    final = {f"final.{name}": tensors[0] if len(tensors) == 1 else torch.stack(tensors) for name, tensors in tensors_of(model, widths).items()}
+    final = {
+        f"final.{name}": tensors[0] if len(tensors) == 1 else torch.stack(tensors) for name, tensors in tensors_of(model, widths).items()
+    }
     return {"losses": torch.stack(losses), "final.conv1/alpha": inputs["init.conv1/alpha"], **final}

@@ -52,7 +52,7 @@ CONVOLUTION_CLIP, LINEAR_CLIP = 8.0, 10.0  # where the authors' clips start
 
 def steps_of(bit_width: int, rounding: Rounding) -> int:
     """Steps between 0 and 1: ``2**k - 1`` for the nearest level, of which one is 1, else ``2**k``."""
-    return 2**bit_width - (rounding == "nearest")
+    return int(2**bit_width) - (rounding == "nearest")
 
 
 def unit_codes(u: Tensor, bit_width: int, rounding: Rounding, surrogate: Surrogate = straight_through) -> Tensor:
@@ -126,14 +126,12 @@ class AdabitsWeight(Quantizer):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Signed codes as floats, with the gradient of the rounding."""
-        return unit_codes(squash(weight), self.bit_width, self.rounding, self.surrogate) - 2 ** (self.bit_width - 1)
+        return unit_codes(squash(weight), self.bit_width, self.rounding, self.surrogate) - float(2 ** (self.bit_width - 1))
 
     def decoder(self, codes: Tensor, weight: Tensor) -> AffineDecoder:
         """What these codes of a weight stand for."""
         half = 0.5 if self.rounding != "floor" else 0.0
-        plain = AffineDecoder(
-            weight.new_tensor(2 / steps_of(self.bit_width, self.rounding)), weight.new_tensor(-half), self.granularity
-        )
+        plain = AffineDecoder(weight.new_tensor(2 / steps_of(self.bit_width, self.rounding)), weight.new_tensor(-half), self.granularity)
         return plain if self.rescale == "none" else replace(plain, scale=plain.scale * self.factor(plain.decode(codes), weight))
 
     def factor(self, values: Tensor, weight: Tensor) -> Tensor:
@@ -286,9 +284,7 @@ class Adabits(AdaptiveMethod):
 
     def default_recipe(self) -> Recipe:
         """ResNet-20 on CIFAR-10 in the authors' program."""
-        return Recipe(
-            200, 128, OptimizerSpec(learning_rate=0.1, nesterov=True, weight_decay=4e-5, schedule="step", milestones=(0.5, 0.75))
-        )
+        return Recipe(200, 128, OptimizerSpec(learning_rate=0.1, nesterov=True, weight_decay=4e-5, schedule="step", milestones=(0.5, 0.75)))
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         is_rescaled = slot.position == "last" or (self.rescale_convolutions and isinstance(slot.layer, CONVOLUTIONS))
