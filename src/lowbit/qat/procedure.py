@@ -149,7 +149,7 @@ class Procedure(TrainingMethod):
     def stages(self) -> Sequence[LayerBits]:
         """Bits that the network has before it comes down to those asked for, in their order; none unless a subclass lowers bits.
 
-        A layer that was asked for more has its own. Quantizers are initialized at the first stage. The bits themselves are changed by
+        A layer that was asked for more has its own. Quantizers are initialized at the first of their bits. The bits themselves are changed by
         ``network.bits.lower_bits`` in ``start_phase``.
         """
         return ()
@@ -160,7 +160,8 @@ class Procedure(TrainingMethod):
             self.base.attach(job)
             return
         asked = {name: job.bits(name) for name in job.weights}
-        with job.raised(stages[0]):
+        start = LayerBits(_first(stage.weight for stage in stages), _first(stage.activation for stage in stages))
+        with job.raised(start):
             self.base.attach(job)
             self._check_widths(job, stages, asked)
 
@@ -243,6 +244,11 @@ class Procedure(TrainingMethod):
 
     def evaluate(self, run: TrainRun, measure: Measure) -> Scores:
         return self.base.evaluate(run, measure)
+
+
+def _first(widths: Iterable[int | None]) -> int:
+    """The first width at which a quantizer is in use; 1, below which nothing is asked for, where it first is at the bits asked for."""
+    return next((width for width in widths if width is not None), 1)
 
 
 def training_method(

@@ -201,8 +201,7 @@ class QatJob(NetworkJob):
         Afterwards their quantizers have the bits of the policy, on grids derived from the first ones.
         """
         asked, widths = self._bits, {id(q) for _, q in self.inserted}
-        start = LayerBits(stage.weight or 8, stage.activation or 8)
-        self._bits = {name: raised_bits(bits, start) for name, bits in asked.items()}
+        self._bits = {name: raised_bits(bits, stage) for name, bits in asked.items()}
         try:
             yield
         finally:
