@@ -11,7 +11,7 @@ import lowbit
 from lowbit.methods.training.effective_lowbit import EffectiveLowbit, EffectiveQuantizers, on_grid, squared_distance
 from lowbit.network import insert
 from lowbit.qat import Classification, GivenNetworks, OptimizerSpec, Recipe, Slot, TrainRun
-from lowbit.spec import BitPolicy, LayerBits
+from lowbit.spec import BitPolicy, LayerBits, Rule
 
 
 def slot(bit_width: int, layer: nn.Module, **facts: Any) -> Slot:
@@ -41,7 +41,7 @@ def quantized_last_layer(params: dict[str, Any], inputs: dict[str, Tensor]) -> d
     layer = nn.Linear(features, classes)
     layer.load_state_dict({"weight": inputs["w"], "bias": inputs["bias"]})
     quantizer = EffectiveQuantizers(scaled_logits=True).weight_quantizer(slot(params["bits"], layer, position="last"))
-    quantizer.load_state_dict({"logit_scale": inputs["scalar"].reshape(())})
+    quantizer.logit_scale.data.copy_(inputs["scalar"].reshape(()))
     insert.set_weight_quantizer(layer, quantizer)
     insert.set_input_quantizer(layer, clip(params["bits"]))
     return {"y": layer(inputs["x"])}
@@ -79,7 +79,7 @@ class Mlp(nn.Sequential):
 def joint_training(params: dict[str, Any], inputs: dict[str, Tensor], method: EffectiveLowbit) -> dict[str, Tensor]:
     student, teacher = Mlp("init.student0", inputs), Mlp("init.teacher", inputs)
     (bits,) = params["bits"]
-    policy = BitPolicy(LayerBits(bits, bits)).keep_float("fc1").with_rule(match="fc3", weight="float")
+    policy = BitPolicy(LayerBits(bits, bits), rules=(Rule("fc1", weight="float", activation="float"), Rule("fc3", weight="float")))
     student = lowbit.prepare(student, method=method, policy=policy, sample=inputs["x"][0]).train()
     spec = OptimizerSpec("sgd", params["student_lr"], params["momentum"], params["nesterov"], params["weight_decay"], "constant")
     run = TrainRun(student, method, Classification(), Recipe(1, optimizer=spec), params["steps"], given=GivenNetworks(teacher))

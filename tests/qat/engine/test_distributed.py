@@ -30,8 +30,8 @@ from tests.qat.training import RECIPE, Killed, Killing, data, network, state, tr
 torch.set_num_threads(1)
 out, kill, with_companion = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "companion"
 arguments = dict(recipe=replace(RECIPE, batch_size=8), test_data=data(50, 5), out=out, save_every="1", devices=2)
-if sys.argv[3] == "procedure":
-    arguments |= {"procedure": "qkd", "teacher": network(norm=False)}
+if sys.argv[3] not in ("plain", "companion"):
+    arguments |= {"procedure": sys.argv[3], "teacher": network(norm=False)}
 if kill:
     arguments["progress"] = Killing(kill)
 try:
@@ -117,11 +117,12 @@ def test_a_companion_that_learns_is_the_same_in_two_processes_as_in_one_even_aft
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))
 
 
-def test_a_procedure_and_its_teacher_are_the_same_in_two_processes_as_in_one_even_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("procedure", ["qkd", "effective_lowbit"])
+def test_a_procedure_and_its_teacher_are_the_same_in_two_processes_as_in_one_even_after_a_kill(procedure: str, tmp_path: Path) -> None:
     out, single = tmp_path / "out", tmp_path / "single"
-    assert two_processes(out, kill=8, method="procedure") != 0
-    assert two_processes(out, method="procedure") == 0
-    train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=single, procedure="qkd", teacher=network(norm=False))
+    assert two_processes(out, kill=8, method=procedure) != 0
+    assert two_processes(out, method=procedure) == 0
+    train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=single, procedure=procedure, teacher=network(norm=False))
     together, alone = (load_file(folder / ".work" / "last.safetensors") for folder in (out, single))
     names = [name for name in alone if name.startswith(("model.", "networks.teacher."))]
     assert any(name.startswith("networks.teacher.") for name in names)

@@ -282,7 +282,7 @@ class ManualLoop(TrainRun):
         self._companion_optimizers = build_optimizers(self.phase, roles)
         self._drop_what_the_user_holds()
         for optimizer in self.optimizers:
-            for parameter in self._known.values():
+            for parameter in (*self._known.values(), *self.parameters()):  # companions' too, where the user's optimizer holds them
                 optimizer.state.pop(parameter, None)  # a new optimizer knows of no earlier gradients
         self._follow_weight_decay()
 
