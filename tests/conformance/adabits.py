@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lowbit
-from lowbit.methods.adaptive.adabits import Adabits, normalized
-from lowbit.methods.adaptive.adabits import quantize_k as level_of
+from lowbit.methods.adaptive.adabits import Adabits, normalized, quantize_k as level_of
 from lowbit.network import insert
+from lowbit.network.slot import Slot
 from lowbit.network.surgery.switchable_norm import SwitchableNorm
-from lowbit.qat import Slot
+from lowbit.qat.loops.manual import training
+from lowbit.qat.prepare import prepare
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.switchable import SwitchableQuantizer
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, LayerBits, Rule
 
 Values = dict[str, Any]
 ROUNDINGS = {"original": "nearest", "modified": "floor", "centered": "centered"}
@@ -97,8 +97,9 @@ def activation(params: Values, inputs: dict[str, Tensor]) -> Values:
 
 def whole_layer(params: Values, inputs: dict[str, Tensor]) -> Values:
     layer, widths = layer_for(inputs["w"], params), params["bits_list"]
-    if "bias" in inputs:
-        layer.get_parameter("bias").data = inputs["bias"]
+    bias = dict(layer.named_parameters()).get("bias")
+    if bias is not None:
+        bias.data = inputs["bias"]
     method = Adabits(rescale=params.get("rescale") or "none", rescales_in_evaluation=False)
     bits = max(params["bits"], params.get("bitw_min", 0))
     weights = method.weight_quantizer(Slot("layer", layer, bits, position="last" if "rescale" in params else "inner"))
@@ -110,7 +111,6 @@ def whole_layer(params: Values, inputs: dict[str, Tensor]) -> Values:
     y = layer.train(params.get("training", True))(x)
     y.backward(inputs["grad_output"])
     found = {"y": y, "grad_x": x.grad, "grad_w": insert.float_weight(layer).grad, "grad_alpha": clip_gradients(activations, widths)}
-    bias = insert.float_bias(layer)
     return found if bias is None else {**found, "grad_bias": bias.grad}
 
 
@@ -122,7 +122,9 @@ def switch_bn(params: Values, inputs: dict[str, Tensor]) -> Values:
     norm = SwitchableNorm(nn.BatchNorm2d(x.shape[2], params["eps"], params["momentum"]), [str(bits) for bits in widths])
     if not params.get("affine", True):
         norm.share_affine()
-    for own, weight_, bias in zip(norm.norms.values(), inputs["weight"].expand(len(widths), -1), inputs["bias"].expand(len(widths), -1), strict=True):
+    for own, weight_, bias in zip(
+        norm.norms.values(), inputs["weight"].expand(len(widths), -1), inputs["bias"].expand(len(widths), -1), strict=True
+    ):
         own.weight.data, own.bias.data = weight_.clone(), bias.clone()
     outputs = []
     for values, bits in zip(x, params["sequence"], strict=True):
@@ -130,7 +132,10 @@ def switch_bn(params: Values, inputs: dict[str, Tensor]) -> Values:
         outputs.append(norm(values))
     norm.eval().select(str(params["eval_bits"]))
     found = {"y": torch.stack(outputs), "y_eval_last_x": norm(x[-1])}
-    return {**found, **{name: torch.stack([own.get_buffer(name) for own in norm.norms.values()]) for name in ("running_mean", "running_var")}}
+    return {
+        **found,
+        **{name: torch.stack([own.get_buffer(name) for own in norm.norms.values()]) for name in ("running_mean", "running_var")},
+    }
 
 
 class Small(nn.Sequential):
@@ -147,7 +152,8 @@ class Small(nn.Sequential):
 def tensors_of(model: nn.Module, widths: list[int]) -> dict[str, list[Tensor]]:
     """The tensors of the network by the names of the cases; of clips one for each width."""
     found: dict[str, list[Tensor]] = {}
-    for name, layer in insert.quantized_layers(model).items():
+    for name in ("conv1", "conv2", "conv3", "fc"):
+        layer = model.get_submodule(name)
         found[f"{name}/weight"] = [insert.float_weight(layer)]
         quantizer = insert.input_quantizer(layer)
         if quantizer is not None:
@@ -162,15 +168,15 @@ def tensors_of(model: nn.Module, widths: list[int]) -> dict[str, list[Tensor]]:
 
 def joint_training(params: Values, inputs: dict[str, Tensor]) -> Values:
     widths, steps = params["bits_list"], params["steps"]
-    policy = BitPolicy().with_rule(match="conv1", weight=8, activation="float").with_rule(match="fc", weight=8)
+    policy = BitPolicy(LayerBits(8, 8), rules=(Rule("conv1", weight=8, activation="float"), Rule("fc", weight=8)))
     ask: Values = {"method": "adabits", "bits": widths, "policy": policy, "integer_images": True, "sample": inputs["x"][0]}
-    model = lowbit.prepare(Small(), **ask).train()
+    model = prepare(Small(), **ask).train()
     for name, tensors in tensors_of(model, widths).items():
         if f"init.{name}" in inputs:
             given = inputs[f"init.{name}"]
             for tensor, value in zip(tensors, given.unbind() if len(tensors) > 1 else [given], strict=True):
                 tensor.data.copy_(value)
-    run = lowbit.training(model, steps_per_epoch=steps, epochs=1)
+    run = training(model, steps_per_epoch=steps, epochs=1)
     groups = run.parameter_groups(learning_rate=params["lr"], weight_decay=params["weight_decay"])
     optimizer = torch.optim.SGD(groups, params["lr"], params["momentum"], nesterov=params["nesterov"])
     losses = []
@@ -185,5 +191,7 @@ def joint_training(params: Values, inputs: dict[str, Tensor]) -> Values:
         run.after_backward()
         optimizer.step()
         run.after_step()
-    final = {f"final.{name}": tensors[0] if len(tensors) == 1 else torch.stack(tensors) for name, tensors in tensors_of(model, widths).items()}
+    final = {
+        f"final.{name}": tensors[0] if len(tensors) == 1 else torch.stack(tensors) for name, tensors in tensors_of(model, widths).items()
+    }
     return {"losses": torch.stack(losses), "final.conv1/alpha": inputs["init.conv1/alpha"], **final}
