@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lowbit
 from lowbit.methods.adaptive.adabits import Adabits, normalized, quantize_k as level_of
 from lowbit.network import insert
+from lowbit.network.slot import Slot
 from lowbit.network.surgery.switchable_norm import SwitchableNorm
-from lowbit.qat import Slot
+from lowbit.qat.loops.manual import training
+from lowbit.qat.prepare import prepare
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.switchable import SwitchableQuantizer
-from lowbit.spec import BitPolicy
+from lowbit.spec import BitPolicy, LayerBits, Rule
 
 Values = dict[str, Any]
 ROUNDINGS = {"original": "nearest", "modified": "floor", "centered": "centered"}
@@ -96,8 +97,9 @@ def activation(params: Values, inputs: dict[str, Tensor]) -> Values:
 
 def whole_layer(params: Values, inputs: dict[str, Tensor]) -> Values:
     layer, widths = layer_for(inputs["w"], params), params["bits_list"]
-    if "bias" in inputs:
-        layer.get_parameter("bias").data = inputs["bias"]
+    bias = dict(layer.named_parameters()).get("bias")
+    if bias is not None:
+        bias.data = inputs["bias"]
     method = Adabits(rescale=params.get("rescale") or "none", rescales_in_evaluation=False)
     bits = max(params["bits"], params.get("bitw_min", 0))
     weights = method.weight_quantizer(Slot("layer", layer, bits, position="last" if "rescale" in params else "inner"))
@@ -109,7 +111,6 @@ def whole_layer(params: Values, inputs: dict[str, Tensor]) -> Values:
     y = layer.train(params.get("training", True))(x)
     y.backward(inputs["grad_output"])
     found = {"y": y, "grad_x": x.grad, "grad_w": insert.float_weight(layer).grad, "grad_alpha": clip_gradients(activations, widths)}
-    bias = insert.float_bias(layer)
     return found if bias is None else {**found, "grad_bias": bias.grad}
 
 
@@ -151,7 +152,8 @@ class Small(nn.Sequential):
 def tensors_of(model: nn.Module, widths: list[int]) -> dict[str, list[Tensor]]:
     """The tensors of the network by the names of the cases; of clips one for each width."""
     found: dict[str, list[Tensor]] = {}
-    for name, layer in insert.quantized_layers(model).items():
+    for name in ("conv1", "conv2", "conv3", "fc"):
+        layer = model.get_submodule(name)
         found[f"{name}/weight"] = [insert.float_weight(layer)]
         quantizer = insert.input_quantizer(layer)
         if quantizer is not None:
@@ -166,15 +168,15 @@ def tensors_of(model: nn.Module, widths: list[int]) -> dict[str, list[Tensor]]:
 
 def joint_training(params: Values, inputs: dict[str, Tensor]) -> Values:
     widths, steps = params["bits_list"], params["steps"]
-    policy = BitPolicy().with_rule(match="conv1", weight=8, activation="float").with_rule(match="fc", weight=8)
+    policy = BitPolicy(LayerBits(8, 8), rules=(Rule("conv1", weight=8, activation="float"), Rule("fc", weight=8)))
     ask: Values = {"method": "adabits", "bits": widths, "policy": policy, "integer_images": True, "sample": inputs["x"][0]}
-    model = lowbit.prepare(Small(), **ask).train()
+    model = prepare(Small(), **ask).train()
     for name, tensors in tensors_of(model, widths).items():
         if f"init.{name}" in inputs:
             given = inputs[f"init.{name}"]
             for tensor, value in zip(tensors, given.unbind() if len(tensors) > 1 else [given], strict=True):
                 tensor.data.copy_(value)
-    run = lowbit.training(model, steps_per_epoch=steps, epochs=1)
+    run = training(model, steps_per_epoch=steps, epochs=1)
     groups = run.parameter_groups(learning_rate=params["lr"], weight_decay=params["weight_decay"])
     optimizer = torch.optim.SGD(groups, params["lr"], params["momentum"], nesterov=params["nesterov"])
     losses = []

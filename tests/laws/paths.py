@@ -127,6 +127,14 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
     run.after_step()
 
 
+def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
+    """One network for two widths, trained, and switched to the lower one."""
+    model, data = _network("resnet8")
+    recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
+    trained = lowbit.train(model, data, method=info.name, bits=[4, 2], recipe=recipe, **options)
+    lowbit.set_bits(trained, 2)
+
+
 def _through_a_file(model: nn.Module, images: Tensor) -> None:
     """Export, load, and run what was loaded."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +160,9 @@ def reached_by_users(name: str) -> frozenset[str]:
             _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
+        if getattr(info.method, "switching", None) is not None:
+            for options in ({}, *variants(info)):
+                _several_widths(info, options)
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})

@@ -332,16 +332,24 @@ def _at_switch(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers]
 def _mixed(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bits: Mapping[str, BitsLike]) -> dict[str, LayerBits]:
     """Bits by patterns; layers of one width have it at every switch, so that patterns pass them over."""
     at_switches = [_at_switch(record, layers, switch) for switch in record.switches]
-    fixed = {name for name in layers if len(record.switches) > 1 and all(found[name] == at_switches[0][name] for found in at_switches)}
+    fixed = {name for name in layers if all(at[name] == at_switches[0][name] for at in at_switches)}
+    if len(record.switches) == 1:  # all have one width; those that do not have that of the switch are the exceptions
+        fixed = {name for name in fixed if not _is_part(at_switches[0][name], record.switches[0])}
     asked: dict[str, LayerBits] = {}
     for pattern, value in bits.items():
         matching = _by_pattern({pattern: None if isinstance(value, LayerBits) else value}, layers, record)
         for name in matching:
+            own = next((at[name] for at in at_switches if at[name] == value), None)  # what get_bits says of the layer
             if name not in fixed:
-                asked[name] = _at_switch(record, layers, _switch(record, value))[name]
-            elif name == pattern and switch_name(_layer_bits(value)) != switch_name(layers[name].bits):
+                asked[name] = own or _at_switch(record, layers, _switch(record, value))[name]
+            elif name == pattern and own is None and switch_name(_layer_bits(value)) != switch_name(layers[name].bits):
                 raise SpecError(f"layer {name!r}: the network was trained with {switch_name(layers[name].bits)} there alone. Leave it out.")
     return asked
+
+
+def _is_part(bits: LayerBits, switch: LayerBits) -> bool:
+    """Whether a layer that may lack some quantizers has the bits of the switch."""
+    return bits.weight in (None, switch.weight) and bits.activation in (None, switch.activation)
 
 
 def _switch(record: QuantizationRecord, bits: BitsLike) -> LayerBits:

@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.methods.quantization_aware.dorefa import squash
+from lowbit.methods.quantization_aware.dorefa import largest_tanh
 from lowbit.methods.quantizer_design.pact import SMALLEST_CLIP, ClipInit, PactActivation
 from lowbit.network import insert
 from lowbit.network.bits import set_bits, switches_of
@@ -52,7 +52,7 @@ CONVOLUTION_CLIP, LINEAR_CLIP = 8.0, 10.0  # where the authors' clips start
 
 def steps_of(bit_width: int, rounding: Rounding) -> int:
     """Steps between 0 and 1: ``2**k - 1`` for the nearest level, of which one is 1, else ``2**k``."""
-    return int(2**bit_width) - (rounding == "nearest")
+    return int(2**bit_width) - int(rounding == "nearest")
 
 
 def unit_codes(u: Tensor, bit_width: int, rounding: Rounding, surrogate: Surrogate = straight_through) -> Tensor:
@@ -85,18 +85,23 @@ def half_step(rounding: Rounding) -> float:
     return 0.5 * (rounding == "centered")
 
 
-def quantize_k(u: Tensor, bit_width: int, rounding: Rounding) -> Tensor:
-    """``q_k``: the level in ``[0, 1]`` of values in ``[0, 1]``, with the gradient 1. Source: Section 3.2.
+def quantize_k(u: Tensor, bit_width: int, rounding: Rounding, surrogate: Surrogate = straight_through) -> Tensor:
+    """``q_k``: the level in ``[0, 1]`` of values in ``[0, 1]``. Source: Section 3.2.
 
     >>> quantize_k(torch.tensor([0.3, 1.0]), 2, "floor"), quantize_k(torch.tensor([0.3, 1.0]), 2, "centered")
     (tensor([0.2500, 0.7500]), tensor([0.3750, 0.8750]))
     """
-    return (unit_codes(u, bit_width, rounding) + half_step(rounding)) / steps_of(bit_width, rounding)
+    return (unit_codes(u, bit_width, rounding, surrogate) + half_step(rounding)) / steps_of(bit_width, rounding)
 
 
 def normalized(weight: Tensor) -> Tensor:
     """``tanh(w) / max|tanh(w)|``, in ``[-1, 1]``, differentiable; what weights are before they are rounded. Source: Section 3.2."""
-    return 2 * squash(weight) - 1
+    return torch.tanh(weight) / largest_tanh(weight)
+
+
+def deviation(values: Tensor) -> Tensor:
+    """The unbiased standard deviation of all values; 0 of a single one. Shape ``()``."""
+    return values.std() if values.numel() > 1 else values.new_zeros(())
 
 
 class AdabitsWeight(Quantizer):
@@ -126,24 +131,29 @@ class AdabitsWeight(Quantizer):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Signed codes as floats, with the gradient of the rounding."""
-        return unit_codes(squash(weight), self.bit_width, self.rounding, self.surrogate) - float(2 ** (self.bit_width - 1))
+        return unit_codes((normalized(weight) + 1) / 2, self.bit_width, self.rounding, self.surrogate) - float(2 ** (self.bit_width - 1))
 
     def decoder(self, codes: Tensor, weight: Tensor) -> AffineDecoder:
         """What these codes of a weight stand for."""
-        half = 0.5 if self.rounding != "floor" else 0.0
-        plain = AffineDecoder(weight.new_tensor(2 / steps_of(self.bit_width, self.rounding)), weight.new_tensor(-half), self.granularity)
+        half = 0.0 if self.rounding == "floor" else 0.5
+        step = 2 / steps_of(self.bit_width, self.rounding)
+        plain = AffineDecoder(weight.new_tensor(step), weight.new_tensor(-half), self.granularity)
         return plain if self.rescale == "none" else replace(plain, scale=plain.scale * self.factor(plain.decode(codes), weight))
 
     def factor(self, values: Tensor, weight: Tensor) -> Tensor:
         """What brings ``values`` to the standard deviation that ``rescale`` asks for; 1 where they have none. Source: SAT, section 3."""
-        wanted = weight.std() if self.rescale == "stddev" else weight.new_tensor(1 / math.sqrt(self.outputs))
-        factor = wanted / values.std()
+        wanted = deviation(weight) if self.rescale == "stddev" else weight.new_tensor(1 / math.sqrt(self.outputs))
+        factor = wanted / deviation(values)
         return torch.where(torch.isfinite(factor) & (factor > 0), factor, torch.ones_like(factor))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = x.float()
-        codes = self.codes(weight)
-        return self.decoder(codes.detach(), weight.detach()).decode(codes).to(x.dtype)
+        if not self.training:
+            codes = self.codes(weight)
+            return self.decoder(codes.detach(), weight.detach()).decode(codes).to(x.dtype)
+        # the authors' order of operations, as in dorefa; with floor and centered it makes no difference
+        values = 2 * quantize_k((normalized(weight) + 1) / 2, self.bit_width, self.rounding, self.surrogate) - 1
+        return (values if self.rescale == "none" else values * self.factor(values.detach(), weight.detach())).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
