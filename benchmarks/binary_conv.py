@@ -88,12 +88,11 @@ def core_loop(x: Tensor, signs: SignLayer[Tensor]) -> dict[str, Callable[[], obj
     if loops is None:
         return {}
     layer = PreparedLayer(loops, signs, WINDOW, Epilogue(torch.ones(len(signs.words))))
-    n, channels, height, width = x.shape
-    image, y = layer.empty_image(n, height, width), np.empty((n, height, width, channels), np.float32)
-    loops.pack(x.permute(0, 2, 3, 1).numpy(), *layer.packing, image, 1, 1, 1, 0, n * height)
-    outputs = layer.nothing, layer.nothing, y, *layer.signing, layer.no_signs, y.shape
-    arguments = image, *layer.weight, *layer.finishing, *outputs, (height, width), layer.shape
-    return {CORE: lambda: loops.convolve(*arguments, 0, n * height)}
+    n, _, height, width = x.shape
+    plan, y = layer.plan(n, height, width), torch.empty_like(x)
+    plan.run(x, y, None, None)
+    arguments = 0, *layer.packing, plan.images[0], *plan.shared, 0, 0
+    return {CORE: lambda: loops.layer(*arguments, y.data_ptr(), plan.geometry, 0, n * height)}
 
 
 def clock() -> Callable[[], float]:

@@ -39,7 +39,7 @@ layer, window = SignLayer(pack_conv_weight(torch.ones(8, 40, 3, 3))[0], 40), Win
 arguments = torch.randn(1, 40, 6, 6), layer, window, Epilogue(torch.ones(8))
 assert torch.equal(binary_conv2d(*arguments), binary_conv2d_reference(*arguments))
 loops = compiled_loops()
-print(json.dumps([str(loops.FOLDER), sum(loops.convolve.stats.cache_hits.values()), sum(loops.pack.stats.cache_hits.values())]))
+print(json.dumps([str(loops.FOLDER), sum(loops.layer.stats.cache_hits.values()), sum(loops.pack.stats.cache_hits.values())]))
 """
 
 

@@ -1,7 +1,8 @@
 """Loops around the micro-kernel, compiled for the active target when the module is imported.
 
 Pack the signs of an image into words with the layer's padding around them, then convolve: every tile of output positions reads its
-windows from the padded image where they lie, so that nothing is copied for overlapping windows.
+windows from the padded image where they lie, so that nothing is copied for overlapping windows. A few rows are packed just before they
+are read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import numpy.typing as npt
 from numba import types
 
 from lowbit.runtime.cpu import compiled
-from lowbit.runtime.cpu.micro_kernel import Tile, make_finish, make_micro_kernel, pack_bits_of_32, subtract_multiple
+from lowbit.runtime.cpu.micro_kernel import Job, Tile, copy_bytes, make_micro_kernel, pack_bits_of_32
 from lowbit.runtime.cpu.target import active_target
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.int32]
 Image = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Table = npt.NDArray[np.int64]
+Geometry = tuple[int, ...]
 Weight = npt.NDArray[np.int32] | npt.NDArray[np.uint8]
 
 _target = active_target()[0]
@@ -29,9 +32,9 @@ if not _target.lanes or getattr(numba.config, "DISABLE_JIT", False):
 ROWS, CHANNELS, FORM = _target.rows, _target.lanes * _target.columns, _target.form
 IMAGE, WEIGHT = (np.dtype(np.int64), np.dtype(np.uint8)) if FORM == "lookup" else (np.dtype(np.int32),) * 2
 _STEP = IMAGE.itemsize
-_plain = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns))
-_masked = make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns, is_masked=True))
-_finish = make_finish(_target.floats)
+FIELDS = len(Job)
+BLOCK = 2**16  # outputs that are computed between packing and packing
+_plain, _masked = (make_micro_kernel(Tile(FORM, _target.lanes, ROWS, _target.columns, _target.floats, masked)) for masked in (False, True))
 
 
 def _spread(bits: Any) -> Any:
@@ -56,19 +59,20 @@ def _same(word: Any) -> Any:
 _image_word: Any = numba.njit(_spread_word if FORM == "lookup" else _same)
 
 
-def _few_bits(x: Floats, threshold: Floats, step: int) -> Any:
-    """``pack_bits_of_32`` for fewer than 32 numbers, from level ``step - 1`` on."""
-    bits = np.uint32(0)
-    for level in range(step - 1, threshold.shape[0], step):
-        for i in range(x.size):
-            bits ^= np.uint32(x[i] >= threshold[level, i]) << np.uint32(i)
-    return np.int32(bits)
+def _pack_words(x: int, thresholds: int, stride: int, first: int, step: int, levels: int, count: int, rest: Floats, bits: Words) -> None:
+    """The bits of ``count`` numbers at address ``x`` as words, as ``pack_bits_of_32`` does; ``rest`` is memory to work in."""
+    for word in range(bits.size):
+        values, left = x + 128 * word, count - 32 * word
+        if left < 32:  # the thresholds behind the last number are NaN, which nothing reaches
+            copy_bytes(rest.ctypes.data, values, 4 * left)
+            values = rest.ctypes.data
+        bits[word] = pack_bits_of_32(values, thresholds + 128 * word, stride, first, levels, step)
 
 
-_pack_few_bits: Any = numba.njit(_few_bits)
+_pack_run: Any = numba.njit(_pack_words)
 
 
-def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, left: int, groups: int, first: int, last: int) -> None:
+def _pack(x: int, threshold: Floats, flip: Words, image: Image, geometry: Geometry, first: int, last: int) -> None:
     """The bits of the number of thresholds that each ``x[n, h, w, c]`` reaches, in the padded images of words of each bit.
 
     With one threshold, ``image[n, top + h, left + w, g, :]`` are the signs of ``x[n, h, w, group g] >= threshold``, flipped where ``flip``
@@ -76,110 +80,55 @@ def _pack(x: Floats, threshold: Floats, flip: Words, image: Image, top: int, lef
     over if ``2**p`` divides ``k``. For rows ``first`` to ``last`` of all images, counted over ``n`` and ``h``.
 
     Args:
-        x: ``[N, H, W, C]``.
-        threshold: ``[levels, C]``.
+        x: Address of ``[N, H, W, C]`` float32.
+        threshold: ``[levels, G, 32 words]``, filled up with NaN.
         flip: ``[G, words]``.
-        image: ``[planes * N, ...]``.
-        top, left: Padding of the image.
-        groups: Number of groups.
+        image: ``[planes * N, H + 2 top, W + 2 left, G, words]``.
+        geometry: See ``convolve``.
         first, last: Which rows.
     """
-    images, height, width, channels = x.shape
-    levels, per_group = threshold.shape[0], channels // groups
-    whole, words, planes = per_group // 32, image.shape[4], image.shape[0] // images
-    flat, flips, together = image.reshape(image.size), flip.reshape(flip.size), groups * words
+    images, height, width, channels = geometry[:4]
+    top, left = geometry[11], geometry[12]
+    groups, words = image.shape[3], image.shape[4]
+    levels, per_group, planes = threshold.shape[0], channels // groups, image.shape[0] // images
+    flat, flips, together, limits = image.reshape(image.size), flip.reshape(flip.size), groups * words, threshold.ctypes.data
+    rest, bits = np.empty(32, np.float32), np.empty(words, np.int32)
     for row in range(first, last):
         n, h = row // height, row % height
-        if levels == 1 and whole == words:  # nothing but whole words, one after the other
-            place, values = ((n * image.shape[1] + top + h) * image.shape[2] + left) * together, x.ctypes.data + 4 * row * width * channels
+        values = x + 4 * row * width * channels
+        if levels == 1 and per_group == 32 * words:  # nothing but whole words, one after the other
+            place = ((n * image.shape[1] + top + h) * image.shape[2] + left) * together
             for _ in range(width):
                 for i in range(together):
-                    bits = pack_bits_of_32(values + 128 * i, threshold.ctypes.data + 128 * i, 0, 0, 1, 1)
-                    flat[place + i] = _image_word(bits ^ flips[i])
+                    flat[place + i] = _image_word(pack_bits_of_32(values + 128 * i, limits + 128 * i, 0, 0, 1, 1) ^ flips[i])
                 place, values = place + together, values + 4 * channels
             continue
         for plane in range(planes):
-            at, step = plane * images + n, 1 << plane
+            step = 1 << plane
             for w in range(width):
                 for g in range(groups):
-                    values = x.ctypes.data + 4 * ((row * width + w) * channels + g * per_group)
-                    limits = threshold.ctypes.data + 4 * g * per_group
-                    for word in range(whole):
-                        bits = pack_bits_of_32(values + 128 * word, limits + 128 * word, 4 * channels, step - 1, levels, step)
-                        image[at, top + h, left + w, g, word] = _image_word(bits ^ flip[g, word])
-                    if whole < words:
-                        begin, end = g * per_group + 32 * whole, (g + 1) * per_group
-                        bits = _pack_few_bits(x[n, h, w, begin:end], threshold[:, begin:end], step)
-                        image[at, top + h, left + w, g, whole] = _image_word(bits ^ flip[g, whole])
+                    _pack_run(
+                        values + 4 * (w * channels + g * per_group), limits + 128 * g * words, 128 * together, step - 1, step, levels,
+                        per_group, rest, bits,
+                    )  # fmt: skip
+                    for word in range(words):
+                        image[plane * images + n, top + h, left + w, g, word] = _image_word(bits[word] ^ flip[g, word])
 
 
-def _differing(
-    x: int, x_row: int, y_runs: int, y_stride: int, x_runs: int, x_stride: int, length: int, weight: int, mask: int, out: int
-) -> None:
-    """The micro-kernel for weights with a mask, and for those without, whose address is 0."""
-    if mask:
-        _masked(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out)
-    else:
-        _plain(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, 0, out)
+_pack_compiled: Any = numba.njit(_pack)
 
 
-_count: Any = numba.njit(_differing)
+def _signs(y: int, positions: int, outputs: int, limits: Floats, flips: Words, signs: int) -> None:
+    """Signs ``(y >= limit) ^ flip`` of outputs ``[positions, outputs]`` at address ``y``, as words at address ``signs``."""
+    rest, bits = np.empty(32, np.float32), np.empty(flips.size, np.int32)
+    for position in range(positions):
+        _pack_run(y + 4 * position * outputs, limits.ctypes.data, 0, 0, 1, 1, outputs, rest, bits)
+        for word in range(bits.size):
+            bits[word] ^= flips[word]
+        copy_bytes(signs + 4 * position * bits.size, bits.ctypes.data, 4 * bits.size)
 
 
-def _add(total: Words, found: Words, shift: int) -> None:
-    """``total += found * 2**shift``."""
-    for i in range(total.size):
-        total[i] += found[i] << np.int32(shift)
-
-
-_add_shifted: Any = numba.njit(_add)
-
-
-def _subtract(
-    found: int,
-    count: int,
-    missing: int,
-    outputs: int,
-    factor: int,
-    size: tuple[int, int],
-    shape: tuple[int, int, int, int, int, int, int, int],
-    y: int,
-    x: int,
-) -> None:
-    """Take ``factor * missing`` off ``found`` for every place outside of the image, of the window that begins at ``(y, x)``.
-
-    Args:
-        found: Address of ``count`` int32.
-        missing: Address of those of the first place; those of the next one are ``outputs`` int32 behind.
-    """
-    kernel_h, kernel_w, dilation_h, dilation_w = shape[0], shape[1], shape[6], shape[7]
-    for i in range(kernel_h):
-        at_y = y + i * dilation_h
-        is_outside = at_y < 0 or at_y >= size[0]
-        for j in range(kernel_w):
-            at_x = x + j * dilation_w
-            if is_outside or at_x < 0 or at_x >= size[1]:
-                subtract_multiple(found, missing + 4 * (i * kernel_w + j) * outputs, factor, count)
-
-
-_add_missing: Any = numba.njit(_subtract)
-
-
-def _signs(y: Floats, limits: Floats, flips: Words, begin: int, signs: Words) -> None:
-    """Put the signs of outputs from ``begin`` on into their words of one position."""
-    c = begin
-    while c < begin + y.size:
-        word = c // 32
-        if c % 32 == 0 and c + 32 <= begin + y.size:
-            signs[word] = pack_bits_of_32(y.ctypes.data + 4 * (c - begin), limits.ctypes.data + 4 * c, 0, 0, 1, 1) ^ flips[word]
-            c += 32
-        else:
-            bit = np.uint32(y[c - begin] >= limits[c]) << np.uint32(c % 32)
-            signs[word] ^= np.int32(bit ^ (np.uint32(flips[word]) & (np.uint32(1) << np.uint32(c % 32))))
-            c += 1
-
-
-_add_signs: Any = numba.njit(_signs)
+_signs_compiled: Any = numba.njit(_signs)
 
 
 def place(signs: Words, image: Image, top: int, left: int) -> None:
@@ -190,142 +139,194 @@ def place(signs: Words, image: Image, top: int, left: int) -> None:
     inner[...] = _spread(words.view(np.uint32).astype(np.uint64)).view(np.int64) if FORM == "lookup" else words
 
 
+def _either(job: int, has_mask: bool, x: int, totals: int, kinds: int, factors: int, residual: int, y: int) -> None:
+    """The micro-kernel for weights with a mask, and for those without."""
+    if has_mask:
+        _masked(job, x, totals, kinds, factors, residual, y)
+    else:
+        _plain(job, x, totals, kinds, factors, residual, y)
+
+
+_kernel: Any = numba.njit(_either)
+
+
+def _part_of_tile(
+    job: Table, x: int, totals: int, kinds: int, factors: int, residual: int, y: int, positions: int, size: int, scratch: Floats
+) -> None:
+    """Compute ``positions`` times ``size`` outputs, fewer than a tile has, in ``scratch``."""
+    y_row, residual_row, factor_row, row = job[Job.Y_ROW], job[Job.RESIDUAL_ROW], job[Job.FACTOR_ROW], 4 * CHANNELS
+    job[Job.Y_ROW], job[Job.RESIDUAL_ROW], job[Job.FACTOR_ROW] = row, row, 4
+    work = scratch.ctypes.data
+    own_residual, own_factors = work + ROWS * row if residual else 0, work + 2 * ROWS * row if factors else 0
+    for r in range(positions):
+        if residual:
+            copy_bytes(own_residual + r * row, residual + r * residual_row, 4 * size)
+        if factors:
+            copy_bytes(own_factors + 4 * r, factors + r * factor_row, 4)
+    _kernel(job.ctypes.data, job[Job.MASK] != 0, x, totals, kinds, own_factors, own_residual, work)
+    for r in range(positions):
+        copy_bytes(y + r * y_row, work + r * row, 4 * size)
+    job[Job.Y_ROW], job[Job.RESIDUAL_ROW], job[Job.FACTOR_ROW] = y_row, residual_row, factor_row
+
+
+_part: Any = numba.njit(_part_of_tile)
+
+
 def _convolve(
     image: Image,
     weight: Weight,
     mask: Weight,
-    total: Words,
-    missing: Words,
-    border: int,
+    totals: Words,
+    row_kinds: Table,
+    column_kinds: Table,
     scale: Floats,
     bias: Floats,
     activation: Floats,
-    k_map: Floats,
-    residual: Floats,
-    y: Floats,
-    limits: Floats,
-    flips: Words,
-    signs: Words,
-    out_shape: tuple[int, int, int, int],
-    size: tuple[int, int],
-    shape: tuple[int, int, int, int, int, int, int, int],
+    factors: int,
+    residual: int,
+    y: int,
+    geometry: Geometry,
     first: int,
     last: int,
 ) -> None:
     """Rows ``first`` to ``last`` of the outputs, counted over images and output rows.
 
-    ``y = activated(dot * (scale * k_map) + bias + residual)`` with ``dot = total - 2 count`` and, where the window reaches over the border, plus
-    ``border * missing`` of the places outside: the image holds zeros there, that is -1. With several bits of inputs and weights, ``count`` is
-    the sum of ``2**(p + q)`` times the count of bit ``p`` of the inputs and ``q`` of the weights, and there is no ``border``.
+    ``y = activated(dot * (scale * factor) + bias + residual)`` with ``dot = total - 2 count``: the image holds zeros as padding, that is
+    -1, and where the window reaches over the border, ``total`` makes up for it. With several bits of inputs and weights, ``count`` is the
+    sum of ``2**(p + q)`` times the count of bit ``p`` of the inputs and ``q`` of the weights.
 
     Args:
-        image: ``[input bits * N, H, W, G, words]``, padded; behind it lies memory for ``ROWS`` more positions.
+        image: ``[input bits * N, H + 2 top, W + 2 left, G, words]``; behind it lies memory for ``ROWS`` more positions.
         weight: ``[weight bits * G, tiles, kernel height * width * words, ...]``, a row the words of ``CHANNELS`` outputs as the micro-kernel
             wants them.
         mask: Like ``weight``, or empty.
-        total: ``[out]``, what the dot product is if no bit differs.
-        missing: ``[kernel height, kernel width, out]``, the sum of the weights at each place.
-        border: What the padding counts as, plus 1.
-        scale, bias: ``[out]``.
-        activation: ``[5, out]`` or empty.
-        k_map: ``[N, rows, columns, G]`` or empty.
-        residual: ``[N, rows, columns, out]`` or empty.
-        y: ``[N, rows, columns, out]``, or empty where only signs are asked for.
-        limits, flips: ``[out]`` and ``[out words]``, of signs: ``(y >= limit) ^ flip``; or empty.
-        signs: ``[N, rows, columns, out words]`` full of zeros, or empty.
-        out_shape: ``N, rows, columns, out``.
-        size: Height and width of the input without its padding.
-        shape: Kernel, stride, padding (top, left) and dilation, each vertical and horizontal.
+        totals: ``[G, tiles, kinds of rows, kinds of columns, CHANNELS]``.
+        row_kinds, column_kinds: ``[rows]`` and ``[columns + ROWS]``: the bytes from a tile of ``totals`` to a kind.
+        scale, bias: ``[G, tiles, CHANNELS]``.
+        activation: ``[G, tiles, 5, CHANNELS]`` or empty.
+        factors: Address of ``[N, rows, columns, G]`` float32; 0 for none.
+        residual: Address of ``[N, rows, columns, out]`` float32; 0 for none.
+        y: Address of ``[N, rows, columns, out]`` float32.
+        geometry: ``N``, height, width and number of channels of the input, rows, columns and number of channels of the output; kernel
+            size, stride, padding (top, left) and dilation, each vertical and horizontal.
         first, last: Which rows.
     """
-    kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w = shape
-    groups, words = image.shape[3], image.shape[4]
-    rows, columns, channels = out_shape[1], out_shape[2], out_shape[3] // groups
-    pixel = groups * words
+    images, _, _, _, rows, columns, outputs, kernel_h, kernel_w, stride_h, stride_w, _, _, dilation_h, dilation_w = geometry
+    groups, words, tiles = image.shape[3], image.shape[4], weight.shape[1]
+    pixel, channels = groups * words, outputs // groups
     line = image.shape[2] * pixel
-    runs, run_stride, length = kernel_w, dilation_w * pixel, words
+    plane = _STEP * images * image.shape[1] * line  # bytes from one bit of the inputs to the next
+    input_bits, weight_bits = image.shape[0] // images, weight.shape[0] // groups
+    counts, scratch = np.empty(ROWS * CHANNELS, np.int32), np.empty(2 * ROWS * CHANNELS + ROWS, np.float32)
+    job = np.empty(FIELDS, np.int64)
+    job[Job.X_ROW], job[Job.Y_RUNS], job[Job.Y_STRIDE] = stride_w * pixel, kernel_h, dilation_h * line
+    job[Job.X_RUNS], job[Job.X_STRIDE], job[Job.LENGTH] = kernel_w, dilation_w * pixel, words
     if groups == 1 and dilation_w == 1:
-        runs, run_stride, length = 1, 0, kernel_w * words
-    reach_h, reach_w = (kernel_h - 1) * dilation_h + 1, (kernel_w - 1) * dilation_w + 1
-    origin = image.ctypes.data
-    input_bits, weight_bits = image.shape[0] // out_shape[0], weight.shape[0] // groups
-    plane = _STEP * out_shape[0] * image.shape[1] * line  # bytes from one bit of the inputs to the next
-    counts = np.empty((ROWS, CHANNELS), np.int32)
-    counts_of_bits = np.empty((ROWS, CHANNELS), np.int32)
-    has_planes = input_bits * weight_bits > 1
-    flat_counts, flat_counts_of_bits = counts.ravel(), counts_of_bits.ravel()
-    weight_address, mask_address, weight_step, tile_step = weight.ctypes.data, mask.ctypes.data, weight.strides[0], weight.strides[1]
-    has_mask, has_map, has_residual, is_active = mask.size > 0, k_map.size > 0, residual.size > 0, activation.size > 0
-    outputs, has_signs = out_shape[3], signs.size > 0
-    values = np.empty((ROWS, CHANNELS), np.float32)
+        job[Job.X_RUNS], job[Job.LENGTH] = 1, kernel_w * words
+    job[Job.COUNTS], job[Job.FACTOR_ROW], job[Job.RESIDUAL_ROW], job[Job.Y_ROW] = counts.ctypes.data, 4 * groups, 4 * outputs, 4 * outputs
     for g in range(groups):
-        for tile in range(weight.shape[1]):
-            begin = g * channels + tile * CHANNELS
-            size_out = min(CHANNELS, (g + 1) * channels - begin)
+        for tile in range(tiles):
+            begin, part = g * channels + tile * CHANNELS, g * tiles + tile
+            size = min(CHANNELS, (g + 1) * channels - begin)
+            job[Job.SCALE], job[Job.BIAS] = scale.ctypes.data + 4 * CHANNELS * part, bias.ctypes.data + 4 * CHANNELS * part
+            job[Job.ACTIVATION] = activation.ctypes.data + activation.strides[1] * part if activation.size else 0
             for row in range(first, last):
                 n, oy = row // rows, row % rows
-                y_in = oy * stride_h - top
-                is_outside = y_in < 0 or y_in + reach_h > size[0]
+                start = image.ctypes.data + _STEP * ((n * image.shape[1] + oy * stride_h) * line + g * words)
+                total = totals.ctypes.data + totals.strides[1] * part + row_kinds[oy]
                 for ox in range(0, columns, ROWS):
-                    start = origin + _STEP * ((n * image.shape[1] + oy * stride_h) * line + ox * stride_w * pixel + g * words)
-                    if has_planes:
-                        flat_counts[:] = 0
-                        for p in range(input_bits):
-                            for q in range(weight_bits):
-                                at = (q * groups + g) * weight_step + tile * tile_step
-                                _count(
-                                    start + p * plane, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                                    weight_address + at, mask_address + at if has_mask else 0, counts_of_bits.ctypes.data,
-                                )  # fmt: skip
-                                _add_shifted(flat_counts, flat_counts_of_bits, p + q)
-                    else:
-                        at = g * weight_step + tile * tile_step
-                        _count(
-                            start, stride_w * pixel, kernel_h, dilation_h * line, runs, run_stride, length,
-                            weight_address + at, mask_address + at if has_mask else 0, counts.ctypes.data,
-                        )  # fmt: skip
-                    positions = min(ROWS, columns - ox)
-                    x_in, x_last = ox * stride_w - left, (ox + positions - 1) * stride_w - left
-                    if border and (is_outside or x_in < 0 or x_last + reach_w > size[1]):
-                        for r in range(positions):
-                            x = (ox + r) * stride_w - left
-                            if is_outside or x < 0 or x + reach_w > size[1]:
-                                _add_missing(
-                                    counts.ctypes.data + 4 * r * CHANNELS, size_out, missing.ctypes.data + 4 * begin, outputs, border,
-                                    size, shape, y_in, x,
-                                )  # fmt: skip
-                    place = 4 * ((row * columns + ox) * outputs + begin)
-                    factors = k_map.ctypes.data + 4 * ((row * columns + ox) * groups + g) if has_map else 0
-                    _finish(
-                        counts.ctypes.data, 4 * CHANNELS, total.ctypes.data + 4 * begin, scale.ctypes.data + 4 * begin,
-                        bias.ctypes.data + 4 * begin, factors, 4 * groups, residual.ctypes.data + place if has_residual else 0, 4 * outputs,
-                        activation.ctypes.data + 4 * begin if is_active else 0, 4 * outputs,
-                        values.ctypes.data if has_signs else y.ctypes.data + place, 4 * (CHANNELS if has_signs else outputs), positions,
-                        size_out,
-                    )  # fmt: skip
-                    if has_signs:
-                        for r in range(positions):
-                            _add_signs(values[r, :size_out], limits, flips, begin, signs[n, oy, ox + r])
+                    position = row * columns + ox
+                    place = 4 * (position * outputs + begin)
+                    # from the pair of the highest bits on: what was counted is doubled from one sum of p and q to the next
+                    before = input_bits + weight_bits - 2
+                    for both in range(before, -1, -1):
+                        for p in range(max(both - weight_bits + 1, 0), min(both + 1, input_bits)):
+                            q = both - p
+                            at = (q * groups + g) * weight.strides[0] + tile * weight.strides[1]
+                            job[Job.WEIGHT], job[Job.MASK] = weight.ctypes.data + at, mask.ctypes.data + at if mask.size else 0
+                            job[Job.IS_FIRST], job[Job.IS_LAST] = p + q == input_bits + weight_bits - 2, p + q == 0
+                            job[Job.SHIFT], before = before - both, both
+                            at_x, kinds = start + p * plane + _STEP * ox * stride_w * pixel, column_kinds.ctypes.data + 8 * ox
+                            at_factors = factors + 4 * (position * groups + g) if factors else 0
+                            at_residual = residual + place if residual else 0
+                            if size == CHANNELS and ox + ROWS <= columns:
+                                _kernel(job.ctypes.data, mask.size > 0, at_x, total, kinds, at_factors, at_residual, y + place)
+                            else:
+                                positions = min(ROWS, columns - ox)
+                                _part(job, at_x, total, kinds, at_factors, at_residual, y + place, positions, size, scratch)
 
 
-_INDEX = types.int64
-_PAIR, _EIGHT = types.UniTuple(_INDEX, 2), types.UniTuple(_INDEX, 8)
+_convolve_compiled: Any = numba.njit(_convolve)
+
+
+def _layer(
+    x: int,
+    threshold: Floats,
+    flip: Words,
+    image: Image,
+    weight: Weight,
+    mask: Weight,
+    totals: Words,
+    row_kinds: Table,
+    column_kinds: Table,
+    scale: Floats,
+    bias: Floats,
+    activation: Floats,
+    limits: Floats,
+    flips: Words,
+    factors: int,
+    residual: int,
+    y: int,
+    geometry: Geometry,
+    first: int,
+    last: int,
+) -> None:
+    """Rows ``first`` to ``last`` of the outputs, counted over images and output rows, and all that is packed for them.
+
+    Args:
+        x, threshold, flip, image: See ``pack``; where the address ``x`` is 0, the image is packed already.
+        weight, mask, totals, row_kinds, column_kinds, scale, bias, activation, factors, residual, geometry: See ``convolve``.
+        limits, flips: ``[32 words]``, filled up with NaN, and ``[words]``: signs of outputs are ``(y >= limit) ^ flip``; or empty.
+        y: Address of ``[N, rows, columns, out]`` float32, with ``limits`` of ``[N, rows, columns, words]`` int32.
+        first, last: Which rows.
+    """
+    _, height, _, _, rows, columns, outputs, kernel_h, _, stride_h, _, top, _, dilation_h, _ = geometry
+    step = max(BLOCK // (columns * outputs), 1)
+    values = np.empty(step * columns * outputs if flips.size else 0, np.float32)
+    packed = first // rows * height  # rows of inputs
+    begin = first
+    while begin < last:
+        n = begin // rows
+        end = min(begin + step, last, (n + 1) * rows)
+        if x:
+            needed = (end - 1 - n * rows) * stride_h - top + (kernel_h - 1) * dilation_h + 1
+            needed = n * height + min(max(needed, 0), height)
+            _pack_compiled(x, threshold, flip, image, geometry, packed, needed)
+            packed = (n + 1) * height if end == (n + 1) * rows else needed
+        at = begin * columns
+        out = values.ctypes.data - 4 * at * outputs if flips.size else y
+        _convolve_compiled(
+            image, weight, mask, totals, row_kinds, column_kinds, scale, bias, activation, factors, residual, out, geometry, begin, end
+        )
+        if flips.size:
+            _signs_compiled(values.ctypes.data, (end - begin) * columns, outputs, limits, flips, y + 4 * at * flips.size)
+        begin = end
 
 
 def _array(kind: Any, rank: int) -> Any:
     return types.Array(kind, rank, "C", aligned=True)
 
 
-_FLOATS, _WORDS = types.float32, types.int32
+_FLOATS, _WORDS, _INDEX = types.float32, types.int32, types.int64
 _IMAGE, _WEIGHT = (types.int64, types.uint8) if FORM == "lookup" else (types.int32, types.int32)
-_PACK = types.void(_array(_FLOATS, 4), _array(_FLOATS, 2), _array(_WORDS, 2), _array(_IMAGE, 5), *[_INDEX] * 5)
-_CONVOLVE = types.void(
-    _array(_IMAGE, 5), _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 1), _array(_WORDS, 3), _INDEX,
-    _array(_FLOATS, 1), _array(_FLOATS, 1), _array(_FLOATS, 2), _array(_FLOATS, 4), _array(_FLOATS, 4), _array(_FLOATS, 4),
-    _array(_FLOATS, 1), _array(_WORDS, 1), _array(_WORDS, 4), types.UniTuple(_INDEX, 4), _PAIR, _EIGHT, _INDEX, _INDEX,
+_PACKING = types.intp, _array(_FLOATS, 3), _array(_WORDS, 2), _array(_IMAGE, 5)
+_GEOMETRY = types.UniTuple(_INDEX, 15)
+_LAYER = types.void(
+    *_PACKING, _array(_WEIGHT, 4), _array(_WEIGHT, 4), _array(_WORDS, 5), _array(_INDEX, 1), _array(_INDEX, 1), _array(_FLOATS, 3),
+    _array(_FLOATS, 3), _array(_FLOATS, 4), _array(_FLOATS, 1), _array(_WORDS, 1), _INDEX, _INDEX, _INDEX, _GEOMETRY, _INDEX, _INDEX,
 )  # fmt: skip
 
 FOLDER = compiled.cache_folder(_target.name, [Path(__file__), Path(__file__).with_name("micro_kernel.py")])
 with compiled.cached_in(FOLDER) as is_cached:
-    pack = numba.njit([_PACK], nogil=True, cache=is_cached)(_pack)
-    convolve = numba.njit([_CONVOLVE], nogil=True, cache=is_cached)(_convolve)
+    pack = numba.njit([types.void(*_PACKING, _GEOMETRY, _INDEX, _INDEX)], nogil=True, cache=is_cached)(_pack)
+    layer = numba.njit([_LAYER], nogil=True, cache=is_cached)(_layer)

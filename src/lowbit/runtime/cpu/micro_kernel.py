@@ -9,11 +9,16 @@ counted in 32-bit lanes. For processors that do so in one instruction (AVX-512 w
 ``lookup``: four signs name a table of 16 bytes, the number of differing bits for each four weight bits, and a byte shuffle looks up the four
 weight bits of as many output channels as the vector has bytes. For processors whose only fast way of counting is such a shuffle anyway (SSE4.2, AVX2,
 AVX-512 without VPOPCNTDQ): it needs half of the instructions of exclusive or, two shuffles over nibbles, and additions.
+
+Then the counts become outputs, and only these are written to memory.
 """
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum, auto
 from typing import Any, Literal
 
 from llvmlite import ir
@@ -22,13 +27,49 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 Form = Literal["count", "lookup"]
+Fields = Callable[["Job"], Any]  # loads a field of the job
 
 LOOKUP_WORDS = 7  # words whose differing bits a byte can add up
-TOGETHER = 16  # int32 that are subtracted at once
 
 _SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
-I8, I16, I32, I64 = (ir.IntType(width) for width in (8, 16, 32, 64))
+I8, I32, I64 = (ir.IntType(width) for width in (8, 32, 64))
+
+
+class Job(IntEnum):
+    """Places in the table of int64 that tells a micro-kernel what its tiles have in common.
+
+    Attributes:
+        X_ROW: Words between the windows of two rows of a tile.
+        Y_RUNS, Y_STRIDE, X_RUNS, X_STRIDE, LENGTH: A window is ``Y_RUNS`` times ``X_RUNS`` runs of ``LENGTH`` words that follow one another;
+            strides are the words between two runs.
+        WEIGHT, MASK: Addresses of weight and mask.
+        COUNTS: Address of ``[rows, channels]`` int32: memory to work in.
+        IS_FIRST, SHIFT: Unless it is the first of several, what is counted is added to ``COUNTS << SHIFT``.
+        IS_LAST: Unless it is the last of several, the sum is left in ``COUNTS``, and no outputs are computed.
+        SCALE, BIAS: Addresses of ``[channels]`` float32.
+        ACTIVATION: Address of ``[5, channels]`` float32, see ``lowbit.runtime.activation``; 0 for none.
+        FACTOR_ROW, RESIDUAL_ROW, Y_ROW: Bytes from one row of a tile to the next.
+    """
+
+    X_ROW = 0
+    Y_RUNS = auto()
+    Y_STRIDE = auto()
+    X_RUNS = auto()
+    X_STRIDE = auto()
+    LENGTH = auto()
+    WEIGHT = auto()
+    MASK = auto()
+    COUNTS = auto()
+    IS_FIRST = auto()
+    SHIFT = auto()
+    IS_LAST = auto()
+    SCALE = auto()
+    BIAS = auto()
+    ACTIVATION = auto()
+    FACTOR_ROW = auto()
+    RESIDUAL_ROW = auto()
+    Y_ROW = auto()
 
 
 @dataclass(frozen=True)
@@ -40,6 +81,7 @@ class Tile:
         lanes: Output channels of a vector: 32-bit lanes with ``count``, bytes with ``lookup``.
         rows: Output positions of a tile.
         columns: Vectors of output channels of a tile.
+        floats: Numbers in a vector of float32.
         is_masked: Whether weights have a mask beside their signs, so that a weight can be zero.
     """
 
@@ -47,6 +89,7 @@ class Tile:
     lanes: int
     rows: int
     columns: int
+    floats: int
     is_masked: bool = False
 
     @property
@@ -56,13 +99,13 @@ class Tile:
 
 
 def make_micro_kernel(tile: Tile) -> Any:
-    """A numba intrinsic ``(x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out)`` for ``tile``.
+    """A numba intrinsic ``(job, x, totals, kinds, factors, residual, y)`` for ``tile``.
 
-    ``out[r, c] = 2 sum popcount(x[r, i] ^ weight[i, c])``, with a mask ``popcount((x ^ weight) & mask)``, over the words ``i`` of a window:
-    ``y_runs`` times ``x_runs`` runs of ``length`` words that follow one another.
+    With ``count[r, c] = sum popcount(x[r, i] ^ weight[i, c])``, with a mask ``popcount((x ^ weight) & mask)``, over the words ``i`` of a
+    window: ``y[r, c] = activated((total[r, c] - 2 count[r, c]) * (scale[c] * factor[r]) + bias[c] + residual[r, c])``.
 
-    All of these are integers: addresses in bytes (``x``, ``weight``, ``mask``, ``out``), strides in words (``x_row`` between the
-    windows of two rows, ``y_stride`` and ``x_stride`` between runs) and counts. ``out`` is ``[tile.rows, tile.channels]`` int32. With
+    All of these are integers: addresses in bytes of a table as ``Job`` describes it, of words and of ``y``; of ``totals`` and ``kinds``,
+    which give ``total[r, c]`` as int32 ``c`` at ``totals + kinds[r]``; and of ``factors`` and ``residual``, 0 for none. With
 
     - ``count``, a word of ``x`` is int32, ``weight`` and ``mask`` are ``[words, tile.channels]`` int32;
     - ``lookup``, a word of ``x`` is int64, each byte of it 16 times four signs, the lowest first; ``weight`` is ``[words, 4, tile.channels]`` bytes:
@@ -74,54 +117,130 @@ def make_micro_kernel(tile: Tile) -> Any:
         return cgutils.get_null_value(I8.as_pointer())
 
     # numba wants the arity spelled out
-    def typed(context, x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out):  # type: ignore[no-untyped-def]
-        return types.void(*[types.intp] * 10), generate
+    def typed(context, job, x, totals, kinds, factors, residual, y):  # type: ignore[no-untyped-def]
+        return types.void(*[types.intp] * 7), generate
 
     return intrinsic(typed)
 
 
 def _function(tile: Tile, module: Any) -> Any:
     """The micro-kernel as a function: inlined, it would have to share the registers with the loops around it."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), module.get_unique_name("lowbit.micro_kernel"))
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 7), module.get_unique_name("lowbit.micro_kernel"))
     function.linkage = "internal"
     function.attributes.add("noinline")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, x_row, y_runs, y_stride, x_runs, x_stride, length, weight, mask, out = function.args
-    form = _FORMS[tile.form](tile, builder, (weight, mask) if tile.is_masked else (weight,), out)
+    table, x, totals, kinds, factors, residual, y = function.args
+
+    def job(place: Job) -> Any:
+        return _load(builder, table, I64, 8 * place)
+
+    form = _FORMS[tile.form](tile, builder, job)
     size = I64(form.word_bytes)
-    with cgutils.for_range(builder, y_runs) as vertical, cgutils.for_range(builder, x_runs) as horizontal:
-        words = builder.add(builder.mul(vertical.index, y_stride), builder.mul(horizontal.index, x_stride))
-        form.add_run(builder.add(x, builder.mul(words, size)), builder.mul(x_row, size), length)
-    form.finish()
+    with cgutils.for_range(builder, job(Job.Y_RUNS)) as vertical, cgutils.for_range(builder, job(Job.X_RUNS)) as horizontal:
+        words = builder.add(builder.mul(vertical.index, job(Job.Y_STRIDE)), builder.mul(horizontal.index, job(Job.X_STRIDE)))
+        form.add_run(builder.add(x, builder.mul(words, size)), builder.mul(job(Job.X_ROW), size), job(Job.LENGTH))
+    form.stop()
+    with builder.if_else(_is_there(builder, job(Job.IS_LAST))) as (then, otherwise):
+        with then:
+            for row in range(tile.rows):
+                place = builder.add(totals, _load(builder, kinds, I64, 8 * row))
+                _finish_row(builder, tile, job, row, form.counts_of(row), place, factors, residual, y)
+        with otherwise:
+            form.keep()
     builder.ret_void()
     return function
 
 
-class _Form:
-    """Adds up twice the differing bits, for each cell (row, column) of a tile."""
+def _finish_row(
+    builder: Any, tile: Tile, job: Fields, row: int, counts: list[Any], total: Any, factors: Any, residual: Any, y: Any
+) -> None:
+    """Write the outputs of a row of a tile."""
+    integers, floats = ir.VectorType(I32, tile.floats), ir.VectorType(ir.FloatType(), tile.floats)
+    offsets = [4 * tile.floats * index for index in range(len(counts))]
+
+    def of_row(base: Any, step: Job) -> Any:
+        return builder.add(base, builder.mul(job(step), I64(row)))
+
+    def each(values: list[Any], change: Callable[[Any, int], Any]) -> list[Any]:
+        return [change(value, offset) for value, offset in zip(values, offsets, strict=True)]
+
+    def where(condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """``change(values)`` where the condition holds."""
+        places = [cgutils.alloca_once_value(builder, value) for value in values]
+        with builder.if_then(condition):
+            for place, value in zip(places, change(values), strict=True):
+                builder.store(value, place)
+        return [builder.load(place) for place in places]
+
+    def by_factor(scales: list[Any]) -> list[Any]:
+        number = _load(builder, of_row(factors, Job.FACTOR_ROW), ir.VectorType(ir.FloatType(), 1))
+        number = _repeated(builder, number, tile.floats)
+        return [builder.fmul(scale, number) for scale in scales]
+
+    def add_residual(values: list[Any]) -> list[Any]:
+        place = of_row(residual, Job.RESIDUAL_ROW)
+        return each(values, lambda value, offset: builder.fadd(value, _load(builder, place, floats, offset)))
+
+    def activate(values: list[Any]) -> list[Any]:
+        rows = [4 * tile.channels * row for row in range(5)]
+        return each(
+            values,
+            lambda value, offset: _activated(builder, value, *(_load(builder, job(Job.ACTIVATION), floats, row + offset) for row in rows)),
+        )
+
+    scales = [_load(builder, job(Job.SCALE), floats, offset) for offset in offsets]
+    scales = where(_is_there(builder, factors), scales, by_factor)
+    values = each(counts, lambda value, offset: builder.sub(_load(builder, total, integers, offset), builder.add(value, value)))
+    values = [builder.fmul(builder.sitofp(value, floats), scale) for value, scale in zip(values, scales, strict=True)]
+    values = each(values, lambda value, offset: builder.fadd(value, _load(builder, job(Job.BIAS), floats, offset)))
+    values = where(_is_there(builder, residual), values, add_residual)
+    values = where(_is_there(builder, job(Job.ACTIVATION)), values, activate)
+    place = of_row(y, Job.Y_ROW)
+    for value, offset in zip(values, offsets, strict=True):
+        builder.store(value, _pointer(builder, builder.add(place, I64(offset)), floats), align=4)
+
+
+class _Form(abc.ABC):
+    """Counts the differing bits, for each cell (row, column) of a tile."""
 
     word_bytes: int
     kind: Any  # vector of weights
 
-    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
-        self.tile, self.builder = tile, builder
+    def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
+        self.tile, self.builder, self.job = tile, builder, job
+        weights = [job(place) for place in ((Job.WEIGHT, Job.MASK) if tile.is_masked else (Job.WEIGHT,))]
         self.weights = [cgutils.alloca_once_value(builder, address) for address in weights]  # where the next ones are read
         cells = [(row, column) for row in range(tile.rows) for column in range(tile.columns)]
         self.sums = {cell: cgutils.alloca_once_value(builder, ir.Constant(self.kind, None)) for cell in cells}
         places = {(row, column): I64(4 * (row * tile.channels + column * tile.lanes)) for row, column in cells}
-        self.totals = {cell: _pointer(builder, builder.add(out, place), ir.VectorType(I32, tile.lanes)) for cell, place in places.items()}
+        kind = ir.VectorType(I32, tile.lanes)
+        self.kept = {cell: _pointer(builder, builder.add(job(Job.COUNTS), place), kind) for cell, place in places.items()}
+
+    def kept_counts(self, cell: tuple[int, int]) -> Any:
+        """What was counted before, shifted as the job says."""
+        shift = self.builder.bitcast(self.builder.trunc(self.job(Job.SHIFT), I32), ir.VectorType(I32, 1))
+        return self.builder.shl(self.builder.load(self.kept[cell], align=4), _repeated(self.builder, shift, self.tile.lanes))
 
     def add_run(self, x: Any, row_bytes: Any, length: Any) -> None:
         """Continue with ``length`` words from address ``x``; those of the next row are ``row_bytes`` behind."""
         with cgutils.for_range(self.builder, length) as loop:
             self.add_word(self.builder.add(x, self.builder.mul(loop.index, I64(self.word_bytes))), row_bytes)
 
+    @abc.abstractmethod
     def add_word(self, x: Any, row_bytes: Any) -> None:
-        raise NotImplementedError
+        """Count what differs in the word at address ``x`` and in those of the other rows."""
 
-    def finish(self) -> None:
-        """Write the totals."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """All words were counted."""
+
+    @abc.abstractmethod
+    def keep(self) -> None:
+        """Leave the counts in memory."""
+
+    @abc.abstractmethod
+    def counts_of(self, row: int) -> list[Any]:
+        """The counts of a row, in vectors of as many as there are float32 in one."""
 
     def next_weights(self) -> list[list[Any]]:
         """A vector for each column, of the weight and of the mask."""
@@ -129,8 +248,7 @@ class _Form:
         loaded = []
         for place in self.weights:
             start = builder.load(place)
-            addresses = [builder.add(start, I64(column * size)) for column in range(self.tile.columns)]
-            loaded.append([builder.load(_pointer(builder, address, self.kind), align=1) for address in addresses])
+            loaded.append([_load(builder, start, self.kind, column * size, 1) for column in range(self.tile.columns)])
             builder.store(builder.add(start, I64(self.tile.columns * size)), place)
         return loaded
 
@@ -141,38 +259,52 @@ class _Form:
 class _Count(_Form):
     word_bytes = 4
 
-    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
+    def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
         self.kind = ir.VectorType(I32, tile.lanes)
-        super().__init__(tile, builder, weights, out)
+        super().__init__(tile, builder, job)
+        with builder.if_then(builder.not_(_is_there(builder, job(Job.IS_FIRST)))):
+            for cell, count in self.sums.items():
+                builder.store(self.kept_counts(cell), count)
 
     def add_word(self, x: Any, row_bytes: Any) -> None:
         builder = self.builder
         signs, *masks = self.next_weights()
         for row in range(self.tile.rows):
-            word = builder.load(_pointer(builder, builder.add(x, builder.mul(row_bytes, I64(row))), I32))
-            word = _repeated(builder, builder.bitcast(word, ir.VectorType(I32, 1)), self.tile.lanes)
+            word = _load(builder, builder.add(x, builder.mul(row_bytes, I64(row))), ir.VectorType(I32, 1))
+            word = _repeated(builder, word, self.tile.lanes)
             for column in range(self.tile.columns):
                 bits = builder.xor(word, signs[column])
                 for mask in masks:
                     bits = builder.and_(bits, mask[column])
                 self.increase(self.sums[row, column], _call(builder, f"llvm.ctpop.v{self.tile.lanes}i32", self.kind, bits))
 
-    def finish(self) -> None:
+    def stop(self) -> None:
+        pass
+
+    def keep(self) -> None:
         for cell, count in self.sums.items():
-            counted = self.builder.load(count)
-            self.builder.store(self.builder.add(counted, counted), self.totals[cell], align=4)
+            self.builder.store(self.builder.load(count), self.kept[cell], align=4)
+
+    def counts_of(self, row: int) -> list[Any]:
+        assert self.tile.floats == self.tile.lanes
+        return [self.builder.load(self.sums[row, column]) for column in range(self.tile.columns)]
 
 
 class _Lookup(_Form):
-    """Adds up in bytes, and adds these to the totals before they can overflow."""
+    """Adds up in bytes, and adds these to the counts in memory before they can overflow."""
 
     word_bytes = 8
 
-    def __init__(self, tile: Tile, builder: Any, weights: tuple[Any, ...], out: Any) -> None:
+    def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
         self.kind = ir.VectorType(I8, tile.lanes)
-        super().__init__(tile, builder, weights, out)
-        for total in self.totals.values():
-            builder.store(ir.Constant(total.type.pointee, None), total, align=4)
+        super().__init__(tile, builder, job)
+        with builder.if_else(_is_there(builder, job(Job.IS_FIRST))) as (then, otherwise):
+            with then:
+                for place in self.kept.values():
+                    builder.store(ir.Constant(place.type.pointee, None), place, align=4)
+            with otherwise:
+                for cell, place in self.kept.items():
+                    builder.store(self.kept_counts(cell), place, align=4)
         self.filled = cgutils.alloca_once_value(builder, I64(0))  # words in the bytes
         ones = [bits.bit_count() for bits in range(16)]
         if tile.is_masked:
@@ -195,7 +327,7 @@ class _Lookup(_Form):
             left = builder.sub(length, first)
             size = builder.select(builder.icmp_signed("<", left, limit), left, limit)
             with builder.if_then(builder.icmp_signed(">", builder.add(builder.load(self.filled), size), limit)):
-                self.finish()
+                self.stop()
             super().add_run(builder.add(x, builder.mul(first, I64(self.word_bytes))), row_bytes, size)
             self.increase(self.filled, size)
 
@@ -207,9 +339,9 @@ class _Lookup(_Form):
                 nibbles = [[self._nibble(bits, half) for bits in columns] for columns in weights]
                 for row in range(self.tile.rows):
                     address = builder.add(builder.add(x, builder.mul(row_bytes, I64(row))), I64(2 * byte + half))
-                    which = builder.zext(builder.load(_pointer(builder, address, I8)), I64)
+                    which = builder.zext(_load(builder, address, I8), I64)
                     table = self.inputs if self.tile.is_masked else self.differing
-                    entries = builder.load(_pointer(builder, builder.add(table, which), ir.VectorType(I8, 16)), align=16)
+                    entries = _load(builder, builder.add(table, which), ir.VectorType(I8, 16), align=16)
                     entries = _repeated(builder, entries, lanes)
                     for column in range(self.tile.columns):
                         if self.tile.is_masked:  # weights of -1 differ where x, and those of +1 where not x
@@ -223,14 +355,22 @@ class _Lookup(_Form):
         shifted = self.builder.lshr(bits, _splat(self.kind, 4)) if half else bits
         return self.builder.and_(shifted, _splat(self.kind, 15))
 
-    def finish(self) -> None:
+    def stop(self) -> None:
         builder = self.builder
         for cell, count in self.sums.items():
-            total = self.totals[cell]
-            counted = builder.zext(builder.load(count), total.type.pointee)
-            builder.store(builder.add(builder.load(total, align=4), builder.add(counted, counted)), total, align=4)
+            kept = self.kept[cell]
+            counted = builder.zext(builder.load(count), kept.type.pointee)
+            builder.store(builder.add(builder.load(kept, align=4), counted), kept, align=4)
             builder.store(ir.Constant(self.kind, None), count)
         builder.store(I64(0), self.filled)
+
+    def keep(self) -> None:
+        pass
+
+    def counts_of(self, row: int) -> list[Any]:
+        tile, kind = self.tile, ir.VectorType(I32, self.tile.floats)
+        first = 4 * row * tile.channels
+        return [_load(self.builder, self.job(Job.COUNTS), kind, first + 4 * place) for place in range(0, tile.channels, tile.floats)]
 
 
 _FORMS: dict[Form, type[_Form]] = {"count": _Count, "lookup": _Lookup}
@@ -238,6 +378,18 @@ _FORMS: dict[Form, type[_Form]] = {"count": _Count, "lookup": _Lookup}
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: Any, address: Any, kind: Any, offset: int = 0, align: int | None = None) -> Any:
+    """What lies ``offset`` bytes behind an address; vectors are aligned as their elements are, unless ``align`` says otherwise."""
+    if align is None and isinstance(kind, ir.VectorType):
+        align = 4
+    return builder.load(_pointer(builder, builder.add(address, I64(offset)) if offset else address, kind), align=align)
+
+
+def _is_there(builder: Any, number: Any) -> Any:
+    """Whether a number is not 0."""
+    return builder.icmp_signed("!=", number, I64(0))
 
 
 def _splat(kind: Any, value: int) -> Any:
@@ -256,27 +408,6 @@ def _call(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
-def _subtract_multiple(_context: Any, target: Any, source: Any, factor: Any, count: Any) -> Any:
-    """``(target, source, factor, count)``: ``target -= factor * source`` for ``count`` int32 at these addresses."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        target, source, factor, count = arguments
-        whole = builder.and_(count, I64(-TOGETHER))
-        single = builder.insert_element(ir.Constant(ir.VectorType(I32, 1), ir.Undefined), builder.trunc(factor, I32), I32(0))
-        for first, end, lanes in ((I64(0), whole, TOGETHER), (whole, count, 1)):
-            kind, factors = ir.VectorType(I32, lanes), _repeated(builder, single, lanes)
-            with cgutils.for_range_slice(builder, first, end, I64(lanes), I64) as (place, _):
-                there, here = (_pointer(builder, builder.add(base, builder.shl(place, I64(2))), kind) for base in (target, source))
-                product = builder.mul(builder.load(here, align=4), factors)
-                builder.store(builder.sub(builder.load(there, align=4), product), there, align=4)
-        return cgutils.get_null_value(I8.as_pointer())
-
-    return types.void(*[types.intp] * 4), generate
-
-
-subtract_multiple: Any = intrinsic(_subtract_multiple)
-
-
 def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ignore[no-untyped-def]
     """``(x, threshold, stride, first, levels, step)``: a word whose bit ``i`` is the exclusive or of ``x[i] >= threshold[level, i]``.
 
@@ -286,10 +417,10 @@ def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ig
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         x, threshold, stride, first, levels, step = arguments
         floats, bits = ir.VectorType(ir.FloatType(), 32), ir.VectorType(ir.IntType(1), 32)
-        values = builder.load(_pointer(builder, x, floats), align=4)
+        values = _load(builder, x, floats)
         found = cgutils.alloca_once_value(builder, ir.Constant(bits, None))
         with cgutils.for_range_slice(builder, first, levels, step, I64) as (level, _):
-            limits = builder.load(_pointer(builder, builder.add(threshold, builder.mul(level, stride)), floats), align=4)
+            limits = _load(builder, builder.add(threshold, builder.mul(level, stride)), floats)
             builder.store(builder.xor(builder.load(found), builder.fcmp_ordered(">=", values, limits)), found)
         return builder.bitcast(builder.load(found), I32)
 
@@ -299,92 +430,18 @@ def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ig
 pack_bits_of_32: Any = intrinsic(_pack_bits)
 
 
-def make_finish(lanes: int) -> Any:
-    """A numba intrinsic that turns what a micro-kernel found into outputs, ``lanes`` of them at once.
-
-    ``(found, found_row, total, scale, bias, factors, factors_row, added, added_row, activation, activation_row, y, y_row, rows, count)``:
-    ``y = activated((total - found) * (scale * factor) + bias + added)`` for ``count`` outputs of each of ``rows`` positions.
-
-    All are integers: addresses of int32 (``found``, ``total``) and float32; the bytes from one position to the next of ``found``,
-    ``factors``, ``added`` and ``y``, and from one row of the table ``activation`` to the next. ``factors`` holds one for each
-    position; the factor is 1, nothing is added and nothing activated where the address is 0.
-    """
+def _copy(_context, target, source, count):  # type: ignore[no-untyped-def]
+    """``(target, source, count)``: copy ``count`` bytes from one address to another."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found, found_row, total, scale, bias, factors, factors_row, added, added_row, activation, activation_row, y, y_row, rows, count = (
-            arguments
-        )
-        whole = builder.and_(count, I64(-lanes))
-
-        def outputs(place: Any, width: int, has_factor: bool, is_adding: bool, is_active: bool) -> None:
-            integers, floats = ir.VectorType(I32, width), ir.VectorType(ir.FloatType(), width)
-            offset = builder.shl(place, I64(2))
-
-            def load(base: Any, kind: Any) -> Any:
-                return builder.load(_pointer(builder, builder.add(base, offset), kind), align=4)
-
-            totals, scales, biases = load(total, integers), load(scale, floats), load(bias, floats)
-            places = (builder.add(activation, builder.mul(activation_row, I64(row))) for row in range(5 if is_active else 0))
-            table = [load(row, floats) for row in places]
-            with cgutils.for_range(builder, rows) as row:
-                there, here = builder.mul(row.index, y_row), builder.mul(row.index, found_row)
-                other = builder.mul(row.index, added_row)
-                difference = builder.sub(totals, load(builder.add(found, here), integers))
-                scaled = scales
-                if has_factor:
-                    address = builder.add(factors, builder.mul(row.index, factors_row))
-                    factor = builder.load(_pointer(builder, address, ir.VectorType(ir.FloatType(), 1)), align=4)
-                    scaled = builder.fmul(scales, _repeated(builder, factor, width))
-                value = builder.fadd(builder.fmul(builder.sitofp(difference, floats), scaled), biases)
-                if is_adding:
-                    value = builder.fadd(value, load(builder.add(added, other), floats))
-                if is_active:
-                    value = _activated(builder, value, *table)
-                builder.store(value, _pointer(builder, builder.add(builder.add(y, there), offset), floats), align=4)
-
-        def all_outputs(has_factor: bool, is_adding: bool, is_active: bool) -> None:
-            for first, end, width in ((I64(0), whole, lanes), (whole, count, 1)):
-                with cgutils.for_range_slice(builder, first, end, I64(width), I64) as (place, _):
-                    outputs(place, width, has_factor, is_adding, is_active)
-
-        def branch(*wanted: bool) -> None:
-            """Ask for one address after the other whether it is there."""
-            addresses = factors, added, activation
-            if len(wanted) == len(addresses):
-                all_outputs(*wanted)
-                return
-            is_there = builder.icmp_signed("!=", addresses[len(wanted)], I64(0))
-            with builder.if_else(is_there) as (then, otherwise):
-                with then:
-                    branch(*wanted, True)
-                with otherwise:
-                    branch(*wanted, False)
-
-        branch()
+        target, source, count = arguments
+        cgutils.raw_memcpy(builder, _pointer(builder, target, I8), _pointer(builder, source, I8), count, 1)
         return cgutils.get_null_value(I8.as_pointer())
 
-    # numba wants the arity spelled out
-    def typed(  # type: ignore[no-untyped-def]
-        context,
-        found,
-        found_row,
-        total,
-        scale,
-        bias,
-        factors,
-        factors_row,
-        added,
-        added_row,
-        activation,
-        activation_row,
-        y,
-        y_row,
-        rows,
-        count,
-    ):
-        return types.void(*[types.intp] * 15), generate
+    return types.void(*[types.intp] * 3), generate
 
-    return intrinsic(typed)
+
+copy_bytes: Any = intrinsic(_copy)
 
 
 def _activated(builder: Any, y: Any, before: Any, slope: Any, after: Any, low: Any, high: Any) -> Any:

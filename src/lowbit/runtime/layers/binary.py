@@ -128,27 +128,28 @@ def binary_conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue:
         check_packed_input(x, layer, window.groups, epilogue.input_scaling)
     else:
         check_input(x, layer.in_channels, 4)
-    rows, columns = window.output_size(_image_size(x))
-    residual = _residual(epilogue.residual, x, (x.shape[0], layer.words.shape[0], rows, columns))
+    if loops is None:
+        return _conv2d_without_loops(x, layer, window, epilogue)
+    if prepared is None:
+        prepared = keep_layer(PreparedLayer(loops, layer, window, epilogue))
+    plan = prepared.plan(x.shape[0], *_image_size(x))
+    residual = _residual(epilogue.residual, x, plan.shape)
+    residual = None if residual is None else _channels_last(residual)
+    k_map = _k_map(x, window).movedim(1, -1).contiguous() if epilogue.input_scaling else None
+    y = plan.empty_output(are_signs=epilogue.out_threshold is not None)
+    plan.run(x.contiguous() if x.dtype == torch.int32 else _channels_last(x), y, residual, k_map)
+    return y
+
+
+def _conv2d_without_loops(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> Tensor:
+    """``binary_conv2d`` by CUDA kernels, or by the reference."""
+    _residual(epilogue.residual, x, (x.shape[0], layer.words.shape[0], *window.output_size(_image_size(x))))
     if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
         numbers = unpack_signs(x, layer.in_channels).permute(0, 3, 1, 2) if x.dtype == torch.int32 else x
         y: Tensor = kernels.conv2d(numbers, layer, window, epilogue)
         y = activated(y, epilogue.activation, (-1, 1, 1))
         return y if epilogue.out_threshold is None else _packed(y, epilogue)
-    if loops is None:
-        return binary_conv2d_reference(x, layer, window, epilogue)
-    if prepared is None:
-        prepared = keep_layer(PreparedLayer(loops, layer, window, epilogue))
-    k_map = _k_map(x, window).movedim(1, -1).contiguous() if epilogue.input_scaling else None
-    pixels = x.contiguous() if x.dtype == torch.int32 else _channels_last(x)
-    added = None if residual is None else _channels_last(residual)
-    if epilogue.out_threshold is not None:
-        signs = torch.zeros((x.shape[0], rows, columns, words_for(len(layer.words))), dtype=torch.int32)
-        prepared.run(pixels, signs, added, k_map)
-        return signs
-    y = torch.empty((x.shape[0], rows, columns, layer.words.shape[0]))
-    prepared.run(pixels, y, added, k_map)
-    return y.permute(0, 3, 1, 2)
+    return binary_conv2d_reference(x, layer, window, epilogue)
 
 
 @register_operator(_empty_linear)
@@ -183,8 +184,8 @@ def binary_linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor
     if prepared is None:
         prepared = keep_layer(PreparedLayer(loops, layer, POINT, epilogue))
     y = x.new_empty(shape)
-    added = None if residual is None else residual.detach().contiguous().view(1, 1, -1, shape[-1])
-    prepared.run(x.detach().contiguous().view(1, 1, -1, layer.in_channels), y.view(1, 1, -1, shape[-1]), added, None)
+    added = None if residual is None else residual.contiguous().resolve_neg()
+    prepared.plan(1, 1, y.numel() // shape[-1]).run(x.contiguous().resolve_neg(), y, added, None)
     return y
 
 
@@ -206,9 +207,8 @@ def cuda_kernels() -> ModuleType | None:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """``[N, H, W, C]`` without gaps; each call of torch that is left out counts in a small layer."""
-    pixels = (x.detach() if x.requires_grad else x).permute(0, 2, 3, 1)
-    return pixels if pixels.is_contiguous() else pixels.contiguous()
+    """``x`` in the memory format channels-last, without gaps."""
+    return x.contiguous(memory_format=torch.channels_last).resolve_neg()
 
 
 def _k_map(x: Tensor, window: Window) -> Tensor:
@@ -243,8 +243,10 @@ def _image_size(x: Tensor) -> tuple[int, int]:
 
 def _residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     """What is added, checked and in the shape of the output."""
+    if residual is None:
+        return None
     check_residual(residual, x)
-    if residual is None or residual.shape == shape:
+    if residual.shape == shape:
         return residual
     try:
         return residual.expand(shape)

@@ -27,7 +27,7 @@ from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.runtime.layers.checks import check_input, check_layer, refuse_gradients
 from lowbit.runtime.layers.int8 import InputGrid, has_exact_kernels
 from lowbit.runtime.layers.operator import register_operator
-from lowbit.runtime.layers.prepared import Array, PreparedLayer, keep_layer, known_layer
+from lowbit.runtime.layers.prepared import Array, PreparedLayer, filled_limits, keep_layer, known_layer
 from lowbit.runtime.thresholds import sign_threshold
 
 MOST_LEVELS = 15  # thresholds of the inputs: codes of 4 bits
@@ -187,14 +187,14 @@ def planes_conv2d(x: Tensor, layer: PlanesLayer[Tensor], window: Window, epilogu
         window.check_zero_padding()
         _check(layer, window, epilogue)
     check_input(x, layer.in_channels, 4)
-    rows, columns = window.output_size(x.shape[2:])
     if loops is None:
         return planes_conv2d_reference(x, layer, window, epilogue)
     if prepared is None:
         prepared = keep_layer(PreparedPlanes(loops, layer, window, epilogue))
-    y = x.new_empty((x.shape[0], rows, columns, layer.words.shape[1]))
-    prepared.run(x.detach().permute(0, 2, 3, 1).contiguous(), y, None, None)
-    return y.permute(0, 3, 1, 2)
+    plan = prepared.plan(x.shape[0], *x.shape[2:])
+    y = plan.empty_output()
+    plan.run(x.contiguous(memory_format=torch.channels_last).resolve_neg(), y, None, None)
+    return y
 
 
 @register_operator(_empty_linear)
@@ -210,8 +210,8 @@ def planes_linear(x: Tensor, layer: PlanesLayer[Tensor], epilogue: Affine[Tensor
         return planes_linear_reference(x, layer, epilogue)
     if prepared is None:
         prepared = keep_layer(PreparedPlanes(loops, layer, POINT, epilogue))
-    y = x.new_empty((*x.shape[:-1], layer.words.shape[1]))
-    prepared.run(x.detach().contiguous().view(1, 1, -1, layer.in_channels), y.view(1, 1, -1, layer.words.shape[1]), None, None)
+    y = _empty_linear(x, layer, epilogue)
+    prepared.plan(1, 1, y.numel() // y.shape[-1]).run(x.contiguous().resolve_neg(), y, None, None)
     return y
 
 
@@ -223,24 +223,24 @@ class PreparedPlanes(PreparedLayer):
         super().__init__(loops, signs, window, Epilogue(epilogue.scale, epilogue.bias))
         self.made_of(layer, window, epilogue)
         self.zero_code, self.planes = layer.zero_code, len(self.packing[0]).bit_length()
-        weight, mask, counted, missing = self.weight
         factors = 2 ** torch.arange(len(layer.words), dtype=torch.int32)[:, None]
         magnitudes, sums = (
-            (torch.from_numpy(part).view(len(factors), -1) * factors).sum(0) for part in (counted, missing.sum((0, 1), dtype=np.int32))
+            (torch.from_numpy(part).view(len(factors), -1) * factors).sum(0)
+            for part in (self.total, self.missing.sum((0, 1), dtype=np.int32))
         )
         highest = 2**self.planes - 1
-        total = highest * magnitudes + (highest - 2 * self.zero_code) * sums
-        self.weight = weight, mask, total.int().numpy(), missing
-        scale = (epilogue.scale.detach() / 2).contiguous().numpy()  # sums are doubled
-        self.finishing = 0, scale, *self.finishing[2:]  # the image already includes the padding
-        inputs = np.zeros((1, 1, 1, layer.in_channels), np.float32)
+        self.total = (highest * magnitudes + (highest - 2 * self.zero_code) * sums).int().numpy()
+        self.border = 0  # the image already includes the padding
+        self.finishing = self.in_tiles(epilogue.scale / 2), *self.finishing[1:]  # sums are doubled
+        zeros = torch.zeros(1, self.channels)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
-        loops.pack(inputs, inputs[0, 0], np.zeros((self.groups, self.words), np.int32), self.ones, 0, 0, self.groups, 0, 1)
+        geometry = (1, 1, 1, self.channels, 1, 1, self.outputs, *POINT.numbers)
+        loops.pack(zeros.data_ptr(), filled_limits(zeros, self.groups), np.zeros_like(self.packing[1]), self.ones, geometry, 0, 1)
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
         """Allocate an image for each bit, padded with the bits of ``zero_code``."""
         image = super().empty_image(n, height, width)
-        top, left = self.shape[4], self.shape[5]
+        top, left = self.window.padding
         for plane in range(self.planes if top or left else 0):
             if self.zero_code >> plane & 1:
                 padded = image[plane * n : (plane + 1) * n]

@@ -18,6 +18,7 @@ from lowbit.runtime.arguments import Affine, Epilogue, PlanesLayer, SignLayer, W
 from lowbit.runtime.cpu.bits import WORD, pack_signs, unpack_weight, words_for
 from lowbit.runtime.kept import PreparedWeights, version_of
 
+PLANS = 4  # sizes of inputs of a layer whose plans are kept
 THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; below, starting it costs more than it saves
 
 NOTHING = torch.empty(0, 0)
@@ -40,26 +41,27 @@ class PreparedLayer:
     def __init__(self, loops: ModuleType, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> None:
         self.loops = loops
         self.made_of(layer, window, epilogue)
-        self.shape, self.groups = window.numbers, window.groups
-        channels = layer.in_channels
-        per_group = channels // self.groups
+        self.window, self.groups = window, window.groups
+        self.channels, self.outputs = layer.in_channels, len(epilogue.scale)
+        per_group = self.channels // self.groups
         self.words = words_for(per_group)
-        limits = torch.atleast_2d(torch.zeros(channels) if layer.threshold is None else layer.threshold).expand(-1, channels)
-        self.packing = _floats(limits), _flipped_bits(layer.flip, self.groups, self.words)
-        self.weight = _ordered.get(
+        limits = torch.atleast_2d(torch.zeros(self.channels) if layer.threshold is None else layer.threshold).expand(-1, self.channels)
+        self.packing = filled_limits(limits, self.groups), _flipped_bits(layer.flip, self.groups, self.words)
+        ordered = _ordered.get(
             layer.words,
             layer.mask,
             (per_group, self.groups),
             lambda: _in_kernel_order(layer.words, layer.mask, per_group, self.groups, loops),
         )
+        self.weight, self.total, self.missing = ordered[:2], *ordered[2:]
         self.planes = 1  # images of words, one for each bit of the inputs
-        border = window.pad_value + 1 if any(window.padding) else 0
+        self.border = window.pad_value + 1 if any(window.padding) else 0
         bias = torch.zeros_like(epilogue.scale) if epilogue.bias is None else epilogue.bias
         activation = NOTHING if epilogue.activation is None else epilogue.activation
-        self.finishing = border, _floats(epilogue.scale), _floats(bias), _floats(activation)
+        self.finishing = self.in_tiles(epilogue.scale), self.in_tiles(bias), self.in_tiles(activation)
         limits = torch.empty(0) if epilogue.out_threshold is None else epilogue.out_threshold
-        self.signing = _floats(limits), _flipped_bits(epilogue.out_flip, 1, words_for(len(limits)))[0]
-        self.nothing, self.no_signs = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.int32)
+        self.signing = filled_limits(limits[None], 1).reshape(-1), _flipped_bits(epilogue.out_flip, 1, words_for(len(limits)))[0]
+        self.plans: dict[tuple[int, int, int], Plan] = {}
 
     def made_of(self, layer: AnyLayer, window: Window, epilogue: Affine[Tensor]) -> None:
         """Keep in mind what it was made of."""
@@ -84,45 +86,119 @@ class PreparedLayer:
             self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
         return all(tensor()._version == version for tensor, version in self.versions)  # type: ignore[union-attr]
 
-    def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
-        """Convolve the signs of ``x`` into ``y``.
+    def in_tiles(self, values: Tensor) -> Array:
+        """``[..., out]`` as ``[groups, tiles, ..., CHANNELS]``, filled up with zeros."""
+        if not values.numel():
+            return np.empty((0,) * (values.dim() + 2), values.numpy().dtype)
+        by_group = values.detach().unflatten(-1, (self.groups, -1))
+        filled = functional.pad(by_group, (0, -by_group.shape[-1] % self.loops.CHANNELS))
+        array: Array = filled.unflatten(-1, (-1, self.loops.CHANNELS)).movedim((-3, -2), (0, 1)).contiguous().numpy()
+        return array
 
-        Args:
-            x: float32 ``[N, H, W, C]``, or packed signs ``[N, H, W, words]``, without gaps and gradient like all of these.
-            y: What is written: float32 ``[N, rows, columns, out]``, or packed signs ``[N, rows, columns, words]`` full of zeros.
-            residual: float32 ``[N, rows, columns, out]``.
-            k_map: ``[N, rows, columns, groups]``.
-        """
-        loops, shape = self.loops, self.shape
-        n, height, width, channels = x.shape
-        top, left = shape[4], shape[5]
-        image = self.empty_image(n, height, width)
-        pixels = x.numpy()
-        if x.dtype == torch.int32:
-            loops.place(pixels, image, top, left)
-        else:
-            share(
-                lambda first, last: loops.pack(pixels, *self.packing, image, top, left, self.groups, first, last),
-                n * height,
-                n * height * width * channels * 32 * len(self.packing[0]),
-            )
-        outputs = len(self.finishing[1])
-        are_signs = y.dtype == torch.int32
-        arguments = (
-            image, *self.weight, *self.finishing, self.nothing if k_map is None else k_map.numpy(),
-            self.nothing if residual is None else residual.numpy(), self.nothing if are_signs else y.numpy(), *self.signing,
-            y.numpy() if are_signs else self.no_signs, (*y.shape[:3], outputs), (height, width), shape,
-        )  # fmt: skip
-        pairs = self.planes * len(self.weight[0]) // self.groups
-        work = math.prod(y.shape[:3]) * outputs * shape[0] * shape[1] * self.words * 32 * pairs
-        share(lambda first, last: loops.convolve(*arguments, first, last), n * y.shape[1], work)
+    def plan(self, n: int, height: int, width: int) -> Plan:
+        """What all calls with inputs of this size share; the plans of the last few sizes are kept."""
+        found = self.plans.get((n, height, width))
+        if found is None:
+            if len(self.plans) >= PLANS:
+                self.plans.pop(next(iter(list(self.plans)), (0, 0, 0)), None)
+            found = self.plans[n, height, width] = Plan(self, n, height, width)
+        return found
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
         """Padded images without bits, into which inputs are packed; behind them memory for windows that reach over the end."""
-        top, left = self.shape[4], self.shape[5]
+        top, left = self.window.padding
         shape = (self.planes * n, height + 2 * top, width + 2 * left, self.groups, self.words)
-        reach = self.loops.ROWS * self.shape[3] + shape[2]
+        reach = self.loops.ROWS * self.window.stride[1] + self.window.kernel_size[1] * self.window.dilation[1]
         return np.zeros((math.prod(shape) + reach * shape[3] * shape[4]), self.loops.IMAGE)[: math.prod(shape)].reshape(shape)
+
+
+class Plan:
+    """A layer with inputs of one size: all that its calls share, so that a call is little more than one of a compiled function.
+
+    Args:
+        layer: The layer.
+        n, height, width: Size of its inputs.
+
+    Attributes:
+        shape: Shape of the output, ``[N, out, rows, columns]``.
+    """
+
+    def __init__(self, layer: PreparedLayer, n: int, height: int, width: int) -> None:
+        self.layer, self.size = layer, (n, height, width)
+        window, loops = layer.window, layer.loops
+        self.rows, self.columns = window.output_size((height, width))
+        out, pixels = layer.outputs, self.rows * self.columns
+        self.shape, self.strides = (n, out, self.rows, self.columns), (pixels * out, 1, self.columns * out, out)
+        self.geometry = (n, height, width, layer.channels, self.rows, self.columns, out, *window.numbers)
+        inside = [
+            _inside(*sizes)
+            for sizes in zip(
+                (height, width),
+                (self.rows, self.columns),
+                window.kernel_size,
+                window.stride,
+                window.padding,
+                window.dilation,
+                strict=True,
+            )
+        ]
+        (row_kinds, row_kind), (column_kinds, column_kind) = (
+            np.unique(part if layer.border else part[:, :0], axis=0, return_inverse=True) for part in inside
+        )
+        missing = layer.missing if layer.border else np.zeros((0, 0, out), int)
+        outside = missing.sum((0, 1)) - np.einsum("yi,xj,ijo->yxo", row_kinds.astype(int), column_kinds.astype(int), missing.astype(int))
+        totals = layer.in_tiles(torch.from_numpy((layer.total + layer.border * outside).astype(np.int32)))
+        step = 4 * loops.CHANNELS
+        kinds = step * len(column_kinds) * row_kind.ravel(), np.pad(step * column_kind.ravel(), (0, loops.ROWS))
+        self.shared = *layer.weight, totals, *kinds, *layer.finishing, *layer.signing
+        pairs = layer.planes * len(layer.weight[0]) // layer.groups
+        self.work = n * self.rows * self.columns * layer.outputs * math.prod(window.kernel_size) * layer.words * 32 * pairs
+        self.packing_work = n * height * width * layer.channels * 32 * len(layer.packing[0])
+        self.images: list[Array] = []  # for calls to come: only the inner part of an image changes
+
+    def empty_output(self, *, are_signs: bool = False) -> Tensor:
+        """Memory for outputs, channels-last, or for their signs."""
+        if are_signs:
+            n, out, *size = self.shape
+            return torch.empty((n, *size, words_for(out)), dtype=torch.int32)
+        return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
+
+    def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
+        """Convolve the signs of ``x`` into ``y``.
+
+        All of these lie in memory as said, without gaps; images may also be ``[N, C, H, W]`` in the memory format channels-last.
+
+        Args:
+            x: float32 ``[N, H, W, C]``, or packed signs ``[N, H, W, words]``.
+            y: What is written: float32 ``[N, rows, columns, out]``, or packed signs ``[N, rows, columns, words]``.
+            residual: float32 ``[N, rows, columns, out]``.
+            k_map: ``[N, rows, columns, groups]``.
+        """
+        layer, loops, (n, height, _) = self.layer, self.layer.loops, self.size
+        try:
+            image = self.images.pop()
+        except IndexError:
+            image = layer.empty_image(*self.size)
+        inputs = x.data_ptr()
+        if x.dtype == torch.int32:
+            loops.place(x.numpy(), image, *layer.window.padding)
+            inputs = 0
+        count = threads_for(n * self.rows, self.work)
+        if count > 1 and inputs:
+            share(
+                lambda first, last: loops.pack(inputs, *layer.packing, image, self.geometry, first, last),
+                n * height,
+                self.packing_work,
+            )
+        arguments = (
+            inputs if count == 1 else 0, *layer.packing, image, *self.shared, 0 if k_map is None else k_map.data_ptr(),
+            0 if residual is None else residual.data_ptr(), y.data_ptr(), self.geometry,
+        )  # fmt: skip
+        if count == 1:
+            loops.layer(*arguments, 0, n * self.rows)
+        else:
+            share(lambda first, last: loops.layer(*arguments, first, last), n * self.rows, self.work)
+        self.images.append(image)
 
 
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
@@ -145,15 +221,23 @@ def keep_layer(layer: PreparedLayer) -> PreparedLayer:
     return layer
 
 
+def _inside(image: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> npt.NDArray[np.bool_]:
+    """``[outputs, kernel]``: whether an element of the kernel lies inside of the image, along one axis."""
+    places = np.arange(outputs)[:, None] * stride - padding + np.arange(kernel) * dilation
+    return (places >= 0) & (places < image)
+
+
+def filled_limits(limits: Tensor, groups: int) -> Array:
+    """Limits ``[levels, channels]`` as ``[levels, groups, 32 words]``, filled up with NaN, which no number reaches."""
+    by_group = limits.detach().float().unflatten(1, (groups, -1))
+    array: Array = functional.pad(by_group, (0, -by_group.shape[2] % WORD), value=math.nan).contiguous().numpy()
+    return array
+
+
 def _flipped_bits(flip: Tensor | None, groups: int, words: int) -> Array:
     """int32 ``[groups, words]``: ones where a sign is the other way round."""
     bits = torch.zeros(groups, words, dtype=torch.int32) if flip is None else pack_signs(flip.view(groups, -1) * 2 - 1)
     array: Array = bits.contiguous().numpy()
-    return array
-
-
-def _floats(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().float().contiguous().numpy()
     return array
 
 
@@ -195,9 +279,14 @@ def _in_tiles(words: Tensor, groups: int, loops: ModuleType) -> Array:
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
+def threads_for(rows: int, work: int) -> int:
+    """Threads for ``rows``: as many as torch has and ``work`` is worth."""
+    return max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
+
+
 def share(run: Callable[[int, int], None], rows: int, work: int) -> None:
     """``run(first, last)`` over ``rows``, in as many threads as torch has and the work is worth."""
-    count = max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
+    count = threads_for(rows, work)
     if count == 1:
         run(0, rows)
         return
