@@ -24,6 +24,7 @@ from lowbit.spec import BitPolicy
 from lowbit.testing import post_training
 
 SOURCE = str(Path(lowbit.__file__).parent)
+BEHIND_HSWISH = {"profit"}  # methods with quantizers of their own behind h-swish
 NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
 STEPS, BATCH = 2, 8
 MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch something on, and choices that belong together

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -20,6 +20,7 @@ class QuantizationRecord:
 
     Attributes:
         switches: From the highest on; empty where the network was trained for one width.
+        measured: What a method measured of layers in training, by the name of the measure and the layer's.
         switching: Whether the ``network`` switches as a whole, or each ``layer``.
     """
 
@@ -30,6 +31,7 @@ class QuantizationRecord:
     table: LayerTable
     switches: tuple[LayerBits, ...] = ()
     switching: Literal["network", "layer"] = "network"
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lowbit.surrogates.sigmoids import Sigmoids
 from lowbit.surrogates.straight_through import (
     bounded_straight_through,
     clipped_straight_through,
+    inner_straight_through,
     round_straight_through,
     straight_through,
 )
@@ -40,6 +41,6 @@ def make_surrogate(name: str) -> Surrogate:
 
 __all__ = [
     "SURROGATES", "ApproxSign", "DistanceAwareRounding", "ElementwiseGradientScaling", "ErrorDecay", "Sigmoids", "SoftTanh", "Surrogate",
-    "SwishSign", "bounded_straight_through", "clipped_straight_through", "make_surrogate", "pass_gradient", "round_straight_through",
-    "scale_gradient", "straight_through",
+    "SwishSign", "bounded_straight_through", "clipped_straight_through", "inner_straight_through", "make_surrogate", "pass_gradient",
+    "round_straight_through", "scale_gradient", "straight_through",
 ]  # fmt: skip

@@ -31,3 +31,9 @@ def clipped_straight_through(position: Tensor, low: Tensor | float, high: Tensor
 def bounded_straight_through(position: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Forward: ``clamp(round(position), low, high)``. Backward: 1 where ``low <= position <= high``, else 0."""
     return round_straight_through(clamp(position, low, high))
+
+
+def inner_straight_through(position: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Forward: ``clamp(round(position), low, high)``. Backward: 1 where ``low < position < high``, else 0, the bounds included."""
+    inside = (position > low) & (position < high)
+    return pass_gradient(position * inside, clamp(position.detach().round(), low, high))

@@ -1,0 +1,51 @@
+"""Convolutions that pad with another constant than zero, behind the quantizer of their input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lowbit.network.layers import CONVOLUTIONS
+
+PADDING = "input_padding"  # the submodule that pads
+_PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+
+
+def pad_with(layer: nn.Module, value: float) -> bool:
+    """Let the convolution ``layer`` pad its input with ``value`` from now on; whether it pads with zeros until now.
+
+    A submodule pads what the input quantizer gives, and the convolution itself pads no more. Call it once the quantizer is in place.
+
+    >>> import torch
+    >>> conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+    >>> _ = nn.init.ones_(conv.weight)
+    >>> pad_with(conv, -0.5), conv(torch.ones(1, 1, 3)).tolist()
+    (True, [[[1.5, 3.0, 1.5]]])
+    """
+    if not isinstance(layer, CONVOLUTIONS) or layer.padding_mode != "zeros":
+        return False
+    pads = _pads(layer)
+    if not any(pads):
+        return False
+    setattr(layer, PADDING, _PADS[len(layer.kernel_size) - 1](pads, value))
+    layer.padding = (0,) * len(layer.kernel_size)
+    layer.register_forward_pre_hook(_pad)
+    return True
+
+
+def _pads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """Elements before and behind, the last dimension first."""
+    sides: list[tuple[int, int]] = []
+    for dim, (size, dilation) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        if layer.padding == "same":
+            total = dilation * (size - 1)
+            sides.append((total // 2, total - total // 2))
+        else:
+            one = 0 if isinstance(layer.padding, str) else layer.padding[dim]
+            sides.append((one, one))
+    return tuple(count for side in reversed(sides) for count in side)
+
+
+def _pad(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(layer, PADDING)(args[0]), *args[1:])
