@@ -100,7 +100,7 @@ def whole_layer(params: Values, inputs: dict[str, Tensor]) -> Values:
     bias = dict(layer.named_parameters()).get("bias")
     if bias is not None:
         bias.data = inputs["bias"]
-    method = Adabits(rescale=params.get("rescale") or "none", rescales_in_evaluation=False)
+    method = Adabits(weight_rounding="floor", rescale=params.get("rescale") or "none", rescales_in_evaluation=False)
     bits = max(params["bits"], params.get("bitw_min", 0))
     weights = method.weight_quantizer(Slot("layer", layer, bits, position="last" if "rescale" in params else "inner"))
     insert.set_weight_quantizer(layer, weights)
@@ -169,7 +169,14 @@ def tensors_of(model: nn.Module, widths: list[int]) -> dict[str, list[Tensor]]:
 def joint_training(params: Values, inputs: dict[str, Tensor]) -> Values:
     widths, steps = params["bits_list"], params["steps"]
     policy = BitPolicy(LayerBits(8, 8), rules=(Rule("conv1", weight=8, activation="float"), Rule("fc", weight=8)))
-    ask: Values = {"method": "adabits", "bits": widths, "policy": policy, "integer_images": True, "sample": inputs["x"][0]}
+    ask: Values = {
+        "method": "adabits",
+        "bits": widths,
+        "policy": policy,
+        "weight_rounding": "floor",
+        "integer_images": True,
+        "sample": inputs["x"][0],
+    }
     model = prepare(Small(), **ask).train()
     for name, tensors in tensors_of(model, widths).items():
         if f"init.{name}" in inputs:

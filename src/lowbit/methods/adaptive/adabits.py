@@ -7,6 +7,8 @@ Paper: Jin, Yang, Liao 2020, "AdaBits: Neural Network Quantization with Adaptive
     the gradient of the clip.
 Symbols: k -> bit_width, alpha -> clip, q_k -> unit_codes; the authors' "modified" -> floor, "original" -> nearest.
 Differs from the paper:
+    - Weights are ``centered`` and clips start at the least error unless options say otherwise: with the paper's ``floor`` widths of 2 bits
+      ruin all others within a short training from a float network, and the authors' program recommends the former for them.
     - The first and the last layer have 8 bits for their inputs too. In the paper the first layer's input is the image itself, and the last
       one's follows the switch; a policy says so: ``with_rule(match="conv1", weight=8, activation="float")``.
     - The last layer is scaled in evaluation as in training. The authors leave its weight alone there and divide its bias instead, which
@@ -255,7 +257,7 @@ class IntegerImage(nn.Module):
         fidelity="exact",
         summary="one network for several bit-widths: codes that nest, norms and clips of each width, all trained together",
         evidence="checked against the authors' code",
-        margin_points=40,
+        margin_points=60,
     )
 )
 @dataclass
@@ -267,8 +269,8 @@ class Adabits(AdaptiveMethod):
             or one after the other in equal shares of the training, from the highest on (``descending``) or from the lowest on
             (``ascending``). The norms of widths that are not trained follow the batches, with the affine parameters and clips of the one
             that is.
-        weight_rounding: Levels of weights: ``floor`` with the value 0, ``centered`` without (better at 2 bits), both with codes that nest;
-            or ``nearest``, DoReFa's, whose codes do not.
+        weight_rounding: Levels of weights: ``floor`` (the paper's), which have 0 among them and are half a step too low on average, or
+            ``centered`` (the authors' program since 2022), both with the same codes, which nest; or ``nearest``, DoReFa's, whose codes do not.
         activation_rounding: Levels of activations, in the same words.
         switchable_clip: Give each width a clip of its own.
         clip_init: Initial clip of activations: a number, ``max`` (the largest magnitude of the first batch), ``least_error`` (the least
@@ -282,10 +284,10 @@ class Adabits(AdaptiveMethod):
     """
 
     adaptation: Literal["joint", "direct", "direct_lowest", "descending", "ascending"] = "joint"
-    weight_rounding: Rounding = "floor"
+    weight_rounding: Rounding = "centered"
     activation_rounding: Rounding = "nearest"
     switchable_clip: bool = True
-    clip_init: Annotated[float | Literal["max", "least_error", "paper"], Above(0)] = "paper"
+    clip_init: Annotated[float | Literal["max", "least_error", "paper"], Above(0)] = "least_error"
     rescale: Rescale = "constant"
     rescale_convolutions: bool = False
     rescales_in_evaluation: bool = True
