@@ -49,3 +49,8 @@ def test_each_network_has_its_own_verdict_and_other_bits_do_not_count() -> None:
 def test_terms_that_the_two_do_not_share_are_told() -> None:
     (verdict,) = judge([CLAIM], [*seeds([0.8] * 3, "lsq"), *seeds([0.7] * 3, "dorefa", terms={"float_share": 0.2})])
     assert verdict.unequal == ("float share",) and verdict.finding == "holds"
+
+
+def test_what_has_no_results_is_told_too() -> None:
+    (verdict,) = judge([CLAIM], [])
+    assert (verdict.finding, verdict.subject, verdict.better) == ("not measured", "", None)

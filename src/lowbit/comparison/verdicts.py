@@ -20,7 +20,7 @@ class Verdict:
 
     Attributes:
         ordering: The claim.
-        subject, track: Network, and terms.
+        subject, track: Network, and terms; without a network where nothing is measured.
         finding: ``holds`` or ``does not hold`` where the interval of the difference leaves 0 out; ``not measured`` with fewer than three
             seeds that both methods have.
         better, worse: Spread over the seeds of the two methods.
@@ -41,21 +41,26 @@ class Verdict:
 
 
 def judge(orderings: Iterable[Ordering], results: Sequence[Result]) -> list[Verdict]:
-    """A verdict for each ordering on each network and track where one of its methods has results.
+    """A verdict for each ordering on each network and track where one of its methods has results, or one that says that it is not measured.
 
     Args:
         orderings: Claims.
         results: Of a comparison, each cell once.
 
     Example:
-        >>> judge([Ordering("lsq > dorefa at 2/2")], [])
-        []
+        >>> [verdict.finding for verdict in judge([Ordering("lsq > dorefa at 2/2")], [])]
+        ['not measured']
     """
-    return [
-        _verdict(ordering, subject, track, results)
-        for ordering in orderings
-        for subject, track in dict.fromkeys((one.cell.subject, one.cell.track) for one in _about(ordering, results))
-    ]
+    return [verdict for ordering in orderings for verdict in _verdicts(ordering, _about(ordering, results))]
+
+
+def _verdicts(ordering: Ordering, found: Sequence[Result]) -> list[Verdict]:
+    groups: dict[tuple[str, Track], list[Result]] = {}
+    for one in found:
+        groups.setdefault((one.cell.subject, one.cell.track), []).append(one)
+    if not groups:
+        return [Verdict(ordering, "", "aligned", "not measured", None, None, None, "")]
+    return [_verdict(ordering, subject, track, group) for (subject, track), group in groups.items()]
 
 
 def _about(ordering: Ordering, results: Sequence[Result]) -> list[Result]:
@@ -63,8 +68,7 @@ def _about(ordering: Ordering, results: Sequence[Result]) -> list[Result]:
     return [one for one in results if one.cell.bits == ordering.bits and one.cell.label in labels and one.status != "skipped"]
 
 
-def _verdict(ordering: Ordering, subject: str, track: Track, results: Sequence[Result]) -> Verdict:
-    found = [one for one in _about(ordering, results) if (one.cell.subject, one.cell.track) == (subject, track)]
+def _verdict(ordering: Ordering, subject: str, track: Track, found: Sequence[Result]) -> Verdict:
     done = [one for one in found if one.status == "done"]
     higher, unit = (done or found)[0].higher_is_better, (done or found)[0].unit
     values = {

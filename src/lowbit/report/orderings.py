@@ -16,7 +16,7 @@ def ordering_cells(verdict: Verdict) -> list[str]:
     return [
         verdict.ordering.claim,
         verdict.ordering.source or NOTHING,
-        verdict.subject if verdict.track == "aligned" else f"{verdict.subject}, {verdict.track}",
+        (verdict.subject or NOTHING) if verdict.track == "aligned" else f"{verdict.subject}, {verdict.track}",
         _spread(verdict.better, verdict.unit),
         _spread(verdict.worse, verdict.unit),
         _difference(verdict),
