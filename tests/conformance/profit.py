@@ -115,7 +115,8 @@ class Net(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)
         self.act2, self.fc = nn.ReLU(), nn.Linear(hidden, classes)
         self.load_state_dict(state, strict=False)
-        self.raw = {name.removesuffix(".a"): (state[name], state[name.removesuffix("a") + "c"]) for name in state if name.endswith(".a")}
+        names = [name.removesuffix(".a") for name in state if name.endswith(".a")]
+        self.raw = {name: (state[f"{name}.a"], state[f"{name}.c"]) for name in names}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.bn1(self.conv1(x)))

@@ -11,8 +11,9 @@ Differs from the paper:
     - ``policy="paper"`` quantizes what the first layer reads as well: a rule with ``activation="float"`` leaves it in float.
     - The learning rate follows its schedule step by step, in the authors' code epoch by epoch.
     - Weight averages are part of the recipe (``recipe="paper"``), one over the whole run; the authors keep the better of raw and averaged weights.
+    - Half of the epochs are spent at the bits asked for (``last_share``), a third in the paper, because budgets here are short.
     - Without a phase for sampling, in runs of a few epochs, the instability is sampled while all layers still learn.
-    - Phases without a whole epoch are left out.
+    - Phases without a whole epoch are left out, those of norms first.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ class Step:
 class Profit(Procedure):
     """Progressive bits, then progressive freezing of layers by their activation instability, with a teacher throughout.
 
-    Lengths are relative to each other. Each phase has optimizers and a schedule of its own.
+    Lengths are relative to each other, on the way and at the last bits. Each phase has optimizers and a schedule of its own.
 
     Attributes:
         progressive: Come down over ``widths`` before the bits that are asked for, first of activations, then of weights.
@@ -260,6 +261,7 @@ class Profit(Procedure):
         norm_length: Length of the phases in which nothing but norms, biases and quantizers learn, before each width and behind those of activations.
         last_norm_length: Length of these behind the widths of weights.
         sample_length: Length of the training in which the metric is sampled, with a constant learning rate.
+        last_share: Share of the epochs in all phases together in which weights and activations have the bits asked for.
     """
 
     quantizers = DuqQuantizers
@@ -274,6 +276,7 @@ class Profit(Procedure):
     norm_length: Annotated[float, AtLeast(0)] = 5.0
     last_norm_length: Annotated[float, AtLeast(0)] = 2.0
     sample_length: Annotated[float, AtLeast(0)] = 5.0
+    last_share: Annotated[float, Interval(0, 1, closed="right")] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,16 +330,22 @@ class Profit(Procedure):
 
     def phases(self, recipe: Recipe) -> list[Phase]:
         steps = self.steps()
-        *_, last = steps
-        shares = {name: step.length for name, step in steps.items()}
-        # norms alone settle at the end only where there is a whole epoch for it
-        settling = round(recipe.epochs * shares[last] / sum(shares.values())) if steps[last].is_for_norms else 0
-        if steps[last].is_for_norms:
-            shares.pop(last)
-        found = self.split(replace(recipe, epochs=recipe.epochs - settling), shares, restart=True)
-        if settling:
-            found.append(replace(found[-1], name=last, epochs=settling))
-        return [self._adapted(phase, steps[phase.name]) for phase in found]
+        shares = self._shares(steps)
+        norms = {name: round(recipe.epochs * shares.pop(name)) for name, step in steps.items() if step.is_for_norms}
+        found = {
+            phase.name: phase for phase in self.split(replace(recipe, epochs=recipe.epochs - sum(norms.values())), shares, restart=True)
+        }
+        one = next(iter(found.values()))
+        found |= {name: replace(one, name=name, epochs=epochs) for name, epochs in norms.items() if epochs}
+        return [self._adapted(found[name], step) for name, step in steps.items() if name in found]
+
+    def _shares(self, steps: Mapping[str, Step]) -> dict[str, float]:
+        """The share of the epochs of each phase: ``last_share`` for those at the bits asked for, by their lengths among themselves."""
+        *_, last = steps.values()
+        is_last = {name: step.bits == last.bits for name, step in steps.items()}
+        lengths = {flag: sum(step.length for name, step in steps.items() if is_last[name] is flag) for flag in (False, True)}
+        parts = {False: 1 - self.last_share, True: self.last_share} if lengths[False] else {True: 1.0}
+        return {name: parts[is_last[name]] * step.length / lengths[is_last[name]] for name, step in steps.items()}
 
     def _adapted(self, phase: Phase, step: Step) -> Phase:
         optimizers = dict(phase.optimizers)
