@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -21,6 +21,7 @@ class QuantizationRecord:
     Attributes:
         switches: From the highest on; empty where the network was trained for one width.
         switching: Whether the ``network`` switches as a whole, or each ``layer``.
+        tied: Layers whose bits always are those of another one, and which that is.
     """
 
     method: str
@@ -30,6 +31,7 @@ class QuantizationRecord:
     table: LayerTable
     switches: tuple[LayerBits, ...] = ()
     switching: Literal["network", "layer"] = "network"
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def attach_record(model: nn.Module, record: QuantizationRecord) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class AdaptiveMethod(TrainingMethod):
     (pairs of widths), or ``losses`` as a whole.
     """
 
-    switching = "network"
+    switching: ClassVar[Literal["network", "layer"] | None] = "network"
 
     def attach(self, job: QatJob) -> None:
         self.insert_norms(job)

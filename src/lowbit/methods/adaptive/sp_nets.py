@@ -16,8 +16,9 @@ Differs from the paper:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -39,7 +40,12 @@ from lowbit.quantizers.switchable import for_widths
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import LayerBits
 
-QUANTIZERS: dict[str, type[TrainingMethod]] = {"dorefa": Dorefa, "pact": Pact, "lsq": Lsq, "lq_nets": LqNets}
+QUANTIZERS: dict[str, Callable[[], TrainingMethod]] = {
+    "dorefa": Dorefa,
+    "pact": partial(Pact, clip_init="least_error"),
+    "lsq": Lsq,
+    "lq_nets": LqNets,
+}
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
