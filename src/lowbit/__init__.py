@@ -8,6 +8,7 @@ from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:  # imported when they are first used
     from lowbit.measure.diagnose import diagnose
+    from lowbit.measure.selection import select_bits
     from lowbit.network.bits import get_bits, set_bits
     from lowbit.network.slot import Slot
     from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
@@ -45,7 +46,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
-    "set_bits", "get_bits",
+    "set_bits", "get_bits", "select_bits",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",

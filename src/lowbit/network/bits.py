@@ -128,6 +128,15 @@ def switches_of(model: nn.Module) -> tuple[LayerBits, ...]:
     return () if record is None else record.switches
 
 
+def switching_layers(model: nn.Module) -> tuple[str, ...]:
+    """The weights whose bits differ between the switches of the network, without those that are tied to another layer's."""
+    record, layers = record_of(model), layer_quantizers(model)
+    if record is None:
+        return ()
+    at_switches = [_at_switch(record, layers, switch) for switch in record.switches]
+    return tuple(name for name in layers if name not in record.tied and any(at[name] != at_switches[0][name] for at in at_switches))
+
+
 def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
     """Bits that the policy in the network's record asks for each layer, whatever it has now; SpecError without a record."""
     record = _record(model)
@@ -336,14 +345,27 @@ def _mixed(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bi
     if len(record.switches) == 1:  # all have one width; those that do not have that of the switch are the exceptions
         fixed = {name for name in fixed if not _is_part(at_switches[0][name], record.switches[0])}
     asked: dict[str, LayerBits] = {}
+    said: dict[str, str] = {}
     for pattern, value in bits.items():
         matching = _by_pattern({pattern: None if isinstance(value, LayerBits) else value}, layers, record)
+        said |= dict.fromkeys(matching, pattern)
         for name in matching:
             own = next((at[name] for at in at_switches if at[name] == value), None)  # what get_bits says of the layer
             if name not in fixed:
                 asked[name] = own or _at_switch(record, layers, _switch(record, value))[name]
             elif name == pattern and own is None and switch_name(_layer_bits(value)) != switch_name(layers[name].bits):
                 raise SpecError(f"layer {name!r}: the network was trained with {switch_name(layers[name].bits)} there alone. Leave it out.")
+    for name, main in record.tied.items():
+        wanted = asked.get(main, layers[main].bits)
+        if asked.get(name, wanted) != wanted and not matches(said[name], main, layers[main].layer):
+            raise SpecError(
+                f"layer {name!r} always has the bits of {main!r}, the last layer on the other side of its sum: {switch_name(wanted)}, got "
+                f"{switch_name(asked[name])}. Give both the same, or leave {name!r} out."
+            )
+        if main in asked:
+            asked[name] = wanted
+        else:
+            asked.pop(name, None)
     return asked
 
 

@@ -22,6 +22,7 @@ class QuantizationRecord:
         switches: From the highest on; empty where the network was trained for one width.
         measured: What a method measured of layers in training, by the name of the measure and the layer's.
         switching: Whether the ``network`` switches as a whole, or each ``layer``.
+        tied: Layers whose bits always are those of another one, and which that is.
     """
 
     method: str
@@ -31,6 +32,7 @@ class QuantizationRecord:
     table: LayerTable
     switches: tuple[LayerBits, ...] = ()
     switching: Literal["network", "layer"] = "network"
+    tied: Mapping[str, str] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class AdaptiveMethod(TrainingMethod):
     (pairs of widths), or ``losses`` as a whole.
     """
 
-    switching = "network"
+    switching: ClassVar[Literal["network", "layer"] | None] = "network"
 
     def attach(self, job: QatJob) -> None:
         self.insert_norms(job)
@@ -43,8 +44,8 @@ class AdaptiveMethod(TrainingMethod):
         return switches_of(run.model)
 
     def switch_loss(self, run: TrainRun, batch: Batch, output: Output, switch: LayerBits, higher: dict[LayerBits, Output]) -> Tensor:
-        """The loss of one switch, by default the task's; ``higher`` has the outputs of the switches before it in this step."""
-        return run.task.loss(output, batch)
+        """The loss of one switch, by default the task's and the user's teacher's; ``higher`` has the outputs of the switches before it in this step."""
+        return run.loss_of(output, batch)
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
         """One loss for each switch, the penalties in the first; the network is at its highest switch before and after."""

@@ -22,6 +22,7 @@ from lowbit.qat.attach.job import QatJob
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.procedure import Procedure, training_method
 from lowbit.quantizers import Quantizer
+from lowbit.quantizers.switchable import parts_of
 from lowbit.registry import find_method, list_methods
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits, parse_switches, switch_name, widest
 from lowbit.surrogates import make_surrogate
@@ -111,7 +112,7 @@ def prepare(
     used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table, switches, chosen.switching or "network"))
+    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table, switches, chosen.switching or "network", job.tied))
     setattr(job.model, _ATTRIBUTE, chosen)
     if switches:
         set_bits(job.model, switches[0])
@@ -186,7 +187,8 @@ def prepared_network(model: nn.Module) -> nn.Module:
 def set_surrogate(job: QatJob, name: str, method: str) -> None:
     """Let every quantizer that has a surrogate use a new one called ``name``; SpecError when none of the method's own has."""
     everything = [module for module in job.model.modules() if isinstance(module, Quantizer)]
-    own = {id(q): layer for layer, q in job.inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in job.inserted}
+    inserted = [(layer, part) for layer, quantizer in job.inserted for part in parts_of(quantizer)]
+    own = {id(q): layer for layer, q in inserted if not job.is_excepted(layer)} or {id(q): layer for layer, q in inserted}
     rigid = dict.fromkeys(own[id(q)] for q in everything if id(q) in own and not hasattr(q, "surrogate"))
     if not any(id(q) in own and hasattr(q, "surrogate") for q in everything):
         raise SpecError(f"the quantizers of {method!r} define their own gradient and take no surrogate. Leave surrogate out.")

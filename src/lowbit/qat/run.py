@@ -311,7 +311,10 @@ class TrainRun:
 
     def task_loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """The task's loss, mixed with the teacher's where there is one."""
-        output = self.predict(batch) if model is None or model is self.model else self.task.predict(model, batch)
+        return self.loss_of(self.predict(batch) if model is None or model is self.model else self.task.predict(model, batch), batch)
+
+    def loss_of(self, output: Output, batch: Batch) -> Tensor:
+        """The task's loss of an output for the batch, mixed with the teacher's where there is one."""
         loss = self.task.loss(output, batch)
         teacher = self.networks.get("teacher")
         if teacher is None:

@@ -40,7 +40,7 @@ class LearnedScaleQuantizer(GridQuantizer):
     """
 
     tables: tuple[str, ...] = ("scale",)
-    tables_by_width = ("scale",)
+    tables_by_width: tuple[str, ...] = ("scale",)
     bit_widths = range(1, 9)
 
     def __init__(

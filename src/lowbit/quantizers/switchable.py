@@ -59,3 +59,13 @@ class SwitchableQuantizer(Quantizer):
         """Every width from the same data."""
         for quantizer in self.at.values():
             cast(Quantizer, quantizer).initialize(x)
+
+
+def parts_of(quantizer: Quantizer) -> list[Quantizer]:
+    """The quantizers of all widths, or the quantizer itself where it has no others inside."""
+    return [cast(Quantizer, part) for part in quantizer.at.values()] if isinstance(quantizer, SwitchableQuantizer) else [quantizer]
+
+
+def for_widths(widths: Sequence[int], make: Callable[[int], Quantizer]) -> Quantizer:
+    """A quantizer with parameters of its own at each of ``widths``; the plain one where there is a single width."""
+    return make(widths[0]) if len(widths) == 1 else SwitchableQuantizer(widths, make)

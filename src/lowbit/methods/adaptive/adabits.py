@@ -42,7 +42,7 @@ from lowbit.qat.task import Batch
 from lowbit.quantizers import Quantizer
 from lowbit.quantizers.grid import Grid
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor
-from lowbit.quantizers.switchable import SwitchableQuantizer
+from lowbit.quantizers.switchable import SwitchableQuantizer, for_widths
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity, LayerBits, switch_name
 from lowbit.surrogates import Surrogate, pass_gradient, straight_through
@@ -316,7 +316,7 @@ class Adabits(AdaptiveMethod):
             return AdabitsActivation(bits, rounding=self.activation_rounding, clip=clip, is_signed=slot.is_signed)
 
         widths = slot.widths or (slot.bit_width,)
-        return SwitchableQuantizer(widths, make) if self.switchable_clip and len(widths) > 1 else make(slot.bit_width)
+        return for_widths(widths, make) if self.switchable_clip else make(widths[0])
 
     def edge_quantizer(self, slot: Slot) -> Quantizer:
         return self.weight_quantizer(slot) if slot.purpose == "weight" else self.activation_quantizer(slot)

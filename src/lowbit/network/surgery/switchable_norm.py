@@ -86,8 +86,8 @@ def pair_key(*widths: int | None) -> str:
     return ">".join("float" if bits is None else str(bits) for bits in widths)
 
 
-def switch_norms(model: nn.Module, make: Callable[[str, nn.Module], SwitchableNorm]) -> dict[str, SwitchableNorm]:
-    """Replace every batch norm of ``model``, in place, by ``make(name, norm)``; gives what was made, by name.
+def switch_norms(model: nn.Module, make: Callable[[str, nn.Module], SwitchableNorm | None]) -> dict[str, SwitchableNorm]:
+    """Replace every batch norm of ``model``, in place, by ``make(name, norm)``, unless that is ``None``; gives what was made, by name.
 
     Raises:
         LayerError: The network has no batch norm.
@@ -98,7 +98,7 @@ def switch_norms(model: nn.Module, make: Callable[[str, nn.Module], SwitchableNo
             f"{type(model).__name__} has no batch norm, and widths differ in the statistics of activations, which each needs norms of its own "
             "for. Add batch norms, or train a network for each width."
         )
-    made = {name: make(name, norm) for name, norm in found.items()}
+    made = {name: new for name, norm in found.items() if (new := make(name, norm)) is not None}
     for name, norm in made.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, norm)

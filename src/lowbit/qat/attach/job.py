@@ -42,6 +42,7 @@ class QatJob(NetworkJob):
     Attributes:
         edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
         switches: The widths between which the network is to switch, from the highest on, which the policy's default is; with one it has this alone.
+        tied: Layers whose bits are to follow those of another one, where each layer switches, and which that is.
         inserted: The quantizers that ``insert`` put in, each with the name of its layer.
 
     Raises:
@@ -59,6 +60,7 @@ class QatJob(NetworkJob):
     allows_float_weights = True
     edges: QuantizerFactory = learned_scale
     switches: tuple[LayerBits, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)
     inserted: list[tuple[str, Quantizer]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -217,13 +219,13 @@ class QatJob(NetworkJob):
 
     def weight_slot(self, name: str) -> Slot:
         slot = super().weight_slot(name)
-        return replace(slot, widths=self._widths(name, slot.layer, "weight"))
+        return replace(slot, widths=self.widths(name, slot.layer, "weight"))
 
     def slot(self, placement: Placement, *, is_signed: bool = True) -> Slot:
         slot = super().slot(placement, is_signed=is_signed)
-        return replace(slot, widths=self._widths(slot.name, slot.layer, "activation")) if placement.purpose == "input" else slot
+        return replace(slot, widths=self.widths(slot.name, slot.layer, "activation")) if placement.purpose == "input" else slot
 
-    def _widths(self, name: str, layer: nn.Module, operand: Literal["weight", "activation"]) -> tuple[int, ...]:
+    def widths(self, name: str, layer: nn.Module, operand: Literal["weight", "activation"]) -> tuple[int, ...]:
         """The widths of a layer's weight or input over all switches, each once."""
         position = self.positions.get(name, "inner")
         policies = [replace(self.policy, default=switch) for switch in self.switches]
