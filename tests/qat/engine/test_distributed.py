@@ -117,7 +117,7 @@ def test_a_companion_that_learns_is_the_same_in_two_processes_as_in_one_even_aft
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))
 
 
-@pytest.mark.parametrize("procedure", ["qkd", "effective_lowbit"])
+@pytest.mark.parametrize("procedure", ["qkd", "effective_lowbit", "profit"])
 def test_a_procedure_and_its_teacher_are_the_same_in_two_processes_as_in_one_even_after_a_kill(procedure: str, tmp_path: Path) -> None:
     out, single = tmp_path / "out", tmp_path / "single"
     assert two_processes(out, kill=8, method=procedure) != 0

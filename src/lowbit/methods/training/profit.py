@@ -48,7 +48,7 @@ from lowbit.spec import LayerBits
 from lowbit.surrogates import inner_straight_through
 
 TEACHER = "teacher"
-BIASES = "others.biases"  # the role of parameters of one dimension outside of norms
+NORMS, BIASES = "others.norms", "others.biases"  # roles: of norms, and of what has one dimension outside of them
 LOWEST_HSWISH = -3 / 8
 SMALLEST_RANGE = 1e-3
 METRIC = "AIWQ"
@@ -241,7 +241,7 @@ class Step:
         fidelity="partial",
         summary="ever fewer bits, then freezes the layers whose weights unsettle the network most; learns clip range and scale apart",
         evidence="quantizers, metric, selection, schedule and training steps checked against the authors' code; activation functions stay outside",
-        margin_points=40,
+        margin_points=25,
     )
 )
 @dataclass
@@ -348,22 +348,19 @@ class Profit(Procedure):
         return {name: parts[is_last[name]] * step.length / lengths[is_last[name]] for name, step in steps.items()}
 
     def _adapted(self, phase: Phase, step: Step) -> Phase:
-        optimizers = dict(phase.optimizers)
+        optimizers, others = dict(phase.optimizers), phase.optimizers.get("others")
+        if others is not None:  # what has one dimension does not decay
+            optimizers |= dict.fromkeys((NORMS, BIASES), replace(others, weight_decay=0.0))
         if step.is_for_norms:
             learning = {role: spec for role, spec in optimizers.items() if role not in ("weights", "others")}
-            return replace(phase, optimizers={role: replace(spec, warmup=0.0) for role, spec in learning.items()})
+            optimizers = {role: replace(spec, warmup=0.0) for role, spec in learning.items()}
         if phase.name == SAMPLING:
-            return replace(phase, optimizers={role: replace(spec, schedule="constant", warmup=0.0) for role, spec in optimizers.items()})
-        return phase
+            optimizers = {role: replace(spec, schedule="constant", warmup=0.0) for role, spec in optimizers.items()}
+        return replace(phase, optimizers=optimizers)
 
     def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
         found = super().role(name, parameter, owner)
         return BIASES if found == "others" and parameter.dim() <= 1 else found
-
-    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
-        found = super().optimizers(recipe)
-        plain = replace(found["others"], weight_decay=0.0)
-        return {**found, "others.norms": plain, BIASES: plain}
 
     def attach(self, job: QatJob) -> None:
         weights = [job.bits(name).weight for name in job.weights]
