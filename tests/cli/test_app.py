@@ -77,7 +77,7 @@ def test_completion_offers_commands_options_and_values_without_torch() -> None:
     assert completed("lowbit quantize --data fash") == ["fashion-mnist"]
     assert completed("lowbit train --model resnet2") == ["resnet20"]
     assert completed("lowbit train --optimizer ") == ["sgd", "adam", "adamw"]
-    assert completed("lowbit methods show ada") == ["adaround"]
+    assert completed("lowbit methods show adar") == ["adaround"]
 
 
 def test_the_names_that_are_completed_are_those_that_are_known() -> None:
