@@ -82,7 +82,9 @@ def test_quantized_weights_are_measured_as_the_layer_sees_them() -> None:
     assert not any(module._forward_hooks and name.endswith("weight") for name, module in model.named_modules())
 
 
-@pytest.mark.parametrize("options", [{"padding": 1, "padding_mode": "reflect"}, {"padding": "same", "padding_mode": "circular"}, {"padding": 2, "dilation": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"padding": 1, "padding_mode": "reflect"}, {"padding": "same", "padding_mode": "circular"}, {"padding": 2, "dilation": 2}]
+)
 def test_outputs_with_other_weights_are_those_of_the_layer_itself(options: dict[str, object]) -> None:
     layer, x = nn.Conv2d(2, 3, 3, bias=False, **options), torch.randn(2, 2, 7, 8)  # type: ignore[arg-type]
     torch.testing.assert_close(convolve(layer, x, layer.weight), layer(x))

@@ -39,6 +39,15 @@ def test_padding_with_zero_changes_nothing() -> None:
     torch.testing.assert_close(conv(x), before)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, padding="valid"), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Linear(2, 2), nn.ConvTranspose2d(1, 1, 3, padding=1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(1, 1, 3),
+        nn.Conv2d(1, 1, 3, padding="valid"),
+        nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"),
+        nn.Linear(2, 2),
+        nn.ConvTranspose2d(1, 1, 3, padding=1),
+    ],
+)
 def test_layers_that_do_not_pad_with_zeros_are_left_alone(layer: nn.Module) -> None:
     assert not pad_with(layer, 1.0) and not layer._forward_pre_hooks
