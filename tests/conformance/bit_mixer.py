@@ -221,7 +221,7 @@ class Network:
             network = Chain([stem, *(own.shape[0] for own in weights.values())], self.classes)
         self.model = mixed(network, params, inputs["x"][0])
         for name in params["norms"]:
-            load_table(self.norm(name), params["bits_list"], {table: inputs[f"init.{name}/{table}"] for table in TABLES})
+            load_table(self.norm_at(name), params["bits_list"], {table: inputs[f"init.{name}/{table}"] for table in TABLES})
         for name, tensor in self.tensors().items():
             if f"init.{name}" in inputs:
                 for own, value in zip(
@@ -229,7 +229,7 @@ class Network:
                 ):
                     own.data.copy_(value)
 
-    def norm(self, name: str) -> SwitchableNorm:
+    def norm_at(self, name: str) -> SwitchableNorm:
         return cast(SwitchableNorm, self.model.get_submodule(ours(name)))
 
     def tensors(self) -> dict[str, list[nn.Parameter]]:
@@ -260,13 +260,13 @@ def network(params: Values, inputs: dict[str, Tensor]) -> Values:
         optimizer.zero_grad()
         logits.append(made(x, bits))
         losses.append(Classification().loss(logits[-1], (x, target)))
-        pairs.append([pair_of(made.norm(name)) for name in params["norms"]])
+        pairs.append([pair_of(made.norm_at(name)) for name in params["norms"]])
         losses[-1].backward()
         optimizer.step()
     made.model.eval()
     found = {f"final.{name}": torch.stack(list(own)) if len(own) > 1 else own[0] for name, own in made.tensors().items()}
     for name, table in itertools.product(params["norms"], TABLES):
-        found[f"final.{name}/{table}"] = table_of(made.norm(name), params["bits_list"], table, inputs[f"init.{name}/{table}"].shape)
+        found[f"final.{name}/{table}"] = table_of(made.norm_at(name), params["bits_list"], table, inputs[f"init.{name}/{table}"].shape)
     evaluated = made(inputs["x"][-1], params["eval_bits"])
     return {"logits": torch.stack(logits), "loss": torch.stack(losses), "pairs": pairs, "logits_eval": evaluated, **found}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.models.loading import load_model
+from lowbit.network.layers import replace_modules
 from lowbit.options import hyper_parameters_of
 from lowbit.qat import OptimizerSpec, Recipe
 from lowbit.registry import MethodInfo, get_method
@@ -24,8 +25,12 @@ from lowbit.spec import BitPolicy
 from lowbit.testing import post_training
 
 SOURCE = str(Path(lowbit.__file__).parent)
-BEHIND_HSWISH = {"profit"}  # methods with quantizers of their own behind h-swish
-NETWORKS = {"resnet8": (4, 8), "mobilenet_v2_small": (8, 8), "reactnet_a": (2, 32)}  # width, and pixels of the images
+NETWORKS = {
+    "resnet8": (4, 8),
+    "mobilenet_v2_small": (8, 8),
+    "reactnet_a": (2, 32),
+    "mobilenet_v2_small+hswish": (8, 8),
+}  # width, and pixels of the images
 STEPS, BATCH = 2, 8
 MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch something on, and choices that belong together
     "bi_real_net": [{"pretraining": 0.5, "retrain_norms": 1}],
@@ -100,7 +105,10 @@ def _network(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     width, pixels = NETWORKS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = load_model(name, num_classes=4, in_channels=3, width=width)
+        plain, _, has_hswish = name.partition("+")
+        model = load_model(plain, num_classes=4, in_channels=3, width=width)
+        if has_hswish:
+            replace_modules(model, nn.ReLU6, nn.Hardswish)
         return model, (torch.randn(STEPS * BATCH, 3, pixels, pixels), torch.arange(STEPS * BATCH) % 4)
 
 
@@ -110,7 +118,8 @@ def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, 
         return lowbit.quantize(
             model, method=info.name, policy=policy, calibration=data[0], **{**post_training.budget(info.name, 4), **options}
         )
-    recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
+    average = info.method.with_hyper_parameters({}).default_recipe().average_weights  # type: ignore[union-attr]
+    recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01), average_weights=average)
     teacher = model if "teacher" in info.needs else None
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
 
@@ -154,7 +163,11 @@ def reached_by_users(name: str) -> frozenset[str]:
     info = get_method(name)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
-    more = {"mobilenet_v2_small": "graph" in info.needs, "reactnet_a": info.section == "binary"}
+    more = {
+        "mobilenet_v2_small+hswish": name == "profit",
+        "mobilenet_v2_small": "graph" in info.needs,
+        "reactnet_a": info.section == "binary",
+    }
     with _watching(lambda _: True) as found:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)

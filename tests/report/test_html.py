@@ -219,7 +219,9 @@ def test_training_curves_have_axes_percent_and_the_line_of_the_float_network() -
         }
         for epoch in (1, 2, 3)
     ]
-    plots = learning_plots(dataclasses.replace(REPORT, training={"metric": "accuracy", "curve": curve}))
+    measured = {"AIWQ": {"conv1": 0.25, "conv2": 0.5}}
+    *plots, by_layer = learning_plots(dataclasses.replace(REPORT, training={"metric": "accuracy", "curve": curve, "measured": measured}))
+    assert (by_layer.title, by_layer.caption) == ("AIWQ by layer", "largest at conv2: 0.5") and "conv1, AIWQ: 0.25" in by_layer.drawing
     assert [(plot.title, plot.caption) for plot in plots] == [
         ("Training loss", "last epoch 0.333"),
         ("Test accuracy", "last epoch 83.00 %; dashed: the float network, 90.00 %"),

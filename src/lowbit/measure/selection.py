@@ -121,6 +121,15 @@ def select_bits(
 
     Raises:
         SpecError: Another network, no budget or two, or a budget that the lowest widths exceed.
+
+    Example:
+        >>> import torch, lowbit
+        >>> layers = [torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU()]
+        >>> network = torch.nn.Sequential(*layers, torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> model = lowbit.prepare(network, method="bit_mixer", bits=[4, 2], sample=torch.rand(8, 4))
+        >>> _ = lowbit.select_bits(model, lambda network: 1.0, budget_average_bits=3)
+        >>> sorted(lowbit.get_bits(model)[name].weight for name in ("3", "6"))
+        [2, 4]
     """
     record, layers = record_of(model), switching_layers(model)
     if record is None or record.switching != "layer" or not layers:

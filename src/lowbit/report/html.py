@@ -534,7 +534,28 @@ def learning_plots(report: Report) -> list[Plot]:
         known = report.metrics.get(name, MetricResult(None, None))
         values = [result["metrics"].get(name) for result in curve]
         found.append(_learning_plot(f"Test {name}", "main", curve, values, known.unit, known.float))
+    measured = cast(Mapping[str, Mapping[str, float]], report.training.get("measured", {}))
+    found += [_layer_plot(name, values) for name, values in measured.items()]
     return [plot for plot in found if plot.drawing]
+
+
+def _layer_plot(measure: str, values: Mapping[str, float]) -> Plot:
+    """What the method measured of each layer in training, in the order of the layers."""
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    if not finite:
+        return Plot(measure, Markup(""))
+    drawing = svg.curves(
+        [svg.Series(measure, "second", list(finite.values()))],
+        list(finite),
+        None,
+        unit="",
+        format_value=format_number,
+        span=(0.0, max(*finite.values(), 1e-12) * 1.05),
+        size=svg.NARROW,
+        title=f"{measure} of each layer",
+    )
+    largest = max(finite, key=lambda name: finite[name])
+    return Plot(f"{measure} by layer", drawing, f"largest at {largest}: {format_number(finite[largest])}")
 
 
 def _learning_plot(

@@ -8,7 +8,8 @@ selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``qu
 ``activations[].name|role|layers|bit_width|low|high|clip_low|clip_high|clipped|sqnr_db``,
 ``disagreements[].sample|float|quantized|label``, ``run.command|started|seconds|machine|versions|data``, and where the network was trained
 ``training.metric``, ``training.recipe``, ``training.task``,
-``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``; ``provenance`` holds what is known of ``lowbit.Provenance``.
+``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``, ``training.measured.<name>.<layer>``;
+``provenance`` holds what is known of ``lowbit.Provenance``.
 What was not measured is ``null``, and without labelled data ``metrics`` is
 empty; nothing else is ever left out or NaN.
 """
@@ -155,7 +156,7 @@ class Report:
         activations: Activation quantizers in execution order.
         disagreements: Some of the samples that the two networks classify differently: ``sample``, ``float``, ``quantized``, ``label``.
         training: Where the network was trained: ``metric`` (the name of the one that selects), ``recipe``, ``task``, and
-            ``curve``, a mapping for each epoch.
+            ``curve``, a mapping for each epoch, and ``measured``, what the method measured of each layer, by the measure's name.
         notes: What was skipped and why, for the whole network.
         run: Facts of the run, see ``report.facts.run_facts``.
         extra: More entries for the file, under names of their own.

@@ -442,7 +442,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     trained = train_network(job, request, trainer, out=out, facts=facts)
     if not trained.is_main:
         return None
-    training = {
+    training: dict[str, object] = {
         "metric": trained.task.metric_name,
         "task": trained.task.facts(),
         "recipe": dataclasses.asdict(trained.recipe),
@@ -451,6 +451,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     model = trained.model.cpu()  # where files are checked
     record = record_of(model)
     assert record is not None
+    training["measured"] = record.measured
     delivery = deliver(
         model,
         out,

@@ -262,12 +262,12 @@ def test_the_distance_to_the_teacher_counts_as_the_task_does() -> None:
     found, teacher = {}, conv_network()
     with torch.no_grad():
         teacher.get_parameter("9.weight").mul_(50)
-    for weight in (0.0, 1.0, 2.0):
+    for weight in (1.0, 2.0, 3.0):
         run = run_of(prepared(progressive=False, kd_weight=weight), 1, teacher=teacher)
         run.start_phase()
         (found[weight],) = (loss.item() for loss in run.losses(BATCH[0]))
-    assert found[1.0] > found[0.0]
-    assert found[2.0] - found[1.0] == pytest.approx(found[1.0] - found[0.0], rel=1e-4)
+    assert found[2.0] > found[1.0]
+    assert found[3.0] - found[2.0] == pytest.approx(found[2.0] - found[1.0], rel=1e-4)
 
 
 def test_weights_start_again_from_what_was_learned_before_they_are_quantized() -> None:

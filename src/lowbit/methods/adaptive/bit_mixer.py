@@ -282,8 +282,7 @@ class BitMixer(AdaptiveMethod):
         self._draw(run)
         is_float = run.phase.name == ACTIVATIONS
         with insert.quantization_enabled(run.model, weights=False, activations=True) if is_float else nullcontext():
-            output = run.predict(batch)
-        yield self._loss(run, batch, output) + run.penalty()
+            yield self._loss(run, batch, run.predict(batch)) + run.penalty()  # still so in a backward pass that computes outputs again
         set_bits(run.model, switches_of(run.model)[0])
 
     def _draw(self, run: TrainRun) -> None:

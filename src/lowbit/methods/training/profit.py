@@ -254,7 +254,7 @@ class Profit(Procedure):
         progressive: Come down over ``widths`` before the bits that are asked for, first of activations, then of weights.
         widths: Bits on the way, descending; those that no layer is below are left out.
         freezing: Train three times at the last bits of weights: all layers, then without the third whose metric is largest, then without two.
-        kd_weight: Weight of the distance to the teacher, by default the network's own float twin; 0: no teacher.
+        kd_weight: Weight of the distance to the teacher, by default the network's own float twin; 0: none but what the recipe's ``distillation`` makes of a teacher.
         metric_decay: Decay of the running mean of the metric.
         float_length: Length of the training in float, with the teacher, that comes first.
         tune_length: Length of the training at each width, and of each of the three at the last one.
