@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
@@ -278,12 +277,20 @@ class BitMixer(AdaptiveMethod):
                     start_from_diagonal(module, producer=int(self.pair == "previous_producer"))
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
-        """One loss, at widths that are drawn."""
+        """One loss, at widths that are drawn; they stay until ``after_backward``, as a backward pass may compute outputs again."""
         self._draw(run)
-        is_float = run.phase.name == ACTIVATIONS
-        with insert.quantization_enabled(run.model, weights=False, activations=True) if is_float else nullcontext():
-            yield self._loss(run, batch, run.predict(batch)) + run.penalty()  # still so in a backward pass that computes outputs again
+        if run.phase.name == ACTIVATIONS:
+            self._enable_weights(run, is_enabled=False)
+        yield self._loss(run, batch, run.predict(batch)) + run.penalty()
+
+    def after_backward(self, run: TrainRun) -> None:
+        """Back to the highest widths."""
+        self._enable_weights(run, is_enabled=True)
         set_bits(run.model, switches_of(run.model)[0])
+
+    def _enable_weights(self, run: TrainRun, *, is_enabled: bool) -> None:
+        for site in insert.quantized_weights(run.model).values():
+            cast(Quantizer, site.quantizer).enabled = is_enabled
 
     def _draw(self, run: TrainRun) -> None:
         """Set the widths of a step."""
