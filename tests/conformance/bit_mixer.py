@@ -51,7 +51,7 @@ def slot(widths: list[int], **place: Any) -> Slot:
 
 
 def weight_quantizer(params: Values, sharing: str) -> Quantizer:
-    method = BitMixer(weight_sharing=sharing, rounding=params.get("rounding", "trunc"))  # type: ignore[arg-type]
+    method = BitMixer(weight_sharing=sharing, rounding=params.get("rounding", "trunc"), step_start="lsq", step_gradient="highest")  # type: ignore[arg-type]
     return method.weight_quantizer(slot(params["bits_list"]))
 
 
@@ -180,7 +180,7 @@ def ours(name: str) -> str:
 def mixed(network: nn.Module, params: Values, sample: Tensor) -> nn.Module:
     options: Values = {name: params[name] for name in ("pair", "rounding", "weight_sharing") if name in params}
     widths = sorted(params["bits_list"], reverse=True)
-    return prepare(network, method="bit_mixer", bits=widths, policy="paper", sample=sample, **options)
+    return prepare(network, method="bit_mixer", bits=widths, policy="paper", step_gradient="highest", sample=sample, **options)
 
 
 def norms_of(model: nn.Module) -> list[SwitchableNorm]:

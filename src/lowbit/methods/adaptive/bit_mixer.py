@@ -8,6 +8,9 @@ Differs from the paper:
     - No program of the authors is known: the formulas of the quantizers, the sampling of widths and the shares of the stages are
       reconstructed.
     - Steps of activations are initialized for all widths before the training, those of weights again when they are first quantized.
+    - The shared step starts where the errors of all widths are least, because with the start of LSQ widths far below the highest one have
+      nothing but zeros; ``step_start="lsq"`` is the reconstructed start. Its gradient is scaled for the current width;
+      ``step_gradient="highest"`` is the reconstructed scale, which is ``4**6`` times as large for 2 of 8 bits.
     - Where a layer's input can be negative, its activations have a learned zero point.
     - A convolution in a shortcut always has the bits of the last convolution that it goes around, and its norm the pair of that one's.
 """
@@ -15,6 +18,7 @@ Differs from the paper:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
@@ -38,9 +42,12 @@ from lowbit.quantizers.qtensor import AffineDecoder
 from lowbit.quantizers.switchable import for_widths
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity
-from lowbit.surrogates import pass_gradient
+from lowbit.surrogates import pass_gradient, scale_gradient
 
 Rounding = Literal["trunc", "floor"]
+Start = Literal["least_error", "lsq"]
+StepGradient = Literal["current", "highest"]
+CANDIDATES, SEARCHED = 50, 2**15  # steps that are tried at the start, on about so many weights
 Pair = Literal["producer_consumer", "previous_producer", "none"]
 ACTIVATIONS, WEIGHTS, LAYERS = "activations", "weights", "layers"  # the stages
 
@@ -52,18 +59,24 @@ class MixedWeight(LearnedScaleQuantizer):
     ``y = q_b * (s * 2**(B - b))`` with ``Q_b = 2**(b - 1) - 1`` and ``B`` the highest width; ``floor`` in place of ``trunc`` on request. Codes of
     ``b`` bits are those of ``B`` bits, sign and magnitude, without their last ``B - b`` bits.
     Backward: the surrogate's for the first rounding, 1 for the second; 1 to ``w`` where ``|w / s| <= Q_max``, else 0; to ``s``
-    ``q_b 2**(B - b) - w / s`` there, else ``q_b 2**(B - b)``, times ``1 / sqrt(elements * Q_max)``.
-    With a single width this is LSQ on a symmetric grid. The step starts at ``2 mean|w| / sqrt(Q_max)``.
+    ``q_b 2**(B - b) - w / s`` there, else ``q_b 2**(B - b)``, times ``1 / sqrt(elements * Q_max)`` (``highest``), or times
+    ``4**(b - B) / sqrt(elements * Q_b)`` (``current``): the relative change that LSQ gives the step of ``b`` bits, ``s 2**(B - b)``.
+    With a single width this is LSQ on a symmetric grid.
 
     Args:
         widths: 2 to 8, the highest one first.
         rounding: How bits are dropped.
+        start: Where the step starts: at ``2 mean|w| / sqrt(Q_max)`` (``lsq``), or where the squared errors of all widths have the least
+            sum (``least_error``).
+        gradient: What the step's gradient is multiplied by.
     """
 
     tables_by_width = ()
 
-    def __init__(self, widths: Sequence[int], *, rounding: Rounding = "trunc") -> None:
-        self.widths, self.rounding = tuple(widths), rounding
+    def __init__(
+        self, widths: Sequence[int], *, rounding: Rounding = "trunc", start: Start = "least_error", gradient: StepGradient = "current"
+    ) -> None:
+        self.widths, self.rounding, self.start, self.gradient = tuple(widths), rounding, start, gradient
         super().__init__(max(widths), signed=True, granularity=Granularity.tensor())
 
     @property
@@ -75,21 +88,44 @@ class MixedWeight(LearnedScaleQuantizer):
         top = 2 ** (max(self.widths) - 1) - 1
         return -top, top
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        super().initialize(x)
+        weight = x.detach().float().flatten()
+        weight = weight[:: max(weight.numel() // SEARCHED, 1)]
+        if self.start == "lsq" or not bool((weight != 0).any()):
+            return
+        current, errors = self.bit_width, {}
+        for share in range(1, CANDIDATES + 1):
+            step = weight.abs().max() * (share / CANDIDATES / self.qmax)
+            errors[step] = sum(self._squared_error(weight, step, bits) for bits in self.widths)
+        self.bit_width = current
+        self._set_table("scale", min(errors, key=errors.__getitem__))
+
+    def _squared_error(self, weight: Tensor, step: Tensor, bits: int) -> float:
+        self.bit_width = bits
+        return float((self.codes(weight, step) * (step * self.dropped) - weight).square().sum())
+
     @property
     def dropped(self) -> float:
         """``2**(B - b)``."""
         return float(2 ** (max(self.widths) - self.bit_width))
 
+    @property
+    def top(self) -> int:
+        """``Q_b``."""
+        return int(2 ** (self.bit_width - 1)) - 1
+
     def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
         """``q_b`` as floats, differentiable."""
         shifted = self.surrogate(weight / scale, self.qmin, self.qmax) / self.dropped
         whole = shifted.detach().trunc() if self.rounding == "trunc" else shifted.detach().floor()
-        top = 2 ** (self.bit_width - 1) - 1
-        return pass_gradient(shifted, whole.clamp(-top, top))
+        return pass_gradient(shifted, whole.clamp(-self.top, self.top))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = x.float()
-        scale = self.grid(weight).scale
+        codes, share = (self.qmax, 1.0) if self.gradient == "highest" else (self.top, self.dropped**-2)
+        scale = scale_gradient(self.scale, share / math.sqrt(max(weight.numel() * codes, 1)))
         return (self.codes(weight, scale) * (scale * self.dropped)).to(x.dtype)
 
     @torch.no_grad()
@@ -183,6 +219,10 @@ class BitMixer(AdaptiveMethod):
             (``previous_producer``), or ``none``: one norm for all widths, for comparison.
         weight_sharing: ``integers``: one step, codes of fewer bits are cut out of those of the most; ``latent``: a step for each width, on
             the float weights, which have to be kept.
+        step_start: Where steps of weights start: ``least_error`` (the least sum of the squared errors of all widths) or ``lsq`` (LSQ's for
+            the highest width, with which all weights are 0 at widths far below that).
+        step_gradient: What the gradient of a weight's step is multiplied by: LSQ's factor for the step of the ``current`` width, or for
+            that of the ``highest`` one at every width, with which steps leap where widths lie far apart.
         rounding: How bits of the integers are dropped: ``trunc`` (of the magnitude) or ``floor``, which shifts weights down by half a step.
         activation_share, weight_share, layer_share: Relative lengths of the three stages.
         distillation: Learn from a teacher's outputs as well (``add``) or instead of the labels (``replace``): the user's, or else the float
@@ -195,6 +235,8 @@ class BitMixer(AdaptiveMethod):
 
     pair: Pair = "producer_consumer"
     weight_sharing: Literal["integers", "latent"] = "integers"
+    step_start: Start = "least_error"
+    step_gradient: StepGradient = "current"
     rounding: Rounding = "trunc"
     activation_share: Annotated[float, AtLeast(0)] = 1.0
     weight_share: Annotated[float, AtLeast(0)] = 1.0
@@ -209,8 +251,8 @@ class BitMixer(AdaptiveMethod):
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         widths = slot.widths or (slot.bit_width,)
         if self.weight_sharing == "integers":
-            return MixedWeight(widths, rounding=self.rounding)
-        return for_widths(widths, lambda bits: MixedWeight((bits,)))
+            return MixedWeight(widths, rounding=self.rounding, start=self.step_start, gradient=self.step_gradient)
+        return for_widths(widths, lambda bits: MixedWeight((bits,), start=self.step_start))
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         widths = slot.widths or (slot.bit_width,)
