@@ -238,9 +238,15 @@ class Inq(Procedure):
             )
         job.insert(self.weight_quantizer, self.activation_quantizer)
         job.initialize(self.initialize_layer)
+        exponents = []
         for site in job.weights.values():
             if isinstance(site.quantizer, FrozenShare):
                 site.quantizer.check_stable(site.original)
+                if isinstance(site.quantizer.quantizer, InqQuantizer):
+                    exponents.append(site.quantizer.quantizer.exponents)
+        if exponents:
+            low, high = min(int(n2.min()) for _, n2 in exponents), max(int(n1.max()) for n1, _ in exponents)
+            job.table.note(f"weights become 0 and powers of two from 2**{low} to 2**{high}")
         self._bits = min((bits.weight for bits in asked.values() if bits.weight is not None), default=self._bits)
 
     @property
