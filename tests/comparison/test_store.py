@@ -96,12 +96,13 @@ def test_equal_nans_agree(tmp_path: Path) -> None:
     assert own.merge(other) == 0
 
 
-def test_the_state_of_a_run_goes_when_its_cell_is_done_and_stays_when_it_failed(tmp_path: Path) -> None:
+def test_the_state_of_one_run_goes_when_it_has_come_to_its_end(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for kept, stays in ((result(0.9, seed=0), False), (result(None, seed=1), True)):
-        store.work_folder(kept.key).mkdir(parents=True)
-        store.keep(kept)
-        assert store.work_folder(kept.key).exists() == stays
+    for key in ("done", "running"):
+        (store.work_folder(key) / "state").mkdir(parents=True)
+    store.forget_work("done")
+    store.forget_work("never there")
+    assert [path.name for path in (tmp_path / ".work").iterdir()] == ["running"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.qat.adaptive import chain
+from tests.qat.training import data
 from torch import nn
 from typer.testing import CliRunner
 
@@ -363,3 +365,34 @@ def test_orderings_are_judged_and_written(tmp_path: Path) -> None:
     assert verdict.finding in (tmp_path / "orderings.md").read_text()
     assert "round_to_nearest &gt;= dfq at 8/8" in (tmp_path / "comparison.html").read_text()
     assert tables_of(asked).verdicts == comparison.verdicts
+
+
+def test_one_training_answers_for_all_widths_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lowbit.workflows.compare as module
+
+    trained = []
+    plain = module.train_network
+    monkeypatch.setattr(module, "train_network", lambda *args, **more: (found := plain(*args, **more), trained.append(found))[0])
+    images = Subject("images", chain(), data(), data())
+    asked = suite(tmp_path, methods=({"method": "bit_mixer", "widths": "4,2", "mixtures": 3},), seeds=2)
+    planned = plan_cells(asked, Store(tmp_path), module._Opened(asked, [images]))
+    assert [one.cell.bits for one in planned] == ["4/4"] * 2 + ["2/2"] * 2 + ["mixed"] * 2
+    found = compare(asked, subjects=[images])
+    assert len(trained) == 2 and found.tables.count("done") == 6 and not list((tmp_path / ".work").glob("*/*"))
+    results = {(r.cell.bits, r.cell.seed): r for r in found.tables.results}
+    for (bits, seed), result in results.items():
+        model = trained[seed].model
+        if bits != "mixed":
+            lowbit.set_bits(model, int(bits[0]))
+            assert result.metrics["accuracy"] == lowbit.evaluate(model, data())["accuracy"]
+            assert result.terms["inner_layers"] == bits
+        else:
+            assert result.terms["inner_layers"] == "mixed"
+            assert result.metrics["least accuracy"] <= result.metrics["accuracy"] <= result.metrics["greatest accuracy"]
+    assert {table.bits for table in found.tables.tables} == {"4/4", "2/2", "mixed"}
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        assert {row["weight_bits"] for row in csv.DictReader(file)} == {"4", "2", "mixed"}
+
+    next((tmp_path / "cells").glob("*.json")).unlink()
+    again = compare(asked, subjects=[images])
+    assert len(trained) == 3 and values(again) == values(found)  # what is missing is trained again, and measured alone

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import SpecError, UnknownNameError
+from lowbit.spec import LayerBits
 from lowbit.workflows.suite import DEFAULT_METHODS, BitPair, Contender, SubjectSettings, Suite
 
 
@@ -127,7 +128,7 @@ def test_recipes_and_policies_follow_the_track() -> None:
     cell = next(cell for cell, _ in Suite(methods=("lsq",), bits="2/2").cells())  # type: ignore[arg-type]
     aligned = Suite(methods=("lsq",), first_last_bits="same").changed({"epochs": 3, "seed": 4})  # type: ignore[arg-type]
     assert aligned.recipe_for(cell, paper).epochs == 3 and aligned.recipe_for(cell, paper).seed == cell.seed == 0
-    assert aligned.policy(cell).first_last is None and aligned.seed_numbers == range(4, 7)
+    assert aligned.policy(LayerBits(2, 2)).first_last is None and aligned.seed_numbers == range(4, 7)
     published = Suite(methods=("lsq",), track="published")  # type: ignore[arg-type]
     assert published.recipe_for(cell, paper) == paper
     assert Suite(track="published", paper_epochs=2).recipe_for(cell, paper) == Recipe(epochs=2, batch_size=7)
@@ -169,3 +170,33 @@ def test_a_label_may_come_again_for_other_cells_only() -> None:
 def test_names_that_are_not_in_the_suite_are_told(changes: dict[str, object], told: str) -> None:
     with pytest.raises(UnknownNameError, match=told):
         Suite(**{"methods": ("lsq",), **changes}).check()  # type: ignore[arg-type]
+
+
+def test_a_method_of_several_widths_is_measured_at_each_and_in_mixtures() -> None:
+    mixer = Contender.parse({"method": "bit_mixer", "widths": "4,3,2", "mixtures": 5})
+    assert mixer.name == "bit_mixer (4/4, 3/3, 2/2)"
+    suite = Suite(methods=(mixer, Contender("lsq")), bits=("4/4", "2/2"), seeds=1)  # type: ignore[arg-type]
+    cells = [cell for cell, _ in suite.cells()]
+    assert [(cell.label, cell.bits) for cell in cells] == [
+        (mixer.name, "4/4"), (mixer.name, "3/3"), (mixer.name, "2/2"), (mixer.name, "mixed"), ("lsq", "4/4"), ("lsq", "2/2"),
+    ]  # fmt: skip
+    assert [list(cell.widths) for cell in cells] == [["4/4", "3/3", "2/2"]] * 4 + [[]] * 2
+    assert len({cell.key({}) for cell in cells}) == 6 and len({cell.trained.key({}) for cell in cells}) == 3  # one training for the mixer
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"method": "lsq", "widths": "8,4"}, "lsq.*one width"),
+        ({"method": "lbq", "widths": "8,4"}, "widths are for training methods"),
+        ({"method": "adabits", "widths": "4,8"}, "8/8 is above 4/4"),
+        ({"method": "adabits", "widths": "8,8"}, "8/8 stands there twice"),
+        ({"method": "adabits", "widths": "8,4", "bits": "4,2"}, "bits 2/2 are not among its widths 8/8, 4/4"),
+        ({"method": "adabits", "widths": "8,4", "mixtures": 3}, "mixtures are for methods that mix widths"),
+        ({"method": "bit_mixer", "mixtures": 3}, "need widths"),
+        ({"method": "bit_mixer", "widths": "4,2", "mixtures": "some"}, "mixtures must be a whole number"),
+    ],
+)
+def test_widths_that_a_method_cannot_have_are_errors(entries: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Suite(methods=(Contender.parse(entries),)).check()

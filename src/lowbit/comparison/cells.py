@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lowbit.registry import Kind
@@ -13,6 +13,7 @@ from lowbit.registry import Kind
 Track = Literal["aligned", "published"]
 Status = Literal["done", "diverged", "failed", "skipped"]
 FLOAT = "float"  # bits that are not quantized, and the label of the float network
+MIXED = "mixed"  # bits of a network whose layers have different ones
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Cell:
         surrogate: Gradient surrogate in place of the method's.
         procedure, procedure_options: Procedure in place of the method's, with its hyper-parameters.
         terms: Everything else that is asked for: recipe, policy, number of calibration samples.
+        widths: Bits between which the network switches, ``("8/8", "2/2")``; this cell is about one of them, or about mixtures.
+        mixtures: Number of networks with widths drawn for each layer whose metrics are averaged; 0: all layers have those of the cell.
     """
 
     subject: str
@@ -46,11 +49,21 @@ class Cell:
     terms: Mapping[str, object] = field(default_factory=dict)
     procedure: str | None = None
     procedure_options: Mapping[str, object] = field(default_factory=dict)
+    widths: tuple[str, ...] = ()
+    mixtures: int = 0
 
     @property
     def bits(self) -> str:
-        """Bits of weights and activations: ``4/8``, ``2/float``."""
-        return "/".join(FLOAT if bits is None else str(bits) for bits in (self.weight_bits, self.activation_bits))
+        """Bits of weights and activations: ``4/8``, ``2/float``; ``mixed``."""
+        return MIXED if self.mixtures else "/".join(self.operand_bits)
+
+    @property
+    def operand_bits(self) -> tuple[str, str]:
+        """Bits of weights and of activations as words."""
+        if self.mixtures:
+            return MIXED, MIXED
+        weight, activation = (FLOAT if bits is None else str(bits) for bits in (self.weight_bits, self.activation_bits))
+        return weight, activation
 
     @property
     def name(self) -> str:
@@ -60,16 +73,22 @@ class Cell:
     def key(self, facts: Mapping[str, object]) -> str:
         """SHA-256, shortened to 20 digits, of the cell and of ``facts`` about what it runs on: weights, data, sources."""
         cell = asdict(self)
-        for name in ("procedure", "procedure_options"):  # cells that have none are called as they were before there were any
+        for name in ("procedure", "procedure_options", "widths", "mixtures"):  # cells that have none are called as before there were any
             if not cell[name]:
                 del cell[name]
         return digest_of({"cell": cell, "facts": facts})
+
+    @property
+    def trained(self) -> Cell:
+        """What is run for this cell: one training for all cells that differ in the width at which its network is measured."""
+        return replace(self, weight_bits=None, activation_bits=None, mixtures=0) if self.widths else self
 
     @property
     def changes(self) -> dict[str, object]:
         """What differs from the method as its paper has it."""
         own = {"surrogate": self.surrogate, "procedure": self.procedure}
         prefixed = {f"procedure.{name}": value for name, value in self.procedure_options.items()}
+        own["widths"] = ", ".join(self.widths)
         return {**self.options, **{name: value for name, value in own.items() if value}, **prefixed}
 
 
@@ -128,7 +147,8 @@ class Result:
         Raises:
             TypeError, KeyError: Entries are missing or unknown.
         """
-        return Result(**{**values, "cell": Cell(**values["cell"])})
+        cell = Cell(**values["cell"])
+        return Result(**{**values, "cell": replace(cell, widths=tuple(cell.widths))})
 
 
 def digest_of(value: object) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from lowbit.errors import SpecError, missing_extra
 from lowbit.progress import Progress, Stage
 
-Runner = Callable[["Job", Progress], Mapping[str, object]]  # runs one cell; what it returns is plain
+Runner = Callable[["Job", Progress], Mapping[str, Any]]  # what it returns is plain
 LONGEST_LAG = 0.5  # seconds between two reports of a worker
 
 
@@ -42,7 +42,7 @@ class Outcome:
     """What a worker says of a job: the runner's answer, or why there is none."""
 
     job: Job
-    answer: Mapping[str, object] | None
+    answer: Mapping[str, Any] | None
     problem: str = ""
 
 

@@ -30,7 +30,7 @@ class Store:
         self.folder = Path(folder)
 
     def work_folder(self, key: str) -> Path:
-        """Where the running cell keeps the state that it resumes from."""
+        """Where a run keeps the state that it resumes from."""
         return self.folder / WORK / key
 
     def load(self) -> dict[str, Result]:
@@ -42,7 +42,7 @@ class Store:
         return {path.stem: _read(path) for path in sorted((self.folder / CELLS).glob("*.json"))}
 
     def keep(self, result: Result) -> None:
-        """Store ``result``, and delete the state of its run unless it failed.
+        """Store ``result``.
 
         Raises:
             OutputError: The file cannot be written; what was stored before is unchanged.
@@ -53,8 +53,10 @@ class Store:
         except OSError as error:
             raise OutputError(f"cannot write to {path.parent}: {error.strerror}. Name another folder or make room.") from error
         write_text(path, json.dumps(_to_json(result.to_dict()), indent=1, sort_keys=True) + "\n")
-        if result.status != "failed":
-            shutil.rmtree(self.work_folder(result.key), ignore_errors=True)
+
+    def forget_work(self, key: str) -> None:
+        """Delete the state of a run that has come to its end."""
+        shutil.rmtree(self.work_folder(key), ignore_errors=True)
 
     def merge(self, other: Store) -> int:
         """Take in the results of another store; returns how many are new.

@@ -266,6 +266,8 @@ def _inversions(tables: Sequence[Table]) -> list[str]:
 
 def _is_fewer(row: Row, more: Row) -> bool:
     first, second = (row.results[0].cell, more.results[0].cell)
+    if first.mixtures or second.mixtures:
+        return False
     pairs = [(first.weight_bits or 32, second.weight_bits or 32), (first.activation_bits or 32, second.activation_bits or 32)]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 

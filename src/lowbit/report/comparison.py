@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lowbit.comparison.cells import Result
+from lowbit.comparison.cells import MIXED, Result
 from lowbit.comparison.statistics import CONFIDENCE, LEAST_SEEDS
 from lowbit.comparison.tables import Row, Table, Tables
 from lowbit.comparison.terms import SHOWN
@@ -86,7 +86,7 @@ def results_csv(results: Sequence[Result]) -> str:
     for result in sorted(results, key=lambda r: (r.cell.subject, r.cell.track, r.cell.bits, r.cell.label, r.cell.seed)):
         cell = result.cell
         values: dict[str, object] = {name: getattr(cell, name) for name in ("subject", "track", "label", "method", "kind", "seed")}
-        values |= {name: "float" if (bits := getattr(cell, name)) is None else bits for name in ("weight_bits", "activation_bits")}
+        values |= dict(zip(("weight_bits", "activation_bits"), cell.operand_bits, strict=True))
         values |= {
             name: getattr(result, name) for name in ("status", "reason", "metric", "value", "size_bytes", "latency_ms", "seconds", "key")
         }
@@ -119,12 +119,7 @@ def earlier_means(path: Path) -> dict[tuple[str, ...], float]:
 def earlier_key(row: Row) -> tuple[str, ...]:
     """The key of a row in ``earlier_means``."""
     cell = row.results[0].cell
-    return (
-        cell.subject,
-        cell.track,
-        row.label,
-        *("float" if bits is None else str(bits) for bits in (cell.weight_bits, cell.activation_bits)),
-    )
+    return (cell.subject, cell.track, row.label, *cell.operand_bits)
 
 
 def row_cells(table: Table, row: Row, earlier: Mapping[tuple[str, ...], float] | None = None) -> list[str]:
@@ -349,9 +344,9 @@ def _page_group(subject: str, track: str, tables: Sequence[Table]) -> dict[str, 
             )
     lines: dict[str, dict[str, float]] = {}
     for table, row in rows:
-        if row.spread is not None:
+        if row.spread is not None and table.bits != MIXED:
             lines.setdefault(row.label, {})[table.bits] = row.spread.mean
-    if len({table.bits for table, _ in rows}) > 1:
+    if len({bits for line in lines.values() for bits in line}) > 1:
         plots[f"{metric} over bits (weights/activations)"] = by_bits(
             lines, y_label=metric, format_value=lambda value: format_metric(value, unit)
         )

@@ -14,11 +14,12 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from lowbit.comparison.cells import Cell, Result, Status
+from lowbit.comparison.cells import MIXED, Cell, Result, Status
 from lowbit.comparison.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
 from lowbit.comparison.store import Store
 from lowbit.comparison.tables import Tables, make_tables
@@ -27,6 +28,7 @@ from lowbit.comparison.verdicts import Verdict, judge
 from lowbit.errors import DivergedError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import model_size
+from lowbit.network.bits import set_bits, switches_of, switching_layers
 from lowbit.options import choose_policy, make_method
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress, Stage
@@ -38,7 +40,7 @@ from lowbit.qat.tasks import as_task
 from lowbit.registry import find_method, find_procedure
 from lowbit.report.comparison import ComparisonReport, write_comparison
 from lowbit.report.facts import processor_name
-from lowbit.spec import BitPolicy, LayerBits
+from lowbit.spec import BitPolicy, LayerBits, parse_switches, widest
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import export
@@ -82,9 +84,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CellTask:
-    """Everything that a worker needs for one cell."""
+    """Everything that a worker needs for one run: the cells that it answers by their keys, several where one network has several widths."""
 
-    cell: Cell
+    cells: Mapping[str, Cell]
     suite: Suite
     subject: Subject | SubjectSettings
     work: Path
@@ -216,11 +218,12 @@ def estimate_cells(suite: Suite, store: Store, *, progress: Progress, subjects: 
         if result.seconds is not None:
             known[_but_for_the_seed(result.cell)] = result.seconds
     missing = [one for one in planned if not one.is_stored and not one.reason]
-    kinds = {_but_for_the_seed(one.cell): one for one in missing if _but_for_the_seed(one.cell) not in known}
+    kinds = {_but_for_the_seed(group[0].cell): group for group in _by_run(missing).values()}
+    kinds = {kind: group for kind, group in kinds.items() if kind not in known}
     with progress.stage("measuring steps", total=len(kinds)) as stage:
-        for kind, one in kinds.items():
-            known[kind] = _measured_seconds(one, store, opened)
-            stage.advance(1, one.cell.name)
+        for kind, group in kinds.items():
+            known[kind] = _measured_seconds(group[0], store, opened) / len(group)
+            stage.advance(1, group[0].cell.name)
     return [
         dataclasses.replace(one, seconds=None if one.is_stored or one.reason else known[_but_for_the_seed(one.cell)]) for one in planned
     ]
@@ -321,20 +324,23 @@ def _is_own(module: str) -> bool:
 
 def _jobs(missing: Sequence[PlannedCell], store: Store, opened: _Opened, progress: Progress) -> list[Job]:
     known = list(store.load().values())
-    return [
-        Job(
-            one.key,
-            one.cell.name,
-            CellTask(
-                one.cell,
-                opened._suite,
-                opened.named(one.cell.subject),
-                store.work_folder(one.key).absolute(),
-                opened.float_metrics(one.cell, known, progress),
-            ),
-        )
-        for one in missing
-    ]
+    jobs = []
+    for key, group in _by_run(missing).items():
+        cell = group[0].cell
+        metrics = opened.float_metrics(cell, known, progress)
+        work = store.work_folder(key).absolute()
+        task = CellTask({one.key: one.cell for one in group}, opened._suite, opened.named(cell.subject), work, metrics)
+        bits = ", ".join(one.cell.bits for one in group)
+        jobs.append(Job(key, f"{cell.label} {bits} on {cell.subject}, seed {cell.seed}", task))
+    return jobs
+
+
+def _by_run(planned: Iterable[PlannedCell]) -> dict[str, list[PlannedCell]]:
+    """Cells by what has to be run for them."""
+    groups: dict[str, list[PlannedCell]] = {}
+    for one in planned:
+        groups.setdefault(one.cell.trained.key(one.facts), []).append(one)
+    return groups
 
 
 def _run(suite: Suite, jobs: Sequence[Job], progress: Progress) -> Iterator[Outcome]:
@@ -355,19 +361,21 @@ def workers_of(suite: Suite) -> int:
 
 
 def _keep(store: Store, outcome: Outcome, planned: Mapping[str, PlannedCell], suite: Suite, progress: Progress) -> None:
-    one = planned[outcome.job.key]
-    answer: dict[str, object] = {"status": "failed", "reason": outcome.problem} if outcome.answer is None else dict(outcome.answer)
-    answer.setdefault("machine", machine_facts(suite.threads))
-    result = Result(one.key, one.cell, one.facts, **answer)  # type: ignore[arg-type]
-    store.keep(result)
-    if result.status != "done":
-        progress.say(f"{one.cell.name}: {result.status}: {result.reason}")
+    for key in cast(CellTask, outcome.job.payload).cells:
+        one, problem = planned[key], {"status": "failed", "reason": outcome.problem}
+        answer = {"machine": machine_facts(suite.threads), **cast(Any, problem if outcome.answer is None else outcome.answer[key])}
+        result = Result(key, one.cell, one.facts, **answer)
+        store.keep(result)
+        if result.status != "done":
+            progress.say(f"{one.cell.name}: {result.status}: {result.reason}")
+    if outcome.answer is not None:
+        store.forget_work(outcome.job.key)
 
 
-def run_cell(job: Job, progress: Progress) -> Mapping[str, object]:
-    """Run one cell and measure what came out; the fields of ``Result`` that are known then, as plain values."""
+def run_cell(job: Job, progress: Progress) -> Mapping[str, Mapping[str, object]]:
+    """Run what a job asks for and measure what came out; for each cell the fields of ``Result`` that are known then, as plain values."""
     task = cast(CellTask, job.payload)
-    cell, suite = task.cell, task.suite
+    cell, suite = next(iter(task.cells.values())).trained, task.suite
     start = time.perf_counter()
     subject = opened_subject(task.subject, cell.seed)
     goal = as_task(subject.task)
@@ -380,26 +388,62 @@ def run_cell(job: Job, progress: Progress) -> Mapping[str, object]:
     }
     task.work.mkdir(parents=True, exist_ok=True)
     try:
-        model, sample, seen = (_trained if cell.kind == "training" else _quantized)(task, subject, progress)
-        metrics = dict(evaluate(model, subject.test_data, task=subject.task, progress=Progress.silent()).metrics)
+        model, sample, seen = (_trained if cell.kind == "training" else _quantized)(task, cell, subject, progress)
     except DivergedError as error:
-        return {**facts, "status": "diverged", "reason": str(error), "seconds": time.perf_counter() - start}
-    status: Status = "done" if math.isfinite(metrics[goal.metric_name]) else "diverged"
-    facts |= {
+        seconds = (time.perf_counter() - start) / len(task.cells)
+        return {key: {**facts, "status": "diverged", "reason": str(error), "seconds": seconds} for key in task.cells}
+    run_seconds = (time.perf_counter() - start) / len(task.cells)
+    found = {}
+    for key, own in task.cells.items():
+        start = time.perf_counter()
+        measured = _measured(own, task, subject, model, sample)
+        terms = {**cast(dict[str, object], measured["terms"]), **seen}
+        found[key] = {**facts, **measured, "terms": terms, "seconds": run_seconds + time.perf_counter() - start}
+    return found
+
+
+def _measured(cell: Cell, task: CellTask, subject: Subject, model: nn.Module, sample: Inputs) -> dict[str, object]:
+    """What came out, of a network of several widths at those of the cell."""
+    if cell.mixtures:
+        metrics = _mixed_metrics(cell, subject, model)
+    else:
+        if cell.widths:
+            set_bits(model, LayerBits(cell.weight_bits, cell.activation_bits))
+        metrics = _metrics(subject, model)
+    metric = as_task(subject.task).metric_name
+    status: Status = "done" if math.isfinite(metrics[metric]) else "diverged"
+    terms = equal_terms(model, subject.model, sample)
+    facts: dict[str, object] = {
         "status": status,
-        "reason": "" if status == "done" else f"{goal.metric_name} is {metrics[goal.metric_name]}",
+        "reason": "" if status == "done" else f"{metric} is {metrics[metric]}",
         "metrics": metrics,
-        "terms": {**equal_terms(model, subject.model, sample), **seen},
+        "terms": {**terms, "inner_layers": MIXED} if cell.mixtures else terms,
         "size_bytes": model_size(model).total_bytes,
-        "seconds": time.perf_counter() - start,
     }
-    if suite.latency and status == "done":
+    if task.suite.latency and status == "done":
         facts |= _latency(model, sample, task.work)
     return facts
 
 
-def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
-    cell, suite = task.cell, task.suite
+def _metrics(subject: Subject, model: nn.Module) -> dict[str, float]:
+    return dict(evaluate(model, subject.test_data, task=subject.task, progress=Progress.silent()).metrics)
+
+
+def _mixed_metrics(cell: Cell, subject: Subject, model: nn.Module) -> dict[str, float]:
+    """Means over networks whose layers have widths drawn for each, the same draws for all methods; and the least and the greatest."""
+    generator, layers, switches = torch.Generator().manual_seed(cell.seed), switching_layers(model), switches_of(model)
+    found = []
+    for _ in range(cell.mixtures):
+        places = torch.randint(len(switches), (len(layers),), generator=generator).tolist()
+        set_bits(model, {layer: switches[place] for layer, place in zip(layers, places, strict=True)})
+        found.append(_metrics(subject, model))
+    means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    ends = ((word, end) for word, end in (("least", min), ("greatest", max)))
+    return means | {f"{word} {name}": end(one[name] for one in found) for word, end in ends for name in found[0]}
+
+
+def _trained(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
+    suite = task.suite
     method = training_method(cell.method, cell.options, cell.procedure, cell.procedure_options)
     if subject.train_data is None:
         if isinstance(task.subject, SubjectSettings):
@@ -410,13 +454,16 @@ def _trained(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.M
         recipe=recipe, surrogate=cell.surrogate, augment=suite.augment, save_every=suite.save_every, tensorboard=False, select="last"
     )
     teacher = subject.model if "teacher" in method.info.needs else None
-    job = TrainingJob(subject.model, subject.train_data, method, _policy(suite, cell, method), teacher=teacher, task=subject.task)
+    job = TrainingJob(
+        subject.model, subject.train_data, method, _policy(suite, cell, method), teacher=teacher, task=subject.task,
+        bits=cell.widths or None,
+    )  # fmt: skip
     trained = train_network(job, settings, trainer_for(settings, progress), out=task.work)
     return trained.model, trained.sample, {"images": len(trained.curve) * sample_total(subject.train_data)}
 
 
-def _quantized(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
-    cell, suite = task.cell, task.suite
+def _quantized(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
+    suite = task.suite
     method = make_method(cell.method, "post_training", cell.options)
     assert isinstance(method, PostTrainingMethod)
     calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
@@ -425,9 +472,8 @@ def _quantized(task: CellTask, subject: Subject, progress: Progress) -> tuple[nn
 
 
 def _policy(suite: Suite, cell: Cell, method: TrainingMethod | PostTrainingMethod) -> BitPolicy:
-    if suite.track == "aligned":
-        return suite.policy(cell)
-    return choose_policy(method, "paper", LayerBits(cell.weight_bits, cell.activation_bits))
+    bits = widest(parse_switches(cell.widths)) if cell.widths else LayerBits(cell.weight_bits, cell.activation_bits)
+    return suite.policy(bits) if suite.track == "aligned" else choose_policy(method, "paper", bits)
 
 
 def _latency(model: nn.Module, sample: Inputs, work: Path) -> dict[str, object]:
@@ -461,7 +507,7 @@ def commands_of(suite: Suite, tables: Tables, current: Collection[str]) -> dict[
 
 
 def _but_for_the_seed(cell: Cell) -> str:
-    return dataclasses.replace(cell, seed=0).key({})
+    return dataclasses.replace(cell.trained, seed=0).key({})
 
 
 class _Enough(Exception):
@@ -511,7 +557,7 @@ class _ProbedStage(Stage):
 def _measured_seconds(one: PlannedCell, store: Store, opened: _Opened) -> float:
     probe = _Probe()
     work = store.work_folder(f"{one.key}-measured").absolute()
-    task = CellTask(one.cell, opened._suite, opened.named(one.cell.subject), work, {})
+    task = CellTask({one.key: one.cell}, opened._suite, opened.named(one.cell.subject), work, {})
     try:
         run_cell(Job(one.key, one.cell.name, task), probe)
         return time.perf_counter() - probe.start

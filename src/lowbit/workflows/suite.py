@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from lowbit.comparison.cells import FLOAT, Cell, Track
 from lowbit.comparison.orderings import Ordering
@@ -15,8 +15,11 @@ from lowbit.options import Above, AtLeast, make_method
 from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.reading import entries_of, line_of, shorten
 from lowbit.registry import MethodInfo, find_method, list_methods
-from lowbit.spec import BitPolicy, parse_bits
+from lowbit.spec import BitPolicy, LayerBits, parse_bits
 from lowbit.workflows.requests import Bits, BitSettings, NetworkSettings, Request, plain_value
+
+if TYPE_CHECKING:
+    from lowbit.qat.method import TrainingMethod
 
 DEFAULT_METHODS = ("dorefa", "pact", "lq_nets", "ewgs", "lsq")
 
@@ -35,6 +38,10 @@ class Contender:
         kind: Kind of the method, where methods of several kinds have the name.
         bits: Bits of this method in place of the suite's.
         networks: Names of the only networks to run it on. Default: all.
+        widths: Bits between which one network is to switch, from the highest to the lowest, for methods that train several. It is
+            trained once and measured at each of them, or at those of ``bits``.
+        mixtures: Number of networks with widths drawn for each layer to measure as well, for methods that mix them; tables call their mean
+            ``mixed``.
 
     Example:
         >>> Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name
@@ -50,6 +57,8 @@ class Contender:
     procedure_options: Mapping[str, object] = field(default_factory=dict)
     bits: tuple[BitPair, ...] = ()
     networks: tuple[str, ...] = ()
+    widths: tuple[BitPair, ...] = ()
+    mixtures: int = 0
 
     @property
     def name(self) -> str:
@@ -57,7 +66,7 @@ class Contender:
         if self.label is not None:
             return self.label
         options = [f"{name}={value}" for name, value in {**self.options, **self.procedure_options}.items()]
-        changes = [*options, *(word for word in (self.surrogate, self.procedure) if word)]
+        changes = [*options, *(word for word in (self.surrogate, self.procedure, ", ".join(map(str, self.widths))) if word)]
         return f"{self.method} ({', '.join(changes)})" if changes else self.method
 
     @staticmethod
@@ -67,13 +76,25 @@ class Contender:
             return value
         if isinstance(value, str):
             return Contender(value.strip())
-        other = ("options", "procedure_options", "bits", "networks")
+        other = ("options", "procedure_options", "bits", "networks", "widths", "mixtures")
         entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=other)
         for name in ("options", "procedure_options"):
             if not isinstance(entries.get(name, {}), Mapping):
                 raise SpecError(f"{where}{line_of(value, name)}: {name} must hold names and values, got {shorten(entries[name])}")
-        bits = tuple(BitPair.parse(pair, f"{where}{line_of(value, 'bits')}: bits") for pair in _several(entries.get("bits")))
-        return Contender(**entries | {"bits": bits, "networks": tuple(map(str, _several(entries.get("networks"))))})
+        pairs = {
+            name: tuple(BitPair.parse(pair, f"{where}{line_of(value, name)}: {name}") for pair in _several(entries.get(name)))
+            for name in ("bits", "widths")
+        }
+        count = entries.get("mixtures", 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise SpecError(f"{where}{line_of(value, 'mixtures')}: mixtures must be a whole number from 0 on, got {shorten(count)}")
+        return Contender(**entries | pairs | {"networks": tuple(map(str, _several(entries.get("networks"))))})
+
+    def pairs(self, bits: Sequence[BitPair]) -> Iterator[tuple[BitPair, int]]:
+        """The bits at which it is measured in a suite with these ``bits``, and the number of mixtures, of those without bits."""
+        yield from ((pair, 0) for pair in self.bits or self.widths or bits)
+        if self.mixtures:
+            yield BitPair(None, None), self.mixtures
 
 
 @dataclass(frozen=True)
@@ -268,15 +289,15 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
             for contender, info in zip(self.methods, infos, strict=True):
                 if contender.networks and name not in contender.networks:
                     continue
-                for pair in contender.bits or self.bits:
+                for pair, mixtures in contender.pairs(self.bits):
                     for seed in self.seed_numbers:
                         cell = Cell(
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
                             dict(contender.options), contender.surrogate, self._terms(info), contender.procedure,
-                            dict(contender.procedure_options),
+                            dict(contender.procedure_options), tuple(map(str, contender.widths)), mixtures,
                         )  # fmt: skip
                         if not self.only or any(cell.name == name or fnmatch.fnmatchcase(cell.name, name) for name in self.only):
-                            yield cell, _missing_bits(info, pair)
+                            yield cell, "" if mixtures else _missing_bits(info, pair)
 
     def check(self) -> list[MethodInfo]:
         """The facts of every method, in their order; raises what ``cells`` raises."""
@@ -285,7 +306,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         names = [contender.name for contender in self.methods]
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
-            is_altered = bool(contender.options or contender.surrogate or contender.procedure)
+            is_altered = bool(contender.options or contender.surrogate or contender.procedure or contender.widths)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
                     f"methods: the label {name!r} is the name of another method than {contender.method!r}. Choose another label."
@@ -320,21 +341,21 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         seen: set[tuple[str, str, BitPair]] = set()
         for one in self.methods:
             same = dataclasses.replace(meanings.setdefault(one.name, one), bits=one.bits, networks=one.networks)
-            cells = {(one.name, title, pair) for title in one.networks or titles for pair in one.bits or self.bits}
+            cells = {(one.name, title, pair) for title in one.networks or titles for pair, _ in one.pairs(self.bits)}
             if same != one or cells & seen:
                 raise SpecError(f"methods: {one.name!r} appears twice. Give each its own label, or other bits or networks.")
             seen |= cells
 
-    def policy(self, cell: Cell) -> BitPolicy:
-        """Bits of each layer in the aligned track."""
-        bits = BitSettings(
-            weight_bits=cell.weight_bits or FLOAT,
-            activation_bits=cell.activation_bits or FLOAT,
+    def policy(self, bits: LayerBits) -> BitPolicy:
+        """Bits of each layer in the aligned track, with ``bits`` in inner layers."""
+        settings = BitSettings(
+            weight_bits=bits.weight or FLOAT,
+            activation_bits=bits.activation or FLOAT,
             first_last_bits=self.first_last_bits,
             merge_bits=self.merge_bits,
             keep=self.keep,
         )
-        return bits.bit_policy()
+        return settings.bit_policy()
 
     def recipe_for(self, cell: Cell, paper: Recipe) -> Recipe:
         """The recipe of a cell; ``paper`` is that of its method's paper."""
@@ -364,8 +385,10 @@ def _info(contender: Contender) -> MethodInfo:
         if info.kind == "training":
             from lowbit.qat.procedure import training_method  # brings torch
 
-            training_method(contender.method, contender.options, contender.procedure, contender.procedure_options)
+            method = training_method(contender.method, contender.options, contender.procedure, contender.procedure_options)
+            _check_widths(contender, method)
         else:
+            _check_widths(contender, None)
             make_method(contender.method, info.kind, contender.options)
     except LowbitError as error:
         raise type(error)(f"methods, {contender.name}: {error}") from error
@@ -376,6 +399,20 @@ def _info(contender: Contender) -> MethodInfo:
         if info.kind != "training":
             raise SpecError(f"methods, {contender.name}: a surrogate is for training methods, and {info.name} is {info.kind}.")
     return info
+
+
+def _check_widths(contender: Contender, method: TrainingMethod | None) -> None:
+    if contender.widths and method is not None:
+        from lowbit.qat.prepare import training_switches
+
+        training_switches(method, ",".join(map(str, contender.widths)))
+    elif contender.widths:
+        raise SpecError("widths are for training methods that train one network for several. Leave them out.")
+    if contender.mixtures and (not contender.widths or method is None or method.switching != "layer"):
+        raise SpecError("mixtures are for methods that mix widths, such as bit_mixer, and need widths. Leave them out.")
+    strangers = [pair for pair in contender.bits if contender.widths and pair not in contender.widths]
+    if strangers:
+        raise SpecError(f"bits {', '.join(map(str, strangers))} are not among its widths {', '.join(map(str, contender.widths))}.")
 
 
 def _missing_bits(info: MethodInfo, pair: BitPair) -> str:

@@ -242,3 +242,13 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(SpecError, match="was trained for the widths 8/8, 4/4, 2/2, got 3"):
         lowbit.set_bits(model, 3)
     assert torch.equal(outputs(model), outputs(copy.deepcopy(model)))
+
+
+def test_norms_can_be_shared_by_all_widths_for_comparison() -> None:
+    model = prepared(switchable_norms=False)
+    assert not any(isinstance(module, SwitchableNorm) for module in model.modules())
+    found = {}
+    for width in (8, 2):
+        lowbit.set_bits(model, width)
+        found[width] = outputs(model)
+    assert not torch.equal(found[8], found[2])

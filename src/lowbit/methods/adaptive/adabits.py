@@ -279,7 +279,8 @@ class Adabits(AdaptiveMethod):
             weight) or ``none`` (not rescaled).
         rescale_convolutions: Rescale all convolutions too, as for CIFAR-10 in the authors' program.
         rescales_in_evaluation: Rescale weights in evaluation too; else the bias is divided by the factor there.
-        shares_affine: Let all norms of one place share their weight and bias; statistics are always each width's own.
+        switchable_norms: Give each width norms of its own; one norm for all cannot follow the statistics of each, and is there for comparison.
+        shares_affine: Let all norms of one place share their weight and bias; statistics stay each width's own.
         integer_images: Multiply the first layer's input, images in [0, 1], by 255 and round it, as the authors do with their data.
     """
 
@@ -291,6 +292,7 @@ class Adabits(AdaptiveMethod):
     rescale: Rescale = "constant"
     rescale_convolutions: bool = False
     rescales_in_evaluation: bool = True
+    switchable_norms: bool = True
     shares_affine: bool = False
     integer_images: bool = False
 
@@ -329,7 +331,8 @@ class Adabits(AdaptiveMethod):
                     insert.set_input_transform(job.weights[name].layer, IntegerImage())
 
     def insert_norms(self, job: QatJob) -> None:
-        super().insert_norms(job)
+        if self.switchable_norms:
+            super().insert_norms(job)
         if self.shares_affine:
             for module in job.model.modules():
                 if isinstance(module, SwitchableNorm):
