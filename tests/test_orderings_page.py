@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -52,3 +53,10 @@ def test_every_ordering_of_the_suite_has_a_row_and_counts_are_right() -> None:
     assert sum(row[-1] != "not measured" for row in ROWS) >= 12
     for finding, count in Counter(row[-1] for row in ROWS).items():
         assert f"{count} times *{finding}*" in PAGE
+
+
+@pytest.mark.parametrize("name", ["orderings", "procedures"])
+def test_pages_are_what_the_script_makes_of_the_results(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "results_pages.py"))
+    texts = {path.stem: text for path, text in script["pages"]().items()}
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == texts[name]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from lowbit.report.comparison import (
     latex,
     markdown,
     render_page,
-    results_csv,
     write_comparison,
 )
 from lowbit.report.scatter import Point, by_bits, pareto_front, scatter
@@ -29,14 +26,6 @@ RESULTS = [
     *seeds([0.4, 0.4, 0.4], "lsq", bits=(2, 2)),
     result(None, "ewgs", reason="<b>no & memory</b>"),
 ]
-
-
-def test_the_csv_has_one_row_for_each_cell_done_or_not() -> None:
-    rows = list(csv.DictReader(io.StringIO(results_csv(RESULTS))))
-    assert len(rows) == len(RESULTS) and len({row["key"] for row in rows}) == len(RESULTS)
-    row = next(row for row in rows if (row["label"], row["weight_bits"], row["seed"]) == ("lsq", "4", "1"))
-    assert (float(row["value"]), float(row["float_value"]), row["size_bytes"], row["images"]) == (0.6, 0.95, "1000", "50")
-    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["<b>no & memory</b>"]
 
 
 def test_markdown_has_means_differences_ranks_and_what_is_missing() -> None:

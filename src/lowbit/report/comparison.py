@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,21 +17,16 @@ from lowbit.comparison.statistics import CONFIDENCE, LEAST_SEEDS
 from lowbit.comparison.tables import Row, Table, Tables
 from lowbit.comparison.terms import SHOWN
 from lowbit.comparison.verdicts import Verdict
-from lowbit.errors import DataError, LowbitError
+from lowbit.errors import LowbitError
 from lowbit.files import write_text
 from lowbit.qat.task import format_metric
-from lowbit.reading import check_readable
 from lowbit.registry import MethodInfo, find_method
 from lowbit.report.formatting import NOTHING, format_bytes
 from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells, orderings_page
+from lowbit.report.results_csv import read_results, results_csv
 from lowbit.report.scatter import Point, by_bits, scatter
 
 FILES = ("results.csv", "table.md", "table.tex", "methods.bib", "comparison.html", "suite.yaml")
-COLUMNS = (
-    "subject", "track", "label", "method", "kind", "weight_bits", "activation_bits", "seed", "status", "reason", "metric", "value",
-    "float_value", "size_bytes", "latency_ms", "float_latency_ms", "seconds", *SHOWN, "weights", "data", "processor", "lowbit", "torch", "key",
-)  # fmt: skip
-LARGEST_CSV = 2**27  # bytes
 HEADS = ("method", "rank", "mean", "sd", "least", "greatest", "seeds", "to baseline", "stored", "time of a cell")
 
 
@@ -78,41 +71,17 @@ def write_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
     return [folder / name for name in written]
 
 
-def results_csv(results: Sequence[Result]) -> str:
-    """One row for each cell, done or not, in long form."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for result in sorted(results, key=lambda r: (r.cell.subject, r.cell.track, r.cell.bits, r.cell.label, r.cell.seed)):
-        cell = result.cell
-        values: dict[str, object] = {name: getattr(cell, name) for name in ("subject", "track", "label", "method", "kind", "seed")}
-        values |= dict(zip(("weight_bits", "activation_bits"), cell.operand_bits, strict=True))
-        values |= {
-            name: getattr(result, name) for name in ("status", "reason", "metric", "value", "size_bytes", "latency_ms", "seconds", "key")
-        }
-        values |= {"float_latency_ms": result.float_latency_ms, "float_value": result.float_metrics.get(result.metric)}
-        values |= {name: result.terms.get(name) for name in SHOWN}
-        values |= {name: result.facts.get(name) for name in ("weights", "data")}
-        values |= {name: result.machine.get(name) for name in ("processor", "lowbit", "torch")}
-        writer.writerow(values)
-    return text.getvalue()
-
-
 def earlier_means(path: Path) -> dict[tuple[str, ...], float]:
     """Means over seeds in a ``results.csv``, by subject, track, label, weight bits and activation bits.
 
     Raises:
         DataError: There is no such file, or it is no ``results.csv`` of a comparison.
     """
-    check_readable(path, max_bytes=LARGEST_CSV)
     found: dict[tuple[str, ...], list[float]] = {}
-    try:
-        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))):
-            if row["status"] == "done":
-                key = tuple(row[name] for name in ("subject", "track", "label", "weight_bits", "activation_bits"))
-                found.setdefault(key, []).append(float(row["value"]))
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no results.csv of a comparison ({error}). Name the file that 'lowbit compare' wrote.") from error
+    for result in read_results(path):
+        if result.value is not None:
+            cell = result.cell
+            found.setdefault((cell.subject, cell.track, cell.label, *cell.operand_bits), []).append(result.value)
     return {key: math.fsum(values) / len(values) for key, values in found.items()}
 
 

@@ -31,18 +31,19 @@ def notes(verdicts: Sequence[Verdict]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def orderings_page(verdicts: Sequence[Verdict], suite: str = "suite.yaml") -> str:
+def orderings_page(verdicts: Sequence[Verdict], suite: str = "suite.yaml", title: str = "Orderings from papers") -> str:
     """A page in Markdown: counts, a row for each ordering and network, and notes.
 
     Args:
         verdicts: What was found.
         suite: Name of the suite, for the command.
+        title: Heading of the page.
     """
     counts = {
         name: sum(one.finding == name for one in verdicts) for name in ("holds", "no difference shown", "does not hold", "not measured")
     }
     lines = [
-        "# Orderings from papers",
+        f"# {title}",
         "",
         f"What papers claim, measured by `lowbit compare {suite}`: "
         + ", ".join(f"{count} times *{name}*" for name, count in counts.items() if count)
