@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import lowbit
 from lowbit.errors import LoopError, MissingExtraError, SpecError
+from lowbit.qat import Procedure
+from lowbit.qat.loops.manual import ManualLoop
 from lowbit.qat.loops.plan import Planned
 
 X, Y = torch.cat([x for x, _ in BATCHES]), torch.cat([y for _, y in BATCHES])
@@ -204,15 +206,21 @@ def mutual() -> nn.Module:
 
 def mutual_by_hand() -> tuple[nn.Module, nn.Module]:
     """The network and its teacher after three epochs in a custom loop."""
-    run = lowbit.training(mutual(), steps_per_epoch=4, epochs=3, float_network=network())
+    run = run_by_hand(mutual(), epochs=3)
+    return run.model, run.networks["teacher"]
+
+
+def run_by_hand(model: nn.Module, epochs: int) -> ManualLoop:
+    """The run after its epochs in a custom loop on the method's own loss."""
+    run = lowbit.training(model, steps_per_epoch=4, epochs=epochs, float_network=network())
     optimizer = optimizer_of(run.model)
-    for batch in BATCHES * 3:
+    for batch in BATCHES * epochs:
         run.before_step(optimizer)
         run.loss(batch).backward()
         run.after_backward()
         optimizer.step()
         run.after_step()
-    return run.model, run.networks["teacher"]
+    return run
 
 
 def test_lightning_trains_companions_and_goes_on_with_them(tmp_path: Path) -> None:
@@ -232,6 +240,22 @@ def test_huggingface_trains_companions_and_goes_on_with_them(tmp_path: Path) -> 
     callback = fit_huggingface(again, tmp_path, epochs=3, uses_run=True, resume=tmp_path / "checkpoint-8")
     assert_same(values(again), values(whole))
     assert_same(values(callback.run.networks["teacher"]), values(teacher))
+
+
+@pytest.mark.parametrize("procedure", [info.name for info in lowbit.list_methods(axis="procedure") if issubclass(info.method, Procedure)])  # type: ignore[arg-type]
+def test_lightning_trains_every_procedure_and_its_companions_as_a_loop_of_ones_own(procedure: str, tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        bits = {"weight_bits": 3, "activation_bits": None if procedure == "inq" else 3}
+        return lowbit.prepare(network(), method="lsq", procedure=procedure, sample=BATCHES[0][0], **bits).train()  # type: ignore[arg-type]
+
+    model = made()
+    epochs = len(model.lowbit_method.phases(lowbit.Recipe(epochs=100)))  # type: ignore[operator, union-attr]
+    whole = run_by_hand(made(), epochs)
+    callback = fit_lightning(model, tmp_path, epochs=epochs, uses_run=True)
+    assert [phase.name for phase in callback.run.phases] == [phase.name for phase in whole.phases]  # type: ignore[attr-defined]
+    assert_same(values(model), values(whole.model))
+    for name, companion in whole.networks.items():
+        assert_same(values(callback.run.networks[name]), values(companion))  # type: ignore[attr-defined]
 
 
 def test_a_method_with_several_optimizer_turns_is_refused() -> None:
