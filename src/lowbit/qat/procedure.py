@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError, unknown_name
+from lowbit.network import insert
 from lowbit.network.layers import WEIGHT
 from lowbit.network.slot import Slot
 from lowbit.options import Setting, convert_option, make_method, settings_of
@@ -179,6 +180,11 @@ class Procedure(TrainingMethod):
                     f"{type(quantizer).__name__} has {', '.join(map(str, quantizer.bit_widths))} alone. Choose a method with all of these "
                     "widths, or other stages."
                 )
+
+    def initialize_weights(self, model: nn.Module) -> None:
+        """Set up the quantizers of all weights again, for weights that have learned in float since."""
+        for site in insert.quantized_weights(model).values():
+            self.initialize_layer(site.layer, None, site.parameter)
 
     # What the quantizers are is up to the base.
 
