@@ -48,7 +48,7 @@ class Procedure(TrainingMethod):
         replaces_loss: Whether the procedure computes losses of its own from outputs, so that a base with one of its own cannot take part.
 
     Raises:
-        SpecError: A base whose quantizers need phases or a loss of their own.
+        SpecError: A base whose quantizers need phases or a loss of their own, or that trains several widths.
 
     Example:
         >>> import torch, lowbit
@@ -93,6 +93,11 @@ class Procedure(TrainingMethod):
             raise SpecError(
                 f"the quantizers of {base.name!r} need its own phases and cannot go through {own.name!r}. Leave procedure out, or choose "
                 "another method."
+            )
+        if self.base.switching is not None:
+            raise SpecError(
+                f"{base.name!r} trains a network for several widths, in steps of its own that cannot go through {own.name!r}. Leave procedure out, "
+                "or choose another method."
             )
         if self.replaces_loss and self.base.has_own_loss:
             raise SpecError(
