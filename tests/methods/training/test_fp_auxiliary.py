@@ -160,7 +160,7 @@ def test_the_gradient_of_each_quantized_layer_is_the_sum_of_both_losses(name: st
     (loss,) = run.losses(images())
     total = gradients(run, loss)
     own, auxiliary = (gradients(run, part) for part in both_losses(run))
-    assert len(total) >= 3
+    assert len(total) >= 2
     for layer, gradient in total.items():
         rounding = 1e-5 * float(gradient.abs().max())
         torch.testing.assert_close(gradient, own[layer] + 0.5 * auxiliary[layer], rtol=0, atol=rounding, msg=layer)
@@ -200,7 +200,7 @@ def test_files_hold_nothing_of_it(tmp_path: Path) -> None:
         run.loss(images()).backward()
         run.optimizer_step()
         run.after_step()
-    plain = lowbit.prepare(made("resnet"), method="dorefa", weight_bits=2, activation_bits=2, sample=images()[0])
+    plain = lowbit.prepare(made("resnet"), method="dorefa", policy="paper", weight_bits=2, activation_bits=2, sample=images()[0])
     plain.load_state_dict(run.model.state_dict())  # strict: the same parameters and buffers
     for name, model in (("auxiliary", run.model), ("plain", plain)):
         lowbit.export(model.eval(), tmp_path / f"{name}.lowbit", sample=images()[0])
@@ -273,7 +273,7 @@ def test_a_stream_of_other_dimensions_is_averaged() -> None:
 
 def test_convolutions_start_normal_by_their_fan_out() -> None:
     torch.manual_seed(0)
-    weight = pointwise(200, 100, [1, 1])[0].weight
+    weight = pointwise(200, 100, [1, 1])[0].weight.detach()
     assert float(weight.std()) == pytest.approx((2 / 100) ** 0.5, rel=0.02) and abs(float(weight.mean())) < 2e-3
 
 
