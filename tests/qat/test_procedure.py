@@ -118,6 +118,7 @@ def test_the_quantizers_of_a_paper_with_a_procedure_go_through_another_one() -> 
         ({"method": "lsq", "procedure": Qkd(), "procedure_options": {"temperature": 1}}, SpecError, "set temperature there"),
         ({"method": "lsq", "procedure_options": {"temperature": 1}}, SpecError, "temperature without a procedure"),
         ({"method": "binary_connect", "procedure": "qkd", "squared_hinge": True}, SpecError, "trains on a loss of its own"),
+        ({"method": "adabits", "procedure": "fp_auxiliary"}, SpecError, "'adabits' trains a network for several widths"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_says_why(asked: dict[str, Any], error: type[Exception], message: str) -> None:

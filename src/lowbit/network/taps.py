@@ -1,29 +1,53 @@
-"""Taps: what named layers read and give in a forward pass, without changing the network."""
+"""Taps: what named modules read and give in a forward pass, without changing the network."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import LayerError, unknown_name
+from lowbit.network.graph.dataflow import Dataflow, Node
+from lowbit.network.graph.trunk import residual_sums
 
 Side = Literal["input", "output"]
 
 
+@dataclass(frozen=True)
+class Tap:
+    """What a module reads or gives.
+
+    Attributes:
+        module: Name of the module.
+        side: Which of the two.
+        call: In which of its calls in one pass of the network, counted from 0; ``None``: in the last one.
+    """
+
+    module: str
+    side: Side = "output"
+    call: int | None = None
+
+
+Place = TypeVar("Place", str, Tap)
+
+
 @contextmanager
-def tapped(model: nn.Module, names: Collection[str], side: Side = "output") -> Iterator[dict[str, Tensor]]:
-    """Within the context every call of ``model`` puts the features of these modules into the dictionary, by name, with their graph.
+def tapped(model: nn.Module, taps: Collection[Place], side: Side = "output", *, copies: bool = False) -> Iterator[dict[Place, Tensor]]:
+    """Within the context every pass of ``model`` puts features of its modules into the dictionary, by tap, with their graph.
 
     Each is the first floating-point tensor among a module's outputs, or among its inputs as they come, before any quantizer. A module that
-    is called several times leaves those of its last call; one that is not called leaves nothing.
+    is not called leaves nothing.
 
     Args:
         model: The network, or a wrapper's inner one.
-        names: Names of modules.
-        side: What to keep.
+        taps: Names of modules, or more exact taps.
+        side: What to keep of those that are names; of a module that is called several times, it is that of the last call.
+        copies: Keep copies, which operations in place behind them do not change (``nn.ReLU(inplace=True)``).
 
     Raises:
         UnknownNameError: The network has no such module.
@@ -38,27 +62,56 @@ def tapped(model: nn.Module, names: Collection[str], side: Side = "output") -> I
         (torch.Size([8, 3]), 0)
     """
     modules = dict(model.named_modules())
-    found: dict[str, Tensor] = {}
+    found: dict[Place, Tensor] = {}
+    calls: Counter[Place] = Counter()
 
-    def keep(name: str, value: object) -> None:
+    def keep(key: Place, tap: Tap, value: object) -> None:
+        calls[key] += 1
+        if tap.call not in (None, calls[key] - 1):
+            return
         values = value if isinstance(value, (tuple, list)) else (value,)
         tensor = next((entry for entry in values if isinstance(entry, Tensor) and entry.is_floating_point()), None)
         if tensor is None:
             raise LayerError(
-                f"module {name!r} ({type(modules[name]).__name__}) has no floating-point tensor as its {side}. Name another one."
+                f"module {tap.module!r} ({type(modules[tap.module]).__name__}) has no floating-point tensor as its {tap.side}. Name another one."
             )
-        found[name] = tensor
+        found[key] = tensor.clone() if copies else tensor
 
-    handles = []
+    def hook(key: Place) -> RemovableHandle:
+        tap = key if isinstance(key, Tap) else Tap(key, side)
+        if tap.module not in modules:
+            raise unknown_name("module", tap.module, [known for known in modules if known])
+        module: nn.Module = modules[tap.module]
+        if tap.side == "output":
+            return module.register_forward_hook(lambda _m, _args, output: keep(key, tap, output))
+        return module.register_forward_pre_hook(lambda _m, args: keep(key, tap, args), prepend=True)
+
+    handles = [model.register_forward_pre_hook(lambda _m, _args: calls.clear(), prepend=True)]
     try:
-        for name in names:
-            if name not in modules:
-                raise unknown_name("module", name, [known for known in modules if known])
-            if side == "output":
-                handles.append(modules[name].register_forward_hook(lambda _m, _args, output, name=name: keep(name, output)))
-            else:
-                handles.append(modules[name].register_forward_pre_hook(lambda _m, args, name=name: keep(name, args), prepend=True))
+        for key in taps:
+            handles.append(hook(key))
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def taps_of(flow: Dataflow, node: Node) -> tuple[Tap, ...]:
+    """Taps whose sum is the tensor ``node``: one where some module gives or reads it, those of its two operands where it is their sum.
+
+    Empty where no module has it.
+
+    Example:
+        >>> import torch
+        >>> from lowbit.network.graph.dataflow import capture
+        >>> flow = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.rand(8, 4))
+        >>> [taps_of(flow, node) for node in flow.nodes if node.op == "linear"]
+        [(Tap(module='0', side='output', call=0),)]
+    """
+    sides: tuple[tuple[Side, str], ...] = (("output", "returned_by"), ("input", "received_by"))
+    for side, field in sides:
+        for module in getattr(node, field)[:1]:
+            earlier = flow.nodes[: flow.nodes.index(node)]
+            return (Tap(module, side, sum(getattr(other, field).count(module) for other in earlier)),)
+    operands = [taps_of(flow, flow[str(name)]) for name in node.arguments] if node.name in residual_sums(flow) else []
+    return tuple(tap for taps in operands for tap in taps) if all(operands) else ()

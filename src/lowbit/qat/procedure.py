@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError, unknown_name
+from lowbit.network import insert
 from lowbit.network.layers import WEIGHT
 from lowbit.network.slot import Slot
 from lowbit.options import Setting, convert_option, make_method, settings_of
@@ -47,7 +48,7 @@ class Procedure(TrainingMethod):
         replaces_loss: Whether the procedure computes losses of its own from outputs, so that a base with one of its own cannot take part.
 
     Raises:
-        SpecError: A base whose quantizers need phases or a loss of their own.
+        SpecError: A base whose quantizers need phases or a loss of their own, or that trains several widths.
 
     Example:
         >>> import torch, lowbit
@@ -92,6 +93,11 @@ class Procedure(TrainingMethod):
             raise SpecError(
                 f"the quantizers of {base.name!r} need its own phases and cannot go through {own.name!r}. Leave procedure out, or choose "
                 "another method."
+            )
+        if self.base.switching is not None:
+            raise SpecError(
+                f"{base.name!r} trains a network for several widths, in steps of its own that cannot go through {own.name!r}. Leave procedure out, "
+                "or choose another method."
             )
         if self.replaces_loss and self.base.has_own_loss:
             raise SpecError(
@@ -179,6 +185,11 @@ class Procedure(TrainingMethod):
                     f"{type(quantizer).__name__} has {', '.join(map(str, quantizer.bit_widths))} alone. Choose a method with all of these "
                     "widths, or other stages."
                 )
+
+    def initialize_weights(self, model: nn.Module) -> None:
+        """Set up the quantizers of all weights again, for weights that have learned in float since."""
+        for site in insert.quantized_weights(model).values():
+            self.initialize_layer(site.layer, None, site.parameter)
 
     # What the quantizers are is up to the base.
 

@@ -130,3 +130,17 @@ def test_a_procedure_and_its_teacher_are_the_same_in_two_processes_as_in_one_eve
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-5, msg=name)
     is_at_rest = any(torch.equal(together[f"networks.teacher.{name}"], value) for name, value in network(norm=False).named_parameters())
     assert is_at_rest is (procedure == "profit")
+
+
+def test_an_auxiliary_module_is_the_same_in_two_processes_even_after_a_kill(tmp_path: Path) -> None:
+    """Its norms see half of a batch in each process, so that one process alone ends elsewhere."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert two_processes(whole, method="fp_auxiliary") == 0
+    assert two_processes(out, kill=8, method="fp_auxiliary") != 0
+    assert two_processes(out, method="fp_auxiliary") == 0
+    saved, resumed = (load_file(folder / ".work" / "last.safetensors") for folder in (whole, out))
+    names = [name for name in saved if name.startswith(("model.", "networks.auxiliary."))]
+    assert any(name.endswith("running_mean") for name in names)
+    assert all(torch.equal(saved[name], resumed[name]) for name in names)
+    ranks = [load_file(out / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))

@@ -32,7 +32,6 @@ from torch.overrides import TorchFunctionMode
 from lowbit.errors import SpecError
 from lowbit.inputs import map_tensors
 from lowbit.measure.instability import InstabilityMeter
-from lowbit.network import insert
 from lowbit.network.bits import lower_bits
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
@@ -377,8 +376,7 @@ class Profit(Procedure):
         bits = steps[run.phase.name].bits
         lower_bits(run.model, bits)
         if bits.weight is not None and before and steps[before].bits.weight is None:
-            for site in insert.quantized_weights(run.model).values():  # it has learned in float since they were set up
-                self.initialize_layer(site.layer, None, site.parameter)
+            self.initialize_weights(run.model)
         if run.phase.name in ROUNDS:
             self._freeze(run, ROUNDS.index(run.phase.name))
 
