@@ -135,6 +135,19 @@ def _at(address: Any, count: Any, kind: Any) -> Any:
 _array_at: Any = numba.njit(_at)
 
 
+def _pack_whole_words(x: int, channels: int, limits: int, flips: Words, count: int, signs: int, words: int) -> None:
+    """Signs ``(x[i, c] >= limits[c]) ^ flip[c]`` of ``count`` pixels, as ``flips.size`` of the ``words`` that each pixel has at ``signs``."""
+    for word in range(flips.size):
+        pack_signs_of_32(x + 128 * word, 4 * channels, limits + 128 * word, count, signs + 4 * word, 4 * words)
+        if flips[word]:
+            found = _array_at(signs + 4 * word, count * words - word, np.int32)
+            for i in range(0, found.size, words):
+                found[i] ^= flips[word]
+
+
+_pack_whole: Any = numba.njit(_pack_whole_words)
+
+
 def _pack_words(x: int, thresholds: int, stride: int, first: int, step: int, levels: int, count: int, rest: Floats, bits: Words) -> None:
     """The bits of ``count`` numbers at address ``x`` as words, as ``pack_bits_of_32`` does; ``rest`` is memory to work in."""
     for word in range(bits.size):
@@ -174,8 +187,7 @@ def _pack(table: Table, x: int, first: int, last: int) -> None:
         values, place = x + 4 * row * width * channels, (n * lines + top + h) * line + left * together
         if levels == 1 and per_group == 32 * words:  # nothing but whole words, one after the other
             signs = packed.ctypes.data if FORM == "lookup" else table[Field.IMAGE] + _STEP * place
-            for i in range(together):
-                pack_signs_of_32(values + 128 * i, 4 * channels, limits + 128 * i, flips[i], width, signs + 4 * i, 4 * together)
+            _pack_whole(values, channels, limits, flips, width, signs, together)
             for i in range(packed.size):
                 image[place + i] = _image_word(packed[i])
             continue
@@ -200,8 +212,7 @@ def _signs(table: Table, y: int, positions: int, signs: int) -> None:
     outputs, limits = table[Field.OUTPUTS], table[Field.OUT_THRESHOLD]
     words = (outputs + 31) // 32
     flips, rest, bits = _array_at(table[Field.OUT_FLIP], words, np.int32), np.empty(32, np.float32), np.empty(words, np.int32)
-    for i in range(outputs // 32):
-        pack_signs_of_32(y + 128 * i, 4 * outputs, limits + 128 * i, flips[i], positions, signs + 4 * i, 4 * words)
+    _pack_whole(y, outputs, limits, flips[: outputs // 32], positions, signs, words)
     if outputs % 32:
         last = words - 1
         for position in range(positions):

@@ -440,23 +440,23 @@ def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ig
 pack_bits_of_32: Any = intrinsic(_pack_bits)
 
 
-def _pack_pixels(_context, x, x_step, threshold, flip, count, words, step):  # type: ignore[no-untyped-def]
-    """``(x, x_step, threshold, flip, count, words, step)``: ``count`` words whose bits ``i`` are ``x[i] >= threshold[i]``, flipped by ``flip``.
+def _pack_pixels(_context, x, x_step, threshold, count, words, step):  # type: ignore[no-untyped-def]
+    """``(x, x_step, threshold, count, words, step)``: ``count`` words whose bits ``i`` are ``x[i] >= threshold[i]``.
 
     Addresses of 32 floats, the bytes from one pixel to the next, and the same for the words that are written.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x, x_step, threshold, flip, count, words, step = arguments
+        x, x_step, threshold, count, words, step = arguments
         floats = ir.VectorType(ir.FloatType(), 32)
         limits = _load(builder, threshold, floats)
         with cgutils.for_range(builder, count) as loop:
             values = _load(builder, builder.add(x, builder.mul(loop.index, x_step)), floats)
-            word = builder.xor(builder.bitcast(builder.fcmp_ordered(">=", values, limits), I32), flip)
+            word = builder.bitcast(builder.fcmp_ordered(">=", values, limits), I32)
             builder.store(word, _pointer(builder, builder.add(words, builder.mul(loop.index, step)), I32))
         return cgutils.get_null_value(I8.as_pointer())
 
-    return types.void(*[types.intp] * 3, types.int32, *[types.intp] * 3), generate
+    return types.void(*[types.intp] * 6), generate
 
 
 pack_signs_of_32: Any = intrinsic(_pack_pixels)
