@@ -85,7 +85,10 @@ class PreparedLayer:
             if not is_same:
                 return False
             self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
-        return all(tensor()._version == version for tensor, version in self.versions)  # type: ignore[union-attr]
+        for tensor, version in self.versions:  # noqa: SIM110: all() would take as long as the rest
+            if tensor()._version != version:  # type: ignore[union-attr]
+                return False
+        return True
 
     def in_tiles(self, values: Tensor) -> Array:
         """``[..., out]`` as ``[groups, tiles, ..., CHANNELS]``, filled up with zeros."""
@@ -163,6 +166,7 @@ class Plan:
             WEIGHT=weight, MASK=mask, TOTALS=totals, TILE_OF_TOTALS=totals.strides[1], ROW_KINDS=row_kinds, COLUMN_KINDS=column_kinds,
             SCALE=scale, BIAS=bias, ACTIVATION=activation, OUT_THRESHOLD=signing[0], OUT_FLIP=signing[1],
         )  # fmt: skip
+        self.all_rows, self.gives_signs = n * self.rows, signing[0].size > 0
         self.work = n * pixels * layer.outputs * math.prod(window.kernel_size) * layer.words * 32 * layer.planes * weight_bits
         self.packing_work = n * height * width * layer.channels * 32 * len(threshold)
         self.workspaces: list[tuple[Table, Array]] = []  # for calls to come: only the inner part of an image changes
@@ -174,12 +178,12 @@ class Plan:
         table[self.layer.loops.Field.IMAGE] = image.ctypes.data
         return table, image
 
-    def empty_output(self, *, are_signs: bool = False) -> Tensor:
+    def empty_output(self) -> Tensor:
         """Memory for outputs, channels-last, or for their signs."""
-        if are_signs:
-            n, out, *size = self.shape
-            return torch.empty((n, *size, words_for(out)), dtype=torch.int32)
-        return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
+        if not self.gives_signs:
+            return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
+        n, out, *size = self.shape
+        return torch.empty((n, *size, words_for(out)), dtype=torch.int32)
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
         """Convolve the signs of ``x`` into ``y``.
@@ -192,24 +196,23 @@ class Plan:
             residual: float32 ``[N, rows, columns, out]``.
             k_map: ``[N, rows, columns, groups]``.
         """
-        loops, (n, height, _) = self.layer.loops, self.size
         try:
             workspace = self.workspaces.pop()
         except IndexError:
             workspace = self.workspace()
         table, image = workspace
-        inputs = x.data_ptr()
+        loops, inputs, outputs = self.layer.loops, x.data_ptr(), y.data_ptr()
+        factors, added = 0 if k_map is None else k_map.data_ptr(), 0 if residual is None else residual.data_ptr()
         if x.dtype == torch.int32:
             loops.place(x.numpy(), image, *self.layer.window.padding)
             inputs = 0
-        factors, added = 0 if k_map is None else k_map.data_ptr(), 0 if residual is None else residual.data_ptr()
-        rows, outputs = n * self.rows, y.data_ptr()
-        if threads_for(rows, self.work) == 1:
-            loops.layer(table, inputs, factors, added, outputs, 0, rows)
+        if self.work < 2 * THREAD_WORK or threads_for(self.all_rows, self.work) == 1:
+            loops.layer(table, inputs, factors, added, outputs, 0, self.all_rows)
         else:
             if inputs:
+                n, height, _ = self.size
                 share(lambda first, last: loops.pack(table, inputs, first, last), n * height, self.packing_work)
-            share(lambda first, last: loops.layer(table, 0, factors, added, outputs, first, last), rows, self.work)
+            share(lambda first, last: loops.layer(table, 0, factors, added, outputs, first, last), self.all_rows, self.work)
         self.workspaces.append(workspace)
 
 
