@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 
 from lowbit.runtime.cpu import compiled
 from lowbit.runtime.cpu.micro_kernel import Job, Tile, copy_bytes, make_micro_kernel, pack_bits_of_32, pack_signs_of_32, pointer_to
@@ -129,7 +129,7 @@ _image_word: Any = numba.njit(_spread_word if FORM == "lookup" else _same)
 
 def _at(address: Any, count: Any, kind: Any) -> Any:
     """The array of ``count`` numbers at an address."""
-    return numba.carray(pointer_to(address), (count,), kind)
+    return carray(pointer_to(address), (count,), kind)
 
 
 _array_at: Any = numba.njit(_at)

@@ -22,7 +22,7 @@ from lowbit.quantizers.ops import input_scale
 from lowbit.runtime.activation import activated
 from lowbit.runtime.arguments import POINT, Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import pack_signs, unpack_signs, unpack_weight, words_for
-from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.cpu.target import target_loops
 from lowbit.runtime.cuda.target import cuda_target
 from lowbit.runtime.layers.checks import check_input, check_layer, check_packed_input, check_residual, refuse_gradients
 from lowbit.runtime.layers.operator import register_operator
@@ -192,15 +192,9 @@ def binary_linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor
     return y
 
 
-@functools.cache
 def compiled_loops() -> ModuleType | None:
     """The compiled kernels of the active target; ``None`` where the reference is used. The first call compiles them, or reads them."""
-    if not active_target()[0].lanes:
-        return None
-    try:
-        return importlib.import_module("lowbit.runtime.cpu.binary_loops")
-    except ImportError:
-        return None
+    return target_loops("binary_loops")
 
 
 @functools.cache

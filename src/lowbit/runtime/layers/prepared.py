@@ -85,7 +85,7 @@ class PreparedLayer:
             if not is_same:
                 return False
             self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
-        for tensor, version in self.versions:  # noqa: SIM110: all() would take as long as the rest
+        for tensor, version in self.versions:  # noqa: SIM110 (a generator takes longer than the loop)
             if tensor()._version != version:  # type: ignore[union-attr]
                 return False
         return True
@@ -154,7 +154,15 @@ class Plan:
         step = 4 * loops.CHANNELS
         row_kinds = step * len(column_kinds) * row_kind.ravel()
         column_kinds = np.pad(step * column_kind.ravel(), (0, loops.ROWS))
-        self.arrays = *layer.packing, *layer.weight, totals, row_kinds, column_kinds, *layer.finishing, *layer.signing  # the table has addresses
+        self.arrays = (
+            *layer.packing,
+            *layer.weight,
+            totals,
+            row_kinds,
+            column_kinds,
+            *layer.finishing,
+            *layer.signing,
+        )  # the table has addresses
         (threshold, flip), (weight, mask), (scale, bias, activation), signing = layer.packing, layer.weight, layer.finishing, layer.signing
         weight_bits = len(weight) // layer.groups
         kernel, stride, padding, dilation = window.kernel_size, window.stride, window.padding, window.dilation
