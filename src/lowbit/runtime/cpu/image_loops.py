@@ -1,7 +1,4 @@
-"""Loops over images between low-bit layers, compiled for this processor when the module is imported: codes of 8 bits, and max pooling.
-
-Torch makes the codes of an image in five passes and a copy, and pools a position at a time; what is read here is read once.
-"""
+"""Codes of 8 bits in one pass over an image, compiled for this processor when the module is imported; torch takes five and a copy."""
 
 from __future__ import annotations
 
@@ -44,50 +41,12 @@ def _encode(x: Floats, codes: Bytes, lower: float, step: float, shift: float, to
                     pixels[i, c] = out[i]
 
 
-def _max_pool(x: Floats, y: Floats, window: tuple[int, ...]) -> None:
-    """``y[n, h, w, c]`` is the largest of ``x`` in the window, or NaN where there is one: first of its rows, then of its columns.
-
-    Args:
-        x: ``[N, H, W, C]``.
-        y: ``[N, rows, columns, C]``.
-        window: Kernel size, stride, padding and dilation, each vertical and horizontal.
-    """
-    kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w = window
-    images, height, width, channels = x.shape
-    line = np.empty(width * channels, np.float32)
-    for n in range(images):
-        for oy in range(y.shape[1]):
-            line[:] = -np.inf
-            for ky in range(kernel_h):
-                iy = oy * stride_h - top + ky * dilation_h
-                if 0 <= iy < height:
-                    _keep_larger(line, x[n, iy].reshape(width * channels))
-            for ox in range(y.shape[2]):
-                out = y[n, oy, ox]
-                out[:] = -np.inf
-                for kx in range(kernel_w):
-                    ix = ox * stride_w - left + kx * dilation_w
-                    if 0 <= ix < width:
-                        _keep_larger(out, line[ix * channels : (ix + 1) * channels])
-
-
-def _larger(found: Floats, values: Floats) -> None:
-    for i in range(found.size):
-        value, largest = values[i], found[i]
-        found[i] = value if value > largest or value != value else largest  # noqa: PLR0124 (NaN alone differs from itself)
-
-
-_keep_larger: Any = numba.njit(_larger)
-
-
 def _array(kind: Any, rank: int) -> Any:
     return types.Array(kind, rank, "C", aligned=True)
 
 
-_FLOAT, _INDEX = types.float32, types.int64
+_FLOAT = types.float32
 _ENCODE = types.void(_array(_FLOAT, 3), _array(types.uint8, 3), *[_FLOAT] * 4)
-_MAX_POOL = types.void(_array(_FLOAT, 4), _array(_FLOAT, 4), types.UniTuple(_INDEX, 8))
 FOLDER = compiled.cache_folder(f"{active_target()[0].name}-images", [Path(__file__)])
 with compiled.cached_in(FOLDER) as is_cached:
     encode = numba.njit([_ENCODE], nogil=True, cache=is_cached, error_model="numpy")(_encode)
-    max_pool = numba.njit([_MAX_POOL], nogil=True, cache=is_cached)(_max_pool)
