@@ -148,19 +148,16 @@ def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilo
 
 def _codes(x: Tensor, grid: InputGrid) -> Tensor:
     """``grid.encode(x)``, of images channels-last."""
-    loops = target_loops("image_loops")
-    is_image = x.dim() == 4
+    loops, is_image = target_loops("image_loops"), x.dim() == 4
+    order = torch.channels_last if is_image else torch.contiguous_format
     if loops is None or x.dtype != torch.float32:
-        return grid.encode(x.contiguous(memory_format=torch.channels_last) if is_image else x)
-    x = x.detach().resolve_neg()
-    if is_image and not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-        codes = torch.empty(x.shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        pixels, places = x.flatten(2), codes.permute(0, 2, 3, 1).flatten(1, 2)
-    else:  # one number after the other
-        codes = torch.empty_like(x, dtype=torch.uint8) if is_image else torch.empty(x.shape, dtype=torch.uint8)
-        numbers = x.permute(0, 2, 3, 1) if is_image else x.contiguous()
-        pixels, places = numbers.reshape(1, 1, -1), (codes.permute(0, 2, 3, 1) if is_image else codes).view(1, -1, 1)
+        return grid.encode(x.contiguous(memory_format=order))
+    x, codes = x.detach().resolve_neg(), torch.empty(x.shape, dtype=torch.uint8, memory_format=order)
+    places = codes.permute(0, 2, 3, 1) if is_image else codes
+    if is_image and not x.is_contiguous(memory_format=order):
+        pixels, places = x.contiguous().flatten(2), places.flatten(1, 2)
+    else:  # in the order of the codes: as if all were one image of one channel
+        pixels, places = (x.permute(0, 2, 3, 1) if is_image else x).reshape(1, 1, -1), places.view(1, -1, 1)
     loops.encode(pixels.numpy(), places.numpy(), grid.lower, grid.step, grid.shift - grid.qmin, grid.qmax - grid.qmin)
     return codes
 
