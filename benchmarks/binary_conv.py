@@ -91,8 +91,8 @@ def core_loop(x: Tensor, signs: SignLayer[Tensor]) -> dict[str, Callable[[], obj
     n, _, height, width = x.shape
     plan, y = layer.plan(n, height, width), torch.empty_like(x)
     plan.run(x, y, None, None)
-    arguments = 0, *layer.packing, plan.images[0], *plan.shared, 0, 0
-    return {CORE: lambda: loops.layer(*arguments, y.data_ptr(), plan.geometry, 0, n * height)}
+    table, _ = plan.workspaces[0]
+    return {CORE: lambda: loops.layer(table, 0, 0, 0, y.data_ptr(), 0, n * height)}
 
 
 def clock() -> Callable[[], float]:

@@ -14,20 +14,48 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.data import load_data
+from lowbit.data.augment import flip, pad_crop
+from lowbit.data.image_data import TensorImages
+from lowbit.models import load_model
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
 from lowbit.qat.prepare import method_of, prepare
 from lowbit.spec import BitPolicy
-from qat import BATCH, Data, float_start
 
-RESULT = Path(__file__).parent / "results" / "binary_exact.json"
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "binary_exact.json"
+FLOAT = HERE / "weights" / "resnet20_fashion.safetensors"
+BATCH = 128
 METHODS = ("bi_real_net", "ir_net")
 PRECISE = 2_000  # images
+
+
+class Data:
+    """Training batches in a fixed random order with shifts and flips, and the test images."""
+
+    def __init__(self) -> None:
+        train, test = (load_data("fashion-mnist", split=split).dataset for split in ("train", "test"))
+        assert isinstance(train, TensorImages)
+        assert isinstance(test, TensorImages)
+        assert train.labels is not None
+        assert test.labels is not None
+        self._train, self._labels = train.normalized(train.images), train.labels
+        self._black = float(train.normalized(torch.zeros(1, 1, 1, dtype=torch.uint8)))
+        self.test, self.test_labels = test.normalized(test.images), test.labels
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch ``index``, the same in every run."""
+        generator = torch.Generator().manual_seed(index)
+        order = torch.randperm(len(self._labels), generator=generator)
+        for chosen in order.split(BATCH):
+            yield flip(pad_crop(self._train[chosen], 2, generator, fill=self._black), generator), self._labels[chosen]
 
 
 def trained(method: str, data: Data, steps: int, *, is_first_last_float: bool) -> nn.Module:
@@ -36,7 +64,8 @@ def trained(method: str, data: Data, steps: int, *, is_first_last_float: bool) -
     if is_first_last_float:
         policy = policy.keep_float("conv").keep_float("fc")
     sample = next(iter(data.epoch(0)))[0]
-    model = prepare(float_start("resnet20", 60_000), method=method, policy=policy, sample=sample).train()
+    start = load_model("resnet20", FLOAT, in_channels=1, num_classes=10)
+    model = prepare(start, method=method, policy=policy, sample=sample).train()
     recipe = Recipe(2, BATCH, OptimizerSpec("adam", 2e-3))
     run = TrainRun(
         model,
@@ -92,7 +121,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    data = Data(60_000)
+    data = Data()
     rows = {}
     for method in args.methods:
         for is_float in (False, True):

@@ -25,7 +25,7 @@ from timing import machine, onnx_call, onnx_files, openvino_call, ratio, turn_by
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.network.surgery.shortcuts import shortcut_block
+from lowbit.models.bireal import bireal_resnet18
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.runtime.profile import profile
 from lowbit.spec import BitPolicy
@@ -34,17 +34,7 @@ RESULT = Path(__file__).parent / "results" / "binary_network.json"
 SIDE = 224
 
 
-def resnet18() -> nn.Sequential:
-    """ResNet-18 with a shortcut around each 3x3 convolution."""
-    blocks, channels = [], 64
-    for out in (64, 128, 256, 512):
-        blocks += [shortcut_block(channels, out, 1 if out == 64 else 2), shortcut_block(out, out)]
-        channels = out
-    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
-
-
-def binary(model: nn.Sequential, sample: Tensor) -> nn.Module:
+def binary(model: nn.Module, sample: Tensor) -> nn.Module:
     """The network with binary weights and inputs, its norms settled."""
     policy = BitPolicy.uniform(1, 1)
     for name, module in model.named_modules():
@@ -108,7 +98,7 @@ def main() -> None:
     torch.manual_seed(0)
     sample = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        prepared, plain = binary(resnet18(), sample), resnet18().eval().to(memory_format=torch.channels_last)
+        prepared, plain = binary(bireal_resnet18(), sample), bireal_resnet18().eval().to(memory_format=torch.channels_last)
         start = time.perf_counter()
         network = lowbit.compile_runtime(prepared, sample=sample)
         seconds = time.perf_counter() - start

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -48,3 +50,19 @@ def imports_for_type_checkers(text: str) -> dict[str, tuple[str, str]]:
     blocks = [node for node in ast.parse(text).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: (node.module or "", alias.name) for node in imports for alias in node.names}
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Within the context, no garbage is collected.
+
+    Importing numba and reading its kernels makes many objects that stay. Looking for garbage among them and torch's would take a third of
+    that time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

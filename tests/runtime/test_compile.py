@@ -19,7 +19,7 @@ from lowbit.formats.program.program import export_program
 from lowbit.methods.quantization_aware.xnor_net import InputScale
 from lowbit.models import load_model
 from lowbit.network.record import record_of
-from lowbit.runtime.compile import RuntimeNetwork
+from lowbit.runtime.compile import RuntimeNetwork, _has_nan
 from lowbit.runtime.layers import int8 as int8_layers
 from lowbit.runtime.lowering import convert
 from lowbit.spec import BitPolicy
@@ -399,3 +399,18 @@ def test_packed_layers_of_uneven_levels_are_said_to_be_decoded() -> None:
     report = lowbit.compile_runtime(small, sample=x, weight_only="int8").report
     assert "unevenly spaced: decoded in float" in str(report)
     assert "1 with weights that stay packed" in report.head
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, -2.0], False),
+        ([torch.inf, -torch.inf], False),
+        ([3e38, 3e38], False),
+        ([1.0, torch.nan], True),
+        ([torch.inf, torch.nan], True),
+    ],
+)
+def test_nan_is_told_from_infinity_and_from_sums_that_are_too_large(values: list[float], expected: bool) -> None:
+    assert _has_nan(torch.tensor(values)) is expected
+    assert not _has_nan(torch.tensor([1, 2]))

@@ -7,6 +7,7 @@ from lowbit.errors import SpecError
 from lowbit.runtime.arguments import Affine, Window
 from lowbit.runtime.layers.int8 import (
     InputGrid,
+    _codes,
     has_exact_kernels,
     input_grid,
     int8_conv2d,
@@ -26,6 +27,27 @@ def test_codes_round_half_to_even_saturate_and_count_from_the_lowest() -> None:
     signed = InputGrid(-0.7, 0.2, -4.0, 0.0, 0.2, -4, 3)
     assert signed.encode(torch.tensor([-0.7, -0.5, 0.1, 5.0])).tolist() == [0, 1, 4, 7]
     assert (input_grid(GRID).zero_code, signed.zero_code) == (2, 4)
+
+
+GRIDS = [GRID, [-0.7, 0.2, -4.0, 0.0, 0.2, -4.0, 3.0], [0.0, 0.0123, 128.0, 128.0, 0.0123, 0.0, 255.0]]
+
+
+@pytest.mark.parametrize("values", GRIDS)
+@pytest.mark.parametrize("shape", [(2, 3, 70, 41), (1, 1, 5, 4), (3, 5000, 1, 2), (4, 7), (9,)])
+@pytest.mark.parametrize("order", ["as it is", "channels-last", "turned", "negated"])
+def test_codes_made_in_one_pass_are_those_of_the_grid(values: list[float], shape: tuple[int, ...], order: str) -> None:
+    grid, x = input_grid(values), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[:9] = torch.tensor([0.25, -0.25, 0.75, -0.0, 1e30, -1e30, torch.inf, -torch.inf, 3e6])
+    if order == "channels-last" and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif order == "turned":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif order == "negated":
+        x = torch.complex(torch.zeros(shape), -x).conj().imag
+    codes = _codes(x, grid)
+    assert torch.equal(codes, grid.encode(x))
+    assert codes.dim() < 4 or codes.is_contiguous(memory_format=torch.channels_last)
+    assert _codes(torch.full((1, 2, 2, 2), torch.nan), grid).unique().tolist() == [0]
 
 
 @both

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from lowbit.lazy import without_collection
+
 _is_on: ContextVar[bool] = ContextVar("fused_kernels", default=True)
 
 
@@ -43,7 +45,8 @@ def are_available() -> bool:
 def loops() -> ModuleType | None:
     """The compiled loops; ``None`` without numba. The first call compiles them, or reads them from numba's cache folder."""
     try:
-        module = importlib.import_module("lowbit.quantizers.fused.loops")
+        with without_collection():
+            module = importlib.import_module("lowbit.quantizers.fused.loops")
     except ImportError:
         return None
     except Exception as error:  # a numba that does not fit the numpy or the processor of this machine

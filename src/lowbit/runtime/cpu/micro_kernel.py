@@ -16,7 +16,8 @@ Then the counts become outputs, and only these are written to memory.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any, Literal
@@ -142,62 +143,70 @@ def _function(tile: Tile, module: Any) -> Any:
     form.stop()
     with builder.if_else(_is_there(builder, job(Job.IS_LAST))) as (then, otherwise):
         with then:
-            for row in range(tile.rows):
-                place = builder.add(totals, _load(builder, kinds, I64, 8 * row))
-                _finish_row(builder, tile, job, row, form.counts_of(row), place, factors, residual, y)
+            for rows in form.together:
+                _finish(builder, tile, job, rows, [form.counts_of(row) for row in rows], totals, kinds, factors, residual, y)
         with otherwise:
             form.keep()
     builder.ret_void()
     return function
 
 
-def _finish_row(
-    builder: Any, tile: Tile, job: Fields, row: int, counts: list[Any], total: Any, factors: Any, residual: Any, y: Any
-) -> None:
-    """Write the outputs of a row of a tile."""
+def _finish(
+    builder: Any, tile: Tile, job: Fields, rows: Sequence[int], counts: list[list[Any]], totals: Any, kinds: Any, factors: Any,
+    residual: Any, y: Any,
+) -> None:  # fmt: skip
+    """Write the outputs of some rows of a tile. All is read before anything is written: what rows share stays in registers."""
     integers, floats = ir.VectorType(I32, tile.floats), ir.VectorType(ir.FloatType(), tile.floats)
-    offsets = [4 * tile.floats * index for index in range(len(counts))]
+    offsets = [4 * tile.floats * index for index in range(len(counts[0]))]
+    cells = [(row, index) for row in rows for index in range(len(offsets))]
 
-    def of_row(base: Any, step: Job) -> Any:
+    def shared(base: Any, first: int = 0) -> list[Any]:
+        return [_load(builder, base, floats, first + offset) for offset in offsets]
+
+    def of_row(base: Any, step: Job, row: int) -> Any:
         return builder.add(base, builder.mul(job(step), I64(row)))
 
-    def each(values: list[Any], change: Callable[[Any, int], Any]) -> list[Any]:
-        return [change(value, offset) for value, offset in zip(values, offsets, strict=True)]
+    def each(values: list[Any], change: Callable[[Any, int, int], Any]) -> list[Any]:
+        return [change(value, *cell) for value, cell in zip(values, cells, strict=True)]
 
-    def where(condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """``change(values)`` where the condition holds."""
-        places = [cgutils.alloca_once_value(builder, value) for value in values]
-        with builder.if_then(condition):
-            for place, value in zip(places, change(values), strict=True):
-                builder.store(value, place)
+    def either(condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]], other: Callable[[list[Any]], list[Any]]) -> Any:
+        """``change(values)`` where the condition holds, else ``other(values)``."""
+        places = [cgutils.alloca_once(builder, floats) for _ in values]
+        with builder.if_else(condition) as branches:
+            for branch, function in zip(branches, (change, other), strict=True):
+                with branch:
+                    for place, value in zip(places, function(values), strict=True):
+                        builder.store(value, place)
         return [builder.load(place) for place in places]
 
-    def by_factor(scales: list[Any]) -> list[Any]:
-        number = _load(builder, of_row(factors, Job.FACTOR_ROW), ir.VectorType(ir.FloatType(), 1))
-        number = _repeated(builder, number, tile.floats)
-        return [builder.fmul(scale, number) for scale in scales]
+    def by_factor(values: list[Any]) -> list[Any]:
+        numbers = {row: _load(builder, of_row(factors, Job.FACTOR_ROW, row), ir.VectorType(ir.FloatType(), 1)) for row in rows}
+        numbers = {row: _repeated(builder, number, tile.floats) for row, number in numbers.items()}
+        return each(values, lambda value, row, index: builder.fmul(value, builder.fmul(scales[index], numbers[row])))
 
     def add_residual(values: list[Any]) -> list[Any]:
-        place = of_row(residual, Job.RESIDUAL_ROW)
-        return each(values, lambda value, offset: builder.fadd(value, _load(builder, place, floats, offset)))
+        places = {row: of_row(residual, Job.RESIDUAL_ROW, row) for row in rows}
+        return each(values, lambda value, row, index: builder.fadd(value, _load(builder, places[row], floats, offsets[index])))
 
     def activate(values: list[Any]) -> list[Any]:
-        rows = [4 * tile.channels * row for row in range(5)]
-        return each(
-            values,
-            lambda value, offset: _activated(builder, value, *(_load(builder, job(Job.ACTIVATION), floats, row + offset) for row in rows)),
-        )
+        table = [shared(job(Job.ACTIVATION), 4 * tile.channels * step) for step in range(5)]
+        return each(values, lambda value, _row, index: _activated(builder, value, *(step[index] for step in table)))
 
-    scales = [_load(builder, job(Job.SCALE), floats, offset) for offset in offsets]
-    scales = where(_is_there(builder, factors), scales, by_factor)
-    values = each(counts, lambda value, offset: builder.sub(_load(builder, total, integers, offset), builder.add(value, value)))
-    values = [builder.fmul(builder.sitofp(value, floats), scale) for value, scale in zip(values, scales, strict=True)]
-    values = each(values, lambda value, offset: builder.fadd(value, _load(builder, job(Job.BIAS), floats, offset)))
-    values = where(_is_there(builder, residual), values, add_residual)
-    values = where(_is_there(builder, job(Job.ACTIVATION)), values, activate)
-    place = of_row(y, Job.Y_ROW)
-    for value, offset in zip(values, offsets, strict=True):
-        builder.store(value, _pointer(builder, builder.add(place, I64(offset)), floats), align=4)
+    scales, biases = shared(job(Job.SCALE)), shared(job(Job.BIAS))
+    places = {row: builder.add(totals, _load(builder, kinds, I64, 8 * row)) for row in rows}
+    values = each(
+        [count for of_one in counts for count in of_one],
+        lambda value, row, index: builder.sub(_load(builder, places[row], integers, offsets[index]), builder.add(value, value)),
+    )
+    values = [builder.sitofp(value, floats) for value in values]
+    by_scale = functools.partial(each, change=lambda value, _row, index: builder.fmul(value, scales[index]))
+    values = either(_is_there(builder, factors), values, by_factor, by_scale)
+    values = each(values, lambda value, _row, index: builder.fadd(value, biases[index]))
+    values = either(_is_there(builder, residual), values, add_residual, list)
+    values = either(_is_there(builder, job(Job.ACTIVATION)), values, activate, list)
+    places = {row: of_row(y, Job.Y_ROW, row) for row in rows}
+    for value, (row, index) in zip(values, cells, strict=True):
+        builder.store(value, _pointer(builder, builder.add(places[row], I64(offsets[index])), floats), align=4)
 
 
 class _Form(abc.ABC):
@@ -205,6 +214,7 @@ class _Form(abc.ABC):
 
     word_bytes: int
     kind: Any  # vector of weights
+    together: list[Sequence[int]]  # rows whose outputs are computed at once
 
     def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
         self.tile, self.builder, self.job = tile, builder, job
@@ -260,7 +270,7 @@ class _Count(_Form):
     word_bytes = 4
 
     def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
-        self.kind = ir.VectorType(I32, tile.lanes)
+        self.kind, self.together = ir.VectorType(I32, tile.lanes), [range(tile.rows)]
         super().__init__(tile, builder, job)
         with builder.if_then(builder.not_(_is_there(builder, job(Job.IS_FIRST)))):
             for cell, count in self.sums.items():
@@ -296,7 +306,7 @@ class _Lookup(_Form):
     word_bytes = 8
 
     def __init__(self, tile: Tile, builder: Any, job: Fields) -> None:
-        self.kind = ir.VectorType(I8, tile.lanes)
+        self.kind, self.together = ir.VectorType(I8, tile.lanes), [[row] for row in range(tile.rows)]
         super().__init__(tile, builder, job)
         with builder.if_else(_is_there(builder, job(Job.IS_FIRST))) as (then, otherwise):
             with then:
@@ -428,6 +438,40 @@ def _pack_bits(_context, x, threshold, stride, first, levels, step):  # type: ig
 
 
 pack_bits_of_32: Any = intrinsic(_pack_bits)
+
+
+def _pack_pixels(_context, x, x_step, threshold, count, words, step):  # type: ignore[no-untyped-def]
+    """``(x, x_step, threshold, count, words, step)``: ``count`` words whose bits ``i`` are ``x[i] >= threshold[i]``.
+
+    Addresses of 32 floats, the bytes from one pixel to the next, and the same for the words that are written.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x, x_step, threshold, count, words, step = arguments
+        floats = ir.VectorType(ir.FloatType(), 32)
+        limits = _load(builder, threshold, floats)
+        with cgutils.for_range(builder, count) as loop:
+            values = _load(builder, builder.add(x, builder.mul(loop.index, x_step)), floats)
+            word = builder.bitcast(builder.fcmp_ordered(">=", values, limits), I32)
+            builder.store(word, _pointer(builder, builder.add(words, builder.mul(loop.index, step)), I32))
+        return cgutils.get_null_value(I8.as_pointer())
+
+    return types.void(*[types.intp] * 6), generate
+
+
+pack_signs_of_32: Any = intrinsic(_pack_pixels)
+
+
+def _pointer_to(_context, address):  # type: ignore[no-untyped-def]
+    """The pointer to an address, as ``numba.carray`` takes it."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], I8.as_pointer())
+
+    return types.voidptr(types.intp), generate
+
+
+pointer_to: Any = intrinsic(_pointer_to)
 
 
 def _copy(_context, target, source, count):  # type: ignore[no-untyped-def]

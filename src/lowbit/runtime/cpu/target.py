@@ -8,9 +8,11 @@ import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 from lowbit.errors import SpecError, install_command
+from lowbit.lazy import without_collection
 
 VARIABLE = "LOWBIT_KERNELS"
 
@@ -92,3 +94,15 @@ def processor_features() -> frozenset[str]:
     if llvm.get_default_triple().startswith(("aarch64", "arm64")):
         features.add("neon")  # part of the architecture
     return frozenset(features)
+
+
+@functools.cache
+def target_loops(name: str) -> ModuleType | None:
+    """The module of compiled loops of this name; ``None`` where there are none for the active target. The first call compiles or reads them."""
+    with without_collection():
+        if not active_target()[0].lanes:
+            return None
+        try:
+            return importlib.import_module(f"lowbit.runtime.cpu.{name}")
+        except ImportError:
+            return None

@@ -22,7 +22,7 @@ from lowbit.quantizers.ops import input_scale
 from lowbit.runtime.activation import activated
 from lowbit.runtime.arguments import POINT, Epilogue, SignLayer, Window
 from lowbit.runtime.cpu.bits import pack_signs, unpack_signs, unpack_weight, words_for
-from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.cpu.target import target_loops
 from lowbit.runtime.cuda.target import cuda_target
 from lowbit.runtime.layers.checks import check_input, check_layer, check_packed_input, check_residual, refuse_gradients
 from lowbit.runtime.layers.operator import register_operator
@@ -118,13 +118,15 @@ def binary_conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue:
         >>> binary_conv2d(x, SignLayer(words, 2, mask), Window((1, 1)), Epilogue(torch.tensor([2.0]), torch.tensor([0.5])))
         tensor([[[[0.5000]]]])
     """
-    refuse_gradients("binary_conv2d", x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.activation)
-    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    if torch.is_grad_enabled():
+        refuse_gradients("binary_conv2d", x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.activation)
+    loops = compiled_loops() if x.is_cpu and x.numel() else None
     prepared = None if loops is None else known_layer(layer, window, epilogue)
     if prepared is None:
         window.check()
         check_layer(layer, window, epilogue)
-    if x.dtype == torch.int32:
+    is_packed = x.dtype == torch.int32
+    if is_packed:
         check_packed_input(x, layer, window.groups, epilogue.input_scaling)
     else:
         check_input(x, layer.in_channels, 4)
@@ -132,18 +134,19 @@ def binary_conv2d(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue:
         return _conv2d_without_loops(x, layer, window, epilogue)
     if prepared is None:
         prepared = keep_layer(PreparedLayer(loops, layer, window, epilogue))
-    plan = prepared.plan(x.shape[0], *_image_size(x))
-    residual = _residual(epilogue.residual, x, plan.shape)
-    residual = None if residual is None else _channels_last(residual)
+    n, *size = x.shape
+    plan = prepared.plan(n, *(size[:2] if is_packed else size[1:]))
+    residual = None if epilogue.residual is None else _channels_last(_residual(epilogue.residual, x, plan.shape))
     k_map = _k_map(x, window).movedim(1, -1).contiguous() if epilogue.input_scaling else None
-    y = plan.empty_output(are_signs=epilogue.out_threshold is not None)
-    plan.run(x.contiguous() if x.dtype == torch.int32 else _channels_last(x), y, residual, k_map)
+    y = plan.empty_output()
+    plan.run(x.contiguous() if is_packed else _channels_last(x), y, residual, k_map)
     return y
 
 
 def _conv2d_without_loops(x: Tensor, layer: SignLayer[Tensor], window: Window, epilogue: Epilogue[Tensor]) -> Tensor:
     """``binary_conv2d`` by CUDA kernels, or by the reference."""
-    _residual(epilogue.residual, x, (x.shape[0], layer.words.shape[0], *window.output_size(_image_size(x))))
+    if epilogue.residual is not None:
+        _residual(epilogue.residual, x, (x.shape[0], layer.words.shape[0], *window.output_size(_image_size(x))))
     if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
         numbers = unpack_signs(x, layer.in_channels).permute(0, 3, 1, 2) if x.dtype == torch.int32 else x
         y: Tensor = kernels.conv2d(numbers, layer, window, epilogue)
@@ -169,13 +172,13 @@ def binary_linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor
         LayerError: A gradient is expected: there is no derivative.
     """
     refuse_gradients("binary_linear", x, epilogue.scale, epilogue.bias, epilogue.residual, epilogue.activation)
-    loops = compiled_loops() if x.device.type == "cpu" and x.numel() else None
+    loops = compiled_loops() if x.is_cpu and x.numel() else None
     prepared = None if loops is None else known_layer(layer, POINT, epilogue)
     if prepared is None:
         check_layer(layer, None, epilogue)
     check_input(x, layer.in_channels, None)
     shape = (*x.shape[:-1], layer.words.shape[0])
-    residual = _residual(epilogue.residual, x, shape)
+    residual = None if epilogue.residual is None else _residual(epilogue.residual, x, shape)
     if x.is_cuda and x.numel() and (kernels := cuda_kernels()) is not None:
         y: Tensor = kernels.linear(x, layer, epilogue)
         return activated(y, epilogue.activation, (-1,))
@@ -189,15 +192,9 @@ def binary_linear(x: Tensor, layer: SignLayer[Tensor], epilogue: Epilogue[Tensor
     return y
 
 
-@functools.cache
 def compiled_loops() -> ModuleType | None:
     """The compiled kernels of the active target; ``None`` where the reference is used. The first call compiles them, or reads them."""
-    if not active_target()[0].lanes:
-        return None
-    try:
-        return importlib.import_module("lowbit.runtime.cpu.binary_loops")
-    except ImportError:
-        return None
+    return target_loops("binary_loops")
 
 
 @functools.cache
@@ -208,7 +205,8 @@ def cuda_kernels() -> ModuleType | None:
 
 def _channels_last(x: Tensor) -> Tensor:
     """``x`` in the memory format channels-last, without gaps."""
-    return x.contiguous(memory_format=torch.channels_last).resolve_neg()
+    is_ready = x.is_contiguous(memory_format=torch.channels_last) and not x.is_neg()
+    return x if is_ready else x.contiguous(memory_format=torch.channels_last).resolve_neg()
 
 
 def _k_map(x: Tensor, window: Window) -> Tensor:
@@ -241,10 +239,8 @@ def _image_size(x: Tensor) -> tuple[int, int]:
     return (x.shape[1], x.shape[2]) if x.dtype == torch.int32 else (x.shape[2], x.shape[3])
 
 
-def _residual(residual: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+def _residual(residual: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """What is added, checked and in the shape of the output."""
-    if residual is None:
-        return None
     check_residual(residual, x)
     if residual.shape == shape:
         return residual

@@ -35,8 +35,9 @@ def check_input(x: Tensor, in_channels: int, rank: int | None) -> None:
     """
     if x.dtype != torch.float32:
         raise SpecError(f"a binary layer takes float32 inputs, got {x.dtype}")
-    if (rank is not None and x.dim() != rank) or not x.dim() or x.shape[1 if rank else -1] != in_channels:
-        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(x.shape)}")
+    shape = x.shape
+    if (rank is not None and len(shape) != rank) or not shape or shape[1 if rank else -1] != in_channels:
+        raise SpecError(f"a binary layer of {in_channels} input channels got an input of shape {tuple(shape)}")
 
 
 def check_layer(layer: SignLayer[Tensor], window: Window | None, epilogue: Epilogue[Tensor]) -> None:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lowbit.errors import SpecError
 from lowbit.formats.onnx.sessions import saturates
 from lowbit.runtime.arguments import Affine, Window
+from lowbit.runtime.cpu.target import target_loops
 from lowbit.runtime.kept import version_of
 from lowbit.runtime.layers.checks import check_codes
 from lowbit.runtime.layers.operator import register_operator
@@ -90,7 +91,7 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
         packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
-    encoded = inputs.encode(x.contiguous(memory_format=torch.channels_last))
+    encoded = _codes(x, inputs)
     y: Tensor = torch.ops.onednn.qconv2d_pointwise(
         encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, epilogue.bias, *pads, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
@@ -130,7 +131,7 @@ def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affin
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
         known = _prepacked[codes] = (key, packed, torch.zeros(len(epilogue.scale), dtype=torch.int64))
     _, packed, zero_points = known
-    encoded = inputs.encode(x.reshape(-1, x.shape[-1]))
+    encoded = _codes(x.reshape(-1, x.shape[-1]), inputs)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         encoded, inputs.scale, inputs.zero_code, packed, epilogue.scale, zero_points, epilogue.bias, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
@@ -143,6 +144,22 @@ def int8_linear_reference(x: Tensor, codes: Tensor, grid: Sequence[float], epilo
     check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
     y = functional.linear(inputs.encode(x).float() - inputs.zero_code, codes.float()) * (epilogue.scale * inputs.scale)
     return y if epilogue.bias is None else y + epilogue.bias
+
+
+def _codes(x: Tensor, grid: InputGrid) -> Tensor:
+    """``grid.encode(x)``, of images channels-last."""
+    loops, is_image = target_loops("image_loops"), x.dim() == 4
+    order = torch.channels_last if is_image else torch.contiguous_format
+    if loops is None or x.dtype != torch.float32:
+        return grid.encode(x.contiguous(memory_format=order))
+    x, codes = x.detach().resolve_neg(), torch.empty(x.shape, dtype=torch.uint8, memory_format=order)
+    places = codes.permute(0, 2, 3, 1) if is_image else codes
+    if is_image and not x.is_contiguous(memory_format=order):
+        pixels, places = x.contiguous().flatten(2), places.flatten(1, 2)
+    else:  # in the order of the codes: as if all were one image of one channel
+        pixels, places = (x.permute(0, 2, 3, 1) if is_image else x).reshape(1, 1, -1), places.view(1, -1, 1)
+    loops.encode(pixels.numpy(), places.numpy(), grid.lower, grid.step, grid.shift - grid.qmin, grid.qmax - grid.qmin)
+    return codes
 
 
 @functools.cache

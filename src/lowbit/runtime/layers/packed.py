@@ -7,8 +7,6 @@ time are decoded and multiplied in float32, which is exact and needs memory for 
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from torch.nn import functional
 
 from lowbit.errors import SpecError
 from lowbit.runtime.arguments import Window
-from lowbit.runtime.cpu.target import active_target
+from lowbit.runtime.cpu.target import target_loops
 from lowbit.runtime.layers.operator import register_operator
 from lowbit.runtime.layers.prepared import share
 
@@ -231,15 +229,9 @@ def packed_conv2d(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, 
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache
 def packed_loops() -> ModuleType | None:
     """The compiled loops; ``None`` where the reference is used."""
-    if not active_target()[0].lanes:
-        return None
-    try:
-        return importlib.import_module("lowbit.runtime.cpu.packed_loops")
-    except ImportError:
-        return None
+    return target_loops("packed_loops")
 
 
 def _check(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, arithmetic: str) -> None:

@@ -232,10 +232,12 @@ class PreparedPlanes(PreparedLayer):
         self.total = (highest * magnitudes + (highest - 2 * self.zero_code) * sums).int().numpy()
         self.border = 0  # the image already includes the padding
         self.finishing = self.in_tiles(epilogue.scale / 2), *self.finishing[1:]  # sums are doubled
-        zeros = torch.zeros(1, self.channels)
         self.ones = np.zeros((1, 1, 1, self.groups, self.words), loops.IMAGE)
-        geometry = (1, 1, 1, self.channels, 1, 1, self.outputs, *POINT.numbers)
-        loops.pack(zeros.data_ptr(), filled_limits(zeros, self.groups), np.zeros_like(self.packing[1]), self.ones, geometry, 0, 1)
+        zeros, flip = torch.zeros(1, self.channels), np.zeros_like(self.packing[1])
+        limits = filled_limits(zeros, self.groups)
+        size = {"IMAGES": 1, "HEIGHT": 1, "WIDTH": 1, "CHANNELS": self.channels, "GROUPS": self.groups, "WORDS": self.words}
+        table = loops.table_of(**size, INPUT_BITS=1, LEVELS=1, THRESHOLD=limits, FLIP=flip, IMAGE=self.ones)
+        loops.pack(table, zeros.data_ptr(), 0, 1)
 
     def empty_image(self, n: int, height: int, width: int) -> Array:
         """Allocate an image for each bit, padded with the bits of ``zero_code``."""

@@ -24,6 +24,7 @@ THREAD_WORK = 2**27  # products of one bit by one bit that one thread gets; belo
 NOTHING = torch.empty(0, 0)
 
 Array = npt.NDArray[np.generic]
+Table = npt.NDArray[np.int64]
 AnyLayer = SignLayer[Tensor] | PlanesLayer[Tensor]
 
 
@@ -84,7 +85,10 @@ class PreparedLayer:
             if not is_same:
                 return False
             self.parts = weakref.ref(layer), weakref.ref(window), weakref.ref(epilogue.lasting)
-        return all(tensor()._version == version for tensor, version in self.versions)  # type: ignore[union-attr]
+        for tensor, version in self.versions:  # noqa: SIM110 (a generator takes longer than the loop)
+            if tensor()._version != version:  # type: ignore[union-attr]
+                return False
+        return True
 
     def in_tiles(self, values: Tensor) -> Array:
         """``[..., out]`` as ``[groups, tiles, ..., CHANNELS]``, filled up with zeros."""
@@ -129,7 +133,6 @@ class Plan:
         self.rows, self.columns = window.output_size((height, width))
         out, pixels = layer.outputs, self.rows * self.columns
         self.shape, self.strides = (n, out, self.rows, self.columns), (pixels * out, 1, self.columns * out, out)
-        self.geometry = (n, height, width, layer.channels, self.rows, self.columns, out, *window.numbers)
         inside = [
             _inside(*sizes)
             for sizes in zip(
@@ -149,19 +152,46 @@ class Plan:
         outside = missing.sum((0, 1)) - np.einsum("yi,xj,ijo->yxo", row_kinds.astype(int), column_kinds.astype(int), missing.astype(int))
         totals = layer.in_tiles(torch.from_numpy((layer.total + layer.border * outside).astype(np.int32)))
         step = 4 * loops.CHANNELS
-        kinds = step * len(column_kinds) * row_kind.ravel(), np.pad(step * column_kind.ravel(), (0, loops.ROWS))
-        self.shared = *layer.weight, totals, *kinds, *layer.finishing, *layer.signing
-        pairs = layer.planes * len(layer.weight[0]) // layer.groups
-        self.work = n * self.rows * self.columns * layer.outputs * math.prod(window.kernel_size) * layer.words * 32 * pairs
-        self.packing_work = n * height * width * layer.channels * 32 * len(layer.packing[0])
-        self.images: list[Array] = []  # for calls to come: only the inner part of an image changes
+        row_kinds = step * len(column_kinds) * row_kind.ravel()
+        column_kinds = np.pad(step * column_kind.ravel(), (0, loops.ROWS))
+        self.arrays = (
+            *layer.packing,
+            *layer.weight,
+            totals,
+            row_kinds,
+            column_kinds,
+            *layer.finishing,
+            *layer.signing,
+        )  # the table has addresses
+        (threshold, flip), (weight, mask), (scale, bias, activation), signing = layer.packing, layer.weight, layer.finishing, layer.signing
+        weight_bits = len(weight) // layer.groups
+        kernel, stride, padding, dilation = window.kernel_size, window.stride, window.padding, window.dilation
+        self.table: Table = loops.table_of(
+            IMAGES=n, HEIGHT=height, WIDTH=width, CHANNELS=layer.channels, ROWS=self.rows, COLUMNS=self.columns, OUTPUTS=out,
+            KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
+            DILATION_H=dilation[0], DILATION_W=dilation[1], GROUPS=layer.groups, WORDS=layer.words,
+            INPUT_BITS=layer.planes, WEIGHT_BITS=weight_bits, LEVELS=len(threshold), THRESHOLD=threshold, FLIP=flip,
+            WEIGHT=weight, MASK=mask, TOTALS=totals, TILE_OF_TOTALS=totals.strides[1], ROW_KINDS=row_kinds, COLUMN_KINDS=column_kinds,
+            SCALE=scale, BIAS=bias, ACTIVATION=activation, OUT_THRESHOLD=signing[0], OUT_FLIP=signing[1],
+        )  # fmt: skip
+        self.all_rows, self.gives_signs = n * self.rows, signing[0].size > 0
+        self.work = n * pixels * layer.outputs * math.prod(window.kernel_size) * layer.words * 32 * layer.planes * weight_bits
+        self.packing_work = n * height * width * layer.channels * 32 * len(threshold)
+        self.workspaces: list[tuple[Table, Array]] = []  # for calls to come: only the inner part of an image changes
 
-    def empty_output(self, *, are_signs: bool = False) -> Tensor:
+    def workspace(self) -> tuple[Table, Array]:
+        """The table for the loops, with an image of its own that inputs are packed into."""
+        image = self.layer.empty_image(*self.size)
+        table = self.table.copy()
+        table[self.layer.loops.Field.IMAGE] = image.ctypes.data
+        return table, image
+
+    def empty_output(self) -> Tensor:
         """Memory for outputs, channels-last, or for their signs."""
-        if are_signs:
-            n, out, *size = self.shape
-            return torch.empty((n, *size, words_for(out)), dtype=torch.int32)
-        return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
+        if not self.gives_signs:
+            return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
+        n, out, *size = self.shape
+        return torch.empty((n, *size, words_for(out)), dtype=torch.int32)
 
     def run(self, x: Tensor, y: Tensor, residual: Tensor | None, k_map: Tensor | None) -> None:
         """Convolve the signs of ``x`` into ``y``.
@@ -174,31 +204,24 @@ class Plan:
             residual: float32 ``[N, rows, columns, out]``.
             k_map: ``[N, rows, columns, groups]``.
         """
-        layer, loops, (n, height, _) = self.layer, self.layer.loops, self.size
         try:
-            image = self.images.pop()
+            workspace = self.workspaces.pop()
         except IndexError:
-            image = layer.empty_image(*self.size)
-        inputs = x.data_ptr()
+            workspace = self.workspace()
+        table, image = workspace
+        loops, inputs, outputs = self.layer.loops, x.data_ptr(), y.data_ptr()
+        factors, added = 0 if k_map is None else k_map.data_ptr(), 0 if residual is None else residual.data_ptr()
         if x.dtype == torch.int32:
-            loops.place(x.numpy(), image, *layer.window.padding)
+            loops.place(x.numpy(), image, *self.layer.window.padding)
             inputs = 0
-        count = threads_for(n * self.rows, self.work)
-        if count > 1 and inputs:
-            share(
-                lambda first, last: loops.pack(inputs, *layer.packing, image, self.geometry, first, last),
-                n * height,
-                self.packing_work,
-            )
-        arguments = (
-            inputs if count == 1 else 0, *layer.packing, image, *self.shared, 0 if k_map is None else k_map.data_ptr(),
-            0 if residual is None else residual.data_ptr(), y.data_ptr(), self.geometry,
-        )  # fmt: skip
-        if count == 1:
-            loops.layer(*arguments, 0, n * self.rows)
+        if self.work < 2 * THREAD_WORK or threads_for(self.all_rows, self.work) == 1:
+            loops.layer(table, inputs, factors, added, outputs, 0, self.all_rows)
         else:
-            share(lambda first, last: loops.layer(*arguments, first, last), n * self.rows, self.work)
-        self.images.append(image)
+            if inputs:
+                n, height, _ = self.size
+                share(lambda first, last: loops.pack(table, inputs, first, last), n * height, self.packing_work)
+            share(lambda first, last: loops.layer(table, 0, factors, added, outputs, first, last), self.all_rows, self.work)
+        self.workspaces.append(workspace)
 
 
 _layers: dict[int, PreparedLayer] = {}  # by the identity of the packed weight
@@ -281,7 +304,8 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 
 def threads_for(rows: int, work: int) -> int:
     """Threads for ``rows``: as many as torch has and ``work`` is worth."""
-    return max(min(torch.get_num_threads(), rows, work // THREAD_WORK), 1)
+    most = min(rows, work // THREAD_WORK)
+    return min(torch.get_num_threads(), most) if most > 1 else 1
 
 
 def share(run: Callable[[int, int], None], rows: int, work: int) -> None:

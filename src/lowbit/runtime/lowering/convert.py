@@ -29,14 +29,15 @@ from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2
 from lowbit.runtime.layers.operator import Operator
 from lowbit.runtime.layers.packed import PackedWeight, pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
+from lowbit.runtime.layers.pool import max_pool2d
 from lowbit.runtime.lowering.editor import GraphEditor
-from lowbit.runtime.lowering.fusion import AFFINE, CONV, GRID, LINEAR, RESHAPE, FusionPatterns, options_of
+from lowbit.runtime.lowering.fusion import AFFINE, CONV, GRID, LINEAR, MAX_POOL, RESHAPE, FusionPatterns, options_of
 from lowbit.runtime.thresholds import sign_threshold
 
 OPERATORS: dict[str, Operator[...]] = {
     operator.name: operator
     for operator in (
-        binary_conv2d, binary_linear, planes_conv2d, planes_linear, int8_conv2d, int8_linear, packed_conv2d, packed_linear,
+        binary_conv2d, binary_linear, planes_conv2d, planes_linear, int8_conv2d, int8_linear, packed_conv2d, packed_linear, max_pool2d,
     )
 }  # fmt: skip
 _VIEWS = {"aten.view.default", "aten._unsafe_view.default"}
@@ -123,6 +124,10 @@ class Conversion:
                     self.paths.append(self._convert(node))
                 except (SpecError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
                     raise FileFormatError(f"graph node {node.name!r}: its settings, weight and batch norm do not fit: {error}") from error
+            elif node.operator == MAX_POOL:
+                pooling = self._patterns.pooling_window(node)
+                if pooling is not None:
+                    self._replace([node], max_pool2d, node.args[0], pooling)
             elif node.operator.startswith(("aten.conv", "aten.matmul", "aten.addmm")):
                 self.paths.append(LayerPath(node.name, "float", reason=f"there is no kernel for {node.operator}"))
         self.graph = self._editor.graph()

@@ -23,7 +23,7 @@ SIGN = "lowbit.fake_quantize_codebook.default"
 AFFINE, GRID = "lowbit.fake_quantize_affine.default", "lowbit.fake_quantize_grid.default"
 NORM = "aten._native_batch_norm_legit_no_training.default"
 CONV, LINEAR = "aten.conv2d.default", "aten.linear.default"
-RESHAPE = "aten.reshape.default"
+MAX_POOL, RESHAPE = "aten.max_pool2d.default", "aten.reshape.default"
 INPUT_SCALE = "lowbit.input_scale.default"
 _MONOTONE = {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.clamp.default", "aten.hardtanh.default", "aten.relu.default"}
 
@@ -158,6 +158,16 @@ class FusionPatterns:
         kernel, options = self._stored[cast(Stored, node.args[1]).name].shape[2:], options_of(node)
         stride, padding, dilation = (_pair(options.get(key, default)) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
         return Window(list(kernel), stride, padding, dilation, cast(int, options.get("groups", 1)))
+
+    def pooling_window(self, node: OperatorCall) -> Window | None:
+        """The geometry of a max pool of images; ``None`` if it rounds sizes up, or torch would refuse it."""
+        given = {**dict(zip(("kernel_size", "stride", "padding", "dilation", "ceil_mode"), node.args[1:], strict=False)), **node.kwargs}
+        kernel = _pair(given["kernel_size"])
+        window = Window(kernel, _pair(given.get("stride") or kernel), _pair(given.get("padding", 0)), _pair(given.get("dilation", 1)))
+        numbers = window.numbers
+        is_plain = len(numbers) == 8 and all(type(number) is int for number in numbers) and not given.get("ceil_mode")
+        is_allowed = is_plain and min(numbers[:4]) > 0 and min(numbers[6:]) > 0
+        return window if is_allowed and all(0 <= 2 * pad <= size for pad, size in zip(window.padding, kernel, strict=True)) else None
 
     def norm_behind(self, node: OperatorCall) -> list[OperatorCall] | None:
         """A batch norm that is the only reader of ``node``, and the node that selects its first result."""
