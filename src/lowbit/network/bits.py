@@ -5,7 +5,8 @@ Nothing is prepared again: every quantizer changes its own bit-width and keeps w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
@@ -179,6 +180,16 @@ def current_switch(model: nn.Module) -> LayerBits | None:
     """The switch whose bits all layers have now; ``None`` where each has its own, or the network does not switch."""
     own = layer_widths(model).values()
     return next((s for place, s in enumerate(switches_of(model)) if all(found.bits == found.at[place] for found in own)), None)
+
+
+@contextmanager
+def bits_restored(model: nn.Module) -> Iterator[None]:
+    """Within the context the bits of a network with several widths may be changed; behind it they are as before."""
+    switch, bits = current_switch(model), get_bits(model)
+    try:
+        yield
+    finally:
+        set_bits(model, bits if switch is None else switch)
 
 
 def switching_layers(model: nn.Module) -> tuple[str, ...]:
