@@ -119,7 +119,7 @@ def test_what_widths_share_is_stored_once_and_codes_are_stored_at_the_most_bits(
     assert sorted(inner) == ["conv2.weight", "conv2.weight@2/2", "conv2.weight@4/4"]
     assert inner["conv2.weight@2/2"]["cut"] == ["conv2.weight", "floor"] and "cut" not in inner["conv2.weight"]
     assert manifest["tensors"]["conv2.weight"][1] == [6 * 6 * 9] and "conv2.weight@2/2" not in manifest["tensors"]
-    assert [name for name in manifest["tensors"] if name.startswith("fc.")] == ["fc.bias", "fc.weight", "fc.weight.scale"]
+    assert [name for name in manifest["tensors"] if name.startswith("fc.")] == ["fc.bias", "fc.weight", "fc.weight.scale", "fc.weight.zero_point"]
     assert len([name for name in manifest["tensors"] if name.startswith("norm2.running_mean")]) == 3
     assert len([name for name in manifest["tensors"] if "norm" in name and ".weight" in name]) == 1  # all are still 1
     parts = file_parts(joint_file)
@@ -195,7 +195,7 @@ def nested(manifest: Manifest) -> None:
         (lambda m: m.update(switches=[]), "its switches must be an object, got list"),
         (lambda m: m["switches"].update(widths=[[4, 4]]), "its switches must be 2 to 64 widths"),
         (lambda m: m["switches"].update(widths=[[4, 4]] * 2), "its switches list a width twice: 4/4, 4/4"),
-        (lambda m: m["switches"].update(widths=[[4, 4], [9, 2]]), "its switches must be from 1 to 8"),
+        (lambda m: m["switches"].update(widths=[[4, 4], [9, 2]]), "its switches: bit_width must be a whole number from 1 to 8, got 9"),
         (lambda m: m["switches"].update(widths=[[4, 4], [2]]), "a width must be a list of 2 numbers of bits"),
         (lambda m: m["switches"].update(each="pair"), "widths of the network or each layer"),
         (lambda m: m["switches"].update(names=None), "must have objects for layers, tied and names"),
