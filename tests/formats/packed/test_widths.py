@@ -119,7 +119,12 @@ def test_what_widths_share_is_stored_once_and_codes_are_stored_at_the_most_bits(
     assert sorted(inner) == ["conv2.weight", "conv2.weight@2/2", "conv2.weight@4/4"]
     assert inner["conv2.weight@2/2"]["cut"] == ["conv2.weight", "floor"] and "cut" not in inner["conv2.weight"]
     assert manifest["tensors"]["conv2.weight"][1] == [6 * 6 * 9] and "conv2.weight@2/2" not in manifest["tensors"]
-    assert [name for name in manifest["tensors"] if name.startswith("fc.")] == ["fc.bias", "fc.weight", "fc.weight.scale", "fc.weight.zero_point"]
+    assert [name for name in manifest["tensors"] if name.startswith("fc.")] == [
+        "fc.bias",
+        "fc.weight",
+        "fc.weight.scale",
+        "fc.weight.zero_point",
+    ]
     assert len([name for name in manifest["tensors"] if name.startswith("norm2.running_mean")]) == 3
     assert len([name for name in manifest["tensors"] if "norm" in name and ".weight" in name]) == 1  # all are still 1
     parts = file_parts(joint_file)
