@@ -301,6 +301,76 @@ def random_layer(seed: int, folder: Path) -> None:
     )
 
 
+def random_widths(seed: int, folder: Path) -> None:
+    """A file of two widths for each layer with random damage in what it says about them, loaded and run at several."""
+    chooser = random.Random(seed)
+    pick = chooser.choice
+    slots = pick(([""], ["a", "b"]))
+
+    def choice(*values: Any) -> list[Any]:
+        own = [slots[0]] if len(values) == 2 else slots * (2 // len(slots))
+        return [own, list(values)]
+
+    codes = np.random.default_rng(seed).integers(0, 256, 8, dtype=np.int64).astype(np.uint8)
+    scales = {"w.scale": np.full((4, 1), 0.1, np.float32), "w@2.scale": np.full((4, 1), 0.4, np.float32)}
+    tables = {**scales, "b0": np.zeros(4, np.float32), "b1": np.ones(4, np.float32)}
+    affine = {"offset": 0, "decoder": "affine", "parts": [], "granularity": "per_channel", "axis": 0, "shape": [4, 4]}
+    packed = {"w": {**affine, "bit_width": 4}, "w@2": {**affine, "bit_width": 2, "cut": ["w", pick(("floor", "trunc"))]}}
+    four = ("b0", "b1", "b1", "b0") if slots != [""] else ("b0", "b1")
+    bits = [[4, 4, None], [2, 2, None]]
+    switches: Any = {
+        "widths": [[4, 4], [2, 2]], "each": "network" if slots == [""] else "layer", "layers": {"a": bits, "b": bits}, "tied": {},
+        "names": {"w": choice("w", "w@2"), "bias": choice(*four)}, "places": dict.fromkeys(slots, 0),
+    }  # fmt: skip
+    nodes = [
+        ["y", "aten.linear.default", [{"node": "x"}, {"tensor": "w"}, {"tensor": "bias"}], {}],
+        ["z", "aten.leaky_relu.default", [{"node": "y"}, {"choice": choice(0.5, 0.25)}], {}],
+    ]
+    info = {"method": "m", "options": {}, "seed": 0, "policy": {"default": {"weight": 4, "activation": 4}}, "notes": [], "others": []}
+    info["layers"] = [[name, "linear", 4, 4, "done", ""] for name in ("a", "b")]
+    parts: list[Any] = [switches, switches, nodes[0][2], nodes[1][2], packed, info]
+    strange = (
+        None,
+        True,
+        -1,
+        2,
+        3.5,
+        "",
+        "a",
+        "w",
+        "w@2",
+        "b",
+        [],
+        {},
+        [[]],
+        {"choice": 1},
+        {"choice": choice(1, 2)},
+        "9" * 400,
+        [4, 2],
+        2**70,
+    )
+    for _ in range(pick((0, 1, 1, 1, 2, 3))):
+        place: Any = pick(parts)
+        while isinstance(place, (dict, list)) and place:
+            key = pick(list(place)) if isinstance(place, dict) else chooser.randrange(len(place))
+            if chooser.random() < 0.3 or not isinstance(place[key], (dict, list)) or not place[key]:
+                if chooser.random() < 0.2:
+                    del place[key]
+                else:
+                    place[key] = pick(strange)
+                break
+            place = place[key]
+    path = write_file(
+        folder / "widths.lowbit", nodes, {"w": codes, **tables}, [["x", [None, 4], "float32"]], packed=packed, switches=switches, info=info
+    )
+    for bits_asked in (None, 2, {"a": 2}, {"a": 4, "b": 2}):
+        try:
+            run_file(path, bits=bits_asked)
+        except LowbitError:
+            if bits_asked is None:
+                raise
+
+
 def random_yaml(seed: int, folder: Path) -> None:
     """A policy or recipe with random damage."""
     from lowbit.spec import BitPolicy
@@ -357,7 +427,13 @@ def random_picture(seed: int, folder: Path) -> None:
         Preprocessing()(read_picture(path))
 
 
-CASES: dict[str, Case] = {"calls": random_call, "layers": random_layer, "yaml": random_yaml, "pictures": random_picture}
+CASES: dict[str, Case] = {
+    "calls": random_call,
+    "layers": random_layer,
+    "widths": random_widths,
+    "yaml": random_yaml,
+    "pictures": random_picture,
+}
 
 
 def faults(outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -261,6 +261,15 @@ def widest(switches: Sequence[LayerBits]) -> LayerBits:
     return LayerBits(max(weights, default=None), max(activations, default=None))
 
 
+def parse_width(text: str, where: str) -> int | LayerBits:
+    """One of the widths of a network, as ``lowbit.set_bits`` takes it: ``4``, ``4/8`` (weights and inputs) or ``float``.
+
+    >>> parse_width("4", "bits"), parse_width("1/32", "bits")
+    (4, LayerBits(weight=1, activation=None, output=None))
+    """
+    return _parse_switch(text, where) if "/" in text or parse_bits(text.strip(), where) is None else int(text)
+
+
 def _parse_switch(part: object, where: str) -> LayerBits:
     if isinstance(part, LayerBits):
         return part

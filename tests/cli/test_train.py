@@ -120,6 +120,29 @@ def test_a_finished_training_is_not_repeated_and_its_files_are_written_again(tra
     assert any("model.onnx" in note and "not of this run" in note for note in report["notes"])
 
 
+def test_one_network_of_several_widths_is_trained_run_exported_and_evaluated_at_each(tmp_path: Path) -> None:
+    out = tmp_path / "widths"
+    trained = run("--method", "adabits", "--bits", "4,2", "--epochs", "1", "--no-onnx", "--no-tensorboard", "--out", out)
+    assert trained.exit_code == 0, trained.output
+    report = json.loads((out / "report.json").read_text())
+    assert [one["weight_bits"] for one in report["switches"]] == [4, 2]
+    assert f"model.lowbit holds all widths in {report['size_bytes']['packed']:,} bytes" in trained.output
+    two = CliRunner().invoke(app, ["run", str(out), "--bits", "2", "--benchmark", "--runs", "1", "--json"])
+    assert two.exit_code == 0 and any(
+        "block1.conv1: planes" in line or "block1.conv1: int8" in line for line in json.loads(two.output)["kernels"]
+    )
+    other = CliRunner().invoke(app, ["run", str(out), "--bits", "3", "--benchmark"])
+    assert other.exit_code == 2 and "was trained for the widths 4/4, 2/2, got 3" in " ".join(other.output.split())
+    single = CliRunner().invoke(app, ["export", str(out), "--bits", "2", "--to", str(tmp_path / "two.lowbit")])
+    assert single.exit_code == 0 and load(tmp_path / "two.lowbit").layer_widths()["block1.conv1"].bits.weight == 2
+    figures = CliRunner().invoke(app, ["evaluate", str(out), "--json", "--quiet"])
+    found = json.loads(figures.output)
+    assert [name for name in found if name != "notes"] == ["float", "model.lowbit at 4/4", "model.lowbit at 2/2"]
+    for one in report["switches"]:
+        name = f"model.lowbit at {one['weight_bits']}/{one['weight_bits']}"
+        assert found[name]["metrics"]["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+
+
 def test_recipe_and_policy_of_the_paper_are_printed_as_they_will_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     printed = yaml.safe_load(run("-m", "pact", "-w", "2", "--recipe", "paper", "--policy", "paper", "--lr", "0.3", "--print-config").output)

@@ -62,3 +62,51 @@ def test_every_method_trains_as_without_checkpointing(method: str, reentrant: bo
     expected = losses(method, None)
     assert len(set(expected.tolist())) > 2
     torch.testing.assert_close(losses(method, reentrant), expected, rtol=1e-5, atol=1e-6)
+
+
+class Block(nn.Module):
+    """A convolution and its norm that are recomputed in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        # the statistics of a norm see each batch twice where it is recomputed, which changes evaluation alone
+        self.inner = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.last(x.mean((2, 3)))
+
+
+IMAGES = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(method: str, reentrant: bool | None, *, options: dict[str, object], sums: bool) -> dict[str, Tensor]:
+    """The gradients of one step, of the sum of the losses or of one loss after the other."""
+    torch.manual_seed(0)
+    model = lowbit.prepare(Block(reentrant), method=method, bits=[8, 4, 2], sample=IMAGES, **options).train()  # type: ignore[arg-type]
+    run = lowbit.training(model, steps_per_epoch=3, epochs=3)
+    run.before_step(torch.optim.SGD(run.parameter_groups(learning_rate=0.05)))
+    batch = (IMAGES, torch.arange(16) % 3)
+    for loss in [run.loss(batch)] if sums else run.losses(batch):
+        loss.backward()
+    run.after_backward()
+    assert lowbit.get_bits(model)["inner.0"].weight == 8
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("adabits", {}), ("adabits", {"adaptation": "direct_lowest"}), ("sp_nets", {"quantizer": "lsq"}), ("bit_mixer", {})],
+)
+def test_each_loss_of_several_widths_is_recomputed_at_its_own(method: str, options: dict[str, object], reentrant: bool) -> None:
+    expected = gradients(method, None, options=options, sums=False)
+    for sums in (True, False):
+        found = gradients(method, reentrant, options=options, sums=sums)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=f"{name}, sums={sums}")

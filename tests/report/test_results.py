@@ -38,7 +38,7 @@ def test_the_file_has_the_names_that_scripts_rely_on(tmp_path: Path) -> None:
     assert data["metrics"]["accuracy"] == {"float": 0.9, "quantized": 0.89, "unit": "%"}
     assert data["metrics"]["RMSE"] == {"float": 0.25, "quantized": 0.5, "unit": ""}
     assert {k: data["quantized"][k] for k in ("agreement", "sqnr_db")} == {"agreement": 0.97, "sqnr_db": 21.5}
-    assert data["size_bytes"] == {"float": 1000, "packed": 150, "onnx": 300}
+    assert data["size_bytes"] == {"float": 1000, "packed": 150, "onnx": 300, "packed_singly": None}
     assert data["parity"]["onnx"] == {"max_abs_error": 1e-4, "top1_agreement": 1.0, "passed": True, "samples": 256, "sqnr_db": 50.0}
     assert data["parity"]["packed"] == {"max_abs_error": 0.0, "top1_agreement": 1.0, "passed": True, "samples": 256, "sqnr_db": 50.0}
     assert (data["latency_ms"]["float_onnx"], data["latency_ms"]["quantized_onnx"]) == (10.0, 4.0)
@@ -52,7 +52,7 @@ def test_what_was_not_measured_is_null_and_still_there() -> None:
     assert data["weight_bits"] is None
     assert data["metric"] is None and data["metrics"] == {}
     assert data["parity"]["onnx"] == {"max_abs_error": None, "top1_agreement": None, "passed": None, "samples": None, "sqnr_db": None}
-    assert data["size_bytes"] == {"float": None, "packed": None, "onnx": None}
+    assert data["size_bytes"] == {"float": None, "packed": None, "onnx": None, "packed_singly": None}
     assert data["latency_ms"]["float_onnx"] is None
 
 

@@ -49,7 +49,7 @@ def run(
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     path = packed_file(Path(packed))
-    loaded = load_on_kernels(path, weight_only=request.weight_only)
+    loaded = load_on_kernels(path, weight_only=request.weight_only, bits=request.bits)
     labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess, request.classes, place=str(path))
     paths = [] if pictures is None else find_pictures(Path(pictures))
     notes = [] if labels is None or not labels.note else [labels.note]

@@ -13,7 +13,16 @@ from lowbit.cli.console import errors, results, say, show_json, show_table
 from lowbit.cli.flags import in_flags
 from lowbit.provenance import provenance_from_json
 from lowbit.qat.task import format_metric
-from lowbit.report.formatting import format_bytes, format_change, format_db, format_operand, format_percent, format_ratio
+from lowbit.report.formatting import (
+    format_bytes,
+    format_change,
+    format_db,
+    format_operand,
+    format_percent,
+    format_ratio,
+)
+from lowbit.report.results import Report
+from lowbit.report.switches import one_file_words, width_columns, width_rows
 from lowbit.workflows.deliver import Delivery
 from lowbit.workflows.plan import PlannedLayer
 
@@ -30,6 +39,13 @@ def report_delivery(delivery: Delivery, *, quiet: bool, as_json: bool = False) -
         say(f"report: {delivery.out / 'report.html'}")
     if delivery.problems:
         raise typer.Exit(1)
+
+
+def show_switches(report: Report) -> None:
+    """Print what a network with several widths gives and costs at each."""
+    show_table(width_columns(report.metric), width_rows(report))
+    if words := one_file_words(report):
+        say(words)
 
 
 def show_layers(layers: list[PlannedLayer], title: str) -> None:
@@ -75,6 +91,8 @@ def show_delivery(delivery: Delivery) -> None:
         before, after = report.latency_float_onnx, report.latency_quantized_onnx
         rows.append(("time per call, ONNX", f"{before:.3g} ms", f"{after:.3g} ms", f"{before / after:.2f}x as fast"))
     show_table(("", "float", "quantized", ""), rows)
+    if report.switches:
+        show_switches(report)
     for label, parity in (("model.lowbit", report.parity_packed), ("model.onnx", report.parity_onnx)):
         if parity.passed is not None:
             verdict = "computes" if parity.passed else "does NOT compute"

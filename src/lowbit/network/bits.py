@@ -5,9 +5,10 @@ Nothing is prepared again: every quantizer changes its own bit-width and keeps w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from lowbit.network.layers import WEIGHT, WEIGHT_ONLY
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.quantizers import Quantizer
 from lowbit.registry import list_methods
-from lowbit.spec import BitPolicy, LayerBits, Position, Rule, matches, parse_bits, switch_name
+from lowbit.spec import BitPolicy, LayerBits, Position, Rule, matches, parse_bits, parse_width, switch_name
 
 BitsLike = int | LayerBits | None
+WidthLike = int | str | LayerBits | Mapping[str, BitsLike] | None  # of a network that has several
 Part = Literal["weight", "activation", "output"]
 
 
@@ -61,6 +63,40 @@ class FollowsBits(Protocol):
 
     def select(self, choice: str) -> None:
         """Compute with it from now on."""
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """Bits of one layer, or of one of its several weights, in a network that may switch.
+
+    Attributes:
+        bits: Current bits.
+        at: Bits at each switch, in the order of the network's record; empty where the network has one width.
+        layer: The layer, ``None`` in a loaded network, which has none.
+    """
+
+    bits: LayerBits
+    at: tuple[LayerBits, ...] = ()
+    layer: nn.Module | None = None
+
+    def matches(self, pattern: str, name: str) -> bool:
+        """Whether the pattern fits the layer, which is called ``name``."""
+        return pattern == name or matches(pattern, name, self.layer or nn.Module())
+
+
+@runtime_checkable
+class HoldsWidths(Protocol):
+    """A network without quantizers that may hold several widths all the same: one that was loaded from a file."""
+
+    def layer_widths(self) -> Mapping[str, LayerWidths]:
+        """The bits of every layer, by name, as far as its file records them."""
+
+    def select_widths(self, bits: Mapping[str, LayerBits], switch: LayerBits | None) -> None:
+        """Compute with these bits of all layers from now on; ``switch`` gives them, ``None`` where each layer has its own.
+
+        Raises:
+            SpecError: The file does not have this combination.
+        """
 
 
 def layer_quantizers(model: nn.Module) -> dict[str, LayerQuantizers]:
@@ -119,7 +155,19 @@ def get_bits(model: nn.Module) -> dict[str, LayerBits]:
         >>> lowbit.get_bits(model)["1"], lowbit.get_bits(model)["2"]
         (LayerBits(weight=3, activation=4, output=None), LayerBits(weight=8, activation=8, output=None))
     """
+    if isinstance(model, HoldsWidths):
+        return {name: widths.bits for name, widths in model.layer_widths().items()}
     return {name: quantizers.bits for name, quantizers in layer_quantizers(model).items()}
+
+
+def layer_widths(model: nn.Module) -> Mapping[str, LayerWidths]:
+    """The current bits of every layer, as ``get_bits`` gives them, and those at each switch of the network."""
+    if isinstance(model, HoldsWidths):
+        return model.layer_widths()
+    record, layers = record_of(model), layer_quantizers(model)
+    return (
+        {name: LayerWidths(found.bits, layer=found.layer) for name, found in layers.items()} if record is None else _widths(record, layers)
+    )
 
 
 def switches_of(model: nn.Module) -> tuple[LayerBits, ...]:
@@ -128,13 +176,26 @@ def switches_of(model: nn.Module) -> tuple[LayerBits, ...]:
     return () if record is None else record.switches
 
 
+def current_switch(model: nn.Module) -> LayerBits | None:
+    """The switch whose bits all layers have now; ``None`` where each has its own, or the network does not switch."""
+    own = layer_widths(model).values()
+    return next((s for place, s in enumerate(switches_of(model)) if all(found.bits == found.at[place] for found in own)), None)
+
+
+@contextmanager
+def bits_restored(model: nn.Module) -> Iterator[None]:
+    """Within the context the bits of a network with several widths may be changed; behind it they are as before."""
+    switch, bits = current_switch(model), get_bits(model)
+    try:
+        yield
+    finally:
+        set_bits(model, bits if switch is None else switch)
+
+
 def switching_layers(model: nn.Module) -> tuple[str, ...]:
     """The weights whose bits differ between the switches of the network, without those that are tied to another layer's."""
-    record, layers = record_of(model), layer_quantizers(model)
-    if record is None:
-        return ()
-    at_switches = [_at_switch(record, layers, switch) for switch in record.switches]
-    return tuple(name for name in layers if name not in record.tied and any(at[name] != at_switches[0][name] for at in at_switches))
+    record = record_of(model)
+    return () if record is None else tuple(n for n, w in layer_widths(model).items() if n not in record.tied and len(set(w.at)) > 1)
 
 
 def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
@@ -143,25 +204,26 @@ def asked_bits(model: nn.Module) -> dict[str, LayerBits]:
     return _by_policy(record.policy, layer_quantizers(model), record.table.positions)
 
 
-def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy) -> None:
+def set_bits(model: nn.Module, bits: WidthLike | BitPolicy) -> None:
     """Change the bits of a quantized network in place; nothing is changed if an error is raised.
 
     Layers keep what they learned at every width, so changing bits and changing them back has no effect. ``lowbit.summary`` and the
     network's record show the new bits.
 
     Args:
-        model: A network from ``lowbit.prepare``, ``lowbit.train`` or ``lowbit.quantize``.
-        bits: A number sets every existing quantizer except in layers that the network's policy excepts (the first and last one, and
-            those named by a rule). ``LayerBits`` does the same, but raises an error if a layer lacks a requested quantizer. ``None``
-            gives the float network. A mapping from name patterns (``"layer1.*"``) to any of these sets the layers that match; later
-            patterns win. A ``BitPolicy`` sets every layer. A network trained for several widths (``lowbit.prepare(bits=...)``) has those
-            alone: it takes one of them, and only where its method mixes them a mapping, which leaves the first and the last layer
-            alone unless it names them.
+        model: A network from ``lowbit.prepare``, ``lowbit.train`` or ``lowbit.quantize``, or one from ``lowbit.load`` or
+            ``lowbit.compile_runtime`` that holds several widths.
+        bits: A number (or text: ``"4"``, ``"4/8"`` for weights and inputs, ``"float"``) sets every existing quantizer except in layers that
+            the network's policy excepts (the first and last one, and those named by a rule). ``LayerBits`` does the same, but raises an
+            error if a layer lacks a requested quantizer. ``None`` gives the float network. A mapping from name patterns (``"layer1.*"``) to
+            any of these sets the layers that match; later patterns win. A ``BitPolicy`` sets every layer. A network trained for several
+            widths (``lowbit.prepare(bits=...)``) has those alone: it takes one of them, and only where its method mixes them a mapping,
+            which leaves the first and the last layer alone unless it names them.
 
     Raises:
         SpecError: A width that the method or a quantizer does not support (the message lists those it does), a pattern that matches no
             layer, different bits for layers that share a quantizer, or a layer without a requested quantizer.
-        LayerError: A network without quantizers.
+        LayerError: A network without quantizers, or a loaded one of a single width.
 
     Example:
         >>> import torch, lowbit
@@ -174,7 +236,11 @@ def set_bits(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPoli
     """
     if torch.compiler.is_compiling():
         raise SpecError("set_bits changes a network, which a compiled graph cannot hold. Call it between calls of the compiled network.")
-    _change(model, bits, is_lowering=False)
+    bits = parse_width(bits, "bits") if isinstance(bits, str) else bits
+    if isinstance(model, HoldsWidths):
+        _select(model, bits)
+    else:
+        _change(model, bits, is_lowering=False)
 
 
 def lower_bits(model: nn.Module, stage: LayerBits) -> None:
@@ -216,6 +282,31 @@ def raised_bits(own: LayerBits, stage: LayerBits) -> LayerBits:
     return LayerBits(wider(own.weight, stage.weight), wider(own.activation, stage.activation), own.output)
 
 
+def _select(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy) -> None:
+    """Change the bits of a loaded network."""
+    assert isinstance(model, HoldsWidths)
+    record, widths = record_of(model), model.layer_widths()
+    if record is not None and not record.switches and isinstance(bits, (int, LayerBits)) and _is_default(record, bits):
+        return  # the width that it has
+    if record is None or not record.switches:
+        raise LayerError(
+            f"{type(model).__name__} holds one width, {_held(widths)}, as its file does. Load a file that holds several: one that "
+            "lowbit.export wrote, without bits=, from a network trained for them (lowbit.prepare(bits=[8, 4, 2]))."
+        )
+    asked, switch = _switched(record, widths, bits)
+    model.select_widths({**{name: own.bits for name, own in widths.items()}, **asked}, switch)
+
+
+def _is_default(record: QuantizationRecord, bits: int | LayerBits) -> bool:
+    asked, own = _layer_bits(bits), record.policy.default
+    return asked.weight == own.weight and asked.activation in ((own.activation,) if isinstance(bits, LayerBits) else (own.activation, bits))
+
+
+def _held(widths: Mapping[str, LayerWidths]) -> str:
+    """The bits of the layers, in words: the first and the last one often differ from the others."""
+    return " and ".join(dict.fromkeys(switch_name(own.bits) for own in widths.values())) or "which it does not say"
+
+
 def _change(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolicy, *, is_lowering: bool) -> None:
     layers, record, switch = layer_quantizers(model), record_of(model), None
     if not any(found.weight or found.activation or found.output for found in layers.values()):
@@ -223,7 +314,7 @@ def _change(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolic
     if record is None or not record.switches:
         asked = _asked(model, layers, bits)
     else:
-        asked, switch = _switched(record, layers, bits)
+        asked, switch = _switched(record, _widths(record, layers), bits)
     changes = _changes(layers, asked, record)
     followers = [module for module in model.modules() if isinstance(module, FollowsBits)]
     after = {**{name: found.bits for name, found in layers.items()}, **asked} if followers else {}
@@ -312,16 +403,17 @@ def _asked(
 
 
 def _switched(
-    record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bits: BitsLike | Mapping[str, BitsLike] | BitPolicy
+    record: QuantizationRecord, widths: Mapping[str, LayerWidths], bits: BitsLike | Mapping[str, BitsLike] | BitPolicy
 ) -> tuple[dict[str, LayerBits], LayerBits | None]:
     """The bits of each layer of a network of several widths, and the switch that gives them, where it is one."""
     if not isinstance(bits, (Mapping, BitPolicy)):
         switch = _switch(record, bits)
-        return _at_switch(record, layers, switch), switch
+        place = record.switches.index(switch)
+        return {name: own.at[place] for name, own in widths.items()}, switch
     if isinstance(bits, Mapping):
-        asked = _mixed(record, layers, bits)
-        for switch in record.switches:
-            if all(asked.get(name, layers[name].bits) == wanted for name, wanted in _at_switch(record, layers, switch).items()):
+        asked = _mixed(record, widths, bits)
+        for place, switch in enumerate(record.switches):
+            if all(asked.get(name, own.bits) == own.at[place] for name, own in widths.items()):
                 return asked, switch
         if record.switching == "layer":
             return asked, None
@@ -329,35 +421,38 @@ def _switched(
     raise SpecError(f"this network, trained by {record.method}, switches each {record.switching} between its widths. {advice}.")
 
 
-def _at_switch(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], switch: LayerBits) -> dict[str, LayerBits]:
-    """The bits of every layer at one switch, as far as it has quantizers."""
-    asked = _by_policy(replace(record.policy, default=switch), layers, record.table.positions)
+def _widths(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers]) -> dict[str, LayerWidths]:
+    """The bits of every layer now and at every switch, as far as it has quantizers."""
+    at_switches = [_by_policy(replace(record.policy, default=switch), layers, record.table.positions) for switch in record.switches]
+
+    def existing(found: LayerQuantizers, wanted: LayerBits) -> LayerBits:
+        return LayerBits(*(None if getattr(found, part) is None else getattr(wanted, part) for part in get_args(Part)))
+
     return {
-        name: LayerBits(*(None if getattr(layers[name], part) is None else getattr(wanted, part) for part in get_args(Part)))
-        for name, wanted in asked.items()
+        name: LayerWidths(found.bits, tuple(existing(found, at[name]) for at in at_switches), found.layer) for name, found in layers.items()
     }
 
 
-def _mixed(record: QuantizationRecord, layers: Mapping[str, LayerQuantizers], bits: Mapping[str, BitsLike]) -> dict[str, LayerBits]:
+def _mixed(record: QuantizationRecord, widths: Mapping[str, LayerWidths], bits: Mapping[str, BitsLike]) -> dict[str, LayerBits]:
     """Bits by patterns; layers of one width have it at every switch, so that patterns pass them over."""
-    at_switches = [_at_switch(record, layers, switch) for switch in record.switches]
-    fixed = {name for name in layers if all(at[name] == at_switches[0][name] for at in at_switches)}
+    fixed = {name for name, own in widths.items() if len(set(own.at)) == 1}
     if len(record.switches) == 1:  # all have one width; those that do not have that of the switch are the exceptions
-        fixed = {name for name in fixed if not _is_part(at_switches[0][name], record.switches[0])}
+        fixed = {name for name in fixed if not _is_part(widths[name].at[0], record.switches[0])}
     asked: dict[str, LayerBits] = {}
     said: dict[str, str] = {}
     for pattern, value in bits.items():
-        matching = _by_pattern({pattern: None if isinstance(value, LayerBits) else value}, layers, record)
+        matching = _matching(pattern, widths)
         said |= dict.fromkeys(matching, pattern)
         for name in matching:
-            own = next((at[name] for at in at_switches if at[name] == value), None)  # what get_bits says of the layer
+            own = widths[name]
+            is_own = value in own.at  # what get_bits says of the layer
             if name not in fixed:
-                asked[name] = own or _at_switch(record, layers, _switch(record, value))[name]
-            elif name == pattern and own is None and switch_name(_layer_bits(value)) != switch_name(layers[name].bits):
-                raise SpecError(f"layer {name!r}: the network was trained with {switch_name(layers[name].bits)} there alone. Leave it out.")
+                asked[name] = cast(LayerBits, value) if is_own else own.at[record.switches.index(_switch(record, value))]
+            elif name == pattern and not is_own and switch_name(_layer_bits(value)) != switch_name(own.bits):
+                raise SpecError(f"layer {name!r}: the network was trained with {switch_name(own.bits)} there alone. Leave it out.")
     for name, main in record.tied.items():
-        wanted = asked.get(main, layers[main].bits)
-        if asked.get(name, wanted) != wanted and not matches(said[name], main, layers[main].layer):
+        wanted = asked.get(main, widths[main].bits)
+        if asked.get(name, wanted) != wanted and not widths[main].matches(said[name], main):
             raise SpecError(
                 f"layer {name!r} always has the bits of {main!r}, the last layer on the other side of its sum: {switch_name(wanted)}, got "
                 f"{switch_name(asked[name])}. Give both the same, or leave {name!r} out."
@@ -401,14 +496,20 @@ def _by_pattern(
 ) -> dict[str, LayerBits]:
     asked: dict[str, LayerBits] = {}
     for pattern, value in bits.items():
-        matching = [name for name, found in layers.items() if name == pattern or matches(pattern, name, found.layer)]
-        if not matching:
-            raise SpecError(f"bits for {pattern!r}: no layer matches. The model has: {', '.join(layers)}.")
+        matching = _matching(pattern, {name: LayerWidths(found.bits, layer=found.layer) for name, found in layers.items()})
         chosen = dict.fromkeys(matching, _layer_bits(value))
         if isinstance(value, LayerBits):
             _require(chosen, layers, record)
         asked |= chosen
     return asked
+
+
+def _matching(pattern: str, layers: Mapping[str, LayerWidths]) -> list[str]:
+    """The layers that the pattern fits; SpecError where there is none."""
+    found = [name for name, layer in layers.items() if layer.matches(pattern, name)]
+    if not found:
+        raise SpecError(f"bits for {pattern!r}: no layer matches. The model has: {', '.join(layers)}.")
+    return found
 
 
 def _require(asked: Mapping[str, LayerBits], layers: Mapping[str, LayerQuantizers], record: QuantizationRecord | None) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lowbit.errors import LoopError, SpecError
 from lowbit.network import insert
+from lowbit.network.bits import current_switch, get_bits, set_bits, switches_of
 from lowbit.network.layers import evaluating, frozen_norms
 from lowbit.qat.networks import Companion, GivenNetworks, RoleOf
 from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role, Turn, covering
 from lowbit.qat.task import Batch, Output, Scores, Task
 from lowbit.quantizers import Quantizer
 from lowbit.registry import MethodInfo
+from lowbit.spec import LayerBits
 
 USUAL_ROLES = {"weights", "quantizers", "others", "others.norms"}  # a phase may name them where a network has none
 _FROZEN = "lowbit_frozen"  # attribute of the network: names of the parameters that a phase does not train
@@ -126,6 +128,7 @@ class TrainRun:
         self._check_companions(trained)
         networks = (self.model, *self.networks.values())
         self._scheduled = [module for network in networks for module in network.modules() if isinstance(module, Scheduled)]
+        self._resting: LayerBits | Mapping[str, LayerBits] | None = None  # widths to go back to behind the backward pass
         self._has_returned = False  # it stands inside an epoch that an earlier run has entered
         self.frozen: list[str] = []
         self._frozen_by_user = parameters_frozen_by_user(self.model)
@@ -299,11 +302,28 @@ class TrainRun:
         return iter(self.method.losses(self, batch))
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sum of ``losses``, for a single backward pass: the same gradients, but with the graphs of all passes held at once."""
-        found = list(self.losses(batch))
+        """The sum of ``losses``, for a single backward pass: the same gradients, but with the graphs of all passes held at once.
+
+        Where they were computed at different widths of the network, the backward pass puts it back to those of each loss in turn, as
+        activation checkpointing computes parts of the network again there. That relies on one device, where autograd begins with the loss that
+        was computed last and is done with it before it takes the one before; ``losses`` does not.
+        """
+        found, widths = [], []
+        for loss in self.losses(batch):
+            found.append(loss)
+            widths.append(self._current_widths())
         if not found:
             raise LoopError(f"{self.method.info.name!r} gave no loss in the turn {self.turn.name!r}")
+        resting = self._current_widths()
+        if any(own != resting for own in widths):
+            self._resting = resting
+            for loss, own in zip(found, widths, strict=True):
+                loss.register_hook(lambda _, own=own: set_bits(self.model, own))
         return found[0] if len(found) == 1 else torch.stack(found).sum()
+
+    def _current_widths(self) -> LayerBits | Mapping[str, LayerBits] | None:
+        """The switch of a network with several widths, or the bits of its layers where each has its own; ``None`` for one of one width."""
+        return (current_switch(self.model) or get_bits(self.model)) if len(switches_of(self.model)) > 1 else None
 
     def predict(self, batch: Batch) -> Output:
         """The network's output for a batch, through the wrapper where there is one."""
@@ -330,6 +350,9 @@ class TrainRun:
 
     def after_backward(self) -> None:
         """The method's hook, then clipping, of each network by itself."""
+        if self._resting is not None:
+            set_bits(self.model, self._resting)
+            self._resting = None
         self.method.after_backward(self)
         if self.phase.clip_norm is not None:
             for network in self._trained_networks:

@@ -32,6 +32,7 @@ from lowbit.report.formatting import (
 from lowbit.report.histograms import ActivationHistogram, WeightHistogram
 from lowbit.report.pictures import Disagreement
 from lowbit.report.results import ActivationResult, LayerResult, MetricResult, ParityResult, Report, StoredPart
+from lowbit.report.switches import accuracy_along_path, accuracy_over_bits, bits_along_path, one_file_words, width_columns, width_rows
 
 POOR_DB = 10.0  # below it a tenth of a layer's signal power is noise
 NUMBERED = 5  # suspects numbered in the sensitivity plot
@@ -200,6 +201,11 @@ def render_html(
         pictures=pictures,
         diagnosis=diagnosis,
         learning=learning_plots(report),
+        widths=width_plots(report),
+        width_columns=width_columns(report.metric),
+        width_rows=width_rows(report),
+        one_file=one_file_words(report),
+        path=Markup("") if report.selection is None else bits_along_path(report.selection),
         sensitivity=Markup("") if diagnosis is None else sensitivity_plot(diagnosis),
         facts=run_words(report.run),
         poor_db=POOR_DB,
@@ -536,6 +542,19 @@ def learning_plots(report: Report) -> list[Plot]:
         found.append(_learning_plot(f"Test {name}", "main", curve, values, known.unit, known.float))
     measured = cast(Mapping[str, Mapping[str, float]], report.training.get("measured", {}))
     found += [_layer_plot(name, values) for name, values in measured.items()]
+    return [plot for plot in found if plot.drawing]
+
+
+def width_plots(report: Report) -> list[Plot]:
+    """The selecting metric over the widths of the network, and along the greedy path of its layers; nothing for a network of one width."""
+    metric = report.metrics.get(report.metric, MetricResult(None, None))
+    float_words = "" if metric.float is None else f"dashed: the float network, {format_metric(metric.float, metric.unit)}"
+    over_bits = accuracy_over_bits(report.switches, report.metric, metric.unit, metric.float)
+    found = [Plot(f"{_title(report.metric)} over bits", over_bits, float_words)]
+    if report.selection is not None:
+        drawing = accuracy_along_path(report.selection, report.metric, metric.unit)
+        words = f"on {report.selection.samples} labelled samples; layers give up bits one at a time, that which costs least first"
+        found.append(Plot(f"{_title(report.metric)} over average bits", drawing, words))
     return [plot for plot in found if plot.drawing]
 
 

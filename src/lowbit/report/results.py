@@ -1,7 +1,7 @@
 """The figures of one quantization, and ``report.json``.
 
 Names that scripts rely on: ``method``, ``weight_bits``, ``activation_bits``, ``seed``, ``metric`` (the name of the one that
-selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx``,
+selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``quantized.sqnr_db``, ``size_bytes.float|packed|onnx|packed_singly``,
 ``parity.onnx|packed.max_abs_error|top1_agreement|passed|samples|sqnr_db``, ``latency_ms.float_onnx|quantized_onnx``,
 ``layers[].name|kind|weight_bits|activation_bits|sqnr_db|status|reason``, ``others[].name|kind|status|reason|stored_bytes``, ``noise_reference``,
 ``stored[].name|total_bytes|code_bytes|table_bytes|value_bytes|header_bytes`` (which add up to ``size_bytes.packed``),
@@ -9,7 +9,9 @@ selects), ``metrics.<name>.float|quantized|unit``, ``quantized.agreement``, ``qu
 ``disagreements[].sample|float|quantized|label``, ``run.command|started|seconds|machine|versions|data``, and where the network was trained
 ``training.metric``, ``training.recipe``, ``training.task``,
 ``training.curve[].epoch|phase|step|loss|metrics|learning_rate|seconds``, ``training.measured.<name>.<layer>``;
-``provenance`` holds what is known of ``lowbit.Provenance``.
+``switches[].weight_bits|activation_bits|accuracy|bops|latency_ms|single_bytes`` for each width of a network with several (``size_bytes.packed`` is
+that of one file with all of them, ``packed_singly`` of a file for each), and where its layers have their own ``selection.layers|trace|average_bits|
+accuracies|samples``; ``provenance`` holds what is known of ``lowbit.Provenance``.
 What was not measured is ``null``, and without labelled data ``metrics`` is
 empty; nothing else is ever left out or NaN.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from lowbit.files import write_text
 from lowbit.report.json_text import to_json
+from lowbit.spec import LayerBits, switch_name
 
 FORMAT_VERSION = 2
 
@@ -126,6 +129,51 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
+class SwitchResult:
+    """A network with several widths at one of them.
+
+    Attributes:
+        weight_bits, activation_bits: The width; ``None`` is float.
+        accuracy: The metric that selects, whichever it is.
+        bops: Bit operations of one sample over all layers.
+        latency_ms: Median time of one call with one sample: the packed file on low-bit kernels, or in float where none of its layers can run
+            on them.
+        single_bytes: A packed file of this width alone.
+    """
+
+    weight_bits: int | None
+    activation_bits: int | None
+    accuracy: float | None = None
+    bops: float | None = None
+    latency_ms: float | None = None
+    single_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``4/8``, as commands take it."""
+        return switch_name(LayerBits(self.weight_bits, self.activation_bits))
+
+
+@dataclass(frozen=True)
+class SelectionResult:
+    """The greedy path of a network whose layers have widths of their own: one layer after the other goes to the next lower width.
+
+    Attributes:
+        layers: Those that have a choice.
+        trace: Weight bits of each of them after every move, first those before any.
+        average_bits: Their mean after every move.
+        accuracies: The metric that selects.
+        samples: Number of samples that it was measured on.
+    """
+
+    layers: tuple[str, ...]
+    trace: tuple[tuple[int, ...], ...]
+    average_bits: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
 class ParityResult:
     """How an exported file's outputs compare with the quantized network's."""
 
@@ -157,6 +205,8 @@ class Report:
         disagreements: Some of the samples that the two networks classify differently: ``sample``, ``float``, ``quantized``, ``label``.
         training: Where the network was trained: ``metric`` (the name of the one that selects), ``recipe``, ``task``, and
             ``curve``, a mapping for each epoch, and ``measured``, what the method measured of each layer, by the measure's name.
+        switches: What a network with several widths gives and costs at each, from the highest on; empty for one width.
+        selection: Where its layers have widths of their own: which of them give up bits first.
         notes: What was skipped and why, for the whole network.
         run: Facts of the run, see ``report.facts.run_facts``.
         extra: More entries for the file, under names of their own.
@@ -191,10 +241,18 @@ class Report:
     activations: Sequence[ActivationResult] = ()
     disagreements: Sequence[Mapping[str, int | None]] = ()
     training: Mapping[str, object] | None = None
+    switches: Sequence[SwitchResult] = ()
+    selection: SelectionResult | None = None
     notes: Sequence[str] = ()
     run: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def size_packed_singly(self) -> int | None:
+        """What packed files of one width each take together; ``None`` where there are none."""
+        sizes = [switch.single_bytes for switch in self.switches if switch.single_bytes is not None]
+        return sum(sizes) if sizes else None
 
     def to_dict(self) -> dict[str, object]:
         """The content of ``report.json``."""
@@ -216,7 +274,12 @@ class Report:
                 "max_abs_error": self.max_abs_error,
                 "identical": self.max_abs_error == 0,
             },
-            "size_bytes": {"float": self.size_float, "packed": self.size_packed, "onnx": self.size_onnx},
+            "size_bytes": {
+                "float": self.size_float,
+                "packed": self.size_packed,
+                "onnx": self.size_onnx,
+                "packed_singly": self.size_packed_singly,
+            },
             "parity": {"onnx": asdict(self.parity_onnx), "packed": asdict(self.parity_packed)},
             "latency_ms": {
                 "float_onnx": self.latency_float_onnx,
@@ -230,6 +293,8 @@ class Report:
             "activations": [asdict(activation) for activation in self.activations],
             "disagreements": [dict(entry) for entry in self.disagreements],
             "training": None if self.training is None else dict(self.training),
+            "switches": [asdict(switch) for switch in self.switches],
+            "selection": None if self.selection is None else asdict(self.selection),
             "notes": list(self.notes),
             "run": dict(self.run),
             "provenance": dict(self.provenance),

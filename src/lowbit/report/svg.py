@@ -133,6 +133,7 @@ def curves(
     span: tuple[float, float] | None = None,
     across: Sequence[float] = (),
     across_unit: str = "",
+    below: Sequence[str] = (),
     size: tuple[float, float] = WIDE,
     title: str = "SQNR of the network's output with single quantizers on and off",
 ) -> Markup:
@@ -149,10 +150,11 @@ def curves(
         span: Range of the vertical axis; default: from 0 to slightly above the largest value.
         across: The number of each position, for ticks at the horizontal axis; default: none.
         across_unit: What these numbers count.
+        below: Text at the horizontal axis for each position, in place of numbers; left out where it would overlap.
         size: Width and height in units of the drawing.
         title: Text for screen readers.
     """
-    (width, height), left, bottom = size, 54.0 if size == NARROW else 44.0, 38.0 if across else 24.0
+    (width, height), left, bottom = size, 54.0 if size == NARROW else 44.0, 38.0 if across or below else 24.0
     shown = [v for s in series for v in s.values if v is not None and math.isfinite(v)] + ([baseline] if baseline is not None else [])
     if not shown:
         return Markup("")
@@ -167,6 +169,9 @@ def curves(
         numbers = Axis(across[0], across[-1], x(0), x(len(across) - 1))
         parts += [label(numbers(v), height - bottom + 16, f"{v:g}") for v in ticks(across[0], across[-1]) if v == int(v)]
         parts.append(label(width - 10, height - 6, across_unit, "end"))
+    for index, text in enumerate(below):
+        if index % math.ceil(len(below) / 12) == 0:
+            parts.append(label(x(index), height - bottom + 16, text))
     if baseline is not None:
         parts.append(line(left, y(baseline), width, y(baseline), "baseline"))
     for one in series:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import FileFormatError, LayerError, SpecError
-from lowbit.formats.packed.file import Package, package
+from lowbit.formats.packed.file import Package, package, package_widths
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.operators import Function, find_operator
-from lowbit.formats.program.program import export_program
+from lowbit.formats.program.program import export_program, export_switches
 from lowbit.network.record import record_of
 from lowbit.provenance import provenance_of
 from lowbit.runtime.cpu.target import active_target
@@ -61,10 +61,19 @@ class RuntimeNetwork(PackedNetwork):
 
     def __init__(self, content: Package, weight_only: WeightOnly = "none", *, max_elements: int | None = None) -> None:
         super().__init__(content, max_elements)
-        conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes, weight_only)
+        self.packed_weight_only = weight_only
+        self._convert(content)
+
+    def _take(self, content: Package) -> None:
+        self._show(content)
+        self._convert(content)
+
+    def _convert(self, content: Package) -> None:
+        """Put the layers of what is shown, ``content``, on kernels."""
+        conversion = Conversion(self.packed_graph, self.stored_tensors(), self.packed_codes, self.packed_weight_only)
         tensors = {**content.tensors, **conversion.tensors}
         read = {name: tensor for name, tensor in tensors.items() if name in conversion.graph.tensors}
-        super().__init__(replace(content, graph=conversion.graph, tensors=read), max_elements)
+        self._show(replace(content, graph=conversion.graph, tensors=read))
         for parameter in self.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -167,6 +176,14 @@ def _split(inputs: Mapping[str, Tensor], batch: int, size: int) -> Iterator[dict
         yield {name: tensor[first : first + size] for name, tensor in inputs.items()}
 
 
+def package_of(model: nn.Module, sample: object) -> Package:
+    """What a packed file of the network holds: all its widths, where it has several."""
+    record, provenance = record_of(model), provenance_of(model)
+    if record is None or len(record.switches) < 2:
+        return package(export_program(model, sample), record, provenance)
+    return package_widths(model, export_switches(model, sample), record, provenance)
+
+
 def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: WeightOnly = "none") -> RuntimeNetwork:
     """Compile a quantized network so that its low-bit layers run on low-bit kernels.
 
@@ -178,7 +195,8 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
             rounded to 8 bits per row, which is fast for few rows and changes the outputs by about half a percent.
 
     Returns:
-        A module in evaluation mode; ``.report`` lists every layer with its kernel, or the reason why it stayed in float.
+        A module in evaluation mode; ``.report`` lists every layer with its kernel, or the reason why it stayed in float. Where ``model`` has
+        several widths, ``lowbit.set_bits`` switches between them here too.
 
     Raises:
         SpecError: ``sample`` is missing, or ``weight_only`` is unknown.
@@ -204,7 +222,7 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
     elif sample is None:
         raise SpecError("compile_runtime needs a sample to see what the network computes: compile_runtime(model, sample=images)")
     else:
-        content = package(export_program(model, sample), record_of(model), provenance_of(model))
+        content = package_of(model, sample)
     network = RuntimeNetwork(content, weight_only, max_elements=max_elements).eval()
     network.require_kernels()
     return network

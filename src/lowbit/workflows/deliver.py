@@ -34,6 +34,7 @@ from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import ExportReport, export
 from lowbit.workflows.fit import count_outputs, doubtful
 from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.switches import measure_selection, measure_switches
 
 FILES = ("model.lowbit", "model.onnx")
 LAYER_SAMPLES = 64  # samples for the noise of each layer
@@ -162,6 +163,7 @@ def deliver(
     report, pictures = _compared(report, model, data, rival, test, as_task(task), progress)
     problems: list[str] = []
     done: set[str] = set()
+    single_bytes: tuple[int, ...] = ()
     for file, wanted in zip(FILES, (packed, onnx), strict=True):
         if not wanted:
             continue
@@ -172,7 +174,19 @@ def deliver(
             problems.append(f"{file}: {error}")
         else:
             report = _with_export(report, file, written)
+            single_bytes = written.widths.single_bytes if written.widths is not None else single_bytes
             done.add(file)
+    if len(record.switches) > 1:
+        progress.say("measuring each width")
+        packed_file = out / FILES[0] if FILES[0] in done else None
+        switches = measure_switches(model, inputs, test, as_task(task), packed_file, single_bytes, progress)
+        selection = None if test is None else measure_selection(model, test, as_task(task), progress)
+        report = dataclasses.replace(
+            report,
+            switches=switches,
+            selection=None if isinstance(selection, str) else selection,
+            notes=[*report.notes, *([selection] if isinstance(selection, str) else [])],
+        )
     stale = [file for file in FILES if file not in done and (out / file).exists()]
     report = dataclasses.replace(
         report,

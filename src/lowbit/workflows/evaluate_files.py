@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from lowbit.files import write_text
 from lowbit.formats.onnx.sessions import load_onnx, onnx_provenance
 from lowbit.inputs import Inputs
 from lowbit.measure import measure_agreement, measure_latency
+from lowbit.network.bits import set_bits, switches_of
 from lowbit.progress import Progress
 from lowbit.qat.task import Scores, Task
 from lowbit.qat.tasks import Classification
 from lowbit.report.json_text import to_json
+from lowbit.spec import switch_name
 from lowbit.workflows.deliver import FILES
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.fit import count_outputs, doubtful
@@ -35,7 +37,8 @@ class Evaluation:
     Attributes:
         source: The float network and the data.
         task: What the network is for.
-        results: Figures of ``float`` and of each file, by name; no ``float`` where training started from random weights.
+        results: Figures of ``float`` and of each file, by name (``model.lowbit at 4/4`` where it holds several widths); no ``float`` where
+            training started from random weights.
         path: The file with the figures, where one was asked for.
         notes: What the user should know.
     """
@@ -95,11 +98,11 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
     if opened is None:
         scores["float"] = _scores(source.model, source.test, task, progress)
         found["float"] = {**_metrics(scores["float"]), "latency_ms": measure_latency(source.model, one).median_ms, "runtime": "torch"}
-    for path, network in networks.items():
+    for path, name, network in _each_width(networks):
         agreement = None if opened is not None else measure_agreement(source.model, network, compared, progress=progress)
-        scores[path.name] = _scores(network, source.test, task, progress)
-        found[path.name] = {
-            **_metrics(scores[path.name]),
+        scores[name] = _scores(network, source.test, task, progress)
+        found[name] = {
+            **_metrics(scores[name]),
             "agreement": None if agreement is None else agreement.top1,
             "sqnr_db": None if agreement is None else agreement.sqnr_db,
             "size_bytes": path.stat().st_size,
@@ -111,6 +114,17 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
     if evaluation.path is not None:
         write_text(evaluation.path, to_json(evaluation.to_dict()) + "\n")
     return evaluation
+
+
+def _each_width(networks: Mapping[Path, nn.Module]) -> Iterator[tuple[Path, str, nn.Module]]:
+    """Every network under the name of its file; those of several widths at each of them in turn, which the name says."""
+    for path, network in networks.items():
+        switches = switches_of(network)
+        for switch in switches:
+            set_bits(network, switch)
+            yield path, f"{path.name} at {switch_name(switch)}", network
+        if not switches:
+            yield path, path.name, network
 
 
 def exported_files(target: Path) -> list[Path]:

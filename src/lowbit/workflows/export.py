@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.autograd import records_gradients
 from lowbit.errors import FileFormatError, GraphError, SpecError
@@ -19,17 +19,20 @@ from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed
 from lowbit.formats.checks.speed import Speed, compare_speed
 from lowbit.formats.onnx.sessions import PROVENANCE_KEY, SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
 from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
-from lowbit.formats.packed.file import package, read_package, write_package
+from lowbit.formats.packed.file import package, package_bytes, package_widths, read_package, write_package
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.formats.packed.tensor import PackedTensor
-from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program
+from lowbit.formats.packed.widths import Nesting
+from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program, export_switches
 from lowbit.formats.program.structure import output_names as names_of
 from lowbit.inputs import Inputs
 from lowbit.measure.outputs import device_of
+from lowbit.network.bits import WidthLike, current_switch, layer_widths, set_bits, switches_of, switching_layers
 from lowbit.network.layers import is_random
-from lowbit.network.record import record_of
+from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
+from lowbit.spec import LayerBits, switch_name
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
@@ -37,6 +40,31 @@ from lowbit.workflows.requests import ExportRequest
 from lowbit.workflows.source import open_source
 
 FORMATS = (".lowbit", ".onnx")
+
+
+@dataclass(frozen=True)
+class SeveralWidths:
+    """Several widths of a network in one packed file.
+
+    Attributes:
+        names: The widths, ``8/8`` and so on, from the highest on.
+        single_bytes: What a file for each of them alone takes.
+        nesting: How codes of fewer bits are stored.
+        size_bytes: What the one file takes.
+    """
+
+    names: tuple[str, ...]
+    single_bytes: tuple[int, ...]
+    nesting: Nesting
+    size_bytes: int
+
+    def __str__(self) -> str:
+        total = sum(self.single_bytes)
+        head = (
+            f"holds the widths {', '.join(self.names)}; a file for each takes {' + '.join(f'{size:,}' for size in self.single_bytes)} = "
+            f"{total:,} bytes, {total / self.size_bytes:.2f} times as much"
+        )
+        return "\n".join(filter(None, (head, str(self.nesting))))
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,7 @@ class ExportReport:
         speed: Speed compared with the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
         integer: Layers that ONNX Runtime computes in integers; ``None`` for a packed file.
         notes: Notes for the user, such as what was left in float and why.
+        widths: The widths that the file holds, where it holds several; ``parity`` is then that of the width with the largest differences.
 
     Example:
         >>> import torch, lowbit
@@ -68,10 +97,11 @@ class ExportReport:
     speed: Speed | None = None
     integer: IntegerCount | None = None
     notes: tuple[str, ...] = ()
+    widths: SeveralWidths | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.size_bytes:,} bytes", f"parity {self.parity}"]
-        lines += [str(part) for part in (self.integer, self.speed) if part is not None]
+        lines += [str(part) for part in (self.widths, self.integer, self.speed) if part is not None]
         return "\n".join([*lines, *self.notes])
 
 
@@ -81,6 +111,7 @@ def export(
     path: Path | str,
     *,
     sample: object,
+    bits: WidthLike = None,
     weight_container: WeightContainer = "int8",
     measure_speed: bool = True,
     kernels: bool = False,
@@ -100,6 +131,9 @@ def export(
         model: The quantized network, or what ``lowbit.compile_runtime`` made of one; it is not changed.
         path: The file to write.
         sample: Inputs of one call, real ones if possible: the check runs on them.
+        bits: The one width that the file is to hold, as ``lowbit.set_bits`` takes it (``"float"`` for float). Default: a packed file holds all
+            widths between which the network switches, and starts with the current one (``lowbit.load(path, bits=2)`` with another); an
+            ONNX file holds the current one.
         weight_container: For ONNX: ``int8`` is fast; ``int4`` takes half a byte for codes of up to 4 bits, but runtimes compute with
             them in float.
         measure_speed: Whether to time the ONNX file.
@@ -116,7 +150,8 @@ def export(
     some number where they quantize, so check inputs before a call. ``lowbit.load(..., check_finite=True)`` refuses them.
 
     Raises:
-        SpecError: An unknown suffix, container or dimension (``batch_dim`` among them), names that do not fit the outputs, or ``kernels`` for an ONNX file.
+        SpecError: Bits that the network does not have, an unknown suffix, container or dimension (``batch_dim`` among them), names that do not
+            fit the outputs, or ``kernels`` for an ONNX file.
         LayerError: ``kernels`` where no layer can run on them; says why for each.
         GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
             ``dynamic``; names it. Also a network that answers at random.
@@ -146,12 +181,17 @@ def export(
         model, kernels = model.in_float(), True
     inputs = Inputs.of(sample, model).to("cpu")
     provenance = provenance or provenance_of(model)
-    if device_of(model).type != "cpu":
+    is_whole = path.suffix == ".lowbit" and bits is None and len(switches_of(model)) > 1
+    if device_of(model).type != "cpu" or bits is not None or is_whole:
         model = copy.deepcopy(model).cpu()
+    if bits is not None:
+        set_bits(model, bits)
     _refuse_random(model, inputs)
     notes: tuple[str, ...] = ()
     if path.suffix == ".onnx" or kernels:
         model, inputs, notes = _in_float32(model, inputs)
+    if is_whole:
+        return _export_widths(model, export_switches(model, inputs, dynamic, batch_dim), path, kernels, notes, provenance)
     program = export_program(model, inputs, dynamic, batch_dim)
     program = replace(program, notes=(*program.notes, *notes))
     if path.suffix == ".onnx":
@@ -181,17 +221,77 @@ def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
 
 def _export_packed(model: nn.Module, program: Program, path: Path, kernels: bool, provenance: Provenance | None) -> ExportReport:
     with replacing(path) as temporary:
-        size = write_package(replace(package(program, record_of(model), provenance), runs_on_kernels=kernels), temporary)
-        stored = read_package(temporary).tensors
-        weights = {name: tensor.decode() for name, tensor in stored.items() if isinstance(tensor, PackedTensor)}
+        content = package(program, record_of_one(model), provenance)
+        size = write_package(replace(content, runs_on_kernels=kernels), temporary)
         loaded = load(temporary)
         if isinstance(loaded, RuntimeNetwork):
             loaded.require_kernels()
-        parity = check_packed_parity(model, program, loaded, weights)
+        parity = check_packed_parity(model, program, loaded, _decoded(temporary))
         parity.require(path)
+    return ExportReport(path, "lowbit", size, parity, notes=_packed_notes(program, loaded))
+
+
+def _export_widths(
+    model: nn.Module, programs: list[Program], path: Path, kernels: bool, notes: tuple[str, ...], provenance: Provenance | None
+) -> ExportReport:
+    """Write all widths of ``model``, a copy whose bits may be changed, and check each; where layers have their own, some mixtures too."""
+    record = record_of(model)
+    assert record is not None
+    content = model.packed_content if isinstance(model, PackedNetwork) else package_widths(model, programs, record, provenance)
+    content, program = (
+        replace(content, runs_on_kernels=kernels, provenance=provenance),
+        replace(programs[0], notes=(*programs[0].notes, *notes)),
+    )
+    assert content.widths is not None
+    single, found = [], []
+    with replacing(path) as temporary:
+        size = write_package(content, temporary)
+        loaded = load(temporary)
+        if isinstance(loaded, RuntimeNetwork):
+            loaded.require_kernels()
+        notes = _packed_notes(program, loaded)
+        for switch, program in zip(record.switches, programs, strict=True):
+            set_bits(model, switch)
+            set_bits(loaded, switch)
+            decoded = {name: tensor.decode() for name, tensor in loaded.packed_content.tensors.items() if isinstance(tensor, PackedTensor)}
+            found.append(check_packed_parity(model, program, loaded, decoded))
+            found[-1].require(f"{path} at {switch_name(switch)}")
+            single.append(len(package_bytes(replace(package(program, record_of_one(model), provenance), runs_on_kernels=kernels))))
+        for mixture in _mixtures(model, record):
+            set_bits(model, mixture)
+            set_bits(loaded, mixture)
+            found.append(check_packed_parity(model, programs[0], loaded, {}))
+            found[-1].require(f"{path} at {', '.join(f'{name} {switch_name(bits)}' for name, bits in mixture.items())}")
+    worst = min(found, key=lambda parity: (parity.passed, parity.sqnr_db))
+    widths = SeveralWidths(tuple(map(switch_name, record.switches)), tuple(single), Nesting.of(content.widths), size)
+    return ExportReport(path, "lowbit", size, worst, notes=notes, widths=widths)
+
+
+MIXTURES = 2  # of layers' widths that are checked besides those that all layers have
+
+
+def _mixtures(model: nn.Module, record: QuantizationRecord) -> list[dict[str, LayerBits]]:
+    """Some drawn bits of layers for a network in which each has its own."""
+    generator, count = torch.Generator().manual_seed(0), MIXTURES if record.switching == "layer" else 0
+    own = layer_widths(model)
+    layers = {name: own[name].at for name in switching_layers(model)}
+    draws = torch.randint(len(record.switches), (count, len(layers)), generator=generator).tolist()
+    return [{name: at[place] for place, (name, at) in zip(places, layers.items(), strict=True)} for places in draws]
+
+
+def record_of_one(model: nn.Module) -> QuantizationRecord | None:
+    """The record of a network for a file that holds its current width alone."""
+    record, switch = record_of(model), current_switch(model)
+    return record if record is None or switch is None else replace(record, policy=replace(record.policy, default=switch))
+
+
+def _decoded(path: Path) -> dict[str, Tensor]:
+    return {name: tensor.decode() for name, tensor in read_package(path).tensors.items() if isinstance(tensor, PackedTensor)}
+
+
+def _packed_notes(program: Program, loaded: PackedNetwork) -> tuple[str, ...]:
     emulated = [f"emulated in float, because {GRID_OF_ITS_OWN}: {', '.join(program.emulated)}"] if program.emulated else []
-    notes = (*program.notes, *emulated, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
-    return ExportReport(path, "lowbit", size, parity, notes=notes)
+    return (*program.notes, *emulated, *([loaded.report.head] if isinstance(loaded, RuntimeNetwork) else []))
 
 
 def _export_onnx(
@@ -262,6 +362,8 @@ def load_and_export(request: ExportRequest) -> ExportReport:
     """
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+    if request.bits is not None and request.packed is None:
+        raise SpecError(f"bits={request.bits} chooses one of the widths that a packed file holds. Name that file, or leave bits out.")
     to = Path(request.to)
     if to.suffix not in FORMATS:
         raise SpecError(f"to={str(to)!r}: cannot tell the format. Allowed suffixes: {', '.join(FORMATS)}.")
@@ -274,7 +376,7 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         attach_provenance(source.model, source.provenance)
     else:
         path = packed_file(Path(request.packed))
-        loaded = load(path)
+        loaded = load(path, bits=request.bits)
         request = _with_noise(request, loaded)
         origin = Origin(str(path), loaded.provenance)
         batch_dim = loaded.packed_graph.inputs[0].batch_dim if request.batch_dim is None else request.batch_dim
@@ -283,6 +385,7 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         source.model,
         to,
         sample=source.sample,
+        bits=request.bits,
         weight_container=request.weight_container,
         measure_speed=request.speed and is_quantized,
         kernels=request.runtime,

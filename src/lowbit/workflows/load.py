@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.errors import FileFormatError, SpecError
+from lowbit.errors import FileFormatError, LayerError, SpecError
 from lowbit.formats.packed.file import read_package
 from lowbit.formats.packed.network import PackedNetwork
+from lowbit.network.bits import WidthLike, set_bits
 from lowbit.runtime.compile import RuntimeNetwork
 
 
-def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | None = None, check_finite: bool = False) -> PackedNetwork:
+def load(
+    path: Path | str,
+    *,
+    bits: WidthLike = None,
+    kernels: bool | None = None,
+    max_elements: int | None = None,
+    check_finite: bool = False,
+) -> PackedNetwork:
     """The network in a ``.lowbit`` file, in evaluation mode.
 
     Weights are decoded once; their codes stay beside them, so that the network can be exported again without loss. Nothing is
@@ -19,6 +27,9 @@ def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | N
 
     Args:
         path: The file.
+        bits: The width to start with, where the file holds several: ``2``, ``"4/8"`` (weights and inputs), ``"float"``, or where layers have
+            widths of their own a mapping, as ``lowbit.set_bits`` takes them, which switches later. Default: those that the network had when
+            it was exported.
         kernels: Whether low-bit layers run on low-bit kernels (see ``lowbit.compile_runtime``) or everything runs in float; default: as
             the file says (see ``lowbit.export``).
         max_elements: Largest number of elements of one result within the network; calls that need more are refused before anything is
@@ -29,7 +40,8 @@ def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | N
 
     Raises:
         DataError: There is no such file, or it cannot be read.
-        SpecError: ``max_elements`` is not a positive number.
+        SpecError: ``max_elements`` is not a positive number, or the file does not have these ``bits``; lists those it has.
+        LayerError: ``bits`` for a file of another single width.
         FileFormatError: The file is damaged, not a packed file, of another version, or not safe to load.
 
     Example:
@@ -44,13 +56,15 @@ def load(path: Path | str, *, kernels: bool | None = None, max_elements: int | N
         raise SpecError(f"max_elements must be a whole number of at least 1, or None, got {max_elements!r}")
     content = read_package(path)
     try:
+        if bits is not None:
+            chosen = PackedNetwork(content)
+            set_bits(chosen, bits)
+            content = chosen.packed_content
         is_on_kernels = content.runs_on_kernels if kernels is None else kernels
         network = (
             RuntimeNetwork(content, max_elements=max_elements).eval() if is_on_kernels else PackedNetwork(content, max_elements).eval()
         )
-    except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from error
-    except KeyError as error:  # torch refuses a name
-        raise FileFormatError(f"{path}: a tensor has a name that no network can have: {error}") from error
+    except (FileFormatError, SpecError, LayerError) as error:
+        raise type(error)(f"{path}: {error}") from error
     network.packed_refuses_nan = check_finite
     return network

@@ -370,6 +370,8 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     Attributes:
         packed: A .lowbit file, or a folder that 'lowbit quantize' wrote. Default: the float network.
         to: The file to write; its suffix, .onnx or .lowbit, is the format.
+        bits: The one width to write, of a packed file that holds several: 4, or weights and activations apart, 4/8. Default: all of them for
+            .lowbit, that with which the file starts for .onnx.
         weight_container: Type of the weight codes in an ONNX file: int8 is fast; int4 takes half a byte for codes of up to 4 bits, but
             runtimes compute with them in float.
         runtime: For a .lowbit file: lowbit.load and 'lowbit run' put its low-bit layers on low-bit kernels. Each weight still takes its bits
@@ -386,6 +388,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     calibration_samples: Annotated[int, AtLeast(1)] = 32
     packed: str | None = None
     to: str = "model.onnx"
+    bits: str | None = None
     weight_container: Literal["int8", "int4"] = "int8"
     runtime: bool = False
     speed: bool = True
@@ -407,6 +410,7 @@ class RunRequest(Request):
             commas.
         weight_only: Treatment of layers with quantized weights and float inputs: none: in float; float: decoded while they run, with little
             memory; int8: inputs of linear layers are also rounded to 8 bits, fast for few samples.
+        bits: The width to run at, of a file that holds several: 4, or weights and activations apart, 4/8. Default: that with which it starts.
         top: Number of classes to show for each picture.
         runs: Number of calls to time.
         batch_size: Samples per forward pass.
@@ -420,6 +424,7 @@ class RunRequest(Request):
     preprocess: Mapping[str, object] = field(default_factory=dict)
     classes: str | None = None
     weight_only: Literal["none", "float", "int8"] = "none"
+    bits: str | None = None
     top: Annotated[int, AtLeast(1)] = 3
     runs: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(1)] = 1

@@ -22,6 +22,7 @@ from lowbit.data.loading import is_suite
 from lowbit.errors import LayerError, SpecError
 from lowbit.files import write_text
 from lowbit.formats.packed.network import PackedNetwork
+from lowbit.network.bits import WidthLike
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance
 from lowbit.qat.tasks import Classification
@@ -50,9 +51,9 @@ class LoadedNetwork:
     summary: str
 
 
-def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"] = "none") -> LoadedNetwork:
+def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"] = "none", bits: WidthLike = None) -> LoadedNetwork:
     """The network in a packed file, on kernels where it can be; arguments and errors as ``load`` and ``compile_runtime``."""
-    plain = load(path, check_finite=True)
+    plain = load(path, bits=bits, kernels=False, check_finite=True)
     try:
         network = compile_runtime(plain, weight_only=weight_only)
     except LayerError as error:

@@ -44,20 +44,28 @@ def weight_codes(model: nn.Module, name: str) -> Tensor:
 
 
 def check_every_width_is_a_plain_network(model: nn.Module, folder: Path) -> None:
-    """Codes say everything at each switch, its file computes the same, and switching back changes no bit."""
+    """Codes say everything at each switch, one file holds them all, one of a switch alone too, and switching back changes no bit."""
     first, switches = outputs(model), switches_of(model)
+    report = lowbit.export(model, folder / "all.lowbit", sample=X)
+    assert report.widths is not None and len(report.widths.single_bytes) == len(switches)
+    loaded = lowbit.load(folder / "all.lowbit")
     for index, switch in enumerate((*switches, *switches[::-1])):
         lowbit.set_bits(model, switch)
+        lowbit.set_bits(loaded, switch)
         expected = outputs(model)
         baked, codes = bake_weights(model)
         assert torch.equal(outputs(baked), expected)
         bits = lowbit.get_bits(model)
+        assert lowbit.get_bits(loaded) == bits
         assert {name: encoded.bit_width for name, encoded in codes.items()} == {
             f"{name}.weight": own.weight for name, own in bits.items() if own.weight is not None
         }
-        path = folder / f"{index}.lowbit"
-        lowbit.export(model, path, sample=X)
-        torch.testing.assert_close(outputs(lowbit.load(path)), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs(loaded), expected, rtol=1e-5, atol=1e-5)
+        if index < len(switches):
+            path = folder / f"{index}.lowbit"
+            single = lowbit.export(model, path, sample=X, bits=switch)
+            assert single.size_bytes == report.widths.single_bytes[index]
+            torch.testing.assert_close(outputs(lowbit.load(path)), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(outputs(model), expected)
     assert torch.equal(outputs(model), first)
 

@@ -10,6 +10,8 @@ The ``manifest`` is JSON as well, compressed with deflate and encoded in base 85
 - ``packed``: bit-width, shape, offset and decoder of each packed tensor; ``layouts``: memory formats that are not the default;
 - ``numbers``: tensors of one element, such as the scale of an activation quantizer;
 - ``kernels``: true if the loaded network runs on low-bit kernels; absent otherwise;
+- ``switches``: where the file holds several widths, what they are and which tensors and arguments belong to each
+  (``lowbit.formats.packed.widths``); an entry of ``packed`` with ``cut`` has no codes of its own;
 - ``provenance``: origin of the network (``lowbit.provenance``); absent if unknown;
 - ``float_bytes`` and ``tied``: the size of the float network, and the weights that are the same tensor as an earlier one there;
 - ``lowbit``: the version that wrote the file; ``info``: method, options, seed, bit policy and the treatment of each layer.
@@ -21,13 +23,13 @@ Checksums detect damage; they are not a signature.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -36,11 +38,13 @@ from typing import cast
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import DataError, FileFormatError, GraphError
 from lowbit.files import replacing
+from lowbit.formats.packed.contents import LAYOUTS, arrays_of, checksum, contents_of, digest, dtype_name, fingerprint
 from lowbit.formats.packed.tensor import PackedTensor, packed_tensor_from
+from lowbit.formats.packed.widths import Widths, cut_from, cut_packed, widths_from, widths_of
 from lowbit.formats.program.calls import LARGEST_RANK, Graph, graph_from_exported, graph_from_json, graph_to_json, is_shape, is_size
 from lowbit.formats.program.program import Program
 from lowbit.formats.program.structure import Json
@@ -48,12 +52,11 @@ from lowbit.network.record import FloatSize, QuantizationRecord
 from lowbit.network.table import LayerRecord, LayerTable
 from lowbit.provenance import Provenance, provenance_from_json
 from lowbit.reading import check_readable
-from lowbit.spec import BitPolicy, parse_bits
+from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 VERSION = "1"
 LARGEST_MANIFEST = 2**24  # bytes of JSON; the largest networks of timm need less than a tenth of it
 DEEPEST_NAME = 64  # nested modules; torch recurses over them and would exceed Python's recursion limit
-_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Package:
             their layout for the kernels depends on the processor that loads it.
         provenance: Origin of the network; ``None`` if unknown.
         float_size: Size of the float network; ``None`` if unknown.
+        widths: Everything that the file holds, where it holds several widths; graph and tensors are those of one combination.
+        places: Which one: the place of the width of each slot.
     """
 
     graph: Graph
@@ -78,10 +83,12 @@ class Package:
     runs_on_kernels: bool = False
     provenance: Provenance | None = None
     float_size: FloatSize | None = None
+    widths: Widths | None = None
+    places: Mapping[str, int] = field(default_factory=dict)
 
     def layout_of(self, name: str) -> torch.memory_format:
         """Memory format that the tensor had when it was exported."""
-        return _LAYOUTS[self.layouts[name]] if name in self.layouts else torch.contiguous_format
+        return LAYOUTS[self.layouts[name]] if name in self.layouts else torch.contiguous_format
 
 
 def package(program: Program, record: QuantizationRecord | None = None, provenance: Provenance | None = None) -> Package:
@@ -90,21 +97,50 @@ def package(program: Program, record: QuantizationRecord | None = None, provenan
     Raises:
         GraphError: An operator or argument that a packed file does not support.
     """
-    exported = program.exported
-    values: dict[str, Tensor] = {**exported.state_dict, **{k: v for k, v in exported.constants.items() if isinstance(v, Tensor)}}
-    used = graph_from_exported(exported, program.structure, {}, {}).tensors
     tensors: dict[str, Tensor | PackedTensor] = {}
+    layouts: dict[str, str] = {}
     names: dict[str, str] = {}
     kept: dict[str, str] = {}
-    for name in (name for name in values if name in used):
-        tensor = PackedTensor.of(program.weights[name]) if name in program.weights else values[name].detach()
-        layout = _layout(values[name])
-        names[name] = kept.setdefault(_fingerprint(name, tensor) + layout, name)
+    for name, (tensor, layout) in contents_of(program).items():
+        names[name] = kept.setdefault(fingerprint(name, tensor) + layout, name)
         if names[name] == name:
             tensors[name] = tensor
-    layouts = {name: _layout(values[name]) for name in tensors if _layout(values[name])}
-    graph = graph_from_exported(exported, program.structure, names, program.batch_dims)
+            layouts |= {name: layout} if layout else {}
+    graph = graph_from_exported(program.exported, program.structure, names, program.batch_dims)
     return Package(graph, tensors, layouts, record, provenance=provenance, float_size=program.float_size)
+
+
+def package_widths(
+    model: nn.Module, programs: Sequence[Program], record: QuantizationRecord, provenance: Provenance | None = None
+) -> Package:
+    """Pack a network with several widths, exported at each of its switches from the highest on; it starts with its current widths.
+
+    Raises:
+        GraphError: An operator or argument that a packed file does not support, or something between widths of layers that it cannot hold.
+    """
+    widths, places = widths_of(model, record, programs)
+    return at_places(Package(Graph((), (), (), None), {}, {}, record, False, provenance, programs[0].float_size, widths), places)
+
+
+def at_places(content: Package, places: Mapping[str, int]) -> Package:
+    """The package of a network with several widths where its slots (see ``Widths``) have those of these places.
+
+    Raises:
+        FileFormatError: As ``Widths.content_at``.
+    """
+    assert content.widths is not None
+    graph, tensors, layouts = content.widths.content_at(places)
+    record = None if content.record is None else _with_bits(content.record, content.widths.bits_at(places))
+    return replace(content, graph=graph, tensors=tensors, layouts=layouts, record=record, places=dict(places))
+
+
+def _with_bits(record: QuantizationRecord, bits: Mapping[str, LayerBits]) -> QuantizationRecord:
+    """``record`` with the rows of a network that has these bits."""
+    table = LayerTable(notes=record.table.notes, others=record.table.others)
+    for row in record.table:
+        own = bits.get(row.name, LayerBits(row.weight_bits, row.activation_bits, row.output_bits))
+        table.add(replace(row, weight_bits=own.weight, activation_bits=own.activation, output_bits=own.output))
+    return replace(record, table=table)
 
 
 def write_package(content: Package, path: Path | str) -> int:
@@ -113,22 +149,44 @@ def write_package(content: Package, path: Path | str) -> int:
     Raises:
         OutputError: The file cannot be written; an existing file is unchanged.
     """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data := package_bytes(content))
+        file.flush()
+        os.fsync(file.fileno())
+    return len(data)
+
+
+def package_bytes(content: Package) -> bytes:
+    """The content of the file that ``write_package`` writes.
+
+    Raises:
+        GraphError: The graph is too large for a packed file.
+    """
     arrays: dict[str, Tensor] = {}
     numbers: dict[str, Json] = {}
-    for name, tensor in content.tensors.items():
+    packed: dict[str, Json] = {}
+    widths = content.widths
+    stored, cuts = (content.tensors, {}) if widths is None else (widths.tensors, cut_from(widths))
+    for name, tensor in stored.items():
         if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.numel() == 1 and bool(torch.isfinite(tensor)):
             numbers[name] = [float(tensor), tensor.dim()]
         else:
-            arrays |= _arrays(name, tensor)
+            arrays |= arrays_of(name, tensor)
+        if isinstance(tensor, PackedTensor):
+            packed[name] = {**tensor.describe(), **({"cut": list(cuts[name])} if name in cuts else {})}
+    for name in cuts:
+        del arrays[name]
     manifest: dict[str, Json] = {
         "lowbit": _lowbit_version(),
         "info": _info(content.record),
-        "graph": graph_to_json(content.graph),
-        "packed": {name: dict(tensor.describe()) for name, tensor in content.tensors.items() if isinstance(tensor, PackedTensor)},
-        "layouts": dict(content.layouts),
+        "graph": graph_to_json(content.graph) if widths is None else widths.graph,
+        "packed": packed,
+        "layouts": dict(content.layouts if widths is None else widths.layouts),
         "numbers": numbers,
-        "tensors": {name: [_dtype_name(array), list(array.shape), _checksum(array)] for name, array in arrays.items()},
+        "tensors": {name: [dtype_name(array), list(array.shape), checksum(array)] for name, array in arrays.items()},
     }
+    if widths is not None:
+        manifest["switches"] = {**widths.to_json(), "places": dict(content.places)}
     if content.runs_on_kernels:
         manifest["kernels"] = True
     if content.provenance is not None:
@@ -139,13 +197,8 @@ def write_package(content: Package, path: Path | str) -> int:
     text = _json(manifest).encode()
     if len(text) > LARGEST_MANIFEST:
         raise GraphError(f"the graph is too large for a packed file: {len(text)} bytes of JSON, at most {LARGEST_MANIFEST} are allowed")
-    header: Json = {"version": VERSION, "manifest": base64.b85encode(zlib.compress(text, 9)).decode(), "checksum": _digest(text)}
-    data = safetensors.torch.save(_joined(arrays), {"lowbit": _json(header)})
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return len(data)
+    header: Json = {"version": VERSION, "manifest": base64.b85encode(zlib.compress(text, 9)).decode(), "checksum": digest(text)}
+    return safetensors.torch.save(_joined(arrays), {"lowbit": _json(header)})
 
 
 @dataclass(frozen=True)
@@ -177,6 +230,7 @@ HEADER_SECTIONS = {
     "record of the quantization": ("info",),
     "shapes and checksums": ("tensors", "packed", "layouts"),
     "scales of activations": ("numbers",),
+    "widths": ("switches",),
 }
 
 
@@ -188,24 +242,22 @@ def file_parts(path: Path | str) -> list[FilePart]:
     Raises:
         DataError, FileFormatError: As for ``read_package``.
     """
-    content = read_package(path)
+    read_package(path)
     with safe_open(path, "pt") as file:
         manifest = _manifest(file.metadata() or {})
+    packed = cast(dict[str, object], manifest["packed"])
     parts: dict[str, FilePart] = {}
-    for name, tensor in content.tensors.items():
-        if name in cast(dict[str, object], manifest["numbers"]):
-            continue
-        owner = name.rpartition(".")[0]
+    for name, (dtype, shape, _) in cast(dict[str, tuple[str, list[int], str]], manifest["tensors"]).items():
+        of = next((other for other in packed if name.startswith(f"{other}.")), "")
+        owner = (of or name).rpartition(".")[0]
+        kind = "code_bytes" if name in packed else "table_bytes" if of else "float_bytes"
         part = parts.get(owner, FilePart(owner))
-        if isinstance(tensor, PackedTensor):
-            part = replace(part, code_bytes=part.code_bytes + tensor.code_bytes, table_bytes=part.table_bytes + tensor.table_bytes)
-        else:
-            part = replace(part, float_bytes=part.float_bytes + tensor.numel() * tensor.element_size())
-        parts[owner] = part
+        parts[owner] = replace(part, **{kind: getattr(part, kind) + math.prod(shape) * getattr(torch, dtype).itemsize})
     header = Path(path).stat().st_size - sum(part.total_bytes for part in parts.values())
-    sizes = [len(zlib.compress(_json(cast(Json, [manifest[key] for key in keys])).encode(), 9)) for keys in HEADER_SECTIONS.values()]
+    held = {name: [manifest[key] for key in keys] for name, keys in HEADER_SECTIONS.items() if set(keys) <= set(manifest)}
+    sizes = [len(zlib.compress(_json(cast(Json, section)).encode(), 9)) for section in held.values()]
     bounds = [round(header * sum(sizes[:count]) / sum(sizes)) for count in range(len(sizes) + 1)]
-    sections = [FilePart(name, header_bytes=stop - start) for name, (start, stop) in zip(HEADER_SECTIONS, pairwise(bounds), strict=True)]
+    sections = [FilePart(name, header_bytes=stop - start) for name, (start, stop) in zip(held, pairwise(bounds), strict=True)]
     return sorted([*parts.values(), *sections], key=lambda part: -part.total_bytes)
 
 
@@ -246,7 +298,7 @@ def _manifest(metadata: Mapping[str, str]) -> Mapping[str, object]:
         raise FileFormatError(f"its manifest cannot be decoded ({error})") from error
     if not inflate.eof:
         raise FileFormatError(f"its manifest is truncated or larger than {LARGEST_MANIFEST} bytes")
-    if header.get("checksum") != _digest(text):
+    if header.get("checksum") != digest(text):
         raise FileFormatError("the checksum of its manifest does not match: the file is damaged")
     manifest = _parsed(text, "manifest")
     if not all(isinstance(manifest.get(key), dict) for key in _SECTIONS):
@@ -281,25 +333,47 @@ def _package_from(manifest: Mapping[str, object], vectors: Mapping[str, Tensor])
     )
     arrays = _separated(described, vectors)
     tensors: dict[str, Tensor | PackedTensor] = {name: _number(name, value) for name, value in numbers.items()}
-    for name, description in packed.items():
-        if name not in arrays or name in numbers:
+    sources: dict[str, PackedTensor] = {}
+    for name, description in sorted(packed.items(), key=lambda item: _is_cut(item[1])):  # what codes are cut from comes first
+        if (name not in arrays) != _is_cut(description) or name in numbers:
             raise FileFormatError(f"tensor {name[:80]!r}: {'it appears twice' if name in arrays else 'its codes are missing'}")
         tables = {key.removeprefix(f"{name}."): arrays.pop(key) for key in list(arrays) if key.startswith(f"{name}.")}
-        tensors[name] = packed_tensor_from(name, description, arrays.pop(name), tables)
+        if _is_cut(description):
+            tensors[name] = packed_tensor_from(
+                name, description, partial(cut_packed, cast(dict[str, object], description), sources), tables
+            )
+        else:
+            tensors[name] = sources[name] = packed_tensor_from(name, description, arrays.pop(name), tables)
     if both := sorted(set(arrays) & set(tensors)):
         raise FileFormatError(f"tensor {both[0][:80]!r}: it appears twice")
     tensors |= arrays
     for name in tensors:
-        if name.count(".") > DEEPEST_NAME:
-            raise FileFormatError(f"tensor {name[:80]!r}: its name has more than {DEEPEST_NAME} parts")
+        _check_depth(name)
     for name, layout in layouts.items():
         _check_layout(name, layout, tensors)
-    graph = graph_from_json(manifest["graph"], frozenset(tensors))
     runs_on_kernels = manifest.get("kernels", False)
     if not isinstance(runs_on_kernels, bool):
         raise FileFormatError(f"its entry 'kernels' must be true or false, got {str(runs_on_kernels)[:80]}")
     provenance = provenance_from_json(manifest["provenance"]) if "provenance" in manifest else None
-    return Package(graph, tensors, cast(dict[str, str], layouts), _record_from(info), runs_on_kernels, provenance, _float_size(manifest))
+    record, rest = _record_from(info), (runs_on_kernels, provenance, _float_size(manifest))
+    if "switches" not in manifest:
+        return Package(graph_from_json(manifest["graph"], frozenset(tensors)), tensors, cast(dict[str, str], layouts), record, *rest)
+    if record is None:
+        raise FileFormatError("it holds several widths and does not say how the network was quantized")
+    widths, places = widths_from(manifest["switches"], manifest["graph"], tensors, cast(dict[str, str], layouts))
+    for name in widths.names:
+        _check_depth(name)
+    record = replace(record, switches=widths.switches, switching=widths.switching, tied=widths.tied)
+    return at_places(Package(Graph((), (), (), None), {}, {}, record, *rest, widths), places)
+
+
+def _is_cut(description: object) -> bool:
+    return isinstance(description, dict) and "cut" in description
+
+
+def _check_depth(name: str) -> None:
+    if name.count(".") > DEEPEST_NAME:
+        raise FileFormatError(f"tensor {name[:80]!r}: its name has more than {DEEPEST_NAME} parts")
 
 
 def _float_size(manifest: Mapping[str, object]) -> FloatSize | None:
@@ -327,19 +401,11 @@ def _check_layout(name: str, layout: object, tensors: Mapping[str, Tensor | Pack
         raise FileFormatError(f"layout of {name!r}: {layout} needs {rank} dimensions, the tensor has {len(shape)}")
 
 
-def _arrays(name: str, tensor: Tensor | PackedTensor) -> dict[str, Tensor]:
-    """The arrays that a file stores for ``tensor``."""
-    if isinstance(tensor, PackedTensor):
-        tables = {f"{name}.{key}": table for key, table in tensor.stored_tables().items()}
-        return {key: value.detach().cpu().contiguous() for key, value in {name: tensor.packed, **tables}.items()}
-    return {name: tensor.cpu().contiguous()}
-
-
 def _joined(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One vector for each dtype."""
     vectors: dict[str, list[Tensor]] = {}
     for name in sorted(arrays):
-        vectors.setdefault(_dtype_name(arrays[name]), []).append(arrays[name].reshape(-1))
+        vectors.setdefault(dtype_name(arrays[name]), []).append(arrays[name].reshape(-1))
     return {dtype: torch.cat(parts) for dtype, parts in vectors.items()}
 
 
@@ -351,46 +417,18 @@ def _separated(described: Mapping[str, object], vectors: Mapping[str, Tensor]) -
         entry, where = described[name], f"tensor {name[:80]!r}"
         if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and is_shape(entry[1])):
             raise FileFormatError(f"{where}: it must be described by [dtype, shape, checksum], got {str(entry)[:80]}")
-        dtype, shape, checksum = entry
+        dtype, shape, expected = entry
         vector, first, count = vectors.get(dtype, torch.empty(0)), read.get(dtype, 0), math.prod(shape)
         if vector.dim() != 1 or first + count > vector.numel():
             raise FileFormatError(f"{where}: the file contains fewer values than its shape {shape} needs")
         arrays[name] = vector[first : first + count].reshape(shape).clone()
         read[dtype] = first + count
-        if checksum != _checksum(arrays[name]):
+        if expected != checksum(arrays[name]):
             raise FileFormatError(f"{where}: its checksum does not match, the file is damaged")
     for dtype, vector in vectors.items():
         if read[dtype] != vector.numel():
             raise FileFormatError(f"{vector.numel() - read[dtype]} values of {dtype[:80]!r} belong to no tensor")
     return arrays
-
-
-def _dtype_name(array: Tensor) -> str:
-    return str(array.dtype).removeprefix("torch.")
-
-
-def _fingerprint(name: str, tensor: Tensor | PackedTensor) -> str:
-    parts = [_checksum(array) for array in _arrays(name, tensor).values()]
-    return repr((parts, tensor.describe() if isinstance(tensor, PackedTensor) else None))
-
-
-def _layout(tensor: Tensor) -> str:
-    """Name of the memory format of a tensor that is not row-major, else ``""``."""
-    for name, layout in _LAYOUTS.items():
-        if tensor.dim() == (4 if name == "channels_last" else 5):
-            strides = torch.empty(tensor.shape, memory_format=layout, device="meta").stride()
-            if tensor.stride() == strides != torch.empty(tensor.shape, device="meta").stride():
-                return name
-    return ""
-
-
-def _checksum(array: Tensor) -> str:
-    raw = array.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return _digest(f"{array.dtype}{list(array.shape)}".encode() + raw)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _info(record: QuantizationRecord | None) -> dict[str, Json]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import DataError, FileFormatError, LowbitError, SpecError
-from lowbit.formats.packed.file import Package
+from lowbit.formats.packed.file import Package, at_places
 from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.program.arguments import check_tensors
 from lowbit.formats.program.budget import Budget
@@ -20,40 +20,77 @@ from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.operators import Function, find_operator, find_overload
 from lowbit.formats.program.structure import restore
 from lowbit.inputs import Inputs
+from lowbit.network.bits import LayerWidths
 from lowbit.network.record import FloatSize, attach_record
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.quantizers import QTensor
+from lowbit.spec import LayerBits
 
 
 class PackedNetwork(nn.Module):
     """A network that runs the operator calls of a packed file on its decoded tensors.
 
-    It has the inputs and outputs of the original network, and the record of its quantization.
+    It has the inputs and outputs of the original network, and the record of its quantization. Where the file holds several widths,
+    ``lowbit.set_bits`` switches between them: it takes the graph and the tensors of others from the file's content, which stays as it is.
+
+    Raises:
+        FileFormatError: A tensor has a name that no network can have.
     """
 
     def __init__(self, package: Package, max_elements: int | None = None) -> None:
         super().__init__()
         self.packed_max_elements = max_elements
-        self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call was checked
-        # long names, because the file's names become attributes next to these
-        self.packed_content = package
-        self.packed_graph = package.graph
-        self.packed_codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
-        self.packed_calls = [
-            _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
-        ]
-        self.packed_owners: dict[str, tuple[nn.Module, str]] = {}
         self.packed_refuses_nan = False
         self.packed_observer: Callable[[OperatorCall, float, object], None] | None = (
             None  # called with each call, its seconds and its result
         )
+        self._show(package)
+
+    def _show(self, package: Package) -> None:
+        """Run what is in ``package`` from now on; nothing changes where that is impossible."""
+        held = nn.Module()
+        codes = {name: tensor.unpack() for name, tensor in package.tensors.items() if isinstance(tensor, PackedTensor)}
+        owners: dict[str, tuple[nn.Module, str]] = {}
         for name, tensor in package.tensors.items():
-            values = self.packed_codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
-            self._add(name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
+            values = codes[name].decode() if isinstance(tensor, PackedTensor) else tensor
+            owner, last = _add(held, name, values.to(memory_format=package.layout_of(name)) if values.dim() in (4, 5) else values)
+            owners[name] = (self if owner is held else owner), last
+        # long names, because the file's names become attributes next to these
+        self.packed_content = package
+        self.packed_graph = package.graph
+        self.packed_codes = codes
+        self.packed_calls = [
+            _PreparedCall.of(node, read) for node, read in zip(package.graph.nodes, _last_reads(package.graph), strict=True)
+        ]
+        self.packed_owners = owners
+        self.packed_checked: set[tuple[object, ...]] = set()  # shapes of inputs for which every call was checked
+        self._parameters, self._buffers, self._modules = held._parameters, held._buffers, held._modules
+        self.train(self.training)
         if package.record is not None:
             attach_record(self, package.record)
         if package.provenance is not None:
             attach_provenance(self, package.provenance)
+
+    def layer_widths(self) -> Mapping[str, LayerWidths]:
+        """The bits of every layer, by name, and those at each width that the file holds, where it holds several."""
+        widths, record = self.packed_content.widths, self.packed_content.record
+        if widths is not None:
+            bits = widths.bits_at(self.packed_content.places)
+            return {name: LayerWidths(bits[name], at) for name, at in widths.layers.items()}
+        rows = [] if record is None else list(record.table)
+        return {row.name: LayerWidths(LayerBits(row.weight_bits, row.activation_bits, row.output_bits)) for row in rows}
+
+    def select_widths(self, bits: Mapping[str, LayerBits], switch: LayerBits | None) -> None:
+        """What ``lowbit.set_bits`` calls."""
+        widths = self.packed_content.widths
+        assert widths is not None  # else the record has no switches
+        device = next((tensor.device for tensor in self.stored_tensors().values()), torch.device("cpu"))
+        self._take(at_places(self.packed_content, widths.places(bits, switch)))
+        self.to(device)
+
+    def _take(self, content: Package) -> None:
+        """Run another combination of widths."""
+        self._show(content)
 
     @property
     def provenance(self) -> Provenance | None:
@@ -154,22 +191,26 @@ class PackedNetwork(nn.Module):
             _call(call.node, check_tensors, overload, arguments, options)
             _call(call.node, budget.check, overload, arguments, options)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        """Register a tensor under its full name, creating a module for each part of that name."""
-        *path, last = name.split(".")
+
+def _add(root: nn.Module, name: str, values: Tensor) -> tuple[nn.Module, str]:
+    """Register a tensor under its full name, creating a module for each part of that name; gives its module and the last part."""
+    *path, last = name.split(".")
+    module = root
+    try:
         # not by add_module and the like, which refuse what is also the name of a method or property, such as provenance
-        module: nn.Module = self
         for part in path:
             if part not in module._modules:
                 _check_name(module, part)
                 module._modules[part] = nn.Module()
             module = cast(nn.Module, module._modules[part])
         _check_name(module, last)
-        if values.is_floating_point() and values.dim():
-            module._parameters[last] = nn.Parameter(values, requires_grad=False)
-        else:
-            module._buffers[last] = values
-        self.packed_owners[name] = module, last
+    except KeyError as error:
+        raise FileFormatError(f"a tensor has a name that no network can have: {error}") from error
+    if values.is_floating_point() and values.dim():
+        module._parameters[last] = nn.Parameter(values, requires_grad=False)
+    else:
+        module._buffers[last] = values
+    return module, last
 
 
 _RESERVED = ("packed_", "lowbit_")  # what attributes of loaded networks begin with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -82,20 +82,20 @@ class PackedTensor:
         }  # fmt: skip
 
 
-def packed_tensor_from(name: str, description: object, packed: Tensor, tables: Mapping[str, Tensor]) -> PackedTensor:
+def packed_tensor_from(name: str, description: object, packed: Tensor | Callable[[], Tensor], tables: Mapping[str, Tensor]) -> PackedTensor:
     """Rebuild a packed tensor from a file, and check that it can be decoded.
 
     Args:
         name: Name for error messages.
         description: The description from ``describe``.
-        packed: The packed codes.
+        packed: The packed codes, or what computes them.
         tables: The stored tables by their names within the decoder.
 
     Raises:
         FileFormatError: The description, the codes or the tables are invalid.
     """
     try:
-        return _packed_tensor(description, packed, tables)
+        return _packed_tensor(description, packed if isinstance(packed, Tensor) else packed(), tables)
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # also raised for a granularity that does not fit
         raise FileFormatError(f"tensor {name[:80]!r}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import traceback
@@ -22,7 +23,7 @@ from lowbit.formats.program.structure import Json, flatten
 from lowbit.inputs import Inputs, tensors_of
 from lowbit.measure.cost import float_size
 from lowbit.network.batch import checked_batch_dim, find_batch_dim
-from lowbit.network.bits import layer_quantizers
+from lowbit.network.bits import layer_quantizers, set_bits, switches_of
 from lowbit.network.graph.dataflow import quiet_export
 from lowbit.network.insert import Coded, activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
@@ -68,6 +69,12 @@ class Program:
         return _batch_dims(self.exported, self.sample)
 
 
+def module_paths(program: Program) -> dict[str, str]:
+    """The path of the module that computes each node of the graph; none for the network itself."""
+    stacks = {node.name: list((node.meta.get("nn_module_stack") or {}).values()) for node in program.exported.graph.nodes}
+    return {name: stack[-1][0] for name, stack in stacks.items() if stack}
+
+
 def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int] = (), batch_dim: int | None = None) -> Program:
     """Export ``model`` in evaluation mode with its weights decoded.
 
@@ -100,6 +107,15 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
     _simplify(exported)
     fold_constants(exported)
     return Program(exported, weights, inputs, structure[0], notes, _emulated(model), float_size(model))
+
+
+def export_switches(model: nn.Module, sample: object, dynamic: Sequence[str | int] = (), batch_dim: int | None = None) -> list[Program]:
+    """``export_program`` for each of the widths between which ``model`` switches, from the highest on; arguments and errors as there."""
+    switched, programs = copy.deepcopy(model), []
+    for switch in switches_of(model):
+        set_bits(switched, switch)
+        programs.append(export_program(switched, sample, dynamic, batch_dim))
+    return programs
 
 
 def _emulated(model: nn.Module) -> tuple[str, ...]:

@@ -357,11 +357,14 @@ class Adabits(AdaptiveMethod):
         return (switches[place],)
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
-        """As in every adaptive method; where one width is trained the others follow it."""
-        yield from super().losses(run, batch)
+        """As in every adaptive method; where one width is trained the others follow it.
+
+        They do so first: behind the loss, whose backward pass may be still to come, no parameter may change.
+        """
         if self.adaptation != "joint":
             (trained,) = self.training_switches(run)
             self._follow(run, batch, trained)
+        yield from super().losses(run, batch)
 
     @torch.no_grad()
     def _follow(self, run: TrainRun, batch: Batch, trained: LayerBits) -> None:
