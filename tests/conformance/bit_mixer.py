@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.measure.selection import average_bits, bit_operations, greedy_path
-from lowbit.methods.adaptive.bit_mixer import BitMixer, draw_widths, start_from_diagonal, transitional_norm
+from lowbit.methods.adaptive.bit_mixer import BitMixer, draw_widths, enable_weights, start_from_diagonal, transitional_norm
 from lowbit.models.resnet import ResidualBlock
 from lowbit.network import insert
 from lowbit.network.bits import set_bits
@@ -247,9 +246,8 @@ class Network:
 
     def __call__(self, x: Tensor, bits: list[int]) -> Tensor:
         set_bits(self.model, {ours(name): own for name, own in zip(self.params["layers"], bits, strict=True)})
-        is_float = not self.params["weight_quantization"]
-        with insert.quantization_enabled(self.model, weights=False, activations=True) if is_float else nullcontext():
-            return cast(Tensor, self.model(x))
+        enable_weights(self.model, is_enabled=self.params["weight_quantization"])
+        return cast(Tensor, self.model(x))
 
 
 def network(params: Values, inputs: dict[str, Tensor]) -> Values:

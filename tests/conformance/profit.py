@@ -127,11 +127,10 @@ class Net(nn.Module):
 def prepared(params: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The network with its quantizers, and these by the names of the reference's modules."""
     bits, float_network = BITS[params["n_lv"]], Net("init.", inputs)
-    policy = BitPolicy(LayerBits(bits, bits), rules=(Rule("conv1", activation="float"), Rule("fc", activation="float")))
+    policy = BitPolicy(LayerBits(bits, bits), rules=(Rule("conv1", activation="float"), Rule("fc", activation="float")), merges=bits)
     model = lowbit.prepare(float_network, method="profit", progressive=False, policy=policy, sample=inputs["x"][0]).train()
-    insert.set_output_quantizer(model.act2, DuqActivation(bits, signed=False))
     quantizers = {name: insert.weight_quantizer(model.get_submodule(name)) for name in ("conv1", "conv2", "fc")}
-    quantizers |= {"act1": insert.input_quantizer(model.conv2), "act2": insert.output_quantizer(model.act2)}
+    quantizers |= {"act1": insert.input_quantizer(model.conv2), "act2": insert.activation_quantizers(model)["act2.output"]}
     for name, quantizer in quantizers.items():
         with_raw(quantizer, *float_network.raw[name])
     return model, quantizers
@@ -183,7 +182,8 @@ def lr_schedule(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, 
     run, found = TrainRun(model, model.lowbit_method, Classification(), Recipe(1, optimizer=spec), 1), []
     run.phases = [replace(phase, epochs=params["max_epochs"]) for phase in run.phases]
     for _ in run.each_epoch():
-        found.append(run.learning_rate)
+        run.before_step()
+        found.extend(group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups if group["role"] == "weights")
         run.after_step()
     return {"lr": found}
 

@@ -138,11 +138,12 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
 
 
 def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
-    """One network for two widths, trained, and switched to the lower one."""
+    """One network for two widths, trained, switched to the lower one, and exported."""
     model, data = _network("resnet8")
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
     trained = lowbit.train(model, data, method=info.name, bits=[4, 2], recipe=recipe, **options)
     lowbit.set_bits(trained, 2)
+    _through_a_file(trained, data[0][:2])
     if getattr(info.method, "switching", None) == "layer":
         for budget in ({"budget_average_bits": 3.5}, {"budget_bit_operations": 1e9, "sample": data[0]}):
             lowbit.select_bits(trained, lambda network: float(network(data[0])[0, 0]), **budget)  # type: ignore[arg-type]
@@ -175,6 +176,8 @@ def reached_by_users(name: str) -> frozenset[str]:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
             _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
+            merged = BitPolicy.uniform(few[0], few[1]).with_merges(_nearest(4, info.activation_bits or range(1, 9)))
+            _made(info, network, merged, {})
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         if getattr(info.method, "switching", None) is not None:

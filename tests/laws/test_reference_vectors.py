@@ -70,14 +70,9 @@ def called_for_all_cases(adapter: Path) -> set[str]:
     return called_by(adapter, work)
 
 
-NOT_YET = ("bit_mixer", "profit")  # their adapters switch quantizers off, or look at them, in ways that no user's path takes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTED, ids=lambda path: path.stem)
-def test_adapters_call_only_what_runs_when_users_work_with_the_method(adapter: Path, request: pytest.FixtureRequest) -> None:
-    if adapter.stem in NOT_YET:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="calls of its own remain"))
+def test_adapters_call_only_what_runs_when_users_work_with_the_method(adapter: Path) -> None:
     if not (VECTORS / adapter.stem / "cases.json").exists():
         pytest.skip(f"no reference vectors at {VECTORS}; set LOWBIT_REFERENCE_VECTORS to their folder")
     called = called_for_all_cases(adapter)

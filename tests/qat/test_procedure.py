@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lowbit.methods.training.qkd import Qkd, QkdQuantizers
 from lowbit.network.bits import get_bits, lower_bits
 from lowbit.network.record import record_of
 from lowbit.qat import Classification, OptimizerSpec, Phase, Procedure, Recipe, TrainRun
+from lowbit.qat.recipe import Role
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.registry import find_method
 from lowbit.spec import BitPolicy, LayerBits
@@ -77,6 +78,31 @@ def test_the_quantizers_are_the_methods_and_the_phases_the_procedures() -> None:
     assert phases == ["self-studying"] * 2 + ["co-studying"] * 2 + ["tutoring"] * 2
     assert {type(module) for module in model.modules() if isinstance(module, lowbit.Quantizer)} == {LearnedScaleQuantizer}
     assert not any(module.scales_gradient for module in model.modules() if isinstance(module, LearnedScaleQuantizer))
+
+
+@dataclass
+class Slower(Procedure):
+    """Rates of its own for biases and norms, in the phases of the base or in its own."""
+
+    quantizers = OwnQuantizers
+    info = replace(Qkd.info, name="slower")
+    parts: int = 1
+
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        found = super().optimizers(recipe)
+        return {**found, "others": replace(found["others"], learning_rate=0.125)}
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        return super().phases(recipe) if self.parts == 1 else self.split(recipe, dict.fromkeys("ab", 1))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_procedures_optimizers_count_in_every_phase(parts: int) -> None:
+    phases = Slower(base=Lsq(quantizer_learning_rate=0.5), parts=parts).phases(Recipe(4, optimizer=OptimizerSpec(learning_rate=0.1)))
+    rates = [{role: spec.learning_rate for role, spec in phase.optimizers.items()} for phase in phases]
+    assert rates == [{"weights": 0.1, "others": 0.125, "quantizers": 0.05}] * parts
+    with pytest.raises(SpecError, match=r"'bi_real_net' has the phases leaky clip, clip.* cannot go through those of 'slower'"):
+        prepared(method="bi_real_net", procedure=Slower, pretraining=0.5)
 
 
 def test_what_was_done_is_recorded_with_the_methods_options_and_the_procedures() -> None:

@@ -104,7 +104,8 @@ class Procedure(TrainingMethod):
                 f"{base.name!r} trains on a loss of its own, which {own.name!r} would replace. Leave procedure out, or switch that loss off."
             )
         phases = self.base.phases(Recipe(epochs=100))
-        if len(phases) > 1 and type(self).phases is not Procedure.phases:
+        has_own = type(self).phases is not Procedure.phases or type(self).optimizers is not Procedure.optimizers
+        if len(phases) > 1 and has_own:
             raise SpecError(
                 f"{base.name!r} has the phases {', '.join(phase.name for phase in phases)}, which cannot go through those of {own.name!r}. Switch "
                 "them off by its options, or leave procedure out."
@@ -137,12 +138,14 @@ class Procedure(TrainingMethod):
     def split(self, recipe: Recipe, shares: Mapping[str, float], *, restart: bool = False) -> list[Phase]:
         """The base's one phase in parts of these names, each with its share of the epochs; those without an epoch are left out.
 
+        Each part has the optimizers of ``optimizers``.
+
         Args:
             recipe: The user's recipe.
             shares: Relative lengths by name. The last part with a share has one epoch or more.
             restart: Whether the learning rates' schedule starts again with each part; else it goes through all of them once.
         """
-        (whole,) = self.base.phases(recipe)
+        (whole,) = Procedure.phases(self, recipe)
         counts = split_epochs(recipe.epochs, tuple(shares.values()))
         done, parts = 0, []
         for name, epochs in zip(shares, counts, strict=True):
@@ -227,7 +230,9 @@ class Procedure(TrainingMethod):
         return self.base.optimizers(recipe)
 
     def phases(self, recipe: Recipe) -> list[Phase]:
-        return self.base.phases(recipe)
+        """The base's; where it has one, with the procedure's optimizers."""
+        found = self.base.phases(recipe)
+        return found if len(found) > 1 else [replace(found[0], optimizers=self.optimizers(recipe))]
 
     def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
         return self.base.companions(model, given)

@@ -158,7 +158,7 @@ def test_norms_that_share_their_affine_parameters_keep_statistics_of_their_own(t
     first, *others = norm.norms.values()
     assert all(other.weight is first.weight and other.bias is first.bias for other in others)
     assert not any(other.running_mean is first.running_mean for other in others)
-    check_resumes(4, tmp_path, method="adabits", bits="8,2", shares_affine=True)
+    check_resumes([4], tmp_path, method="adabits", bits="8,2", shares_affine=True)
 
 
 def test_weight_decay_is_for_weights_that_are_not_depthwise() -> None:
@@ -211,7 +211,7 @@ def test_one_width_is_trained_at_a_time_and_the_others_follow_it(adaptation: str
 
 @pytest.mark.parametrize("adaptation", ["joint", "descending"])
 def test_a_training_that_was_killed_ends_with_the_same_bits(adaptation: str, tmp_path: Path) -> None:
-    check_resumes(8, tmp_path, method="adabits", bits="8,4,2", adaptation=adaptation)
+    check_resumes([8], tmp_path, method="adabits", bits="8,4,2", adaptation=adaptation)
 
 
 def test_joint_training_teaches_every_width_and_norms_of_another_one_spoil_it() -> None:

@@ -165,7 +165,7 @@ def test_the_users_teacher_teaches_the_highest_switch() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"switch_sampling": "random", "quantizer": "lsq"}])
 def test_a_training_that_was_killed_ends_with_the_same_bits(options: dict[str, object], tmp_path: Path) -> None:
-    check_resumes(8, tmp_path, method="sp_nets", bits=BINARY, **options)
+    check_resumes([8], tmp_path, method="sp_nets", bits=BINARY, **options)
 
 
 def test_every_switch_learns() -> None:

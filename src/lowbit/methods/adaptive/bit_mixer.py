@@ -190,6 +190,12 @@ def draw_widths(widths: Sequence[int], progress: Tensor, u_base: Tensor, u_redra
     return table[torch.where(u_redraw < progress[..., None], own, base[..., None])]
 
 
+def enable_weights(model: nn.Module, *, is_enabled: bool) -> None:
+    """Quantize weights from now on, or leave them in float as the first stage does; activations keep their bits."""
+    for site in insert.quantized_weights(model).values():
+        cast(Quantizer, site.quantizer).enabled = is_enabled
+
+
 @register(
     MethodInfo(
         name="bit_mixer",
@@ -322,17 +328,13 @@ class BitMixer(AdaptiveMethod):
         """One loss, at widths that are drawn; they stay until ``after_backward``, as a backward pass may compute outputs again."""
         self._draw(run)
         if run.phase.name == ACTIVATIONS:
-            self._enable_weights(run, is_enabled=False)
+            enable_weights(run.model, is_enabled=False)
         yield self._loss(run, batch, run.predict(batch)) + run.penalty()
 
     def after_backward(self, run: TrainRun) -> None:
         """Back to the highest widths."""
-        self._enable_weights(run, is_enabled=True)
+        enable_weights(run.model, is_enabled=True)
         set_bits(run.model, switches_of(run.model)[0])
-
-    def _enable_weights(self, run: TrainRun, *, is_enabled: bool) -> None:
-        for site in insert.quantized_weights(run.model).values():
-            cast(Quantizer, site.quantizer).enabled = is_enabled
 
     def _draw(self, run: TrainRun) -> None:
         """Set the widths of a step."""

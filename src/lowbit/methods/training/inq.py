@@ -258,7 +258,7 @@ class Inq(Procedure):
     def phases(self, recipe: Recipe) -> list[Phase]:
         if self.restart_schedule:
             return self.split(recipe, self.shares, restart=True)
-        return self.base.phases(recipe)
+        return super().phases(recipe)
 
     def start_epoch(self, run: TrainRun) -> None:
         """Freeze the next portion where its time has come."""

@@ -197,6 +197,12 @@ class DuqQuantizers(TrainingMethod):
             return DuqActivation(slot.bit_width, signed=False, low=LOWEST_HSWISH, start=self.activation_start)
         return DuqActivation(slot.bit_width, signed=slot.is_signed, start=self.activation_start)
 
+    def merge_quantizer(self, slot: Slot) -> Quantizer | None:
+        """The paper's quantizers stand behind every activation function, whatever reads what it gives; they have 2 bits or more."""
+        if slot.bit_width not in DuqQuantizer.bit_widths:
+            return super().merge_quantizer(slot)
+        return DuqActivation(slot.bit_width, signed=slot.is_signed, start=self.activation_start)
+
     def attach(self, job: QatJob) -> None:
         self.behind_hardswish = layers_behind_hardswish(job)
         job.insert(self.weight_quantizer, self.activation_quantizer)
@@ -327,6 +333,12 @@ class Profit(Procedure):
     def stages(self) -> Sequence[LayerBits]:
         return list(dict.fromkeys(step.bits for step in self.steps().values()))[:-1]
 
+    def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
+        """The base's; what has one dimension does not decay."""
+        found = super().optimizers(recipe)
+        others = {role: replace(found["others"], weight_decay=0.0) for role in (NORMS, BIASES) if "others" in found}
+        return {**found, **others}
+
     def phases(self, recipe: Recipe) -> list[Phase]:
         steps = self.steps()
         shares = self._shares(steps)
@@ -347,9 +359,7 @@ class Profit(Procedure):
         return {name: parts[is_last[name]] * step.length / lengths[is_last[name]] for name, step in steps.items()}
 
     def _adapted(self, phase: Phase, step: Step) -> Phase:
-        optimizers, others = dict(phase.optimizers), phase.optimizers.get("others")
-        if others is not None:  # what has one dimension does not decay
-            optimizers |= dict.fromkeys((NORMS, BIASES), replace(others, weight_decay=0.0))
+        optimizers = phase.optimizers
         if step.is_for_norms:
             learning = {role: spec for role, spec in optimizers.items() if role not in ("weights", "others")}
             optimizers = {role: replace(spec, warmup=0.0) for role, spec in learning.items()}

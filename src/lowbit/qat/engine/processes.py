@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,21 @@ def process_count() -> int:
     """How many processes train together; 1 where ``torch.distributed`` does not run."""
     is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if is_running else 1
+
+
+def close_at_exit() -> None:
+    """Let the group of processes end before the interpreter does.
+
+    Threads of gloo hold tensors of the last messages. Where they let go of them while the interpreter ends, the process aborts
+    ("terminate called without an active exception").
+    """
+    atexit.unregister(_close)
+    atexit.register(_close)
+
+
+def _close() -> None:
+    if process_count() > 1:
+        torch.distributed.destroy_process_group()
 
 
 def mean_over_processes(value: Tensor) -> None:

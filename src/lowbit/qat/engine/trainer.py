@@ -28,6 +28,7 @@ from lowbit.qat.engine.processes import (
     any_process,
     average_buffers,
     average_gradients,
+    close_at_exit,
     gathered,
     gathered_objects,
     mean_over_processes,
@@ -136,6 +137,7 @@ class Trainer:
             if type(error).__module__.startswith("torch"):
                 raise
             raise SpecError(f"cannot train on {devices} x {kind} on {nodes} machine(s) by {strategy!r}: {error}") from error
+        close_at_exit()
         if not self.is_main:
             self.progress = Progress.silent()
 
