@@ -220,9 +220,8 @@ def test_pairs_of_different_widths_start_from_that_of_the_producer_twice(produce
                 tensor.fill_(width)  # type: ignore[operator, union-attr]
     start_from_diagonal(norm, producer)
     for key, value in {**expected, "4>4": 4.0, "2>2": 2.0}.items():
-        assert {name: own.unique().tolist() for name, own in norm.norms[key].state_dict().items() if own.dim()} == dict.fromkeys(
-            ("weight", "bias", "running_mean", "running_var"), [value]
-        )
+        found = {name: own.unique().tolist() for name, own in norm.norms[key].state_dict().items() if own.dim()}
+        assert found == {name: [value] for name in ("weight", "bias", "running_mean", "running_var")}
 
 
 def test_norms_beside_a_layer_in_float_have_no_diagonal_to_start_from() -> None:
