@@ -4,82 +4,102 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-from safetensors.torch import load_file
-from tests.qat.companions import Mutual, method_in_place
-from tests.qat.training import RECIPE, data, network, state, train
-
-ROOT = Path(__file__).parents[3]
-SCRIPT = """
-import os, sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from safetensors.torch import save_file
-from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered
+from safetensors.torch import load_file, save_file
+from tests import forked
 from tests.qat.companions import Mutual, method_in_place
 from tests.qat.training import RECIPE, Killed, Killing, data, network, state, train
+from torch import Tensor, nn
 
-torch.set_num_threads(1)
-out, kill, with_companion = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "companion"
-arguments = dict(recipe=replace(RECIPE, batch_size=8), test_data=data(50, 5), out=out, save_every="1", devices=2)
-if sys.argv[3] not in ("plain", "companion"):
-    arguments |= {"procedure": sys.argv[3], "teacher": network(norm=False)}
-if kill:
-    arguments["progress"] = Killing(kill)
-try:
-    with method_in_place(Mutual) if with_companion else nullcontext():
-        trained = train(network(norm=False), **arguments)
-except Killed:
-    os._exit(9)
-rank = torch.distributed.get_rank()
-found = {name: value.detach().clone() for name, value in state(trained).items()}
+from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered
 
-layers = torch.nn.ModuleList([torch.nn.BatchNorm1d(2), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
-layers[0].running_mean.fill_(rank + 1.0)
-layers[0].num_batches_tracked.fill_(rank)
-average_buffers(layers)
-if rank == 0:
-    layers[1].weight.grad = torch.full((1, 1), 3.0)  # the other process has none
-layers[0].weight.grad = torch.full((2,), 2.0 * rank)
-average_gradients(layers.parameters())
-flags = any_process([rank == 1, False], torch.device("cpu"))
-found |= {
-    "check.mean": layers[0].running_mean, "check.count": layers[0].num_batches_tracked, "check.gradient": layers[0].weight.grad,
-    "check.one": layers[1].weight.grad, "check.none": torch.tensor(layers[2].weight.grad is None), "check.flags": torch.tensor(flags),
-    "check.gathered": torch.stack(gathered(torch.tensor([rank]), torch.device("cpu"))),
-}
-save_file(found, out / f"rank{rank}.safetensors")
-torch.distributed.barrier()
-"""
+ROOT = Path(__file__).parents[3]
 
 
-def two_processes(out: Path, kill: int = 0, method: str = "plain") -> int:
+def work(out: Path, kill: int, method: str) -> None:
+    """What each of two processes does: the training, then every message between processes."""
+    torch.set_num_threads(1)
+    arguments: dict[str, object] = {
+        "recipe": replace(RECIPE, batch_size=8), "test_data": data(50, 5), "out": out, "save_every": "1", "devices": 2
+    }  # fmt: skip
+    if method not in ("plain", "companion"):
+        arguments |= {"procedure": method, "teacher": network(norm=False)}
+    if kill:
+        arguments["progress"] = Killing(kill)
+    try:
+        with method_in_place(Mutual) if method == "companion" else nullcontext():
+            trained = train(network(norm=False), **arguments)
+    except Killed:
+        os._exit(9)
+    rank = torch.distributed.get_rank()
+    save_file({name: value.detach().clone() for name, value in state(trained).items()} | messages(rank), out / f"rank{rank}.safetensors")
+    torch.distributed.barrier()
+
+
+def messages(rank: int) -> dict[str, Tensor]:
+    """What comes of averages, flags and gathered tensors that differ between the two."""
+    layers = nn.ModuleList([nn.BatchNorm1d(2), nn.Linear(1, 1), nn.Linear(1, 1)])
+    norm, one, other = layers
+    norm.running_mean.fill_(rank + 1.0)
+    norm.num_batches_tracked.fill_(rank)
+    average_buffers(layers)
+    if rank == 0:
+        one.weight.grad = torch.full((1, 1), 3.0)  # the other process has none
+    norm.weight.grad = torch.full((2,), 2.0 * rank)
+    average_gradients(layers.parameters())
+    flags = any_process([rank == 1, False], torch.device("cpu"))
+    return {
+        "check.mean": norm.running_mean, "check.count": norm.num_batches_tracked, "check.gradient": norm.weight.grad,
+        "check.one": one.weight.grad, "check.none": torch.tensor(other.weight.grad is None), "check.flags": torch.tensor(flags),
+        "check.gathered": torch.stack(gathered(torch.tensor([rank]), torch.device("cpu"))),
+    }  # fmt: skip
+
+
+def started_alone(out: Path, kill: int = 0, method: str = "plain") -> int:
+    """A command that starts the second process itself, as a user's does."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
     script = out.parent / "script.py"
-    script.write_text(SCRIPT)
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, str(out), str(kill), method], env=environment, capture_output=True, text=True, timeout=120, check=False
+    script.write_text(
+        f"from pathlib import Path\nfrom tests.qat.engine.test_distributed import work\n\nwork(Path({str(out)!r}), {kill}, {method!r})\n"
     )
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0 or kill, done.stderr
     return done.returncode
 
 
+def _ranked(rank: int, port: int, *arguments: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(*arguments)
+    torch.distributed.destroy_process_group()
+
+
+def two_processes(out: Path, kill: int = 0, method: str = "plain") -> int:
+    """The same in processes that someone else has started, with the imports done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    codes = [forked.end(process) for process in [forked.start(_ranked, rank, port, out, kill, method) for rank in (0, 1)]]
+    assert codes == [0, 0] or kill, codes
+    return max(map(abs, codes))
+
+
 def test_two_processes_give_the_weights_of_one_with_twice_the_batch_even_after_a_kill(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert two_processes(out, kill=7) != 0
+    assert started_alone(out, kill=7) != 0
     assert not (out / "rank0.safetensors").exists()
-    assert two_processes(out) == 0
+    assert started_alone(out) == 0
 
     first, second = (load_file(out / f"rank{rank}.safetensors") for rank in (0, 1))
     single = train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=tmp_path / "single")
