@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/lowbit quantize --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --durations 15 -m "$(MARK)" $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 15 -m "$(MARK)" $(TESTS)
 
 test-all: MARK =
 test-all: test

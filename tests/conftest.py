@@ -18,6 +18,14 @@ def available_devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker holds all laws of a method, so that it trains a network for them once (``--dist loadgroup``)."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if "laws" in item.path.parts and callspec is not None and isinstance(callspec.params.get("name"), str):
+            item.add_marker(pytest.mark.xdist_group(callspec.params["name"]))
+
+
 @pytest.fixture(params=available_devices())
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that this machine has."""

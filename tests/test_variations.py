@@ -221,7 +221,7 @@ def test_the_layer_behind_a_logarithm_of_negative_numbers_is_named() -> None:
 def test_everything_works_where_no_gradients_are_recorded(mode: Callable[[], object], tmp_path: Path) -> None:
     with mode():  # type: ignore[attr-defined]
         x = torch.randn(32, 3, 12, 12)
-        small = lowbit.quantize(network(), method="brecq", calibration=x, iterations=4)
+        small = lowbit.quantize(network(), method="brecq", calibration=x, iterations=4, activation_iterations=4)
         trained = lowbit.train(network(), (x, Y[:32]), method="lsq", recipe=ONE_EPOCH)
         delivery = lowbit.deliver(small, tmp_path, calibration=x, float_model=network(), onnx=False)
         assert delivery.report.parity_packed.passed and lowbit.diagnose(small, calibration=x).samples == 32

@@ -20,6 +20,7 @@ from lowbit.network.bits import get_bits, set_bits
 from lowbit.network.record import record_of
 from lowbit.quantizers import LearnedScaleQuantizer
 from lowbit.spec import Granularity, LayerBits
+from lowbit.testing import post_training
 
 TOKENS = torch.randint(1, 20, (32, 5), generator=torch.Generator().manual_seed(0))
 LSTM = [f"lstm.weight_{part}_l{layer}" for layer in (0, 1) for part in ("ih", "hh")]
@@ -261,7 +262,7 @@ def test_gradients_of_a_sparse_embedding_are_dense_and_max_norm_stays_in_float()
 
 @pytest.mark.parametrize("method", ["dfq", "lbq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adaround", "brecq"))])
 def test_the_table_says_what_a_procedure_does_not_do_to_these_weights(method: str) -> None:
-    options = {"iterations": 3} if method in ("adaround", "brecq") else {"epochs": 1} if method == "lbq" else {}
+    options = {"epochs": 1} if method == "lbq" else post_training.budget(method, 3)
     model = lowbit.quantize(tagger(), method=method, weight_bits=8, calibration=TOKENS, **options)  # type: ignore[arg-type]
     reasons = {row.name: row.reason for row in lowbit.summary(model).layers}
     expected = "no bias is corrected" if method == "dfq" else "rounded to nearest"

@@ -246,7 +246,21 @@ def test_a_network_that_cannot_be_exported_is_reported_with_the_line_that_blocks
 
 
 def test_a_stopped_run_says_how_to_go_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["quantize", "--method", "brecq", "-w", "3", "--iterations", "12", "--no-onnx", "--quiet", *FAST, "--out"]
+    command = [
+        "quantize",
+        "--method",
+        "brecq",
+        "-w",
+        "3",
+        "--iterations",
+        "12",
+        "-o",
+        "activation_iterations=12",
+        "--no-onnx",
+        "--quiet",
+        *FAST,
+        "--out",
+    ]
     monkeypatch.setattr(sys, "argv", ["lowbit", *command, str(tmp_path / "stopped")])
     assert run(*command, tmp_path / "whole").exit_code == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,24 @@ from lowbit.surrogates import SURROGATES
 from lowbit.testing import checks, laws, tiny, training
 from lowbit.testing.odd import ODD, odd_network
 
-every_method = pytest.mark.parametrize("name", [info.name for info in list_methods(kind="training")])
+METHODS = [info.name for info in list_methods(kind="training")]
+PROCEDURES = [info.name for info in list_methods(kind="training") if info.is_procedure]
+OF_DIFFERENT_KIND = ("lsq", "dorefa")  # a learned step, and weights that are squeezed into a range
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def with_every_method(argument: str, others: Collection[str]) -> pytest.MarkDecorator:
+    """Every method with each of ``others``. Each method with one of them, and each of them with two methods, are not slow."""
+
+    def is_slow(place: int, name: str, index: int) -> bool:
+        return name not in OF_DIFFERENT_KIND and place % len(others) != index
+
+    pairs = [
+        pytest.param(name, other, marks=pytest.mark.slow if is_slow(place, name, index) else ())
+        for place, name in enumerate(METHODS)
+        for index, other in enumerate(others)
+    ]
+    return pytest.mark.parametrize(("name", argument), pairs)
 
 
 def gradients(model: Callable[[Tensor], Tensor], owner: nn.Module) -> dict[str, Tensor]:
@@ -191,8 +208,7 @@ def test_the_same_seed_gives_the_same_network(name: str, tmp_path: Path) -> None
 # Procedures
 
 
-@pytest.mark.parametrize("procedure", [info.name for info in list_methods(kind="training") if info.is_procedure])
-@every_method
+@with_every_method("procedure", PROCEDURES)
 def test_goes_through_any_procedure_or_says_why_not(name: str, procedure: str) -> None:
     weight_bits, activation_bits = training.few_bits(name)
     ask = {"method": name, "weight_bits": weight_bits, "activation_bits": activation_bits, "sample": tiny.calibration()[:16]}
@@ -212,8 +228,7 @@ def test_goes_through_any_procedure_or_says_why_not(name: str, procedure: str) -
 # Surrogates
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@every_method
+@with_every_method("surrogate", SURROGATES)
 def test_takes_any_surrogate_or_says_that_it_takes_none(name: str, surrogate: str) -> None:
     weight_bits, activation_bits = training.few_bits(name)
     ask = {"method": name, "weight_bits": weight_bits, "activation_bits": activation_bits, "sample": tiny.calibration()[:16]}

@@ -10,6 +10,7 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.network.batch import calibration_for, checked_batch_dim, find_batch_dim
+from lowbit.testing import post_training
 
 SEQUENCE = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
 LONGER = torch.randn(7, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -87,7 +88,7 @@ def test_a_network_whose_inputs_begin_with_time_is_quantized_as_one_with_samples
         return LastStep(batch_first=batch_first).eval()
 
     tokens = torch.randint(0, 20, (5, 48), generator=torch.Generator().manual_seed(3))
-    options = {} if method == "round_to_nearest" else {"iterations": 20}
+    options = post_training.budget(method, 20)
     first, second = (
         lowbit.quantize(build(is_first), method=method, weight_bits=4, calibration=data, **options)
         for is_first, data in ((False, tokens), (True, tokens.t().contiguous()))

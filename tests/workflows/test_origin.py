@@ -256,6 +256,8 @@ def test_a_stopped_quantization_is_resumed_without_naming_its_network(here: Path
         "same",
         "--iterations",
         "12",
+        "-o",
+        "activation_iterations=12",
         "--calibration-samples",
         "64",
         "--no-onnx",
