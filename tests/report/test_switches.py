@@ -29,7 +29,7 @@ def test_each_field_of_the_path_says_its_bits_and_the_lowered_ones_are_framed() 
     cells = svg.findall("rect")
     assert [cell.get("class") for cell in cells] == ["cell", "cell", "cell lowered", "cell", "cell lowered", "cell"]
     assert [float(str(cell.get("fill-opacity"))) for cell in cells] == [1, 1, 0.5, 1, 0.5, 0.5]
-    assert cells[4].findtext("title") == "b<c>: 2 bits after 1 moves, 3 bits on average"
+    assert cells[4].findtext("title") == "b<c>: 2 bits after move 1, 3 on average"
 
 
 def test_rows_and_words_hold_the_figures() -> None:

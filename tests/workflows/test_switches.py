@@ -72,7 +72,7 @@ def test_the_greedy_path_goes_from_the_highest_to_the_lowest_widths(model: nn.Mo
 def test_the_page_shows_the_curve_and_the_bits_of_each_layer(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     assert "Accuracy over bits" in page and "Bits of each layer along the greedy path" in page
-    assert "conv3: 2 bits after 2 moves, 2 bits on average" in page
+    assert "conv3: 2 bits after move 2, 2 on average" in page
     assert "model.lowbit holds all widths in" in page
 
 

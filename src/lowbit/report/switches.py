@@ -67,7 +67,7 @@ def bits_along_path(selection: SelectionResult) -> Markup:
         parts.append(svg.label(NAME_WIDTH - 6, y + ROW - 4, short, "end"))
         for move, bits in enumerate(selection.trace):
             is_lowered = move > 0 and selection.trace[move - 1][row] != bits[row]
-            words = f"{name}: {bits[row]} bits after {move} moves, {selection.average_bits[move]:.3g} bits on average"
+            words = f"{name}: {bits[row]} bits after move {move}, {selection.average_bits[move]:.3g} on average"
             parts.append(
                 svg.element(
                     "rect", svg.element("title", words), x=f"{NAME_WIDTH + column * move:.1f}", y=f"{y:.1f}", width=f"{column - 1:.1f}",
