@@ -374,7 +374,7 @@ def test_quantize_reads_the_recipe_that_it_prints_and_options_override_it(tmp_pa
     path.write_text(printed.output)
     assert run("quantize", path, "--print-config").output == printed.output
     assert yaml.safe_load(run("quantize", path, "-w", "2", "--print-config").output)["weight_bits"] == 2
-    dry = run("quantize", path, "--dry-run")
+    dry = run("quantize", path, "--dry-run", "--out", tmp_path / "out")
     assert "activation_iterations=5, iterations=7" in dry.output and "32 samples of digits" in dry.output
     path.write_text("weight_bit: 3")
     assert "Did you mean 'weight_bits'" in fails("quantize", path)

@@ -176,8 +176,8 @@ def reached_by_users(name: str) -> frozenset[str]:
         for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
             _network.__wrapped__(network)
             _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
-            merged = BitPolicy.uniform(few[0], few[1]).with_merges(_nearest(4, info.activation_bits or range(1, 9)))
-            _made(info, network, merged, {})
+            if 4 in (info.activation_bits or ()):
+                _made(info, network, BitPolicy.uniform(few[0], few[1]).with_merges(4), {})
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         if getattr(info.method, "switching", None) is not None:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowbit.errors import LayerError, unknown_name
+from lowbit.errors import LayerError, LoopError, unknown_name
 from lowbit.network.graph.dataflow import Dataflow, Node
 from lowbit.network.graph.trunk import residual_sums
 
@@ -52,6 +53,7 @@ def tapped(model: nn.Module, taps: Collection[Place], side: Side = "output", *, 
     Raises:
         UnknownNameError: The network has no such module.
         LayerError: A module gives, or reads, no floating-point tensor.
+        LoopError: A module runs without gradients in a pass with them, as in reentrant activation checkpointing.
 
     Example:
         >>> import torch
@@ -64,11 +66,17 @@ def tapped(model: nn.Module, taps: Collection[Place], side: Side = "output", *, 
     modules = dict(model.named_modules())
     found: dict[Place, Tensor] = {}
     calls: Counter[Place] = Counter()
+    records_gradients = torch.is_grad_enabled()
 
     def keep(key: Place, tap: Tap, value: object) -> None:
         calls[key] += 1
         if tap.call not in (None, calls[key] - 1):
             return
+        if torch.is_grad_enabled() is not records_gradients:
+            raise LoopError(
+                f"module {tap.module!r} runs without gradients within a network that is run with them, so that nothing can be learned from its "
+                f"{tap.side}. Where torch.utils.checkpoint does that, pass use_reentrant=False."
+            )
         values = value if isinstance(value, (tuple, list)) else (value,)
         tensor = next((entry for entry in values if isinstance(entry, Tensor) and entry.is_floating_point()), None)
         if tensor is None:

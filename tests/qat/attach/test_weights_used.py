@@ -60,9 +60,9 @@ def prepared(kind: type[nn.Module], method: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [Functional, Attention])
-@pytest.mark.parametrize("method", [info.name for info in lowbit.list_methods(kind="training")])
+@pytest.mark.parametrize("method", [info.name for info in lowbit.list_methods(kind="training") if info.name != "fp_auxiliary"])
 def test_every_method_starts_finite_and_gives_gradients_to_weights_that_are_used(kind: type[nn.Module], method: str) -> None:
-    model = prepared(kind, method)
+    model = prepared(kind, method)  # fp_auxiliary takes networks with one output of [N, classes] alone
     assert bool(torch.isfinite(model.eval()(X)).all())
     model.train()(X).square().mean().backward()
     for name, layer in insert.quantized_layers(model).items():

@@ -332,8 +332,7 @@ class FpAuxiliary(Procedure):
             for loss in super().losses(run, batch):
                 if loss.requires_grad and not any(feature.requires_grad for feature in features.values()):
                     raise LoopError(
-                        "fp_auxiliary: no gradient of the auxiliary loss reaches the network. Where it uses torch.utils.checkpoint, pass "
-                        "use_reentrant=False; where its layers are frozen, train without this procedure."
+                        "fp_auxiliary: no gradient of the auxiliary loss reaches the network, whose layers are frozen. Train without this procedure."
                     )
                 yield loss + self.auxiliary_weight * run.task.loss(auxiliary(features), batch)
 
