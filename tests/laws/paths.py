@@ -138,12 +138,13 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
 
 
 def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
-    """One network for two widths, trained, switched to the lower one, and exported."""
+    """One network for two widths, trained, switched to the lower one, and exported where the options are new to the file."""
     model, data = _network("resnet8")
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
     trained = lowbit.train(model, data, method=info.name, bits=[4, 2], recipe=recipe, **options)
     lowbit.set_bits(trained, 2)
-    _through_a_file(trained, data[0][:2])
+    if not options or "weight_sharing" in options:
+        _through_a_file(trained, data[0][:2])
     if getattr(info.method, "switching", None) == "layer":
         for budget in ({"budget_average_bits": 3.5}, {"budget_bit_operations": 1e9, "sample": data[0]}):
             lowbit.select_bits(trained, lambda network: float(network(data[0])[0, 0]), **budget)  # type: ignore[arg-type]
