@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.networks import LoopNet, SharedWeightNet
+from tests.qat.adaptive import chain
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.measure import compute_cost, count_macs, model_size, qtensor_bytes
+from lowbit.measure.cost import float_size
 from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
 from lowbit.quantizers import SumQuantizer, UniformQuantizer
 from lowbit.spec import Granularity
@@ -167,3 +169,14 @@ def test_a_layer_of_two_names_is_in_few_bits_in_both_files(tmp_path: Path) -> No
     pytest.importorskip("onnx")
     report = lowbit.export(small, tmp_path / "m.onnx", sample=sample, measure_speed=False)
     assert report.integer is not None and report.integer.linear_integer == report.integer.linear_total
+
+
+@pytest.mark.parametrize("method", ["adabits", "sp_nets"])
+def test_a_network_of_several_widths_takes_at_each_what_one_of_that_width_takes(method: str) -> None:
+    images = torch.rand(4, 2, 6, 6)
+    several = lowbit.prepare(chain(), method=method, bits=[8, 4, 2], sample=images)
+    for bits in (8, 2):
+        lowbit.set_bits(several, bits)
+        alone = lowbit.prepare(chain(), method=method, weight_bits=bits, activation_bits=bits, sample=images)
+        assert model_size(several) == model_size(alone)
+    assert float_size(several).total_bytes == float_size(chain()).total_bytes

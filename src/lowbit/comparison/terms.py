@@ -12,7 +12,7 @@ from lowbit.measure.macs import count_macs
 from lowbit.network.bits import layer_quantizers
 from lowbit.network.layers import NORMS
 from lowbit.network.record import record_of
-from lowbit.network.surgery.switchable_norm import SwitchableNorm
+from lowbit.network.surgery.switchable_norm import resting_norms
 from lowbit.quantizers import Quantizer
 
 # What rows of one table must have in common, beside network, data and bits.
@@ -76,13 +76,7 @@ def _symmetry(quantizer: Quantizer) -> str:
 
 def _norms(model: nn.Module, float_model: nn.Module) -> str:
     """What became of the norms; those of several widths count as the one that is selected."""
-    resting = {
-        own
-        for module in model.modules()
-        if isinstance(module, SwitchableNorm)
-        for own in module.norms.values()
-        if own is not module.current
-    }
+    resting = resting_norms(model)
     before, after = (sum(isinstance(m, NORMS) and m not in resting for m in network.modules()) for network in (float_model, model))
     if before == 0:
         return "none"

@@ -22,9 +22,11 @@ from lowbit.network.insert import (
     weight_sites,
 )
 from lowbit.network.record import FloatSize, record_of
+from lowbit.network.surgery.switchable_norm import SwitchableNorm, resting_norms
 from lowbit.network.table import LayerRecord
 from lowbit.quantizers import QTensor, Quantizer
 from lowbit.quantizers.base import TableQuantizer
+from lowbit.quantizers.switchable import SwitchableQuantizer
 
 FLOAT_BITS = 32
 
@@ -91,7 +93,7 @@ def model_size(model: nn.Module) -> ModelSize:
 
     A tensor that several modules share counts once, for the first of them; where their quantizers give it different codes, each
     layer stores its own. The tables of weight quantizers count with their layer, those of activation quantizers (a scale and
-    a zero point each) under ``other_bytes``.
+    a zero point each) under ``other_bytes``. Of a network with several widths it is what the current one takes.
     """
     layers: dict[str, LayerSize] = {}
     float_network = float_size(model)
@@ -106,14 +108,14 @@ def model_size(model: nn.Module) -> ModelSize:
         bias_bytes = _bytes(bias) if bias is not None and id(bias) not in counted else 0
         layers[name] = LayerSize(weight_bytes, table_bytes, bias_bytes, float_bytes + bias_bytes)
         counted |= {id(weight), id(bias)}
-    counted |= _grid_tensors(model)
+    counted |= _grid_tensors(model) | _resting_tensors(model)
     rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
     grids = sum(_grid_bytes(q) for q in activation_quantizers(model).values())
     return ModelSize(layers, rest + grids, float_network.total_bytes)
 
 
 def float_size(model: nn.Module) -> FloatSize:
-    """Size of the network in float32; for a loaded network, the size that its file records."""
+    """Size of the network in float32, with the norms of one width; for a loaded network, the size that its file records."""
     if isinstance(model, Coded) and model.float_size is not None:
         return model.float_size
     weights: dict[int, Tensor] = {}
@@ -122,7 +124,7 @@ def float_size(model: nn.Module) -> FloatSize:
         if id(weight) in weights:
             tied.append(name)
         weights[id(weight)] = weight
-    counted = weights.keys() | _grid_tensors(model)
+    counted = weights.keys() | _grid_tensors(model) | _resting_tensors(model)
     rest = sum(_bytes(t) for t in _tensors(model) if id(t) not in counted)
     return FloatSize(sum(weight.numel() * 4 for weight in weights.values()) + rest, tuple(tied))
 
@@ -136,6 +138,12 @@ def _float_weights(model: nn.Module) -> dict[str, Tensor]:
 def _grid_tensors(model: nn.Module) -> set[int]:
     """The tensors of quantizers, by their ids."""
     return {id(t) for module in model.modules() if isinstance(module, Quantizer) for t in _tensors(module)}
+
+
+def _resting_tensors(model: nn.Module) -> set[int]:
+    """The tensors of norms of other widths than the current one that it does not share, by their ids."""
+    resting = {id(t) for norm in resting_norms(model) for t in _tensors(norm)}
+    return resting - {id(t) for module in model.modules() if isinstance(module, SwitchableNorm) for t in _tensors(module.current)}
 
 
 def _are_same(first: QTensor | None, second: QTensor | None) -> bool:
@@ -184,6 +192,7 @@ def _recorded(model: nn.Module) -> dict[str, LayerRecord]:
 
 
 def _grid_bytes(quantizer: Quantizer) -> int:
+    quantizer = quantizer.current if isinstance(quantizer, SwitchableQuantizer) else quantizer
     return sum(_bytes(getattr(quantizer, name)) for name in quantizer.tables) if isinstance(quantizer, TableQuantizer) else 0
 
 

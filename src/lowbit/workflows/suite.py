@@ -171,8 +171,8 @@ class SuiteSettings(Request):
     Attributes:
         networks: Networks with their data; in a suite file a list with the settings of each. Default: the one that --model, --weights and
             --data name.
-        methods: Methods, joined by commas; in a suite file also with method, label, options, surrogate, procedure and
-            procedure_options. Any kinds.
+        methods: Methods, joined by commas; in a suite file also with method, label, kind, options, surrogate, procedure,
+            procedure_options, bits, networks, widths and mixtures. Any kinds.
         bits: Bits of weights and activations, for example 4/4,2/2 or 4/float.
         seeds: Number of seeds; the first one is the recipe's. Fewer than 3 show no difference.
         track: aligned: one recipe, one policy for first and last layers, one number of images for all. published: every method with the

@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from lowbit.qat.engine.processes import any_process, average_buffers, average_gradients, gathered
 
 ROOT = Path(__file__).parents[3]
+METHODS: dict[str, dict[str, object]] = {
+    "inq": {"method": "inq", "activation_bits": None},
+    **{name: {"method": name, "bits": [4, 2]} for name in ("adabits", "sp_nets", "bit_mixer")},
+}
+ASKED = {"plain": {}, "companion": {}, **METHODS}
 
 
 def work(out: Path, kill: int, method: str) -> None:
@@ -31,8 +36,7 @@ def work(out: Path, kill: int, method: str) -> None:
     arguments: dict[str, object] = {
         "recipe": replace(RECIPE, batch_size=8), "test_data": data(50, 5), "out": out, "save_every": "1", "devices": 2
     }  # fmt: skip
-    if method not in ("plain", "companion"):
-        arguments |= {"procedure": method, "teacher": network(norm=False)}
+    arguments |= ASKED.get(method, {"procedure": method, "teacher": network(norm=False)})
     if kill:
         arguments["progress"] = Killing(kill)
     try:
@@ -150,6 +154,21 @@ def test_a_procedure_and_its_teacher_are_the_same_in_two_processes_as_in_one_eve
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-5, msg=name)
     is_at_rest = any(torch.equal(together[f"networks.teacher.{name}"], value) for name, value in network(norm=False).named_parameters())
     assert is_at_rest is (procedure == "profit")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_shares_and_several_widths_are_the_same_in_two_processes_as_in_one_even_after_a_kill(method: str, tmp_path: Path) -> None:
+    out, single = tmp_path / "out", tmp_path / "single"
+    assert two_processes(out, kill=8, method=method) != 0
+    assert two_processes(out, method=method) == 0
+    train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=single, **METHODS[method])
+    together, alone = (load_file(folder / ".work" / "last.safetensors") for folder in (out, single))
+    names = [name for name in alone if name.startswith("model.")]
+    assert names and any(not torch.equal(together[name], torch.zeros_like(together[name])) for name in names)
+    for name in names:
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-5, msg=name, equal_nan=True)
+    ranks = [load_file(out / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))
 
 
 def test_an_auxiliary_module_is_the_same_in_two_processes_even_after_a_kill(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ class SwitchableNorm(nn.Module):
         return f"key={self.key!r}"
 
 
+def resting_norms(model: nn.Module) -> set[nn.Module]:
+    """The norms of widths that are not selected; none that another width uses too."""
+    switchable = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
+    return {norm for module in switchable for norm in module.norms.values()} - {module.current for module in switchable}
+
+
 def pair_key(*widths: int | None) -> str:
     """``4>2``, ``float>4``: the key for layers of these widths, in the order in which they run.
 
