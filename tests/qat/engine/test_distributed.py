@@ -30,6 +30,13 @@ METHODS: dict[str, dict[str, object]] = {
 ASKED = {"plain": {}, "companion": {}, **METHODS}
 
 
+def frozen_norm() -> nn.Module:
+    """A network with a batch norm whose statistics do not follow the batch."""
+    model = network()
+    model[1].eval().requires_grad_(False)
+    return model
+
+
 def work(out: Path, kill: int, method: str) -> None:
     """What each of two processes does: the training, then every message between processes."""
     torch.set_num_threads(1)
@@ -41,7 +48,7 @@ def work(out: Path, kill: int, method: str) -> None:
         arguments["progress"] = Killing(kill)
     try:
         with method_in_place(Mutual) if method == "companion" else nullcontext():
-            trained = train(network(norm=False), **arguments)
+            trained = train(frozen_norm() if method in METHODS else network(norm=False), **arguments)
     except Killed:
         os._exit(9)
     rank = torch.distributed.get_rank()
@@ -161,12 +168,12 @@ def test_frozen_shares_and_several_widths_are_the_same_in_two_processes_as_in_on
     out, single = tmp_path / "out", tmp_path / "single"
     assert two_processes(out, kill=8, method=method) != 0
     assert two_processes(out, method=method) == 0
-    train(network(norm=False), recipe=RECIPE, test_data=data(50, 5), out=single, **METHODS[method])
+    train(frozen_norm(), recipe=RECIPE, test_data=data(50, 5), out=single, **METHODS[method])
     together, alone = (load_file(folder / ".work" / "last.safetensors") for folder in (out, single))
     names = [name for name in alone if name.startswith("model.")]
     assert names and any(not torch.equal(together[name], torch.zeros_like(together[name])) for name in names)
-    for name in names:
-        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-5, msg=name, equal_nan=True)
+    for name in names:  # the order of a sum decides on which side of a tie a 2-bit code falls, so that less than 1e-5 is luck
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=5e-4, msg=name, equal_nan=True)
     ranks = [load_file(out / f"rank{rank}.safetensors") for rank in (0, 1)]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0] if not name.startswith("check."))
 
