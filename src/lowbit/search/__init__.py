@@ -1,1 +1,1 @@
-"""Searching for bits: which choice each layer gets under one or several budgets."""
+"""Search for bits under budgets: the problem, exact selection, agents."""
