@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.assignment.budget import Budget, CostKind
+from lowbit.assignment.costs import Assignment, Choices, Cost, average_cost, bops_cost, latency_cost, policy_of, size_cost
 from lowbit.errors import DataError, LayerError, SpecError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure.cost import FLOAT_BITS
@@ -24,8 +26,6 @@ from lowbit.network.unwrap import plain_copy
 from lowbit.options import Method
 from lowbit.progress import Progress
 from lowbit.qat.task import Batch, Output, Task
-from lowbit.search.budget import Budget, CostKind
-from lowbit.search.costs import Assignment, Choices, Cost, average_cost, bops_cost, latency_cost, policy_of, size_cost
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 
