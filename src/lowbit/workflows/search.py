@@ -61,7 +61,7 @@ def search(
     test_data: object = None,
     sample: object = None,
     candidates: Sequence[int] = (2, 4, 8),
-    activation_bits: int | Sequence[int] | None = 8,
+    activation_bits: int | Sequence[int | None] | None = 8,
     first_last_bits: int | None = 8,
     latency_table: LatencyTable | Path | str | None = None,
     quantizer: str = SearchRequest.quantizer,
