@@ -107,6 +107,7 @@ class Hessian:
                 self._kept = self._kept or self.surface.graph(index, self.blocks)
                 yield self._kept
 
+    @records_gradients
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, the sum over batches of ``share H_batch v``: the product of the mean over all samples, however they are cut into batches.
 
@@ -148,7 +149,7 @@ class Hessian:
         try:
             return product_with(graph.gradients, graph.tensors, vectors)
         except RuntimeError as error:
-            raise self.surface.undifferentiable(0, error) from error
+            raise self.surface.undifferentiable(0, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,9 @@ def top_eigenvalues(
             product = hessian.product(vector)
             estimates.append(inner_product(product, vector))
             advance()
-            change = abs(estimates[-1] - estimates[-2]) if len(estimates) > 1 else math.inf
             is_flat = not any(bool(part.any()) for part in product)  # every vector is an eigenvector of 0
-            is_converged = is_flat or change < tolerance * abs(estimates[-2])
+            is_settled = len(estimates) > 1 and abs(estimates[-1] - estimates[-2]) < tolerance * abs(estimates[-2])
+            is_converged = is_flat or is_settled
             vector = vector if is_flat else product
         found.append(Eigenpair(estimates[-1], _normalized(vector), tuple(estimates), is_converged))
     return found

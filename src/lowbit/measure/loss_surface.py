@@ -73,6 +73,7 @@ class LossSurface:
         (5, [0.8, 0.2])
     """
 
+    @records_gradients
     def __init__(
         self,
         model: nn.Module,
@@ -120,7 +121,9 @@ class LossSurface:
         with _shifted(self.model, [place for _, place in owners if isinstance(place, Tap)]) as shifts, sdpa_kernel(SDPBackend.MATH):
             loss = self.loss(self.predict(self.model, batch), batch)
         if not bool(torch.isfinite(loss)):
-            raise DataError(f"batch {index}: the loss is {float(loss)}. Check the inputs and the weights for values that are not finite.")
+            raise DataError(
+                f"batch {index}: the loss is {float(loss.detach())}. Check the inputs and the weights for values that are not finite."
+            )
         uncalled = next((tap for tap, calls in shifts.items() if not calls), None)
         if uncalled is not None:
             raise LayerError(
@@ -135,12 +138,14 @@ class LossSurface:
         try:
             gradients = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
         except RuntimeError as error:
-            raise self.undifferentiable(index, error) from error
+            raise self.undifferentiable(index, str(error)) from error
+        if _is_cut(gradients):
+            raise self.undifferentiable(index, "its backward pass is marked as differentiable once")
         samples, sizes = sample_count(batch), [len(part) for part in found]
         names = [name for (name, _), size in zip(owners, sizes, strict=True) for _ in range(size)]
         return Graph(samples / self.samples, samples, names, [i for i, size in enumerate(sizes) for _ in range(size)], tensors, gradients)
 
-    def undifferentiable(self, index: int, error: RuntimeError) -> LayerError:
+    def undifferentiable(self, index: int, reason: str) -> LayerError:
         """The error that names the innermost layer that cannot be differentiated twice."""
         with _inputs_recorded(self.model) as calls, torch.enable_grad():
             self.predict(self.model, self.batches[index])
@@ -148,7 +153,7 @@ class LossSurface:
         blocking = next((name for name in names if name and not _differentiates_twice(self.model.get_submodule(name), calls[name])), None)
         where = f"layer {blocking!r} ({type(self.model.get_submodule(blocking)).__name__})" if blocking else "what the network calls itself"
         return LayerError(
-            f"{where} cannot be differentiated twice, which a Hessian needs: {str(error).splitlines()[0]}. "
+            f"{where} cannot be differentiated twice, which a Hessian needs: {reason.splitlines()[0]}. "
             "Replace it by one made of differentiable operations, or choose a method that needs no Hessian."
         )
 
@@ -224,8 +229,27 @@ def _differentiates_twice(module: nn.Module, args: tuple[object, ...]) -> bool:
         total = sum(tensor.square().sum() for tensor in tensors_of(output) if tensor.requires_grad)
         if isinstance(total, Tensor):
             first = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+            if _is_cut(first):
+                return False
             curved = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
             torch.autograd.grad(curved, leaves, [torch.ones_like(gradient) for gradient in curved], allow_unused=True) if curved else ()
     except RuntimeError:
         return False
     return True
+
+
+def _is_cut(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether the graph of gradients ends where a function is marked as differentiable once.
+
+    Autograd only raises when it comes by such a place. On the way to a given tensor it does not, and leaves out what lies behind it.
+    """
+    pending = [gradient.grad_fn for gradient in gradients if gradient is not None and gradient.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name().endswith("Error"):  # torch::autograd::Error, which such functions put there
+            return True
+        new = [other for other, _ in node.next_functions if other is not None and other not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return False
