@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -195,6 +196,8 @@ class HawqV2(SearchMethod):
         fraction: A further limit on the cost that the search is about: this share of the way from all layers at their cheapest width to all at
             their dearest.
     """
+
+    trial = MappingProxyType({"max_probes": 15})
 
     samples: Annotated[int, AtLeast(1)] = 256
     probes: Literal["rademacher", "gaussian", "exact"] = "rademacher"
