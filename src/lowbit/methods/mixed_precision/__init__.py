@@ -1,0 +1,1 @@
+"""Bits for each layer: searched or learned under a budget."""
