@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.registry import MethodInfo, get_method, list_methods, register
     from lowbit.report.summary import summary
     from lowbit.runtime.compile import compile_runtime
-    from lowbit.spec import BitPolicy, Budget, Granularity, LayerBits
+    from lowbit.search.budget import Budget
+    from lowbit.spec import BitPolicy, Granularity, LayerBits
     from lowbit.workflows.compare import Comparison, compare
     from lowbit.workflows.deliver import Delivery, deliver
     from lowbit.workflows.evaluate import evaluate

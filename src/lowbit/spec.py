@@ -483,17 +483,3 @@ class BitPolicy:
 
     def __str__(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Budget of a bit search: packed size in megabytes (10**6 bytes) and/or bit operations (MACs x weight bits x activation bits).
-
-    Example:
-        >>> import lowbit
-        >>> lowbit.Budget(size_mb=1.5)
-        Budget(size_mb=1.5, bops=None)
-    """
-
-    size_mb: float | None = None
-    bops: float | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lowbit.comparison.cells import MIXED, Cell, Result, Status
-from lowbit.comparison.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
+from lowbit.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
 from lowbit.comparison.store import Store
 from lowbit.comparison.tables import Tables, make_tables
 from lowbit.comparison.terms import equal_terms
@@ -52,6 +52,7 @@ from lowbit.workflows.suite import SubjectSettings, Suite
 from lowbit.workflows.train import TrainingJob, train_network, trainer_for
 from lowbit.workfolder import exclusive_run
 
+COMPARISON = "comparison"  # name of the stage that shows all cells
 CELL_BYTES = 5_000  # of a stored result, about
 
 
@@ -348,11 +349,13 @@ def _run(suite: Suite, jobs: Sequence[Job], progress: Progress) -> Iterator[Outc
         return iter(())
     if suite.ray is not None:
         memory = None if suite.memory_gb is None else int(suite.memory_gb * 2**30)
-        return run_on_ray(jobs, run_cell, address=suite.ray, threads=suite.threads, memory_bytes=memory, progress=progress)
+        return run_on_ray(
+            jobs, run_cell, address=suite.ray, threads=suite.threads, memory_bytes=memory, stage_name=COMPARISON, progress=progress
+        )
     workers = workers_of(suite)
     if workers == 0:
-        return run_here(jobs, run_cell, progress=progress)
-    return run_in_processes(jobs, run_cell, workers=workers, threads=suite.threads, progress=progress)
+        return run_here(jobs, run_cell, stage_name=COMPARISON, progress=progress)
+    return run_in_processes(jobs, run_cell, workers=workers, threads=suite.threads, stage_name=COMPARISON, progress=progress)
 
 
 def workers_of(suite: Suite) -> int:

@@ -1,4 +1,4 @@
-"""Where cells run: in worker processes of this machine, or on a Ray cluster. The results are the same."""
+"""Where jobs run: in this process, in worker processes of this machine, or on a Ray cluster. The results are the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_LAG = 0.5  # seconds between two reports of a worker
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to run, as it is sent to a worker.
+    """A piece of work, as it is sent to a worker.
 
     Attributes:
         key: Key of the result.
@@ -46,9 +46,9 @@ class Outcome:
     problem: str = ""
 
 
-def run_here(jobs: Sequence[Job], runner: Runner, *, progress: Progress) -> Iterator[Outcome]:
+def run_here(jobs: Sequence[Job], runner: Runner, *, stage_name: str, progress: Progress) -> Iterator[Outcome]:
     """Run jobs one after the other in this process."""
-    with progress.stage("comparison", total=len(jobs)) as stage:
+    with progress.stage(stage_name, total=len(jobs)) as stage:
         for job in jobs:
             shares = _Shares(stage)
             answer, problem = _answer(runner, job, _Reporting(lambda share, job=job, shares=shares: shares.report(job, share)))  # type: ignore[misc]
@@ -57,23 +57,24 @@ def run_here(jobs: Sequence[Job], runner: Runner, *, progress: Progress) -> Iter
 
 
 def run_in_processes(
-    jobs: Sequence[Job], runner: Runner, *, workers: int, threads: int, progress: Progress, patience: int = 1
+    jobs: Sequence[Job], runner: Runner, *, workers: int, threads: int, stage_name: str, progress: Progress, patience: int = 1
 ) -> Iterator[Outcome]:
     """Run jobs in worker processes, each with its own interpreter, and yield outcomes as they come.
 
-    A worker that dies (for memory, or killed) costs its own cell only: the cell fails with the reason and a new worker starts.
+    A worker that dies (for memory, or killed) costs its own job only: the job fails with the reason and a new worker starts.
 
     Args:
         jobs: What to run.
         runner: A function at the top of a module; called in the workers.
         workers: Number of processes.
         threads: CPU threads of each.
-        progress: One display for all cells.
-        patience: How often a cell is run again whose worker died.
+        stage_name: What the display calls the work.
+        progress: One display for all jobs.
+        patience: How often a job is run again whose worker died.
     """
     pending, tries = deque(jobs), dict[str, int]()
     team: list[_Worker] = []
-    with _threads(threads), progress.stage("comparison", total=len(jobs)) as stage:
+    with _threads(threads), progress.stage(stage_name, total=len(jobs)) as stage:
         shares = _Shares(stage)
         try:
             while pending or any(worker.job is not None for worker in team):
@@ -114,6 +115,7 @@ def run_on_ray(
     address: str,
     threads: int,
     memory_bytes: int | None,
+    stage_name: str,
     progress: Progress,
     patience: int = 3,
 ) -> Iterator[Outcome]:
@@ -123,10 +125,11 @@ def run_on_ray(
         jobs: What to run.
         runner: A function at the top of a module that all nodes can import.
         address: ``auto`` for the cluster that this machine belongs to, ``local`` for one of its own, or ``HOST:PORT``.
-        threads: Cores that each cell declares and uses.
-        memory_bytes: Memory that each cell declares.
-        progress: One display for all cells.
-        patience: How often Ray runs a cell again whose worker died.
+        threads: Cores that each job declares and uses.
+        memory_bytes: Memory that each job declares.
+        stage_name: What the display calls the work.
+        progress: One display for all jobs.
+        patience: How often Ray runs a job again whose worker died.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -135,7 +138,7 @@ def run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise missing_extra("ray", "ray", "running cells on Ray") from error
+        raise missing_extra("ray", "ray", "running jobs on Ray") from error
     owns = not ray.is_initialized()
     if owns:
         try:
@@ -146,7 +149,7 @@ def run_on_ray(
         num_cpus=threads, memory=memory_bytes, max_retries=patience, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     )
     try:
-        with progress.stage("comparison", total=len(jobs)) as stage:
+        with progress.stage(stage_name, total=len(jobs)) as stage:
             running = {task.remote(runner, job, threads): job for job in jobs}
             while running:
                 (ready, *_), _ = ray.wait(list(running), num_returns=1)
@@ -237,7 +240,7 @@ def _work(pipe: Connection, runner: Runner, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers, and who resumes its comparison needs their folders."""
+    """A parent that was killed cannot end its workers, and who resumes its work needs their folders."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.comparison.executors import Job, run_here, run_in_processes, run_on_ray
+from lowbit.executors import Job, run_here, run_in_processes, run_on_ray
 from lowbit.errors import SpecError
 from lowbit.progress import Progress
 
@@ -41,9 +41,10 @@ JOBS = [Job(str(number), f"job {number}", number) for number in range(5)]
 
 
 def test_jobs_in_processes_give_what_they_give_here() -> None:
-    here = {outcome.job.key: outcome.answer for outcome in run_here(JOBS, double, progress=Progress.silent())}
+    here = {outcome.job.key: outcome.answer for outcome in run_here(JOBS, double, stage_name="jobs", progress=Progress.silent())}
     apart = {
-        outcome.job.key: outcome.answer for outcome in run_in_processes(JOBS, double, workers=2, threads=1, progress=Progress.silent())
+        outcome.job.key: outcome.answer
+        for outcome in run_in_processes(JOBS, double, workers=2, threads=1, stage_name="jobs", progress=Progress.silent())
     }
     assert {key: answer["value"] for key, answer in here.items() if answer} == {str(number): 2 * number for number in range(5)}
     assert {key: answer["value"] for key, answer in apart.items() if answer} == {str(number): 2 * number for number in range(5)}
@@ -54,7 +55,7 @@ def test_jobs_in_processes_give_what_they_give_here() -> None:
 def test_a_worker_that_dies_costs_its_own_cell_only(tmp_path: Path) -> None:
     whats = ["raises", "memory", "killed", "killed once", "exits", "well"]
     jobs = [Job(what, what, (what, tmp_path)) for what in whats]
-    found = {o.job.key: o for o in run_in_processes(jobs, misbehave, workers=2, threads=1, progress=Progress.silent())}
+    found = {o.job.key: o for o in run_in_processes(jobs, misbehave, workers=2, threads=1, stage_name="jobs", progress=Progress.silent())}
     assert found.keys() == set(whats)
     assert found["raises"].problem == "RuntimeError: no such luck"
     assert found["memory"].problem == "there was not enough memory"
@@ -70,7 +71,9 @@ def wait_for_long(job: Job, _: Progress) -> Mapping[str, object]:
 
 
 def test_workers_end_when_nobody_waits_for_them_any_more(tmp_path: Path) -> None:
-    outcomes = run_in_processes([Job("a", "a", tmp_path), JOBS[0]], _mixed, workers=2, threads=1, progress=Progress.silent())
+    outcomes = run_in_processes(
+        [Job("a", "a", tmp_path), JOBS[0]], _mixed, workers=2, threads=1, stage_name="jobs", progress=Progress.silent()
+    )
     next(outcomes)  # of the short one
     while not (started := list(tmp_path.iterdir())):
         time.sleep(0.05)
@@ -91,4 +94,4 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(ray, "init", find_none)
     with pytest.raises(SpecError, match=r"ray='auto': there is no cluster to connect to .*Could not find any running Ray instance"):
-        list(run_on_ray(JOBS, double, address="auto", threads=1, memory_bytes=None, progress=Progress.silent()))
+        list(run_on_ray(JOBS, double, address="auto", threads=1, memory_bytes=None, stage_name="jobs", progress=Progress.silent()))

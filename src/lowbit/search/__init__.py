@@ -1,0 +1,1 @@
+"""Search for bits under budgets: the problem, exact selection, agents."""
