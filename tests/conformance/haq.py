@@ -38,7 +38,7 @@ def activation(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, A
 
 
 def weight(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:
-    clip = "max" if params["weight_range"] < 0 else params["weight_range"]
+    clip = "max" if params["weight_range"] <= 0 else params["weight_range"]
     quantizer = HaqWeight(params["w_bit"], clip=clip, tanh=params["tanh_weight"])
     w = inputs["w"].requires_grad_()
     quantizer.initialize(w)

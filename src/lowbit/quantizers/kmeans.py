@@ -124,7 +124,8 @@ class KMeansQuantizer(CodebookQuantizer):
     Source: HAQ, section 4.3.
     """
 
-    tables = tables_by_width = ("levels", "labels")
+    tables: tuple[str, ...] = ("levels", "labels")
+    tables_by_width: tuple[str, ...] = ("levels", "labels")
 
     def __init__(self, bit_width: int, *, max_iterations: int = 50, seed: int = 0) -> None:
         super().__init__(bit_width, granularity=Granularity.tensor())

@@ -19,7 +19,7 @@ from torch.nn.functional import mse_loss
 from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 
 
-@dataclass(frozen=True)
+@dataclass
 class DdpgSettings(CheckedSettings):
     """Numbers of the agent, with HAQ's defaults.
 
@@ -29,7 +29,6 @@ class DdpgSettings(CheckedSettings):
         tau: Share of the trained networks that goes into the target networks at each update.
         discount: Weight of the value of the next state.
         batch_size: Transitions of an update.
-        capacity: Entries of the memory; the oldest are dropped.
         warmup: The episodes ``0 .. warmup`` take random actions and train nothing.
         noise: Standard deviation of the exploration at episode ``warmup``, before it is truncated.
         noise_decay: Factor of it for each later episode.
@@ -42,7 +41,6 @@ class DdpgSettings(CheckedSettings):
     tau: Annotated[float, Interval(0, 1)] = 0.01
     discount: Annotated[float, Interval(0, 1)] = 1.0
     batch_size: Annotated[int, AtLeast(1)] = 64
-    capacity: Annotated[int, AtLeast(3)] = 128
     warmup: Annotated[int, AtLeast(0)] = 20
     noise: Annotated[float, Above(0)] = 0.5
     noise_decay: Annotated[float, Interval(0, 1, closed="right")] = 0.99
@@ -127,8 +125,10 @@ class Memory:
             index = steps[torch.randperm(len(steps), generator=generator)[:count]]
         else:
             index = steps[torch.randint(len(steps), (count,), generator=generator)]
-        state, action, reward, kind = self.entries[index].split([self.entries.shape[1] - 3, 1, 1, 1], dim=1)
-        return Transitions(state, action, reward, self.entries[index + 1, :-3], (kind != _LAST_STEP).float())
+        drawn = self.entries[index]
+        action, reward, kind = drawn[:, -3:].unbind(1)
+        goes_on = (kind != _LAST_STEP).float()
+        return Transitions(drawn[:, :-3], action[:, None], reward[:, None], self.entries[index + 1, :-3], goes_on[:, None])
 
 
 class DdpgAgent:
@@ -140,6 +140,7 @@ class DdpgAgent:
         state_size: Length of an observation.
         settings: Numbers of the agent.
         generator: Random numbers, on the CPU; the networks start from it too.
+        capacity: Entries of the memory, 3 or more; the oldest are dropped.
 
     Attributes:
         actor, critic, actor_target, critic_target: The networks.
@@ -147,14 +148,14 @@ class DdpgAgent:
         baseline: Moving average of the mean rewards of batches; ``None`` before the first update.
     """
 
-    def __init__(self, state_size: int, settings: DdpgSettings, generator: torch.Generator) -> None:
+    def __init__(self, state_size: int, settings: DdpgSettings, generator: torch.Generator, capacity: int = 128) -> None:
         self.settings, self.generator = settings, generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             self.actor, self.critic = Actor(state_size, settings.hidden), Critic(state_size, settings.hidden)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), settings.actor_learning_rate)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), settings.critic_learning_rate)
-        self.memory = Memory(settings.capacity, state_size)
+        self.memory = Memory(capacity, state_size)
         self.baseline: float | None = None
         self.reset_targets()
 
@@ -268,6 +269,7 @@ def truncated_normal(mean: float, deviation: float, u: float) -> float:
     >>> truncated_normal(0.5, 0.2, 0.5), truncated_normal(0.0, 0.1, 0.0), truncated_normal(1.0, 1e-6, 1.0)
     (0.5, 0.0, 1.0)
     """
-    normal = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), deviation)
-    low, high = normal.cdf(torch.tensor(0.0, dtype=torch.float64)), normal.cdf(torch.tensor(1.0, dtype=torch.float64))
-    return float(normal.icdf(low + u * (high - low)).clamp(0, 1))
+    ends = (torch.tensor([0.0, 1.0], dtype=torch.float64) - mean) / deviation
+    below, above = torch.special.ndtr(ends).tolist()
+    place = torch.special.ndtri(torch.tensor(below + u * (above - below), dtype=torch.float64))
+    return min(max(mean + deviation * float(place), 0.0), 1.0)

@@ -21,6 +21,7 @@ from lowbit.search.costs import Assignment, Choices, Cost
 from lowbit.spec import LayerBits
 
 Part = Literal["weight", "activation"]
+PARTS: tuple[Part, ...] = ("weight", "activation")
 _FACTS = 8  # numbers of an observation before the last action
 
 
@@ -86,7 +87,17 @@ def embedding(layers: Sequence[LayerFacts], *rest: float) -> Tensor:
         float32 ``[layers, 8 + len(rest)]``. Source: section 3.1.
     """
     rows = [
-        (layer.is_depthwise, layer.in_channels, layer.out_channels, layer.stride, layer.kernel, layer.weights, layer.input_size, index, *rest)
+        (
+            layer.is_depthwise,
+            layer.in_channels,
+            layer.out_channels,
+            layer.stride,
+            layer.kernel,
+            layer.weights,
+            layer.input_size,
+            index,
+            *rest,
+        )
         for index, layer in enumerate(layers)
     ]
     columns = torch.tensor(rows, dtype=torch.float64)
@@ -102,7 +113,7 @@ def action_to_bits(action: float, lowest: int, highest: int) -> int:
     >>> [action_to_bits(action, 2, 8) for action in (0.0, 0.5, 0.6, 1.0)], action_to_bits(0.0, 1, 8)
     ([2, 5, 6, 8], 1)
     """
-    return min(max(round((highest - lowest + 1) * action + lowest - 0.5), lowest), highest)
+    return min(max(round((highest - lowest + 1) * action + (lowest - 0.5)), lowest), highest)
 
 
 def reward(accuracy: float, original: float) -> float:
@@ -167,8 +178,8 @@ class Environment:
     ) -> None:
         self.choices, self.budgets, self.measure, self.original = choices, budgets, measure, original
         self.pinned, self.pins, self.actions, self.flag, self.forgets = pinned or {}, pins, actions, flag, forgets
-        self._widths = {name: {part: _widths(widths, part) for part in _PARTS} for name, widths in choices.items()}
-        self.decisions = [(name, part) for name in facts for part in _PARTS if len(self._widths[name][part]) > 1]
+        self._widths = {name: {part: _widths(widths, part) for part in PARTS} for name, widths in choices.items()}
+        self.decisions = [(name, part) for name in facts for part in PARTS if len(self._widths[name][part]) > 1]
         if not self.decisions:
             raise SpecError("there is nothing to decide: no layer has a choice of bits. Give several candidates.")
         self.has_flag = any(part == "activation" for _, part in self.decisions)
@@ -270,9 +281,6 @@ class Environment:
             f"budget {cost.kind}: {limit:.6g} {cost.unit} cannot be met; at the lowest bits of all layers{pinned}, the network costs "
             f"{cost.of(bits):.6g} {cost.unit}. Allow more, or widths of fewer bits."
         )
-
-
-_PARTS: tuple[Part, ...] = ("weight", "activation")
 
 
 def _widths(choices: Sequence[LayerBits], part: Part) -> tuple[int | None, ...]:

@@ -68,14 +68,14 @@ def kl_threshold(x: Tensor, bits: int) -> float:
             terms = (cumulative - clipped) * np.log2(cumulative / clipped)
         divergences.append(np.where(cumulative == clipped, 0, terms).sum())
     best = levels + 1 + int(np.argmin(divergences))
-    return (best + 0.5) * largest / bins
+    return float((best + 0.5) * largest / bins)
 
 
 class HaqWeight(GridQuantizer):
     """Weights on ``2**b - 1`` levels in ``[-clip, clip]``, one clip level for the tensor.
 
     Forward: ``round(clamp(w, -clip, clip) / scale) * scale`` with ``scale = clip / (2**(b - 1) - 1)``. Backward: 1 everywhere, also beyond
-    the clip level, which is no parameter. With ``tanh``, ``tanh(w) / max|tanh(w)|`` takes the place of ``w``, and the clip level is 1.
+    the clip level, which is no parameter. With ``tanh``, ``tanh(w) / max|tanh(w)|`` takes the place of ``w``, and the clip level is 1 unless one is given.
     Each bit-width has its own clip level.
 
     Args:
@@ -101,10 +101,10 @@ class HaqWeight(GridQuantizer):
 
     def initialize(self, x: Tensor) -> None:
         """Set the clip level as ``clip`` asks."""
-        if self.tanh:
-            clip = 1.0
-        elif not isinstance(self.clip_rule, str):
+        if not isinstance(self.clip_rule, str):
             clip = float(self.clip_rule)
+        elif self.tanh:
+            clip = 1.0
         elif self.clip_rule == "kl" and self.bit_width <= FEW_BITS:
             clip = kl_threshold(x, self.bit_width)
         else:
