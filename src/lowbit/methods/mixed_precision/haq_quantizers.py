@@ -6,7 +6,8 @@ Symbols: c and r -> clip, a_k or b -> bit_width, n -> qmax.
 Differs from the paper:
     - The divergence is taken between cumulative distributions, with the levels of signed weights for inputs too, as in the authors' code;
       Eq. 7 has the values themselves.
-    - A bin in which both distributions are 0 adds nothing. In the authors' code it makes the divergence NaN and the narrowest range win.
+    - A bin in which both distributions are 0 adds nothing, and where every divergence is infinite, as with values that keep away from 0, the
+      largest magnitude is taken. In the authors' code such a bin makes the divergence NaN and the narrowest range win.
     - Tensors of zeros get the clip level 1 (weights) or the initial one (inputs); in the authors' code they become NaN.
 """
 
@@ -40,7 +41,8 @@ def kl_threshold(x: Tensor, bits: int) -> float:
         bits: Bit-width, with the sign.
 
     Returns:
-        The clip level, up to half a bin above ``max|x|``; ``max|x|`` itself where there are too few bins.
+        The clip level, up to half a bin above ``max|x|``; ``max|x|`` itself where there are too few bins or every
+        divergence is infinite.
 
     Raises:
         CalibrationError: No values, or some that are not finite.
@@ -67,6 +69,8 @@ def kl_threshold(x: Tensor, bits: int) -> float:
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = (cumulative - clipped) * np.log2(cumulative / clipped)
         divergences.append(np.where(cumulative == clipped, 0, terms).sum())
+    if not np.isfinite(min(divergences)):
+        return largest
     best = levels + 1 + int(np.argmin(divergences))
     return float((best + 0.5) * largest / bins)
 
