@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from lowbit.assignment import environment as walks
+from lowbit.assignment.budget import Limit
+from lowbit.assignment.costs import Cost
+from lowbit.assignment.ddpg import DdpgAgent, DdpgSettings, Transitions
+from lowbit.assignment.environment import Environment, code_cost, facts_of, share
 from lowbit.inputs import Inputs
 from lowbit.methods.mixed_precision import haq_quantizers
 from lowbit.methods.mixed_precision.haq_quantizers import HaqActivation, HaqWeight
 from lowbit.network.insert import weight_sites
 from lowbit.quantizers.kmeans import KMeansQuantizer, lloyd
-from lowbit.search import environment as walks
-from lowbit.search.budget import Limit
-from lowbit.search.costs import Cost
-from lowbit.search.ddpg import DdpgAgent, DdpgSettings, Transitions
-from lowbit.search.environment import Environment, code_cost, facts_of, share
 from lowbit.spec import LayerBits
 
 PADDING = {1: 0, 3: 1, 5: 2, 7: 3}  # that keeps the size, by kernel

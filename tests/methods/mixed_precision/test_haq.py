@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.errors import CalibrationError, DataError, LayerError, SpecError
 from lowbit.files import read_tensors
 from lowbit.inputs import Calibration, Inputs
 from lowbit.methods.mixed_precision import haq
 from lowbit.methods.mixed_precision.haq import STATE, Haq
-from lowbit.search.budget import Budget
-from lowbit.search.problem import SearchProblem, make_problem
 from lowbit.spec import LayerBits
 
 FEW = {"episodes": 8, "warmup": 3, "hidden": (8, 8), "batch_size": 8}

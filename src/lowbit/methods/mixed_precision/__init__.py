@@ -1,1 +1,1 @@
-"""Bits for each layer: searched or learned under a budget."""
+"""Methods of the section mixed precision: which layer gets how many bits."""

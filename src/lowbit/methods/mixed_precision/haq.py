@@ -3,7 +3,7 @@
 Paper: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ: Hardware-Aware Automated Quantization with Mixed Precision". Section 3.1 (state), 3.2
     (action), 3.4 (budget), 3.5 (reward, agent), 3.3 and 4.3 (linear and k-means quantizers). Authors' code: mit-han-lab/haq.
 Symbols: O_k -> observation, a_k -> action, b_min and b_max -> the widths of ``SearchProblem.choices``, lambda -> 0.1 in ``reward``.
-The walk and the agent are in ``lowbit.search``, the linear quantizers in ``haq_quantizers``.
+The walk and the agent are in ``lowbit.assignment``, the linear quantizers in ``haq_quantizers``.
 Differs from the paper:
     - The first and the last layer are not walked over unless they are searched; in the paper the agent meets them and 8 bits are put in place
       of its choice.
@@ -29,6 +29,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit.assignment.costs import Assignment, policy_of
+from lowbit.assignment.ddpg import DdpgAgent, DdpgSettings
+from lowbit.assignment.environment import PARTS, Environment, code_cost, facts_of, share
+from lowbit.assignment.episodes import EpisodeLog, run_episode
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.errors import CalibrationError, DataError, LayerError, LowbitError, SpecError
 from lowbit.files import read_tensors, write_tensors
 from lowbit.inputs import Inputs, tensors_of
@@ -47,11 +52,6 @@ from lowbit.quantizers import Quantizer
 from lowbit.quantizers.base import disabled, replace_forward
 from lowbit.quantizers.kmeans import KMeansQuantizer
 from lowbit.registry import MethodInfo, register
-from lowbit.search.costs import Assignment, policy_of
-from lowbit.search.ddpg import DdpgAgent, DdpgSettings
-from lowbit.search.environment import PARTS, Environment, code_cost, facts_of, share
-from lowbit.search.episodes import EpisodeLog, run_episode
-from lowbit.search.problem import Found, SearchMethod, SearchProblem
 from lowbit.spec import LayerBits, switch_name
 from lowbit.workfolder import WorkFolder, open_work_folder, tensors_digest, weights_digest
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lowbit.search.ddpg import DdpgAgent
-from lowbit.search.environment import Environment
+from lowbit.assignment.ddpg import DdpgAgent
+from lowbit.assignment.environment import Environment
 
 
 def run_episode(environment: Environment, agent: DdpgAgent, episode: int) -> float:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.assignment.ddpg import DdpgAgent, DdpgSettings, Memory, Transitions, truncated_normal
 from lowbit.errors import SpecError
-from lowbit.search.ddpg import DdpgAgent, DdpgSettings, Memory, Transitions, truncated_normal
 
 SMALL = DdpgSettings(hidden=(8, 6), batch_size=4, warmup=2)
 

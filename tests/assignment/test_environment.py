@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.assignment.costs import Assignment, Cost
+from lowbit.assignment.ddpg import DdpgAgent, DdpgSettings
+from lowbit.assignment.environment import Environment, LayerFacts, action_to_bits, code_cost, embedding, facts_of, share
+from lowbit.assignment.episodes import EpisodeLog, run_episode
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.network.insert import weight_sites
-from lowbit.search.costs import Assignment, Cost
-from lowbit.search.ddpg import DdpgAgent, DdpgSettings
-from lowbit.search.environment import Environment, LayerFacts, action_to_bits, code_cost, embedding, facts_of, share
-from lowbit.search.episodes import EpisodeLog, run_episode
 from lowbit.spec import LayerBits
 
 FACTS = {name: LayerFacts(place == 1, 4 * place + 3, 8, 1, 3, 100 * (place + 1), 64) for place, name in enumerate("abc")}

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowbit.assignment.costs import Assignment, Choices, Cost
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import FLOAT_BITS
 from lowbit.network.insert import WeightSite
 from lowbit.network.layers import CONVOLUTIONS, TRANSPOSED, evaluating
-from lowbit.search.costs import Assignment, Choices, Cost
 from lowbit.spec import LayerBits
 
 Part = Literal["weight", "activation"]
