@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -79,7 +80,7 @@ class Haq(DdpgSettings, SearchMethod):
     """Reinforcement learning over the bits of all layers.
 
     Attributes:
-        quantizer: ``linear`` (weights of 2 bits or more) or ``kmeans`` (codebooks, 1 bit or more).
+        weights: Quantizer of weights: ``linear`` (2 bits or more) or ``kmeans`` (codebooks, 1 bit or more).
         agent: ``ddpg``, or ``random``: bits are drawn evenly in all episodes, for comparison.
         episodes: Networks that are tried.
         memory_per_layer: Entries of the agent's memory for each layer.
@@ -92,7 +93,9 @@ class Haq(DdpgSettings, SearchMethod):
         learns_clip: Whether fine-tuning changes the clip levels of inputs.
     """
 
-    quantizer: Literal["linear", "kmeans"] = "linear"
+    trial = MappingProxyType({"episodes": 12, "warmup": 4, "hidden": (16, 16)})
+
+    weights: Literal["linear", "kmeans"] = "linear"
     agent: Literal["ddpg", "random"] = "ddpg"
     episodes: Annotated[int, AtLeast(1)] = 600
     memory_per_layer: Annotated[int, AtLeast(3)] = 128
@@ -106,7 +109,7 @@ class Haq(DdpgSettings, SearchMethod):
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         """The quantizer of a weight."""
-        if self.quantizer == "kmeans":
+        if self.weights == "kmeans":
             return KMeansQuantizer(slot.bit_width, max_iterations=self.kmeans_iterations)
         return HaqWeight(slot.bit_width, tanh=self.tanh_weights)
 
@@ -151,8 +154,8 @@ class Haq(DdpgSettings, SearchMethod):
             [(problem.costs[kind], limit) for kind, limit in problem.limits.items()],
             measure=network.accuracy,
             original=network.original,
-            first_action=1.0 if self.quantizer == "linear" else 4.0,
-            actions="share" if self.quantizer == "linear" else "bits",
+            first_action=1.0 if self.weights == "linear" else 4.0,
+            actions="share" if self.weights == "linear" else "bits",
         )
 
 

@@ -95,7 +95,7 @@ class HaqWeight(GridQuantizer):
 
     def __init__(self, bit_width: int, *, clip: WeightClip = "kl", tanh: bool = False) -> None:
         if bit_width < 2:
-            raise SpecError(f"haq: linear weights need 2 to 8 bits, got {bit_width}. For 1 bit choose quantizer='kmeans'.")
+            raise SpecError(f"haq: linear weights need 2 to 8 bits, got {bit_width}. For 1 bit choose weights='kmeans'.")
         super().__init__(bit_width, *self.code_range(bit_width), surrogate=straight_through)
         self.clip: Tensor
         self.clip_rule, self.tanh = clip, tanh
