@@ -37,6 +37,7 @@ MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch some
     "dorefa": [{"gradient_bits": 6}],
     "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
     "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
+    "haq": [{"finetune_epochs": 1}, {"finetune_epochs": 1, "weights": "kmeans"}],
     "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
     "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
 }
@@ -158,6 +159,22 @@ def _through_a_file(model: nn.Module, images: Tensor) -> None:
             lowbit.load(Path(folder) / "model.lowbit")(images)
 
 
+def _searched(info: MethodInfo, options: dict[str, object]) -> None:
+    """Bits of weights and inputs, searched while keeping what a killed search needs."""
+    model, data = _network("resnet8")
+    trial = info.method.trial  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.search(
+            model,
+            method=info.name,
+            budget="average=4",
+            data=[data],
+            activation_bits=[4, 8],
+            work_dir=folder,
+            **{**trial, **options},
+        )
+
+
 def _nearest(wanted: int, supported: range) -> int:
     return wanted if wanted in supported else supported[0]
 
@@ -166,6 +183,8 @@ def _nearest(wanted: int, supported: range) -> int:
 def reached_by_users(name: str) -> frozenset[str]:
     """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
     info = get_method(name)
+    if info.kind == "search":
+        return _reached_by_searches(info)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {
@@ -193,4 +212,11 @@ def reached_by_users(name: str) -> frozenset[str]:
                 with contextlib.suppress(LowbitError):
                     _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
                     break
+    return frozenset(found)
+
+
+def _reached_by_searches(info: MethodInfo) -> frozenset[str]:
+    with _watching(lambda _: True) as found:
+        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+            _searched(info, options)
     return frozenset(found)
