@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.report.summary import summary
     from lowbit.runtime.compile import compile_runtime
     from lowbit.search.budget import Budget
+    from lowbit.search.problem import SearchMethod, SearchProblem
+    from lowbit.search.result import SearchResult
     from lowbit.spec import BitPolicy, Granularity, LayerBits
     from lowbit.workflows.compare import Comparison, compare
     from lowbit.workflows.deliver import Delivery, deliver
@@ -35,7 +37,8 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.workflows.export import ExportReport, export
     from lowbit.workflows.load import load
     from lowbit.workflows.quantize import quantize, quantize_and_deliver
-    from lowbit.workflows.requests import QuantizeRequest, TrainRequest
+    from lowbit.workflows.requests import QuantizeRequest, SearchRequest, TrainRequest
+    from lowbit.workflows.search import search, search_and_write
     from lowbit.workflows.subjects import Subject
     from lowbit.workflows.suite import Suite
     from lowbit.workflows.train import train, train_and_deliver
@@ -49,6 +52,7 @@ __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
     "set_bits", "get_bits", "select_bits",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
+    "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",

@@ -40,7 +40,7 @@ def test_the_first_and_the_last_layer_are_not_searched() -> None:
 
 def test_costs_are_those_of_the_quantized_network() -> None:
     found = problem()
-    for bits in found.uniform():
+    for bits in found.uniform().values():
         quantized = lowbit.quantize(network(), method="round_to_nearest", policy=found.policy(bits), calibration=X)
         assert found.costs["size"].of(bits) == model_size(quantized).total_bytes
         assert found.costs["bops"].of(bits) == sum(layer.bops for layer in compute_cost(quantized, X).values())
@@ -59,7 +59,7 @@ def test_shares_are_of_the_float_network_and_of_eight_bits_for_time() -> None:
     macs = sum(compute_cost(network(), X)[name].macs for name in "0359")
     assert found.limits == {"size": 0.5 * model_size(network()).float_bytes, "bops": 0.08 * macs * 1024, "latency": 12.0}
     assert found.main == "size"
-    assert [found.fits(bits) for bits in found.uniform()] == [False, False, True]
+    assert [found.fits(bits) for bits in found.uniform().values()] == [False, False, True]
 
 
 def test_a_budget_that_cannot_be_met_names_the_least_possible_cost() -> None:

@@ -28,6 +28,7 @@ COMMANDS = {  # each is the variable ``app`` of the file of its name
     "evaluate": "Measure accuracy, size and time of the float network and of exported files.",
     "export": "Write a network to a file, check the file against the network, and time it.",
     "run": "Classify pictures with a packed network on low-bit kernels, or time it.",
+    "search": "Choose bits for each layer under a budget of size, operations or time.",
     "compare": "Compare methods on equal terms: same network, data, layers, images and seeds.",
     "diagnose": "Quantize, then walk the white paper's debugging chart: which layers hurt, and what helps.",
     "doctor": "Say what is installed, what the processor can do, and which kernels low-bit layers run on.",

@@ -13,6 +13,7 @@ _SHORT = {"method": "-m", "weight_bits": "-w", "activation_bits": "-a", "options
 _LONG = {
     "options": "option",
     "procedure_options": "procedure-option",
+    "then_options": "then-option",
     "model_options": "model-option",
     "teacher_options": "teacher-option",
     "kind": "optimizer",

@@ -36,6 +36,10 @@ class LatencyTable:
         """Time of one layer; ``check`` says whether the table has it."""
         return self.times[layer][switch_name(bits)]
 
+    def has(self, needed: Mapping[str, Sequence[LayerBits]]) -> bool:
+        """Whether it has every layer at these widths."""
+        return all(switch_name(bits) in self.times.get(name, {}) for name, widths in needed.items() for bits in widths)
+
     def check(self, needed: Mapping[str, Sequence[LayerBits]]) -> None:
         """SpecError that names the layers which the table lacks, or the widths that it lacks of them."""
         missing = [name for name in needed if name not in self.times]

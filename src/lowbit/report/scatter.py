@@ -56,8 +56,9 @@ def scatter(
     y_label: str,
     format_x: Callable[[float], str],
     format_y: Callable[[float], str],
+    label_front: bool = True,
 ) -> Markup:
-    """Points with their spread over seeds, and the Pareto front as a line."""
+    """Points with their spread over seeds, and the Pareto front as a line; ``label_front``: with the names of its points."""
     x = _axis([p.x for p in points], LEFT, WIDTH - RIGHT)
     y = _axis([value for p in points for value in (p.low, p.high, p.y)], HEIGHT - BOTTOM, TOP)
     front = pareto_front(points, higher_is_better=higher_is_better)
@@ -75,7 +76,8 @@ def scatter(
             line(x(point.x), y(point.low), x(point.x), y(point.high), f"spread {colour}"),
             element("circle", tooltip, cx=f"{x(point.x):.1f}", cy=f"{y(point.y):.1f}", r="5", class_=f"dot {colour}"),
         ]
-    parts += [label(x(p.x) + 8, y(p.y) - 7, p.name, "end" if x(p.x) > WIDTH * 0.8 else "start", "tick strong") for p in front]
+    named = front if label_front else []
+    parts += [label(x(p.x) + 8, y(p.y) - 7, p.name, "end" if x(p.x) > WIDTH * 0.8 else "start", "tick strong") for p in named]
     return drawing(WIDTH, HEIGHT, f"{y_label} over {x_label}, with the Pareto front", *parts)
 
 

@@ -120,10 +120,16 @@ class SearchProblem:
         """The policy that gives every layer its bits, those of ``fixed`` included."""
         return policy_of({**self.fixed, **bits})
 
-    def uniform(self) -> list[Assignment]:
-        """Every searched layer at the same one of its widths, from the highest to the lowest."""
-        count = max(map(len, self.choices.values()))
-        return [{name: widths[min(place, len(widths) - 1)] for name, widths in self.choices.items()} for place in range(count)]
+    def uniform(self) -> dict[LayerBits, Assignment]:
+        """Every searched layer at the same one of the widths that all of them have, from the highest to the lowest."""
+        weight_only = {name for name, site in self.layers.items() if site.is_weight_only}
+        shared = dict.fromkeys(
+            bits
+            for name, widths in self.choices.items()
+            if name not in weight_only or len(weight_only) == len(self.layers)
+            for bits in widths
+        )
+        return {bits: {name: LayerBits(bits.weight, None) if name in weight_only else bits for name in self.choices} for bits in shared}
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """Random numbers that depend on the seed and on ``purpose`` alone, so that parts may run in any order."""

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from lowbit.comparison.cells import MIXED, Cell, Result, Status
-from lowbit.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
 from lowbit.comparison.store import Store
 from lowbit.comparison.tables import Tables, make_tables
 from lowbit.comparison.terms import equal_terms
 from lowbit.comparison.verdicts import Verdict, judge
 from lowbit.errors import DivergedError, LowbitError, SpecError
+from lowbit.executors import Job, Outcome, run_here, run_in_processes, run_on_ray
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import model_size
 from lowbit.network.bits import set_bits, switches_of, switching_layers

@@ -342,6 +342,105 @@ class DiagnoseRequest(NetworkSettings, SampleSettings, MethodSettings, BitSettin
 
 
 @dataclass(frozen=True)
+class BudgetSettings(Request):
+    """Budget.
+
+    Attributes:
+        budget: The most that the network may cost: average=4 (bits of a weight), size=2.5MB or size=10% (of the float file), bops=1.2G or
+            bops=8% (bit operations; of the float network's), latency=3ms or latency=60% (of 8-bit weights and activations; needs a latency
+            table). Several hold together.
+        max_drop: In place of a budget: the cheapest network along the method's frontier whose measured metric falls by at most so many points;
+            needs labels.
+        latency_table: Times of the layers: a file that 'lowbit latency-table' wrote, or a model of hardware: bit_serial or bit_fusion.
+    """
+
+    budget: tuple[str, ...] = ()
+    max_drop: Annotated[float | None, AtLeast(0)] = None
+    latency_table: str | None = None
+
+
+@dataclass(frozen=True)
+class CandidateSettings(Request):
+    """Bits.
+
+    Attributes:
+        candidates: Widths that weights may have, joined by commas.
+        activation_bits: Bits of what layers read, 1 to 8, or 'float'; several, joined by commas: each layer may have any of them.
+        first_last_bits: Bits of the first and the last layer, which are not searched, or 'same': they are searched as all others.
+    """
+
+    candidates: str = "2,4,8"
+    activation_bits: str | int = "8"
+    first_last_bits: str | int = "8"
+
+    def candidate_bits(self) -> tuple[int, ...]:
+        """The widths of weights."""
+        return tuple(bits for bits in _list_of_bits(self.candidates, "candidates") if bits is not None)
+
+    def input_bits(self) -> tuple[int | None, ...]:
+        """The widths of what layers read; ``None`` is float."""
+        return _list_of_bits(self.activation_bits, "activation_bits")
+
+    @property
+    def ends(self) -> int | None:
+        """Bits of the first and the last layer; ``None``: they are searched."""
+        return None if self.first_last_bits == "same" else parse_bits(self.first_last_bits, "first_last_bits")
+
+
+def _list_of_bits(given: str | int, where: str) -> tuple[int | None, ...]:
+    return tuple(parse_bits(part.strip(), where) for part in str(given).split(","))
+
+
+@dataclass(frozen=True)
+class SearchRequest(NetworkSettings, SampleSettings, MethodSettings, BudgetSettings, CandidateSettings, RunSettings):
+    """Run.
+
+    Attributes:
+        then: Post-training method to quantize the network with that was found; it is written to the folder quantized/ in the output folder, and
+            compared with the uniform network that costs no more. Default: only search.
+        then_options: Hyper-parameters of that method.
+        quantizer: Post-training method that networks are measured with for max_drop, where 'then' names none.
+        workers: Processes; the result does not depend on their number.
+        seed: Makes the result reproducible.
+        out: Folder for policy.yaml, search.json and report.html.
+        resume: Resume a stopped search with the same settings, or start over.
+
+    Example:
+        >>> import lowbit
+        >>> request = lowbit.SearchRequest(budget=("size=10%", "bops=8%"), candidates="2,3,4,8")
+        >>> request.candidate_bits(), request.input_bits()
+        ((2, 3, 4, 8), (8,))
+    """
+
+    command: ClassVar[str] = "search"
+    method_kind: ClassVar[Kind] = "search"
+
+    method: str = "hawq_v2"
+    then: str | None = None
+    then_options: Mapping[str, object] = field(default_factory=dict)
+    quantizer: str = "round_to_nearest"
+    workers: Annotated[int, AtLeast(1)] = 1
+    seed: int = 0
+    out: str = "lowbit-search"
+    resume: bool = True
+
+    def deciding_settings(self) -> dict[str, object]:
+        """The settings that the result depends on, as JSON holds them."""
+        names = (
+            "options",
+            "budget",
+            "max_drop",
+            "latency_table",
+            "candidates",
+            "activation_bits",
+            "first_last_bits",
+            "then",
+            "then_options",
+        )
+        return {name: plain_value(getattr(self, name)) for name in (*names, "quantizer", "seed", "calibration_samples")}
+
+
+@dataclass(frozen=True)
 class EvaluateRequest(NetworkSettings, RunSettings):
     """Run.
 

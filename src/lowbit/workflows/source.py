@@ -252,3 +252,16 @@ def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, de
     items = (dataset[index] for index in chosen)
     images = [item[0] if isinstance(item, tuple) else item for item in items]
     return [_stack(images[start : start + batch_size], batch_dim).to(device) for start in range(0, len(images), batch_size)]
+
+
+def labelled_batches(settings: NetworkSettings, samples: SampleSettings, source: Source) -> list[tuple[Tensor, Tensor]]:
+    """The calibration samples of ``source`` with their labels; none where the data hold no labels."""
+    if source.calibration is None or source.calibration_name == "":
+        return []
+    found = load_data(source.calibration_name, split="calibration", preprocessing=source.provenance.preprocessing)
+    if found.num_classes is None:
+        return []
+    chosen = range(min(samples.calibration_samples, len(found)))
+    labels = torch.tensor([int(found.dataset[index][1]) for index in chosen], device=source.device)
+    images = (inputs.args[0] for inputs in source.calibration)
+    return list(zip(images, labels.split(samples.batch_size), strict=True))
