@@ -1,0 +1,1 @@
+"""Methods of the section mixed precision: which layer gets how many bits."""
