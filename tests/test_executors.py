@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.executors import Job, run_here, run_in_processes, run_on_ray
 from lowbit.errors import SpecError
+from lowbit.executors import Job, run_here, run_in_processes, run_on_ray
 from lowbit.progress import Progress
 
 

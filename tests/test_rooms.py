@@ -28,7 +28,7 @@ ORDER = (
     ("formats",),
     ("runtime",),
     ("qat", "post_training"),
-    ("search",),
+    ("assignment",),
     ("methods",),
     ("comparison",),
     ("report",),

@@ -7,6 +7,9 @@ from lowbit import errors
 from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:  # imported when they are first used
+    from lowbit.assignment.budget import Budget
+    from lowbit.assignment.problem import SearchMethod, SearchProblem
+    from lowbit.assignment.result import SearchResult
     from lowbit.measure.diagnose import diagnose
     from lowbit.measure.selection import select_bits
     from lowbit.network.bits import get_bits, set_bits
@@ -27,9 +30,6 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.registry import MethodInfo, get_method, list_methods, register
     from lowbit.report.summary import summary
     from lowbit.runtime.compile import compile_runtime
-    from lowbit.search.budget import Budget
-    from lowbit.search.problem import SearchMethod, SearchProblem
-    from lowbit.search.result import SearchResult
     from lowbit.spec import BitPolicy, Granularity, LayerBits
     from lowbit.workflows.compare import Comparison, compare
     from lowbit.workflows.deliver import Delivery, deliver

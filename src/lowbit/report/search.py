@@ -9,13 +9,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lowbit.assignment.budget import REFERENCES, CostKind
+from lowbit.assignment.result import Candidate, SearchResult
 from lowbit.files import write_text
 from lowbit.qat.task import format_metric
 from lowbit.report import svg
 from lowbit.report.formatting import NOTHING, format_bits, format_bytes, format_count, format_number
 from lowbit.report.scatter import Point, scatter
-from lowbit.search.budget import REFERENCES, CostKind
-from lowbit.search.result import Candidate, SearchResult
 from lowbit.spec import LayerBits, switch_name
 
 ROW, NAME_WIDTH, TOP = 16.0, 150.0, 26.0  # units of a drawing

@@ -12,6 +12,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem, make_problem
+from lowbit.assignment.result import Candidate, SearchResult
 from lowbit.autograd import records_gradients
 from lowbit.errors import CalibrationError, DataError, SpecError
 from lowbit.files import write_text
@@ -30,10 +34,6 @@ from lowbit.qat.tasks import as_task
 from lowbit.report.facts import run_facts
 from lowbit.report.json_text import to_json
 from lowbit.report.search import write_search_page
-from lowbit.search.budget import Budget
-from lowbit.search.costs import Assignment
-from lowbit.search.problem import Found, SearchMethod, SearchProblem, make_problem
-from lowbit.search.result import Candidate, SearchResult
 from lowbit.spec import BitPolicy, LayerBits, switch_name
 from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.evaluate import evaluate
@@ -61,7 +61,7 @@ def search(
     test_data: object = None,
     sample: object = None,
     candidates: Sequence[int] = (2, 4, 8),
-    activation_bits: int | Sequence[int] | None = 8,
+    activation_bits: int | Sequence[int | None] | None = 8,
     first_last_bits: int | None = 8,
     latency_table: LatencyTable | Path | str | None = None,
     quantizer: str = SearchRequest.quantizer,
@@ -306,8 +306,6 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
         >>> round(searched.result.cost["average"], 1) <= 4
         True
     """
-    from lowbit.workflows.latency_table import open_latency_table
-
     progress, started = progress or Progress.silent(), time.time()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -326,6 +324,8 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
     candidates, activations = request.candidate_bits(), request.input_bits()
     table = None
     if request.latency_table is not None:
+        from lowbit.workflows.latency_table import open_latency_table
+
         table = open_latency_table(request.latency_table, source.model, source.sample, candidates, activations)
     batches = labelled_batches(request, request, source)
     if request.max_drop is not None and source.test is None:

@@ -18,8 +18,8 @@ import lowbit
 from lowbit.errors import SpecError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.methods.mixed_precision.brecq_genetic import BrecqGenetic, Prediction, drawn_residual, unit_errors
-from lowbit.search.budget import Budget
-from lowbit.search.problem import SearchProblem, make_problem
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.spec import LayerBits
 
 TWO, FOUR, EIGHT = LayerBits(2, 8), LayerBits(4, 8), LayerBits(8, 8)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.inputs import map_tensors
+from lowbit.measure.hessian import inner_product, product_with
 from lowbit.network import insert
 from lowbit.options import AtLeast
 from lowbit.qat import OptimizerSpec, Recipe, Slot, TrainRun
@@ -82,10 +83,7 @@ def hutchinson_trace(
     found: list[float] = []
     previous = 0.0
     for probe in probes:
-        if not gradient.requires_grad:  # the loss is linear in the tensor
-            return 0.0, [0.0]
-        product = torch.autograd.grad(gradient, tensor, grad_outputs=probe, retain_graph=True, allow_unused=True)[0]
-        found.append(0.0 if product is None else float((probe * product).sum()))
+        found.append(inner_product([probe], product_with([gradient], [tensor], [probe])))
         mean = sum(found) / len(found)
         if abs(mean - previous) / (previous + 1e-6) < tolerance or len(found) >= max_iterations:
             break

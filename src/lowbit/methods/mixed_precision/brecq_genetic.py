@@ -41,12 +41,12 @@ from lowbit.post_training.reconstruction.units import block_units, plan_units
 from lowbit.qat.task import Batch
 from lowbit.qat.tasks import MultiLabel, Regression
 from lowbit.registry import MethodInfo, register
-from lowbit.search.activations import searched_inputs
-from lowbit.search.costs import Assignment, policy_of
-from lowbit.search.genetic import Individual, evolve
-from lowbit.search.parallel import LossOf, losses, seeded, table
-from lowbit.search.problem import Found, SearchMethod, SearchProblem
-from lowbit.search.solve import solve
+from lowbit.assignment.activations import searched_inputs
+from lowbit.assignment.costs import Assignment, policy_of
+from lowbit.assignment.genetic import Individual, evolve
+from lowbit.assignment.parallel import LossOf, losses, seeded, table
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
+from lowbit.assignment.solve import solve
 from lowbit.spec import LayerBits
 from lowbit.workfolder import tensors_digest
 

@@ -34,11 +34,11 @@ from lowbit.qat.tasks import MultiLabel, Regression
 from lowbit.quantizers import UniformQuantizer
 from lowbit.quantizers.ranges.observers import MinMaxObserver
 from lowbit.registry import MethodInfo, register
-from lowbit.search.activations import searched_inputs
-from lowbit.search.additive import choose
-from lowbit.search.costs import Assignment
-from lowbit.search.parallel import LossOf, table
-from lowbit.search.problem import Found, SearchMethod, SearchProblem
+from lowbit.assignment.activations import searched_inputs
+from lowbit.assignment.additive import choose
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.parallel import LossOf, table
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.spec import Granularity, LayerBits
 
 SMALLEST_WIDTH = 1e-8  # of a channel's range

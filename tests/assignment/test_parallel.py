@@ -13,10 +13,10 @@ from torch import nn
 import lowbit
 from lowbit.errors import LayerError, SpecError
 from lowbit.inputs import Inputs
-from lowbit.search.budget import Budget
-from lowbit.search.costs import Assignment
-from lowbit.search.parallel import LossOf, losses, table
-from lowbit.search.problem import SearchProblem, make_problem
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.parallel import LossOf, losses, table
+from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.spec import LayerBits
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))

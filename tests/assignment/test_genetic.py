@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lowbit.search.genetic import Individual, evolve
+from lowbit.assignment.genetic import Individual, evolve
 
 COUNTS = [3, 2, 4, 3, 3]
 COSTS = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).tolist()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lowbit.assignment.budget import Budget, Limit
 from lowbit.errors import SpecError, UnknownNameError
-from lowbit.search.budget import Budget, Limit
 
 
 @pytest.mark.parametrize(

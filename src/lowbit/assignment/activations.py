@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lowbit.measure.sensitivity import input_quantizers
 from lowbit.quantizers import Quantizer
-from lowbit.search.problem import SearchProblem
+from lowbit.assignment.problem import SearchProblem
 from lowbit.spec import LayerBits
 
 InputOf = Callable[[str, LayerBits], Quantizer | None]

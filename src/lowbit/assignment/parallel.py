@@ -23,8 +23,8 @@ from lowbit.executors import Job, run_here, run_in_processes
 from lowbit.files import write_text
 from lowbit.inputs import tensors_of
 from lowbit.progress import Progress
-from lowbit.search.costs import Assignment
-from lowbit.search.problem import SearchProblem
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.problem import SearchProblem
 from lowbit.spec import LayerBits, switch_name
 from lowbit.workfolder import tensors_digest, weights_digest
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.problem import SearchProblem, make_problem, own_answers_loss
 from lowbit.errors import LayerError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure import compute_cost, model_size
 from lowbit.measure.latency_table import LatencyTable
-from lowbit.search.budget import Budget
-from lowbit.search.problem import SearchProblem, make_problem, own_answers_loss
 
 X = torch.rand(8, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lowbit.search.problem import Found, Option, SearchProblem
-from lowbit.search.solve import frontier, solve
+from lowbit.assignment.problem import Found, Option, SearchProblem
+from lowbit.assignment.solve import frontier, solve
 from lowbit.spec import LayerBits
 
 PARTS = 2**14  # combinations of the first layers that are kept before the next one is added

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lowbit.assignment.budget import CostKind, Limit
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import FLOAT_BITS, ModelSize, float_size, model_size
@@ -15,7 +16,6 @@ from lowbit.measure.latency_table import LatencyTable
 from lowbit.network.insert import weight_sites
 from lowbit.network.unwrap import plain_copy
 from lowbit.post_training.pipeline import PostTrainingMethod, PtqJob
-from lowbit.search.budget import CostKind, Limit
 from lowbit.spec import BitPolicy, LayerBits, switch_name
 
 Assignment = Mapping[str, LayerBits]

@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.assignment.budget import Budget, CostKind
+from lowbit.assignment.costs import Assignment, Choices, Cost, average_cost, bops_cost, latency_cost, policy_of, size_cost
 from lowbit.errors import DataError, LayerError, SpecError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure.cost import FLOAT_BITS
@@ -24,8 +27,6 @@ from lowbit.network.unwrap import plain_copy
 from lowbit.options import Method
 from lowbit.progress import Progress
 from lowbit.qat.task import Batch, Output, Task
-from lowbit.search.budget import Budget, CostKind
-from lowbit.search.costs import Assignment, Choices, Cost, average_cost, bops_cost, latency_cost, policy_of, size_cost
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
 
 
@@ -50,7 +51,7 @@ class Found:
 
     Attributes:
         bits: Bits of each searched layer, within the budget.
-        loss: The loss that the method predicts for them.
+        loss: The loss that the method predicts for them; ``None`` where it predicts none.
         frontier: Options of which none costs less and loses less than another, from the cheapest on; empty where the method finds one.
         sensitivity: Predicted loss of each layer at each width, the others in float; empty where the method has none.
         order: Layers in the order in which the paper retrains them; empty where it says none.
@@ -58,7 +59,7 @@ class Found:
     """
 
     bits: Assignment
-    loss: float
+    loss: float | None
     frontier: tuple[Option, ...] = ()
     sensitivity: Mapping[str, Mapping[LayerBits, float]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
@@ -166,6 +167,8 @@ def own_answers_loss(output: Output) -> Tensor:
 
 class SearchMethod(Method, ABC):
     """Chooses bits for each layer; the fields of a subclass are the paper's hyper-parameters."""
+
+    trial: ClassVar[Mapping[str, object]] = MappingProxyType({})  # hyper-parameters for a first try, where the paper's take long
 
     @abstractmethod
     def search(self, problem: SearchProblem) -> Found:

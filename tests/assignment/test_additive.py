@@ -10,9 +10,9 @@ from torch import nn
 
 import lowbit
 from lowbit.inputs import Inputs
-from lowbit.search.additive import choose
-from lowbit.search.budget import Budget
-from lowbit.search.problem import SearchProblem, make_problem
+from lowbit.assignment.additive import choose
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.spec import LayerBits
 
 

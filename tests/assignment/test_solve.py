@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lowbit.assignment.solve import frontier, solve
 from lowbit.errors import MissingExtraError, SpecError
-from lowbit.search.solve import frontier, solve
 
 Array = NDArray[np.float64]
 BITS = [2, 4, 8]

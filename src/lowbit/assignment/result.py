@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lowbit.search.budget import CostKind
-from lowbit.search.costs import Assignment
+from lowbit.assignment.budget import CostKind
+from lowbit.assignment.costs import Assignment
 from lowbit.spec import BitPolicy, LayerBits, switch_name
 
 

@@ -1,1 +1,0 @@
-"""Search for bits under budgets: the problem, exact selection, agents."""
