@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowbit
+from lowbit.assignment.budget import Budget
+from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.errors import SpecError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.methods.mixed_precision.brecq_genetic import BrecqGenetic, Prediction, drawn_residual, unit_errors
-from lowbit.assignment.budget import Budget
-from lowbit.assignment.problem import SearchProblem, make_problem
 from lowbit.spec import LayerBits
 
 TWO, FOUR, EIGHT = LayerBits(2, 8), LayerBits(4, 8), LayerBits(8, 8)
