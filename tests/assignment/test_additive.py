@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.inputs import Inputs
 from lowbit.assignment.additive import choose
 from lowbit.assignment.budget import Budget
 from lowbit.assignment.problem import SearchProblem, make_problem
+from lowbit.inputs import Inputs
 from lowbit.spec import LayerBits
 
 

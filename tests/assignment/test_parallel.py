@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.errors import LayerError, SpecError
-from lowbit.inputs import Inputs
 from lowbit.assignment.budget import Budget
 from lowbit.assignment.costs import Assignment
 from lowbit.assignment.parallel import LossOf, losses, table
 from lowbit.assignment.problem import SearchProblem, make_problem
+from lowbit.errors import LayerError, SpecError
+from lowbit.inputs import Inputs
 from lowbit.spec import LayerBits
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))

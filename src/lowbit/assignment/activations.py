@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lowbit.assignment.problem import SearchProblem
 from lowbit.measure.sensitivity import input_quantizers
 from lowbit.quantizers import Quantizer
-from lowbit.assignment.problem import SearchProblem
 from lowbit.spec import LayerBits
 
 InputOf = Callable[[str, LayerBits], Quantizer | None]

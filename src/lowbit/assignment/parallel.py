@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.problem import SearchProblem
 from lowbit.errors import LayerError, OutputError, SpecError
 from lowbit.executors import Job, run_here, run_in_processes
 from lowbit.files import write_text
 from lowbit.inputs import tensors_of
 from lowbit.progress import Progress
-from lowbit.assignment.costs import Assignment
-from lowbit.assignment.problem import SearchProblem
 from lowbit.spec import LayerBits, switch_name
 from lowbit.workfolder import tensors_digest, weights_digest
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowbit
-from lowbit.inputs import Calibration, Inputs
 from lowbit.assignment.budget import Budget
 from lowbit.assignment.problem import SearchProblem, make_problem
+from lowbit.inputs import Calibration, Inputs
 from lowbit.spec import LayerBits
 
 X = torch.randn(24, 3, 6, 6, generator=torch.Generator().manual_seed(5))

@@ -26,6 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowbit.assignment.activations import searched_inputs
+from lowbit.assignment.costs import Assignment, policy_of
+from lowbit.assignment.genetic import Individual, evolve
+from lowbit.assignment.parallel import LossOf, losses, seeded, table
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
+from lowbit.assignment.solve import solve
 from lowbit.errors import LayerError, SpecError
 from lowbit.measure.agreement import has_classes
 from lowbit.measure.outputs import class_dimension, output_tensor
@@ -41,12 +47,6 @@ from lowbit.post_training.reconstruction.units import block_units, plan_units
 from lowbit.qat.task import Batch
 from lowbit.qat.tasks import MultiLabel, Regression
 from lowbit.registry import MethodInfo, register
-from lowbit.assignment.activations import searched_inputs
-from lowbit.assignment.costs import Assignment, policy_of
-from lowbit.assignment.genetic import Individual, evolve
-from lowbit.assignment.parallel import LossOf, losses, seeded, table
-from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
-from lowbit.assignment.solve import solve
 from lowbit.spec import LayerBits
 from lowbit.workfolder import tensors_digest
 

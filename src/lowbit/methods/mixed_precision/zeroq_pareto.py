@@ -19,6 +19,11 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from lowbit.assignment.activations import searched_inputs
+from lowbit.assignment.additive import choose
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.parallel import LossOf, table
+from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.errors import SpecError
 from lowbit.measure.sensitivity import (
     Distance,
@@ -34,11 +39,6 @@ from lowbit.qat.tasks import MultiLabel, Regression
 from lowbit.quantizers import UniformQuantizer
 from lowbit.quantizers.ranges.observers import MinMaxObserver
 from lowbit.registry import MethodInfo, register
-from lowbit.assignment.activations import searched_inputs
-from lowbit.assignment.additive import choose
-from lowbit.assignment.costs import Assignment
-from lowbit.assignment.parallel import LossOf, table
-from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.spec import Granularity, LayerBits
 
 SMALLEST_WIDTH = 1e-8  # of a channel's range
@@ -125,7 +125,7 @@ class ZeroqPareto(SearchMethod):
     """
 
     distance: DistanceKind = "kl"
-    options: Annotated[int, AtLeast(2)] = 512
+    options: Annotated[int, AtLeast(2)] = 100
 
     def search(self, problem: SearchProblem) -> Found:
         problem.need_batches(self.info.name)
