@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from lowbit.assignment.problem import Found, Option, SearchProblem
-from lowbit.assignment.solve import frontier, solve
+from lowbit.assignment.problem import Found, SearchProblem
+from lowbit.assignment.solve import frontier, solve, thinned
 from lowbit.spec import LayerBits
 
 PARTS = 2**14  # combinations of the first layers that are kept before the next one is added
@@ -44,6 +45,6 @@ def choose(problem: SearchProblem, losses: Mapping[str, Mapping[LayerBits, float
         )
     )
     line = frontier(rows(losses), rows(problem.costs[problem.main].table), points=parts)
-    shown = np.linspace(0, len(line) - 1, min(options, len(line))).round().astype(int)
-    found: tuple[Option, ...] = tuple(problem.option(bits_of(line[place].choices), line[place].loss) for place in shown)
-    return Found(best, sum(losses[name][bits] for name, bits in best.items()), found, losses)
+    shown = [line[place] for place in thinned(np.arange(len(line)), options)]
+    found = tuple(problem.option(bits_of(point.choices), point.loss) for point in shown)
+    return Found(best, math.fsum(losses[name][bits] for name, bits in best.items()), found, losses)

@@ -125,7 +125,7 @@ class ZeroqPareto(SearchMethod):
     """
 
     distance: DistanceKind = "kl"
-    options: Annotated[int, AtLeast(2)] = 512
+    options: Annotated[int, AtLeast(2)] = 100
 
     def search(self, problem: SearchProblem) -> Found:
         problem.need_batches(self.info.name)
