@@ -69,7 +69,7 @@ def descending(values: Sequence[float]) -> list[int]:
 def perturbation(weight: Tensor, bit_width: int, granularity: Granularity | None = None) -> float:
     """``||Q(W) - W||_2^2``, the sum over all weights, with ``HawqWeight``; added up in float64."""
     values = weight.detach().float()
-    return float((HawqWeight(bit_width, granularity=granularity)(values) - values).double().square().sum())
+    return float((HawqWeight(bit_width, granularity=granularity).encode(values).decode() - values).double().square().sum())
 
 
 def ordered_assignments(order: Sequence[int], widths: int) -> NDArray[np.int64]:
