@@ -7,21 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.methods.mixed_precision.bsq import (
-    BitPlanes,
-    BitPlanesWithBias,
-    Bsq,
-    BsqActivation,
-    held_by_planes,
-    planes_of,
-    requantize,
-    size_of,
-    to_planes,
-    trim,
-    value_of,
-)
+from lowbit.methods.mixed_precision.bsq import BitPlanesWithBias, Bsq, BsqActivation, held_by_planes
 from lowbit.network import insert
 from lowbit.qat import Classification, OptimizerSpec, Recipe, TrainRun
+from lowbit.quantizers.bit_planes import BitPlanes, planes_of, requantize, size_of, to_planes, trim, value_of
 
 
 def given(p: Tensor, n: Tensor, scale: Tensor, kind: type[BitPlanes] = BitPlanes, most: int | None = None) -> BitPlanes:
@@ -46,11 +35,13 @@ def to_bits(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tens
 
 def regularizer(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor | float]:
     quantizers = [given(inputs[f"p.{i}"], inputs[f"n.{i}"], torch.ones(())) for i in range(params["layers"])]
+    weights, bits = size_of(quantizers)
+    Bsq(alpha=weights).weigh(quantizers)
+    regularizer = sum(quantizer.penalty() for quantizer in quantizers)
     Bsq(alpha=params["alpha"]).weigh(quantizers)
     loss = sum(quantizer.penalty() for quantizer in quantizers)
     loss.backward()
-    weights, bits = size_of(quantizers)
-    found = {"regularizer": sum(q.regularizer() for q in quantizers), "loss": loss, "total_params": weights, "total_bits": bits}
+    found = {"regularizer": regularizer, "loss": loss, "total_params": weights, "total_bits": bits}
     for i, quantizer in enumerate(quantizers):
         found[f"grad_p.{i}"], found[f"grad_n.{i}"] = quantizer.planes.grad
     return found
@@ -95,7 +86,7 @@ def finetune(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Ten
     original, x = insert.float_weight(layer), inputs["x"].requires_grad_()
     y = layer(x)
     y.backward(inputs["grad_output"])
-    quantizer.clip(original)
+    quantizer.keep_inside(original)
     p_final, n_final = planes_of(quantizer.encode(original).codes, params["bits"])
     return {
         "w_start": w_start, "y": y, "grad_x": x.grad, "grad_w": original.grad, "grad_scale": quantizer.scale.grad, "p_final": p_final,

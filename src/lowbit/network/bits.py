@@ -272,10 +272,10 @@ def lower_bits(model: nn.Module, stage: LayerBits) -> None:
 
 
 def keep_bits(model: nn.Module) -> None:
-    """Let the record of ``model`` ask for the bits that its layers have: for methods that choose bits in training.
+    """Let the record of ``model`` ask for the weight bits that its layers have: for methods that choose bits in training.
 
-    The policy gets a rule for each layer whose bits are not those that it asks for; the table says them. A network without a record is left as
-    it is.
+    The policy gets a rule for each layer whose bits are not those that it asks for anyway; the table says them. A network without a record is
+    left as it is.
 
     Example:
         >>> import torch, lowbit
@@ -290,10 +290,11 @@ def keep_bits(model: nn.Module) -> None:
     if record is None:
         return
     own = {name: Rule(glob.escape(name), weight=found.bits.weight or "float") for name, found in layers.items() if found.weight is not None}
-    asked = _by_policy(record.policy, layers, record.table.positions)
-    chosen = {rule.match: rule for name, rule in own.items() if asked[name].weight != layers[name].bits.weight}
-    kept = (rule for rule in record.policy.rules if rule.match not in chosen or rule != replace(chosen[rule.match], weight=rule.weight))
-    attach_record(model, replace(record, policy=replace(record.policy, rules=(*kept, *chosen.values()))))
+    named = {rule.match for rule in own.values()}
+    said = tuple(rule for rule in record.policy.rules if rule.match not in named or rule != Rule(rule.match, weight=rule.weight))
+    asked = _by_policy(replace(record.policy, rules=said), layers, record.table.positions)
+    chosen = (rule for name, rule in own.items() if asked[name].weight != layers[name].bits.weight)
+    attach_record(model, replace(record, policy=replace(record.policy, rules=(*said, *chosen))))
     _update_table(record.table, layers)
 
 
