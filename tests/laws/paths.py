@@ -37,11 +37,8 @@ MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch some
     "dorefa": [{"gradient_bits": 6}],
     "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
     "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
-<<<<<<< HEAD
-    "haq": [{"finetune_epochs": 1}, {"finetune_epochs": 1, "weights": "kmeans"}],
-=======
+    "haq": [{"finetune_epochs": 1, "activation_bits": (4, 8)}, {"finetune_epochs": 1, "weights": "kmeans"}],
     "hawq_v2": [{"fraction": 0.5}, {"activation_bits": (4, 8)}],
->>>>>>> h-hessian
     "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
     "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
 }
@@ -156,12 +153,13 @@ def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
 
 
 def _searched(info: MethodInfo, options: dict[str, object]) -> None:
-    """Bits for a network that is small enough for every option."""
+    """Bits for a network that is small enough for every option, searched while keeping what a killed search needs."""
     layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 4)]
-    data = _network("resnet8")[1]
-    method = info.method
+    data, method = _network("resnet8")[1], info.method
     assert method is not None
-    lowbit.search(nn.Sequential(*layers), method=info.name, budget="average=4", data=[data], **{**method.trial, **options})  # type: ignore[attr-defined]
+    settings = {**method.trial, **options}  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.search(nn.Sequential(*layers), method=info.name, budget="average=4", data=[data], work_dir=folder, **settings)
 
 
 def _through_a_file(model: nn.Module, images: Tensor) -> None:
@@ -170,22 +168,6 @@ def _through_a_file(model: nn.Module, images: Tensor) -> None:
         lowbit.export(model, Path(folder) / "model.lowbit", sample=images)
         with torch.no_grad():
             lowbit.load(Path(folder) / "model.lowbit")(images)
-
-
-def _searched(info: MethodInfo, options: dict[str, object]) -> None:
-    """Bits of weights and inputs, searched while keeping what a killed search needs."""
-    model, data = _network("resnet8")
-    trial = info.method.trial  # type: ignore[union-attr]
-    with tempfile.TemporaryDirectory() as folder:
-        lowbit.search(
-            model,
-            method=info.name,
-            budget="average=4",
-            data=[data],
-            activation_bits=[4, 8],
-            work_dir=folder,
-            **{**trial, **options},
-        )
 
 
 def _nearest(wanted: int, supported: range) -> int:
@@ -197,14 +179,7 @@ def reached_by_users(name: str) -> frozenset[str]:
     """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
     info = get_method(name)
     if info.kind == "search":
-<<<<<<< HEAD
         return _reached_by_searches(info)
-=======
-        with _watching(lambda _: True) as found:
-            for options in ({}, *variants(info), *MORE_OPTIONS.get(name, [])):
-                _searched(info, options)
-        return frozenset(found)
->>>>>>> h-hessian
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {
