@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -56,6 +56,10 @@ class Progress:
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+
+    def __reduce__(self) -> tuple[Callable[[], Progress], tuple[()]]:
+        """What is sent to another process shows nothing there: there is one display."""
+        return Progress.silent, ()
 
     @staticmethod
     def silent() -> Progress:

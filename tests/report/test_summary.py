@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.measure.sensitivity import LayerNoise
+from lowbit.measure.layer_noise import LayerNoise
 from lowbit.quantizers import UniformQuantizer
 from lowbit.report.summary import layer_results, quantizer_word, summary
 

@@ -76,6 +76,7 @@ class SearchProblem:
         layers: The weights whose bits are searched, in the order in which they run.
         choices: The widths that each of them may have, from the highest to the lowest.
         fixed: Bits of all other weights: the first and the last layer.
+        order: The names of all weights in the order in which they run.
         costs: What networks cost, by kind: ``average``, ``size``, ``bops``, and ``latency`` where there is a table.
         limits: The most of each kind that a network may cost, in the unit of ``costs``; empty: the method gives its whole frontier.
         calibration: Unlabelled samples, or ``None``.
@@ -93,6 +94,7 @@ class SearchProblem:
     layers: Mapping[str, WeightSite]
     choices: Choices
     fixed: Assignment
+    order: Sequence[str]
     costs: Mapping[CostKind, Cost]
     limits: Mapping[CostKind, float]
     calibration: Calibration | None
@@ -117,9 +119,13 @@ class SearchProblem:
         """An option with its cost."""
         return Option(dict(bits), self.costs[self.main].of(bits), loss)
 
+    def all_bits(self, bits: Assignment) -> dict[str, LayerBits]:
+        """``bits`` and those of ``fixed``, in the order in which the layers run."""
+        return {name: bits[name] if name in bits else self.fixed[name] for name in self.order}
+
     def policy(self, bits: Assignment) -> BitPolicy:
         """The policy that gives every layer its bits, those of ``fixed`` included."""
-        return policy_of({**self.fixed, **bits})
+        return policy_of(self.all_bits(bits))
 
     def uniform(self) -> dict[LayerBits, Assignment]:
         """Every searched layer at the same one of the widths that all of them have, from the highest to the lowest."""
@@ -245,7 +251,7 @@ def make_problem(
             )
         limits[limit.kind] = costs[limit.kind].limit(limit)
     return SearchProblem(
-        network, sample, {name: job.weights[name] for name in choices}, choices, fixed, costs, limits, calibration, tuple(batches), has_labels,
+        network, sample, {name: job.weights[name] for name in choices}, choices, fixed, tuple(job.weights), costs, limits, calibration, tuple(batches), has_labels,
         task, **settings,
     )  # fmt: skip
 

@@ -105,14 +105,31 @@ def frontier(
         rest -= price.min()
         part, choice = (index.ravel() for index in np.meshgrid(np.arange(len(loss)), np.arange(len(row)), indexing="ij"))
         loss, cost = loss[part] + row[choice], cost[part] + price[choice]
-        order = np.lexsort((loss, cost))
-        best = np.minimum.accumulate(loss[order])
-        kept = order[np.r_[True, best[1:] < best[:-1]]]
+        kept = undominated(cost, loss)
         kept = kept[cost[kept] + rest <= _with_slack(limit)]
-        if points is not None and len(kept) > points:
-            kept = kept[np.linspace(0, len(kept) - 1, points).round().astype(np.int64)]
+        kept = kept if points is None else thinned(kept, points)
         loss, cost, chosen = loss[kept], cost[kept], np.column_stack([chosen[part[kept]], choice[kept]])
     return [Configuration(float(c), float(v), tied.spread(row)) for c, v, row in zip(cost, loss, chosen.tolist(), strict=True)]
+
+
+def undominated(cost: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Indices of those that no other beats in cost and loss at once, from the cheapest to the best; of equal ones the first.
+
+    >>> undominated(np.array([2.0, 1.0, 3.0, 4.0]), np.array([5.0, 6.0, 5.0, 1.0])).tolist()
+    [1, 0, 3]
+    """
+    order = np.lexsort((loss, cost))
+    best = np.minimum.accumulate(loss[order])
+    return order[np.r_[True, best[1:] < best[:-1]]] if len(order) else order
+
+
+def thinned(indices: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most so many of the indices, evenly spread, both ends among them.
+
+    >>> thinned(np.arange(10), 4).tolist()
+    [0, 3, 6, 9]
+    """
+    return indices if len(indices) <= most else indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]
 
 
 class _Tied:

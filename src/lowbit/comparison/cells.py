@@ -34,6 +34,7 @@ class Cell:
         terms: Everything else that is asked for: recipe, policy, number of calibration samples.
         widths: Bits between which the network switches, ``("8/8", "2/2")``; this cell is about one of them, or about mixtures.
         mixtures: Number of networks with widths drawn for each layer whose metrics are averaged; 0: all layers have those of the cell.
+        search: How the layers get their own bits, at the cost of the network whose layers all have those of the cell; empty: they all have those.
     """
 
     subject: str
@@ -51,6 +52,7 @@ class Cell:
     procedure_options: Mapping[str, object] = field(default_factory=dict)
     widths: tuple[str, ...] = ()
     mixtures: int = 0
+    search: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def bits(self) -> str:
@@ -73,7 +75,13 @@ class Cell:
     def key(self, facts: Mapping[str, object]) -> str:
         """SHA-256, shortened to 20 digits, of the cell and of ``facts`` about what it runs on: weights, data, sources."""
         cell = asdict(self)
-        for name in ("procedure", "procedure_options", "widths", "mixtures"):  # cells that have none are called as before there were any
+        for name in (
+            "procedure",
+            "procedure_options",
+            "widths",
+            "mixtures",
+            "search",
+        ):  # cells that have none are called as before there were any
             if not cell[name]:
                 del cell[name]
         return digest_of({"cell": cell, "facts": facts})
@@ -89,6 +97,7 @@ class Cell:
         own = {"surrogate": self.surrogate, "procedure": self.procedure}
         prefixed = {f"procedure.{name}": value for name, value in self.procedure_options.items()}
         own["widths"] = ", ".join(self.widths)
+        prefixed |= {f"search.{name}": value for name, value in self.search.items()}
         return {**self.options, **{name: value for name, value in own.items() if value}, **prefixed}
 
 

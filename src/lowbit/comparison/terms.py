@@ -94,10 +94,15 @@ def term_of(result: Result, name: str) -> object:
     return result.facts.get(name, result.terms.get(name))
 
 
+def compared_term(result: Result, name: str) -> object:
+    """What a term counts as where rows are compared: layers with bits of their own, at the cost of a uniform network, as that network's."""
+    return result.cell.bits if name == "inner_layers" and result.cell.search else term_of(result, name)
+
+
 def differing(results: Iterable[Result], names: Iterable[str]) -> dict[str, list[object]]:
     """The terms among ``names`` that are not the same in all results, with their values."""
     results = list(results)
-    found = {name: list(dict.fromkeys(map(_hashable, (term_of(result, name) for result in results)))) for name in names}
+    found = {name: list(dict.fromkeys(map(_hashable, (compared_term(result, name) for result in results)))) for name in names}
     return {name: values for name, values in found.items() if len(values) > 1}
 
 
@@ -105,7 +110,7 @@ def grouped(results: Iterable[Result], names: Iterable[str]) -> list[list[Result
     """Results in groups that have all terms among ``names`` in common, in the order of their first members."""
     names, groups = tuple(names), dict[object, list[Result]]()
     for result in results:
-        groups.setdefault(tuple(_hashable(term_of(result, name)) for name in names), []).append(result)
+        groups.setdefault(tuple(_hashable(compared_term(result, name)) for name in names), []).append(result)
     return list(groups.values())
 
 

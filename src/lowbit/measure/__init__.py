@@ -14,10 +14,10 @@ from lowbit.measure.cost import (
     tensor_bytes,
 )
 from lowbit.measure.latency import Latency, measure_latency
+from lowbit.measure.layer_noise import LayerNoise, layer_noise, output_noise, weight_noise
 from lowbit.measure.macs import count_macs
 from lowbit.measure.noise import Noise, noise_between, sqnr_db
 from lowbit.measure.outputs import output_tensor
-from lowbit.measure.sensitivity import LayerNoise, layer_noise, output_noise, weight_noise
 
 __all__ = [
     "Agreement", "AgreementMeter", "LayerCompute", "LayerNoise", "LayerSize", "Latency", "ModelSize", "Noise", "compute_cost",

@@ -17,6 +17,23 @@ from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
 
 
+def has_classes(logits: Tensor) -> bool:
+    """Whether there are two classes or more to choose from."""
+    return logits.dim() >= 2 and logits.shape[class_dimension(logits)] >= 2
+
+
+def kl_divergence(reference: Tensor, quantized: Tensor) -> Tensor:
+    """``KL(softmax(reference) || softmax(quantized))`` of each prediction, in nats and float64.
+
+    >>> import torch
+    >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1201], dtype=torch.float64)
+    """
+    dim = class_dimension(reference)
+    wanted, got = (functional.log_softmax(x.double(), dim) for x in (reference, quantized))
+    return (wanted.exp() * (wanted - got)).sum(dim)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Result of ``measure_agreement``.
@@ -53,11 +70,10 @@ class AgreementMeter:
             raise DataError(f"the networks' outputs differ in shape: {tuple(reference.shape)} and {tuple(quantized.shape)}")
         self.noise.add(reference, quantized)
         self.samples += samples
-        dim = class_dimension(reference)
-        if reference.dim() < 2 or reference.shape[dim] < 2:
+        if not has_classes(reference):
             return
-        wanted, got = (functional.log_softmax(x.double(), dim) for x in (reference, quantized))
-        self._divergence += (wanted.exp() * (wanted - got)).sum().item()
+        dim = class_dimension(reference)
+        self._divergence += kl_divergence(reference, quantized).sum().item()
         same = reference.argmax(dim) == quantized.argmax(dim)
         self._same += int(same.sum())
         self._predictions += same.numel()

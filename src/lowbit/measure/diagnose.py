@@ -19,10 +19,10 @@ from lowbit.inputs import Calibration
 from lowbit.measure.advice import candidates, findings
 from lowbit.measure.agreement import AgreementMeter, run_output
 from lowbit.measure.diagnosis import Diagnosis, Remedy, Setting, Suspect
+from lowbit.measure.layer_noise import CHUNK, output_noise
 from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import device_of, pieces
 from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
-from lowbit.measure.sensitivity import CHUNK, output_noise
 from lowbit.network.batch import calibration_for
 from lowbit.network.insert import activation_quantizers, quantization_enabled, quantized_weights
 from lowbit.network.layers import evaluating, quantizable_layers

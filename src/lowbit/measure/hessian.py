@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
@@ -302,6 +303,69 @@ def hutchinson_traces(
             break
     elements = hessian.elements()
     return {name: Trace(tuple(found), elements[name]) for name, found in values.items()}
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A whole Hessian, for blocks of at most some thousand elements.
+
+    Attributes:
+        matrix: ``[n, n]``, float64, on the processor.
+        elements: Number of weights, or of activations for one sample.
+    """
+
+    matrix: Tensor
+    elements: float
+
+    @property
+    def eigenvalues(self) -> list[float]:
+        """All eigenvalues, by decreasing magnitude."""
+        return sorted(torch.linalg.eigvalsh(self.matrix).tolist(), key=abs, reverse=True)
+
+    @property
+    def trace(self) -> float:
+        """The sum of the eigenvalues; of activations the mean over samples of each one's."""
+        return float(self.matrix.trace())
+
+    @property
+    def average(self) -> float:
+        """The trace for each element."""
+        return self.trace / self.elements
+
+    @property
+    def frobenius(self) -> float:
+        """The root of the sum of all squared entries."""
+        return float(torch.linalg.matrix_norm(self.matrix))
+
+    @property
+    def off_diagonal(self) -> float:
+        """The same without the diagonal; a Rademacher probe for the trace deviates by ``sqrt(2)`` times this."""
+        return float(torch.linalg.matrix_norm(self.matrix - torch.diag(self.matrix.diagonal())))
+
+
+def exact_spectrum(hessian: Hessian, *, advance: Callable[[], object] = bool) -> Spectrum:
+    """The Hessian of all blocks together, column by column: as many products as it has elements.
+
+    Args:
+        hessian: The Hessian.
+        advance: Called after each product.
+    """
+    tensors = next(hessian.graphs()).tensors
+    sizes = [tensor.numel() for tensor in tensors]
+    columns = []
+    for index in range(sum(sizes)):
+        axis = functional.one_hot(torch.tensor(index), sum(sizes)).split(sizes)
+        product = hessian.product([part.view_as(tensor).to(tensor) for part, tensor in zip(axis, tensors, strict=True)])
+        columns.append(torch.cat([part.flatten() for part in product]).double().cpu())
+        advance()
+    matrix = torch.stack(columns)
+    return Spectrum((matrix + matrix.T) / 2, sum(hessian.elements().values()))
+
+
+def layer_spectra(surface: LossSurface, blocks: Mapping[str, Sequence[Place]], *, progress: Progress | None = None) -> dict[str, Spectrum]:
+    """Every block's own Hessian, whole; see ``exact_spectrum``."""
+    parts = {name: {name: places} for name, places in blocks.items()}
+    return {name: exact_spectrum(hessian) for name, hessian, _ in _each(surface, parts, 1, "whole Hessians", progress)}
 
 
 def layer_eigenvalues(

@@ -1,165 +1,231 @@
-"""Noise layer by layer: of each weight and of each layer's output."""
+"""Sensitivity: how far a network's outputs move when single layers are quantized and everything else stays in float.
+
+Source: Cai et al. 2020 (ZeroQ), section 3.3, for the divergence of the softmax outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lowbit.errors import LayerError
-from lowbit.measure.agreement import run_output
-from lowbit.measure.noise import Noise, sqnr_db
-from lowbit.measure.outputs import batch_count, pieces
-from lowbit.network.batch import calibration_for
-from lowbit.network.insert import float_weight, quantization_enabled, quantized_weights, weight_sites
-from lowbit.network.layers import evaluating, quantizable_layers
+from lowbit.errors import DataError, LayerError, unknown_name
+from lowbit.inputs import Inputs, sample_count
+from lowbit.measure.agreement import has_classes, kl_divergence
+from lowbit.measure.outputs import device_of, output_tensor
+from lowbit.network.insert import WeightSite, first_tensor, weight_sites
+from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
+from lowbit.quantizers import Quantizer, UniformQuantizer
+from lowbit.quantizers.ranges.observers import MinMaxObserver
+from lowbit.spec import LayerBits
 
-CHUNK = 8  # samples whose layer outputs are held at once
+Predict = Callable[[nn.Module, Any], object]  # runs the network on a batch of any structure
+
+
+class Distance(Protocol):
+    """How far a network's output on a batch is from the float network's, on average over the batch."""
+
+    def __call__(self, reference: object, output: object, batch: Any) -> float:
+        """The distance; ``reference`` is the float network's output."""
 
 
 @dataclass(frozen=True)
-class LayerNoise:
-    """Noise of one layer in dB (``10 log10(var / mse)``); ``None`` where it was not measured.
+class QuantizedLayer:
+    """What one layer computes with while all others stay in float.
 
     Attributes:
-        weight_sqnr_db: The quantized weight against the float weight; ``None`` for a float weight.
-        output_sqnr_db: The layer's output in the quantized network against that in the float one, so noise of all layers
-            before it included; ``None`` for a layer that was never called or called differently.
-        output_mse: Mean squared error of that output.
+        weight: Its weight after quantization; ``None``: the float weight.
+        activation: Quantizer of what it reads; ``None``: float.
     """
 
-    weight_sqnr_db: float | None
-    output_sqnr_db: float | None
-    output_mse: float | None
+    weight: Tensor | None = None
+    activation: Quantizer | None = None
 
 
-def weight_noise(model: nn.Module, reference: nn.Module | None = None) -> dict[str, float]:
-    """SQNR in dB of each quantized weight against its float weight; see ``original_weights`` for the arguments."""
-    found: dict[str, float] = {}
-    sites = quantized_weights(model)
-    for name, original in original_weights(model, reference).items():
-        quantizer = sites[name].quantizer
-        assert quantizer is not None
-        found[name] = sqnr_db(original, quantizer.encode(sites[name].original).decode())
+def softmax_divergence(reference: object, output: object, batch: Any) -> float:
+    """``KL(softmax(reference) || softmax(output))`` in nats, on average over predictions; never below 0.
+
+    Raises:
+        DataError: The outputs are no logits of two or more classes.
+    """
+    wanted, got = output_tensor(reference), output_tensor(output)
+    if not has_classes(wanted):
+        raise DataError(
+            f"outputs of shape {tuple(wanted.shape)} are no logits of two or more classes, so their softmax says nothing. "
+            "Measure the squared error or the loss instead."
+        )
+    return max(0.0, float(kl_divergence(wanted, got).mean()))
+
+
+def squared_error(reference: object, output: object, batch: Any) -> float:
+    """Mean squared difference of all output values."""
+    return float((output_tensor(output).double() - output_tensor(reference).double()).square().mean())
+
+
+@dataclass(frozen=True)
+class LossIncrease:
+    """``loss(output) - loss(reference)``: by how much the task's loss grows; below 0 where quantization helps by chance.
+
+    Attributes:
+        loss: ``loss(output, batch)``, a scalar mean over samples.
+    """
+
+    loss: Callable[[Any, Any], Tensor]
+
+    def __call__(self, reference: object, output: object, batch: Any) -> float:
+        return float(self.loss(output, batch)) - float(self.loss(reference, batch))
+
+
+def run_batch(model: nn.Module, batch: Any) -> object:
+    """The network's output for those members of ``batch`` that it takes."""
+    inputs = Inputs.of(batch, model).to(device_of(model))
+    return model(*inputs.args, **inputs.kwargs)
+
+
+class SensitivityMeter:
+    """Measures how far outputs move from those of one float network, which runs once.
+
+    Args:
+        model: The float network; it is the same again after each measurement.
+        batches: Samples.
+        distance: What is measured on each batch.
+        predict: Runs the network on a batch.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> meter = SensitivityMeter(model, [torch.eye(2)], squared_error)
+        >>> meter.of({"": QuantizedLayer(weight=model.weight + 0.5)})
+        0.25
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], distance: Distance, predict: Predict = run_batch) -> None:
+        self.model, self.batches, self.distance, self.predict = model, list(batches), distance, predict
+        if not self.batches:
+            raise DataError("the sensitivity of layers needs samples: there is no batch.")
+        with evaluating(model):
+            self._references = [predict(model, batch) for batch in self.batches]
+
+    def of(self, quantized: Mapping[str, QuantizedLayer]) -> float:
+        """The distance on average over samples, with these layers quantized at once.
+
+        Raises:
+            LayerError: The network's outputs are not finite then.
+        """
+        total, samples = 0.0, 0
+        with evaluating(self.model), quantized_in(self.model, quantized):
+            for batch, reference in zip(self.batches, self._references, strict=True):
+                count = sample_count(batch)
+                total += self.distance(reference, self.predict(self.model, batch), batch) * count
+                samples += count
+        if not math.isfinite(total):
+            raise LayerError(
+                f"layer {', '.join(map(repr, quantized))}: quantized alone it makes the network's outputs overflow (distance {total}). "
+                "Leave out this width."
+            )
+        return total / samples
+
+
+def layer_sensitivity(
+    model: nn.Module,
+    quantized: Mapping[str, Mapping[LayerBits, QuantizedLayer]],
+    batches: Iterable[Any],
+    distance: Distance = softmax_divergence,
+    *,
+    predict: Predict = run_batch,
+    progress: Progress | None = None,
+) -> dict[str, dict[LayerBits, float]]:
+    """How far outputs move when one layer is quantized at one width and all else stays in float.
+
+    Args:
+        model: The float network.
+        quantized: For each weight, by the name of its site, what it is at each width.
+        batches: Samples, and targets where ``distance`` needs them.
+        distance: ``softmax_divergence``, ``squared_error`` or ``LossIncrease(loss)``.
+        predict: Runs the network on a batch.
+        progress: Progress display; default: silent.
+
+    Returns:
+        The distance by layer and width, on average over samples.
+
+    Raises:
+        UnknownNameError: The network has no such weight.
+        LayerError: A weight of another shape, or outputs that are not finite.
+    """
+    meter = SensitivityMeter(model, batches, distance, predict)
+    found: dict[str, dict[LayerBits, float]] = {}
+    with (progress or Progress.silent()).stage("sensitivity", total=sum(map(len, quantized.values()))) as stage:
+        for name, widths in quantized.items():
+            found[name] = {}
+            for bits, layer in widths.items():
+                found[name][bits] = meter.of({name: layer})
+                stage.advance(note=name)
     return found
 
 
-def original_weights(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Tensor]:
-    """Each float weight of ``model`` that is quantized, by the names of their sites.
-
-    Args:
-        model: The quantized network.
-        reference: The float network, its batch norms folded as in ``model``; default: the weights behind the
-            quantizers, which rounding methods replace by what they learned.
-
-    Raises:
-        LayerError: ``reference`` lacks a layer, or its weight has another shape.
-    """
-    weights = {name: site.original.detach() for name, site in quantized_weights(model).items()}
-    if reference is None:
-        return weights
-    originals = weight_sites(reference)
-    for name, weight in weights.items():
-        if name not in originals:
-            raise LayerError(f"layer {name!r} has no counterpart in the float network; it has {', '.join(originals) or 'no layer'}")
-        original = originals[name].original.detach()
-        if original.shape != weight.shape:
-            raise LayerError(f"layer {name!r}: weight shape {tuple(weight.shape)}, but {tuple(original.shape)} in the float network")
-        weights[name] = original.to(weight.device)
-    return weights
-
-
-def has_same_layers(model: nn.Module, reference: nn.Module) -> bool:
-    """Whether each layer's output in ``model`` can be compared with that in ``reference``: the same layers, and no norm folded into one."""
-    layers, originals = quantizable_layers(model), quantizable_layers(reference)
-    if {n: float_weight(layer).shape for n, layer in layers.items()} != {n: float_weight(layer).shape for n, layer in originals.items()}:
-        return False
-    found = dict(model.named_modules())
-    between = {
-        name: module for name, module in reference.named_modules() if name not in originals and (module._parameters or module._buffers)
-    }
-    return all(type(found.get(name)) is type(module) for name, module in between.items())
-
-
-def output_noise(
-    model: nn.Module,
-    data: object,
-    *,
-    reference: nn.Module | None = None,
-    layers: Iterable[str] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Noise]:
-    """Error of each layer's output in the quantized network against the float one on the same inputs.
-
-    A layer that is called several times counts all its calls together. A layer whose calls differ in number or shape between
-    the networks (a data-dependent branch took another way) cannot be compared and is left out.
-
-    Args:
-        model: The quantized network.
-        data: Batches as for calibration.
-        reference: The float network, its batch norms folded as in ``model``; default: ``model`` with its quantizers off.
-        layers: Names of modules to look at; default: every convolution and linear layer.
-        progress: Progress display; default: silent.
-    """
-    names = list(layers) if layers is not None else list(quantizable_layers(model))
-    original = reference or model
-    calibration = calibration_for(original, data)
-    noise = {name: Noise() for name in names}
-    failed: set[str] = set()
-    with (
-        evaluating(original),
-        evaluating(model),
-        (progress or Progress.silent()).stage("layer outputs", total=batch_count(data, calibration)) as stage,
-    ):
-        for batch in calibration:
-            for inputs in pieces(batch, CHUNK):
-                off = quantization_enabled(model, weights=False, activations=False) if reference is None else nullcontext()
-                with off, recorded_outputs(original, names) as wanted:
-                    run_output(original, inputs)
-                with recorded_outputs(model, names) as got:
-                    run_output(model, inputs)
-                for name in names:
-                    if [t.shape for t in wanted[name]] != [t.shape for t in got[name]]:
-                        failed.add(name)
-                    else:
-                        for before, after in zip(wanted[name], got[name], strict=True):
-                            noise[name].add(before, after.to(before.device))
-            stage.advance()
-    return {name: value for name, value in noise.items() if name not in failed and value.count}
-
-
-def layer_noise(
-    model: nn.Module, data: object, *, reference: nn.Module | None = None, progress: Progress | None = None
-) -> dict[str, LayerNoise]:
-    """Noise of every weight, and of the outputs of convolutions and linear layers; see ``weight_noise`` and ``output_noise``."""
-    weights = weight_noise(model, reference)
-    outputs = output_noise(model, data, reference=reference, progress=progress)
-    return {
-        name: LayerNoise(
-            weights.get(name), outputs[name].sqnr_db if name in outputs else None, outputs[name].mse if name in outputs else None
-        )
-        for name in weight_sites(model)
-    }
+@contextmanager
+def quantized_in(model: nn.Module, quantized: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    """Within the context these weights of the float network, and what their layers read, are quantized."""
+    sites = weight_sites(model)
+    with ExitStack() as stack:
+        for name, layer in quantized.items():
+            if name not in sites:
+                raise unknown_name("layer", name, sites)
+            stack.enter_context(_quantized(sites[name], layer))
+        yield
 
 
 @contextmanager
-def recorded_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the context, the tensor outputs of the modules ``names``, one entry for each call."""
-    calls: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [model.get_submodule(name).register_forward_hook(_recorder(calls[name])) for name in calls]
+def _quantized(site: WeightSite, layer: QuantizedLayer) -> Iterator[None]:
+    original = site.original
+    if layer.weight is not None and layer.weight.shape != original.shape:
+        raise LayerError(f"layer {site.name!r}: its weight has the shape {tuple(original.shape)}, got {tuple(layer.weight.shape)}")
+    handle = None if layer.activation is None else site.layer.register_forward_pre_hook(partial(_quantize_input, layer.activation))
     try:
-        yield calls
+        if layer.weight is not None:  # set by name, as recurrent layers hold their weights in a second place, which follows
+            setattr(site.layer, site.parameter, nn.Parameter(layer.weight.detach().to(original), requires_grad=False))
+        yield
     finally:
-        for handle in handles:
+        setattr(site.layer, site.parameter, original)
+        if handle is not None:
             handle.remove()
 
 
-def _recorder(into: list[Tensor]) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-    def record(_module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        if isinstance(output, Tensor):
-            into.append(output.detach().clone())  # an in-place activation function may overwrite it
+def _quantize_input(quantizer: Quantizer, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    index = first_tensor(args)
+    return None if index is None else (*args[:index], quantizer(args[index]), *args[index + 1 :])
 
-    return record
+
+def input_quantizers(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], predict: Predict = run_batch
+) -> dict[str, UniformQuantizer]:
+    """For each layer an affine quantizer of what it reads, its range the smallest and largest value over all batches, 0 included.
+
+    ``set_bit_width`` gives it another width over the same range. Layers that no batch reaches are left out.
+    """
+    sites = weight_sites(model)
+    found = {name: UniformQuantizer(8, signed=False, symmetric=False, observer=MinMaxObserver()) for name in names}
+
+    def observe(quantizer: UniformQuantizer, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        index = first_tensor(args)
+        if index is not None:
+            quantizer.observer.observe(args[index])
+
+    handles = [sites[name].layer.register_forward_pre_hook(partial(observe, quantizer)) for name, quantizer in found.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                predict(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = {name: quantizer.to(sites[name].original.device) for name, quantizer in found.items() if quantizer.observer.lo is not None}
+    for quantizer in reached.values():
+        quantizer.take_observed(())
+    return reached

@@ -374,12 +374,13 @@ class _QuantizedArguments(tuple[Any, ...]):
     raw: Tensor
 
 
-def _first_tensor(args: tuple[Any, ...]) -> int | None:
+def first_tensor(args: tuple[Any, ...]) -> int | None:
+    """Where the input that is quantized stands among a call's positional arguments: the first floating-point tensor."""
     return next((index for index, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    index = _first_tensor(args)
+    index = first_tensor(args)
     if index is None:
         return None
     quantized = (*args[:index], getattr(module, INPUT)(args[index]), *args[index + 1 :])
@@ -391,12 +392,12 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _transform_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    index = _first_tensor(args)
+    index = first_tensor(args)
     return None if index is None else (*args[:index], getattr(module, INPUT_TRANSFORM)(args[index]), *args[index + 1 :])
 
 
 def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) -> object:
-    index = _first_tensor(args)
+    index = first_tensor(args)
     transform, quantizer = getattr(module, TRANSFORM), getattr(module, INPUT, None)
     is_enabled = getattr(transform, "enabled", True) and (quantizer is None or quantizer.enabled)
     if index is None or not is_enabled or not isinstance(output, Tensor):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.measure.agreement import run_output
+from lowbit.measure.layer_noise import original_weights
 from lowbit.measure.noise import Noise
-from lowbit.measure.sensitivity import original_weights
 from lowbit.network.batch import calibration_for
 from lowbit.network.insert import activation_quantizers, quantized_weights, sites
 from lowbit.network.layers import evaluating

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from lowbit.measure.cost import compute_cost, layer_bits, model_size
-from lowbit.measure.sensitivity import LayerNoise
+from lowbit.measure.layer_noise import LayerNoise
 from lowbit.network.insert import Coded, site_name, weight_sites
 from lowbit.network.layers import layer_kind
 from lowbit.network.record import record_of

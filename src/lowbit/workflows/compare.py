@@ -29,19 +29,19 @@ from lowbit.executors import Job, Outcome, run_here, run_in_processes, run_on_ra
 from lowbit.inputs import Inputs
 from lowbit.measure.cost import model_size
 from lowbit.network.bits import set_bits, switches_of, switching_layers
-from lowbit.options import choose_policy, make_method
+from lowbit.options import make_method
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress, Stage
 from lowbit.qat.engine.curve import versions
-from lowbit.qat.method import TrainingMethod
 from lowbit.qat.procedure import training_method
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.tasks import as_task
 from lowbit.registry import find_method, find_procedure
 from lowbit.report.comparison import ComparisonReport, write_comparison
 from lowbit.report.facts import processor_name
-from lowbit.spec import BitPolicy, LayerBits, parse_switches, widest
+from lowbit.spec import LayerBits
 from lowbit.surrogates import make_surrogate
+from lowbit.workflows.cell_policy import policy_of_cell
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import export
 from lowbit.workflows.output import prepare_folder
@@ -258,7 +258,7 @@ class _Opened:
         at = (cell.subject, cell.seed if subject.follows_seed else None)
         if at not in self._facts:
             self._facts[at] = subject.facts()
-        of = (cell.method, cell.kind, cell.surrogate, cell.procedure)
+        of = (cell.method, cell.kind, cell.surrogate, cell.procedure, cast(str | None, cell.search.get("method")))
         if of not in self._sources:
             self._sources[of] = method_digest(cell)
         return {
@@ -302,10 +302,11 @@ def opened_subject(named: Subject | SubjectSettings, seed: int) -> Subject:
 
 
 def method_digest(cell: Cell) -> str:
-    """SHA-256 of the files that define the cell's method and procedure, those they derive from, and its surrogate."""
+    """SHA-256 of the files that define the cell's method, procedure and search, those they derive from, and its surrogate."""
     info = find_method(cell.method, cell.kind)
     procedure = None if cell.procedure is None else find_procedure(cell.procedure).method
-    families = [cls.__mro__ for cls in (info.method, procedure) if cls is not None]
+    searched = find_method(cell.search["method"], "search").method if cell.search else None
+    families = [cls.__mro__ for cls in (info.method, procedure, searched) if cls is not None]
     classes = [cls for family in families for cls in family if _is_own(cls.__module__)]
     if cell.surrogate is not None:
         classes.append(type(make_surrogate(cell.surrogate)))
@@ -458,7 +459,7 @@ def _trained(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -
     )
     teacher = subject.model if "teacher" in method.info.needs else None
     job = TrainingJob(
-        subject.model, subject.train_data, method, _policy(suite, cell, method), teacher=teacher, task=subject.task,
+        subject.model, subject.train_data, method, policy_of_cell(suite, cell, subject, method, task.work, progress), teacher=teacher, task=subject.task,
         bits=cell.widths or None,
     )  # fmt: skip
     trained = train_network(job, settings, trainer_for(settings, progress), out=task.work)
@@ -470,13 +471,9 @@ def _quantized(task: CellTask, cell: Cell, subject: Subject, progress: Progress)
     method = make_method(cell.method, "post_training", cell.options)
     assert isinstance(method, PostTrainingMethod)
     calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
-    job = run_job(subject.model, method, _policy(suite, cell, method), calibration, seed=cell.seed, progress=progress, work_dir=task.work)
+    policy = policy_of_cell(suite, cell, subject, method, task.work, progress)
+    job = run_job(subject.model, method, policy, calibration, seed=cell.seed, progress=progress, work_dir=task.work)
     return job.model, job.sample, {"images": 0, "calibration_images": sum(inputs.batch_size for inputs in calibration)}
-
-
-def _policy(suite: Suite, cell: Cell, method: TrainingMethod | PostTrainingMethod) -> BitPolicy:
-    bits = widest(parse_switches(cell.widths)) if cell.widths else LayerBits(cell.weight_bits, cell.activation_bits)
-    return suite.policy(bits) if suite.track == "aligned" else choose_policy(method, "paper", bits)
 
 
 def _latency(model: nn.Module, sample: Inputs, work: Path) -> dict[str, object]:

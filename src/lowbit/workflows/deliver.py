@@ -16,7 +16,7 @@ from lowbit.files import write_text
 from lowbit.formats.packed.file import file_parts
 from lowbit.inputs import Calibration, Inputs
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
-from lowbit.measure.sensitivity import has_same_layers
+from lowbit.measure.layer_noise import has_same_layers
 from lowbit.network.batch import calibration_for
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress

@@ -202,7 +202,7 @@ def _uniform(problem: SearchProblem, found: Found, latency_table: LatencyTable |
         Candidate(
             f"uniform {switch_name(bits)}",
             problem.policy(network),
-            {**problem.fixed, **network},
+            problem.all_bits(network),
             {kind: cost.of(network) for kind, cost in costs.items()},
             _predicted(found, network),
         )
@@ -220,7 +220,7 @@ def _predicted(found: Found, bits: Assignment) -> float | None:
 
 def _candidate(problem: SearchProblem, name: str, bits: Assignment, loss: float | None) -> Candidate:
     cost = {kind: table.of(bits) for kind, table in problem.costs.items()}
-    return Candidate(name, problem.policy(bits), {**problem.fixed, **bits}, cost, loss)
+    return Candidate(name, problem.policy(bits), problem.all_bits(bits), cost, loss)
 
 
 def _within_drop(result: SearchResult, problem: SearchProblem, max_drop: float, test_data: object, quantizer: str) -> SearchResult:

@@ -93,6 +93,19 @@ class Subject:
             raise CalibrationError(f"{self.name}: there are no samples to calibrate on. Give it calibration or training data.")
         return calibration_for(self.model, data, limit=count)
 
+    def draw_labelled(self, count: int, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]] | None:
+        """The samples of ``draw_calibration`` with their labels; ``None`` where they have none."""
+        data = self.train_data if self.calibration is None else self.calibration
+        if isinstance(data, ImageData) and data.num_classes is not None:
+            order = torch.randperm(len(data), generator=seeded(seed, count))[:count].tolist()
+            images = stacked(data.dataset, order, batch_size, torch.device("cpu"))
+            labels = torch.tensor([int(data.dataset[index][1]) for index in order])
+            return list(zip(images, labels.split(batch_size), strict=True))
+        if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+            rows = torch.randperm(len(data[0]), generator=seeded(seed, count))[:count]
+            return [(data[0][part], data[1][part]) for part in rows.split(batch_size)]
+        return None
+
 
 def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     """The network and the data that ``settings`` name; random weights are drawn from ``seed``.

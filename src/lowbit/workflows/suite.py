@@ -6,8 +6,9 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, get_args
 
+from lowbit.assignment.budget import CostKind
 from lowbit.comparison.cells import FLOAT, Cell, Track
 from lowbit.comparison.orderings import Ordering
 from lowbit.errors import LowbitError, SpecError, unknown_name
@@ -42,6 +43,9 @@ class Contender:
             trained once and measured at each of them, or at those of ``bits``.
         mixtures: Number of networks with widths drawn for each layer to measure as well, for methods that mix them; tables call their mean
             ``mixed``.
+        search: Bits of each layer by a search method, at the cost of the network whose layers all have the bits of the row: its ``method``;
+            ``cost`` (average, size, bops or latency; default size), ``candidates``, ``activation_bits`` and ``latency_table`` as for
+            ``lowbit.search``; and hyper-parameters.
 
     Example:
         >>> Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name
@@ -59,6 +63,7 @@ class Contender:
     networks: tuple[str, ...] = ()
     widths: tuple[BitPair, ...] = ()
     mixtures: int = 0
+    search: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -67,7 +72,8 @@ class Contender:
             return self.label
         options = [f"{name}={value}" for name, value in {**self.options, **self.procedure_options}.items()]
         changes = [*options, *(word for word in (self.surrogate, self.procedure, ", ".join(map(str, self.widths))) if word)]
-        return f"{self.method} ({', '.join(changes)})" if changes else self.method
+        found = f"{self.method} ({', '.join(changes)})" if changes else self.method
+        return f"{self.search['method']} + {found}" if self.search else found
 
     @staticmethod
     def parse(value: object, where: str = "") -> Contender:
@@ -76,9 +82,9 @@ class Contender:
             return value
         if isinstance(value, str):
             return Contender(value.strip())
-        other = ("options", "procedure_options", "bits", "networks", "widths", "mixtures")
+        other = ("options", "procedure_options", "bits", "networks", "widths", "mixtures", "search")
         entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=other)
-        for name in ("options", "procedure_options"):
+        for name in ("options", "procedure_options", "search"):
             if not isinstance(entries.get(name, {}), Mapping):
                 raise SpecError(f"{where}{line_of(value, name)}: {name} must hold names and values, got {shorten(entries[name])}")
         pairs = {
@@ -172,7 +178,7 @@ class SuiteSettings(Request):
         networks: Networks with their data; in a suite file a list with the settings of each. Default: the one that --model, --weights and
             --data name.
         methods: Methods, joined by commas; in a suite file also with method, label, kind, options, surrogate, procedure,
-            procedure_options, bits, networks, widths and mixtures. Any kinds.
+            procedure_options, bits, networks, widths, mixtures and search. Any kinds.
         bits: Bits of weights and activations, for example 4/4,2/2 or 4/float.
         seeds: Number of seeds; the first one is the recipe's. Fewer than 3 show no difference.
         track: aligned: one recipe, one policy for first and last layers, one number of images for all. published: every method with the
@@ -294,7 +300,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
                         cell = Cell(
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
                             dict(contender.options), contender.surrogate, self._terms(info), contender.procedure,
-                            dict(contender.procedure_options), tuple(map(str, contender.widths)), mixtures,
+                            dict(contender.procedure_options), tuple(map(str, contender.widths)), mixtures, dict(contender.search),
                         )  # fmt: skip
                         if not self.only or any(cell.name == name or fnmatch.fnmatchcase(cell.name, name) for name in self.only):
                             yield cell, "" if mixtures else _missing_bits(info, pair)
@@ -306,7 +312,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         names = [contender.name for contender in self.methods]
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
-            is_altered = bool(contender.options or contender.surrogate or contender.procedure or contender.widths)
+            is_altered = bool(contender.options or contender.surrogate or contender.procedure or contender.widths or contender.search)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
                     f"methods: the label {name!r} is the name of another method than {contender.method!r}. Choose another label."
@@ -392,6 +398,8 @@ def _info(contender: Contender) -> MethodInfo:
             make_method(contender.method, info.kind, contender.options)
     except LowbitError as error:
         raise type(error)(f"methods, {contender.name}: {error}") from error
+    if contender.search:
+        _check_search(contender)
     if contender.surrogate is not None:
         from lowbit.surrogates import make_surrogate  # brings torch
 
@@ -399,6 +407,32 @@ def _info(contender: Contender) -> MethodInfo:
         if info.kind != "training":
             raise SpecError(f"methods, {contender.name}: a surrogate is for training methods, and {info.name} is {info.kind}.")
     return info
+
+
+SEARCH_TERMS = (
+    "method",
+    "cost",
+    "candidates",
+    "activation_bits",
+    "latency_table",
+)  # of a search; what else stands there are hyper-parameters
+
+
+def _check_search(contender: Contender) -> None:
+    """SpecError or UnknownNameError where the search of a contender cannot be run."""
+    if "method" not in contender.search:
+        raise SpecError(f"methods, {contender.name}: search needs the method that searches, such as method: hawq_v2.")
+    if contender.widths:
+        raise SpecError(f"methods, {contender.name}: a network of several widths has no bits to search. Leave out widths or search.")
+    if contender.search.get("cost", "size") not in get_args(CostKind):
+        raise SpecError(
+            f"methods, {contender.name}: cost must be one of {', '.join(get_args(CostKind))}, got {shorten(contender.search['cost'])}"
+        )
+    options = {name: value for name, value in contender.search.items() if name not in SEARCH_TERMS}
+    try:
+        make_method(contender.search["method"], "search", options)
+    except LowbitError as error:
+        raise type(error)(f"methods, {contender.name}, search: {error}") from error
 
 
 def _check_widths(contender: Contender, method: TrainingMethod | None) -> None:

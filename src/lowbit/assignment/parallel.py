@@ -1,0 +1,193 @@
+"""Losses of a network at many bits, each measured on its own: in this process or in several, with the same numbers.
+
+What is measured is kept in ``problem.work_dir``, so that a killed search goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from lowbit.assignment.costs import Assignment
+from lowbit.assignment.problem import SearchProblem
+from lowbit.errors import LayerError, OutputError, SpecError
+from lowbit.executors import Job, run_here, run_in_processes
+from lowbit.files import write_text
+from lowbit.inputs import tensors_of
+from lowbit.progress import Progress
+from lowbit.spec import LayerBits, switch_name
+from lowbit.workfolder import tensors_digest, weights_digest
+
+LossOf = Callable[[Assignment], float]  # the loss with these layers at these bits, all others in float
+Prepare = Callable[[SearchProblem], LossOf]
+
+
+def table(problem: SearchProblem, prepare: Prepare, *, name: str, facts: Mapping[str, object]) -> dict[str, dict[LayerBits, float]]:
+    """The loss of each searched layer at each of its widths, all other layers in float; see ``losses`` for the arguments."""
+    singles = [{layer: bits} for layer, widths in problem.choices.items() for bits in widths]
+    found = iter(losses(problem, singles, prepare, name=name, facts=facts))
+    return {layer: {bits: next(found) for bits in widths} for layer, widths in problem.choices.items()}
+
+
+def losses(
+    problem: SearchProblem, settings: Sequence[Assignment], prepare: Prepare, *, name: str, facts: Mapping[str, object]
+) -> list[float]:
+    """The loss of each of ``settings``: bits of some layers, all others in float.
+
+    They are independent jobs for ``problem.workers`` processes of one thread each. Every job starts from a random state of its own, so that
+    the numbers depend neither on the number of processes nor on the order.
+
+    Args:
+        problem: Network, samples and seed. ``prepare`` gets it without ``calibration``, ``progress`` and ``work_dir``.
+        settings: What to measure.
+        prepare: Called once in each process; gives the function that measures. A function at the top of a module, or a
+            ``functools.partial`` of one, with arguments that can be pickled.
+        name: What the display calls the work, and the name of the file in ``problem.work_dir``; each kind of measurement has its own.
+        facts: All else that the numbers depend on, as JSON holds it.
+
+    Raises:
+        LayerError: A measurement failed; it names the layers and the reason.
+        SpecError: Several processes are asked for, and the network or the task cannot be sent to them.
+    """
+    keys = [_key(bits) for bits in settings]
+    kept = _Kept(problem, name, prepare, facts)
+    missing = {key: bits for key, bits in zip(keys, settings, strict=True) if key not in kept.losses}
+    if kept.losses and missing:
+        problem.progress.say(f"{name}: {len(set(keys)) - len(missing)} of {len(set(keys))} measurements are there already")
+    shared = replace(problem, calibration=None, progress=Progress.silent(), work_dir=None, workers=1)
+    jobs = [Job(key, key, bits) for key, bits in missing.items()]
+    if problem.workers > 1 and len(jobs) > 1:
+        runner = _Sent.of(shared, prepare, problem.workers)
+        outcomes = run_in_processes(jobs, runner, workers=problem.workers, threads=1, stage_name=name, progress=problem.progress)
+    else:
+        outcomes = run_here(jobs, _Measure(shared, prepare), stage_name=name, progress=problem.progress)
+    with _one_thread(), closing(outcomes):  # type: ignore[type-var]
+        for outcome in outcomes:
+            if outcome.answer is None:
+                raise LayerError(f"{name} of {outcome.job.name}: {outcome.problem}")
+            kept.keep(outcome.job.key, float(outcome.answer["loss"]))
+    return [kept.losses[key] for key in keys]
+
+
+def _key(bits: Assignment) -> str:
+    """``layer1.conv1 2/8, layer1.conv2 2/8``."""
+    return ", ".join(f"{name} {switch_name(width)}" for name, width in bits.items())
+
+
+@contextmanager
+def seeded(problem: SearchProblem, purpose: str) -> Iterator[None]:
+    """Within the context a network that draws random numbers draws those of ``purpose``, wherever and in which order it runs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(problem.generator(purpose).initial_seed())
+        yield
+
+
+class _Measure:
+    """Runs jobs: measures the bits that are a job's payload."""
+
+    def __init__(self, problem: SearchProblem, prepare: Prepare) -> None:
+        self._problem, self._prepare = problem, prepare
+
+    @cached_property
+    def _loss_of(self) -> LossOf:
+        with seeded(self._problem, "prepare"):
+            return self._prepare(self._problem)
+
+    def __call__(self, job: Job, _progress: Progress) -> Mapping[str, float]:
+        bits: Assignment = job.payload  # type: ignore[assignment]
+        with seeded(self._problem, job.key):
+            loss = self._loss_of(bits)
+        if not math.isfinite(loss):
+            raise LayerError(f"the loss is {loss}. Leave out this width.")
+        return {"loss": loss}
+
+
+class _Sent:
+    """``_Measure`` on its way to other processes: as bytes, because tensors of their own would be passed in shared memory, which is scarce."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    @staticmethod
+    def of(problem: SearchProblem, prepare: Prepare, workers: int) -> _Sent:
+        """Everything packed once."""
+        buffer = io.BytesIO()
+        try:
+            torch.save(_Measure(problem, prepare), buffer)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise SpecError(
+                f"workers={workers}: {type(problem.model).__name__}, its samples or its task cannot be sent to other processes ({error}). "
+                "Define their classes at the top of a module, or use workers=1."
+            ) from error
+        return _Sent(buffer.getvalue())
+
+    @cached_property
+    def _measure(self) -> _Measure:
+        measure = torch.load(io.BytesIO(self.content), weights_only=False)  # what the process that started this one has packed
+        assert isinstance(measure, _Measure)
+        return measure
+
+    def __call__(self, job: Job, progress: Progress) -> Mapping[str, float]:
+        return self._measure(job, progress)
+
+
+class _Kept:
+    """Losses by key, those of an earlier search among them where it measured the same."""
+
+    def __init__(self, problem: SearchProblem, name: str, prepare: Prepare, facts: Mapping[str, object]) -> None:
+        self.losses: dict[str, float] = {}
+        self._path: Path | None = None
+        if problem.work_dir is None:
+            return
+        try:
+            problem.work_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {problem.work_dir}: {error.strerror}. Name another work_dir.") from error
+        self._path = problem.work_dir / f"{name.replace(' ', '_')}.json"
+        self._run = _fingerprint(problem, prepare, facts)
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            self.losses = dict(found["losses"]) if found["run"] == self._run else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.losses = {}  # none is there yet, or none that can be read: everything is measured
+
+    def keep(self, key: str, loss: float) -> None:
+        """Add a loss, on disk too."""
+        self.losses[key] = loss
+        if self._path is not None:
+            write_text(self._path, json.dumps({"run": self._run, "losses": self.losses}, indent=1))
+
+
+def _fingerprint(problem: SearchProblem, prepare: Prepare, facts: Mapping[str, object]) -> str:
+    """A hash of everything that the losses depend on."""
+    function = prepare.func if isinstance(prepare, partial) else prepare
+    named = {
+        "function": f"{function.__module__}.{function.__qualname__}",
+        "facts": dict(facts),
+        "seed": problem.seed,
+        "weights": weights_digest(problem.model),
+        "samples": tensors_digest(tensors_of(problem.batches)),
+        "task": problem.task.facts(),
+    }
+    return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads come to other last digits than those over one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
