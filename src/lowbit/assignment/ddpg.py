@@ -1,7 +1,7 @@
 """Deep deterministic policy gradient: an agent whose action is one number in [0, 1].
 
 Source: Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning", Algorithm 1; with what Wang et al. 2019, "HAQ",
-section 3.5, change: no discount, a moving average of the rewards as baseline, noise from a truncated normal distribution.
+section 3.6, change: no discount, a moving average of the rewards as baseline, noise from a truncated normal distribution.
 """
 
 from __future__ import annotations
