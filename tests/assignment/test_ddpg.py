@@ -140,3 +140,5 @@ def test_making_an_agent_leaves_the_global_generator_alone() -> None:
 def test_numbers_out_of_range_are_errors() -> None:
     with pytest.raises(SpecError, match="tau must be from 0 to 1, got 2"):
         DdpgSettings(tau=2)
+    with pytest.raises(SpecError, match=r"hidden must be the widths of two layers, such as \(300, 300\), got \(300,\)"):
+        DdpgSettings(hidden=(300,))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Deep deterministic policy gradient: an agent whose action is one number in [0, 1].
 
 Source: Lillicrap et al. 2016, "Continuous Control with Deep Reinforcement Learning", Algorithm 1; with what Wang et al. 2019, "HAQ",
-section 3.5, change: no discount, a moving average of the rewards as baseline, noise from a truncated normal distribution.
+section 3.6, change: no discount, a moving average of the rewards as baseline, noise from a truncated normal distribution.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from lowbit.errors import SpecError
 from lowbit.options import Above, AtLeast, CheckedSettings, Interval
 
 
@@ -35,7 +36,7 @@ class DdpgSettings(CheckedSettings):
         baseline_rate: Share of the mean reward of a batch that enters its moving average.
     """
 
-    hidden: tuple[int, int] = (300, 300)
+    hidden: Annotated[tuple[int, int], AtLeast(1)] = (300, 300)
     actor_learning_rate: Annotated[float, Above(0)] = 1e-4
     critic_learning_rate: Annotated[float, Above(0)] = 1e-3
     tau: Annotated[float, Interval(0, 1)] = 0.01
@@ -45,6 +46,11 @@ class DdpgSettings(CheckedSettings):
     noise: Annotated[float, Above(0)] = 0.5
     noise_decay: Annotated[float, Interval(0, 1, closed="right")] = 0.99
     baseline_rate: Annotated[float, Interval(0, 1)] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.hidden) != 2:
+            raise SpecError(f"hidden must be the widths of two layers, such as (300, 300), got {self.hidden}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A walk over the layers of a network: at each decision an agent chooses the bits of one weight or one input; a budget is met at the end.
 
-Source: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ", sections 3.1 (state), 3.2 (action), 3.4 (budget), 3.5 (reward).
+Source: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ", sections 3.1 (observation), 3.2 (action, budget), 3.5 (reward).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def embedding(layers: Sequence[LayerFacts], *rest: float) -> Tensor:
 def action_to_bits(action: float, lowest: int, highest: int) -> int:
     """The bits that an action in [0, 1] stands for: ``round((highest - lowest + 1) * action + lowest - 1/2)``, within the range.
 
-    Every width has an interval of equal length; rounding is half to even. Source: section 3.2, Eq. 2.
+    Every width has an interval of equal length; rounding is half to even. Source: section 3.2.
 
     >>> [action_to_bits(action, 2, 8) for action in (0.0, 0.5, 0.6, 1.0)], action_to_bits(0.0, 1, 8)
     ([2, 5, 6, 8], 1)
@@ -117,7 +117,7 @@ def action_to_bits(action: float, lowest: int, highest: int) -> int:
 
 
 def reward(accuracy: float, original: float) -> float:
-    """``(accuracy - original) / 10``, accuracies in percent. Source: section 3.5, Eq. 8."""
+    """``(accuracy - original) / 10``, accuracies in percent. Source: section 3.5."""
     return 0.1 * (accuracy - original)
 
 
@@ -245,7 +245,7 @@ class Environment:
         as a budget is exceeded. Pinned layers keep their bits.
 
         Raises:
-            SpecError: All bits are at their lowest, and a budget is still exceeded. Source: section 3.4.
+            SpecError: All bits are at their lowest, and a budget is still exceeded. Source: section 3.2.
         """
         bits = {**chosen, **self.pinned} if self.pins == "always" else dict(chosen)
         while not self._fits(bits):

@@ -1,7 +1,7 @@
 """HAQ: an agent walks over the layers and learns which bits leave the most accuracy within a budget of the hardware.
 
-Paper: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ: Hardware-Aware Automated Quantization with Mixed Precision". Section 3.1 (state), 3.2
-    (action), 3.4 (budget), 3.5 (reward, agent), 3.3 and 4.3 (linear and k-means quantizers). Authors' code: mit-han-lab/haq.
+Paper: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ: Hardware-Aware Automated Quantization with Mixed Precision". Section 3.1
+    (observation), 3.2 (action, budget), 3.5 (reward), 3.6 (agent), 3.4 and 4.3 (linear and k-means quantizers). Authors' code: mit-han-lab/haq.
 Symbols: O_k -> observation, a_k -> action, b_min and b_max -> the widths of ``SearchProblem.choices``, lambda -> 0.1 in ``reward``.
 The walk and the agent are in ``lowbit.assignment``, the linear quantizers in ``haq_quantizers``.
 Differs from the paper:
@@ -39,6 +39,7 @@ from lowbit.errors import CalibrationError, DataError, LayerError, LowbitError, 
 from lowbit.files import read_tensors, write_tensors
 from lowbit.inputs import Inputs, tensors_of
 from lowbit.measure.agreement import AgreementMeter, run_output
+from lowbit.measure.outputs import device_of
 from lowbit.methods.mixed_precision.haq_quantizers import HaqActivation, HaqWeight
 from lowbit.network.bits import layer_quantizers, set_bits
 from lowbit.network.insert import float_weight, quantized_weights
@@ -196,7 +197,7 @@ class _Network:
         highest = {name: LayerBits(*(max(part, default=None) for part in own)) for name, own in parts.items()}
         job = QatJob(plain_copy(problem.model), policy_of(highest), problem.sample, problem.seed)
         job.insert(method.weight_quantizer, method.activation_quantizer)
-        self.model = job.model.eval()
+        self.model = job.model.to(device_of(problem.model)).eval()
         self._calibrate({name: dict(zip(PARTS, own, strict=True)) for name, own in parts.items()})
         set_bits(self.model, dict(problem.fixed))
         self._answers = None if problem.has_labels else self._float_answers()
@@ -238,7 +239,7 @@ class _Network:
 
         weights = [site.quantizer for site in quantized_weights(self.model).values() if site.quantizer is not None]
         with disabled(weights), replace_forward({quantizer: noting(quantizer) for quantizer in quantizers}):
-            run(self.model, self.problem.calibration.sample)
+            run(self.model, self.problem.calibration.sample.to(device_of(self.model)))
         return {quantizer: torch.cat(values) for quantizer, values in seen.items() if values}
 
     def _tuned(self) -> nn.Module:

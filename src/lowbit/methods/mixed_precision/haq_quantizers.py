@@ -1,11 +1,11 @@
 """The linear quantizers of HAQ: weights clipped where calibration says, inputs clipped at a learned level, both calibrated on one batch.
 
-Paper: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ: Hardware-Aware Automated Quantization with Mixed Precision". Section 3.3, Eq. 6 (quantize)
-    and 7 (choice of the clip level). Authors' code: mit-han-lab/haq.
+Paper: Wang, Liu, Lin, Lin, Han, CVPR 2019, "HAQ: Hardware-Aware Automated Quantization with Mixed Precision". Section 3.4.
+    Authors' code: mit-han-lab/haq.
 Symbols: c and r -> clip, a_k or b -> bit_width, n -> qmax.
 Differs from the paper:
     - The divergence is taken between cumulative distributions, with the levels of signed weights for inputs too, as in the authors' code;
-      Eq. 7 has the values themselves.
+      the paper has the values themselves.
     - A bin in which both distributions are 0 adds nothing, and where every divergence is infinite, as with values that keep away from 0, the
       largest magnitude is taken. In the authors' code such a bin makes the divergence NaN and the narrowest range win.
     - Tensors of zeros get the clip level 1 (weights) or the initial one (inputs); in the authors' code they become NaN.
@@ -47,7 +47,7 @@ def kl_threshold(x: Tensor, bits: int) -> float:
     Raises:
         CalibrationError: No values, or some that are not finite.
 
-    Source: section 3.3, Eq. 7, as the authors' code computes it.
+    Source: section 3.4, as the authors' code computes it.
     """
     magnitudes = x.detach().float().abs().reshape(-1).cpu().numpy()
     largest = float(magnitudes.max()) if magnitudes.size else float("nan")
@@ -87,7 +87,7 @@ class HaqWeight(GridQuantizer):
         clip: A level, ``max`` (the largest magnitude) or ``kl`` (``kl_threshold`` up to 4 bits, else the largest magnitude).
         tanh: Squash weights first, as in DoReFa.
 
-    Source: section 3.3, Eq. 6.
+    Source: section 3.4.
     """
 
     tables = tables_by_width = ("clip",)
@@ -140,7 +140,7 @@ class HaqActivation(GridQuantizer):
         initial_clip: Clip level before calibration, and the most that calibration gives.
         learns_clip: Whether the clip level is trained; else it gets no gradient, and values on the ends get 1.
 
-    Source: section 3.3; Choi et al. 2018, "PACT", for the learned level.
+    Source: section 3.4; Choi et al. 2018, "PACT", for the learned level.
     """
 
     tables = tables_by_width = ("clip",)
