@@ -87,6 +87,16 @@ class SearchProblem:
         progress: Progress display.
         workers: Processes to use.
         work_dir: Folder for what a killed search needs to go on, or ``None``.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> sample = Inputs.of(torch.rand(2, 8), model)
+        >>> problem = make_problem(
+        ...     model, sample, budget=Budget(average=4), candidates=(2, 4), activation_bits=(8,), first_last=8, task=lowbit.Classification()
+        ... )
+        >>> list(problem.layers), problem.limits, [problem.fits(bits) for bits in problem.uniform().values()]
+        (['1', '2'], {'average': 4}, [True, True])
     """
 
     model: nn.Module
@@ -172,7 +182,23 @@ def own_answers_loss(output: Output) -> Tensor:
 
 
 class SearchMethod(Method, ABC):
-    """Chooses bits for each layer; the fields of a subclass are the paper's hyper-parameters."""
+    """Chooses bits for each layer; the fields of a subclass are the paper's hyper-parameters.
+
+    Example:
+        >>> import torch, lowbit
+        >>> info = lowbit.MethodInfo(
+        ...     name="widest", title="As many bits as all layers can have", paper="none", section="other", axes=("assignment",), kind="search",
+        ...     weight_bits=range(1, 9), activation_bits=range(1, 9), needs=(), fidelity="unverified", summary="the widest uniform network",
+        ... )
+        >>> @lowbit.register(info)
+        ... @dataclass
+        ... class Widest(lowbit.SearchMethod):
+        ...     def search(self, problem):
+        ...         return Found(next(bits for bits in problem.uniform().values() if problem.fits(bits)), loss=None)
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> lowbit.search(model, method=Widest, budget="average=5", sample=torch.rand(2, 8)).cost["average"]
+        4.0
+    """
 
     trial: ClassVar[Mapping[str, object]] = MappingProxyType({})  # hyper-parameters for a first try, where the paper's take long
 
