@@ -25,7 +25,7 @@ import lowbit
 from lowbit.cli import app
 from lowbit.comparison.store import Store
 from lowbit.comparison.tables import make_tables
-from lowbit.errors import OutputError, SpecError
+from lowbit.errors import LowbitError, OutputError, SpecError
 from lowbit.workflows.compare import commands_of, compare, estimate_cells, plan_cells, tables_of
 from lowbit.workflows.subjects import Subject
 from lowbit.workflows.suite import Suite
@@ -396,3 +396,28 @@ def test_one_training_answers_for_all_widths_of_a_network(tmp_path: Path, monkey
     next((tmp_path / "cells").glob("*.json")).unlink()
     again = compare(asked, subjects=[images])
     assert len(trained) == 3 and values(again) == values(found)  # what is missing is trained again, and measured alone
+
+
+def test_searched_bits_stand_beside_the_uniform_network_of_their_cost(tmp_path: Path) -> None:
+    search = {"method": "random_bits", "candidates": "2,3,4,6,8"}
+    contenders = ("round_to_nearest", {"method": "round_to_nearest", "label": "searched", "search": search})
+    suite = Suite(methods=contenders, bits=("4/8",), seeds=2, workers=0, calibration_samples=32, out=str(tmp_path))
+    comparison = compare(suite, progress=False)
+    (table,) = comparison.tables.tables
+    rows = {row.label: row for row in table.rows}
+    assert rows.keys() == {"round_to_nearest", "searched"}
+    uniform, searched = rows["round_to_nearest"], rows["searched"]
+    assert searched.size_bytes is not None and uniform.size_bytes is not None
+    assert 0.9 * uniform.size_bytes < searched.size_bytes <= uniform.size_bytes
+    assert uniform.term("inner_layers") == "4/8" and "," in str(searched.term("inner_layers"))
+    assert len({str(result.terms["inner_layers"]) for result in searched.results}) == 2  # each seed draws its own
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [({"cost": "size"}, "needs the method"), ({"method": "random_bits", "cost": "weight"}, "cost must be one of"), ({"method": "hawq_v3"}, "hawq_v2")],
+)  # fmt: skip
+def test_a_search_that_cannot_be_run_is_refused_before_anything_runs(search: dict[str, object], said: str) -> None:
+    suite = Suite(methods=({"method": "round_to_nearest", "label": "searched", "search": search},), bits=("4/8",))
+    with pytest.raises(LowbitError, match=said):
+        suite.check()
