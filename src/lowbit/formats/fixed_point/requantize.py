@@ -198,7 +198,7 @@ def dyadic_number(ratio: Tensor) -> tuple[Tensor, Tensor]:
 def dyadic_multiply(x: Tensor, mantissa: Tensor, exponent: Tensor) -> Tensor:
     """``x * mantissa / 2**exponent`` to nearest, ties to even; int64.
 
-    Source: Yao et al. 2021, section 3.2, Eq. 4.
+    Source: Yao et al. 2021, section 3.2.
 
     >>> dyadic_multiply(torch.tensor([1, 3, -3]), torch.tensor(2**30), torch.tensor(31))
     tensor([ 0,  2, -2])
