@@ -15,6 +15,11 @@ from lowbit.errors import SpecError
 from lowbit.formats.fixed_point.requantize import round_half_away
 
 
+def widened(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """The range ``[lo, hi]`` widened to contain 0."""
+    return lo.clamp(max=0), hi.clamp(min=0)
+
+
 def choose_qparams(lo: Tensor, hi: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range, as TensorFlow Lite chooses them.
 
@@ -33,7 +38,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, qmin: int, qmax: int) -> tuple[Tensor
     (tensor(0.0078, dtype=torch.float64), tensor(128))
     """
     if not bool(((lo <= 0) & (hi >= 0)).all()):
-        raise SpecError("ranges must contain 0: widen them by lo.clamp(max=0) and hi.clamp(min=0)")
+        raise SpecError("ranges must contain 0: widen them by widened(lo, hi)")
     lo, hi = lo.double(), hi.double()
     scale = (hi - lo) / (qmax - qmin)
     is_empty = scale == 0
@@ -60,7 +65,7 @@ def choose_qparams_gemmlowp(lo: Tensor, hi: Tensor, qmin: int = 0, qmax: int = 2
     >>> choose_qparams_gemmlowp(torch.tensor(-1.0), torch.tensor(1.0))
     (tensor(0.0078, dtype=torch.float64), tensor(127))
     """
-    lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
+    lo, hi = widened(lo.float(), hi.float())
     scale = ((hi - lo) / (qmax - qmin)).double()
     is_empty = scale == 0
     zero_point = round_half_away((qmin - lo.double() / torch.where(is_empty, 1.0, scale)).clamp(qmin, qmax))
@@ -146,3 +151,17 @@ def quantize_bias(bias: Tensor, acc_scale: Tensor) -> Tensor:
     tensor([50, -2])
     """
     return round_half_away(bias.double() / acc_scale.double()).clamp(-(2**31), 2**31 - 1).long()
+
+
+def unsigned_scale(x: Tensor, bit_width: int) -> Tensor:
+    """Scale of activations without a zero point, as HAWQ-V3 chooses it behind a ReLU: ``(max - min) / (2**b - 1)``, float32, ``()``.
+
+    Codes are ``0 .. 2**b - 1``. Activations that are all equal get scale 1.
+
+    Source: Yao et al. 2021, ``asymmetric_linear_quantization_params`` of its code.
+
+    >>> unsigned_scale(torch.tensor([0.0, 1.5]), 4)
+    tensor(0.1000)
+    """
+    scale = (x.float().amax() - x.float().amin()) / (2**bit_width - 1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

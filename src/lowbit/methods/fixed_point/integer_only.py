@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import GraphError
-from lowbit.formats.fixed_point.parameters import choose_qparams, nudged_range
+from lowbit.formats.fixed_point.parameters import choose_qparams, nudged_range, widened
 from lowbit.network.slot import QuantizerFactory
 from lowbit.network.surgery.fold import EXACT_NORMS
 from lowbit.network.surgery.folded_norm import FoldedNorm, see_batches, take_norms
@@ -85,7 +85,7 @@ class RangeWeight(GridQuantizer):
         if self.code_type == "int8":
             scale, zero_point = affine_parameters(lo, hi, self.qmin, self.qmax, symmetric=True)
         else:
-            _, _, scale, zero_point = nudged_range(lo.clamp(max=0), hi.clamp(min=0), self.qmin, self.qmax)
+            _, _, scale, zero_point = nudged_range(*widened(lo, hi), self.qmin, self.qmax)
         return Grid(-zero_point * scale, scale, scale, zero_point)
 
 
@@ -130,7 +130,7 @@ class AffineActivation(UniformQuantizer):
 
     def take_observed(self, shape: tuple[int, ...] | None = None) -> None:
         lo, hi = (end.reshape(()) for end in self.observer.range(self.qmin, self.qmax))
-        scale, zero_point = choose_qparams(lo.clamp(max=0), hi.clamp(min=0), self.qmin, self.qmax)
+        scale, zero_point = choose_qparams(*widened(lo, hi), self.qmin, self.qmax)
         self.set_parameters(torch.where(scale > 0, scale, 1.0).float(), zero_point.float())
 
 
@@ -176,7 +176,7 @@ class MovingAverageActivation(TableQuantizer):
         observer = make_observer("min_max")
         observer.observe(x)
         lo, hi = (end.reshape(()) for end in observer.extremes())
-        for name, value in zip(self.tables, (lo.clamp(max=0), hi.clamp(min=0), torch.ones_like(lo)), strict=True):
+        for name, value in zip(self.tables, (*widened(lo, hi), torch.ones_like(lo)), strict=True):
             self._set_table(name, value)
 
     def parameters_of_grid(self) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class MovingAverageActivation(TableQuantizer):
     @torch.no_grad()
     def see(self, x: Tensor) -> None:
         """Remember the range of a batch until ``project``; those of several passes within one step are joined."""
-        ends = x.detach().float().amin().clamp(max=0), x.detach().float().amax().clamp(min=0)
+        ends = widened(x.detach().float().amin(), x.detach().float().amax())
         lo, hi = self.seen or ends
         self.seen = torch.minimum(lo, ends[0]), torch.maximum(hi, ends[1])
 
