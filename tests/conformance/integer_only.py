@@ -176,6 +176,7 @@ def onnx_quantize_dequantize(params: Params, inputs: Tensors) -> Tensors:
 def onnx_qlinear_conv(params: Params, inputs: Tensors) -> Tensors:
     x, w, bias, w_zero_point = inputs["x"], inputs["w"], inputs["bias"], inputs["w_zero_point"]
     x_zero_point, y_zero_point = inputs["x_zero_point"].item(), inputs["y_zero_point"].item()
+    qmin, qmax = CODES[params["x_dtype"]]  # of the output too: the kernels have one type for both
     where = {"stride": params["stride"], "padding": params["padding"], "groups": params["groups"]}
     y = onnx_operators.qlinear_conv(
         x,
@@ -187,8 +188,8 @@ def onnx_qlinear_conv(params: Params, inputs: Tensors) -> Tensors:
         w_zero_point=w_zero_point,
         y_scale=inputs["y_scale"],
         y_zero_point=y_zero_point,
-        qmin=DTYPES[inputs["y_zero_point"].dtype][0],
-        qmax=DTYPES[inputs["y_zero_point"].dtype][1],
+        qmin=qmin,
+        qmax=qmax,
         **where,
     )
     return {"acc": operators.accumulate_conv(x, w, bias, x_zero_point=x_zero_point, w_zero_point=w_zero_point, **where), "y": y}
@@ -231,6 +232,7 @@ def onnx_qdq_conv(params: Params, inputs: Tensors) -> Tensors:
 
 
 def onnx_qlinear_matmul(params: Params, inputs: Tensors) -> Tensors:
+    qmin, qmax = DTYPES[inputs["a"].dtype]
     y = onnx_operators.qlinear_matmul(
         inputs["a"],
         inputs["b"],
@@ -239,8 +241,8 @@ def onnx_qlinear_matmul(params: Params, inputs: Tensors) -> Tensors:
         b_scale=inputs["b_scale"],
         y_scale=inputs["y_scale"],
         y_zero_point=inputs["y_zero_point"].item(),
-        qmin=DTYPES[inputs["a"].dtype][0],
-        qmax=DTYPES[inputs["a"].dtype][1],
+        qmin=qmin,
+        qmax=qmax,
     )
     q, scale, zero_point = onnx_operators.dynamic_quantize_linear(inputs["x_dynamic"])
     return {"y": y, "dynamic_q": q, "dynamic_scale": scale, "dynamic_zero_point": zero_point}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.formats.fixed_point.requantize import round_half_away
+from lowbit.formats.fixed_point.requantize import INT32_MAX, INT32_MIN, round_half_away
 
 
 def widened(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,8 @@ def quantize_half_away(x: Tensor, scale: Tensor | float, zero_point: Tensor | in
     >>> quantize_half_away(torch.tensor([-0.125, 0.125, 0.375, 100.0]), 0.25, -3, -128, 127)
     tensor([ -4,  -2,  -1, 127], dtype=torch.int32)
     """
-    rounded = round_half_away(x.float() / torch.as_tensor(scale, dtype=torch.float32, device=x.device))
+    steps = x.float() / torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    rounded = round_half_away(steps.clamp(INT32_MIN, INT32_MAX))  # infinite values are far ones
     return (rounded + zero_point).clamp(qmin, qmax).int()
 
 
@@ -150,7 +151,7 @@ def quantize_bias(bias: Tensor, acc_scale: Tensor) -> Tensor:
     >>> quantize_bias(torch.tensor([0.5, -0.3]), torch.tensor([0.01, 0.2]))
     tensor([50, -2])
     """
-    return round_half_away(bias.double() / acc_scale.double()).clamp(-(2**31), 2**31 - 1).long()
+    return round_half_away(bias.double() / acc_scale.double()).clamp(INT32_MIN, INT32_MAX).long()
 
 
 def unsigned_scale(x: Tensor, bit_width: int) -> Tensor:
