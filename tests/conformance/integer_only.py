@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lowbit.formats.fixed_point import onnx_operators, operators, parameters, requantize as multipliers
 from lowbit.formats.fixed_point.requantize import FixedPointRequantizer, make_requantizer
+from lowbit.methods.fixed_point.integer_only import RangeWeight
 from lowbit.network.surgery.fold import fold_batch_norm
-from lowbit.quantizers import UniformQuantizer
-from lowbit.quantizers.affine import dequantize, qrange, quantize
+from lowbit.quantizers.affine import qrange, quantize
 from lowbit.spec import Granularity
 
 Params = dict[str, Any]
@@ -122,7 +122,7 @@ def dyadic_requantize(params: Params, inputs: Tensors) -> Tensors:
     qmin, qmax = qrange(params["bits"], signed=params["mode"] == "symmetric")
     made = make_requantizer("dyadic", x_scale, w_scale, y_scale, 0, qmin, qmax)
     acc_scale = multipliers.accumulator_scale(x_scale, w_scale)
-    z = dequantize(inputs["acc"], multipliers.along(acc_scale, inputs["acc"], 1), torch.tensor(0)).requires_grad_()
+    z = onnx_operators.dequantize_linear(inputs["acc"], acc_scale).requires_grad_()
     multipliers.simulate_requantize(z, acc_scale, y_scale, made).backward(inputs["grad_output"])
     assert z.grad is not None
     return {"mantissa": made.multiplier, "exponent": made.exponent, "codes": made(inputs["acc"]), "grad_z": z.grad}
@@ -142,13 +142,13 @@ def folded_conv_bn_integer(params: Params, inputs: Tensors) -> Tensors:
     weight, bias, _, _ = fold_batch_norm(
         inputs["conv_weight"], None, inputs["bn_weight"], inputs["bn_bias"], inputs["bn_mean"], inputs["bn_var"], params["bn_eps"]
     )
-    quantizer = UniformQuantizer(params["weight_bits"], signed=True, symmetric=True, granularity=Granularity.channel())
-    quantizer.initialize(weight)
-    w_codes, w_scale = quantizer.encode(weight).codes, quantizer.scale.flatten()
+    quantizer = RangeWeight(params["weight_bits"], code_type="int8", granularity=Granularity.channel())
+    encoded = quantizer.encode(weight)
+    w_codes, w_scale = encoded.codes, encoded.decoder.tensors()["scale"].flatten()
     acc_scale = multipliers.accumulator_scale(x_scale, w_scale)
     bias_codes = parameters.quantize_bias(bias, acc_scale)
     acc = operators.accumulate_conv(x_codes, w_codes, bias_codes, padding=params["padding"])
-    z = nn.ReLU()(dequantize(acc, multipliers.along(acc_scale, acc, 1), torch.tensor(0)))
+    z = nn.ReLU()(onnx_operators.dequantize_linear(acc, acc_scale))
     y_scale = parameters.unsigned_scale(z, params["act_bits"])
     y_codes = make_requantizer("dyadic", x_scale, w_scale, y_scale, 0, *codes)(acc)  # the lowest code is 0: the clamp is the ReLU
     return {

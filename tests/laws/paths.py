@@ -191,7 +191,9 @@ def _reached(info: MethodInfo) -> frozenset[str]:
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
-        asked = [(options, (lowest, few)) for options in variants(info)] + [(options, (few,)) for options in MORE_OPTIONS.get(info.name, [])]
+        asked = [(options, (lowest, few)) for options in variants(info)] + [
+            (options, (few,)) for options in MORE_OPTIONS.get(info.name, [])
+        ]
         for options, widths in asked:
             for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
                 with contextlib.suppress(LowbitError):

@@ -129,6 +129,12 @@ def test_calibrated_activations_have_the_parameters_of_tensorflow_lite() -> None
         assert quantizer.zero_point.item() == zero_point and quantizer.scale.item() == pytest.approx(2 / 255)
 
 
+def test_the_papers_program_has_zero_points_of_its_own() -> None:
+    quantizer = AffineActivation(8, zero_point_rule="gemmlowp")
+    quantizer.initialize(torch.tensor([-1.0, 0.3, 1.0]))
+    assert quantizer.zero_point.item() == 127
+
+
 # The network
 
 

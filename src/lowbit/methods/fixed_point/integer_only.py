@@ -1,7 +1,7 @@
 """Integer-arithmetic-only inference: affine codes, batch norms folded in training, ranges by moving averages.
 
 Paper: Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko 2018, "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference". Section 2.1, Eq. 1 (codes); section 3.1, Eq. 12-13 (quantizers of training); section 3.2, Eq. 14
+    Integer-Arithmetic-Only Inference". Section 2.1, Eq. 1 (codes); section 3.1, Eq. 12 (quantizers of training); section 3.2, Eq. 14
     (folding). ``lowbit.formats.fixed_point`` has the integer arithmetic of section 2.2 and the appendices.
 Symbols: r -> x, q -> code, S -> scale, Z -> zero_point, [a; b] -> lo, hi, n -> number of codes.
 Differs from the paper:
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import GraphError
-from lowbit.formats.fixed_point.parameters import choose_qparams, nudged_range, widened
+from lowbit.formats.fixed_point.parameters import choose_qparams, choose_qparams_gemmlowp, nudged_range, widened
 from lowbit.network.slot import QuantizerFactory
 from lowbit.network.surgery.fold import EXACT_NORMS
 from lowbit.network.surgery.folded_norm import FoldedNorm, see_batches, take_norms
@@ -45,6 +45,7 @@ from lowbit.spec import BitPolicy, Granularity, LayerBits
 from lowbit.surrogates import Surrogate, bounded_straight_through
 
 CodeType = Literal["uint8", "int8"]
+ZeroPointRule = Literal["tensorflow_lite", "gemmlowp"]
 
 
 class RangeWeight(GridQuantizer):
@@ -117,20 +118,30 @@ class FoldedWeight(RangeWeight):
 
 
 class AffineActivation(UniformQuantizer):
-    """Activations on a range from an observer, its scale and zero point chosen as TensorFlow Lite does (``choose_qparams``).
+    """Activations on a range from an observer, its scale and zero point chosen as TensorFlow Lite or gemmlowp does.
 
     Args:
         bit_width: 1 to 8.
         code_type: ``uint8`` (codes ``0 .. 2**b - 1``) or ``int8`` (half of them negative); both have the same levels.
+        zero_point_rule: ``tensorflow_lite`` (``choose_qparams``) or ``gemmlowp`` (``choose_qparams_gemmlowp``).
         observer: Finds the range.
     """
 
-    def __init__(self, bit_width: int, *, code_type: CodeType = "uint8", observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        bit_width: int,
+        *,
+        code_type: CodeType = "uint8",
+        zero_point_rule: ZeroPointRule = "tensorflow_lite",
+        observer: Observer | None = None,
+    ) -> None:
         super().__init__(bit_width, signed=code_type == "int8", symmetric=False, observer=observer)
+        self.zero_point_rule = zero_point_rule
 
     def take_observed(self, shape: tuple[int, ...] | None = None) -> None:
         lo, hi = (end.reshape(()) for end in self.observer.range(self.qmin, self.qmax))
-        scale, zero_point = choose_qparams(*widened(lo, hi), self.qmin, self.qmax)
+        choose = choose_qparams if self.zero_point_rule == "tensorflow_lite" else choose_qparams_gemmlowp
+        scale, zero_point = choose(*widened(lo, hi), self.qmin, self.qmax)
         self.set_parameters(torch.where(scale > 0, scale, 1.0).float(), zero_point.float())
 
 
@@ -348,11 +359,13 @@ class IntegerOnlyPostTraining(PostTrainingMethod):
         weight_observer: Weights take the whole range that they have; ``min_max`` alone.
         activation_observer: How activation ranges are chosen from calibration data; TensorFlow Lite takes ``min_max``.
         codes: ``int8`` (symmetric weights) or ``uint8`` (affine weights, as in the paper).
+        zero_point_rule: Which program's zero points activations get: that of ``tensorflow_lite``, or of the paper's ``gemmlowp``.
     """
 
     weight_observer: Literal["min_max"] = "min_max"
     activation_observer: str = "min_max"
     codes: CodeType = "int8"
+    zero_point_rule: ZeroPointRule = "tensorflow_lite"
 
     def quantize(self, job: PtqJob) -> None:
         job.fold()
@@ -365,4 +378,5 @@ class IntegerOnlyPostTraining(PostTrainingMethod):
         return RangeWeight(slot.bit_width, code_type=self.codes, granularity=granularity)
 
     def activation_quantizer(self, slot: Slot) -> Quantizer:
-        return AffineActivation(slot.bit_width, code_type=self.codes, observer=make_observer(self.activation_observer))
+        observer = make_observer(self.activation_observer)
+        return AffineActivation(slot.bit_width, code_type=self.codes, zero_point_rule=self.zero_point_rule, observer=observer)

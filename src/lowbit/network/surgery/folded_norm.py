@@ -3,7 +3,7 @@
 In training the norm's statistics are those of the batch, for which the layer runs a second time with its own weight; later, and in
 evaluation, they are the moving ones.
 
-Source: Jacob et al. 2018, section 3.2, Eq. 14 and figure C.8; Krishnamoorthi 2018, section 3.2.2, for moving statistics at the end.
+Source: Jacob et al. 2018, section 3.2, Eq. 14; Krishnamoorthi 2018 for moving statistics at the end.
 """
 
 from __future__ import annotations
