@@ -60,9 +60,10 @@ def latency_table(
 
     Each layer is timed alone, on inputs of the shape that it gets in the network: quantized and on the kernels that ``lowbit.compile_runtime``
     puts it on (signs, bit planes, packed weights, 8 bits, float), and as ONNX Runtime runs it in the middle of a network, which passes codes
-    from layer to layer. What a call takes besides its kernels is left out, as it is paid once for a whole network. All ways are timed in turns; the table holds the least median of those that ``runtime`` allows, and what achieved it. Layers of the
-    same shape are measured once, and so are widths that run on one kernel: 3/8 takes as long as 8/8 where codes take a byte. What is
-    between layers (norms that no kernel takes in, sums, pooling) is not in the table.
+    from layer to layer. What a call takes besides its kernels is left out, as it is paid once for a whole network. All ways are timed in
+    turns; the table holds the least median of those that ``runtime`` allows, and what achieved it. Layers of the same shape are measured
+    once, and so are widths that run on one kernel: 3/8 takes as long as 8/8 where codes take a byte. What is between layers (norms that no
+    kernel takes in, sums, pooling) is not in the table.
 
     Weights of several bits stand on grids around zero, inputs on grids from zero on; inputs of 1 bit are signs where weights have 1 bit, but 0 and 1 in
     ONNX Runtime, which has no kernel for signs. Layers that compute in float whatever their weights are (embeddings, recurrent layers,
