@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.assignment.problem import make_problem
 from lowbit.errors import LayerError, SpecError
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.inputs import Inputs
@@ -93,7 +94,7 @@ def test_a_call_has_the_samples_asked_for(measured: list[CapturedCall]) -> None:
 def test_layers_that_compute_in_float_take_the_same_time_at_all_widths_which_their_weights_share() -> None:
     table = latency_table(Words(), torch.randint(9, (5, 1)), weight_bits=[2], activation_bits=[8], runtime="lowbit", runs=1)
     assert list(table.times) == ["words", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "head"]
-    assert list(table.times["words"]) == ["2/8", "8/8", "float/float", "2/float"]
+    assert list(table.times["words"]) == ["2/8", "8/8", "float/float", "2/float", "8/float"]
     assert list(table.times["head"]) == ["2/8", "8/8", "float/float"]
     reading, remembering = (set(table.times[f"rnn.weight_{part}_l0"].values()) for part in ("ih", "hh"))
     assert len(reading) == len(remembering) == 1
@@ -294,3 +295,13 @@ def test_a_table_is_opened_from_its_file_or_made_by_a_model_of_hardware(tmp_path
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SpecError, match="no latency table"):
         open_latency_table(str(tmp_path / "other.json"), model, x)
+
+
+def test_a_search_finds_the_times_of_all_layers_in_a_table(measured: list[CapturedCall]) -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)), torch.randint(9, (1, 5))
+    table = latency_table(model, x, weight_bits=[2, 4], activation_bits=[4, 8])
+    problem = make_problem(
+        model, Inputs((x,)), budget=lowbit.Budget(latency="100%"), candidates=(2, 4), activation_bits=(4, 8), first_last=8,
+        task=lowbit.Classification(), latency_table=table,
+    )  # fmt: skip
+    assert problem.costs["latency"].reference == 1.0 + 2.0 + 3.0

@@ -62,8 +62,8 @@ def latency_table(
     puts it on (signs, bit planes, packed weights, 8 bits, float), and as ONNX Runtime runs it in the middle of a network, which passes codes
     from layer to layer. What a call takes besides its kernels is left out, as it is paid once for a whole network. All ways are timed in
     turns; the table holds the least median of those that ``runtime`` allows, and what achieved it. Layers of the same shape are measured
-    once, and so are widths that run on one kernel: 3/8 takes as long as 8/8 where codes take a byte. What is
-    between layers (norms that no kernel takes in, sums, pooling) is not in the table.
+    once, and so are widths that run on one kernel: 3/8 takes as long as 8/8 where codes take a byte. What is between layers (norms that no
+    kernel takes in, sums, pooling) is not in the table.
 
     Weights of several bits stand on grids around zero, inputs on grids from zero on; inputs of 1 bit are signs where weights have 1 bit, but 0 and 1 in
     ONNX Runtime, which has no kernel for signs. Layers that compute in float whatever their weights are (embeddings, recurrent layers,
@@ -104,6 +104,7 @@ def latency_table(
             raise SpecError(f"{name} must be at least 1, got {number}")
     weights, activations = _widths(weight_bits, "weight_bits"), _widths(activation_bits, "activation_bits")
     widths = tuple(dict.fromkeys([*(LayerBits(w, a) for w in weights for a in activations), EIGHT, FLOAT]))
+    with_float_inputs = tuple(dict.fromkeys([*widths, *(LayerBits(w, None) for w in (*weights, 8))]))  # of layers that know no others
     shown = Progress.of(progress)
     if runtime != "lowbit" and not _has_onnx_runtime(is_needed=runtime == "onnxruntime"):
         shown.say("onnx and onnxruntime are not both installed, so that only lowbit's own kernels are measured")
@@ -128,8 +129,8 @@ def latency_table(
         with _threads(threads), shown.stage("layers", total=len(needed), done=len(known)) as stage:
             for key, call in needed.items():
                 if key not in known:
-                    done, every = stage.done, (*widths, *(LayerBits(bits, None) for bits in weights if not call.has_kernels))
-                    known[key] = time_call(call, every, runtime=runtime, threads=threads, runs=runs, advance=stage.advance)
+                    done, own = stage.done, widths if call.has_kernels else with_float_inputs
+                    known[key] = time_call(call, own, runtime=runtime, threads=threads, runs=runs, advance=stage.advance)
                     stage.advance(done + 1 - stage.done)
                     _write(work, key, known[key])
         if work is not None:
@@ -138,8 +139,8 @@ def latency_table(
     kernels: dict[str, dict[str, str]] = {}
     for name, site in weight_sites(network).items():
         found = [known[call.key] for call in calls[site.layer_name]]
-        own = (*widths, *(LayerBits(bits, None) for bits in weights if site.is_weight_only))
-        rows = {switch_name(bits): [entry[bits] for entry in found] for bits in dict.fromkeys(own)}
+        own = with_float_inputs if site.is_weight_only else widths
+        rows = {switch_name(bits): [entry[bits] for entry in found] for bits in own}
         times[name] = {pair: _share(site) * sum(entry.milliseconds for entry in row) for pair, row in rows.items()}
         kernels[name] = {pair: "; ".join(dict.fromkeys(entry.kernel for entry in row)) or NOT_CALLED for pair, row in rows.items()}
         if not found:
