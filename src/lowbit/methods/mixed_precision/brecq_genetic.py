@@ -5,8 +5,8 @@ Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Li
 Symbols: c -> bits, H(c) <= delta -> the budget, G -> gradient, z -> a block's output.
 Differs from the paper:
     - By default candidates are rounded to nearest on BRECQ's grids instead of being reconstructed at each width, see ``reconstruct``.
-    - G, the gradient of the loss at a block's output, is that of labels drawn from the float network's own answers, whose mean square is the
-      Fisher information; the released program takes the gradient of a divergence, which is 0 in a float network.
+    - G is drawn so that its mean square is the diagonal of the Fisher information at a block's output, see ``drawn_residual``; the released
+      program takes the gradient of a divergence from the float network, which is 0 in that network.
     - Errors are summed over a block's output instead of averaged over its positions, so that those of different blocks add up to one
       second-order estimate of the loss increase.
     - In blocks of more than ``joint_layers`` layers only pairs of 2-bit layers are measured together.
@@ -24,7 +24,6 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowbit.assignment.activations import searched_inputs
 from lowbit.assignment.costs import Assignment, policy_of
@@ -101,24 +100,27 @@ class Prediction:
 
 
 def drawn_residual(problem: SearchProblem, output: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of ``-log p(y | output)`` with respect to ``output``, for an answer ``y`` that is drawn from the network's own ``p``.
+    """A random vector with the mean and the covariance of the gradient of ``-log p(y | output)`` over answers ``y`` of the network itself.
 
-    ``softmax(output) - onehot(y)`` for classes, ``sigmoid(output) - y`` for labels of their own, a standard normal number for any other value.
+    For classes, ``p = softmax(output)``, that is ``diag(p) - p p^T``, the covariance of ``sqrt(p) e - p (sqrt(p) . e)`` with ``e`` standard normal;
+    answers that are drawn would be the likeliest one nearly always, and tell nothing. For labels of their own it is
+    ``sqrt(p (1 - p)) e`` with ``p = sigmoid(output)``, for any other value ``e``.
     """
     values = output.detach().float()
+    drawn = torch.randn(values.shape, generator=generator).to(values)
     if isinstance(problem.task, MultiLabel):
         p = values.sigmoid()
-        return p - (torch.rand(p.shape, generator=generator).to(p) < p).to(p)
+        return (p * (1 - p)).sqrt() * drawn
     if isinstance(problem.task, Regression) or not has_classes(values):
-        return torch.randn(values.shape, generator=generator).to(values)
+        return drawn
     axis = class_dimension(values)
-    p = values.softmax(axis).movedim(axis, -1)
-    drawn = torch.multinomial(p.reshape(-1, p.shape[-1]).cpu().double(), 1, generator=generator)[:, 0].reshape(p.shape[:-1])
-    return (p - F.one_hot(drawn, p.shape[-1]).to(p)).movedim(-1, axis)
+    p = values.softmax(axis)
+    root = p.sqrt() * drawn
+    return root - p * root.sum(axis, keepdim=True)
 
 
 def unit_output(problem: SearchProblem, unit: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(z, G)``: output of a unit of the float network, and for each sample the gradient there of ``-log p`` of a drawn answer."""
+    """``(z, G)``: output of a unit of the float network, and ``drawn_residual`` carried back to it, each sample on its own."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def unit_errors(problem: SearchProblem, calibrated: Calibrated, loss: LossKind) 
     def float_outputs(unit: str) -> list[tuple[Tensor, Tensor]]:
         if unit not in held:
             held.clear()  # units come one after the other, and the outputs of all would fill the memory
-            generator = problem.generator(f"answers {unit}")
+            generator = problem.generator(f"gradients {unit}")
             with seeded(problem, unit):
                 held[unit] = [unit_output(problem, unit, batch, generator) for batch in problem.batches]
         return held[unit]
