@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.assignment.problem import SearchMethod, SearchProblem
     from lowbit.assignment.result import SearchResult
     from lowbit.measure.diagnose import diagnose
+    from lowbit.measure.latency_table import LatencyTable
     from lowbit.measure.selection import select_bits
     from lowbit.network.bits import get_bits, set_bits
     from lowbit.network.slot import Slot
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.workflows.deliver import Delivery, deliver
     from lowbit.workflows.evaluate import evaluate
     from lowbit.workflows.export import ExportReport, export
+    from lowbit.workflows.latency_table import latency_table
     from lowbit.workflows.load import load
     from lowbit.workflows.quantize import quantize, quantize_and_deliver
     from lowbit.workflows.requests import QuantizeRequest, SearchRequest, TrainRequest
@@ -50,7 +52,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
-    "set_bits", "get_bits", "select_bits",
+    "set_bits", "get_bits", "select_bits", "latency_table", "LatencyTable",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
     "compare", "Suite", "Subject", "Comparison",

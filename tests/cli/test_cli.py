@@ -64,7 +64,7 @@ def test_the_module_runs_as_the_command_does() -> None:
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_and_every_option_has_help(command: str) -> None:
     assert run(command, "--help").exit_code == 0
-    real = typer.main.get_command(importlib.import_module(f"lowbit.cli.{command}").app)
+    real = typer.main.get_command(importlib.import_module(f"lowbit.cli.{command.replace('-', '_')}").app)
     for each in [*getattr(real, "commands", {}).values()] or [real]:
         assert each.help
         assert [parameter.name for parameter in each.params if not getattr(parameter, "help", None)] == []

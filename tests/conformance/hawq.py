@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowbit.measure.hessian import Eigenpair, Hessian, Spectrum, exact_spectrum, given, top_eigenvalues
+from lowbit.measure.hessian import Draw, Eigenpair, Hessian, Spectrum, exact_spectrum, top_eigenvalues
 from lowbit.measure.loss_surface import LossSurface
 from lowbit.methods.mixed_precision.hawq import Hawq, descending, omega, perturbation, scores
 from lowbit.methods.mixed_precision.hawq_quantizers import HawqActivation, HawqWeight
@@ -61,6 +62,12 @@ def spectrum_of(inputs: dict[str, Tensor], *names: str) -> Spectrum:
     surface = surface_of(doubled)
     wide = LossSurface(surface.model.double(), surface.batches, task_loss)
     return exact_spectrum(Hessian(wide, {"block": names}))
+
+
+def given(vectors: Iterable[Tensor]) -> Draw:
+    """Draws these vectors, one after the other."""
+    left = iter(vectors)
+    return lambda like: next(left).to(like)
 
 
 def eigenpairs(hessian: Hessian, count: int = 1) -> list[Eigenpair]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.measure.hessian import Hessian, exact_spectrum, given, hutchinson_traces
+from lowbit.measure.hessian import Hessian, exact_spectrum, hutchinson_traces
 from lowbit.measure.loss_surface import LossSurface
 from lowbit.methods.mixed_precision.hawq import omega, perturbation
 from lowbit.methods.mixed_precision.hawq_v2 import limit_between, select
@@ -33,16 +33,16 @@ AUTHORS_FLOOR = 1e-6  # what their program adds to the mean that a change is com
 
 def all_probes(hessian: Hessian, probes: Tensor) -> tuple[float, ...]:
     """``z' H z`` for each probe, whatever their running mean."""
-    return hutchinson_traces(hessian, given(probes), min_probes=len(probes), max_probes=len(probes))["block"].values
+    return hutchinson_traces(hessian, hawq.given(probes), min_probes=len(probes), max_probes=len(probes))["block"].values
 
 
 def hutchinson_trace(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for layer in params["layers"]:
         hessian, probes = hawq.hessian_of(inputs, f"{layer}.weight"), inputs[f"probes.{layer}"]
-        every = hutchinson_traces(hessian, given(probes), min_probes=len(probes), max_probes=len(probes))["block"]
+        every = hutchinson_traces(hessian, hawq.given(probes), min_probes=len(probes), max_probes=len(probes))["block"]
         settled = hutchinson_traces(
-            hessian, given(probes), min_probes=1, max_probes=len(probes), tolerance=params["tol"], floor=AUTHORS_FLOOR
+            hessian, hawq.given(probes), min_probes=1, max_probes=len(probes), tolerance=params["tol"], floor=AUTHORS_FLOOR
         )["block"]
         exact = hawq.spectrum_of(inputs, f"{layer}.weight")
         found |= {
@@ -64,7 +64,7 @@ def hutchinson_trace_batches(params: dict[str, Any], inputs: dict[str, Tensor]) 
     sizes = [parameters[name].numel() for name in names]
     probes = inputs["probes_flat"]
     vectors = [part.view_as(parameters[name]) for row in probes for name, part in zip(names, row.split(sizes), strict=True)]
-    found = hutchinson_traces(hessian, given(vectors), min_probes=len(probes), max_probes=len(probes))["block"]
+    found = hutchinson_traces(hessian, hawq.given(vectors), min_probes=len(probes), max_probes=len(probes))["block"]
     return {"vhv": found.values, "trace_exact": hawq.spectrum_of(inputs, *names).trace}
 
 

@@ -37,6 +37,8 @@ MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch some
     "dorefa": [{"gradient_bits": 6}],
     "brecq": [{"loss": "fisher_diag", "fisher": "released"}],
     "ewgs": [{"delta_interval": 1, "delta_probes": 2}],
+    "haq": [{"finetune_epochs": 1, "activation_bits": (4, 8)}, {"finetune_epochs": 1, "weights": "kmeans"}],
+    "hawq_v2": [{"fraction": 0.5}, {"activation_bits": (4, 8)}],
     "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
     "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
 }
@@ -150,6 +152,16 @@ def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
             lowbit.select_bits(trained, lambda network: float(network(data[0])[0, 0]), **budget)  # type: ignore[arg-type]
 
 
+def _searched(info: MethodInfo, options: dict[str, object]) -> None:
+    """Bits for a network that is small enough for every option, searched while keeping what a killed search needs."""
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 4)]
+    data, method = _network("resnet8")[1], info.method
+    assert method is not None
+    settings = {**method.trial, **options}  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.search(nn.Sequential(*layers), method=info.name, budget="average=4", data=[data], work_dir=folder, **settings)
+
+
 def _through_a_file(model: nn.Module, images: Tensor) -> None:
     """Export, load, and run what was loaded."""
     with tempfile.TemporaryDirectory() as folder:
@@ -166,6 +178,8 @@ def _nearest(wanted: int, supported: range) -> int:
 def reached_by_users(name: str) -> frozenset[str]:
     """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
     info = get_method(name)
+    if info.kind == "search":
+        return _reached_by_searches(info)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {
@@ -193,4 +207,11 @@ def reached_by_users(name: str) -> frozenset[str]:
                 with contextlib.suppress(LowbitError):
                     _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
                     break
+    return frozenset(found)
+
+
+def _reached_by_searches(info: MethodInfo) -> frozenset[str]:
+    with _watching(lambda _: True) as found:
+        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+            _searched(info, options)
     return frozenset(found)

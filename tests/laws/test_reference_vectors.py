@@ -54,7 +54,10 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
             torch.testing.assert_close(got, expected, rtol=case.get("rtol", 1e-5), atol=case.get("atol", 1e-6), equal_nan=True, msg=name)
 
 
-METHODS = {"bi_real_net": ("bi_real_net", "react_net")}  # of adapters whose vectors are those of more than their own method
+METHODS = {
+    "bi_real_net": ("bi_real_net", "react_net"),
+    "hawq": ("hawq", "hawq_v2"),
+}  # of adapters whose vectors are those of more than their own method
 
 
 def called_for_all_cases(adapter: Path) -> set[str]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from lowbit.errors import SpecError
 from lowbit.measure.hessian import (
+    Draw,
     Hessian,
     Trace,
     gaussian,
-    given,
     hutchinson_traces,
     inner_product,
     layer_eigenvalues,
+    layer_spectra,
     layer_traces,
     product_with,
     rademacher,
@@ -56,6 +57,12 @@ def task_loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def surface(batches: Batches | None = None, model: nn.Module | None = None) -> LossSurface:
     return LossSurface(model or network(), batches or [(X, LABELS)], task_loss)
+
+
+def given(vectors: Iterable[Tensor]) -> Draw:
+    """Draws these vectors, one after the other."""
+    left = iter(vectors)
+    return lambda like: next(left).to(like)
 
 
 def seeded(name: str = "") -> torch.Generator:
@@ -286,9 +293,15 @@ def test_the_number_of_probes_is_checked(bounds: tuple[int, int]) -> None:
         hutchinson_traces(quadratic(torch.eye(2)), rademacher(seeded()), min_probes=bounds[0], max_probes=bounds[1])
 
 
-def test_a_given_vector_has_to_fit() -> None:
-    with pytest.raises(SpecError, match=r"shape \(3,\), and the tensor that it is for \(1, 2\)"):
-        hutchinson_traces(quadratic(torch.eye(2)), given([torch.ones(3)]))
+def test_the_whole_hessian_is_the_exact_one_and_knows_its_sums() -> None:
+    matrix, found = exact("conv2.weight"), layer_spectra(surface(), BLOCKS)["conv2"]
+    torch.testing.assert_close(found.matrix, matrix, rtol=1e-3, atol=1e-6)
+    values = sorted(torch.linalg.eigvalsh(matrix).tolist(), key=abs, reverse=True)
+    assert found.eigenvalues[:3] == pytest.approx(values[:3], rel=1e-3)
+    assert found.trace == pytest.approx(float(matrix.trace()), rel=1e-3) and found.average == pytest.approx(found.trace / len(matrix))
+    squares = matrix.square()
+    assert found.frobenius == pytest.approx(math.sqrt(float(squares.sum())), rel=1e-3)
+    assert found.off_diagonal == pytest.approx(math.sqrt(float(squares.sum() - squares.diagonal().sum())), rel=1e-3)
 
 
 # Activations

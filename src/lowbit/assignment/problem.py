@@ -76,6 +76,7 @@ class SearchProblem:
         layers: The weights whose bits are searched, in the order in which they run.
         choices: The widths that each of them may have, from the highest to the lowest.
         fixed: Bits of all other weights: the first and the last layer.
+        order: The names of all weights in the order in which they run.
         costs: What networks cost, by kind: ``average``, ``size``, ``bops``, and ``latency`` where there is a table.
         limits: The most of each kind that a network may cost, in the unit of ``costs``; empty: the method gives its whole frontier.
         calibration: Unlabelled samples, or ``None``.
@@ -86,6 +87,16 @@ class SearchProblem:
         progress: Progress display.
         workers: Processes to use.
         work_dir: Folder for what a killed search needs to go on, or ``None``.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> sample = Inputs.of(torch.rand(2, 8), model)
+        >>> problem = make_problem(
+        ...     model, sample, budget=Budget(average=4), candidates=(2, 4), activation_bits=(8,), first_last=8, task=lowbit.Classification()
+        ... )
+        >>> list(problem.layers), problem.limits, [problem.fits(bits) for bits in problem.uniform().values()]
+        (['1', '2'], {'average': 4}, [True, True])
     """
 
     model: nn.Module
@@ -93,6 +104,7 @@ class SearchProblem:
     layers: Mapping[str, WeightSite]
     choices: Choices
     fixed: Assignment
+    order: Sequence[str]
     costs: Mapping[CostKind, Cost]
     limits: Mapping[CostKind, float]
     calibration: Calibration | None
@@ -117,9 +129,13 @@ class SearchProblem:
         """An option with its cost."""
         return Option(dict(bits), self.costs[self.main].of(bits), loss)
 
+    def all_bits(self, bits: Assignment) -> dict[str, LayerBits]:
+        """``bits`` and those of ``fixed``, in the order in which the layers run."""
+        return {name: bits[name] if name in bits else self.fixed[name] for name in self.order}
+
     def policy(self, bits: Assignment) -> BitPolicy:
         """The policy that gives every layer its bits, those of ``fixed`` included."""
-        return policy_of({**self.fixed, **bits})
+        return policy_of(self.all_bits(bits))
 
     def uniform(self) -> dict[LayerBits, Assignment]:
         """Every searched layer at the same one of the widths that all of them have, from the highest to the lowest."""
@@ -166,7 +182,23 @@ def own_answers_loss(output: Output) -> Tensor:
 
 
 class SearchMethod(Method, ABC):
-    """Chooses bits for each layer; the fields of a subclass are the paper's hyper-parameters."""
+    """Chooses bits for each layer; the fields of a subclass are the paper's hyper-parameters.
+
+    Example:
+        >>> import torch, lowbit
+        >>> info = lowbit.MethodInfo(
+        ...     name="widest", title="As many bits as all layers can have", paper="none", section="other", axes=("assignment",), kind="search",
+        ...     weight_bits=range(1, 9), activation_bits=range(1, 9), needs=(), fidelity="unverified", summary="the widest uniform network",
+        ... )
+        >>> @lowbit.register(info)
+        ... @dataclass
+        ... class Widest(lowbit.SearchMethod):
+        ...     def search(self, problem):
+        ...         return Found(next(bits for bits in problem.uniform().values() if problem.fits(bits)), loss=None)
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> lowbit.search(model, method=Widest, budget="average=5", sample=torch.rand(2, 8)).cost["average"]
+        4.0
+    """
 
     trial: ClassVar[Mapping[str, object]] = MappingProxyType({})  # hyper-parameters for a first try, where the paper's take long
 
@@ -245,7 +277,7 @@ def make_problem(
             )
         limits[limit.kind] = costs[limit.kind].limit(limit)
     return SearchProblem(
-        network, sample, {name: job.weights[name] for name in choices}, choices, fixed, costs, limits, calibration, tuple(batches), has_labels,
+        network, sample, {name: job.weights[name] for name in choices}, choices, fixed, tuple(job.weights), costs, limits, calibration, tuple(batches), has_labels,
         task, **settings,
     )  # fmt: skip
 

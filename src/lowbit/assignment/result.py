@@ -56,6 +56,13 @@ class SearchResult:
         facts: What else the method knows of its search.
         metric_name, metric_unit: The task's metric.
         float_metric: That of the float network, where it was measured.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> result = lowbit.search(model, method="random_bits", budget="average=4", sample=torch.rand(2, 8))
+        >>> result.searched, result.cost["average"] <= 4, [one.name for one in result.uniform][:2]
+        (('1', '2'), True, ['uniform 8/8', 'uniform 7/8'])
     """
 
     method: str

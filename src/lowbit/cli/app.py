@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 EXIT_TERMINATED = 143  # ... for SIGTERM
 EXIT_READER_GONE = 141  # ... for SIGPIPE
 EXIT_NOT_PRINTED = 1  # all is done, but standard output is full or broken
-COMMANDS = {  # each is the variable ``app`` of the file of its name
+COMMANDS = {  # each is the variable ``app`` of the file of its name, with _ for -
     "quantize": "Quantize a trained network, check the result, and write files and a report.",
     "train": "Train a low-bit network, check the result, and write files and a report.",
     "evaluate": "Measure accuracy, size and time of the float network and of exported files.",
@@ -30,6 +30,7 @@ COMMANDS = {  # each is the variable ``app`` of the file of its name
     "run": "Classify pictures with a packed network on low-bit kernels, or time it.",
     "search": "Choose bits for each layer under a budget of size, operations or time.",
     "compare": "Compare methods on equal terms: same network, data, layers, images and seeds.",
+    "latency-table": "Measure the time of each layer of a network at each pair of widths on this machine.",
     "diagnose": "Quantize, then walk the white paper's debugging chart: which layers hurt, and what helps.",
     "doctor": "Say what is installed, what the processor can do, and which kernels low-bit layers run on.",
     "methods": "Which methods there are, and what each one does and takes.",
@@ -44,7 +45,7 @@ class LazyCommand(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the real command."""
         assert self.name is not None
-        module = importlib.import_module(f"lowbit.cli.{self.name}")
+        module = importlib.import_module(f"lowbit.cli.{self.name.replace('-', '_')}")
         return typer.main.get_command(module.app).make_context(info_name, args, parent=parent, **extra)
 
 

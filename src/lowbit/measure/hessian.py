@@ -41,19 +41,6 @@ def gaussian(generator: torch.Generator) -> Draw:
     return lambda like: torch.randn(like.shape, generator=generator).to(like)
 
 
-def given(vectors: Iterable[Tensor]) -> Draw:
-    """Draws these vectors, one after the other."""
-    left = iter(vectors)
-
-    def draw(like: Tensor) -> Tensor:
-        vector = next(left)
-        if vector.shape != like.shape:
-            raise SpecError(f"a vector has the shape {tuple(vector.shape)}, and the tensor that it is for {tuple(like.shape)}")
-        return vector.to(like)
-
-    return draw
-
-
 def product_with(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
     """``H v``: the gradients of ``<gradients, vectors>``; zeros where the loss is linear in a tensor or does not depend on it.
 
@@ -334,12 +321,12 @@ class Spectrum:
 
     @property
     def frobenius(self) -> float:
-        """The root of the sum of all squared entries."""
+        """The root of the sum of all squared entries; a normal probe for the trace deviates by ``sqrt(2)`` times this."""
         return float(torch.linalg.matrix_norm(self.matrix))
 
     @property
     def off_diagonal(self) -> float:
-        """The same without the diagonal; a Rademacher probe for the trace deviates by ``sqrt(2)`` times this."""
+        """The same without the diagonal; a probe of +-1 for the trace deviates by ``sqrt(2)`` times this."""
         return float(torch.linalg.matrix_norm(self.matrix - torch.diag(self.matrix.diagonal())))
 
 

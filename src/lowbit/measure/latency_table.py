@@ -25,6 +25,11 @@ class LatencyTable:
         times: Time of each layer by its name and by ``switch_name`` of its bits, such as ``4/8``.
         kernels: What computes it there, by the same keys; empty where no kernel ran.
         facts: What it was measured on: machine, versions, batch size, threads.
+
+    Example:
+        >>> table = LatencyTable("ms", {"conv": {"4/8": 0.5, "8/8": 0.75}})
+        >>> table.time("conv", LayerBits(4, 8))
+        0.5
     """
 
     unit: str

@@ -5,6 +5,7 @@ Nothing is prepared again: every quantizer changes its own bit-width and keeps w
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from torch import nn
 from lowbit.errors import LayerError, SpecError
 from lowbit.network import insert
 from lowbit.network.layers import WEIGHT, WEIGHT_ONLY
-from lowbit.network.record import QuantizationRecord, record_of
+from lowbit.network.record import QuantizationRecord, attach_record, record_of
+from lowbit.network.table import LayerTable
 from lowbit.quantizers import Quantizer
 from lowbit.registry import list_methods
 from lowbit.spec import BitPolicy, LayerBits, Position, Rule, matches, parse_bits, parse_width, switch_name
@@ -269,6 +271,33 @@ def lower_bits(model: nn.Module, stage: LayerBits) -> None:
     _change(model, {name: raised_bits(own, stage) for name, own in asked_bits(model).items()}, is_lowering=True)
 
 
+def keep_bits(model: nn.Module) -> None:
+    """Let the record of ``model`` ask for the weight bits that its layers have: for methods that choose bits in training.
+
+    The policy gets a rule for each layer whose bits are not those that it asks for anyway; the table says them. A network without a record is
+    left as it is.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.network.bits import keep_bits
+        >>> model = lowbit.prepare(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), weight_bits=4, sample=torch.randn(8, 4))
+        >>> lowbit.set_bits(model, {"1": lowbit.LayerBits(weight=2, activation=4)})
+        >>> keep_bits(model)
+        >>> model.lowbit_record.policy.rules
+        (Rule(match='1', type=None, weight=2, activation=None, output=None),)
+    """
+    record, layers = record_of(model), layer_quantizers(model)
+    if record is None:
+        return
+    own = {name: Rule(glob.escape(name), weight=found.bits.weight or "float") for name, found in layers.items() if found.weight is not None}
+    named = {rule.match for rule in own.values()}
+    said = tuple(rule for rule in record.policy.rules if rule.match not in named or rule != Rule(rule.match, weight=rule.weight))
+    asked = _by_policy(replace(record.policy, rules=said), layers, record.table.positions)
+    chosen = (rule for name, rule in own.items() if asked[name].weight != layers[name].bits.weight)
+    attach_record(model, replace(record, policy=replace(record.policy, rules=(*said, *chosen))))
+    _update_table(record.table, layers)
+
+
 def raised_bits(own: LayerBits, stage: LayerBits) -> LayerBits:
     """Bits of a layer at a stage of lowering: its own, or those of the stage where these are more; ``None`` there is float.
 
@@ -328,10 +357,16 @@ def _change(model: nn.Module, bits: BitsLike | Mapping[str, BitsLike] | BitPolic
             quantizer.set_bit_width(width, weights.get(quantizer))
     for follower, choice in zip(followers, choices, strict=True):
         follower.select(choice)
-    for row in [] if record is None else list(record.table):
-        if record is not None and row.name in layers:
+    if record is not None:
+        _update_table(record.table, layers)
+
+
+def _update_table(table: LayerTable, layers: Mapping[str, LayerQuantizers]) -> None:
+    """Let the rows say the bits that the layers have now."""
+    for row in list(table):
+        if row.name in layers:
             now = layers[row.name].bits
-            record.table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation, output_bits=now.output))
+            table.add(replace(row, weight_bits=now.weight, activation_bits=now.activation, output_bits=now.output))
 
 
 def _changes(

@@ -137,10 +137,15 @@ class BiasParametrization(nn.Module):
         super().__init__()
         self._weights = (weights,)  # in a tuple, because it is a submodule of the weight's parametrization already
 
-    def forward(self, bias: Tensor) -> Tensor:
+    @property
+    def quantizer(self) -> Quantizer:
+        """That of the weight."""
         (weights,) = self._weights
-        scale = getattr(weights.quantizer, "scale_bias", None)
-        return bias if scale is None or not weights.quantizer.enabled else scale(bias)
+        return weights.quantizer
+
+    def forward(self, bias: Tensor) -> Tensor:
+        scale = getattr(self.quantizer, "scale_bias", None)
+        return bias if scale is None or not self.quantizer.enabled else scale(bias)
 
 
 def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer, parameter: str = WEIGHT) -> None:

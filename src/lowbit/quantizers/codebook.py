@@ -33,7 +33,8 @@ class CodebookQuantizer(TableQuantizer):
     Each bit-width has its own levels: those of a new width are interpolated between the current ones, at evenly spaced indices.
     """
 
-    tables = tables_by_width = ("levels",)
+    tables: tuple[str, ...] = ("levels",)
+    tables_by_width: tuple[str, ...] = ("levels",)
     bit_widths = range(1, 9)
 
     def __init__(self, bit_width: int, *, granularity: Granularity | None = None) -> None:

@@ -19,7 +19,7 @@ from lowbit.report.scatter import Point, scatter
 from lowbit.spec import LayerBits, switch_name
 
 ROW, NAME_WIDTH, TOP = 16.0, 150.0, 26.0  # units of a drawing
-LONGEST_NAME = 24
+LONGEST_NAME, LONGEST_UNDER_BAR = 24, 12
 NAMES: dict[CostKind, str] = {
     "average": "bits of a weight",
     "size": "stored size",
@@ -75,11 +75,16 @@ def layer_rows(result: SearchResult) -> list[tuple[str, str, str, str]]:
 
 
 def frontier_plot(result: SearchResult, *, measured: bool) -> Markup | None:
-    """Predicted loss, or the measured metric, over the main cost: the frontier, uniform networks and the one that was found."""
+    """Predicted loss, in logarithms, or the measured metric, over the main cost: the frontier, uniform networks and the one that was found."""
     kind = result.main
 
+    def height(candidate: Candidate) -> float | None:
+        if measured:
+            return candidate.metric
+        return math.log10(candidate.loss) if candidate.loss is not None and candidate.loss > 0 else None
+
     def points(candidates: Sequence[Candidate], label: str) -> list[Point]:
-        found = ((one, one.metric if measured else one.loss) for one in candidates)
+        found = ((one, height(one)) for one in candidates)
         return [Point(one.name, one.cost[kind], y, y, y, label) for one, y in found if y is not None and kind in one.cost]
 
     drawn = [*points([result.found], "found"), *points(result.frontier, "frontier"), *points(result.uniform, "uniform")]
@@ -91,7 +96,7 @@ def frontier_plot(result: SearchResult, *, measured: bool) -> Markup | None:
         x_label=NAMES[kind],
         y_label=result.metric_name if measured else "predicted loss",
         format_x=lambda value: format_cost(kind, value, result.units[kind]),
-        format_y=lambda value: format_metric(value, result.metric_unit if measured else ""),
+        format_y=lambda value: format_metric(value, result.metric_unit) if measured else f"{10**value:.2g}",
         label_front=measured,
     )
 
@@ -149,16 +154,16 @@ def bit_bars(bits: Mapping[str, LayerBits]) -> Markup:
             middle = x + column / 2
             parts.append(
                 svg.element(
-                    "text", short_name(name), x=f"{middle:.1f}", y=f"{base + 10:.1f}", text_anchor="end", class_="tick",
+                    "text", short_name(name, LONGEST_UNDER_BAR), x=f"{middle:.1f}", y=f"{base + 10:.1f}", text_anchor="end", class_="tick",
                     transform=f"rotate(-45 {middle:.1f} {base + 10:.1f})",
                 )
             )  # fmt: skip
     return svg.drawing(width, height, "Bits of each layer along the network", *parts)
 
 
-def short_name(name: str) -> str:
+def short_name(name: str, longest: int = LONGEST_NAME) -> str:
     """The end of a long name."""
-    return name if len(name) <= LONGEST_NAME else f"\N{HORIZONTAL ELLIPSIS}{name[1 - LONGEST_NAME :]}"
+    return name if len(name) <= longest else f"\N{HORIZONTAL ELLIPSIS}{name[1 - longest :]}"
 
 
 def write_search_page(result: SearchResult, network: str, run: Mapping[str, object], path: Path) -> None:

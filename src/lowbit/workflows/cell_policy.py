@@ -9,7 +9,6 @@ from typing import Any, cast
 from lowbit.assignment.budget import Budget, CostKind
 from lowbit.assignment.problem import make_problem
 from lowbit.comparison.cells import FLOAT, Cell
-from lowbit.measure.cost import FLOAT_BITS
 from lowbit.options import choose_policy
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress
@@ -40,10 +39,7 @@ def _searched(suite: Suite, cell: Cell, subject: Subject, uniform: BitPolicy, wo
     activations, table = asked.pop("activation_bits", uniform.default.activation or FLOAT), asked.pop("latency_table", None)
     calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
     widths = SearchRequest(candidates=str(candidates), activation_bits=str(activations))
-    opened = None
-    if table is not None:
-        every = tuple(dict.fromkeys((*widths.candidate_bits(), cell.weight_bits or FLOAT_BITS)))
-        opened = open_latency_table(str(table), subject.model, calibration.sample, every, widths.input_bits())
+    opened = None if table is None else open_latency_table(str(table), subject.model, calibration.sample)
     first_last = uniform.first_last.weight if uniform.first_last is not None else None
     same = make_problem(
         subject.model, calibration.sample, budget=Budget(), candidates=(cast(int, cell.weight_bits),),

@@ -498,6 +498,37 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
 
 
 @dataclass(frozen=True)
+class LatencyTableRequest(NetworkSettings, SampleSettings):
+    """Run.
+
+    Attributes:
+        weight_bits: Widths of weights to measure, joined by commas; 'float' is one too.
+        activation_bits: Widths of what layers read to measure, likewise.
+        calibration_samples: Number of samples to read; only their shape matters.
+        batch_size: Samples in a timed call.
+        threads: CPU threads.
+        runs: Timed calls of each kernel.
+        runtime: What the network will run on: lowbit's kernels, ONNX Runtime, or for each layer the faster of the two.
+        out: The file to write.
+        resume: Go on with a stopped run of the same settings, or start over.
+        seed: Seed of the noise that stands in for samples, and of random weights.
+    """
+
+    command: ClassVar[str] = "latency-table"
+
+    weight_bits: str = "1,2,3,4,5,6,7,8"
+    activation_bits: str = "1,2,3,4,5,6,7,8,float"
+    calibration_samples: Annotated[int, AtLeast(1)] = 1
+    batch_size: Annotated[int, AtLeast(1)] = 1
+    threads: Annotated[int, Interval(1, MAX_THREADS)] = 1
+    runs: Annotated[int, AtLeast(1)] = 20
+    runtime: Literal["fastest", "lowbit", "onnxruntime"] = "fastest"
+    out: str = "latency-table.json"
+    resume: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RunRequest(Request):
     """Run.
 

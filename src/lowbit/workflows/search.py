@@ -37,6 +37,7 @@ from lowbit.report.search import write_search_page
 from lowbit.spec import BitPolicy, LayerBits, switch_name
 from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.latency_table import open_latency_table
 from lowbit.workflows.origin import WORK
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import quantize, run_job
@@ -89,7 +90,8 @@ def search(
         candidates: Widths that weights may have, 1 to 8.
         activation_bits: Bits of what the layers read; ``None``: float; several: each layer may have any of them.
         first_last_bits: Bits of the first and the last layer, which are not searched; ``None``: they are searched as all others.
-        latency_table: Times of the layers at each width, for budgets of latency: a table or its file.
+        latency_table: Times of the layers at each width, for budgets of latency: a table, its file, or a model of hardware (``bit_serial``,
+            ``bit_fusion``).
         quantizer: Post-training method with which networks are measured for ``max_drop``.
         task: What the network is for; default: classification.
         workers: Processes; the result does not depend on it.
@@ -128,10 +130,11 @@ def search(
         raise CalibrationError("without samples pass sample=, the inputs of one call, so that shapes are known.")
     if max_drop is not None and test_data is None and not batches:
         raise DataError("max_drop= measures networks, which needs labels: pass test_data= or data=, batches of inputs and targets.")
-    table = LatencyTable.load(latency_table) if isinstance(latency_table, (str, Path)) else latency_table
+    inputs = Inputs.of(sample, model) if sample is not None else samples.sample  # type: ignore[union-attr]
+    table = open_latency_table(latency_table, model, inputs) if isinstance(latency_table, (str, Path)) else latency_table
     problem = make_problem(
         model,
-        Inputs.of(sample, model) if sample is not None else samples.sample,  # type: ignore[union-attr]
+        inputs,
         budget=Budget() if budget is None else Budget.of(budget),
         candidates=candidates,
         activation_bits=(activation_bits,) if activation_bits is None or isinstance(activation_bits, int) else activation_bits,
@@ -202,7 +205,7 @@ def _uniform(problem: SearchProblem, found: Found, latency_table: LatencyTable |
         Candidate(
             f"uniform {switch_name(bits)}",
             problem.policy(network),
-            {**problem.fixed, **network},
+            problem.all_bits(network),
             {kind: cost.of(network) for kind, cost in costs.items()},
             _predicted(found, network),
         )
@@ -220,7 +223,7 @@ def _predicted(found: Found, bits: Assignment) -> float | None:
 
 def _candidate(problem: SearchProblem, name: str, bits: Assignment, loss: float | None) -> Candidate:
     cost = {kind: table.of(bits) for kind, table in problem.costs.items()}
-    return Candidate(name, problem.policy(bits), {**problem.fixed, **bits}, cost, loss)
+    return Candidate(name, problem.policy(bits), problem.all_bits(bits), cost, loss)
 
 
 def _within_drop(result: SearchResult, problem: SearchProblem, max_drop: float, test_data: object, quantizer: str) -> SearchResult:
@@ -324,9 +327,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
     candidates, activations = request.candidate_bits(), request.input_bits()
     table = None
     if request.latency_table is not None:
-        from lowbit.workflows.latency_table import open_latency_table
-
-        table = open_latency_table(request.latency_table, source.model, source.sample, candidates, activations)
+        table = open_latency_table(request.latency_table, source.model, source.sample)
     batches = labelled_batches(request, request, source)
     if request.max_drop is not None and source.test is None:
         raise DataError("max_drop= measures networks, which needs labelled data: name some with data=.")

@@ -66,6 +66,13 @@ def test_attention_takes_only_what_fits(args: tuple[object, ...], kwargs: dict[s
         check_tensors(ATEN.scaled_dot_product_attention.default, args, kwargs)
 
 
+def test_a_transposed_convolution_without_settings_has_strides_of_one() -> None:
+    overload = find_overload("aten.conv_transpose2d.input")
+    check_tensors(overload, (X, W), {})
+    with pytest.raises(ValueError, match="output_padding must be smaller than stride or dilation, got 1"):
+        check_tensors(overload, (X, W, None, [1, 1], [0, 0], [1, 1]), {})
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(5, 3), torch.ones(1, 1, 5, 3, dtype=torch.bool), torch.ones(1, 3)], ids=str)
 def test_attention_with_masks_that_fit_passes(mask: torch.Tensor | None) -> None:
     check_tensors(ATEN.scaled_dot_product_attention.default, (Q, K, K, mask), {})

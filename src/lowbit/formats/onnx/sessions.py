@@ -67,11 +67,7 @@ def count_integer_kernels(path: Path | str) -> IntegerCount:
         MissingExtraError: onnx or onnxruntime is not installed.
         FileFormatError: ONNX Runtime does not accept the file.
     """
-    onnx = _onnx()
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        _session(str(path), threads=1, optimized=optimized)
-        graph = onnx.load(optimized).graph
+    graph = optimized_model(path).graph
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # weights that are decoded at run time count as weights, too
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
@@ -89,6 +85,20 @@ def count_integer_kernels(path: Path | str) -> IntegerCount:
     conv, linear = total(_INTEGER_CONVOLUTIONS), total(_INTEGER_PRODUCTS)
     operators = dict(Counter(node.op_type for node in graph.node).most_common())
     return IntegerCount(conv, conv + total(_FLOAT_CONVOLUTIONS), linear, linear + total(_FLOAT_PRODUCTS), operators)
+
+
+def optimized_model(path: Path | str) -> onnx.ModelProto:
+    """The file as ONNX Runtime rewrites it for this machine.
+
+    Raises:
+        MissingExtraError: onnx or onnxruntime is not installed.
+        FileFormatError: ONNX Runtime does not accept the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        _session(str(path), threads=1, optimized=optimized)
+        model: onnx.ModelProto = _onnx().load(optimized)
+    return model
 
 
 def _weight_inputs(node: onnx.NodeProto) -> tuple[str, ...]:

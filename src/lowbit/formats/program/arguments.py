@@ -207,8 +207,8 @@ def _transposed(values: Values) -> None:
     """Check that output_padding is smaller than the stride or the dilation."""
     if values.get("transposed") is False:
         return
-    names = ("output_padding", "stride", "dilation")
-    for added, stride, dilation in zip(*(_numbers(values.get(name, 0)) for name in names), strict=False):
+    defaults = {"output_padding": 0, "stride": 1, "dilation": 1}
+    for added, stride, dilation in zip(*(_numbers(values.get(name, number)) for name, number in defaults.items()), strict=False):
         if added >= max(stride, dilation):
             raise ValueError(f"output_padding must be smaller than stride or dilation, got {added}")
 

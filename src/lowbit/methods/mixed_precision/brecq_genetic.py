@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -218,6 +219,8 @@ class BrecqGenetic(SearchMethod):
         mutation: Probability that a layer's width is drawn anew in a mutated child.
         parents: How many of the best individuals so far have children (top-k).
     """
+
+    trial = MappingProxyType({"iterations": 20})
 
     reconstruct: bool = True
     iterations: Annotated[int, AtLeast(1)] = 200

@@ -4,8 +4,9 @@ Paper: Dong, Yao, Gholami, Mahoney, Keutzer 2019, "HAWQ: Hessian AWare Quantizat
     Section 3.2 (power iteration, Eq. 4 and 5), 3.3 (the order of bits, Eq. 6), 3.4 (the order of retraining, Eq. 7).
 Symbols: lambda_i -> eigenvalue, n_i -> the number of weights, S_i -> score, Q -> HawqWeight, Omega_i -> omega.
 Differs from the paper:
-    - The authors choose bits by hand along the order of scores. Here every assignment along it is looked at, and the one that uses most of
-      the budget is taken; of several the one of the least sum of Omega.
+    - The authors choose bits by hand along the order of scores. Here every assignment along it is looked at, and of those within the budget
+      the one of the least sum of Omega is taken, or with ``prefer="fit"`` the one that uses most of the budget. That one often is the
+      uniform assignment, where a uniform one uses up the budget.
     - A block is one layer, and the first and the last layer keep their bits unless they are searched too.
     - An eigenvalue of largest magnitude that is negative, as where training has not converged, counts by its magnitude.
     - Without labels the loss is the cross-entropy with the network's own answers.
@@ -34,6 +35,7 @@ from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity, LayerBits
 
 MOST_ASSIGNMENTS = 5_000_000
+Preference = Literal["omega", "fit"]
 FRONTIER = 100  # options that a search gives at most
 
 
@@ -67,7 +69,7 @@ def descending(values: Sequence[float]) -> list[int]:
 def perturbation(weight: Tensor, bit_width: int, granularity: Granularity | None = None) -> float:
     """``||Q(W) - W||_2^2``, the sum over all weights, with ``HawqWeight``; added up in float64."""
     values = weight.detach().float()
-    return float((HawqWeight(bit_width, granularity=granularity)(values) - values).double().square().sum())
+    return float((HawqWeight(bit_width, granularity=granularity).encode(values).decode() - values).double().square().sum())
 
 
 def ordered_assignments(order: Sequence[int], widths: int) -> NDArray[np.int64]:
@@ -111,18 +113,27 @@ def totals(table: Table, assignments: NDArray[np.int64]) -> NDArray[np.float64]:
     return found
 
 
-def largest_within(costs: Sequence[Table], limits: Sequence[float], losses: Table, assignments: NDArray[np.int64]) -> int | None:
-    """The assignment that uses most of the first limit and is within all; of those that use as much, one of the least loss.
+def best_within(
+    costs: Sequence[Table], limits: Sequence[float], losses: Table, assignments: NDArray[np.int64], prefer: Preference = "omega"
+) -> int | None:
+    """The assignment that is within all limits and loses least, or that uses most of the first limit.
+
+    Args:
+        costs: A table ``[layers][widths]`` for each limit.
+        limits: Largest total costs.
+        losses: A table like them.
+        assignments: ``[assignments, layers]``.
+        prefer: ``omega``: least loss, of equal ones the cheapest; ``fit``: largest cost, of equal ones that of least loss.
 
     Returns:
         Its row in ``assignments``; ``None`` where none is within the limits.
     """
     found = [totals(table, assignments) for table in costs]
-    fits = np.all([cost <= limit * (1 + 1e-12) for cost, limit in zip(found, limits, strict=True)], axis=0)
-    if not fits.any():
+    rows = np.flatnonzero(np.all([cost <= limit * (1 + 1e-12) for cost, limit in zip(found, limits, strict=True)], axis=0))
+    if not len(rows):
         return None
-    rows = np.flatnonzero(fits)
-    return int(rows[np.lexsort((totals(losses, assignments[rows]), -found[0][rows]))[0]])
+    cost, loss = found[0][rows], totals(losses, assignments[rows])
+    return int(rows[np.lexsort((cost, loss) if prefer == "omega" else (loss, -cost))[0]])
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ def check_widths(problem: SearchProblem, method: str, *, is_ordered: bool) -> No
 )
 @dataclass
 class Hawq(SearchMethod):
-    """Bits that never rise along the order of ``|lambda| / n``, as many as the budget takes.
+    """Bits that never rise along the order of ``|lambda| / n``, within the budget.
 
     What is predicted for a layer is ``Omega = |lambda| ||Q(W) - W||^2``. Layers are to be retrained in its order at the bits that were
     found, the largest first, each quantized while those after it are still in float.
@@ -228,15 +239,18 @@ class Hawq(SearchMethod):
         eigenvalues: By ``power`` iteration, or ``exact`` from the whole matrix, as many products as a layer has weights.
         tolerance: Relative change of an eigenvalue at which power iteration stops.
         max_iterations: Most iterations for an eigenvalue.
+        prefer: Which assignment along the order is taken of those within the budget: that of the least sum of ``omega``, or the best ``fit``,
+            which uses most of it.
     """
 
     samples: Annotated[int, AtLeast(1)] = 256
     eigenvalues: Literal["power", "exact"] = "power"
     tolerance: Annotated[float, Interval(0, 1)] = 1e-3
     max_iterations: Annotated[int, AtLeast(1)] = 100
+    prefer: Preference = "omega"
 
     def search(self, problem: SearchProblem) -> Found:
-        """The assignment along the order that uses most of the budget; without a budget the best for each cost."""
+        """The best assignment along the order within the budget, and all along it that no other beats in cost and omega."""
         check_widths(problem, "hawq", is_ordered=True)
         curved = Curved.of(problem)
         values, unsettled = self._eigenvalues(problem)
@@ -244,7 +258,7 @@ class Hawq(SearchMethod):
         losses = omega([abs(value) for value in values], curved.perturbations)
         assignments = ordered_assignments(descending(score), max(map(len, curved.widths)))
         tables, limits = curved.costs(problem)
-        best = largest_within(tables, limits, losses, assignments)
+        best = best_within(tables, limits, losses, assignments, self.prefer)
         if best is None:
             raise SpecError(
                 f"hawq: no assignment along the order of scores ({', '.join(curved.names[layer] for layer in descending(score))}) is within "

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -196,6 +197,8 @@ class HawqV2(SearchMethod):
             their dearest.
     """
 
+    trial = MappingProxyType({"max_probes": 15})
+
     samples: Annotated[int, AtLeast(1)] = 256
     probes: Literal["rademacher", "gaussian", "exact"] = "rademacher"
     min_probes: Annotated[int, AtLeast(1)] = 10
@@ -215,10 +218,10 @@ class HawqV2(SearchMethod):
         """The assignment of least total omega within the limits, and the frontier of its cost and omega."""
         check_widths(problem, "hawq_v2", is_ordered=self.selection == "ordered")
         curved, surface = Curved.of(problem), surface_of(problem, self.samples, "the Hessian")
-        traces = self._traces(problem, surface, weight_blocks(problem.layers))
+        traces, facts = self._traces(problem, surface, weight_blocks(problem.layers))
         averages = [traces[name] for name in curved.names]
         losses = omega([max(value, 0.0) for value in averages], curved.perturbations)
-        facts: dict[str, object] = {"average_traces": dict(traces), "negative": [name for name, value in traces.items() if value < 0]}
+        facts |= {"average_traces": traces, "negative": [name for name, value in traces.items() if value < 0]}
         read = self._activations(problem, surface)
         if read is not None:
             facts["average_activation_traces"] = read[0]
@@ -244,11 +247,18 @@ class HawqV2(SearchMethod):
             facts,
         )
 
-    def _traces(self, problem: SearchProblem, surface: LossSurface, blocks: Mapping[str, Sequence[Place]]) -> dict[str, float]:
-        """The average trace of each block."""
+    def _traces(
+        self, problem: SearchProblem, surface: LossSurface, blocks: Mapping[str, Sequence[Place]]
+    ) -> tuple[dict[str, float], dict[str, object]]:
+        """The average trace of each block, and how sure it is: the standard errors, or how far one probe would be off."""
         if self.probes == "exact":
-            return {name: found.average for name, found in layer_spectra(surface, blocks, progress=problem.progress).items()}
-        found = layer_traces(
+            spectra = layer_spectra(surface, blocks, progress=problem.progress)
+            deviations = {
+                name: {"rademacher": math.sqrt(2) * found.off_diagonal, "gaussian": math.sqrt(2) * found.frobenius}
+                for name, found in spectra.items()
+            }
+            return {name: found.average for name, found in spectra.items()}, {"deviations_of_a_probe": deviations}
+        traces = layer_traces(
             surface,
             blocks,
             problem.generator,
@@ -259,7 +269,8 @@ class HawqV2(SearchMethod):
             tolerance=self.tolerance,
             progress=problem.progress,
         )
-        return {name: trace.average for name, trace in found.items()}
+        errors = {name: trace.error / trace.elements if len(trace.values) > 1 else None for name, trace in traces.items()}
+        return {name: trace.average for name, trace in traces.items()}, {"standard_errors": errors}
 
     def _activations(
         self, problem: SearchProblem, surface: LossSurface
@@ -269,7 +280,7 @@ class HawqV2(SearchMethod):
         names = [name for name, row in problem.choices.items() if len({bits.activation for bits in row}) > 1]
         if not names:
             return None
-        traces = self._traces(problem, surface, {name: [Tap(name, "input")] for name in names})
+        traces, _ = self._traces(problem, surface, {name: [Tap(name, "input")] for name in names})
         errors = activation_perturbations(surface, names, widths)
         return traces, {name: {width: max(traces[name], 0.0) * value for width, value in errors[name].items()} for name in names}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """``average = decay * average + (1 - decay) * value`` for every floating-point parameter and buffer, after every step.
 
-    Other buffers, and tensors that change their shape, count as they are.
+    Other buffers, tensors that change their shape, and parameters that a method replaces by new ones count as they are.
 
     Attributes:
         tensors: The averages by name.
@@ -21,6 +21,11 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.tensors = {name: tensor.detach().clone() for name, tensor in _named(model)}
+        self._parameters = dict(model.named_parameters())
+
+    def resume(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Go on from these averages of ``model``, which has been loaded."""
+        self.tensors, self._parameters = tensors, dict(model.named_parameters())
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -28,11 +33,12 @@ class WeightAverage:
         fresh: dict[str, Tensor] = {}
         for name, value in _named(model):
             average = self.tensors.get(name)
-            if average is None or average.shape != value.shape:
+            is_replaced = isinstance(value, nn.Parameter) and self._parameters.get(name) is not value
+            if average is None or average.shape != value.shape or is_replaced:
                 fresh[name] = value.detach().clone()
             else:
                 fresh[name] = average.lerp_(value.detach(), 1 - self.decay)
-        self.tensors = fresh
+        self.tensors, self._parameters = fresh, dict(model.named_parameters())
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> dict[str, Tensor]:

@@ -240,7 +240,7 @@ class _Session:
     def _resume(self, store: Checkpoints) -> None:
         self.state = store.load(self.run, self.fabric.global_rank)
         if self.average is not None and self.state.average is not None:
-            self.average.tensors = {name: tensor.to(self.device) for name, tensor in self.state.average.items()}
+            self.average.resume(self.run.model, {name: tensor.to(self.device) for name, tensor in self.state.average.items()})
         if self.scaler is not None and self.state.scaler is not None:
             self.scaler.load_state_dict(self.state.scaler)
 
