@@ -46,7 +46,7 @@ def rounding_error(problem: SearchProblem, factor: float = 1.0, log: Path | None
             with log.open("a") as file:
                 file.write(" ".join(bits) + "\n")
         assert problem.calibration is None and torch.get_num_threads() == 1
-        noise = sum(float(problem.model(batch).sum()) for batch in problem.batches)
+        noise = sum(float(problem.model(batch).detach().sum()) for batch in problem.batches)
         weights = sum(
             float(problem.layers[name].original.mul(2.0 ** (width.weight or 0)).frac().abs().sum()) for name, width in bits.items()
         )

@@ -4,9 +4,9 @@ Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Li
     Reconstruction", ICLR. Section 3.4 (mixed precision), section 3.3 (Fisher weights), appendix B (genetic algorithm).
 Symbols: c -> bits, H(c) <= delta -> the budget, G -> gradient, z -> a block's output.
 Differs from the paper:
-    - By default candidates are rounded to nearest on BRECQ's grids instead of being reconstructed at each width, see ``reconstruct``.
-    - G, the gradient of the loss at a block's output, is that of labels drawn from the float network's own answers, whose mean square is the
-      Fisher information; the released program takes the gradient of a divergence, which is 0 in a float network.
+    - Candidates are reconstructed in 200 iterations for each block instead of 20000, see ``iterations``.
+    - G is drawn so that its mean square is the diagonal of the Fisher information at a block's output, see ``drawn_residual``; the released
+      program takes the gradient of a divergence from the float network, which is 0 in that network.
     - Errors are summed over a block's output instead of averaged over its positions, so that those of different blocks add up to one
       second-order estimate of the loss increase.
     - In blocks of more than ``joint_layers`` layers only pairs of 2-bit layers are measured together.
@@ -20,11 +20,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowbit.assignment.activations import searched_inputs
 from lowbit.assignment.costs import Assignment, policy_of
@@ -36,7 +36,7 @@ from lowbit.errors import LayerError, SpecError
 from lowbit.measure.agreement import has_classes
 from lowbit.measure.outputs import class_dimension, output_tensor
 from lowbit.measure.sensitivity import QuantizedLayer, quantized_in
-from lowbit.methods.post_training.brecq import PAPER_ITERATIONS, Brecq
+from lowbit.methods.post_training.brecq import Brecq
 from lowbit.network.insert import weight_sites
 from lowbit.network.layers import evaluating
 from lowbit.network.taps import tapped
@@ -101,24 +101,27 @@ class Prediction:
 
 
 def drawn_residual(problem: SearchProblem, output: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of ``-log p(y | output)`` with respect to ``output``, for an answer ``y`` that is drawn from the network's own ``p``.
+    """A random vector with the mean and the covariance of the gradient of ``-log p(y | output)`` over answers ``y`` of the network itself.
 
-    ``softmax(output) - onehot(y)`` for classes, ``sigmoid(output) - y`` for labels of their own, a standard normal number for any other value.
+    For classes, ``p = softmax(output)``, that is ``diag(p) - p p^T``, the covariance of ``sqrt(p) e - p (sqrt(p) . e)`` with ``e`` standard normal;
+    answers that are drawn would be the likeliest one nearly always, and tell nothing. For labels of their own it is
+    ``sqrt(p (1 - p)) e`` with ``p = sigmoid(output)``, for any other value ``e``.
     """
     values = output.detach().float()
+    drawn = torch.randn(values.shape, generator=generator).to(values)
     if isinstance(problem.task, MultiLabel):
         p = values.sigmoid()
-        return p - (torch.rand(p.shape, generator=generator).to(p) < p).to(p)
+        return (p * (1 - p)).sqrt() * drawn
     if isinstance(problem.task, Regression) or not has_classes(values):
-        return torch.randn(values.shape, generator=generator).to(values)
+        return drawn
     axis = class_dimension(values)
-    p = values.softmax(axis).movedim(axis, -1)
-    drawn = torch.multinomial(p.reshape(-1, p.shape[-1]).cpu().double(), 1, generator=generator)[:, 0].reshape(p.shape[:-1])
-    return (p - F.one_hot(drawn, p.shape[-1]).to(p)).movedim(-1, axis)
+    p = values.softmax(axis)
+    root = p.sqrt() * drawn
+    return root - p * root.sum(axis, keepdim=True)
 
 
 def unit_output(problem: SearchProblem, unit: str, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(z, G)``: output of a unit of the float network, and for each sample the gradient there of ``-log p`` of a drawn answer."""
+    """``(z, G)``: output of a unit of the float network, and ``drawn_residual`` carried back to it, each sample on its own."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def unit_errors(problem: SearchProblem, calibrated: Calibrated, loss: LossKind) 
     def float_outputs(unit: str) -> list[tuple[Tensor, Tensor]]:
         if unit not in held:
             held.clear()  # units come one after the other, and the outputs of all would fill the memory
-            generator = problem.generator(f"answers {unit}")
+            generator = problem.generator(f"gradients {unit}")
             with seeded(problem, unit):
                 held[unit] = [unit_output(problem, unit, batch, generator) for batch in problem.batches]
         return held[unit]
@@ -193,7 +196,7 @@ def unit_errors(problem: SearchProblem, calibrated: Calibrated, loss: LossKind) 
         needs=("calibration",),
         fidelity="partial",
         summary="a genetic search over errors at the outputs of blocks, with what 2-bit layers of a block do to each other",
-        evidence="follows the paper; the authors' search was never released, and reconstruction of the candidates is an option",
+        evidence="follows the paper; the authors' search was never released; candidates are reconstructed in fewer iterations",
     )
 )
 @dataclass
@@ -201,11 +204,12 @@ class BrecqGenetic(SearchMethod):
     """Genetic search over the table of block errors.
 
     Attributes:
-        reconstruct: Calibrate the network at each uniform width by block reconstruction before errors are measured, as in the paper. That
-            takes as long as one ``lowbit quantize --method brecq`` for each width, hours with the paper's iterations; by default weights are
-            rounded to nearest on BRECQ's grids, which takes seconds and overrates what 2 bits lose. Switch it on where the network found
-            will be quantized by ``brecq``.
-        iterations: Steps of that reconstruction for each block.
+        reconstruct: Calibrate the network at each uniform width by block reconstruction before errors are measured, as in the paper. Without it
+            weights are rounded to nearest on BRECQ's grids, which takes seconds, but overrates what 2 bits lose: such a table is for
+            networks that will be rounded to nearest, and ``loss="mse"`` ranks them better then.
+        iterations: Steps of that reconstruction for each block. The paper takes 20000, with which the search lasts as long as one
+            ``lowbit quantize --method brecq`` for each width; the default is enough to tell layers apart, and ``brecq`` learns the roundings of
+            the network found anew.
         loss: Error at a block's output: ``fisher``, weighted by the squared gradient of the loss (the paper's), or ``mse``.
         blocks: Patterns of the modules that are blocks, for example ``layer*.*``; default: blocks found in the network.
         joint_layers: Blocks of at most so many searched layers are measured with every set of their layers at 2 bits, larger ones with
@@ -216,8 +220,10 @@ class BrecqGenetic(SearchMethod):
         parents: How many of the best individuals so far have children (top-k).
     """
 
-    reconstruct: bool = False
-    iterations: Annotated[int, AtLeast(1)] = PAPER_ITERATIONS
+    trial = MappingProxyType({"iterations": 20})
+
+    reconstruct: bool = True
+    iterations: Annotated[int, AtLeast(1)] = 200
     loss: LossKind = "fisher"
     blocks: tuple[str, ...] = ()
     joint_layers: Annotated[int, AtLeast(2)] = 4
