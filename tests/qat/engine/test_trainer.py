@@ -163,6 +163,7 @@ def test_averages_of_a_parameter_that_is_replaced_start_anew_and_go_on_after_loa
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
     average = WeightAverage(layer, 0.5)
+    average.update(layer)
     layer.weight = nn.Parameter(torch.full((1, 1), 5.0))
     average.update(layer)
     assert average.tensors["weight"].item() == 5.0
