@@ -24,11 +24,12 @@ CASES = {
     "fp_auxiliary": ["--epochs", "4", *BITS],
     "profit": ["--epochs", "16", *BITS, "-o", "widths=8"],
     "inq": ["--epochs", "4", "-w", "4"],
+    "bsq": ["--epochs", "5", *BITS, "-o", "alpha=20"],
     "adabits": ["--epochs", "2", "--bits", "8,4,2"],
     "sp_nets": ["--epochs", "2", "--bits", "32/32,4/4,2/2"],
     "bit_mixer": ["--epochs", "3", "--bits", "8,4,2", "-o", "distillation=add"],
 }
-PHASES = {"effective_lowbit": 2, "fp_auxiliary": 2, "qkd": 3, "profit": 8, "bit_mixer": 3}  # at least so many
+PHASES = {"effective_lowbit": 2, "fp_auxiliary": 2, "qkd": 3, "profit": 8, "bit_mixer": 3, "bsq": 4}  # at least so many
 
 
 def lowbit_train(arguments: list[str], kill: int) -> None:

@@ -12,7 +12,7 @@ import lowbit
 from lowbit.errors import LayerError, SpecError
 from lowbit.measure import layer_bits, model_size
 from lowbit.network import insert
-from lowbit.network.bits import asked_bits, get_bits, set_bits
+from lowbit.network.bits import asked_bits, get_bits, keep_bits, set_bits
 from lowbit.network.record import record_of
 from lowbit.spec import BitPolicy, LayerBits
 
@@ -209,3 +209,25 @@ def test_bits_can_change_between_steps_of_training() -> None:
         assert scale.grad is not None and bool(torch.isfinite(scale.grad).all())  # type: ignore[union-attr, arg-type]
         optimizer.step()
     assert get_bits(model)["conv1"] == LayerBits(4, 4)
+
+
+def test_a_record_asks_for_the_bits_that_a_method_ended_with() -> None:
+    policy = BitPolicy.uniform(4, 4).with_rule(match="conv1", weight=3).with_rule(match="conv*", activation=2)
+    model = prepared(policy=policy)
+    record = record_of(model)
+    keep_bits(model)
+    assert record is not None and record_of(model).policy == BitPolicy.uniform(4, 4).with_rule(match="conv*", activation=2).with_rule(
+        match="conv1", weight=3
+    )  # type: ignore[union-attr]
+    for bits in (2, 5, 4):
+        set_bits(model, {"conv2": LayerBits(bits, 2)})
+        keep_bits(model)
+        record = record_of(model)
+        assert record is not None and asked_bits(model) == get_bits(model)
+        assert record.table["conv2"].weight_bits == bits
+        assert [(rule.match, rule.weight, rule.activation) for rule in record.policy.rules] == [
+            ("conv*", None, 2), ("conv1", 3, None), *([("conv2", bits, None)] if bits != 4 else []),
+        ]  # fmt: skip
+    model.lowbit_record = None  # type: ignore[assignment]
+    keep_bits(model)
+    assert record_of(model) is None

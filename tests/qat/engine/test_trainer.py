@@ -159,6 +159,20 @@ def test_weights_are_averaged_over_steps_and_the_averages_are_kept() -> None:
     assert_same(plain, train(recipe=replace(RECIPE, average_weights=0.0)))
 
 
+def test_averages_of_a_parameter_that_is_replaced_start_anew_and_go_on_after_loading() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    average = WeightAverage(layer, 0.5)
+    average.update(layer)
+    layer.weight = nn.Parameter(torch.full((1, 1), 5.0))
+    average.update(layer)
+    assert average.tensors["weight"].item() == 5.0
+    layer.weight = nn.Parameter(torch.full((1, 1), 9.0))  # as loading does where a shape differs
+    average.resume(layer, {"weight": torch.full((1, 1), 5.0)})
+    average.update(layer)
+    assert average.tensors["weight"].item() == 7.0
+
+
 def test_running_statistics_of_norms_are_averaged_too() -> None:
     norm = nn.BatchNorm1d(1)
     average = WeightAverage(norm, 0.75)

@@ -272,7 +272,9 @@ class Bsq(TrainingMethod):
             record.measured[MEASURE] = dict(counts)
             bits = sum(weight.numel() * quantizer.found for quantizer, weight in found.items())
             mean = bits / sum(weight.numel() for weight in found.values())
-            record.table.note(f"planes found: {mean:.2f} for each weight, without its sign; a larger alpha leaves fewer")
+            record.table.note(
+                f"planes found: {mean:.2f} for each weight, without its sign; a larger alpha leaves fewer, a smaller one more"
+            )
             for row in [record.table[name] for name, count in counts.items() if count == 0]:
                 said = "every weight became 0: it has lost all of its planes, and is stored as zeros"
                 record.table.add(replace(row, reason="; ".join(filter(None, (row.reason, said)))))

@@ -21,7 +21,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.tensors = {name: tensor.detach().clone() for name, tensor in _named(model)}
-        self._parameters = dict(model.named_parameters())
+        self._parameters: dict[str, nn.Parameter] = {}  # those of the last update
 
     def resume(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Go on from these averages of ``model``, which has been loaded."""
@@ -33,7 +33,7 @@ class WeightAverage:
         fresh: dict[str, Tensor] = {}
         for name, value in _named(model):
             average = self.tensors.get(name)
-            is_replaced = isinstance(value, nn.Parameter) and self._parameters.get(name) is not value
+            is_replaced = self._parameters.get(name, value) is not value
             if average is None or average.shape != value.shape or is_replaced:
                 fresh[name] = value.detach().clone()
             else:
