@@ -13,6 +13,7 @@ from torch import fx
 from lowbit.formats.fixed_point.graph import Buffer, Span, Window
 from lowbit.formats.onnx.grid import Grid
 
+OFF_GRID = 1e-3  # in steps: farther from a level, a bound or a filling is not one
 Doubles = npt.NDArray[np.float64]
 
 
@@ -23,7 +24,7 @@ class Codes:
     buffer: Buffer
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def moved_shape(self) -> tuple[int, ...]:
         """Sizes without the batch."""
         return self.buffer.shape
 
@@ -67,7 +68,16 @@ class FromPool:
     is_global: bool
 
 
-Source = FromInput | FromLayer | FromSum | FromPool
+@dataclass(frozen=True)
+class FromConcatenation:
+    """Tensors of codes side by side along ``axis``, which does not count the batch."""
+
+    layer: str
+    parts: tuple[Buffer, ...]
+    axis: int
+
+
+Source = FromInput | FromLayer | FromSum | FromPool | FromConcatenation
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,43 @@ class Unquantized:
     def is_open(self) -> bool:
         """Whether nothing has been clipped or moved, so that it can still be scaled."""
         return not self.clips and not self.moves
+
+    @property
+    def moved_shape(self) -> tuple[int, ...]:
+        """Sizes behind the moves, without the batch."""
+        return sizes_of(self.moves[-1]) if self.moves else self.shape
+
+    @property
+    def natural_grid(self) -> Grid | None:
+        """The grid that the values lie on without being rounded; ``None`` if there is none."""
+        parts = self.source.parts if isinstance(self.source, FromConcatenation) else self.source.operands if isinstance(self.source, FromSum) else ()
+        grids = [plain(part.grid) for part in parts]
+        is_sum = isinstance(self.source, FromSum) and (len(grids) > 1 or self.source.signs != (1,))
+        if not grids or is_sum or self.factor is not None or any((g.scale, g.zero_point) != (grids[0].scale, grids[0].zero_point) for g in grids):
+            return None
+        grid = grids[0].within(min(g.lo for g in grids), max(g.hi for g in grids))
+        bounds = [bound / float(grid.scale) for clip in self.clips for bound in clip if math.isfinite(bound)]
+        return grid if all(abs(bound - round(bound)) <= OFF_GRID for bound in bounds) else None
+
+
+Value = Codes | Unquantized
+
+
+def sizes_of(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of a node's result, or of the first of its results, without the batch."""
+    made = node.meta["val"]
+    return tuple(int(size) for size in (made[0] if isinstance(made, (tuple, list)) else made).shape[1:])
+
+
+def plain(grid: Grid) -> Grid:
+    """The grid on which codes that exist already stay what they are."""
+    return Grid.plain(grid.scale, grid.zero_point, grid.lo, grid.hi)
+
+
+def picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``[channels, height, width]`` of a picture, of a sequence ``[channels, length]`` or of numbers ``[channels]``."""
+    channels, *sizes = shape
+    return (channels, *(1,) * (2 - len(sizes)), *sizes)  # type: ignore[return-value]
 
 
 def limited(grid: Grid, clips: Sequence[tuple[float, float]]) -> Grid:

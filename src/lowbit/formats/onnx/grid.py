@@ -33,6 +33,15 @@ class Grid:
         """A grid whose codes decode to the values that they are rounded from, without a shift."""
         return Grid(scale, zero_point, lo, hi, scale, zero_point)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether codes decode to the values that they are rounded from."""
+        return (self.step, self.origin, self.shift) == (self.scale, self.zero_point, 0.0)
+
+    def moved_by(self, codes: int) -> Grid:
+        """The same values with codes that are ``codes`` higher, in another container."""
+        return replace(self, origin=self.origin + codes, lo=self.lo + codes, hi=self.hi + codes, zero_point=self.zero_point + codes)
+
     def code(self, value: float) -> int:
         """The code of ``value`` before clipping."""
         return int(np.clip(np.rint((np.float32(value) - np.float32(self.shift)) / self.step), -_FAR, _FAR)) + self.origin
