@@ -289,7 +289,7 @@ class _Follower(fx.Interpreter):
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         """The network's outputs, computed from the file's last codes."""
         with torch.no_grad():
-            return [value for value in self.run(*_arguments(self.program, inputs)) if isinstance(value, Tensor)]
+            return [value for value in self.run(*graph_arguments(self.program, inputs)) if isinstance(value, Tensor)]
 
     def run_node(self, node: fx.Node) -> object:
         result: object = super().run_node(node)
@@ -356,7 +356,7 @@ def describe(program: Program, node: fx.Node) -> str:
     return f"activation {site.rpartition('.')[0].replace('_quantizer', '')!r}" if site else f"operation {node.name!r}"
 
 
-def _arguments(program: Program, inputs: Inputs) -> list[Tensor]:
+def graph_arguments(program: Program, inputs: Inputs) -> list[Tensor]:
     """The values of all placeholders of the program's graph."""
     exported, signature = program.exported, program.exported.graph_signature
     named = name_inputs([str(name) for name in signature.user_inputs], inputs)

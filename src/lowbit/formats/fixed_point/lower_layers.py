@@ -32,7 +32,11 @@ def lower_convolution(context: Context, node: fx.Node) -> Value:
     kernel, dilation = pair(list(context.program.weights[parameter].shape[2:]), dims), pair(given.get("dilation", 1), dims)
     padding = given.get("padding", 0)
     if isinstance(padding, str):  # torch adds what cannot be split evenly behind the input, where nothing has to be known of it
-        margins = (0, 0) if padding == "valid" else cast("tuple[int, int]", tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)))
+        margins = (
+            (0, 0)
+            if padding == "valid"
+            else cast("tuple[int, int]", tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)))
+        )
     else:
         margins = pair(padding, dims, filler=0)
     window = Window(kernel, pair(given.get("stride", 1), dims), dilation, margins, cast(int, given.get("groups", 1)))
@@ -56,7 +60,9 @@ def _parameters(context: Context, node: fx.Node) -> tuple[str, Doubles | None]:
 
 def lower_norm(context: Context, node: fx.Node) -> tuple[Value]:
     """A batch norm, to be folded into the layer before it."""
-    gamma, beta, mean, variance = (None if table is None else table.double().numpy() for table in (context.constant(node, i) for i in range(1, 5)))
+    gamma, beta, mean, variance = (
+        None if table is None else table.double().numpy() for table in (context.constant(node, i) for i in range(1, 5))
+    )
     value = context.value(node, 0)
     if mean is None or variance is None:
         raise context.refused(node, "it normalizes by statistics of its input")
@@ -111,7 +117,9 @@ def _sum(context: Context, node: fx.Node, signs: tuple[int, int]) -> Value:
             all_signs.append(sign)
     result = context.result(node, FromSum(context.layer(node), tuple(operands), tuple(all_signs)))
     if any(operand.shape != result.shape for operand in operands):
-        raise context.refused(node, f"it adds tensors of the shapes {' and '.join(str(list(operand.shape)) for operand in operands)}; they must be equal")
+        raise context.refused(
+            node, f"it adds tensors of the shapes {' and '.join(str(list(operand.shape)) for operand in operands)}; they must be equal"
+        )
     return result
 
 
@@ -132,7 +140,9 @@ def lower_clip(context: Context, node: fx.Node) -> Value:
 
 def lower_codebook(context: Context, node: fx.Node) -> Value:
     """Activations on a codebook: refused."""
-    raise context.refused(node, "its activations have the levels of a codebook, which integers cannot hold: use a method with evenly spaced levels")
+    raise context.refused(
+        node, "its activations have the levels of a codebook, which integers cannot hold: use a method with evenly spaced levels"
+    )
 
 
 def pair(value: object, dims: int, *, filler: int = 1) -> tuple[int, int]:

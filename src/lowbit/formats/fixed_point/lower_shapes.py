@@ -95,9 +95,7 @@ def lower_padding(context: Context, node: fx.Node) -> Value:
     strides = contiguous_strides(shape)
     offset = sum(margin * stride for margin, stride in zip(before, strides, strict=True))
     target = Buffer(node.name, shape, _moved_grid(x.grid), node.name)
-    context.operations.append(
-        Copy(context.layer(node), target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides, fill=code)
-    )
+    context.operations.append(Copy(context.layer(node), target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides, fill=code))
     return Codes(target)
 
 
@@ -128,7 +126,9 @@ def _moved(context: Context, node: fx.Node, x: Buffer, part: int | None = None) 
     name, shape = node.name if part is None else f"{node.name}.{part}", tuple(moved.shape[1:])
     if torch.equal(moved[0].flatten(), torch.arange(x.size)):
         return Codes(Buffer(name, shape, _moved_grid(x.grid), x.storage))
-    strides = tuple(int(moved[0].select(axis, 1).flatten()[0] - moved[0].flatten()[0]) if size > 1 else 0 for axis, size in enumerate(shape))
+    strides = tuple(
+        int(moved[0].select(axis, 1).flatten()[0] - moved[0].flatten()[0]) if size > 1 else 0 for axis, size in enumerate(shape)
+    )
     offset = int(moved[0].flatten()[0])
     if not torch.equal(moved[0], elements.flatten().as_strided(shape, strides, offset)):
         raise context.refused(node, "it moves values in an order that strides cannot describe: write it with view and permute")
@@ -151,13 +151,21 @@ def _windows(context: Context, node: fx.Node, x: Buffer) -> tuple[Spans, Spans]:
     if kind.startswith("adaptive"):
         return adaptive_spans(sizes[0], outputs[0]), adaptive_spans(sizes[1], outputs[1])
     is_average = kind.startswith("avg")
-    names = ("kernel", "stride", "padding", "ceil", "padded", "divisor") if is_average else ("kernel", "stride", "padding", "dilation", "ceil")
+    names = (
+        ("kernel", "stride", "padding", "ceil", "padded", "divisor") if is_average else ("kernel", "stride", "padding", "dilation", "ceil")
+    )
     given: dict[str, Any] = {"padding": 0, "dilation": 1, "padded": True, "divisor": None} | dict(zip(names, node.args[1:], strict=False))
     kernel, stride = pair(given["kernel"], dims), pair(given.get("stride") or given["kernel"], dims)
     padding, dilation = pair(given["padding"], dims, filler=0), pair(given["dilation"], dims)
     rows, columns = (
         window_spans(
-            sizes[i], kernel[i], stride[i], padding[i], outputs[i], dilation=dilation[i], counts_padding=is_average and bool(given["padded"])
+            sizes[i],
+            kernel[i],
+            stride[i],
+            padding[i],
+            outputs[i],
+            dilation=dilation[i],
+            counts_padding=is_average and bool(given["padded"]),
         )
         for i in range(2)
     )

@@ -18,7 +18,18 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from lowbit.errors import GraphError, LayerError
 from lowbit.formats.fixed_point.context import Context, kind_of
-from lowbit.formats.fixed_point.graph import QMAX, QMIN, AveragePool, Buffer, Convolution, IntegerGraph, Linear, Operation, Sum, contiguous_strides
+from lowbit.formats.fixed_point.graph import (
+    QMAX,
+    QMIN,
+    AveragePool,
+    Buffer,
+    Convolution,
+    IntegerGraph,
+    Linear,
+    Operation,
+    Sum,
+    contiguous_strides,
+)
 from lowbit.formats.fixed_point.lower_layers import (
     lower_arithmetic,
     lower_clip,
@@ -163,11 +174,14 @@ class _Lowering(Context):
 
     def _quantized(self, value: Unquantized, grid: Grid, name: str) -> Codes:
         grid = limited(grid, value.clips)
+        name = f"{name}.unmoved" if value.moves else name
         target = Buffer(name, value.shape, grid, name)
         source = value.source
         if not isinstance(source, (FromInput, FromLayer)) and value.shift is not None and value.factor is not None:
             if value.shift.size > 1 or bool((value.factor != 1).any()):
-                raise LayerError(f"layer {source.layer!r}: what it computes is scaled in float at {value.last!r}, and no layer before can take that in")
+                raise LayerError(
+                    f"layer {source.layer!r}: what it computes is scaled in float at {value.last!r}, and no layer before can take that in"
+                )
             target = replace(target, grid=replace(grid, shift=grid.shift - float(value.shift.item())))
         if isinstance(source, FromInput):
             target = self._take_input(source, value, target)
@@ -221,7 +235,9 @@ class _Lowering(Context):
         results = [result for result, spec in pairs if spec.kind is OutputKind.USER_OUTPUT]
         value = self.values.get(results[0])
         if len(results) != 1 or not isinstance(value, (Codes, Unquantized)):
-            raise GraphError(f"integer networks return one tensor that they compute from their input; this one returns {len(results)} tensors")
+            raise GraphError(
+                f"integer networks return one tensor that they compute from their input; this one returns {len(results)} tensors"
+            )
         if isinstance(value, Unquantized):
             value = self.quantize(value, value.natural_grid or self._output_grid(), results[0].name)
         buffer = value.buffer

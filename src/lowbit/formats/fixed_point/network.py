@@ -83,7 +83,9 @@ def quantize_to(grid: Grid, x: Tensor) -> Tensor:
     return (steps.round() + grid.origin).clamp(grid.lo, grid.hi).int()
 
 
-def compile_program(program: Program, model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, rounding: Rounding = "double") -> IntegerNetwork:
+def compile_program(
+    program: Program, model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, rounding: Rounding = "single"
+) -> IntegerNetwork:
     """``compile_integer`` of a network that was exported already."""
     inputs = program.sample
     with evaluating(model):
@@ -93,7 +95,7 @@ def compile_program(program: Program, model: nn.Module, requantizer: Requantizer
 
 
 def compile_integer(
-    model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, sample: object, rounding: Rounding = "double"
+    model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, sample: object, rounding: Rounding = "single"
 ) -> IntegerNetwork:
     """Compile a quantized network into one that computes with integers alone, as chips without floating point do.
 
@@ -108,8 +110,8 @@ def compile_integer(
             writes: the one that is not integer, to compare with).
         sample: Inputs of one call, real ones if possible: the output of a network whose last layer is not quantized gets 8 bits over the range
             that it has on them.
-        rounding: For ``fixed_point``: products are rounded twice, as in the paper, or with ``single`` once, which is closer to the float
-            simulation.
+        rounding: For ``fixed_point``: ``single`` rounds products once, which differs from the float simulation at ties alone; ``double``
+            rounds twice, as in the paper, gemmlowp and the default build of TensorFlow Lite, which changes more codes by one.
 
     Returns:
         A module in evaluation mode. Its ``run`` maps codes to codes.
@@ -134,5 +136,8 @@ def compile_integer(
     model = copy.deepcopy(model).cpu().float()
     inputs = Inputs.of(sample, model).to("cpu").map(lambda t: t.float() if t.is_floating_point() else t)
     if len(switches_of(model)) > 1:
-        pass
+        raise SpecError(
+            "the network switches between several widths, and an integer network has one: call lowbit.set_bits on a file's network "
+            "(lowbit.load(path, bits=4)), or name one with bits= where it is exported"
+        )
     return compile_program(export_program(model, inputs), model, requantizer, rounding=rounding)

@@ -126,10 +126,21 @@ class Unquantized:
     @property
     def natural_grid(self) -> Grid | None:
         """The grid that the values lie on without being rounded; ``None`` if there is none."""
-        parts = self.source.parts if isinstance(self.source, FromConcatenation) else self.source.operands if isinstance(self.source, FromSum) else ()
+        parts = (
+            self.source.parts
+            if isinstance(self.source, FromConcatenation)
+            else self.source.operands
+            if isinstance(self.source, FromSum)
+            else ()
+        )
         grids = [plain(part.grid) for part in parts]
         is_sum = isinstance(self.source, FromSum) and (len(grids) > 1 or self.source.signs != (1,))
-        if not grids or is_sum or self.factor is not None or any((g.scale, g.zero_point) != (grids[0].scale, grids[0].zero_point) for g in grids):
+        if (
+            not grids
+            or is_sum
+            or self.factor is not None
+            or any((g.scale, g.zero_point) != (grids[0].scale, grids[0].zero_point) for g in grids)
+        ):
             return None
         grid = grids[0].within(min(g.lo for g in grids), max(g.hi for g in grids))
         bounds = [bound / float(grid.scale) for clip in self.clips for bound in clip if math.isfinite(bound)]

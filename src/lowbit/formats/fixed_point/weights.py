@@ -21,7 +21,14 @@ _CONTAINER = 128  # between the uint8 codes that biases are placed for and int8
 
 
 def layer_weight(
-    layer: str, parameter: str, weight: QTensor, bias: Doubles | None, factor: Doubles | None, shift: Doubles | None, source: Buffer, target: Grid
+    layer: str,
+    parameter: str,
+    weight: QTensor,
+    bias: Doubles | None,
+    factor: Doubles | None,
+    shift: Doubles | None,
+    source: Buffer,
+    target: Grid,
 ) -> Weight:
     """The integers of a layer whose result is ``factor * (weight x + bias) + shift``, rounded to the codes of ``target``.
 
@@ -40,7 +47,9 @@ def layer_weight(
     if factor is not None and shift is not None:
         rescaled = grid.rescaled(torch.from_numpy(np.broadcast_to(factor, (channels,)).copy()))
         if rescaled is None:
-            raise LayerError(f"layer {layer!r}: the batch norm behind it turns the code -128 into 128, which int8 cannot hold. Fold the norm first.")
+            raise LayerError(
+                f"layer {layer!r}: the batch norm behind it turns the code -128 into 128, which int8 cannot hold. Fold the norm first."
+            )
         grid = rescaled
         values = np.zeros(channels) if bias is None else bias
         bias = (values * factor + shift).astype(np.float32).astype(np.float64)
@@ -61,7 +70,11 @@ def _split(parameter: str, grid: IntegerGrid, bias: Tensor, finer: int) -> Weigh
     """The codes without the common divisor of each row, which becomes the row's factor."""
     channels = grid.codes.shape[0]
     column = [-1] + [1] * (grid.codes.dim() - 1)
-    zero_point = grid.zero_point.short().expand(channels).reshape(column) if grid.zero_point.numel() == 1 else grid.zero_point.short().reshape(column)
+    zero_point = (
+        grid.zero_point.short().expand(channels).reshape(column)
+        if grid.zero_point.numel() == 1
+        else grid.zero_point.short().reshape(column)
+    )
     values = grid.codes.short() - zero_point
     divisor = torch.from_numpy(np.gcd.reduce(values.reshape(channels, -1).numpy(), axis=1)).clamp(min=1)
     codes = values // divisor.reshape(column)
