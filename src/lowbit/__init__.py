@@ -7,6 +7,7 @@ from lowbit import errors
 from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:  # imported when they are first used
+    from lowbit.formats.fixed_point.network import IntegerNetwork, compile_integer
     from lowbit.measure.diagnose import diagnose
     from lowbit.measure.selection import select_bits
     from lowbit.network.bits import get_bits, set_bits
@@ -45,13 +46,13 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
 __all__ = [
-    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
+    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "compile_integer", "summary", "diagnose",
     "set_bits", "get_bits", "select_bits",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
-    "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
+    "IntegerNetwork", "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
     "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip
 

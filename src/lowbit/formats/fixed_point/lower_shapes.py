@@ -79,8 +79,7 @@ def lower_concatenation(context: Context, node: fx.Node) -> Value:
     axis = cast(int, node.args[1] if len(node.args) > 1 else 0) % rank - 1
     if axis < 0 or not all(isinstance(value, (Codes, Unquantized)) for value in values):
         raise context.refused(node, "it concatenates samples, or constants")
-    parts = tuple(context.settled(node, cast(Value, value)) for value in values)
-    return context.result(node, FromConcatenation(context.layer(node), parts, axis))
+    return context.result(node, FromConcatenation(context.layer(node), tuple(cast("list[Value]", values)), axis))
 
 
 def lower_padding(context: Context, node: fx.Node) -> Value:

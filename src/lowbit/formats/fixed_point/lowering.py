@@ -169,7 +169,7 @@ class _Lowering(Context):
         if is_same and grid.lo <= x.grid.lo and x.grid.hi <= grid.hi:
             return Codes(x)
         target = Buffer(name, x.shape, grid, name)
-        self.operations.append(Sum(name, target, (x,), (1,)))
+        self.operations.append(Sum(name.partition(".")[0], target, (x,), (1,)))
         return Codes(target)
 
     def _quantized(self, value: Unquantized, grid: Grid, name: str) -> Codes:
@@ -225,9 +225,9 @@ class _Lowering(Context):
     def _concatenate(self, source: FromConcatenation, target: Buffer) -> None:
         strides, offset = contiguous_strides(target.shape), 0
         for index, part in enumerate(source.parts):
-            moved = self._requantized(part, target.grid, f"{target.name}.{index}").buffer
+            moved = self.quantize(part, target.grid, f"{target.name}.{index}").buffer
             copy_codes(self, source.layer, moved, target, offset)
-            offset += part.shape[source.axis] * strides[source.axis]
+            offset += moved.shape[source.axis] * strides[source.axis]
 
     def _output(self) -> Buffer:
         specs, node = self.program.exported.graph_signature.output_specs, self.program.exported.graph.output_node()

@@ -18,8 +18,9 @@ from lowbit.formats.fixed_point.requantize import RequantizerKind, Rounding
 from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.program.program import Program, export_program
 from lowbit.inputs import Inputs
-from lowbit.network.bits import switches_of
+from lowbit.network.bits import WidthLike, set_bits, switches_of
 from lowbit.network.layers import evaluating
+from lowbit.spec import switch_name
 
 
 class IntegerNetwork(nn.Module):
@@ -95,7 +96,12 @@ def compile_program(
 
 
 def compile_integer(
-    model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, sample: object, rounding: Rounding = "single"
+    model: nn.Module,
+    requantizer: RequantizerKind = "fixed_point",
+    *,
+    sample: object,
+    rounding: Rounding = "single",
+    bits: WidthLike = None,
 ) -> IntegerNetwork:
     """Compile a quantized network into one that computes with integers alone, as chips without floating point do.
 
@@ -112,12 +118,13 @@ def compile_integer(
             that it has on them.
         rounding: For ``fixed_point``: ``single`` rounds products once, which differs from the float simulation at ties alone; ``double``
             rounds twice, as in the paper, gemmlowp and the default build of TensorFlow Lite, which changes more codes by one.
+        bits: The width to compile, of a network that switches between several (``lowbit.set_bits``).
 
     Returns:
         A module in evaluation mode. Its ``run`` maps codes to codes.
 
     Raises:
-        SpecError: An unknown requantizer or rounding.
+        SpecError: An unknown requantizer or rounding, or several widths of which ``bits`` chooses none.
         GraphError: The network cannot be exported, or has several inputs or outputs.
         LayerError: A layer or an operation has no integer form; names it and says what to do.
 
@@ -134,10 +141,10 @@ def compile_integer(
         if value not in get_args(allowed):
             raise SpecError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
     model = copy.deepcopy(model).cpu().float()
+    if bits is not None:
+        set_bits(model, bits)
+    elif len(switches_of(model)) > 1:
+        held = ", ".join(switch_name(switch) for switch in switches_of(model))
+        raise SpecError(f"the network switches between the widths {held}, and an integer network has one. Choose it with bits=.")
     inputs = Inputs.of(sample, model).to("cpu").map(lambda t: t.float() if t.is_floating_point() else t)
-    if len(switches_of(model)) > 1:
-        raise SpecError(
-            "the network switches between several widths, and an integer network has one: call lowbit.set_bits on a file's network "
-            "(lowbit.load(path, bits=4)), or name one with bits= where it is exported"
-        )
     return compile_program(export_program(model, inputs), model, requantizer, rounding=rounding)

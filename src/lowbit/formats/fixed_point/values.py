@@ -70,10 +70,10 @@ class FromPool:
 
 @dataclass(frozen=True)
 class FromConcatenation:
-    """Tensors of codes side by side along ``axis``, which does not count the batch."""
+    """Tensors side by side along ``axis``, which does not count the batch; those that are still float are quantized with the whole."""
 
     layer: str
-    parts: tuple[Buffer, ...]
+    parts: tuple[Value, ...]
     axis: int
 
 
@@ -126,14 +126,13 @@ class Unquantized:
     @property
     def natural_grid(self) -> Grid | None:
         """The grid that the values lie on without being rounded; ``None`` if there is none."""
-        parts = (
-            self.source.parts
-            if isinstance(self.source, FromConcatenation)
-            else self.source.operands
-            if isinstance(self.source, FromSum)
-            else ()
-        )
-        grids = [plain(part.grid) for part in parts]
+        held: tuple[Buffer, ...] = ()
+        if isinstance(self.source, FromConcatenation):
+            held = tuple(part.buffer for part in self.source.parts if isinstance(part, Codes))
+            held = held if len(held) == len(self.source.parts) else ()
+        elif isinstance(self.source, FromSum):
+            held = self.source.operands
+        grids = [plain(buffer.grid) for buffer in held]
         is_sum = isinstance(self.source, FromSum) and (len(grids) > 1 or self.source.signs != (1,))
         if (
             not grids
