@@ -53,7 +53,7 @@ def test_the_report_of_a_packed_file_holds_size_and_parity(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["m.pt", "m", "m.ONNX"])
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SpecError, match=rf"cannot tell the format from '{name}'\. Allowed suffixes: \.lowbit, \.onnx"):
+    with pytest.raises(SpecError, match=rf"cannot tell the format from '{name}'\. Allowed suffixes: \.lowbit, \.onnx, \.c"):
         export(TinyNet(), tmp_path / name, sample=IMAGE)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -131,7 +130,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
         result = super().run_node(node)
         if isinstance(result, Tensor) and result.is_floating_point() and result.dim() > 0:
-            self.seen[node.name] = cast(Tensor, result)
+            self.seen[node.name] = result
             if is_quantizer(node):
                 self.on_grid.add(node.name)
         return result

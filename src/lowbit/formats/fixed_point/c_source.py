@@ -167,10 +167,10 @@ class _Writer:
             f" * output {sizes[1]}: y = (code - {upper}_OUTPUT_ZERO_POINT) * {upper}_OUTPUT_SCALE\n *\n"
             f" * {memory.flash_bytes} bytes of constants, {memory.ram_bytes} bytes of RAM. Not reentrant: buffers between layers are static.\n */\n"
             f"#ifndef {upper}_H\n#define {upper}_H\n\n#include <stdint.h>\n\n"
-            f"#define {upper}_INPUT_SIZE {x.size}\n#define {upper}_INPUT_SCALE {_float(x.grid.step)}\n"
+            f"#define {upper}_INPUT_SIZE {x.size}\n#define {upper}_INPUT_SCALE {_float(float(x.grid.step))}\n"
             f"#define {upper}_INPUT_ZERO_POINT ({x.grid.origin})\n{shift}"
             f"#define {upper}_INPUT_LOWEST ({x.grid.lo})\n#define {upper}_INPUT_HIGHEST ({x.grid.hi})\n"
-            f"#define {upper}_OUTPUT_SIZE {y.size}\n#define {upper}_OUTPUT_SCALE {_float(y.grid.scale)}\n"
+            f"#define {upper}_OUTPUT_SIZE {y.size}\n#define {upper}_OUTPUT_SCALE {_float(float(y.grid.scale))}\n"
             f"#define {upper}_OUTPUT_ZERO_POINT ({y.grid.zero_point})\n#define {upper}_RAM_BYTES {memory.ram_bytes}\n\n"
             '#ifdef __cplusplus\nextern "C" {\n#endif\n\n'
             f"/* the codes of the output for those of the input; 0, or -1 where a pointer is null */\n"
@@ -375,7 +375,7 @@ def _merged(operation: Copy) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
 
 
 def _float(value: float) -> str:
-    text = f"{float(value):.9g}"
+    text = f"{value:.9g}"
     return f"({text if any(mark in text for mark in '.en') else text + '.0'}f)"
 
 

@@ -206,7 +206,7 @@ class _Lowering(Context):
         if self._input is not None and self._input.grid != target.grid:
             raise GraphError(
                 f"the input {source.name!r} is quantized in several ways, by {self._input.name} and {target.name}; the caller of an integer "
-                "network quantizes it once"
+                "network quantizes it once. Give the layers that read it the same bits."
             )
         self._input = self._input or target
         return self._input

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from lowbit.formats.onnx.activations import MOVES, Grid, hide_codes
+from lowbit.formats.onnx.activations import MOVES, hide_codes
 from lowbit.formats.onnx.bias import Steps, place_bias
+from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import WeightContainer
