@@ -15,6 +15,7 @@ from lowbit.formats.fixed_point.values import Codes, Source, Unquantized, Value,
 from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.program.operators import operator_name
 from lowbit.formats.program.program import Program, module_paths
+from lowbit.network.insert import INPUT, OUTPUT
 
 _OPEN_BATCH = 2  # samples of the index tensors that movements are tried on, where the batch is open
 
@@ -47,8 +48,10 @@ class Context(ABC):
         """The codes of ``value`` on ``grid``, computed by a new operation where there is none yet."""
 
     def layer(self, node: fx.Node) -> str:
-        """The module that a node belongs to."""
-        return self._paths.get(node.name) or node.name
+        """The module that a node belongs to; the one that holds it, for a quantizer."""
+        path = self._paths.get(node.name) or node.name
+        holder, _, last = path.rpartition(".")
+        return holder if holder and last in (INPUT, OUTPUT) else path
 
     def refused(self, node: fx.Node, why: str) -> LayerError:
         """The error for a node without an integer form."""
