@@ -3,16 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.formats.fixed_point.integer_networks import digits, images, network_of
-from tests.formats.networks import activation_quantizer
 from torch import nn
 
+import lowbit
 from lowbit.errors import SpecError
 from lowbit.formats.checks.c_program import c_compiler, run_c
 from lowbit.formats.fixed_point.c_source import c_source
 from lowbit.formats.fixed_point.graph import Convolution
 from lowbit.formats.fixed_point.network import compile_integer
-from lowbit.network.insert import set_input_quantizer, set_weight_quantizer
-from lowbit.quantizers import UniformQuantizer
 
 COMPILER = c_compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
@@ -53,22 +51,20 @@ def test_depthwise_and_residual_networks_in_c_give_the_codes_of_the_reference(na
 
 @needs_compiler
 def test_levels_with_zero_midway_between_two_take_a_ninth_bit_in_memory_alone() -> None:
-    """Weights -1, 0.5 and 1 / 255 of 8 bits: codes -255, 127 and 1 of half a step, which int8 does not hold; stored from the lowest on."""
+    """DoReFa's 255 steps from -1 to 1 of 8 bits are codes -255, -253 ... 255 of half a step; stored from the lowest on they take 8 bits."""
     assert COMPILER is not None
-    layer = nn.Linear(3, 2)
-    layer.weight.data, layer.bias.data = torch.tensor([[-1.0, 127 / 255, 1 / 255], [1.0, -1.0, 1 / 255]]), torch.tensor([0.01, -0.7])
-    quantizer = UniformQuantizer(8, signed=False, symmetric=False)
-    quantizer.set_parameters(torch.tensor(2 / 255), torch.tensor(127.5))
-    set_weight_quantizer(layer, quantizer)
-    set_input_quantizer(layer, activation_quantizer())
-    x = torch.rand(16, 3) * 3 - 1
-    network = compile_integer(layer, sample=x)
-    (weight,) = network.graph.weights()
-    assert (weight.codes.tolist(), weight.bit_width) == ([[-255, 127, 1], [255, -255, 1]], 8)
-    assert float((network(x) - layer(x)).detach().abs().max()) <= 0.51 * float(network.graph.output.grid.scale)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(16, 3)
+    prepared = lowbit.prepare(
+        net, method="dorefa", weight_bits=8, activation_bits=8, policy=lowbit.BitPolicy.uniform(8, 8), sample=x
+    ).eval()
+    prepared(x)
+    network = compile_integer(prepared, sample=x)
+    (middle,) = (weight for weight in network.graph.weights() if weight.name == "2.weight")  # the ends have another quantizer
+    assert middle.bit_width == 8 and int(middle.codes.abs().max()) == 255 and bool((middle.codes % 2 == 1).all())
+    assert float((network(x) - prepared(x)).detach().abs().max()) <= 2 * float(network.graph.output.grid.scale)
     codes = network.quantize(x)
     source = c_source(network, "net")
-    assert "int16_t filter_t" in source.source and source.memory.filter_bytes == 6
+    assert "int16_t filter_t" in source.source and source.memory.filter_bytes == 8
     assert torch.equal(run_c(source, codes, COMPILER, SANITIZED), network.run(codes))
 
 
