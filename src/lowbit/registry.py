@@ -188,7 +188,7 @@ def list_methods(
     """Methods whose name matches the shell ``pattern``, by name; optionally of one kind, axis or section.
 
     >>> [info.name for info in list_methods("*", axis="surgery")]
-    ['bi_real_net', 'bit_mixer', 'react_net']
+    ['bi_real_net', 'bit_mixer', 'integer_only', 'integer_only', 'react_net']
     """
     _import_all()
     return [

@@ -82,11 +82,17 @@ def test_methods_list_shows_every_registered_method() -> None:
     assert all(info.name in output for info in list_methods())
 
 
+def test_methods_show_asks_for_the_kind_where_there_are_several() -> None:
+    result = run("methods", "show", "integer_only")
+    assert result.exit_code == 2
+    assert "--kind post_training or --kind training" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("info", list_methods(), ids=lambda info: info.name)
 def test_methods_show_explains_every_hyper_parameter(info: lowbit.registry.MethodInfo) -> None:
     from lowbit.cli.methods import option_rows
 
-    result = run("methods", "show", info.name)
+    result = run("methods", "show", info.name, "--kind", info.kind)
     assert result.exit_code == 0
     for name, _, _, _, meaning in option_rows(info):
         assert name in result.output

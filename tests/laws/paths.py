@@ -20,7 +20,7 @@ from lowbit.models.loading import load_model
 from lowbit.network.layers import replace_modules
 from lowbit.options import hyper_parameters_of
 from lowbit.qat import OptimizerSpec, Recipe
-from lowbit.registry import MethodInfo, get_method
+from lowbit.registry import MethodInfo, list_methods
 from lowbit.spec import BitPolicy
 from lowbit.testing import post_training
 
@@ -165,11 +165,15 @@ def _nearest(wanted: int, supported: range) -> int:
 @functools.cache
 def reached_by_users(name: str) -> frozenset[str]:
     """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
-    info = get_method(name)
+    return frozenset().union(*map(_reached, list_methods(name)))
+
+
+def _reached(info: MethodInfo) -> frozenset[str]:
+    """Those of one of the kinds that the method has."""
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {
-        "mobilenet_v2_small+hswish": name == "profit",
+        "mobilenet_v2_small+hswish": info.name == "profit",
         "mobilenet_v2_small": "graph" in info.needs,
         "reactnet_a": info.section == "binary",
     }
@@ -187,7 +191,9 @@ def reached_by_users(name: str) -> frozenset[str]:
         for bits in {1, 2, 3, 4, 8} - {few[0]}:
             with contextlib.suppress(LowbitError):
                 _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
-        asked = [(options, (lowest, few)) for options in variants(info)] + [(options, (few,)) for options in MORE_OPTIONS.get(name, [])]
+        asked = [(options, (lowest, few)) for options in variants(info)] + [
+            (options, (few,)) for options in MORE_OPTIONS.get(info.name, [])
+        ]
         for options, widths in asked:
             for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
                 with contextlib.suppress(LowbitError):

@@ -9,15 +9,16 @@ from torch import nn
 from lowbit.errors import SpecError
 from lowbit.network.bits import get_bits, set_bits, switches_of
 from lowbit.quantizers import Quantizer
-from lowbit.registry import get_method, list_methods
+from lowbit.registry import list_methods
 from lowbit.testing import checks, post_training, tiny, training
 
-METHODS = [info.name for info in list_methods() if info.kind in ("training", "post_training")]
+METHODS = [(info.name, info.kind) for info in list_methods() if info.kind in ("training", "post_training")]
+every_method = pytest.mark.parametrize(("name", "kind"), METHODS, ids=lambda part: part)
 
 
-def ready(name: str) -> nn.Module:
+def ready(name: str, kind: str) -> nn.Module:
     """The tiny network under the method, in evaluation mode."""
-    return training.prepared(name) if get_method(name).kind == "training" else post_training.quantized(name)
+    return training.prepared(name) if kind == "training" else post_training.quantized(name)
 
 
 def try_width(quantizer: Quantizer, bits: int) -> bool:
@@ -32,9 +33,9 @@ def try_width(quantizer: Quantizer, bits: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_changing_bits_there_and_back_changes_nothing(name: str) -> None:
-    model, images = ready(name), tiny.held_out()[:16]
+@every_method
+def test_changing_bits_there_and_back_changes_nothing(name: str, kind: str) -> None:
+    model, images = ready(name, kind), tiny.held_out()[:16]
     expected, bits = tiny.outputs(model, images), get_bits(model)
     found = checks.grids(model)
     own = [quantizer.bit_width for _, quantizer, _ in found]

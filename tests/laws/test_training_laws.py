@@ -54,7 +54,7 @@ def gradients(model: Callable[[Tensor], Tensor], owner: nn.Module) -> dict[str, 
 @every_method
 def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name: str, tmp_path: Path) -> None:
     laws.codes_are_the_forward_pass(name, tmp_path)
-    for bits in set(range(1, 9)).difference(get_method(name).weight_bits):
+    for bits in set(range(1, 9)).difference(get_method(name, "training").weight_bits):
         with pytest.raises(SpecError, match="weight bits"):
             training.prepared(name, bits)
 
@@ -103,7 +103,7 @@ def test_odd_layers_and_data_train_and_stay_finite(name: str, case: str) -> None
 
 @every_method
 def test_autocast_to_bfloat16_stays_near_float32(name: str) -> None:
-    bits = max(b for b in get_method(name).weight_bits if b <= 8)
+    bits = max(b for b in get_method(name, "training").weight_bits if b <= 8)
     model, images = training.prepared(name, bits), tiny.held_out()[:64]
     expected = tiny.outputs(model, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):

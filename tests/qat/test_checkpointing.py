@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 def losses(method: str, reentrant: bool | None) -> Tensor:
     torch.manual_seed(0)
-    info = lowbit.get_method(method)
+    info = lowbit.get_method(method, "training")
     bits = min(max(2, info.weight_bits.start), info.weight_bits.stop - 1)
     activations = info.activation_bits
     network = Net(reentrant)

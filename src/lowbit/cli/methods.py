@@ -12,7 +12,7 @@ from lowbit import registry
 from lowbit.cli.console import results, say, show_json, show_table
 from lowbit.cli.names import method_names
 from lowbit.cli.settings import Json, name_completion, type_word, value_word
-from lowbit.errors import unknown_name
+from lowbit.errors import SpecError, unknown_name
 from lowbit.options import hyper_parameters_of
 
 app = typer.Typer(add_completion=False, help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
@@ -57,6 +57,9 @@ def show_method(
     json: Json = False,
 ) -> None:
     """Show the paper, the axes and the hyper-parameters of one method."""
+    kinds = [info.kind for info in registry.list_methods(kind=kind) if info.name == name]
+    if len(kinds) > 1:
+        raise SpecError(f"{name!r} is a method of several kinds. Say which: {' or '.join(f'--kind {one}' for one in kinds)}.")
     info = registry.find_method(name, kind)
     if json:
         names = ("name", "type", "allowed", "default", "meaning")

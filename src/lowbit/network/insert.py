@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -130,8 +130,16 @@ class ScalesBias(Protocol):
         """The bias of the scaled layer."""
 
 
+@runtime_checkable
+class HoldsNorm(Protocol):
+    """A weight quantizer that folds the norm behind a layer into it, so that weight and bias follow the norm, quantized or not."""
+
+    def folded_bias(self, bias: Tensor) -> Tensor:
+        """The bias of the layer and its norm together."""
+
+
 class BiasParametrization(nn.Module):
-    """Passes a bias through ``scale_bias`` of the weight's quantizer, where that has one and is enabled."""
+    """Passes a bias through ``scale_bias`` of the weight's quantizer, where that has one and is enabled, or through its ``folded_bias``."""
 
     def __init__(self, weights: WeightParametrization) -> None:
         super().__init__()
@@ -139,6 +147,9 @@ class BiasParametrization(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         (weights,) = self._weights
+        folded = getattr(weights.quantizer, "folded_bias", None)
+        if folded is not None:
+            return cast(Tensor, folded(bias))
         scale = getattr(weights.quantizer, "scale_bias", None)
         return bias if scale is None or not weights.quantizer.enabled else scale(bias)
 
@@ -146,7 +157,7 @@ class BiasParametrization(nn.Module):
 def set_weight_quantizer(layer: nn.Module, quantizer: Quantizer, parameter: str = WEIGHT) -> None:
     """Quantize a weight of ``layer`` from now on, wherever it is used; replaces a quantizer that is already there.
 
-    The bias of the layer follows one that ``ScalesBias``.
+    The bias of the layer follows one that ``ScalesBias`` or ``HoldsNorm``.
     """
     quantizer.train(layer.training)
     parametrization = _weight_parametrization(layer, parameter)
@@ -192,7 +203,7 @@ def _forget_flat_weights(layer: nn.Module) -> None:
 
 
 def _follow_with_bias(layer: nn.Module, parameter: str, weights: WeightParametrization) -> None:
-    if parameter == WEIGHT and isinstance(weights.quantizer, ScalesBias) and isinstance(layer._parameters.get("bias"), Tensor):
+    if parameter == WEIGHT and isinstance(weights.quantizer, (ScalesBias, HoldsNorm)) and isinstance(layer._parameters.get("bias"), Tensor):
         parametrize.register_parametrization(layer, "bias", BiasParametrization(weights))
 
 

@@ -112,10 +112,12 @@ class TrainingMethod(Method, ABC):
         """
         if isinstance(owner, ParametrizationList) and any(isinstance(part, insert.WeightParametrization) for part in owner):
             return "weights"
+        if isinstance(owner, NORMS):  # one that a weight's quantizer folds into its layer as well
+            return "others.norms"
         of_weight = "parametrizations." in name and ".quantizer." in name
         if of_weight or not {insert.INPUT, insert.OUTPUT}.isdisjoint(name.split(".")):
             return "quantizers"
-        return "others.norms" if isinstance(owner, NORMS) else "others"
+        return "others"
 
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         """An optimizer for each role."""

@@ -53,6 +53,12 @@ def write_c(
     source = replace(source, memory=replace(source.memory, packed_bytes=len(package_bytes(package(program, record)))))
     parity, codes = check_integer_parity(model, program, network)
     parity.require(path)
+    notes = [*program.notes, *network.graph.notes]
+    if not parity.passed:
+        notes.append(
+            f"the file does not give the network's answers ({parity.figures}), although no layer alone is more than one code off: this network turns "
+            "such differences into other answers, as those with random weights do"
+        )
     compiler = c_compiler()
     if compiler is None:
         checked = "not compiled, as there is no C compiler (cc, gcc or clang) on this machine: compile it and compare it with lowbit.compile_integer"
@@ -64,4 +70,4 @@ def write_c(
             f"compiled by {Path(compiler).name} without warnings, it gives exactly the codes of the reference on {len(samples)} samples"
         )
     source.write(path)
-    return WrittenC(source, parity, codes, (*program.notes, *network.graph.notes, checked))
+    return WrittenC(source, parity, codes, (*notes, checked))

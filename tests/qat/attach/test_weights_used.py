@@ -52,7 +52,7 @@ def seeded(kind: type[nn.Module]) -> nn.Module:
 
 
 def prepared(kind: type[nn.Module], method: str) -> nn.Module:
-    info = lowbit.get_method(method)
+    info = lowbit.get_method(method, "training")
     bits = min(max(2, info.weight_bits.start), info.weight_bits.stop - 1)
     activations = None if info.activation_bits is None else max(2, info.activation_bits.start)
     activations = activations if activations is None else min(activations, info.activation_bits.stop - 1)

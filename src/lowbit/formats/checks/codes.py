@@ -107,8 +107,9 @@ def check_integer_parity(model: nn.Module, program: Program, network: IntegerNet
         inputs = inputs.take(0, FOLLOWED_SAMPLES)
     codes = compare_codes(program, network, inputs)
     is_right = codes.farthest <= 1 and codes.share >= EQUAL_CODES
-    place = None if is_right else f"layer {codes.worst.layer!r}: {codes.worst.name} is off by up to {codes.worst.farthest} codes ({codes})"
     passed = is_right and parity.has_equal_answers
+    worst = codes.worst
+    place = None if passed else f"layer {worst.layer!r}, which is off by up to {worst.farthest} codes ({codes})"
     return replace(parity, passed=passed, diverging=place, changed_codes=1 - codes.share, is_within_ties=is_right), codes
 
 

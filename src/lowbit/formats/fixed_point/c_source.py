@@ -135,7 +135,7 @@ class _Writer:
         for index, operation in enumerate(self._graph.operations):
             self._calls.append(f"    /* {_comment(operation.layer)} */")
             self._emit(operation, index)
-        arena = max(self._arena.size, 1)
+        arena = self._arena.size
         filter_bytes = self._filter_size * (2 if self._filter_type == "int16_t" else 1)
         memory = MemoryUse(self._flash, arena, filter_bytes, self._graph.input.size + self._graph.output.size)
         return CSource(self._name, self._source(arena), self._header(memory), memory)
@@ -145,10 +145,11 @@ class _Writer:
         body = "\n".join(self._kernels)
         wants_filters = kernels.WEIGHTS in self._kernels
         filters = f"typedef {self._filter_type} filter_t;\n#define FILTER_SIZE {max(self._filter_size, 1)}\n" if wants_filters else ""
+        memory = f"static int8_t arena[{arena}];\n" if arena else ""
         dimensions = f"#define MOST_DIMENSIONS {self._dimensions}\n" if kernels.COPY in self._kernels else ""
         return (
             f"/* {name}: an integer network, {self._network.arithmetic.kind} arithmetic; written by lowbit. C99, no floating point, no heap. */\n"
-            f'#include "{name}.h"\n#include <string.h>\n\n{filters}{dimensions}static int8_t arena[{arena}];\n\n{body}\n'
+            f'#include "{name}.h"\n#include <string.h>\n\n{filters}{dimensions}{memory}\n{body}\n'
             + "\n".join(self._constants)
             + f"\nint {name}_run(const int8_t *input, int8_t *output)\n{{\n    if (input == 0 || output == 0)\n        return -1;\n"
             + "\n".join(self._calls)

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.formats.fixed_point.requantize import round_half_away
+from lowbit.formats.fixed_point.requantize import INT32_MAX, INT32_MIN, round_half_away
+
+
+def widened(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """The range ``[lo, hi]`` widened to contain 0."""
+    return lo.clamp(max=0), hi.clamp(min=0)
 
 
 def choose_qparams(lo: Tensor, hi: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +38,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, qmin: int, qmax: int) -> tuple[Tensor
     (tensor(0.0078, dtype=torch.float64), tensor(128))
     """
     if not bool(((lo <= 0) & (hi >= 0)).all()):
-        raise SpecError("ranges must contain 0: widen them by lo.clamp(max=0) and hi.clamp(min=0)")
+        raise SpecError("ranges must contain 0: widen them by widened(lo, hi)")
     lo, hi = lo.double(), hi.double()
     scale = (hi - lo) / (qmax - qmin)
     is_empty = scale == 0
@@ -60,7 +65,7 @@ def choose_qparams_gemmlowp(lo: Tensor, hi: Tensor, qmin: int = 0, qmax: int = 2
     >>> choose_qparams_gemmlowp(torch.tensor(-1.0), torch.tensor(1.0))
     (tensor(0.0078, dtype=torch.float64), tensor(127))
     """
-    lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
+    lo, hi = widened(lo.float(), hi.float())
     scale = ((hi - lo) / (qmax - qmin)).double()
     is_empty = scale == 0
     zero_point = round_half_away((qmin - lo.double() / torch.where(is_empty, 1.0, scale)).clamp(qmin, qmax))
@@ -107,7 +112,8 @@ def quantize_half_away(x: Tensor, scale: Tensor | float, zero_point: Tensor | in
     >>> quantize_half_away(torch.tensor([-0.125, 0.125, 0.375, 100.0]), 0.25, -3, -128, 127)
     tensor([ -4,  -2,  -1, 127], dtype=torch.int32)
     """
-    rounded = round_half_away(x.float() / torch.as_tensor(scale, dtype=torch.float32, device=x.device))
+    steps = x.float() / torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    rounded = round_half_away(steps.clamp(INT32_MIN, INT32_MAX))  # infinite values are far ones
     return (rounded + zero_point).clamp(qmin, qmax).int()
 
 
@@ -145,4 +151,18 @@ def quantize_bias(bias: Tensor, acc_scale: Tensor) -> Tensor:
     >>> quantize_bias(torch.tensor([0.5, -0.3]), torch.tensor([0.01, 0.2]))
     tensor([50, -2])
     """
-    return round_half_away(bias.double() / acc_scale.double()).clamp(-(2**31), 2**31 - 1).long()
+    return round_half_away(bias.double() / acc_scale.double()).clamp(INT32_MIN, INT32_MAX).long()
+
+
+def unsigned_scale(x: Tensor, bit_width: int) -> Tensor:
+    """Scale of activations without a zero point, as HAWQ-V3 chooses it behind a ReLU: ``(max - min) / (2**b - 1)``, float32, ``()``.
+
+    Codes are ``0 .. 2**b - 1``. Activations that are all equal get scale 1.
+
+    Source: Yao et al. 2021, ``asymmetric_linear_quantization_params`` of its code.
+
+    >>> unsigned_scale(torch.tensor([0.0, 1.5]), 4)
+    tensor(0.1000)
+    """
+    scale = (x.float().amax() - x.float().amin()) / (2**bit_width - 1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -327,7 +327,7 @@ def make_requantizer(
 
     Args:
         kind: ``fixed_point``, ``dyadic`` or ``onnx``.
-        input_scale, output_scale: Positive numbers.
+        input_scale, output_scale: Positive numbers; plain ones count in float64, tensors as they are.
         weight_scale: A positive number, or one for each channel, ``[channels]``.
         zero_point: Zero point of the output, within its codes.
         qmin, qmax: Range of the output's codes.
@@ -341,7 +341,10 @@ def make_requantizer(
     tensor([[   6,   16],
             [   2, -122]], dtype=torch.int32)
     """
-    scales = [torch.as_tensor(scale).detach() for scale in (input_scale, weight_scale, output_scale)]
+    scales = [
+        scale.detach() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+        for scale in (input_scale, weight_scale, output_scale)
+    ]
     for name, scale in zip(("input_scale", "weight_scale", "output_scale"), scales, strict=True):
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise SpecError(f"{name} must be positive and finite, got values from {scale.min().item():g} to {scale.max().item():g}")

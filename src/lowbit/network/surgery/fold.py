@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,23 +86,12 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
     (timm's norms apply the activation so) it becomes a ``Sequential`` of them, else it is kept and made an exact identity:
     weight 1, bias 0, mean 0, variance 1, eps 0. The dataflow is updated alike.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            owners[id(weight)] = owners.get(id(weight), 0) + 1
     folded = []
-    for node in dataflow.nodes:
-        pair = _foldable(model, dataflow, node)
-        if pair is None:
-            continue
-        layer_name, norm_name = pair
+    for layer_name, norm_name in foldable_norms(model, dataflow):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         assert isinstance(norm, EXACT_NORMS)
         old, mean, var = layer.weight, norm.running_mean, norm.running_var
         assert isinstance(old, Tensor) and mean is not None and var is not None
-        if owners[id(old)] > 1:
-            continue
         weight, bias, out_std, out_mean = fold_batch_norm(
             old, layer._parameters["bias"], norm.weight, norm.bias, mean, var, norm.eps, channels=output_channels(layer, old)
         )
@@ -109,10 +99,27 @@ def fold_batch_norms(model: nn.Module, dataflow: Dataflow) -> list[FoldedNorm]:
         layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
         # a channel that hardly varies does not vary behind the norm either, whatever gamma is
         share = (var / (var + norm.eps)).sqrt().to(out_std)
-        _neutralize(model, dataflow, norm_name, norm)
-        dataflow.forget(norm_name)
+        if not remove_norm(model, dataflow, norm_name):
+            _neutralize(norm)
+            dataflow.forget(norm_name)
         folded.append(FoldedNorm(layer_name, norm_name, out_mean, out_std * share))
     return folded
+
+
+def foldable_norms(model: nn.Module, dataflow: Dataflow) -> Iterator[tuple[str, str]]:
+    """The names of every layer whose output a batch norm alone reads, and of that norm; both run once and share no weight.
+
+    Norms may be folded while they are found.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners[id(weight)] = owners.get(id(weight), 0) + 1
+    for node in dataflow.nodes:
+        pair = _foldable(model, dataflow, node)
+        if pair is not None and owners[id(model.get_submodule(pair[0]).weight)] == 1:
+            yield pair
 
 
 def _foldable(model: nn.Module, dataflow: Dataflow, node: Node) -> tuple[str, str] | None:
@@ -130,13 +137,25 @@ def _foldable(model: nn.Module, dataflow: Dataflow, node: Node) -> tuple[str, st
     return node.layer, readers[0].owner
 
 
-def _neutralize(model: nn.Module, dataflow: Dataflow, name: str, norm: _BatchNorm) -> None:
+def remove_norm(model: nn.Module, dataflow: Dataflow, name: str) -> bool:
+    """Put the identity in the place of a batch norm that was folded, or, where it does more, its children in order.
+
+    Returns:
+        Whether that was possible; else nothing has changed. The dataflow is updated alike.
+    """
+    norm = model.get_submodule(name)
     children = OrderedDict(norm.named_children())
-    if type(norm) in EXACT_NORMS or (children and _runs_children(dataflow, name)):
-        parent, _, child = name.rpartition(".")
-        rest = nn.Identity() if type(norm) in EXACT_NORMS else nn.Sequential(children)
-        setattr(model.get_submodule(parent), child, rest.train(norm.training))
-        return
+    if type(norm) not in EXACT_NORMS and not (children and _runs_children(dataflow, name)):
+        return False
+    parent, _, child = name.rpartition(".")
+    rest = nn.Identity() if type(norm) in EXACT_NORMS else nn.Sequential(children)
+    setattr(model.get_submodule(parent), child, rest.train(norm.training))
+    dataflow.forget(name)
+    return True
+
+
+def _neutralize(norm: _BatchNorm) -> None:
+    """Make a batch norm an exact identity in evaluation mode."""
     with torch.no_grad():
         if norm.weight is not None:
             norm.weight.fill_(1)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network.bits import policy_bits, raised_bits
-from lowbit.network.graph.dataflow import capture
+from lowbit.network.graph.dataflow import Dataflow, capture
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
@@ -65,7 +65,19 @@ class QatJob(NetworkJob):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._dataflow = None if self.merge_bits is None else capture(self.model, self.sample)
+        self._dataflow: Dataflow | None = None
+        if self.merge_bits is not None:
+            self.dataflow()
+
+    def dataflow(self) -> Dataflow:
+        """The dataflow of the network without quantizers; to be asked for before they are inserted.
+
+        Raises:
+            GraphError: The network cannot be exported.
+        """
+        if self._dataflow is None:
+            self._dataflow = capture(self.model, self.sample)
+        return self._dataflow
 
     def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
         """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet."""
@@ -137,10 +149,10 @@ class QatJob(NetworkJob):
             outputs: Makes the quantizer of a layer's output.
             merges: Makes the quantizer of a tensor between layers, or ``None`` for a tensor that stays float.
         """
-        if self._dataflow is None:
+        if self.merge_bits is None:
             planned = place_at_layers({}, self.output_bits)
         else:
-            planned = place_at_tensors(self._dataflow, {}, self.output_bits, merge_bits=self.merge_bits)
+            planned = place_at_tensors(self.dataflow(), {}, self.output_bits, merge_bits=self.merge_bits)
         planned = [replace(p, sites=self._free(p.sites)) for p in planned]
         planned = [p for p in planned if p.sites]
         if not planned:

@@ -1,0 +1,1 @@
+"""Methods for networks that run in integers alone."""
