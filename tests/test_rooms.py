@@ -39,7 +39,7 @@ ORDER = (
 )
 # The same within a room.
 WINGS = {
-    "formats": (("program",), ("packed", "onnx", "fixed_point"), ("checks",)),
+    "formats": (("program",), ("packed", "onnx"), ("fixed_point",), ("checks",)),
     "runtime": (
         ("arguments", "activation", "thresholds", "kept"),
         ("cpu",),

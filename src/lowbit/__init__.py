@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.assignment.budget import Budget
     from lowbit.assignment.problem import SearchMethod, SearchProblem
     from lowbit.assignment.result import SearchResult
+    from lowbit.formats.fixed_point.network import IntegerNetwork, compile_integer
     from lowbit.measure.diagnose import diagnose
     from lowbit.measure.latency_table import LatencyTable
     from lowbit.measure.selection import select_bits
@@ -53,12 +54,14 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
     "set_bits", "get_bits", "select_bits", "latency_table", "LatencyTable",
+    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "compile_integer", "summary", "diagnose",
+    "set_bits", "get_bits", "select_bits",
     "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
-    "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
+    "IntegerNetwork", "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
     "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip
 

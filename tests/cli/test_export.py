@@ -110,3 +110,16 @@ def test_sizes_are_open_by_letter_or_number(
 def test_dimensions_that_there_are_not_are_refused(nets: Path, tmp_path: Path, dynamic: str) -> None:
     result = export("--model", f"{nets}:Two", "--input-shape", "3x8x8", "--to", tmp_path / "m.lowbit", "--dynamic", dynamic)
     assert result.exit_code == 2 and dynamic in result.output and not (tmp_path / "m.lowbit").exists()
+
+
+def test_a_quantized_folder_becomes_a_c_file(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quantize", "--out", str(tmp_path / "o"), "-w", "4", "--no-onnx"])
+    assert done.exit_code == 0, done.output
+    result = export(tmp_path / "o", "--to", tmp_path / "net.c", "--rounding", "double")
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.split())
+    assert "of codes equal those of the simulation in float, none by more than 1" in printed
+    assert "RAM 3,360 bytes (arena 3,072 + 288 for unpacked weights)" in printed
+    assert "int net_run(const int8_t *input, int8_t *output);" in (tmp_path / "net.h").read_text()
+    refused = export("--to", tmp_path / "float.c")
+    assert refused.exit_code == 2 and "it reads float values" in " ".join(refused.output.split()) and not (tmp_path / "float.c").exists()

@@ -10,8 +10,8 @@ from tests.formats.networks import quantized
 from tests.networks import BranchNet, TinyNet
 from torch import Tensor, nn
 
-import lowbit.methods.post_training.round_to_nearest  # noqa: F401 - registers the method
-from lowbit.errors import DataError, GraphError, OutputError, ParityError, SpecError
+import lowbit.methods.post_training.round_to_nearest
+from lowbit.errors import DataError, GraphError, LayerError, OutputError, ParityError, SpecError
 from lowbit.formats.checks.parity import Parity
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.formats.program.program import Program
@@ -53,7 +53,7 @@ def test_the_report_of_a_packed_file_holds_size_and_parity(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["m.pt", "m", "m.ONNX"])
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SpecError, match=rf"cannot tell the format from '{name}'\. Allowed suffixes: \.lowbit, \.onnx"):
+    with pytest.raises(SpecError, match=rf"cannot tell the format from '{name}'\. Allowed suffixes: \.lowbit, \.onnx, \.c"):
         export(TinyNet(), tmp_path / name, sample=IMAGE)
 
 
@@ -209,3 +209,37 @@ def test_convolutions_before_activation_functions_run_in_integers(activation: nn
     kept = export(plain, tmp_path / "m.onnx", sample=IMAGE, measure_speed=False).integer
     assert kept is not None
     assert kept.conv_integer == 0
+
+
+def test_a_c_file_is_written_with_its_header_and_checked(tmp_path: Path) -> None:
+    x = torch.rand(32, 1, 8, 8)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    small = lowbit.quantize(net, method="round_to_nearest", weight_bits=4, calibration=x)
+    report = export(small, tmp_path / "chip.c", sample=x, requantizer="dyadic")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chip.c", "chip.h"]
+    assert "dyadic arithmetic" in (tmp_path / "chip.c").read_text()
+    assert (report.format, report.size_bytes, report.parity.passed) == ("c", (tmp_path / "chip.c").stat().st_size, True)
+    assert report.codes is not None and report.codes.farthest <= 1
+    assert report.memory is not None and report.memory.arena_bytes == 4 * 6 * 6 and report.memory.io_bytes == 64 + 3
+    packed = export(small, tmp_path / "chip.lowbit", sample=x)
+    assert abs(packed.size_bytes - report.memory.packed_bytes) < 200  # without what the file says of its origin
+    assert f"the .lowbit file takes {report.memory.packed_bytes:,} bytes" in str(report)
+
+
+def test_what_a_c_file_cannot_be_leaves_nothing_behind(tmp_path: Path) -> None:
+    x = torch.rand(32, 6)
+    small = lowbit.quantize(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), method="round_to_nearest", calibration=x)
+    with pytest.raises(LayerError, match=r"layer '1' \(gelu\): this operation has no integer form"):
+        export(small, tmp_path / "net.c", sample=x)
+    with pytest.raises(SpecError, match="are run by other runtimes"):
+        export(small, tmp_path / "net.c", sample=x, kernels=True)
+    with pytest.raises(SpecError, match="multiplies in float32"):
+        export(small, tmp_path / "net.c", sample=x, requantizer="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_c_file_without_a_compiler_says_that_it_was_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.workflows.export_c.c_compiler", lambda: None)
+    x = torch.rand(32, 6)
+    report = export(lowbit.quantize(nn.Linear(6, 3), method="round_to_nearest", calibration=x), tmp_path / "net.c", sample=x)
+    assert any("there is no C compiler" in note for note in report.notes) and not any("gives exactly" in note for note in report.notes)

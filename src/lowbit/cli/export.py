@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False)
 def export(
     given: dict[str, Any],
     to: Annotated[
-        str, typer.Option("--to", help="The file to write; its suffix, .onnx or .lowbit, is the format.", rich_help_panel=OUTPUT)
+        str, typer.Option("--to", help="The file to write; its suffix, .onnx, .lowbit or .c, is the format.", rich_help_panel=OUTPUT)
     ],
     packed: Annotated[
         str | None,

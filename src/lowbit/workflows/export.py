@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from lowbit.autograd import records_gradients
 from lowbit.errors import FileFormatError, GraphError, SpecError
 from lowbit.files import replacing
+from lowbit.formats.checks.codes import CodeComparison
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
 from lowbit.formats.checks.speed import Speed, compare_speed
+from lowbit.formats.fixed_point.c_source import MemoryUse
+from lowbit.formats.fixed_point.requantize import RequantizerKind, Rounding
 from lowbit.formats.onnx.sessions import PROVENANCE_KEY, SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
 from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
 from lowbit.formats.packed.file import package, package_bytes, package_widths, read_package, write_package
@@ -33,13 +36,14 @@ from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.spec import LayerBits, switch_name
+from lowbit.workflows.export_c import write_c
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.requests import ExportRequest
 from lowbit.workflows.source import open_source
 
-FORMATS = (".lowbit", ".onnx")
+FORMATS = (".lowbit", ".onnx", ".c")
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        format: ``lowbit`` or ``onnx``.
+        format: ``lowbit``, ``onnx`` or ``c``.
         size_bytes: Its size.
         parity: Comparison of its outputs with the quantized network's; where it has not passed, a note says why there is a file.
         speed: Speed compared with the float network in ONNX Runtime; ``None`` for a packed file, whose codes are decoded to float.
         integer: Layers that ONNX Runtime computes in integers; ``None`` for a packed file.
         notes: Notes for the user, such as what was left in float and why.
         widths: The widths that the file holds, where it holds several; ``parity`` is then that of the width with the largest differences.
+        codes: For a C file: its codes compared with those of the simulation in float.
+        memory: For a C file: flash and RAM that it takes.
 
     Example:
         >>> import torch, lowbit
@@ -98,10 +104,12 @@ class ExportReport:
     integer: IntegerCount | None = None
     notes: tuple[str, ...] = ()
     widths: SeveralWidths | None = None
+    codes: CodeComparison | None = None
+    memory: MemoryUse | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.size_bytes:,} bytes", f"parity {self.parity}"]
-        lines += [str(part) for part in (self.widths, self.integer, self.speed) if part is not None]
+        lines += [str(part) for part in (self.widths, self.integer, self.speed, self.codes, self.memory) if part is not None]
         return "\n".join([*lines, *self.notes])
 
 
@@ -118,12 +126,15 @@ def export(
     dynamic: Sequence[str | int] = (),
     batch_dim: int | None = None,
     output_names: Sequence[str] = (),
+    requantizer: RequantizerKind = "fixed_point",
+    rounding: Rounding = "single",
     provenance: Provenance | None = None,
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.
 
     The suffix chooses the format: ``.lowbit`` stores exactly the bits of the codes and loads without the network's code;
-    ``.onnx`` holds codes that ONNX Runtime and OpenVINO compute with in integers. A file that was there stays until the new one
+    ``.onnx`` holds codes that ONNX Runtime and OpenVINO compute with in integers; ``.c`` is a C99 file, with a header beside it, for chips without
+    floating point (``lowbit.compile_integer``), compiled and compared where there is a C compiler. A file that was there stays until the new one
     has passed. A packed file keeps the network's floating-point type (float16, bfloat16, float64); an ONNX file, and one that runs on
     kernels, computes in float32, and a note says so where that is another type.
 
@@ -133,7 +144,7 @@ def export(
         sample: Inputs of one call, real ones if possible: the check runs on them.
         bits: The one width that the file is to hold, as ``lowbit.set_bits`` takes it (``"float"`` for float). Default: a packed file holds all
             widths between which the network switches, and starts with the current one (``lowbit.load(path, bits=2)`` with another); an
-            ONNX file holds the current one.
+            ONNX file holds the current one; a C file takes one.
         weight_container: For ONNX: ``int8`` is fast; ``int4`` takes half a byte for codes of up to 4 bits, but runtimes compute with
             them in float.
         measure_speed: Whether to time the ONNX file.
@@ -144,6 +155,7 @@ def export(
         batch_dim: The dimension over samples: 0, or 1 where time comes first. Left out: the one where one entry of the inputs decides one of
             the outputs and no other, so that ``nn.LSTM`` and ``nn.MultiheadAttention`` without ``batch_first`` keep an open batch.
         output_names: For ONNX: a name for each output tensor. Left out: the keys of a dictionary, ``out0``, ``out1`` ... for a tuple or list.
+        requantizer, rounding: For C: how sums of products become codes, see ``lowbit.compile_integer``.
         provenance: Where the network comes from, which the file keeps. Default: what the network carries.
 
     NaN in the inputs leads to NaN in the outputs of the network and of a packed file, also on kernels. ONNX runtimes turn NaN into
@@ -152,7 +164,7 @@ def export(
     Raises:
         SpecError: Bits that the network does not have, an unknown suffix, container or dimension (``batch_dim`` among them), names that do not
             fit the outputs, or ``kernels`` for an ONNX file.
-        LayerError: ``kernels`` where no layer can run on them; says why for each.
+        LayerError: ``kernels`` where no layer can run on them; says why for each. For C: a layer or operation without an integer form.
         GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
             ``dynamic``; names it. Also a network that answers at random.
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
@@ -173,8 +185,8 @@ def export(
         raise SpecError(f"cannot tell the format from {path.name!r}. Allowed suffixes: {', '.join(FORMATS)}.")
     if weight_container not in ("int8", "int4"):
         raise SpecError(f"weight_container must be 'int8' or 'int4', got {weight_container!r}")
-    if kernels and path.suffix == ".onnx":
-        raise SpecError(f"{path}: an ONNX file is run by other runtimes. Low-bit kernels need a .lowbit file.")
+    if kernels and path.suffix != ".lowbit":
+        raise SpecError(f"{path}: {path.suffix} files are run by other runtimes. Low-bit kernels need a .lowbit file.")
     if output_names and path.suffix != ".onnx":
         raise SpecError(f"output_names={output_names!r}, {path}: only ONNX files name their outputs. Leave it out, or write an .onnx file.")
     if isinstance(model, RuntimeNetwork):
@@ -188,7 +200,10 @@ def export(
         set_bits(model, bits)
     _refuse_random(model, inputs)
     notes: tuple[str, ...] = ()
-    if path.suffix == ".onnx" or kernels:
+    if path.suffix == ".c" and bits is None and len(switches_of(model)) > 1:
+        held = ", ".join(switch_name(switch) for switch in switches_of(model))
+        raise SpecError(f"{path}: the network switches between the widths {held}, and a C file holds one. Choose it with bits=.")
+    if path.suffix != ".lowbit" or kernels:
         model, inputs, notes = _in_float32(model, inputs)
     if is_whole:
         return _export_widths(model, export_switches(model, inputs, dynamic, batch_dim), path, kernels, notes, provenance)
@@ -197,6 +212,10 @@ def export(
     if path.suffix == ".onnx":
         require_onnx()
         return _export_onnx(model, program, path, weight_container, measure_speed, output_names, provenance)
+    if path.suffix == ".c":
+        written = write_c(model, program, path, record_of_one(model), requantizer, rounding)
+        size, memory = path.stat().st_size, written.source.memory
+        return ExportReport(path, "c", size, written.parity, notes=written.notes, codes=written.codes, memory=memory)
     return _export_packed(model, program, path, kernels, provenance)
 
 
@@ -392,6 +411,8 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         dynamic=[int(name) if name.isdecimal() else name for name in (request.dynamic or "").split(",") if name],
         batch_dim=request.batch_dim,
         output_names=[] if request.output_names is None else [name.strip() for name in request.output_names.split(",")],
+        requantizer=request.requantizer,
+        rounding=request.rounding,
     )
     return replace(report, notes=(*report.notes, *source.notes))
 

@@ -468,7 +468,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
 
     Attributes:
         packed: A .lowbit file, or a folder that 'lowbit quantize' wrote. Default: the float network.
-        to: The file to write; its suffix, .onnx or .lowbit, is the format.
+        to: The file to write; its suffix, .onnx, .lowbit or .c, is the format.
         bits: The one width to write, of a packed file that holds several: 4, or weights and activations apart, 4/8. Default: all of them for
             .lowbit, that with which the file starts for .onnx.
         weight_container: Type of the weight codes in an ONNX file: int8 is fast; int4 takes half a byte for codes of up to 4 bits, but
@@ -479,6 +479,9 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
         dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size.
         batch_dim: The input dimension over samples: 0, or 1 where time comes first. Default: found by trying.
         output_names: Names for the output tensors of an ONNX file, joined by commas. Default: the keys of a dictionary, else out0, out1 ...
+        requantizer: How a C file makes codes of sums of products: fixed_point: multiplied by 32 bits and shifted, as in TensorFlow Lite; dyadic:
+            as in HAWQ-V3, ties to even.
+        rounding: For fixed_point: single rounds products once; double twice, as gemmlowp and the default build of TensorFlow Lite.
         seed: Seed of the noise that stands in for samples.
     """
 
@@ -494,6 +497,8 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     dynamic: str | None = None
     batch_dim: Annotated[int | None, AtLeast(0)] = None
     output_names: str | None = None
+    requantizer: Literal["fixed_point", "dyadic"] = "fixed_point"
+    rounding: Literal["single", "double"] = "single"
     seed: int = 0
 
 

@@ -150,7 +150,7 @@ def check_onnx_parity(model: nn.Module, program: Program, path: Path | str) -> P
                 "else export to .lowbit, or let the network take its inputs with the samples first (batch_first=True)."
             ) from error
 
-    parity = _compare_outputs(model, program, run)
+    parity = compare_outputs(model, program, run)
     quantizers = tuple(node.name for node in program.exported.graph.nodes if is_quantizer(node))
     inputs = program.sample
     if program.is_batch_dynamic and inputs.batch_size > FOLLOWED_SAMPLES:
@@ -188,7 +188,7 @@ def check_packed_parity(model: nn.Module, program: Program, loaded: nn.Module, w
         with evaluating(loaded):
             return _leaves(loaded(*inputs.args, **inputs.kwargs))
 
-    parity = _compare_outputs(model, program, run)
+    parity = compare_outputs(model, program, run)
     if parity.sqnr_db >= CLOSE_DB and parity.has_equal_answers:
         return replace(parity, passed=True)
     wrong = [name for name, weight in program.weights.items() if name in weights and not torch.equal(weights[name], weight.decode())]
@@ -203,7 +203,7 @@ def _most_different(differences: Sequence[Difference]) -> str:
     return f"{most}, the largest difference of all layers, although the rounding of ties could explain each of them"
 
 
-def _compare_outputs(model: nn.Module, program: Program, run: Callable[[Inputs], list[Tensor]]) -> Parity:
+def compare_outputs(model: nn.Module, program: Program, run: Callable[[Inputs], list[Tensor]]) -> Parity:
     """Compare the outputs; the caller sets ``passed``."""
     meter = AgreementMeter()
     samples, equal, answers = 0, 0, 0
@@ -289,7 +289,7 @@ class _Follower(fx.Interpreter):
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         """The network's outputs, computed from the file's last codes."""
         with torch.no_grad():
-            return [value for value in self.run(*_arguments(self.program, inputs)) if isinstance(value, Tensor)]
+            return [value for value in self.run(*graph_arguments(self.program, inputs)) if isinstance(value, Tensor)]
 
     def run_node(self, node: fx.Node) -> object:
         result: object = super().run_node(node)
@@ -356,7 +356,7 @@ def describe(program: Program, node: fx.Node) -> str:
     return f"activation {site.rpartition('.')[0].replace('_quantizer', '')!r}" if site else f"operation {node.name!r}"
 
 
-def _arguments(program: Program, inputs: Inputs) -> list[Tensor]:
+def graph_arguments(program: Program, inputs: Inputs) -> list[Tensor]:
     """The values of all placeholders of the program's graph."""
     exported, signature = program.exported, program.exported.graph_signature
     named = name_inputs([str(name) for name in signature.user_inputs], inputs)

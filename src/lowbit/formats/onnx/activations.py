@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from lowbit.formats.onnx.grid import Grid, uint8_grid
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import DOMAIN, QUANTIZE
 
-_FAR = 2**31  # farther from zero than any code
-_WHOLE = 1e-4  # largest shift of the codes, in steps, that puts 0 on the grid
 # operators whose output consists of values of their first input, or zeros
 MOVES = frozenset({
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Expand", "Gather",
@@ -21,42 +19,12 @@ MOVES = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Codes of an activation in a uint8 container: ``lo`` to ``hi``.
-
-    A code is ``round((x - shift) / step) + origin`` and decodes to ``(code - zero_point) * scale``; usually both are the same grid and
-    there is no shift.
-    """
-
-    step: np.float32
-    origin: int
-    lo: int
-    hi: int
-    scale: np.float32
-    zero_point: int
-    shift: float = 0.0
-
-    @staticmethod
-    def plain(scale: np.float32, zero_point: int, lo: int, hi: int) -> Grid:
-        """A grid whose codes decode to the values that they are rounded from, without a shift."""
-        return Grid(scale, zero_point, lo, hi, scale, zero_point)
-
-    def code(self, value: float) -> int:
-        """The code of ``value`` before clipping."""
-        return int(np.clip(np.rint((np.float32(value) - np.float32(self.shift)) / self.step), -_FAR, _FAR)) + self.origin
-
-    def within(self, lo: int, hi: int) -> Grid:
-        """The same grid with a narrower range of codes."""
-        return replace(self, lo=lo, hi=hi)
-
-
 def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Reasons) -> None:
     """Replace a quantizer node by QuantizeLinear and DequantizeLinear with uint8 codes, absorbing a preceding ReLU or clip."""
     x = input_of(node, 0)
     qmin, qmax = (node.attributes[name].as_int() for name in ("qmin", "qmax"))
     parts = [constant_of(value) for value in node.inputs[1:]]
-    grid = _uint8_grid(parts, qmin, qmax) if x.dtype in (None, FLOAT) else "values that are not float32"
+    grid = uint8_grid(parts, qmin, qmax) if x.dtype in (None, FLOAT) else "values that are not float32"
     if isinstance(grid, str):
         reasons.setdefault(f"uint8 codes cannot hold activations with {grid}", []).append(str(node.outputs[0].name))
         _quantize_in_float(node, qmin, qmax)
@@ -70,24 +38,6 @@ def quantize_activation(node: ir.Node, grids: dict[ir.Value, Grid], reasons: Rea
         quantized = _quantize_limited(node, x, limit, grid)
     grids[quantized] = grid
     take_place_of(node, quantized)
-
-
-def _uint8_grid(parts: Sequence[Array | None], qmin: int, qmax: int) -> Grid | str:
-    """The quantizer's grid in a uint8 container, or a description of what does not fit the container."""
-    if any(part is None or part.size != 1 for part in parts):
-        return "a grid that is not constant, or not one for the whole tensor"
-    lower, step, scale, zero = (float(part.item()) for part in parts if part is not None)
-    if qmax - qmin > 255 or not (step > 0 and scale > 0):
-        return f"{qmax - qmin + 1} codes of scale {scale:g}"
-    if zero != round(zero):
-        return f"the zero point {zero:g}, which is not whole"
-    if not 0 <= zero - qmin <= 255:
-        return f"the zero point {zero:g}, which is outside their container"
-    decoding = np.float32(scale), round(zero) - qmin
-    start = -lower / step
-    if abs(start - round(start)) <= _WHOLE and 0 <= round(start) - qmin <= 255:
-        return Grid(np.float32(step), round(start) - qmin, 0, qmax - qmin, *decoding)
-    return Grid(np.float32(step), 0, 0, qmax - qmin, *decoding, shift=lower + qmin * step)
 
 
 def _quantize_limited(node: ir.Node, x: ir.Value, limit: Array, grid: Grid) -> ir.Value:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from lowbit.formats.onnx.activations import MOVES, Grid, hide_codes
+from lowbit.formats.onnx.activations import MOVES, hide_codes
+from lowbit.formats.onnx.bias import Steps, place_bias
+from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.onnx.integer_grid import IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.formats.onnx.surgery import FLOAT, Array, Reasons, add_initializer, constant_of, graph_of, input_of, take_place_of
 from lowbit.formats.onnx.translate import WeightContainer
@@ -16,9 +18,6 @@ from lowbit.formats.program.program import GRID_OF_ITS_OWN
 from lowbit.network.insert import site_name
 from lowbit.quantizers import QTensor
 
-LARGEST_BIAS = 2**30  # leaves as much room for the sum of products
-COARSE = 1 / 8  # largest rounding error of a bias, in steps
-_PAIR = 2**14 - 1  # two products of this size fit 16 bits, in which processors without integer dot products add them
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LINEAR = {"Mul", "Div", "Add", "Sub", "BatchNormalization", "LeakyRelu"}  # can be fused into the layer before them
 
@@ -74,15 +73,9 @@ def _insert(
 
 
 def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[ir.Value, DecodedWeight]) -> None:
-    """Give a layer that is computed in integers an int32 bias of scale ``x_scale * w_scale``; other layers keep their float bias.
+    """Give a layer that is computed in integers an int32 bias of scale ``x_scale * w_scale`` (``place_bias``); others keep their float bias.
 
-    Rounding a bias shifts a whole channel, which matters where many of its values lie near the boundary of two codes, and always where the
-    input is 0, so that only the bias is left. So the codes of the weights are multiplied until the grid of their products is fine enough
-    for the biases, and a bias is rounded in the direction that keeps its code. If the error still exceeds ``COARSE`` steps of the codes
-    behind the layer, the layer stays in float.
-
-    A dead channel, with hardly any weights, can have a scale at which its bias exceeds 32 bits. Its weights are moved to the finest grid at
-    which the bias fits; that changes the result by less than the bias times ``inputs * 2**-23``.
+    A layer for whose bias the integers are too coarse stays in float.
     """
     if len(node.inputs) < 3 or why_in_float(node, grids, decoded) is not None:
         return
@@ -92,23 +85,14 @@ def quantize_bias(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: dict[i
         return
     assert x is not None and weight is not None
     x_scale, parameter = float(grids[x].scale), decoded[weight]
-    exact = torch.from_numpy(bias).double()
-    grid = parameter.grid.holding(exact, x_scale, min(127, _PAIR // max(grids[x].hi, 1)))
-    magnitudes = exact.abs() if grid.axis is not None else exact.abs().max()
-    least = magnitudes / (x_scale * LARGEST_BIAS)
-    if bool((grid.scale < least).any()):
-        grid = grid.coarsened(least)
-    scale = (x_scale * grid.scale.double()).float().expand(bias.shape[0])
-    quantizer = _quantizer_behind(node)
-    codes = _bias_codes(exact, scale.double(), quantizer)
-    is_coarse = quantizer is not None and bool((codes * scale.double() - exact).abs().max() > COARSE * quantizer.step)
-    _replace_weight(node, DecodedWeight(parameter.name, grid, holds_bias=not is_coarse), decoded)
-    if is_coarse:
+    placed = place_bias(torch.from_numpy(bias).double(), parameter.grid, x_scale, grids[x].hi, _steps_behind(node))
+    _replace_weight(node, DecodedWeight(parameter.name, placed.grid, holds_bias=not placed.is_coarse), decoded)
+    if placed.is_coarse:
         _hide_codes(node, grids)
         return
     bias_contents: dict[str, tuple[Array, ir.DataType | None]] = {
-        "codes": (codes.to(torch.int32).numpy(), None),
-        "scale": (scale.contiguous().numpy(), None),
+        "codes": (placed.codes.to(torch.int32).numpy(), None),
+        "scale": (placed.scale.contiguous().numpy(), None),
     }
     node.replace_input_with(2, _insert_decoder(node, f"{node.outputs[0].name}.bias", bias_contents, 0))
 
@@ -130,34 +114,14 @@ def _replace_weight(node: ir.Node, weight: DecodedWeight, decoded: dict[ir.Value
     node.replace_input_with(1, new)
 
 
-@dataclass(frozen=True)
-class _Quantizer:
-    step: float
-    origin: int
-
-    def code(self, values: torch.Tensor) -> torch.Tensor:
-        return (values / self.step).round() + self.origin
-
-
-def _quantizer_behind(node: ir.Node) -> _Quantizer | None:
-    """The quantizer that is the only reader of a layer's result."""
+def _steps_behind(node: ir.Node) -> Steps | None:
+    """The steps of the quantizer that is the only reader of a layer's result."""
     readers = {use.node for use in node.outputs[0].uses()}
     reader = readers.pop() if len(readers) == 1 else None
     if reader is None or reader.op_type != "QuantizeLinear":
         return None
     step, origin = (constant_of(value) for value in reader.inputs[1:3])
-    return None if step is None or origin is None or step.size != 1 else _Quantizer(float(step), int(origin))
-
-
-def _bias_codes(bias: torch.Tensor, units: torch.Tensor, quantizer: _Quantizer | None) -> torch.Tensor:
-    """Biases rounded to integers of ``units``: the nearest one, or the next on the other side if only that keeps the code of ``bias``."""
-    nearest = (bias / units).round()
-    if quantizer is None:
-        return nearest
-    other = nearest + torch.where(nearest * units <= bias, 1.0, -1.0)
-    wanted = quantizer.code(bias)
-    is_wrong = (quantizer.code(nearest * units) != wanted) & (quantizer.code(other * units) == wanted)
-    return torch.where(is_wrong, other, nearest)
+    return None if step is None or origin is None or step.size != 1 else Steps(float(step), int(origin))
 
 
 def keep_float(node: ir.Node, grids: Mapping[ir.Value, Grid], decoded: Mapping[ir.Value, DecodedWeight]) -> None:

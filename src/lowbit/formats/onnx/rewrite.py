@@ -22,7 +22,6 @@ import onnx_ir as ir
 
 from lowbit.errors import SpecError
 from lowbit.formats.onnx.activations import (
-    Grid,
     decode_once,
     only_moves,
     pool_globally,
@@ -31,6 +30,7 @@ from lowbit.formats.onnx.activations import (
     share_quantizers,
 )
 from lowbit.formats.onnx.fold import fold_affine
+from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.onnx.layers import (
     DecodedWeight,
     decode_weight,

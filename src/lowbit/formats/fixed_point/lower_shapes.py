@@ -1,0 +1,173 @@
+"""Lowers pools, concatenations and operators that only move values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lowbit.formats.fixed_point.context import Context, kind_of
+from lowbit.formats.fixed_point.graph import QMAX, QMIN, Buffer, Copy, MaxPool, Span, contiguous_strides
+from lowbit.formats.fixed_point.lower_layers import pair
+from lowbit.formats.fixed_point.values import (
+    OFF_GRID,
+    Codes,
+    FromConcatenation,
+    FromPool,
+    Unquantized,
+    Value,
+    adaptive_spans,
+    picture,
+    sizes_of,
+    window_spans,
+)
+from lowbit.formats.onnx.grid import Grid
+
+Spans = tuple[Span, ...]
+
+
+def lower_average_pool(context: Context, node: fx.Node) -> Value:
+    """An average pool with windows or to a given size."""
+    x = context.codes(node, 0)
+    rows, columns = _windows(context, node, x)
+    return context.result(node, FromPool(context.layer(node), x, rows, columns, picture(x.shape), len(rows) * len(columns) == 1))
+
+
+def lower_mean(context: Context, node: fx.Node) -> Value:
+    """A mean over all dimensions behind the channels."""
+    x = context.codes(node, 0)
+    rank = len(x.shape) + 1
+    dims = sorted(dim % rank for dim in cast(Sequence[int], node.args[1] or ()))
+    if rank not in (3, 4) or dims != list(range(2, rank)):
+        raise context.refused(node, "of means, those over height and width, or over the length of a sequence, have an integer form")
+    _, height, width = picture(x.shape)
+    rows, columns = (Span(0, height, height),), (Span(0, width, width),)
+    return context.result(node, FromPool(context.layer(node), x, rows, columns, picture(x.shape), is_global=True))
+
+
+def lower_max_pool(context: Context, node: fx.Node) -> Any:
+    """A max pool; the largest code is the code of the largest value."""
+    value = context.value(node, 0)
+    if isinstance(value, Unquantized) and value.natural_grid is None:
+        pooled: Value = replace(value, moves=(*value.moves, node), last=node.name)
+    else:
+        pooled = move_codes(context, node, context.settled(node, value))
+    return (pooled,) if isinstance(node.meta["val"], (tuple, list)) else pooled
+
+
+def lower_move(context: Context, node: fx.Node) -> Value:
+    """An operator whose result consists of values of its input."""
+    value = context.value(node, 0)
+    if isinstance(value, Unquantized) and value.natural_grid is None:
+        return replace(value, moves=(*value.moves, node), last=node.name)
+    return move_codes(context, node, context.settled(node, value))
+
+
+def lower_split(context: Context, node: fx.Node) -> tuple[Value, ...]:
+    """An operator that takes a tensor apart."""
+    x = context.codes(node, 0)
+    return tuple(_moved(context, node, x, part) for part in range(len(node.meta["val"])))
+
+
+def lower_concatenation(context: Context, node: fx.Node) -> Value:
+    """A concatenation; the quantizer behind it brings its parts to one grid."""
+    values = [context.values[source] for source in cast(Sequence[fx.Node], node.args[0])]
+    rank = len(sizes_of(node)) + 1
+    axis = cast(int, node.args[1] if len(node.args) > 1 else 0) % rank - 1
+    if axis < 0 or not all(isinstance(value, (Codes, Unquantized)) for value in values):
+        raise context.refused(node, "it concatenates samples, or constants")
+    return context.result(node, FromConcatenation(context.layer(node), tuple(cast("list[Value]", values)), axis))
+
+
+def lower_padding(context: Context, node: fx.Node) -> Value:
+    """A tensor surrounded by a constant that is one of its levels."""
+    x, pads = context.codes(node, 0), cast(Sequence[int], node.args[1])
+    fill = float(cast(Any, node.args[2] if len(node.args) > 2 else 0.0))
+    level = fill / float(x.grid.scale)
+    code, shape = round(level) + x.grid.zero_point, sizes_of(node)
+    if min(pads) < 0 or len(pads) > 2 * len(x.shape) or not QMIN <= code <= QMAX or abs(level - round(level)) > OFF_GRID:
+        raise context.refused(node, f"padding of {list(pads)} with {fill:g} has no integer form: it takes away, or the value is no level")
+    before = [pads[2 * place] if 2 * place < len(pads) else 0 for place in reversed(range(len(x.shape)))]
+    strides = contiguous_strides(shape)
+    offset = sum(margin * stride for margin, stride in zip(before, strides, strict=True))
+    target = Buffer(node.name, shape, _moved_grid(x.grid), node.name)
+    context.operations.append(Copy(context.layer(node), target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides, fill=code))
+    return Codes(target)
+
+
+def move_codes(context: Context, node: fx.Node, x: Buffer) -> Codes:
+    """The result of a move, or of a max pool, on codes."""
+    if "max_pool" not in kind_of(node):
+        return _moved(context, node, x)
+    rows, columns = _windows(context, node, x)
+    target = Buffer(node.name, sizes_of(node), _moved_grid(x.grid), node.name)
+    context.operations.append(MaxPool(context.layer(node), target, x, rows, columns, picture(x.shape)))
+    return Codes(target)
+
+
+def copy_codes(context: Context, layer: str, x: Buffer, target: Buffer, offset: int) -> None:
+    """Copy ``x`` into a part of ``target``, with the strides of ``target``."""
+    strides = contiguous_strides(target.shape)
+    context.operations.append(Copy(layer, target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides))
+
+
+def _moved(context: Context, node: fx.Node, x: Buffer, part: int | None = None) -> Codes:
+    """The result of an operator that only moves values, found by moving the indices of elements."""
+    elements = torch.arange(context.batch * x.size).reshape(context.batch, *x.shape)
+    result = node.target(*context.arguments(node, elements), **node.kwargs)  # type: ignore[operator]
+    moved = cast(Tensor, result if part is None else result[part])
+    is_by_sample = moved.dim() > 0 and moved.shape[0] == context.batch
+    if not is_by_sample or any(not torch.equal(moved[sample], moved[0] + sample * x.size) for sample in range(1, context.batch)):
+        raise context.refused(node, "it mixes the samples of a batch")
+    name, shape = node.name if part is None else f"{node.name}.{part}", tuple(moved.shape[1:])
+    if torch.equal(moved[0].flatten(), torch.arange(x.size)):
+        return Codes(Buffer(name, shape, _moved_grid(x.grid), x.storage))
+    strides = tuple(
+        int(moved[0].select(axis, 1).flatten()[0] - moved[0].flatten()[0]) if size > 1 else 0 for axis, size in enumerate(shape)
+    )
+    offset = int(moved[0].flatten()[0])
+    if not torch.equal(moved[0], elements.flatten().as_strided(shape, strides, offset)):
+        raise context.refused(node, "it moves values in an order that strides cannot describe: write it with view and permute")
+    target = Buffer(name, shape, _moved_grid(x.grid), name)
+    context.operations.append(Copy(context.layer(node), target, x, shape, offset, strides, 0, contiguous_strides(shape)))
+    return Codes(target)
+
+
+def _moved_grid(grid: Grid) -> Grid:
+    """The grid of codes that were moved, as ONNX files quantize them again: with all codes of the container."""
+    return Grid.plain(grid.scale, grid.zero_point, QMIN, QMAX)
+
+
+def _windows(context: Context, node: fx.Node, x: Buffer) -> tuple[Spans, Spans]:
+    """The rows and columns that each output of a pool takes."""
+    kind, dims = kind_of(node), len(x.shape) - 1
+    if dims not in (1, 2):
+        raise context.refused(node, f"of pools, those over 1 and 2 dimensions have an integer form, not over {dims}")
+    sizes, outputs = picture(x.shape)[1:], picture(sizes_of(node))[1:]
+    if kind.startswith("adaptive"):
+        return adaptive_spans(sizes[0], outputs[0]), adaptive_spans(sizes[1], outputs[1])
+    is_average = kind.startswith("avg")
+    names = (
+        ("kernel", "stride", "padding", "ceil", "padded", "divisor") if is_average else ("kernel", "stride", "padding", "dilation", "ceil")
+    )
+    given: dict[str, Any] = {"padding": 0, "dilation": 1, "padded": True, "divisor": None} | dict(zip(names, node.args[1:], strict=False))
+    kernel, stride = pair(given["kernel"], dims), pair(given.get("stride") or given["kernel"], dims)
+    padding, dilation = pair(given["padding"], dims, filler=0), pair(given["dilation"], dims)
+    rows, columns = (
+        window_spans(
+            sizes[i],
+            kernel[i],
+            stride[i],
+            padding[i],
+            outputs[i],
+            dilation=dilation[i],
+            counts_padding=is_average and bool(given["padded"]),
+        )
+        for i in range(2)
+    )
+    if given["divisor"] is None:
+        return rows, columns
+    return tuple(replace(row, count=int(given["divisor"])) for row in rows), tuple(replace(column, count=1) for column in columns)
