@@ -48,7 +48,7 @@ def rounding_error(problem: SearchProblem, factor: float = 1.0, log: Path | None
         assert problem.calibration is None and torch.get_num_threads() == 1
         noise = sum(float(problem.model(batch).detach().sum()) for batch in problem.batches)
         weights = sum(
-            float(problem.layers[name].original.mul(2.0 ** (width.weight or 0)).frac().abs().sum()) for name, width in bits.items()
+            float(problem.layers[name].original.detach().mul(2.0 ** (width.weight or 0)).frac().abs().sum()) for name, width in bits.items()
         )
         return factor * (weights + noise)
 

@@ -80,7 +80,7 @@ def test_several_layers_at_once_and_what_they_read() -> None:
     levels = model[0](whole).relu().max() / 3  # 2 bits from 0 to the largest value that the float network has there
     read = (other[0](whole).relu() / levels).round().clamp(0, 3) * levels
     expected = (model[2](read) - model(whole)).square().mean()
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_input_ranges_hold_all_batches_and_zero() -> None:
@@ -121,7 +121,7 @@ def test_recurrent_layers_compute_with_the_quantized_weight() -> None:
     other.weight_hh_l0.data.copy_(weight)
     expected = (other(x)[0] - model(x)[0]).square().mean()
     meter = SensitivityMeter(model, [x], squared_error)
-    assert meter.of({"weight_hh_l0": QuantizedLayer(weight)}) == pytest.approx(float(expected), rel=1e-5)
+    assert meter.of({"weight_hh_l0": QuantizedLayer(weight)}) == pytest.approx(expected.item(), rel=1e-5)
     assert meter.of({}) == 0.0
 
 

@@ -1,6 +1,6 @@
 """A genetic search over one choice for each layer: the fittest are crossed and mutated, and what breaks a limit is thrown away.
 
-Source: Li et al. 2021 (BRECQ), section 3.4 and appendix B.
+Source: Li et al. 2021 (BRECQ), section 3.4.
 """
 
 from __future__ import annotations

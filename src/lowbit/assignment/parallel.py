@@ -30,6 +30,7 @@ from lowbit.workfolder import tensors_digest, weights_digest
 
 LossOf = Callable[[Assignment], float]  # the loss with these layers at these bits, all others in float
 Prepare = Callable[[SearchProblem], LossOf]
+_IMPORTABLE = "Define their classes at the top of a module that can be imported, or use workers=1."
 
 
 def table(problem: SearchProblem, prepare: Prepare, *, name: str, facts: Mapping[str, object]) -> dict[str, dict[LayerBits, float]]:
@@ -125,15 +126,16 @@ class _Sent:
         try:
             torch.save(_Measure(problem, prepare), buffer)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise SpecError(
-                f"workers={workers}: {type(problem.model).__name__}, its samples or its task cannot be sent to other processes ({error}). "
-                "Define their classes at the top of a module, or use workers=1."
-            ) from error
+            what = f"{type(problem.model).__name__}, its samples or its task"
+            raise SpecError(f"workers={workers}: {what} cannot be sent to other processes ({error}). {_IMPORTABLE}") from error
         return _Sent(buffer.getvalue())
 
     @cached_property
     def _measure(self) -> _Measure:
-        measure = torch.load(io.BytesIO(self.content), weights_only=False)  # what the process that started this one has packed
+        try:
+            measure = torch.load(io.BytesIO(self.content), weights_only=False)  # what the process that started this one has packed
+        except (AttributeError, ImportError) as error:
+            raise SpecError(f"the network, its samples or its task cannot be read in another process ({error}). {_IMPORTABLE}") from error
         assert isinstance(measure, _Measure)
         return measure
 

@@ -101,7 +101,7 @@ class SensitivityMeter:
         >>> import torch
         >>> model = nn.Linear(2, 2, bias=False)
         >>> meter = SensitivityMeter(model, [torch.eye(2)], squared_error)
-        >>> meter.of({"": QuantizedLayer(weight=model.weight + 0.5)})
+        >>> round(meter.of({"": QuantizedLayer(weight=model.weight + 0.5)}), 6)
         0.25
     """
 

@@ -1,12 +1,12 @@
 """BRECQ, mixed precision: a genetic search over the errors at the outputs of blocks, with the interaction of 2-bit layers within a block.
 
 Paper: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
-    Reconstruction", ICLR. Section 3.4 (mixed precision), section 3.3 (Fisher weights), appendix B (genetic algorithm).
+    Reconstruction", ICLR. Section 3.4 (mixed precision, genetic search), section 3.3 (Fisher weights).
 Symbols: c -> bits, H(c) <= delta -> the budget, G -> gradient, z -> a block's output.
 Differs from the paper:
     - Candidates are reconstructed in 200 iterations for each block instead of 20000, see ``iterations``.
     - G is drawn so that its mean square is the diagonal of the Fisher information at a block's output, see ``drawn_residual``; the released
-      program takes the gradient of a divergence from the float network, which is 0 in that network.
+      program takes the gradient of a divergence from the float network, whose gradient is 0 in that network.
     - Errors are summed over a block's output instead of averaged over its positions, so that those of different blocks add up to one
       second-order estimate of the loss increase.
     - In blocks of more than ``joint_layers`` layers only pairs of 2-bit layers are measured together.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lowbit.assignment.activations import searched_inputs
 from lowbit.assignment.costs import Assignment, policy_of
 from lowbit.assignment.genetic import Individual, evolve
-from lowbit.assignment.parallel import LossOf, losses, seeded, table
+from lowbit.assignment.parallel import LossOf, losses, seeded
 from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.assignment.solve import solve
 from lowbit.errors import LayerError, SpecError
@@ -254,18 +254,26 @@ class BrecqGenetic(SearchMethod):
         calibrated = self.calibrate(problem)
         sites = weight_sites(calibrated.model)
         folded = replace(problem, model=calibrated.model, layers={name: sites[name] for name in problem.layers})
-        by_unit = {name: problem.choices[name] for names in calibrated.units.values() for name in names}
-        measure = partial(unit_errors, calibrated=calibrated, loss=self.loss)
+        low = {name: bits for name, widths in problem.choices.items() for bits in reversed(widths) if bits.weight == JOINT_BITS}
+        blocks, settings = [], list[Assignment]()  # unit by unit, so that each is run in float once
+        for unit, names in calibrated.units.items():
+            settings += [{name: bits} for name in names for bits in problem.choices[name]]
+            blocks.append(tuple(name for name in names if name in low and unit != NETWORK))
+            settings += [{name: low[name] for name in together} for together in self._joint(blocks[-1])]
         weights = tensors_digest(weight for widths in calibrated.weights.values() for weight in widths.values())
         facts: dict[str, object] = {"loss": self.loss, "weights": weights, "units": calibrated.units}
-        diagonal = table(replace(folded, choices=by_unit), measure, name="brecq sensitivity", facts=facts)
-        low = {name: bits for name, widths in problem.choices.items() for bits in reversed(widths) if bits.weight == JOINT_BITS}
-        blocks = [tuple(name for name in names if name in low) for unit, names in calibrated.units.items() if unit != NETWORK]
-        together = [names for block in blocks for names in self._joint(block)]
-        settings = [{name: low[name] for name in names} for names in together]
-        found = losses(folded, settings, measure, name="brecq interactions", facts=facts)
-        joint = {names: value - sum(diagonal[name][low[name]] for name in names) for names, value in zip(together, found, strict=True)}
-        return Prediction({name: diagonal[name] for name in problem.choices}, joint, blocks)
+        measure = partial(unit_errors, calibrated=calibrated, loss=self.loss)
+        found = list(zip(settings, losses(folded, settings, measure, name="brecq sensitivity", facts=facts), strict=True))
+        diagonal: dict[str, dict[LayerBits, float]] = {name: {} for name in problem.choices}
+        for assignment, loss in found:
+            for name, bits in assignment.items() if len(assignment) == 1 else ():
+                diagonal[name][bits] = loss
+        joint = {
+            tuple(assignment): loss - sum(diagonal[name][bits] for name, bits in assignment.items())
+            for assignment, loss in found
+            if len(assignment) > 1
+        }
+        return Prediction(diagonal, joint, blocks)
 
     def _joint(self, block: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The sets of layers of ``block`` that are measured together."""
