@@ -54,9 +54,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "summary", "diagnose",
     "set_bits", "get_bits", "select_bits", "latency_table", "LatencyTable",
-    "quantize", "train", "prepare", "penalty", "training", "parameter_groups", "export", "load", "compile_runtime", "compile_integer", "summary", "diagnose",
-    "set_bits", "get_bits", "select_bits",
-    "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
+    "compile_integer", "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
