@@ -32,6 +32,14 @@ class IntegerNetwork(nn.Module):
     Attributes:
         graph: Its operations.
         arithmetic: How accumulators become codes.
+
+    Example:
+        >>> import torch, lowbit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.rand(16, 4)
+        >>> integers = lowbit.compile_integer(lowbit.quantize(model, method="round_to_nearest", calibration=x), sample=x)
+        >>> integers.run(integers.quantize(x)).dtype, integers(x).shape
+        (torch.int8, torch.Size([16, 2]))
     """
 
     def __init__(self, graph: IntegerGraph, arithmetic: Arithmetic) -> None:
