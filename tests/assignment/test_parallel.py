@@ -81,7 +81,7 @@ def test_two_processes_give_the_same_numbers_as_none(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    kept = json.loads((tmp_path / "errors.json").read_text())["losses"]
+    kept = json.loads((tmp_path / "errors.json").read_text())["found"]
     assert sorted(kept.values()) == sorted(loss for widths in apart.values() for loss in widths.values())
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,10 @@ from lowbit.measure.hessian import (
     Draw,
     Hessian,
     Trace,
+    exact_spectrum,
     gaussian,
     hutchinson_traces,
     inner_product,
-    layer_eigenvalues,
-    layer_spectra,
-    layer_traces,
     product_with,
     rademacher,
     top_eigenvalues,
@@ -262,27 +261,22 @@ def test_the_estimate_ends_when_the_running_mean_settles() -> None:
     assert found.values == (8.0, 4.0, 8.0, 8.0)
 
 
+def traces(of: LossSurface, *names: str, **settings: Any) -> dict[str, Trace]:
+    """Those of some blocks from the same products."""
+    return hutchinson_traces(Hessian(of, {name: BLOCKS[name] for name in names}), rademacher(seeded(names[0])), **settings)
+
+
 def test_one_product_estimates_all_layers_at_once() -> None:
-    found = layer_traces(surface(), BLOCKS, seeded, is_joint=True, min_probes=200, max_probes=200)
+    settings = {"min_probes": 200, "max_probes": 200}
+    found = traces(surface(), *LAYERS, **settings)
     for name in LAYERS:
         assert abs(found[name].mean - float(exact(f"{name}.weight").trace())) < 4 * found[name].error
-    alone = layer_traces(surface(), BLOCKS, seeded, min_probes=200, max_probes=200)
-    assert all(found[name].error > alone[name].error for name in LAYERS)  # cross blocks add variance
-
-
-def test_a_layers_estimate_depends_on_its_name_alone() -> None:
-    together = layer_traces(surface(), BLOCKS, seeded, max_probes=12)
-    turned = layer_traces(surface(), dict(reversed(BLOCKS.items())), seeded, max_probes=12)
-    alone = layer_traces(surface(), {"conv2": BLOCKS["conv2"]}, seeded, max_probes=12)
-    assert together == turned and alone["conv2"] == together["conv2"]
-    pairs = layer_eigenvalues(surface(), BLOCKS, seeded)
-    assert layer_eigenvalues(surface(), {"fc": BLOCKS["fc"]}, seeded)["fc"].estimates == pairs["fc"].estimates
-    assert pairs["fc"].value == pytest.approx(float(torch.linalg.eigvalsh(exact("fc.weight"))[-1]), rel=0.01)
+        assert found[name].error > traces(surface(), name, **settings)[name].error  # cross blocks add variance
 
 
 def test_batches_change_a_trace_by_rounding_alone() -> None:
     batches = list(zip(X.split([5, 4, 3]), LABELS.split([5, 4, 3]), strict=True))
-    whole, parts = (layer_traces(surface(given), BLOCKS, seeded, max_probes=10) for given in ([(X, LABELS)], batches))
+    whole, parts = (traces(surface(given), *LAYERS, max_probes=10) for given in ([(X, LABELS)], batches))
     for name in LAYERS:
         assert parts[name].values == pytest.approx(whole[name].values, rel=1e-3, abs=1e-6)
 
@@ -294,7 +288,7 @@ def test_the_number_of_probes_is_checked(bounds: tuple[int, int]) -> None:
 
 
 def test_the_whole_hessian_is_the_exact_one_and_knows_its_sums() -> None:
-    matrix, found = exact("conv2.weight"), layer_spectra(surface(), BLOCKS)["conv2"]
+    matrix, found = exact("conv2.weight"), exact_spectrum(Hessian(surface(), {"conv2": BLOCKS["conv2"]}))
     torch.testing.assert_close(found.matrix, matrix, rtol=1e-3, atol=1e-6)
     values = sorted(torch.linalg.eigvalsh(matrix).tolist(), key=abs, reverse=True)
     assert found.eigenvalues[:3] == pytest.approx(values[:3], rel=1e-3)
@@ -337,7 +331,7 @@ def exact_activation_traces(tap: Tap) -> Tensor:
 
 @pytest.mark.parametrize("tap", [Tap("act1"), Tap("conv2"), Tap("conv2", "input")])
 def test_the_trace_of_activations_is_the_mean_over_samples(tap: Tap) -> None:
-    found = layer_traces(surface(), {"a": [tap]}, seeded, min_probes=200, max_probes=200)["a"]
+    found = hutchinson_traces(Hessian(surface(), {"a": [tap]}), rademacher(seeded("a")), min_probes=200, max_probes=200)["a"]
     wanted = float(exact_activation_traces(tap).mean())
     assert abs(found.mean - wanted) < 4 * found.error and found.error < 0.2 * abs(wanted)
     assert found.elements == {"act1": 75, "conv2": 16 if tap.side == "output" else 75}[tap.module]
@@ -345,7 +339,9 @@ def test_the_trace_of_activations_is_the_mean_over_samples(tap: Tap) -> None:
 
 def test_batches_of_activations_are_weighted_by_their_samples() -> None:
     batches = list(zip(X.split([7, 5]), LABELS.split([7, 5]), strict=True))
-    found = layer_traces(surface(batches), {"a": [Tap("conv2")]}, seeded, min_probes=200, max_probes=200)["a"]
+    found = hutchinson_traces(Hessian(surface(batches), {"a": [Tap("conv2")]}), rademacher(seeded("a")), min_probes=200, max_probes=200)[
+        "a"
+    ]
     assert abs(found.mean - float(exact_activation_traces(Tap("conv2")).mean())) < 4 * found.error
     with pytest.raises(SpecError, match="activations of 2 batches are different tensors"):
         Hessian(surface(batches), {"a": [Tap("conv2")]}).product([torch.zeros(7, 4, 2, 2)])

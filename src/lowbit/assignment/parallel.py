@@ -1,4 +1,4 @@
-"""Losses of a network at many bits, each measured on its own: in this process or in several, with the same numbers.
+"""Measurements of one network, each on its own: in this process or in several, with the same numbers.
 
 What is measured is kept in ``problem.work_dir``, so that a killed search goes on with what is missing.
 """
@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ from lowbit.spec import LayerBits, switch_name
 from lowbit.workfolder import tensors_digest, weights_digest
 
 LossOf = Callable[[Assignment], float]  # the loss with these layers at these bits, all others in float
-Prepare = Callable[[SearchProblem], LossOf]
+Measure = Callable[[Any], Any]  # what a job asks for, and what comes out, as JSON holds it
+Prepare = Callable[["SearchProblem"], Measure]
 _IMPORTABLE = "Define their classes at the top of a module that can be imported, or use workers=1."
 
 
@@ -45,39 +47,49 @@ def losses(
 ) -> list[float]:
     """The loss of each of ``settings``: bits of some layers, all others in float.
 
+    See ``measurements`` for the arguments and errors; ``prepare`` gives a function of bits.
+    """
+    keys = [_key(bits) for bits in settings]
+    found = measurements(problem, dict(zip(keys, settings, strict=True)), prepare, name=name, facts=facts)
+    return [float(found[key]) for key in keys]
+
+
+def measurements(
+    problem: SearchProblem, jobs: Mapping[str, object], prepare: Prepare, *, name: str, facts: Mapping[str, object]
+) -> dict[str, Any]:
+    """What comes out of each of ``jobs``, by its name.
+
     They are independent jobs for ``problem.workers`` processes of one thread each. Every job starts from a random state of its own, so that
     the numbers depend neither on the number of processes nor on the order.
 
     Args:
         problem: Network, samples and seed. ``prepare`` gets it without ``calibration``, ``progress`` and ``work_dir``.
-        settings: What to measure.
+        jobs: What each job asks for, by its name.
         prepare: Called once in each process; gives the function that measures. A function at the top of a module, or a
             ``functools.partial`` of one, with arguments that can be pickled.
         name: What the display calls the work, and the name of the file in ``problem.work_dir``; each kind of measurement has its own.
         facts: All else that the numbers depend on, as JSON holds it.
 
     Raises:
-        LayerError: A measurement failed; it names the layers and the reason.
+        LayerError: A measurement failed, or is no finite number; it names the job and the reason.
         SpecError: Several processes are asked for, and the network or the task cannot be sent to them.
     """
-    keys = [_key(bits) for bits in settings]
     kept = _Kept(problem, name, prepare, facts)
-    missing = {key: bits for key, bits in zip(keys, settings, strict=True) if key not in kept.losses}
-    if kept.losses and missing:
-        problem.progress.say(f"{name}: {len(set(keys)) - len(missing)} of {len(set(keys))} measurements are there already")
+    missing = [Job(key, key, asked) for key, asked in jobs.items() if key not in kept.found]
+    if kept.found and missing:
+        problem.progress.say(f"{name}: {len(jobs) - len(missing)} of {len(jobs)} measurements are there already")
     shared = replace(problem, calibration=None, progress=Progress.silent(), work_dir=None, workers=1)
-    jobs = [Job(key, key, bits) for key, bits in missing.items()]
-    if problem.workers > 1 and len(jobs) > 1:
+    if problem.workers > 1 and len(missing) > 1:
         runner = _Sent.of(shared, prepare, problem.workers)
-        outcomes = run_in_processes(jobs, runner, workers=problem.workers, threads=1, stage_name=name, progress=problem.progress)
+        outcomes = run_in_processes(missing, runner, workers=problem.workers, threads=1, stage_name=name, progress=problem.progress)
     else:
-        outcomes = run_here(jobs, _Measure(shared, prepare), stage_name=name, progress=problem.progress)
+        outcomes = run_here(missing, _Measure(shared, prepare), stage_name=name, progress=problem.progress)
     with _one_thread(), closing(outcomes):  # type: ignore[type-var]
         for outcome in outcomes:
             if outcome.answer is None:
                 raise LayerError(f"{name} of {outcome.job.name}: {outcome.problem}")
-            kept.keep(outcome.job.key, float(outcome.answer["loss"]))
-    return [kept.losses[key] for key in keys]
+            kept.keep(outcome.job.key, outcome.answer["found"])
+    return {key: kept.found[key] for key in jobs}
 
 
 def _key(bits: Assignment) -> str:
@@ -100,17 +112,16 @@ class _Measure:
         self._problem, self._prepare = problem, prepare
 
     @cached_property
-    def _loss_of(self) -> LossOf:
+    def _measure(self) -> Measure:
         with seeded(self._problem, "prepare"):
             return self._prepare(self._problem)
 
-    def __call__(self, job: Job, _progress: Progress) -> Mapping[str, float]:
-        bits: Assignment = job.payload  # type: ignore[assignment]
+    def __call__(self, job: Job, _progress: Progress) -> Mapping[str, object]:
         with seeded(self._problem, job.key):
-            loss = self._loss_of(bits)
-        if not math.isfinite(loss):
-            raise LayerError(f"the loss is {loss}. Leave out this width.")
-        return {"loss": loss}
+            found = self._measure(job.payload)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise LayerError(f"the loss is {found}. Leave out this width.")
+        return {"found": found}
 
 
 class _Sent:
@@ -139,15 +150,15 @@ class _Sent:
         assert isinstance(measure, _Measure)
         return measure
 
-    def __call__(self, job: Job, progress: Progress) -> Mapping[str, float]:
+    def __call__(self, job: Job, progress: Progress) -> Mapping[str, object]:
         return self._measure(job, progress)
 
 
 class _Kept:
-    """Losses by key, those of an earlier search among them where it measured the same."""
+    """What was measured by key, that of an earlier search included where it measured the same."""
 
     def __init__(self, problem: SearchProblem, name: str, prepare: Prepare, facts: Mapping[str, object]) -> None:
-        self.losses: dict[str, float] = {}
+        self.found: dict[str, Any] = {}
         self._path: Path | None = None
         if problem.work_dir is None:
             return
@@ -159,19 +170,19 @@ class _Kept:
         self._run = _fingerprint(problem, prepare, facts)
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            self.losses = dict(found["losses"]) if found["run"] == self._run else {}
+            self.found = dict(found["found"]) if found["run"] == self._run else {}
         except (OSError, ValueError, KeyError, TypeError):
-            self.losses = {}  # none is there yet, or none that can be read: everything is measured
+            self.found = {}  # none is there yet, or none that can be read: everything is measured
 
-    def keep(self, key: str, loss: float) -> None:
-        """Add a loss, on disk too."""
-        self.losses[key] = loss
+    def keep(self, key: str, value: object) -> None:
+        """Add what was measured, on disk too."""
+        self.found[key] = value
         if self._path is not None:
-            write_text(self._path, json.dumps({"run": self._run, "losses": self.losses}, indent=1))
+            write_text(self._path, json.dumps({"run": self._run, "found": self.found}, indent=1))
 
 
 def _fingerprint(problem: SearchProblem, prepare: Prepare, facts: Mapping[str, object]) -> str:
-    """A hash of everything that the losses depend on."""
+    """A hash of everything that the measurements depend on."""
     function = prepare.func if isinstance(prepare, partial) else prepare
     named = {
         "function": f"{function.__module__}.{function.__qualname__}",

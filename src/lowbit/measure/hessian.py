@@ -22,7 +22,6 @@ from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
 from lowbit.measure.loss_surface import Graph, LossSurface, Place
 from lowbit.network.taps import Tap
-from lowbit.progress import Progress
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # a vector shaped like a tensor
 
@@ -277,19 +276,27 @@ def hutchinson_traces(
     if not 1 <= min_probes <= max_probes:
         raise SpecError(f"probes: the fewest, {min_probes}, must be at least 1 and at most the most, {max_probes}")
     values: dict[str, list[float]] = {name: [] for name in hessian.blocks}
-    means = dict.fromkeys(values, 0.0)
     for count in range(1, max_probes + 1):
-        is_settled = count >= min_probes
         for name, value in hessian.probe(draw).items():
             values[name].append(value)
-            mean = math.fsum(values[name]) / count
-            is_settled &= abs(mean - means[name]) <= tolerance * (abs(means[name]) + floor)
-            means[name] = mean
         advance()
-        if is_settled:
+        if count >= min_probes and has_settled(values, tolerance, floor):
             break
     elements = hessian.elements()
     return {name: Trace(tuple(found), elements[name]) for name, found in values.items()}
+
+
+def has_settled(values: Mapping[str, Sequence[float]], tolerance: float, floor: float = 0.0) -> bool:
+    """Whether the last value changed no block's running mean by more than ``tolerance`` of it and ``floor``; that of no value is 0.
+
+    >>> has_settled({"a": [1.0, 3.0, 2.0], "b": [1.0, 1.0, 1.0]}, 1e-3), has_settled({"a": [1.0, 3.0]}, 1e-3)
+    (True, False)
+    """
+    for found in values.values():
+        mean, before = math.fsum(found) / len(found), math.fsum(found[:-1]) / max(len(found) - 1, 1)
+        if abs(mean - before) > tolerance * (abs(before) + floor):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -347,76 +354,3 @@ def exact_spectrum(hessian: Hessian, *, advance: Callable[[], object] = bool) ->
         advance()
     matrix = torch.stack(columns)
     return Spectrum((matrix + matrix.T) / 2, sum(hessian.elements().values()))
-
-
-def layer_spectra(surface: LossSurface, blocks: Mapping[str, Sequence[Place]], *, progress: Progress | None = None) -> dict[str, Spectrum]:
-    """Every block's own Hessian, whole; see ``exact_spectrum``."""
-    parts = {name: {name: places} for name, places in blocks.items()}
-    return {name: exact_spectrum(hessian) for name, hessian, _ in _each(surface, parts, 1, "whole Hessians", progress)}
-
-
-def layer_eigenvalues(
-    surface: LossSurface,
-    blocks: Mapping[str, Sequence[Place]],
-    generators: Callable[[str], torch.Generator],
-    *,
-    tolerance: float = 1e-3,
-    max_iterations: int = 100,
-    progress: Progress | None = None,
-) -> dict[str, Eigenpair]:
-    """The eigenvalue of largest magnitude of every block's own Hessian; see ``top_eigenvalues``.
-
-    Args:
-        surface: The loss.
-        blocks: For each name its parameters.
-        generators: The random numbers of a block by its name, so that a result does not depend on the other blocks.
-        tolerance, max_iterations: See ``top_eigenvalues``.
-        progress: Progress display; default: silent.
-    """
-    found = {}
-    parts = {name: {name: places} for name, places in blocks.items()}
-    for name, hessian, advance in _each(surface, parts, max_iterations, "eigenvalues of the Hessian", progress):
-        draw = gaussian(generators(name))
-        found[name] = top_eigenvalues(hessian, draw, tolerance=tolerance, max_iterations=max_iterations, advance=advance)[0]
-    return found
-
-
-def layer_traces(
-    surface: LossSurface,
-    blocks: Mapping[str, Sequence[Place]],
-    generators: Callable[[str], torch.Generator],
-    *,
-    is_joint: bool = False,
-    vectors: Callable[[torch.Generator], Draw] = rademacher,
-    min_probes: int = 10,
-    max_probes: int = 100,
-    tolerance: float = 1e-3,
-    progress: Progress | None = None,
-) -> dict[str, Trace]:
-    """The trace of every block's own Hessian; see ``hutchinson_traces``.
-
-    Args:
-        surface: The loss.
-        blocks: For each name its parameters, or taps of its activations.
-        generators: The random numbers of a block by its name, so that a result does not depend on the other blocks; ``""`` of all together.
-        is_joint: Estimate all blocks from the same products: as many times faster as there are blocks, and noisier.
-        vectors: Distribution of the probes, ``rademacher`` or ``gaussian``.
-        min_probes, max_probes, tolerance: See ``hutchinson_traces``.
-        progress: Progress display; default: silent.
-    """
-    found: dict[str, Trace] = {}
-    parts: Mapping[str, Mapping[str, Sequence[Place]]] = {"": blocks} if is_joint else {name: {name: blocks[name]} for name in blocks}
-    for name, hessian, advance in _each(surface, parts, max_probes, "traces of the Hessian", progress):
-        draw = vectors(generators(name))
-        found |= hutchinson_traces(hessian, draw, min_probes=min_probes, max_probes=max_probes, tolerance=tolerance, advance=advance)
-    return found
-
-
-def _each(
-    surface: LossSurface, parts: Mapping[str, Mapping[str, Sequence[Place]]], most: int, title: str, progress: Progress | None
-) -> Iterator[tuple[str, Hessian, Callable[[], object]]]:
-    """The Hessian of each part, and what counts one of its ``most`` products; a part that needs fewer counts the others as done."""
-    with (progress or Progress.silent()).stage(title, total=most * len(parts)) as stage:
-        for index, (name, blocks) in enumerate(parts.items()):
-            yield name, Hessian(surface, blocks), stage.advance
-            stage.advance(most * (index + 1) - stage.done, note=name)

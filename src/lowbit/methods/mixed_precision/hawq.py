@@ -15,18 +15,21 @@ Differs from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowbit.assignment.parallel import Measure, measurements
 from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.assignment.solve import Table, thinned, undominated
 from lowbit.errors import SpecError
-from lowbit.measure.hessian import layer_eigenvalues, layer_spectra
+from lowbit.measure.hessian import Hessian, exact_spectrum, gaussian, top_eigenvalues
 from lowbit.measure.loss_surface import LossSurface
 from lowbit.methods.mixed_precision.hawq_quantizers import HawqWeight
 from lowbit.network.insert import WeightSite
@@ -194,11 +197,6 @@ def surface_of(problem: SearchProblem, samples: int, why: str) -> LossSurface:
     return LossSurface(problem.model, problem.need_batches(why), problem.loss, predict=problem.task.predict, samples=samples)
 
 
-def weight_blocks(layers: Mapping[str, WeightSite]) -> dict[str, list[str]]:
-    """Each weight as a block of its own, for Hessians."""
-    return {name: [site.path] for name, site in layers.items()}
-
-
 def check_widths(problem: SearchProblem, method: str, *, is_ordered: bool) -> None:
     """SpecError where a width has no grid of ``HawqWeight``, or where bits are to follow an order of layers and there are two of each."""
     for name, choices in problem.choices.items():
@@ -281,11 +279,22 @@ class Hawq(SearchMethod):
 
     def _eigenvalues(self, problem: SearchProblem) -> tuple[list[float], list[str]]:
         """The top eigenvalue of each weight's Hessian, and the weights at which power iteration did not settle."""
-        surface, blocks = surface_of(problem, self.samples, "the Hessian"), weight_blocks(problem.layers)
-        if self.eigenvalues == "exact":
-            spectra = layer_spectra(surface, blocks, progress=problem.progress)
-            return [spectra[name].eigenvalues[0] for name in blocks], []
-        found = layer_eigenvalues(
-            surface, blocks, problem.generator, tolerance=self.tolerance, max_iterations=self.max_iterations, progress=problem.progress
-        )
-        return [found[name].value for name in blocks], [name for name, pair in found.items() if not pair.is_converged]
+        jobs = {name: site.path for name, site in problem.layers.items()}
+        prepare, facts = partial(_top_eigenvalue, method=self), {"method": self.hyper_parameter_values()}
+        found = measurements(problem, jobs, prepare, name="eigenvalues of the Hessian", facts=facts)
+        return [found[name]["value"] for name in jobs], [name for name in jobs if not found[name]["is_settled"]]
+
+
+def _top_eigenvalue(problem: SearchProblem, *, method: Hawq) -> Measure:
+    """What gives the top eigenvalue of the Hessian by the parameter that a job names."""
+    surface = surface_of(problem, method.samples, "the Hessian")
+
+    def measure(path: str) -> dict[str, object]:
+        hessian = Hessian(surface, {path: [path]})
+        if method.eigenvalues == "exact":
+            return {"value": exact_spectrum(hessian).eigenvalues[0], "is_settled": True}
+        draw = gaussian(torch.default_generator)  # seeded for each job
+        (pair, *_) = top_eigenvalues(hessian, draw, tolerance=method.tolerance, max_iterations=method.max_iterations)
+        return {"value": pair.value, "is_settled": pair.is_converged}
+
+    return measure

@@ -7,6 +7,7 @@ Symbols: Tr(H_i) / n_i -> average trace, Q -> HawqWeight and HawqActivation, Ome
 Differs from the paper:
     - The least sum of Omega is found exactly, under several limits at once, where the paper draws the frontier and takes a point of it.
     - At least ten probes are drawn for a trace. With the authors' rule alone a first probe near the null space ends the estimate at 0.
+    - One product probes all layers at once (``joint``), where the authors' code takes one for each.
     - A negative trace, as where training has not converged, counts as 0: it would make fewer bits look better.
     - Without labels the loss is the cross-entropy with the network's own answers.
 """
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -24,11 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowbit.assignment.parallel import Measure, Prepare, measurements
 from lowbit.assignment.problem import Found, SearchMethod, SearchProblem
 from lowbit.assignment.solve import Configuration, Table, frontier, solve, thinned, undominated
 from lowbit.errors import SpecError
 from lowbit.inputs import Inputs
-from lowbit.measure.hessian import gaussian, layer_spectra, layer_traces, rademacher
+from lowbit.measure.hessian import Hessian, Trace, exact_spectrum, gaussian, has_settled, hutchinson_traces, rademacher
 from lowbit.measure.loss_surface import LossSurface, Place
 from lowbit.methods.mixed_precision.hawq import (
     FRONTIER,
@@ -39,7 +42,6 @@ from lowbit.methods.mixed_precision.hawq import (
     ordered_assignments,
     surface_of,
     totals,
-    weight_blocks,
 )
 from lowbit.methods.mixed_precision.hawq_quantizers import HawqActivation
 from lowbit.network.graph.dataflow import capture
@@ -50,6 +52,8 @@ from lowbit.quantizers.ranges.observers import MinMaxObserver
 from lowbit.registry import MethodInfo, register
 
 PARTS = 20_000  # configurations that the frontier keeps from layer to layer
+CHUNK = 10  # joint probes that are kept together
+WEIGHTS, INPUTS = "weights", "inputs"  # what a Hessian is taken by
 
 
 def limit_between(costs: Table, fraction: float) -> float:
@@ -160,6 +164,31 @@ def _reading(model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor
             handle.remove()
 
 
+def _probing(problem: SearchProblem, *, method: HawqV2, purpose: str) -> Measure:
+    """What gives ``z' H z`` of each of the blocks that a job names, and their sizes."""
+    surface = surface_of(problem, method.samples, "the Hessian")
+    vectors = rademacher if method.probes == "rademacher" else gaussian
+
+    def measure(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        blocks: dict[str, Sequence[Place]] = {
+            name: [problem.layers[name].path] if purpose == WEIGHTS else [Tap(name, "input")] for name in names
+        }
+        hessian = Hessian(surface, blocks)
+        if method.probes == "exact":
+            (name,), spectrum = names, exact_spectrum(hessian)
+            deviations = {"rademacher": math.sqrt(2) * spectrum.off_diagonal, "gaussian": math.sqrt(2) * spectrum.frobenius}
+            return {"values": {name: [spectrum.trace]}, "elements": hessian.elements(), "deviations": deviations}
+        draw = vectors(torch.default_generator)  # seeded for each job
+        least, most = (CHUNK, CHUNK) if method.joint else (method.min_probes, method.max_probes)
+        found = hutchinson_traces(hessian, draw, min_probes=least, max_probes=most, tolerance=method.tolerance)
+        return {
+            "values": {name: list(one.values) for name, one in found.items()},
+            "elements": {n: one.elements for n, one in found.items()},
+        }
+
+    return measure
+
+
 @register(
     MethodInfo(
         name="hawq_v2",
@@ -190,7 +219,8 @@ class HawqV2(SearchMethod):
         min_probes: Fewest probes of a layer.
         max_probes: Most probes of a layer.
         tolerance: Relative change of the running mean at which probing stops.
-        joint: Probe all layers with the same products: faster, and noisier.
+        joint: Probe all layers with the same products: as many times faster as there are layers, and noisier. ``False``: layer by layer, as
+            in the authors' code.
         selection: ``exact``; or ``ordered``: only assignments whose bits never rise along the order of average traces.
         tie: Layers that get the same bits: ``none``, or those that read the ``same_input``, as hardware that computes them at once needs.
         fraction: A further limit on the cost that the search is about: this share of the way from all layers at their cheapest width to all at
@@ -199,12 +229,12 @@ class HawqV2(SearchMethod):
 
     trial = MappingProxyType({"max_probes": 15})
 
-    samples: Annotated[int, AtLeast(1)] = 256
+    samples: Annotated[int, AtLeast(1)] = 128
     probes: Literal["rademacher", "gaussian", "exact"] = "rademacher"
     min_probes: Annotated[int, AtLeast(1)] = 10
-    max_probes: Annotated[int, AtLeast(1)] = 100
+    max_probes: Annotated[int, AtLeast(1)] = 50
     tolerance: Annotated[float, Interval(0, 1)] = 1e-3
-    joint: bool = False
+    joint: bool = True
     selection: Literal["exact", "ordered"] = "exact"
     tie: Literal["none", "same_input"] = "none"
     fraction: Annotated[float | None, Interval(0, 1)] = None
@@ -218,7 +248,7 @@ class HawqV2(SearchMethod):
         """The assignment of least total omega within the limits, and the frontier of its cost and omega."""
         check_widths(problem, "hawq_v2", is_ordered=self.selection == "ordered")
         curved, surface = Curved.of(problem), surface_of(problem, self.samples, "the Hessian")
-        traces, facts = self._traces(problem, surface, weight_blocks(problem.layers))
+        traces, facts = self._traces(problem)
         averages = [traces[name] for name in curved.names]
         losses = omega([max(value, 0.0) for value in averages], curved.perturbations)
         facts |= {"average_traces": traces, "negative": [name for name, value in traces.items() if value < 0]}
@@ -247,30 +277,38 @@ class HawqV2(SearchMethod):
             facts,
         )
 
-    def _traces(
-        self, problem: SearchProblem, surface: LossSurface, blocks: Mapping[str, Sequence[Place]]
-    ) -> tuple[dict[str, float], dict[str, object]]:
-        """The average trace of each block, and how sure it is: the standard errors, or how far one probe would be off."""
+    def _traces(self, problem: SearchProblem, purpose: str = WEIGHTS) -> tuple[dict[str, float], dict[str, object]]:
+        """The average trace by each weight, or by what each layer reads, and how sure it is."""
+        prepare, facts = partial(_probing, method=self, purpose=purpose), {"method": self.hyper_parameter_values()}
+        names = [name for name in problem.layers if purpose == WEIGHTS or len({bits.activation for bits in problem.choices[name]}) > 1]
+        title = f"traces of the Hessian by {purpose}"
+        if self.probes == "exact" or not self.joint:
+            parts = measurements(problem, {name: [name] for name in names}, prepare, name=title, facts=facts)
+        else:
+            parts = self._joint_probes(problem, names, prepare, title, facts)
+        traces = {name: Trace(tuple(parts[name]["values"][name]), parts[name]["elements"][name]) for name in names}
+        averages = {name: trace.average for name, trace in traces.items()}
         if self.probes == "exact":
-            spectra = layer_spectra(surface, blocks, progress=problem.progress)
-            deviations = {
-                name: {"rademacher": math.sqrt(2) * found.off_diagonal, "gaussian": math.sqrt(2) * found.frobenius}
-                for name, found in spectra.items()
-            }
-            return {name: found.average for name, found in spectra.items()}, {"deviations_of_a_probe": deviations}
-        traces = layer_traces(
-            surface,
-            blocks,
-            problem.generator,
-            is_joint=self.joint,
-            vectors=rademacher if self.probes == "rademacher" else gaussian,
-            min_probes=self.min_probes,
-            max_probes=self.max_probes,
-            tolerance=self.tolerance,
-            progress=problem.progress,
-        )
+            return averages, {"deviations_of_a_probe": {name: parts[name]["deviations"] for name in names}}
         errors = {name: trace.error / trace.elements if len(trace.values) > 1 else None for name, trace in traces.items()}
-        return {name: trace.average for name, trace in traces.items()}, {"standard_errors": errors}
+        return averages, {"standard_errors": errors}
+
+    def _joint_probes(
+        self, problem: SearchProblem, names: Sequence[str], prepare: Prepare, title: str, facts: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """Probes of all blocks by the same products, ``CHUNK`` of them being one job, until no running mean changes any more."""
+        chunks = [f"probes from {start}" for start in range(0, self.max_probes, CHUNK)]
+        wanted: list[str] = []
+        while True:
+            wanted = chunks[: len(wanted) + problem.workers]
+            parts = measurements(problem, {chunk: list(names) for chunk in wanted}, prepare, name=title, facts=facts)
+            values = {name: [v for chunk in wanted for v in parts[chunk]["values"][name]][: self.max_probes] for name in names}
+            counts = range(self.min_probes, len(values[names[0]]) + 1)
+            enough = (n for n in counts if has_settled({name: found[:n] for name, found in values.items()}, self.tolerance))
+            count = next(enough, None)
+            if count is not None or len(wanted) == len(chunks):
+                elements = parts[wanted[0]]["elements"]
+                return {name: {"values": {name: values[name][:count]}, "elements": elements} for name in names}
 
     def _activations(
         self, problem: SearchProblem, surface: LossSurface
@@ -280,7 +318,7 @@ class HawqV2(SearchMethod):
         names = [name for name, row in problem.choices.items() if len({bits.activation for bits in row}) > 1]
         if not names:
             return None
-        traces, _ = self._traces(problem, surface, {name: [Tap(name, "input")] for name in names})
+        traces, _ = self._traces(problem, INPUTS)
         errors = activation_perturbations(surface, names, widths)
         return traces, {name: {width: max(traces[name], 0.0) * value for width, value in errors[name].items()} for name in names}
 
