@@ -1,4 +1,4 @@
-"""Write docs/orderings.md and docs/procedures.md from suites of comparisons and their committed results.
+"""Write docs/orderings.md, docs/procedures.md and docs/mixed_precision.md from suites of comparisons and their committed results.
 
 python scripts/results_pages.py            # after a results.csv was copied to benchmarks/results/NAME.csv
 python scripts/results_pages.py --check    # exit 1 when a page is out of date
@@ -25,6 +25,7 @@ TITLES = {
         "depthwise": "PROFIT on depthwise convolutions",
         "widths": "Networks of several widths",
     },
+    "mixed_precision": {"mixed_precision": "Bits of each layer by search"},
 }
 
 
