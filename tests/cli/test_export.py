@@ -115,7 +115,7 @@ def test_dimensions_that_there_are_not_are_refused(nets: Path, tmp_path: Path, d
 def test_a_quantized_folder_becomes_a_c_file(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["quantize", "--out", str(tmp_path / "o"), "-w", "4", "--no-onnx"])
     assert done.exit_code == 0, done.output
-    result = export(tmp_path / "o", "--to", tmp_path / "net.c", "--rounding", "double")
+    result = export(tmp_path / "o", "--to", tmp_path / "net.c", "--rounding", "single")
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "of codes equal those of the simulation in float, none by more than 1" in printed

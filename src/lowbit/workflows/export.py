@@ -127,7 +127,7 @@ def export(
     batch_dim: int | None = None,
     output_names: Sequence[str] = (),
     requantizer: RequantizerKind = "fixed_point",
-    rounding: Rounding = "single",
+    rounding: Rounding = "double",
     provenance: Provenance | None = None,
 ) -> ExportReport:
     """Write a quantized network to a file, check it against the network, and time it against the float network.

@@ -481,7 +481,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
         output_names: Names for the output tensors of an ONNX file, joined by commas. Default: the keys of a dictionary, else out0, out1 ...
         requantizer: How a C file makes codes of sums of products: fixed_point: multiplied by 32 bits and shifted, as in TensorFlow Lite; dyadic:
             as in HAWQ-V3, ties to even.
-        rounding: For fixed_point: single rounds products once; double twice, as gemmlowp and the default build of TensorFlow Lite.
+        rounding: For fixed_point: double rounds products twice, as gemmlowp and TensorFlow Lite do; single once.
         seed: Seed of the noise that stands in for samples.
     """
 
@@ -498,7 +498,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
     batch_dim: Annotated[int | None, AtLeast(0)] = None
     output_names: str | None = None
     requantizer: Literal["fixed_point", "dyadic"] = "fixed_point"
-    rounding: Literal["single", "double"] = "single"
+    rounding: Literal["double", "single"] = "double"
     seed: int = 0
 
 

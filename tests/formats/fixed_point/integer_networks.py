@@ -57,6 +57,7 @@ def settled(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
+@cache
 def network_of(name: str) -> tuple[nn.Module, Tensor]:
     """A quantized network by name, and inputs."""
     torch.manual_seed(0)

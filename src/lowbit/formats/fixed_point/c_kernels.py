@@ -232,7 +232,7 @@ struct average_pool {
     const uint8_t *divisor;         /* which of the divisors each output has; or null where there is one */
     const int32_t *multiplier, *offset;
     const int8_t *shift;
-    int32_t x_zero, y_zero, y_lowest, y_highest;
+    int32_t left, x_zero, y_zero, y_lowest, y_highest; /* sums are multiplied by 2**left */
 };
 
 static void average(const struct average_pool *p, const int8_t *x, int8_t *y)
@@ -247,7 +247,7 @@ static void average(const struct average_pool *p, const int8_t *x, int8_t *y)
                 for (u = p->rows[2 * i]; u < p->rows[2 * i + 1]; u++)
                     for (v = p->columns[2 * j]; v < p->columns[2 * j + 1]; v++)
                         sum += x[u * p->width + v] - p->x_zero;
-                *y++ = clamp(rescale(sum + p->offset[d], p->multiplier[d], p->shift[d]) + p->y_zero, p->y_lowest, p->y_highest);
+                *y++ = clamp(rescale(sum * ((int32_t)1 << p->left) + p->offset[d], p->multiplier[d], p->shift[d]) + p->y_zero, p->y_lowest, p->y_highest);
             }
         }
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.errors import GraphError, SpecError
 from lowbit.files import write_text
 from lowbit.formats.fixed_point import c_kernels as kernels
-from lowbit.formats.fixed_point.constants import layer_requantizer, pool_offset, pool_requantizers, sum_constants
+from lowbit.formats.fixed_point.constants import layer_requantizer, pool_offset, pool_requantizers, pool_shift, sum_constants
 from lowbit.formats.fixed_point.graph import (
     QMAX,
     QMIN,
@@ -240,11 +240,13 @@ class _Writer:
         grid = operation.target.grid
         arrays = (
             self._array(f"pool{index}_multiplier", "int32_t", [int(m) for m in multipliers]),
-            self._array(f"pool{index}_offset", "int32_t", [pool_offset(operation, int(divisor)) for divisor in divisors]),
+            self._array(
+                f"pool{index}_offset", "int32_t", [pool_offset(operation, int(divisor), self._network.arithmetic) for divisor in divisors]
+            ),
             self._array(f"pool{index}_shift", "int8_t", [int(s) for s in shifts]),
         )
         sizes = (*operation.source_shape, len(operation.rows), len(operation.columns))
-        ends = (operation.source.grid.zero_point, grid.origin, grid.lo, grid.hi)
+        ends = (pool_shift(operation, self._network.arithmetic), operation.source.grid.zero_point, grid.origin, grid.lo, grid.hi)
         self._table("average_pool", index, [*map(str, sizes), *spans, which, *arrays, *map(str, ends)])
         self._calls.append(f"    average(&average_pool{index}, {self._read(operation.source)}, {self._written(operation.target)});")
 

@@ -24,6 +24,8 @@ from lowbit.formats.fixed_point.requantize import (
 )
 from lowbit.formats.onnx.grid import Grid
 
+MOST_POOL_SHIFT = 12
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -68,19 +70,27 @@ def layer_requantizer(operation: Convolution | Linear, arithmetic: Arithmetic) -
     return requantizer
 
 
+def pool_shift(operation: AveragePool, arithmetic: Arithmetic) -> int:
+    """By how many bits a pool's sums are shifted to the left before they are rescaled, so that rounding them twice changes nothing."""
+    if arithmetic.kind == "onnx":
+        return 0
+    largest: int = 2**8 * max(len(row.indices) for row in operation.rows) * max(len(column.indices) for column in operation.columns)
+    return max(min(MOST_POOL_SHIFT, 30 - largest.bit_length()), 0)
+
+
 def pool_requantizers(operation: AveragePool, arithmetic: Arithmetic) -> tuple[Tensor, list[Requantizer]]:
-    """The distinct divisors of a pool, ascending, and the requantizer of the sums with each."""
+    """The distinct divisors of a pool, ascending, and the requantizer of the sums with each, shifted by ``pool_shift``."""
     divisors = operation.divisors.unique()
     scale, grid = float(operation.source.grid.scale), operation.target.grid
     if arithmetic.kind == "onnx":
         x, y = torch.tensor(scale), torch.tensor(float(grid.step))
         return divisors, [OnnxRequantizer(grid.origin, grid.lo, grid.hi, x / (y * count)) for count in divisors]
-    return divisors, [arithmetic.requantizer(scale, 1 / int(count), grid) for count in divisors]
+    return divisors, [arithmetic.requantizer(scale, 2.0 ** -pool_shift(operation, arithmetic) / int(count), grid) for count in divisors]
 
 
-def pool_offset(operation: AveragePool, divisor: int) -> int:
-    """What is added to a sum for the shift of the target's grid."""
-    return round(-operation.target.grid.shift * divisor / float(operation.source.grid.scale))
+def pool_offset(operation: AveragePool, divisor: int, arithmetic: Arithmetic) -> int:
+    """What is added to a shifted sum for the shift of the target's grid."""
+    return round(-operation.target.grid.shift * divisor / float(operation.source.grid.scale) * (1 << pool_shift(operation, arithmetic)))
 
 
 @dataclass(frozen=True)

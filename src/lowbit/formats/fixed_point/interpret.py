@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.formats.fixed_point.constants import Arithmetic, layer_requantizer, pool_offset, pool_requantizers, sum_constants
+from lowbit.formats.fixed_point.constants import Arithmetic, layer_requantizer, pool_offset, pool_requantizers, pool_shift, sum_constants
 from lowbit.formats.fixed_point.graph import AveragePool, Buffer, Convolution, Copy, Linear, MaxPool, Operation, Span, Sum, Weight
 from lowbit.formats.fixed_point.operators import accumulate_conv, accumulate_matmul
 from lowbit.formats.fixed_point.requantize import multiply_by_quantized_multiplier, right_shift_half_even
@@ -104,7 +104,7 @@ def _(operation: AveragePool, memory: Memory, arithmetic: Arithmetic) -> None:
     sums = _over_windows(x, operation.rows, operation.columns, lambda part: part.sum((-2, -1)))
     codes, divisors = torch.zeros_like(sums), operation.divisors
     for divisor, requantizer in zip(*pool_requantizers(operation, arithmetic), strict=True):
-        here = requantizer(sums + pool_offset(operation, int(divisor))).long()
+        here = requantizer((sums << pool_shift(operation, arithmetic)) + pool_offset(operation, int(divisor), arithmetic)).long()
         codes = torch.where(divisors == divisor, here, codes)
     memory.write(operation.target, codes)
 
@@ -156,12 +156,13 @@ def _onnx_sum(operation: Sum, memory: Memory) -> Tensor:
 
 
 def _kernel_sum(operation: Sum, memory: Memory) -> Tensor:
-    """QLinearAdd on x86: uint8 codes times the ratios of scales, fused with the sum, and one constant for all zero points."""
+    """QLinearAdd with AVX2: uint8 codes times the ratios of scales, fused with the sum, the second operand first; one constant for all zero points."""
     grid, (a, b) = operation.target.grid, operation.operands
     ratios = [np.float32(operand.grid.scale) / np.float32(grid.scale) for operand in (a, b)]
     zeros = [np.float32(buffer.zero_point + _UNSIGNED) for buffer in (a.grid, b.grid, grid)]
-    constant = zeros[2] - (ratios[0] * zeros[0] + ratios[1] * zeros[1])
-    total = torch.tensor(float(constant), dtype=torch.float64)
-    for operand, ratio in zip((a, b), ratios, strict=True):  # float64 holds the product and the sum before they are rounded
+    # products are not rounded before they are added, which float64 has room for
+    zero = np.float32(np.float64(ratios[0]) * np.float64(zeros[0]) + np.float64(ratios[1] * zeros[1]))
+    total = torch.tensor(float(zeros[2] - zero), dtype=torch.float64)
+    for operand, ratio in zip((b, a), reversed(ratios), strict=True):
         total = (total + (memory.read(operand) + _UNSIGNED).double() * float(ratio)).float().double()
     return total.round().long() - _UNSIGNED

@@ -54,7 +54,7 @@ def lower_max_pool(context: Context, node: fx.Node) -> Any:
     if isinstance(value, Unquantized) and value.natural_grid is None:
         pooled: Value = replace(value, moves=(*value.moves, node), last=node.name)
     else:
-        pooled = move_codes(context, node, context.settled(node, value))
+        pooled = move_codes(context, node, context.settled(node, value), node.name)
     return (pooled,) if isinstance(node.meta["val"], (tuple, list)) else pooled
 
 
@@ -63,13 +63,13 @@ def lower_move(context: Context, node: fx.Node) -> Value:
     value = context.value(node, 0)
     if isinstance(value, Unquantized) and value.natural_grid is None:
         return replace(value, moves=(*value.moves, node), last=node.name)
-    return move_codes(context, node, context.settled(node, value))
+    return move_codes(context, node, context.settled(node, value), node.name)
 
 
 def lower_split(context: Context, node: fx.Node) -> tuple[Value, ...]:
     """An operator that takes a tensor apart."""
     x = context.codes(node, 0)
-    return tuple(_moved(context, node, x, part) for part in range(len(node.meta["val"])))
+    return tuple(_moved(context, node, x, f"{node.name}.{part}", part) for part in range(len(node.meta["val"])))
 
 
 def lower_concatenation(context: Context, node: fx.Node) -> Value:
@@ -98,12 +98,12 @@ def lower_padding(context: Context, node: fx.Node) -> Value:
     return Codes(target)
 
 
-def move_codes(context: Context, node: fx.Node, x: Buffer) -> Codes:
-    """The result of a move, or of a max pool, on codes."""
+def move_codes(context: Context, node: fx.Node, x: Buffer, name: str) -> Codes:
+    """The result of a move, or of a max pool, on codes, in a buffer called ``name``."""
     if "max_pool" not in kind_of(node):
-        return _moved(context, node, x)
+        return _moved(context, node, x, name)
     rows, columns = _windows(context, node, x)
-    target = Buffer(node.name, sizes_of(node), _moved_grid(x.grid), node.name)
+    target = Buffer(name, sizes_of(node), _moved_grid(x.grid), name)
     context.operations.append(MaxPool(context.layer(node), target, x, rows, columns, picture(x.shape)))
     return Codes(target)
 
@@ -114,7 +114,7 @@ def copy_codes(context: Context, layer: str, x: Buffer, target: Buffer, offset: 
     context.operations.append(Copy(layer, target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides))
 
 
-def _moved(context: Context, node: fx.Node, x: Buffer, part: int | None = None) -> Codes:
+def _moved(context: Context, node: fx.Node, x: Buffer, name: str, part: int | None = None) -> Codes:
     """The result of an operator that only moves values, found by moving the indices of elements."""
     elements = torch.arange(context.batch * x.size).reshape(context.batch, *x.shape)
     result = node.target(*context.arguments(node, elements), **node.kwargs)  # type: ignore[operator]
@@ -122,7 +122,7 @@ def _moved(context: Context, node: fx.Node, x: Buffer, part: int | None = None) 
     is_by_sample = moved.dim() > 0 and moved.shape[0] == context.batch
     if not is_by_sample or any(not torch.equal(moved[sample], moved[0] + sample * x.size) for sample in range(1, context.batch)):
         raise context.refused(node, "it mixes the samples of a batch")
-    name, shape = node.name if part is None else f"{node.name}.{part}", tuple(moved.shape[1:])
+    shape = tuple(moved.shape[1:])
     if torch.equal(moved[0].flatten(), torch.arange(x.size)):
         return Codes(Buffer(name, shape, _moved_grid(x.grid), x.storage))
     strides = tuple(

@@ -79,26 +79,27 @@ _HANDLERS: dict[str, Handler] = {
 }  # fmt: skip
 
 
-def lower(program: Program, output_range: tuple[float, float]) -> IntegerGraph:
+def lower(program: Program, output_range: tuple[float, float], *, as_onnx: bool = False) -> IntegerGraph:
     """The integer graph of a program.
 
     Args:
         program: A quantized network of one input and one output.
         output_range: Smallest and largest value of the output, for the grid of an output that no quantizer has seen.
+        as_onnx: Whether the accumulators of layers are those of the ONNX file, so that its codes can be met.
 
     Raises:
         GraphError: The network has several inputs or outputs, or its input is not quantized once.
         LayerError: A layer or operation has no integer form.
     """
-    return _Lowering(program, output_range).graph()
+    return _Lowering(program, output_range, as_onnx).graph()
 
 
 class _Lowering(Context):
     """Follows a program from its input to its output."""
 
-    def __init__(self, program: Program, output_range: tuple[float, float]) -> None:
+    def __init__(self, program: Program, output_range: tuple[float, float], as_onnx: bool) -> None:
         super().__init__(program)
-        self._output_range = output_range
+        self._output_range, self._as_onnx = output_range, as_onnx
         self._input: Buffer | None = None
         self._made: dict[tuple[int, Grid], tuple[Value, Codes]] = {}  # one operation for equal quantizers of one tensor
         self._notes: list[str] = []
@@ -174,8 +175,8 @@ class _Lowering(Context):
 
     def _quantized(self, value: Unquantized, grid: Grid, name: str) -> Codes:
         grid = limited(grid, value.clips)
-        name = f"{name}.unmoved" if value.moves else name
-        target = Buffer(name, value.shape, grid, name)
+        first = f"{name}.unmoved" if value.moves else name
+        target = Buffer(first, value.shape, grid, first)
         source = value.source
         if not isinstance(source, (FromInput, FromLayer)) and value.shift is not None and value.factor is not None:
             if value.shift.size > 1 or bool((value.factor != 1).any()):
@@ -196,8 +197,8 @@ class _Lowering(Context):
                 AveragePool(source.layer, target, source.source, source.rows, source.columns, source.source_shape, source.is_global)
             )
         codes = Codes(target)
-        for move in value.moves:
-            codes = move_codes(self, move, codes.buffer)
+        for place, move in enumerate(value.moves, 1):
+            codes = move_codes(self, move, codes.buffer, name if place == len(value.moves) else f"{name}.{move.name}")
         return codes
 
     def _take_input(self, source: FromInput, value: Unquantized, target: Buffer) -> Buffer:
@@ -217,7 +218,9 @@ class _Lowering(Context):
             factor = np.ones(1) if factor is None else factor
             shift = (np.zeros(1) if shift is None else shift) - target.grid.shift
         codes = self.program.weights[source.parameter]
-        weight = layer_weight(source.layer, source.parameter, codes, source.bias, factor, shift, source.source, target.grid)
+        weight = layer_weight(
+            source.layer, source.parameter, codes, source.bias, factor, shift, source.source, target.grid, as_onnx=self._as_onnx
+        )
         if source.window is None:
             return Linear(source.layer, target, source.source, weight)
         return Convolution(source.layer, target, source.source, weight, source.window, picture(source.source.shape), picture(target.shape))

@@ -11,14 +11,14 @@ from torch import Tensor
 from lowbit.errors import LayerError
 from lowbit.formats.fixed_point.graph import Buffer, Weight
 from lowbit.formats.fixed_point.values import Doubles
-from lowbit.formats.onnx.bias import Steps, place_bias
+from lowbit.formats.onnx.bias import LARGEST_BIAS, Steps, place_bias
 from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.onnx.integer_grid import SMALLEST_SCALE, IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder
 
 LARGEST_SUM = 2**31 - 1
-FINE = 2**-7  # largest rounding error of a bias, in steps of the codes behind the layer, where the unit can be chosen
+FINE = 2**-14  # largest rounding error of a bias, in steps of the codes behind the layer
 _CONTAINER = 128  # between the uint8 codes that biases are placed for and int8
 
 
@@ -31,11 +31,20 @@ def layer_weight(
     shift: Doubles | None,
     source: Buffer,
     target: Grid,
+    *,
+    as_onnx: bool,
 ) -> Weight:
     """The integers of a layer whose result is ``factor * (weight x + bias) + shift``, rounded to the codes of ``target``.
 
-    They are those of the ONNX file. Where that computes the layer in float, because int8 cannot hold the weight's levels, or because they are too
-    coarse for the bias, codes get a ninth bit, and the unit of the accumulator is made finer.
+    Args:
+        layer, parameter: Names of the layer and of its weight.
+        weight: The codes of the weight.
+        bias: ``[out]``.
+        factor, shift: What follows the layer, ``[out]`` or one number.
+        source: The inputs.
+        target: Codes of the result.
+        as_onnx: Whether the accumulators are those of the ONNX file, whose int8 weights can be too coarse for a bias; else, and where the file
+            computes the layer in float, their unit is made as fine as ``FINE`` says.
 
     Raises:
         LayerError: The weight has no integer grid, or sums may need more than 32 bits; names the layer.
@@ -43,29 +52,24 @@ def layer_weight(
     channels = int(weight.codes.shape[0])
     if factor is not None and shift is not None:
         factor = np.broadcast_to(factor, (channels,)).copy()
-        values = np.zeros(channels) if bias is None else bias
-        bias = (values * factor + shift).astype(np.float32).astype(np.float64)
-    exact = None if bias is None else torch.from_numpy(bias)
+        bias = ((np.zeros(channels) if bias is None else bias) * factor + shift).astype(np.float32).astype(np.float64)
+    exact = torch.zeros(channels, dtype=torch.float64) if bias is None else torch.from_numpy(bias)
     grid = integer_grid(weight)
     if grid is not None and factor is not None:
         grid = grid.rescaled(torch.from_numpy(factor))
-    if grid is None:
-        codes, scale = _doubled(layer, weight, factor)
-        made = _with_bias(parameter, codes, scale, exact, source, target)
-    else:
-        grid, bias_codes = grid.centred().widened(), torch.zeros(channels, dtype=torch.float64)
+    if grid is not None and as_onnx:
+        grid, codes = grid.centred().widened(), exact
         is_coarse = False
-        if exact is not None:
+        if bias is not None:
             steps = Steps(float(target.step), target.origin + _CONTAINER)
             placed = place_bias(exact, grid, float(source.grid.scale), source.grid.hi + _CONTAINER, steps)
-            grid, bias_codes, is_coarse = placed.grid, placed.codes, placed.is_coarse
-        codes, scale = _centred(grid)
-        made = (
-            _with_bias(parameter, codes, scale, exact, source, target)
-            if is_coarse
-            else _split(parameter, codes, scale, bias_codes, torch.ones_like(scale))
-        )
-    return _checked(layer, made, source)
+            grid, codes, is_coarse = placed.grid, placed.codes, placed.is_coarse
+        if not is_coarse:
+            values, scale = _centred(grid)
+            reduced, divisor = _reduced(values)
+            return _checked(layer, Weight(parameter, reduced, divisor, codes.long(), scale.float(), stored_bits(reduced), 0), source)
+    values, scale = _doubled(layer, weight, factor) if grid is None else _centred(grid)
+    return _checked(layer, _with_fine_unit(parameter, values, scale, exact, source, target), source)
 
 
 def _centred(grid: IntegerGrid) -> tuple[Tensor, Tensor]:
@@ -100,20 +104,42 @@ def _doubled(layer: str, weight: QTensor, factor: Doubles | None) -> tuple[Tenso
     return codes, torch.where(is_zero, 1.0, scale.abs()).float().double()
 
 
-def _with_bias(parameter: str, codes: Tensor, scale: Tensor, bias: Tensor | None, source: Buffer, target: Grid) -> Weight:
-    """The weight with an accumulator whose unit is so fine that rounding the bias moves it by no more than ``FINE`` steps."""
-    if bias is None:
-        return _split(parameter, codes, scale, torch.zeros_like(scale), torch.ones_like(scale))
-    units = float(source.grid.scale) * scale
-    finer = torch.exp2((units / (2 * FINE * float(target.step))).log2().ceil().clamp(min=0))
-    return _split(parameter, codes, scale / finer, (bias / (units / finer)).round(), finer)
+def _with_fine_unit(parameter: str, codes: Tensor, scale: Tensor, bias: Tensor, source: Buffer, target: Grid) -> Weight:
+    """The weight with accumulators in units of at most ``2 * FINE`` steps of the target, where 32 bits have room for them.
+
+    A dead channel, with hardly any weights, can have a scale at which its bias exceeds 32 bits. Its weights are moved to the finest grid at
+    which the bias fits.
+    """
+    reduced, divisor = _reduced(codes)
+    scale, x_scale = scale * divisor, float(source.grid.scale)
+    least = bias.abs() / (x_scale * LARGEST_BIAS)
+    is_dead = scale < least
+    moved = (reduced.double() * (scale / torch.where(is_dead, least, 1.0)).reshape(_column(codes))).round().short()
+    reduced, scale = torch.where(is_dead.reshape(_column(codes)), moved, reduced), torch.maximum(scale, least)
+    units = x_scale * scale
+    largest = reduced.long().abs().reshape(len(reduced), -1).sum(1) * _farthest(source.grid) + bias.abs() / units
+    wanted, room = (_power_of_two(t) for t in (units / (2 * FINE * float(target.step)), LARGEST_BIAS / largest.clamp(min=1)))
+    wanted = 2 * wanted  # rounded up
+    finer = wanted.amax().expand_as(room) if bool(wanted.amax() <= room.amin()) else torch.minimum(wanted, room)
+    stored = (scale / finer).float()
+    codes_of_bias = (bias / (x_scale * stored.double())).round().long()
+    return Weight(parameter, reduced, finer.long(), codes_of_bias, stored, stored_bits(reduced), 0)
 
 
-def _split(parameter: str, codes: Tensor, scale: Tensor, bias: Tensor, finer: Tensor) -> Weight:
-    """The codes without the common divisor of each row, which becomes the row's factor."""
-    divisor = torch.from_numpy(np.gcd.reduce(codes.reshape(len(codes), -1).numpy(), axis=1)).clamp(min=1)
-    reduced = codes // divisor.reshape(_column(codes))
-    return Weight(parameter, reduced, divisor.long() * finer.long(), bias.long(), scale.float(), stored_bits(reduced), 0)
+def _power_of_two(values: Tensor) -> Tensor:
+    """The largest power of two that is not above each value, at least 1."""
+    return torch.exp2(values.log2().floor()).clamp(min=1)
+
+
+def _reduced(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes without the common divisor of each row, and the divisors, int64."""
+    divisor = torch.from_numpy(np.gcd.reduce(codes.reshape(len(codes), -1).numpy(), axis=1)).long().clamp(min=1)
+    return codes // divisor.short().reshape(_column(codes)), divisor
+
+
+def _farthest(grid: Grid) -> int:
+    """The largest distance of a code from the zero point."""
+    return max(abs(grid.lo - grid.zero_point), abs(grid.hi - grid.zero_point))
 
 
 def _column(codes: Tensor) -> list[int]:
@@ -133,10 +159,8 @@ def code_step(codes: Tensor) -> int:
 
 
 def _checked(layer: str, weight: Weight, source: Buffer) -> Weight:
-    grid = source.grid
-    farthest = max(abs(grid.lo - grid.zero_point), abs(grid.hi - grid.zero_point))
     rows = weight.codes.long().abs().reshape(len(weight.codes), -1).sum(1)
-    largest = int((weight.factor * rows * farthest + weight.bias.abs()).max())
+    largest = int((weight.factor * rows * _farthest(source.grid) + weight.bias.abs()).max())
     if largest > LARGEST_SUM:
         raise LayerError(
             f"layer {layer!r}: a sum of its products can reach {largest:,}, more than 32 bits hold ({LARGEST_SUM:,}). "
