@@ -170,6 +170,17 @@ def _through_a_file(model: nn.Module, images: Tensor) -> None:
             lowbit.load(Path(folder) / "model.lowbit")(images)
 
 
+def _in_integers(info: MethodInfo) -> None:
+    """Compile the network for every arithmetic of integers, run it, and write it in C."""
+    for network in ("resnet8", "mobilenet_v2_small"):
+        model, (images, _) = _made(info, network, BitPolicy.uniform(8, 8).with_merges(8), {}), _network(network)[1]
+        for requantizer, rounding in (("fixed_point", "double"), ("fixed_point", "single"), ("dyadic", "double"), ("onnx", "double")):
+            with contextlib.suppress(LowbitError):
+                lowbit.compile_integer(model, requantizer, sample=images, rounding=rounding)(images)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            lowbit.export(model, Path(folder) / "net.c", sample=images)
+
+
 def _nearest(wanted: int, supported: range) -> int:
     return wanted if wanted in supported else supported[0]
 
@@ -197,6 +208,8 @@ def _reached(info: MethodInfo) -> frozenset[str]:
             _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
             if 4 in (info.activation_bits or ()):
                 _made(info, network, BitPolicy.uniform(few[0], few[1]).with_merges(4), {})
+        if "arithmetic" in info.axes:
+            _in_integers(info)
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         if getattr(info.method, "switching", None) is not None:
