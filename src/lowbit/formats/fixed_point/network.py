@@ -32,6 +32,15 @@ class IntegerNetwork(nn.Module):
     Attributes:
         graph: Its operations.
         arithmetic: How accumulators become codes.
+
+    Example:
+        >>> import torch, lowbit
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> integer = lowbit.compile_integer(quantized, sample=inputs)
+        >>> codes = integer.run(integer.quantize(inputs))
+        >>> codes.dtype, torch.equal(integer.dequantize(codes), integer(inputs))
+        (torch.int8, True)
     """
 
     def __init__(self, graph: IntegerGraph, arithmetic: Arithmetic) -> None:
