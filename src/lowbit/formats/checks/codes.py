@@ -57,8 +57,7 @@ class CodeComparison:
         return max(self.operations, key=lambda operation: (operation.farthest, 1 - operation.equal / max(operation.codes, 1)))
 
     def __str__(self) -> str:
-        farthest = "none differs" if self.farthest == 0 else f"none by more than {self.farthest}"
-        return f"{self.share:.3%} of codes equal those of the simulation in float, {farthest}"
+        return f"{self.share:.3%} of codes equal those of the simulation in float; the largest difference is {self.farthest}"
 
 
 def compare_codes(program: Program, network: IntegerNetwork, inputs: Inputs) -> CodeComparison:

@@ -35,11 +35,12 @@ class IntegerNetwork(nn.Module):
 
     Example:
         >>> import torch, lowbit
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> x = torch.rand(16, 4)
-        >>> integers = lowbit.compile_integer(lowbit.quantize(model, method="round_to_nearest", calibration=x), sample=x)
-        >>> integers.run(integers.quantize(x)).dtype, integers(x).shape
-        (torch.int8, torch.Size([16, 2]))
+        >>> inputs = torch.rand(32, 8)
+        >>> quantized = lowbit.quantize(torch.nn.Linear(8, 4), method="round_to_nearest", calibration=inputs)
+        >>> integer = lowbit.compile_integer(quantized, sample=inputs)
+        >>> codes = integer.run(integer.quantize(inputs))
+        >>> codes.dtype, torch.equal(integer.dequantize(codes), integer(inputs))
+        (torch.int8, True)
     """
 
     def __init__(self, graph: IntegerGraph, arithmetic: Arithmetic) -> None:
