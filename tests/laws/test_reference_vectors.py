@@ -58,6 +58,7 @@ METHODS = {
     "bi_real_net": ("bi_real_net", "react_net"),
     "hawq": ("hawq", "hawq_v2"),
 }  # of adapters whose vectors are those of more than their own method
+CALLED_BY_USERS = {"integer_only": "formats/fixed_point/"}  # what runtimes compute, operator by operator, for users to hold their chips against
 
 
 def called_for_all_cases(adapter: Path) -> set[str]:
@@ -81,7 +82,8 @@ def test_adapters_call_only_what_runs_when_users_work_with_the_method(adapter: P
     called = called_for_all_cases(adapter)
     assert called, "an adapter that calls nothing of lowbit checks nothing"
     reached = frozenset().union(*map(reached_by_users, METHODS.get(adapter.stem, (adapter.stem,))))
-    assert sorted(called - reached) == []
+    direct = CALLED_BY_USERS.get(adapter.stem)
+    assert sorted(name for name in called - reached if direct is None or not name.startswith(direct)) == []
 
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)

@@ -101,3 +101,21 @@ def test_a_requantizer_in_float_and_a_name_that_c_does_not_take_are_refused() ->
         c_source(compile_integer(digits(), "onnx", sample=sample), "net")
     with pytest.raises(SpecError, match="'4bit' is no name"):
         c_source(compile_integer(digits(), sample=sample), "4bit")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("method", "bits", "filter_bytes"), [("dorefa", 8, 2 * 40), ("round_to_nearest", 4, 4)])
+def test_rows_of_whole_bytes_may_be_longer_than_those_that_are_unpacked(method: str, bits: int, filter_bytes: int) -> None:
+    """Beside weights of a ninth bit they are copied into the same memory; beside others they are read where they are."""
+    assert COMPILER is not None
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 2)), torch.rand(16, 3)
+    if method == "dorefa":
+        quantized = lowbit.prepare(net, method=method, policy=lowbit.BitPolicy.uniform(bits, 8), sample=x).eval()
+        quantized(x)
+    else:
+        quantized = lowbit.quantize(net, method=method, weight_bits=bits, calibration=x)
+    network = compile_integer(quantized, sample=x)
+    source, codes = c_source(network, "net"), network.quantize(x)
+    assert source.memory.filter_bytes == filter_bytes
+    assert torch.equal(run_c(source, codes, COMPILER, SANITIZED), network.run(codes))

@@ -90,7 +90,7 @@ static const filter_t *filter_of(const struct weights *w, int32_t channel)
 }
 """
 
-FILTER_PACKED = """\
+_FILTER_PACKED = """\
 static filter_t filter[FILTER_SIZE];
 
 static const filter_t *filter_of(const struct weights *w, int32_t channel)
@@ -98,12 +98,7 @@ static const filter_t *filter_of(const struct weights *w, int32_t channel)
     uint32_t position = (uint32_t)(channel * w->row) * (uint32_t)w->bits;
     int32_t i;
 
-    if (w->plain != 0) {
-        for (i = 0; i < w->row; i++)
-            filter[i] = w->plain[channel * w->row + i];
-        return filter;
-    }
-    for (i = 0; i < w->row; i++, position += (uint32_t)w->bits) {
+PLAIN    for (i = 0; i < w->row; i++, position += (uint32_t)w->bits) {
         uint32_t at = position >> 3, offset = position & 7u, code = (uint32_t)w->packed[at] >> offset;
 
         if (offset + (uint32_t)w->bits > 8u)
@@ -113,6 +108,23 @@ static const filter_t *filter_of(const struct weights *w, int32_t channel)
     return filter;
 }
 """
+FILTER_PACKED = _FILTER_PACKED.replace(
+    "PLAIN",
+    """\
+    if (w->plain != 0)
+        return w->plain + channel * w->row;
+""",
+)
+FILTER_WIDE = _FILTER_PACKED.replace(
+    "PLAIN",
+    """\
+    if (w->plain != 0) {
+        for (i = 0; i < w->row; i++)
+            filter[i] = w->plain[channel * w->row + i];
+        return filter;
+    }
+""",
+)
 
 FINISH = """\
 static int8_t finish(const struct weights *w, int32_t channel, int32_t sum)

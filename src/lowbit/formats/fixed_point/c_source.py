@@ -127,16 +127,16 @@ class _Writer:
         self._flash = 0
         self._dimensions = 1
         self._packs = any(_is_packed(weight) for weight in self._graph.weights())
-        rows = [weight.codes[0].numel() for weight in self._graph.weights() if _is_packed(weight)]
-        is_wide = any(_is_packed(weight) and not _fits_int8(weight.codes) for weight in self._graph.weights())
-        self._filter_type, self._filter_size = ("int16_t" if is_wide else "int8_t"), max(rows, default=0)
+        self._is_wide = any(not _fits_int8(weight.codes) for weight in self._graph.weights())
+        unpacked = [weight.codes[0].numel() for weight in self._graph.weights() if self._is_wide or _is_packed(weight)]
+        self._filter_type, self._filter_size = ("int16_t" if self._is_wide else "int8_t"), max(unpacked, default=0)
 
     def write(self) -> CSource:
         for index, operation in enumerate(self._graph.operations):
             self._calls.append(f"    /* {_comment(operation.layer)} */")
             self._emit(operation, index)
         arena = self._arena.size
-        filter_bytes = self._filter_size * (2 if self._filter_type == "int16_t" else 1)
+        filter_bytes = self._filter_size * (2 if self._is_wide else 1)
         memory = MemoryUse(self._flash, arena, filter_bytes, self._graph.input.size + self._graph.output.size)
         return CSource(self._name, self._source(arena), self._header(memory), memory)
 
@@ -306,7 +306,7 @@ class _Writer:
     def _use_layers(self, kernel: str) -> None:
         self._use_rescaling()
         self._use(kernels.WEIGHTS)
-        self._use(kernels.FILTER_PACKED if self._packs else kernels.FILTER_PLAIN)
+        self._use(kernels.FILTER_WIDE if self._is_wide else kernels.FILTER_PACKED if self._packs else kernels.FILTER_PLAIN)
         self._use(kernels.FINISH)
         self._use(kernel)
 
