@@ -1,4 +1,4 @@
-"""Write docs/orderings.md, docs/procedures.md and docs/mixed_precision.md from suites of comparisons and their committed results.
+"""Write docs/orderings.md, docs/procedures.md, docs/mixed_precision.md and docs/accuracy.md from suites of comparisons and their committed results.
 
 python scripts/results_pages.py            # after a results.csv was copied to benchmarks/results/NAME.csv
 python scripts/results_pages.py --check    # exit 1 when a page is out of date
@@ -26,6 +26,7 @@ TITLES = {
         "widths": "Networks of several widths",
     },
     "mixed_precision": {"mixed_precision": "Bits of each layer by search"},
+    "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
 }
 
 
@@ -33,7 +34,10 @@ def section(suite_name: str, title: str, *, has_tables: bool) -> str:
     """What was found about a suite's orderings, and its tables."""
     file = ROOT / "benchmarks" / "suites" / f"{suite_name}.yaml"
     suite, results = Suite.from_yaml(file), read_results(ROOT / "benchmarks" / "results" / f"{suite_name}.csv")
-    page = orderings_page(judge(suite.orderings, results), str(file.relative_to(ROOT)), title)
+    name = str(file.relative_to(ROOT))
+    page = f"# {title}\n\nMeasured by `lowbit compare {name}`.\n"
+    if suite.orderings:
+        page = orderings_page(judge(suite.orderings, results), name, title)
     return f"{page}\n{markdown(make_tables(results, baseline=suite.baseline))}" if has_tables else page
 
 
