@@ -58,7 +58,9 @@ METHODS = {
     "bi_real_net": ("bi_real_net", "react_net"),
     "hawq": ("hawq", "hawq_v2"),
 }  # of adapters whose vectors are those of more than their own method
-CALLED_BY_USERS = {"integer_only": "formats/fixed_point/"}  # what runtimes compute, operator by operator, for users to hold their chips against
+CALLED_BY_USERS = {
+    "integer_only": "formats/fixed_point/"
+}  # what runtimes compute, operator by operator, for users to hold their chips against
 
 
 def called_for_all_cases(adapter: Path) -> set[str]:

@@ -111,6 +111,13 @@ def test_max_drop_takes_the_cheapest_network_that_is_measured_good_enough() -> N
     assert lowbit.evaluate(quantized, data)["accuracy"] == strict.found.metric
 
 
+def test_max_drop_stays_within_a_budget_that_is_given_beside_it() -> None:
+    with pytest.raises(SpecError, match="no network of the frontier"):
+        lowbit.search(network(), method=WeightError, max_drop=0.0, budget="average=2.1", data=labelled())
+    found = lowbit.search(network(), method=WeightError, max_drop=100.0, budget="average=2.1", data=labelled())
+    assert found.cost["average"] <= 2.1
+
+
 def test_max_drop_that_no_network_meets_says_how_near_the_best_comes() -> None:
     with pytest.raises(SpecError, match="max_drop=0: no network of the frontier"):
         lowbit.search(network(), method=WeightError, max_drop=0.0, data=labelled(), candidates=(2, 3))
@@ -173,3 +180,10 @@ def test_then_quantizes_what_was_found_and_the_uniform_network_of_that_cost(tmp_
     assert report["metrics"]["accuracy"]["quantized"] == found.metric
     assert "over stored" not in (tmp_path / "report.html").read_text()
     assert "measured</b>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_finds_the_same() -> None:
+    pytest.importorskip("ray")
+    settings = {"method": "zeroq_pareto", "budget": "average=4", "calibration": X, "progress": False}
+    assert lowbit.search(network(), ray="local", **settings) == lowbit.search(network(), **settings)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ import torch
 from lowbit.assignment.costs import Assignment
 from lowbit.assignment.problem import SearchProblem
 from lowbit.errors import LayerError, OutputError, SpecError
-from lowbit.executors import Job, run_here, run_in_processes
+from lowbit.executors import Job, run_here, run_in_processes, run_on_ray
 from lowbit.files import write_text
 from lowbit.inputs import tensors_of
 from lowbit.progress import Progress
@@ -78,8 +78,13 @@ def measurements(
     missing = [Job(key, key, asked) for key, asked in jobs.items() if key not in kept.found]
     if kept.found and missing:
         problem.progress.say(f"{name}: {len(jobs) - len(missing)} of {len(jobs)} measurements are there already")
-    shared = replace(problem, calibration=None, progress=Progress.silent(), work_dir=None, workers=1)
-    if problem.workers > 1 and len(missing) > 1:
+    shared = replace(problem, calibration=None, progress=Progress.silent(), work_dir=None, workers=1, ray=None)
+    if problem.ray is not None and missing:
+        runner = _Sent.of(shared, prepare, problem.workers)
+        outcomes = run_on_ray(
+            missing, runner, address=problem.ray, threads=1, memory_bytes=None, stage_name=name, progress=problem.progress
+        )
+    elif problem.workers > 1 and len(missing) > 1:
         runner = _Sent.of(shared, prepare, problem.workers)
         outcomes = run_in_processes(missing, runner, workers=problem.workers, threads=1, stage_name=name, progress=problem.progress)
     else:

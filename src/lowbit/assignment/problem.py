@@ -86,6 +86,7 @@ class SearchProblem:
         seed: Seed of everything random; the result does not depend on ``workers``.
         progress: Progress display.
         workers: Processes to use.
+        ray: Address of a Ray cluster to use in their place, or ``None``.
         work_dir: Folder for what a killed search needs to go on, or ``None``.
 
     Example:
@@ -115,6 +116,7 @@ class SearchProblem:
     progress: Progress = field(default_factory=Progress.silent)
     workers: int = 1
     work_dir: Path | None = None
+    ray: str | None = None
 
     @property
     def main(self) -> CostKind:
@@ -238,7 +240,7 @@ def make_problem(
         first_last: Least bits of the first and the last layer, which are not searched; ``None``: they are searched as all others.
         task, calibration, batches, has_labels: See ``SearchProblem``.
         latency_table: Times of layers.
-        **settings: ``seed``, ``progress``, ``workers``, ``work_dir``.
+        **settings: ``seed``, ``progress``, ``workers``, ``work_dir``, ``ray``.
 
     Raises:
         SpecError: Widths out of range, a budget that cannot be met, or a latency table that does not fit.

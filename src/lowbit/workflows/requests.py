@@ -401,6 +401,7 @@ class SearchRequest(NetworkSettings, SampleSettings, MethodSettings, BudgetSetti
         then_options: Hyper-parameters of that method.
         quantizer: Post-training method that networks are measured with for max_drop, where 'then' names none.
         workers: Processes; the result does not depend on their number.
+        ray: Address of a Ray cluster that measures layers in their place: auto, local, or HOST:PORT. Default: none.
         seed: Makes the result reproducible.
         out: Folder for policy.yaml, search.json and report.html.
         resume: Resume a stopped search with the same settings, or start over.
@@ -420,6 +421,7 @@ class SearchRequest(NetworkSettings, SampleSettings, MethodSettings, BudgetSetti
     then_options: Mapping[str, object] = field(default_factory=dict)
     quantizer: str = "round_to_nearest"
     workers: Annotated[int, AtLeast(1)] = 1
+    ray: str | None = None
     seed: int = 0
     out: str = "lowbit-search"
     resume: bool = True

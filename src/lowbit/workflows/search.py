@@ -45,7 +45,7 @@ from lowbit.workflows.requests import SearchRequest
 from lowbit.workflows.source import Source, labelled_batches, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
-MEASURED = 16  # networks of a frontier that are measured for max_drop
+MEASURED = 16  # networks of a frontier that are measured for max_drop, and again as many between the first that will do and the one before
 FILES = ("policy.yaml", "search.json", "report.html")
 QUANTIZED = "quantized"  # folder of the network that was found, where it is quantized too
 
@@ -68,6 +68,7 @@ def search(
     quantizer: str = SearchRequest.quantizer,
     task: Task | Criterion | None = None,
     workers: int = 1,
+    ray: str | None = None,
     seed: int = SearchRequest.seed,
     progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
@@ -95,6 +96,8 @@ def search(
         quantizer: Post-training method with which networks are measured for ``max_drop``.
         task: What the network is for; default: classification.
         workers: Processes; the result does not depend on it.
+        ray: Address of a Ray cluster that measures in their place: ``auto``, ``local``, or ``HOST:PORT``; the numbers are the same on the same
+            kind of machine.
         seed: Seed of everything random.
         progress: ``True`` to show progress on standard error, ``False`` for silence, or a ``Progress``. Default: a bar where standard
             error is a terminal, and in a notebook.
@@ -147,6 +150,7 @@ def search(
         seed=seed,
         progress=shown,
         workers=workers,
+        ray=ray,
         work_dir=None if work_dir is None else Path(work_dir),
     )
     result = _result(problem, chosen, chosen.search(problem), table)
@@ -235,23 +239,34 @@ def _within_drop(result: SearchResult, problem: SearchProblem, max_drop: float, 
     sign = 1.0 if problem.task.higher_is_better else -1.0
     unit = 100.0 if result.metric_unit == "%" else 1.0
     before = evaluate(problem.model, test_data, task=problem.task).value
-    chosen = spread(result.frontier, MEASURED)
-    measured: list[Candidate] = []
-    with problem.progress.stage("measuring the frontier", total=len(chosen)) as stage:
-        for candidate in chosen:
-            measured.append(replace(candidate, metric=measure(problem.model, candidate.policy, problem, test_data, quantizer)))
-            stage.advance(note=candidate.name)
-            if unit * sign * (before - cast(float, measured[-1].metric)) <= max_drop:
-                break
-        else:
-            best = max(measured, key=lambda one: sign * cast(float, one.metric))
-            raise SpecError(
-                f"max_drop={max_drop:g}: no network of the frontier comes so near to the float network's {problem.task.metric_name}, "
-                f"{before:.4g}; the best has {best.metric:.4g}. Allow more, wider candidates=, or another quantizer= than {quantizer}."
-            )
-    known = {one.name: one for one in measured}
-    frontier = tuple(known.get(one.name, one) for one in result.frontier)
-    return replace(result, found=replace(measured[-1], name="found"), frontier=frontier, float_metric=before)
+    affordable = [one for one in result.frontier if all(one.cost[kind] <= limit * (1 + 1e-9) for kind, limit in result.limits.items())]
+    measured: dict[str, Candidate] = {}
+
+    def first_near(candidates: Sequence[Candidate], name: str) -> Candidate | None:
+        """The first one that is near enough."""
+        with problem.progress.stage(name, total=len(candidates)) as stage:
+            for candidate in candidates:
+                metric = measure(problem.model, candidate.policy, problem, test_data, quantizer)
+                measured[candidate.name] = replace(candidate, metric=metric)
+                stage.advance(note=candidate.name)
+                if unit * sign * (before - metric) <= max_drop:
+                    return candidate
+        return None
+
+    coarse = spread(affordable, MEASURED)
+    found = first_near(coarse, "measuring the frontier")
+    if found is None:
+        best = max(measured.values(), key=lambda one: sign * cast(float, one.metric), default=None)
+        raise SpecError(
+            f"max_drop={max_drop:g}: no network of the frontier comes so near to the float network's {problem.task.metric_name}, "
+            f"{before:.4g}; the best has {'none' if best is None else f'{best.metric:.4g}'}. Allow more, wider candidates=, or another "
+            f"quantizer= than {quantizer}."
+        )
+    if found is not coarse[0]:
+        start = affordable.index(coarse[coarse.index(found) - 1]) + 1
+        found = first_near(spread(affordable[start : affordable.index(found)], MEASURED), "measuring below it") or found
+    frontier = tuple(measured.get(one.name, one) for one in result.frontier)
+    return replace(result, found=replace(measured[found.name], name="found"), frontier=frontier, float_metric=before)
 
 
 def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
@@ -356,6 +371,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
             latency_table=table,
             quantizer=request.then or request.quantizer,
             workers=request.workers,
+            ray=request.ray,
             seed=request.seed,
             progress=progress,
             work_dir=work.path,
