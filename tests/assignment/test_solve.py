@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lowbit.assignment import solve as solve_module
 from lowbit.assignment.solve import frontier, solve
 from lowbit.errors import MissingExtraError, SpecError
 
@@ -168,3 +170,14 @@ def test_no_configuration_within_a_limit_is_an_empty_frontier() -> None:
     assert frontier([[1.0, 0.0]], [[2.0, 3.0]], limit=1) == []
     with pytest.raises(SpecError, match="points must be at least 2"):
         frontier([[1.0]], [[2.0]], points=1)
+
+
+def test_what_the_solver_prints_does_not_reach_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def shout() -> None:
+        os.write(1, b"from the solver")
+
+    with solve_module._without_output():
+        shout()
+    assert capfd.readouterr().out == ""
+    shout()
+    assert capfd.readouterr().out == "from the solver"

@@ -10,7 +10,10 @@ Source: Kellerer, Pferschy, Pisinger 2004, "Knapsack Problems", chapter 11 (mult
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -188,7 +191,8 @@ def _least(losses: list[NDArray[np.float64]], costs: list[list[NDArray[np.float6
             unit = np.abs(row).max() or 1.0
             constraints.append(LinearConstraint(row[None] / unit, -np.inf, limit / unit))
     while True:
-        found = milp(loss, integrality=np.ones(total), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0})
+        with _without_output():
+            found = milp(loss, integrality=np.ones(total), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0})
         if found.x is None:
             return None
         chosen = [int(part.argmax()) for part in np.split(found.x, starts[1:-1])]
@@ -198,6 +202,20 @@ def _least(losses: list[NDArray[np.float64]], costs: list[list[NDArray[np.float6
         cut = np.zeros((1, total))
         cut[0, starts[:-1] + chosen] = 1
         constraints.append(LinearConstraint(cut, -np.inf, len(losses) - 1))
+
+
+@contextmanager
+def _without_output() -> Iterator[None]:
+    """The solver prints now and then, past Python's streams, what would stand in the midst of JSON."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _unmet(costs: list[list[NDArray[np.float64]]], limits: Sequence[float], names: Sequence[str]) -> SpecError:
