@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ OF_CELL = ("subject", "track", "label", "method", "kind", "weight_bits", "activa
 OF_FACTS = ("weights", "data")
 OF_MACHINE = ("processor", "lowbit", "torch")
 COLUMNS = (
-    *OF_CELL, "status", "reason", "metric", "unit", "higher_is_better", "value", "float_value", "size_bytes", "latency_ms",
+    *OF_CELL, "search", "status", "reason", "metric", "unit", "higher_is_better", "value", "float_value", "size_bytes", "latency_ms",
     "float_latency_ms", "seconds", *SHOWN, *OF_FACTS, *OF_MACHINE, "key",
 )  # fmt: skip
 LARGEST = 2**27  # bytes
@@ -30,6 +31,7 @@ def results_csv(results: Sequence[Result]) -> str:
     writer.writeheader()
     for result in sorted(results, key=lambda r: (r.cell.subject, r.cell.track, r.cell.bits, r.cell.label, r.cell.seed)):
         values: dict[str, object] = {name: getattr(result.cell, name) for name in OF_CELL}
+        values["search"] = json.dumps(result.cell.search, sort_keys=True, default=str) if result.cell.search else ""
         values |= dict(zip(("weight_bits", "activation_bits"), result.cell.operand_bits, strict=True))
         values |= {name: getattr(result, name) for name in COLUMNS if hasattr(result, name)}
         values["float_value"] = result.float_metrics.get(result.metric)
@@ -58,7 +60,7 @@ def _result(row: Mapping[str, Any]) -> Result:
     weight, activation = (None if word in (FLOAT, MIXED) else int(word) for word in words)
     cell = Cell(
         row["subject"], row["label"], row["method"], row["kind"], weight, activation, int(row["seed"]), row["track"],
-        mixtures=int(words == (MIXED, MIXED)),
+        mixtures=int(words == (MIXED, MIXED)), search=json.loads(row.get("search") or "{}"),
     )  # fmt: skip
     number = {
         name: float(row[name]) if row[name] else None for name in ("value", "float_value", "latency_ms", "float_latency_ms", "seconds")
