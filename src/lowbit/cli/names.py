@@ -12,12 +12,12 @@ PROCEDURE = "procedure"  # of training methods, those that are one
 
 def method_names(kind: str | None = None) -> list[str]:
     """Registered methods, of one kind or all."""
-    return sorted(name for name, of in _methods().items() if kind in (None, of) or (kind == "training" and of == PROCEDURE))
+    return sorted({name for name, of in _methods() if kind in (None, of) or (kind == "training" and of == PROCEDURE)})
 
 
 def procedure_names() -> list[str]:
     """Methods that the quantizers of others can go through: those of classes that derive from ``Procedure``."""
-    return sorted(name for name, of in _methods().items() if of == PROCEDURE)
+    return sorted(name for name, of in _methods() if of == PROCEDURE)
 
 
 def model_names() -> list[str]:
@@ -36,9 +36,9 @@ def surrogate_names() -> list[str]:
 
 
 @cache
-def _methods() -> dict[str, str]:
-    """The kind of each method, by name: keywords of every ``MethodInfo(...)`` below ``methods/``."""
-    found = {}
+def _methods() -> set[tuple[str, str]]:
+    """Each method with its kind, or with each of them: keywords of every ``MethodInfo(...)`` below ``methods/``."""
+    found = set()
     for path in (SOURCE / "methods").rglob("*.py"):
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(statement, ast.ClassDef):
@@ -47,7 +47,7 @@ def _methods() -> dict[str, str]:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MethodInfo":
                     facts = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
                     is_procedure = any(isinstance(base, ast.Name) and base.id == "Procedure" for base in statement.bases)
-                    found[str(facts["name"])] = PROCEDURE if is_procedure else str(facts["kind"])
+                    found.add((str(facts["name"]), PROCEDURE if is_procedure else str(facts["kind"])))
     return found
 
 
