@@ -177,7 +177,7 @@ def _probing(problem: SearchProblem, *, method: HawqV2, purpose: str) -> Measure
         if method.probes == "exact":
             (name,), spectrum = names, exact_spectrum(hessian)
             deviations = {"rademacher": math.sqrt(2) * spectrum.off_diagonal, "gaussian": math.sqrt(2) * spectrum.frobenius}
-            return {"values": {name: [spectrum.trace]}, "elements": hessian.elements(), "deviations": deviations}
+            return {"values": {name: [spectrum.average]}, "elements": {name: 1.0}, "deviations": deviations}
         draw = vectors(torch.default_generator)  # seeded for each job
         least, most = (CHUNK, CHUNK) if method.joint else (method.min_probes, method.max_probes)
         found = hutchinson_traces(hessian, draw, min_probes=least, max_probes=most, tolerance=method.tolerance)
