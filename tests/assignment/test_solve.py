@@ -181,3 +181,14 @@ def test_what_the_solver_prints_does_not_reach_standard_output(capfd: pytest.Cap
     assert capfd.readouterr().out == ""
     shout()
     assert capfd.readouterr().out == "from the solver"
+
+
+def test_a_closed_standard_output_stops_no_choice() -> None:
+    kept = os.dup(1)
+    os.close(1)
+    try:
+        found = solve([[9.0, 1.0, 0.0], [2.0, 1.0, 0.0]], [[BITS, BITS]], limits=[8])
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert found == (1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +192,16 @@ def test_a_ray_cluster_finds_the_same() -> None:
     pytest.importorskip("ray")
     settings = {"method": "zeroq_pareto", "budget": "average=4", "calibration": X, "progress": False}
     assert lowbit.search(network(), ray="local", **settings) == lowbit.search(network(), **settings)  # type: ignore[arg-type]
+
+
+def test_sums_of_layers_are_not_set_beside_a_prediction_that_is_none() -> None:
+    @dataclass
+    class Interacting(WeightError):
+        def search(self, problem: SearchProblem) -> Found:
+            found = super().search(problem)
+            return replace(found, loss=2 * (found.loss or 0.0))
+
+    alone = lowbit.search(network(), method=WeightError, budget="average=4", calibration=X)
+    together = lowbit.search(network(), method=Interacting, budget="average=4", calibration=X)
+    assert any(one.loss is not None for one in alone.uniform)
+    assert all(one.loss is None for one in together.uniform)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -207,8 +207,14 @@ def _least(losses: list[NDArray[np.float64]], costs: list[list[NDArray[np.float6
 @contextmanager
 def _without_output() -> Iterator[None]:
     """The solver prints now and then, past Python's streams, what would stand in the midst of JSON."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError, AttributeError):  # there may be no stream
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # standard output is closed, so that nothing can stand in it
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
         yield

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
-from lowbit.cli.console import SpokenProgress, resumable, say, show_json, show_table
+from lowbit.cli.console import SpokenProgress, errors, resumable, say, show_json, show_table
 from lowbit.cli.settings import Json, PrintConfig, Quiet, RecipeFile, options_of
 from lowbit.workflows.requests import SearchRequest
 
@@ -46,9 +47,11 @@ def search(
     elif not quiet:
         show_table(("layer", "weight bits", "input bits", "predicted loss"), layer_rows(result), title=f"bits by {result.method}")
         show_table(cost_heads(result), network_rows(result))
-    if searched.delivery is not None:
-        for problem in searched.delivery.problems:
-            say(f"not written: {problem}")
+    problems = [] if searched.delivery is None else searched.delivery.problems
+    for problem in problems:
+        errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if not json:
         say(f"written to {searched.out}: {', '.join(FILES)}{'' if searched.delivery is None else ', quantized/'}")
         say(f"use it: lowbit quantize --policy {Path(searched.out) / FILES[0]}")
+    if problems:
+        raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,10 +220,16 @@ def _uniform(problem: SearchProblem, found: Found, latency_table: LatencyTable |
 
 
 def _predicted(found: Found, bits: Assignment) -> float | None:
-    """The sum of the losses of all layers, where the method has one for each."""
-    if not all(width in found.sensitivity.get(name, {}) for name, width in bits.items()):
-        return None
-    return sum(found.sensitivity[name][width] for name, width in bits.items())
+    """The sum of the losses of all layers, where the method has one for each and its own prediction is their sum."""
+
+    def total(own: Assignment) -> float | None:
+        losses = [found.sensitivity.get(name, {}).get(width) for name, width in own.items()]
+        return None if None in losses else math.fsum(loss for loss in losses if loss is not None)
+
+    own = total(found.bits)
+    if own is None or found.loss is None or not math.isclose(own, found.loss, rel_tol=1e-6, abs_tol=1e-12):
+        return None  # layers interact: a sum would not be comparable
+    return total(bits)
 
 
 def _candidate(problem: SearchProblem, name: str, bits: Assignment, loss: float | None) -> Candidate:
