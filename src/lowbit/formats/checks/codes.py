@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +58,8 @@ class CodeComparison:
         return max(self.operations, key=lambda operation: (operation.farthest, 1 - operation.equal / max(operation.codes, 1)))
 
     def __str__(self) -> str:
-        return f"{self.share:.3%} of codes equal those of the simulation in float; the largest difference is {self.farthest}"
+        shown = math.floor(self.share * 1e5) / 1e3  # rounded down: 100 % are all of them
+        return f"{shown:.3f}% of codes equal those of the simulation in float; the largest difference is {self.farthest}"
 
 
 def compare_codes(program: Program, network: IntegerNetwork, inputs: Inputs) -> CodeComparison:
