@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.report.summary import summary
     from lowbit.runtime.compile import compile_runtime
     from lowbit.spec import BitPolicy, Granularity, LayerBits
+    from lowbit.synthesis.problem import SynthesisMethod, SynthesisProblem
+    from lowbit.synthesis.samples import SynthesizedData
     from lowbit.workflows.compare import Comparison, compare
     from lowbit.workflows.deliver import Delivery, deliver
     from lowbit.workflows.evaluate import evaluate
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.workflows.search import search, search_and_write
     from lowbit.workflows.subjects import Subject
     from lowbit.workflows.suite import Suite
+    from lowbit.workflows.synthesize import synthesize
     from lowbit.workflows.train import train, train_and_deliver
 
 try:
@@ -56,6 +59,7 @@ __all__ = [
     "set_bits", "get_bits", "select_bits", "latency_table", "LatencyTable",
     "compile_integer", "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
+    "synthesize", "SynthesizedData", "SynthesisMethod", "SynthesisProblem",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",

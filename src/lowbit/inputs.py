@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lowbit.autograd import plain_tensor
 from lowbit.errors import CalibrationError
@@ -290,7 +291,7 @@ class Calibration:
 
     @staticmethod
     def of(data: object, model: nn.Module | None = None, *, limit: int | None = None, batch_dim: BatchDim = 0) -> Calibration:
-        """Calibration from a loader, a list of batches, or one tensor (cut into batches of 32 samples).
+        """Calibration from a loader, a list of batches, a data set or one tensor (both cut into batches of 32 samples).
 
         ``model`` is the network they are for, see ``Inputs.of``; ``limit`` caps the samples; ``batch_dim`` is the dimension over samples of
         batches that do not say it, or finds it in the first of them.
@@ -307,8 +308,10 @@ class Calibration:
             data = list(data.split(32, batch_dim)) if data.dim() > batch_dim else [data]
         elif isinstance(data, (Inputs, Mapping)):
             data = [data]
+        elif isinstance(data, Dataset) and not isinstance(data, Iterable):
+            data = DataLoader(data, 32, collate_fn=getattr(data, "collate", None))
         if not isinstance(data, Iterable):
-            raise CalibrationError(f"calibration must be a loader, a list of batches or a tensor, got {type(data).__name__}")
+            raise CalibrationError(f"calibration must be a loader, a list of batches, a data set or a tensor, got {type(data).__name__}")
         return Calibration(data, model=model, limit=limit, batch_dim=batch_dim)
 
     def __iter__(self) -> Iterator[Inputs]:
