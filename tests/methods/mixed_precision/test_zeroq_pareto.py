@@ -1,4 +1,4 @@
-"""The quantizer by hand, the sensitivity against another computation, the choice against all combinations."""
+"""The sensitivity against another computation, the choice against all combinations."""
 
 from __future__ import annotations
 
@@ -12,33 +12,11 @@ from torch.nn import functional as F
 
 import lowbit
 from lowbit.errors import DataError, SpecError
-from lowbit.methods.mixed_precision.zeroq_pareto import ZeroqPareto, sensitivity, weight_quantizer
+from lowbit.methods.mixed_precision.zeroq_pareto import ZeroqPareto, sensitivity
 from lowbit.network.insert import set_input_quantizer
 from lowbit.quantizers import UniformQuantizer
+from lowbit.quantizers.running_range import MinMaxWeightQuantizer
 from lowbit.spec import LayerBits
-
-
-def test_the_weight_quantizer_spans_each_channel_whether_it_holds_zero_or_not() -> None:
-    weight = torch.tensor([[1.0, 1.9, 2.4, 4.0], [0.0, 0.0, 0.0, 0.0], [-1.0, -0.4, 1.4, 2.0]])
-    quantizer = weight_quantizer(2)
-    quantizer.initialize(weight)
-    assert quantizer.scale.flatten().tolist() == [1.0, pytest.approx(1e-8 / 3), 1.0]
-    assert quantizer.zero_point.flatten().tolist() == [-1.0, 0.0, 1.0]
-    assert quantizer(weight).tolist() == [[1.0, 2.0, 2.0, 4.0], [0.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 1.0, 2.0]]
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_a_weight_has_at_most_so_many_levels_and_moves_by_at_most_half_a_step_but_at_the_top(bits: int) -> None:
-    weight = torch.randn(6, 200, generator=torch.Generator().manual_seed(0))
-    quantizer = weight_quantizer(bits)
-    quantizer.initialize(weight)
-    y = quantizer(weight)
-    steps = (y - weight).abs() / quantizer.scale
-    assert all(row.unique().numel() <= 2**bits for row in y)
-    assert torch.equal(quantizer.encode(weight).decode(), y)
-    assert float(steps.max()) < 1.001
-    is_top = quantizer.encode(weight).codes == 2**bits - 1  # rounding the zero point can push the largest values beyond the last code
-    assert float(steps[~is_top].max()) < 0.501
 
 
 def test_omega_is_the_mean_divergence_with_one_weight_quantized_and_norms_and_activations_in_float() -> None:
@@ -91,9 +69,7 @@ def test_activations_are_quantized_too_where_their_widths_are_searched() -> None
         quantizer.initialize(other.block1(other.stem(X)))
         expected = other(X)
         set_input_quantizer(other.block2.conv1, quantizer)
-        weight = weight_quantizer(8)
-        weight.initialize(other.block2.conv1.weight)
-        other.block2.conv1.weight.data = weight(other.block2.conv1.weight)
+        other.block2.conv1.weight.data = MinMaxWeightQuantizer(8)(other.block2.conv1.weight)
         error = (other(X) - expected).square().mean()
     assert omega({"block2.conv1": LayerBits(8, 2)}) == pytest.approx(float(error), rel=1e-4)
     assert omega({"block2.conv1": LayerBits(8, 8)}) < 0.1 * float(error)
@@ -106,9 +82,7 @@ def test_the_loss_increase_needs_labels_and_is_that_of_the_task() -> None:
     asked = problem("average=4", batches=[(X, labels)], has_labels=True)
     found = ZeroqPareto(distance="loss").search(asked)
     other = copy.deepcopy(asked.model)
-    quantizer = weight_quantizer(2)
-    quantizer.initialize(other.stem.weight.detach())
-    other.stem.weight.data = quantizer(other.stem.weight.detach())
+    other.stem.weight.data = MinMaxWeightQuantizer(2)(other.stem.weight.detach())
     with torch.no_grad():
         expected = F.cross_entropy(other(X), labels) - F.cross_entropy(asked.model(X), labels)
     assert found.sensitivity["stem"][LayerBits(2, 8)] == pytest.approx(float(expected), abs=1e-6)

@@ -2,7 +2,7 @@
 
 Paper: Cai, Yao, Dong, Gholami, Mahoney, Keutzer 2020, "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR. Section 3.3 (sensitivity,
     Eq. 5; Pareto frontier); the quantizer is that of the released program.
-Symbols: Omega_i(k) -> sensitivity, k -> bit_width, P_i k_i -> cost, S -> 1 / scale, Z -> -zero_point (of codes from 0 on).
+Symbols: Omega_i(k) -> sensitivity, k -> bit_width, P_i k_i -> cost; those of the quantizer are in lowbit.quantizers.running_range.
 Differs from the paper:
     - The samples are those that the user gives (distilled data, as in the paper, or real ones).
     - The best setting within the budget is found exactly, by integer programming, under several limits at once. The frontier is exact while it
@@ -36,46 +36,18 @@ from lowbit.measure.sensitivity import (
 from lowbit.network.insert import WeightSite
 from lowbit.options import AtLeast
 from lowbit.qat.tasks import MultiLabel, Regression
-from lowbit.quantizers import UniformQuantizer
-from lowbit.quantizers.ranges.observers import MinMaxObserver
+from lowbit.quantizers.running_range import MinMaxWeightQuantizer
 from lowbit.registry import MethodInfo, register
 from lowbit.spec import Granularity, LayerBits
 
-SMALLEST_WIDTH = 1e-8  # of a channel's range
-
 DistanceKind = Literal["kl", "mse", "loss"]
-
-
-class ExactRange(MinMaxObserver):
-    """The range from the smallest to the largest value, which need not contain 0, so that the zero point may lie outside the codes.
-
-    ``scale = max(hi - lo, 1e-8) / (qmax - qmin)``, ``zero_point = qmin - round(lo / scale)``.
-    """
-
-    def parameters(self, qmin: int, qmax: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        lo, hi = self.range(qmin, qmax)
-        scale = (hi - lo).clamp(min=SMALLEST_WIDTH) / (qmax - qmin)
-        return scale, qmin - (lo / scale).round()
-
-
-def weight_quantizer(bit_width: int, channel_axis: int = 0) -> UniformQuantizer:
-    """The paper's quantizer of weights: affine, each output channel from its smallest to its largest value.
-
-    ``y = (clamp(round(x / scale) + zero_point, 0, 2**k - 1) - zero_point) scale`` with the grid of ``ExactRange``.
-
-    Source: the released program, ``AsymmetricQuantFunction``.
-    """
-    granularity = Granularity.channel(channel_axis)
-    return UniformQuantizer(bit_width, signed=False, symmetric=False, granularity=granularity, observer=ExactRange(granularity))
 
 
 def quantized_weight(site: WeightSite, bit_width: int | None) -> Tensor | None:
     """The weight of ``site`` after quantization; ``None`` where it stays in float."""
     if bit_width is None:
         return None
-    weight, quantizer = site.original.detach(), weight_quantizer(bit_width, site.channel_axis)
-    quantizer.to(weight.device).initialize(weight)
-    return quantizer(weight)
+    return MinMaxWeightQuantizer(bit_width, Granularity.channel(site.channel_axis))(site.original.detach())
 
 
 def sensitivity(problem: SearchProblem, distance: DistanceKind) -> LossOf:
