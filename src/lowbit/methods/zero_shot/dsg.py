@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class Dsg(ZeroqSamples):
 
     def synthesize(self, problem: SynthesisProblem) -> Synthesized:
         slack = self.slack(problem)
-        made = self.descend(problem, lambda inputs, places: self.loss(problem, inputs, places, slack))
+        made = self.descend(problem, partial(self.loss, problem, slack=slack), self.first_inputs(problem))
         return replace(made, facts={"slack": {name: one._asdict() for name, one in zip(problem.norms, slack, strict=True)}})
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -100,12 +101,15 @@ class ZeroqSamples(SynthesisMethod):
     input_weight: Annotated[float, AtLeast(0)] = 1.0
 
     def synthesize(self, problem: SynthesisProblem) -> Synthesized:
-        return self.descend(problem, lambda inputs, places: self.loss(problem, inputs, places))
+        return self.descend(problem, partial(self.loss, problem), self.first_inputs(problem))
 
-    def descend(self, problem: SynthesisProblem, loss: Loss) -> Synthesized:
-        """Samples that minimize ``loss``, by the schedule of the hyper-parameters."""
+    def first_inputs(self, problem: SynthesisProblem) -> Inputs:
+        """Random inputs from which descent starts."""
+        return problem.draw(small_uniform if self.start == "uniform" else normal)
+
+    def descend(self, problem: SynthesisProblem, loss: Loss, start: Inputs) -> Synthesized:
+        """Samples near ``start`` that minimize ``loss``, by the schedule of the hyper-parameters."""
         schedule = Schedule(self.iterations, self.learning_rate, self.patience, FACTOR, self.min_learning_rate, self.batch_size)
-        start = problem.draw(small_uniform if self.start == "uniform" else normal)
         facts = {"method": self.info.name, "source": source_digest(type(self)), "options": self.hyper_parameter_values()}
         return descend(problem, start, loss, schedule, facts)
 
