@@ -28,7 +28,7 @@ ORDER = (
     ("formats",),
     ("runtime",),
     ("qat", "post_training"),
-    ("assignment",),
+    ("assignment", "synthesis"),
     ("methods",),
     ("comparison",),
     ("report",),

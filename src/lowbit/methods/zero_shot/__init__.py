@@ -1,0 +1,1 @@
+"""Zero-shot quantization: no data are needed."""
