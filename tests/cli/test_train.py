@@ -249,7 +249,7 @@ def test_a_dry_run_shows_layers_phases_and_data_and_writes_nothing(tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert re.search(r"layer1.0.conv1 +conv2d +2 +4", result.output)
     assert "phases: train 4 epochs" in result.output
-    assert "training: 1197 samples of digits" in result.output
+    assert "training: digits, 1197 samples" in result.output
     assert "starts from random weights" in result.output
     assert not out.exists()
 

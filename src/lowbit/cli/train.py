@@ -97,7 +97,7 @@ def show_plan(request: TrainRequest, *, as_json: bool) -> None:
     assert isinstance(method, TrainingMethod)
     say(options_line(request.options))
     say(f"phases: {', '.join(f'{phase.name} {phase.epochs} epochs' for phase in method.phases(request.recipe))}")
-    say(f"training: {len(start.train)} samples of {start.train.name}, {request.recipe.batch_size} at a time")
+    say(f"training: {start.train_name}, {request.recipe.batch_size} at a time")
     say(f"metrics: {'not measured' if start.test is None else f'{len(start.test)} samples of {start.test.name}'}")
     for note in start.notes:
         say(f"note: {in_flags(note)}")

@@ -23,6 +23,7 @@ from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Role
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Batch, Scores
 from lowbit.quantizers import Quantizer
+from lowbit.registry import MethodInfo, list_methods
 
 Measure = Callable[[], Scores]  # the task's metrics of the network as it is
 
@@ -132,6 +133,13 @@ class TrainingMethod(Method, ABC):
         """The phases of training; one unless the paper has more."""
         return [Phase("train", recipe.epochs, self.optimizers(recipe), recipe.clip_norm)]
 
+    def generated_steps(self) -> int | None:
+        """Steps of an epoch of a method that makes its own samples and is trained without data; ``None``: it is trained on data.
+
+        Its batches only say how many samples to make: any with ``lowbit.inputs.sample_count(batch)`` samples.
+        """
+        return None
+
     def companions(self, model: nn.Module, given: GivenNetworks) -> Mapping[str, Companion]:
         """Companion networks of the prepared ``model``; by default the user's teacher, unchanged.
 
@@ -173,3 +181,14 @@ class TrainingMethod(Method, ABC):
     def evaluate(self, run: TrainRun, measure: Measure) -> Scores:
         """The metrics at the end of an epoch, with the network in evaluation mode; a network of several widths measures each of them."""
         return measure()
+
+
+def without_data() -> str:
+    """What does without training data, in words."""
+    names = [info.name for info in list_methods(kind="training") if generates_samples(info)]
+    return f"choose a method that makes its own samples ({', '.join(names)})" if names else "quantize without training"
+
+
+def generates_samples(info: MethodInfo) -> bool:
+    """Whether a training method makes its own samples."""
+    return getattr(info.method, "generated_steps", TrainingMethod.generated_steps) is not TrainingMethod.generated_steps

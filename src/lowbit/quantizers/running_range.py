@@ -149,7 +149,7 @@ class RunningRangeQuantizer(MinMaxQuantizer):
         self.lower: Tensor
         self.upper: Tensor
         self.kind, self.percentile = kind, percentile
-        self._reset()
+        self.forget()
 
     @property
     def is_initialized(self) -> bool:
@@ -157,9 +157,14 @@ class RunningRangeQuantizer(MinMaxQuantizer):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Forget all batches and take the range of ``x`` alone."""
-        self._reset()
+        """Take the range of ``x`` alone."""
+        self.forget()
         self.observe(x)
+
+    def forget(self) -> None:
+        """Start at an empty range again."""
+        for name in self.tables:
+            self._set_table(name, torch.zeros_like(getattr(self, name)))
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -192,10 +197,6 @@ class RunningRangeQuantizer(MinMaxQuantizer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kind}{f' {self.percentile}' if self.kind == 'perc' else ''}"
-
-    def _reset(self) -> None:
-        for name in self.tables:
-            self._set_table(name, torch.zeros_like(getattr(self, name)))
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "perc":

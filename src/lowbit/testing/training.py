@@ -61,14 +61,17 @@ def run_of(model: nn.Module, *, epochs: int = EPOCHS, learning_rate: float = 0.0
 
 
 def one_step(run: TrainRun) -> Tensor:
-    """One optimizer step; gives the loss."""
-    run.before_step()
-    loss = run.loss(batch(run.step))
-    loss.backward()
-    run.after_backward()
-    run.optimizer_step()
-    run.after_step()
-    return loss.detach()
+    """One step, with all its turns; gives the loss of the first."""
+    losses = []
+    for _ in run.phase.turns:
+        run.before_step()
+        loss = run.loss(batch(run.step))
+        loss.backward()
+        run.after_backward()
+        run.optimizer_step()
+        run.after_step()
+        losses.append(loss.detach())
+    return losses[0]
 
 
 def train(model: nn.Module, *, epochs: int = EPOCHS) -> nn.Module:

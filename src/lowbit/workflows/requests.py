@@ -676,6 +676,8 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
 
     Attributes:
         test_data: Data to measure on. Default: the test part of the data.
+        input_shape: Shape of one input, for example 3x32x32, for methods that make their own samples. Default: that of the data, of which these
+            methods use the test part alone, to measure.
 
     Example:
         >>> import lowbit
@@ -688,6 +690,7 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
 
     method: str = "lsq"
     test_data: str | None = None
+    input_shape: str | None = None
     out: str = "lowbit-trained"
     device: str = "auto"
 

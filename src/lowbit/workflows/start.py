@@ -12,15 +12,16 @@ from torch import nn
 from lowbit.data import ImageData, Split, load_data
 from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
-from lowbit.inputs import Calibration
+from lowbit.inputs import Calibration, Inputs
 from lowbit.models import BUILT_IN
 from lowbit.models.loading import TRAINED_WORDS
 from lowbit.provenance import Provenance
 from lowbit.qat.engine.batches import evaluation_batches
+from lowbit.qat.method import generates_samples, without_data
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
-from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, name_notes, preprocessing_of, stacked
+from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, name_notes, noise, preprocessing_of, stacked
 from lowbit.workfolder import weights_digest
 
 SAMPLES = 256  # that the report looks at where there are no labels
@@ -34,18 +35,25 @@ class Start:
 
     Attributes:
         source: The float network and what the report looks at.
-        train, test: Data.
+        train, test: Data; no training data for a method that makes its own samples.
         teacher: A network for soft targets.
         is_trained: Whether the float network has weights that somebody trained.
         notes: What the user should know.
+        initial: Noise that quantizers are initialized from, where the method makes its own samples.
     """
 
     source: Source
-    train: ImageData
+    train: ImageData | None
     test: ImageData | None
     teacher: nn.Module | None
     is_trained: bool
     notes: tuple[str, ...]
+    initial: Inputs | None = None
+
+    @property
+    def train_name(self) -> str:
+        """What the network is trained on, in words."""
+        return "samples that the method makes" if self.train is None else f"{self.train.name}, {len(self.train)} samples"
 
 
 def open_start(asked: TrainRequest) -> Start:
@@ -54,62 +62,105 @@ def open_start(asked: TrainRequest) -> Start:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
+    generates = generates_samples(asked.method_info)
+    if asked.input_shape is not None and not generates:
+        raise SpecError(f"input_shape is for methods that make their own samples; {asked.method} takes those of its data. Leave it out.")
     is_embedded = asked.model is None and asked.weights is None and not asked.model_options
     named = asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
-    if named is None:
-        raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list').")
+    if named is None and not generates:
+        raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list'), or {without_data()}.")
     notes: list[str] = []
-    train, test = _load(named, "train", asked), _load_test(asked, named, notes)
-    if train.num_classes is None:
-        raise DataError(
-            f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
-        )
-    notes += [
-        f"{len(data.skipped)} pictures of {data.name} cannot be decoded and are left out" for data in (train, test) if data and data.skipped
-    ]
+    train = None if generates or named is None else _load_train(asked, named)
+    test = _load_test(asked, named, notes)
+    data = test if train is None else train
+    skipped = [part for part in (train, test) if part is not None and part.skipped]
+    notes += [f"{len(part.skipped)} pictures of {part.name} cannot be decoded and are left out" for part in skipped]
 
-    options = fitting_options(asked.model, asked.model_options, train)
+    options = dict(asked.model_options) if data is None else fitting_options(asked.model, asked.model_options, data)
     name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed)
     is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options)
     if not is_trained:
         notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
         if "pretrained" in asked.method_info.needs:
             notes.append(f"{asked.method_info.name} is made for trained weights: give some with weights=")
-    teacher = _teacher(asked, network, options, train)
+    teacher = _teacher(asked, network, options, data)
     if teacher is None and "teacher" in asked.method_info.needs:
         notes.append(f"{asked.method} needs a teacher: it is the float network that training starts from. Name another one with teacher=.")
         teacher = network
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
-    calibration = Calibration.of(stacked(train.dataset, order, BATCH, torch.device("cpu")))
-    labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
     facts = Provenance(
         model=name,
         model_options=options,
         weights=asked.weights,
         weights_sha256=weights_digest(network) if is_trained else None,
         data=named,
-        preprocessing=train.preprocessing,
-        classes=classes_of(train, asked.classes),
+        preprocessing=preprocessing_of(asked.preprocess) if data is None else data.preprocessing,
+        classes=classes_of(data, asked.classes),
         task=type(asked.task).__qualname__,
     )
-    if test is not None:
+    if train is not None and test is not None:
         Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
-    notes += [*name_notes(asked, name), *default_notes(train, asked), *fit_notes(network, name, calibration.sample, facts)]
+    initial = Inputs((noise(_input_shape(asked, data), asked.recipe.seed),)) if generates else None
+    source = _source(asked, name, network, data, test, facts, initial)
+    defaults = () if data is None else default_notes(data, asked)
+    notes += [*name_notes(asked, name), *defaults, *fit_notes(network, name, initial or source.sample, facts)]
+    return Start(source, train, test, teacher, is_trained, tuple(notes), initial)
+
+
+def _source(
+    asked: TrainRequest,
+    name: str,
+    network: nn.Module,
+    data: ImageData | None,
+    test: ImageData | None,
+    facts: Provenance,
+    initial: Inputs | None,
+) -> Source:
+    """The network and what the report looks at: samples of the data, or noise where there are none."""
     place, test_name = torch.device("cpu"), "" if test is None else test.name
-    source = Source(name, network, place, calibration.sample, calibration, named, labelled, test_name, facts)
-    return Start(source, train, test, teacher, is_trained, tuple(notes))
+    if data is None:
+        assert initial is not None
+        return Source(name, network, place, initial, None, "no data", None, test_name, facts)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
+    calibration = Calibration.of(stacked(data.dataset, order, BATCH, place))
+    labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
+    return Source(name, network, place, calibration.sample, calibration, facts.data or test_name, labelled, test_name, facts)
+
+
+def _input_shape(asked: TrainRequest, data: ImageData | None) -> str:
+    """The shape of an input as text: what the user says, else that of the data or of the preprocessing."""
+    known = preprocessing_of(asked.preprocess)
+    sizes = None if data is None else data.input_shape
+    if sizes is None and known is not None:
+        sizes = (1 if known.grey else 3, known.size, known.size)
+    if asked.input_shape is None and sizes is None:
+        raise DataError(
+            f"{asked.method} makes its own samples, and nothing says in which shape: give that of one input, input_shape='3x32x32', or name data to "
+            "measure on with data=, whose training samples are not looked at."
+        )
+    return asked.input_shape or "x".join(map(str, sizes or ()))
+
+
+def _load_train(asked: TrainRequest, named: str) -> ImageData:
+    found = _load(named, "train", asked)
+    if found.num_classes is None:
+        raise DataError(
+            f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
+        )
+    return found
 
 
 def _load(data: str, split: Split, asked: TrainRequest) -> ImageData:
     return load_data(data, split=split, preprocessing=preprocessing_of(asked.preprocess), strict=asked.strict)
 
 
-def _load_test(asked: TrainRequest, named: str, notes: list[str]) -> ImageData | None:
+def _load_test(asked: TrainRequest, named: str | None, notes: list[str]) -> ImageData | None:
     if asked.test_data is not None:
         found = _load(asked.test_data, "test", asked)
         if found.num_classes is None:
             raise DataError(f"test_data={asked.test_data!r}: there are no labels to measure with")
         return found
+    if named is None:
+        return None
     path = Path(named)
     if path.is_dir() and any((path / part).is_dir() for part in SPLIT_FOLDERS["train"]):
         if not any((path / part).is_dir() for part in SPLIT_FOLDERS["test"]):
@@ -138,7 +189,7 @@ def _is_known_untrained(model: str | None) -> bool:
     return model is not None and (model in BUILT_IN or model.partition(":")[0] in ("timm", "torchvision"))
 
 
-def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, object], data: ImageData) -> nn.Module | None:
+def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, object], data: ImageData | None) -> nn.Module | None:
     weights = asked.teacher_weights
     if asked.teacher is None:
         if weights is not None or asked.teacher_options:
@@ -148,7 +199,7 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
         return network
     if Path(asked.teacher).suffix in (".safetensors", ".pt", ".pth"):
         return make_network(asked.model or DEFAULT, Path(asked.teacher), options, "cpu")[1]
-    fitting = fitting_options(asked.teacher, asked.teacher_options, data)
+    fitting = dict(asked.teacher_options) if data is None else fitting_options(asked.teacher, asked.teacher_options, data)
     is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
     if not is_trained and _is_known_untrained(asked.teacher):
         raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")

@@ -29,11 +29,11 @@ from lowbit.options import settings_of
 from lowbit.plugins import source_digest
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, attach_provenance, class_names_of, provenance_of
-from lowbit.qat.engine.batches import BatchSource, evaluation_batches, make_source
+from lowbit.qat.engine.batches import BatchSource, EmptySource, evaluation_batches, make_source
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.trainer import Trainer
-from lowbit.qat.method import TrainingMethod
+from lowbit.qat.method import TrainingMethod, without_data
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import Widths, method_of, prepare, training_policy
 from lowbit.qat.procedure import Procedure, training_method
@@ -115,7 +115,8 @@ def train(
         model: Any network; it is not changed. Its weights are where training starts.
         train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, tensors such as ``(inputs, targets)`` or a dict, a list of samples, or
             a loader (its data set is used, shuffled in every epoch; a loader with its own sampler, a stream, or other batches are used as
-            they come). Targets are whatever the task takes.
+            they come). Targets are whatever the task takes. ``None`` for a method that makes its own samples (``method="zaq"``); from data it
+            takes nothing but the shape of an input, where ``sample`` does not give that.
         method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
@@ -157,7 +158,7 @@ def train(
     Raises:
         UnknownNameError: No such method, option or surrogate.
         SpecError: Something out of range, or a stopped run with other settings in ``out``.
-        DataError: Data without targets, or targets that do not fit the network.
+        DataError: No data where the method needs them, data without targets, or targets that do not fit the network.
         LayerError: A layer that cannot be quantized.
         DivergedError: The loss or a weight became NaN or infinite.
         OutputError: Files cannot be written, or another run works in ``out``.
@@ -245,16 +246,7 @@ def train_network(
     if out is not None:
         check_results(out, find_method(job.method).name, resume=settings.resume)
     trainer.launch()
-    source = make_source(
-        job.train_data,
-        recipe,
-        augment=settings.augment,
-        rank=trainer.fabric.global_rank,
-        processes=trainer.fabric.world_size,
-        workers=settings.workers,
-        steps=job.steps_per_epoch,
-    )
-    inputs = Inputs.of(job.sample, model) if job.sample is not None else _first_inputs(source, trainer.fabric.world_size, model)
+    source, inputs = _source_and_sample(job, settings, trainer)
     own = model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu()
     teacher = None if job.teacher is None else plain_copy(job.teacher)
     quantized = prepare(
@@ -313,6 +305,45 @@ def train_network(
             work.mark_done()
         trainer.fabric.barrier()
     return Trained(quantized, curve, inputs, recipe, task, trainer.is_main)
+
+
+def _source_and_sample(job: TrainingJob, settings: TrainSettings, trainer: Trainer) -> tuple[BatchSource, Inputs]:
+    """The training batches, and the inputs that quantizers are initialized from."""
+    generated = job.method.generated_steps()
+    if job.train_data is None:
+        _check_needs_no_data(job, generated)
+    sample = None if job.sample is None else Inputs.of(job.sample, job.model)
+    if generated is not None and sample is not None:
+        return EmptySource(job.steps_per_epoch or generated, settings.recipe), sample
+    source = make_source(
+        job.train_data,
+        settings.recipe,
+        augment=settings.augment,
+        rank=trainer.fabric.global_rank,
+        processes=trainer.fabric.world_size,
+        workers=settings.workers,
+        steps=None if generated is not None else job.steps_per_epoch,
+    )
+    if generated is None:
+        return source, sample or _first_inputs(source, trainer.fabric.world_size, job.model)
+    trainer.progress.say(
+        f"{find_method(job.method).name} makes its own samples: it takes the shape of an input from the data, and nothing else"
+    )
+    generator = torch.Generator().manual_seed(settings.recipe.seed)
+    shape = _first_inputs(source, 1, job.model)
+    sample = shape.map(lambda x: torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x)
+    return EmptySource(job.steps_per_epoch or generated, settings.recipe), sample
+
+
+def _check_needs_no_data(job: TrainingJob, generated: int | None) -> None:
+    """DataError where there are no training data and they are needed, be it for the shape of an input."""
+    name = find_method(job.method).name
+    if generated is None:
+        raise DataError(f"{name!r} is trained on data, and there are none: pass train_data=, or {without_data()}.")
+    if job.sample is None:
+        raise DataError(
+            f"{name!r} makes its own samples, and nothing says in which shape: pass sample=, for example torch.randn(8, 3, 32, 32)."
+        )
 
 
 def _first_inputs(source: BatchSource, count: int, model: nn.Module) -> Inputs:
@@ -435,6 +466,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         test_data=start.test,
         teacher=start.teacher,
         task=request.task,
+        sample=start.initial,
         provenance=start.source.provenance,
         bits=request.bits,
     )
@@ -467,7 +499,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         training=training,
         notes=start.notes,
         provenance=start.source.provenance,
-        data_names={"training": f"{start.train.name}, {len(start.train)} samples", **start.source.data_names},
+        data_names={"training": start.train_name, **start.source.data_names},
         started=started,
         progress=trainer.progress,
     )

@@ -78,11 +78,13 @@ class BatchSource(ABC):
         steps: Optimizer steps of an epoch.
         samples: Samples of an epoch, over all processes; 0 if unknown.
         targets: Targets of all samples, if they are in memory.
+        is_empty: Whether batches hold no values and only say how many samples to make.
     """
 
     steps: int
     samples: int
     targets: Tensor | None = None
+    is_empty = False
 
     @abstractmethod
     def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Batch, float]]:
@@ -188,6 +190,26 @@ class IterableSource(BatchSource):
 
     def first(self, count: int) -> Iterable[Batch]:
         return (map_tensors(batch, plain_tensor) for batch in itertools.islice(iter(self._batches), count))
+
+
+class EmptySource(BatchSource):
+    """Batches of a method that makes its own samples: tensors ``[batch_size, 0]``, which only say how many.
+
+    Args:
+        steps: Optimizer steps of an epoch.
+        recipe: Batch size, accumulation.
+    """
+
+    is_empty = True
+
+    def __init__(self, steps: int, recipe: Recipe) -> None:
+        self.steps, self.samples, self._recipe = steps, 0, recipe
+
+    def epoch(self, index: int, start: int = 0) -> Iterator[tuple[Batch, float]]:
+        return ((batch, 1.0) for batch in self.first((self.steps - start) * self._recipe.accumulate))
+
+    def first(self, count: int) -> Iterable[Batch]:
+        return (torch.empty(self._recipe.batch_size, 0) for _ in range(count))
 
 
 def make_source(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,17 @@ def process_count() -> int:
     """How many processes train together; 1 where ``torch.distributed`` does not run."""
     is_running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if is_running else 1
+
+
+def own_part(draw: Callable[[int], T], count: int) -> T:
+    """``count`` of the rows of ``draw(n)``, which is the same in every process: this one's share of ``n = count`` times the processes.
+
+    >>> own_part(lambda n: torch.arange(n), 3)
+    tensor([0, 1, 2])
+    """
+    everything = draw(count * process_count())
+    start = count * torch.distributed.get_rank() if process_count() > 1 else 0
+    return everything[start : start + count]  # type: ignore[return-value]
 
 
 def close_at_exit() -> None:

@@ -448,6 +448,8 @@ class _Session:
         return float(tensor)
 
     def _check_targets(self, batch: Batch) -> None:
+        if self.source.is_empty:
+            return
         if self.output is None:
             with evaluating(self.run.model), torch.random.fork_rng(devices=[]):
                 self.output = self.run.task.predict(self.run.model, batch)
@@ -458,7 +460,7 @@ class _Session:
 
     def _diverged(self, batch: Batch, what: str) -> NoReturn:
         where = self._companion_not_finite(with_gradients=True) or first_not_finite(
-            self.run.model, batch, lambda: self.run.task.predict(self.run.model, batch), self.expected
+            self.run.model, batch, lambda: None if self.source.is_empty else self.run.task.predict(self.run.model, batch), self.expected
         )
         raise DivergedError(f"training diverged at step {self.run.step + 1}: {what}; {where}. {self._advice()}")
 
