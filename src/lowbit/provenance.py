@@ -36,6 +36,8 @@ class Provenance:
         weights_sha256: SHA-256 of the float network's parameters and buffers; ``None`` also where training started from random ones.
         data: Labelled data.
         calibration: Samples to calibrate on, where they are not the training samples of the data.
+        synthesis: What made the samples to calibrate on, where they are no data: the ``method``, its ``options``, the ``seed``, the number
+            of ``samples`` and their ``shapes``.
         preprocessing: How a picture becomes an input.
         classes: Names of the classes in the order of the outputs.
         task: What the network is for, such as ``Classification``.
@@ -60,6 +62,7 @@ class Provenance:
     preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] = ()
     task: str | None = None
+    synthesis: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("model", "weights", "weights_sha256", "data", "calibration", "task"):
@@ -72,9 +75,10 @@ class Provenance:
         if not (isinstance(self.classes, (tuple, list)) and len(self.classes) <= MOST_CLASSES and all(map(_is_text, self.classes))):
             raise SpecError(f"provenance: classes must be at most {MOST_CLASSES} printable names, got {shorten(self.classes)}")
         object.__setattr__(self, "classes", tuple(self.classes))
-        options = self.model_options
-        if not (isinstance(options, Mapping) and len(options) <= MOST_OPTIONS and all(map(_is_text, options)) and _is_plain(options)):
-            raise SpecError(f"provenance: model_options must be at most {MOST_OPTIONS} names with plain values, got {shorten(options)}")
+        for name in ("model_options", "synthesis"):
+            options = getattr(self, name)
+            if not (isinstance(options, Mapping) and len(options) <= MOST_OPTIONS and all(map(_is_text, options)) and _is_plain(options)):
+                raise SpecError(f"provenance: {name} must be at most {MOST_OPTIONS} names with plain values, got {shorten(options)}")
         if not (self.preprocessing is None or isinstance(self.preprocessing, Preprocessing)):
             raise SpecError(f"provenance: preprocessing must be a Preprocessing, got {shorten(self.preprocessing)}")
 
@@ -84,11 +88,20 @@ class Provenance:
         parts = (
             self.model and f"network {self.model}{weights}",
             self.data and f"data {self.data}",
-            self.calibration and f"calibration {self.calibration}",
+            self.calibration and f"calibration {self.calibration}{self._made}",
             self.preprocessing and f"inputs {self.preprocessing}",
             self.classes and f"{len(self.classes)} classes: {shown}",
         )
         return "; ".join(str(part) for part in parts if part)
+
+    @property
+    def _made(self) -> str:
+        """What made the samples to calibrate on, in words."""
+        if not self.synthesis:
+            return ""
+        method, seed, samples = (self.synthesis.get(name) for name in ("method", "seed", "samples"))
+        count = "" if samples is None else f"{samples} "
+        return f", no data: {count}samples made by {method} with seed {seed}"
 
     def to_json(self) -> dict[str, object]:
         """The facts that are known, as JSON holds them."""

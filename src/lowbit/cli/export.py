@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.console import say
+from lowbit.cli.console import SpokenProgress, say
 from lowbit.cli.settings import OUTPUT, options_of
 from lowbit.workflows.requests import ExportRequest
 
@@ -32,4 +32,4 @@ def export(
     request = ExportRequest().changed({**given, "to": to, "packed": packed})
     from lowbit.workflows.export import load_and_export
 
-    say(str(load_and_export(request)))
+    say(str(load_and_export(request, progress=SpokenProgress(quiet=False))))

@@ -14,6 +14,7 @@ _LONG = {
     "options": "option",
     "procedure_options": "procedure-option",
     "then_options": "then-option",
+    "calibration_options": "calibration-option",
     "model_options": "model-option",
     "teacher_options": "teacher-option",
     "kind": "optimizer",

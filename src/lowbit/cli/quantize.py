@@ -106,6 +106,8 @@ def show_plan(plan: Quantization, *, as_json: bool) -> None:
         return
     show_layers(layers, f"{source.name} with {request.method}")
     say(options_line(request.options))
-    say(f"calibration: {'none' if source.calibration is None else f'{source.calibration.samples} samples of {source.calibration_name}'}")
+    count = "" if source.calibration is None else f"{source.calibration.samples} samples of "
+    is_none = source.calibration is None and source.making is None
+    say(f"calibration: {'none' if is_none else f'{count}{source.calibration_name}'}")
     say(f"metrics: {'not measured, there are no labels' if source.test is None else source.test_name}")
     say(f"would write {', '.join(files)} to {request.out}")

@@ -20,7 +20,15 @@ from lowbit.reading import parse_yaml
 from lowbit.workflows.requests import Request, fields_of
 
 RUN, OUTPUT, METHOD = "Run", "Output", "Method"  # headings in --help for what is no setting
-MAPPINGS = ("options", "then_options", "procedure_options", "model_options", "teacher_options", "preprocess")  # given as NAME=VALUE
+MAPPINGS = (  # given as NAME=VALUE
+    "options",
+    "then_options",
+    "procedure_options",
+    "calibration_options",
+    "model_options",
+    "teacher_options",
+    "preprocess",
+)
 PARSED = ("model_options", "teacher_options")  # their values are Python's, as YAML writes them
 
 PIXELS = ("mean", "std")  # of the preprocessing, as options of their own
@@ -204,7 +212,9 @@ def _completion(setting: Setting, kind: str | None) -> Callable[[str], list[str]
         return name_completion(lambda: names.method_names(kind))
     if setting.name in ("model", "teacher"):
         return name_completion(names.model_names)
-    if setting.name in ("data", "calibration", "test_data"):
+    if setting.name == "calibration":
+        return name_completion(lambda: [*names.data_names(), *names.method_names("synthesis")])
+    if setting.name in ("data", "test_data"):
         return name_completion(names.data_names)
     if setting.name in ("then", "quantizer"):
         return name_completion(lambda: names.method_names("post_training"))

@@ -35,6 +35,7 @@ class Cell:
         widths: Bits between which the network switches, ``("8/8", "2/2")``; this cell is about one of them, or about mixtures.
         mixtures: Number of networks with widths drawn for each layer whose metrics are averaged; 0: all layers have those of the cell.
         search: How the layers get their own bits, at the cost of the network whose layers all have those of the cell; empty: they all have those.
+        calibration, calibration_options: What makes samples in place of the network's own data, with its hyper-parameters; ``None``: nothing.
     """
 
     subject: str
@@ -53,6 +54,8 @@ class Cell:
     widths: tuple[str, ...] = ()
     mixtures: int = 0
     search: Mapping[str, object] = field(default_factory=dict)
+    calibration: str | None = None
+    calibration_options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def bits(self) -> str:
@@ -81,6 +84,8 @@ class Cell:
             "widths",
             "mixtures",
             "search",
+            "calibration",
+            "calibration_options",
         ):  # cells that have none are called as before there were any
             if not cell[name]:
                 del cell[name]
@@ -98,6 +103,8 @@ class Cell:
         prefixed = {f"procedure.{name}": value for name, value in self.procedure_options.items()}
         own["widths"] = ", ".join(self.widths)
         prefixed |= {f"search.{name}": value for name, value in self.search.items()}
+        own["calibration"] = self.calibration
+        prefixed |= {f"calibration.{name}": value for name, value in self.calibration_options.items()}
         return {**self.options, **{name: value for name, value in own.items() if value}, **prefixed}
 
 

@@ -24,7 +24,10 @@ EQUAL: dict[Track, tuple[str, ...]] = {
     "published": ("settings", "weights", "data", "split", "metric", "configurations", "selection"),
 }  # fmt: skip
 # What is only shown, and may be asked to be equal as well.
-SHOWN = ("granularity", "symmetry", "norms", "first_layer", "last_layer", "inner_layers", "float_share", "images", "calibration_images")
+SHOWN = (
+    "granularity", "symmetry", "norms", "first_layer", "last_layer", "inner_layers", "float_share", "images", "calibration_images",
+    "calibration",
+)  # fmt: skip
 
 
 def equal_terms(model: nn.Module, float_model: nn.Module, sample: object) -> dict[str, object]:

@@ -76,7 +76,7 @@ def _result(row: Mapping[str, Any]) -> Result:
         row["unit"],
         {} if number["value"] is None else {row["metric"]: number["value"]},
         {} if number["float_value"] is None else {row["metric"]: number["float_value"]},
-        {name: row[name] for name in SHOWN},
+        {name: row.get(name, "") for name in SHOWN},
         int(row["size_bytes"]) if row["size_bytes"] else None,
         number["latency_ms"],
         number["float_latency_ms"],

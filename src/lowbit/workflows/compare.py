@@ -41,14 +41,15 @@ from lowbit.report.comparison import ComparisonReport, write_comparison
 from lowbit.report.facts import processor_name
 from lowbit.spec import LayerBits
 from lowbit.surrogates import make_surrogate
-from lowbit.workflows.cell_policy import policy_of_cell
+from lowbit.workflows.cell_policy import calibration_of_cell, policy_of_cell
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import export
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import TrainSettings
+from lowbit.workflows.samples import CACHE, NOISE
 from lowbit.workflows.subjects import Subject, open_subject, sample_total, training_data
-from lowbit.workflows.suite import SubjectSettings, Suite
+from lowbit.workflows.suite import OWN_DATA, SubjectSettings, Suite
 from lowbit.workflows.train import TrainingJob, train_network, trainer_for
 from lowbit.workfolder import exclusive_run
 
@@ -170,6 +171,7 @@ def compare(
             progress.say(f"{len(missing)} cells to run, {len(planned) - len(missing)} are stored or skipped")
         for outcome in _run(suite, _jobs(missing, store, opened, progress), progress):
             _keep(store, outcome, {one.key: one for one in missing}, suite, progress)
+        store.forget_work(CACHE)  # samples that cells had in common
         return _reported(suite, store, [one.key for one in planned])
 
 
@@ -258,7 +260,7 @@ class _Opened:
         at = (cell.subject, cell.seed if subject.follows_seed else None)
         if at not in self._facts:
             self._facts[at] = subject.facts()
-        of = (cell.method, cell.kind, cell.surrogate, cell.procedure, cast(str | None, cell.search.get("method")))
+        of = (cell.method, cell.kind, cell.surrogate, cell.procedure, cast(str | None, cell.search.get("method")), cell.calibration)
         if of not in self._sources:
             self._sources[of] = method_digest(cell)
         return {
@@ -302,11 +304,12 @@ def opened_subject(named: Subject | SubjectSettings, seed: int) -> Subject:
 
 
 def method_digest(cell: Cell) -> str:
-    """SHA-256 of the files that define the cell's method, procedure and search, those they derive from, and its surrogate."""
+    """SHA-256 of the files that define the cell's method, procedure, search and synthesis, those they derive from, and its surrogate."""
     info = find_method(cell.method, cell.kind)
     procedure = None if cell.procedure is None else find_procedure(cell.procedure).method
     searched = find_method(cell.search["method"], "search").method if cell.search else None
-    families = [cls.__mro__ for cls in (info.method, procedure, searched) if cls is not None]
+    made = None if cell.calibration in (None, NOISE) else find_method(cell.calibration, "synthesis").method
+    families = [cls.__mro__ for cls in (info.method, procedure, searched, made) if cls is not None]
     classes = [cls for family in families for cls in family if _is_own(cls.__module__)]
     if cell.surrogate is not None:
         classes.append(type(make_surrogate(cell.surrogate)))
@@ -470,10 +473,11 @@ def _quantized(task: CellTask, cell: Cell, subject: Subject, progress: Progress)
     suite = task.suite
     method = make_method(cell.method, "post_training", cell.options)
     assert isinstance(method, PostTrainingMethod)
-    calibration = subject.draw_calibration(suite.calibration_samples, suite.batch_size_calibration, cell.seed)
+    calibration = calibration_of_cell(suite, cell, subject, task.work, progress)
     policy = policy_of_cell(suite, cell, subject, method, task.work, progress)
     job = run_job(subject.model, method, policy, calibration, seed=cell.seed, progress=progress, work_dir=task.work)
-    return job.model, job.sample, {"images": 0, "calibration_images": sum(inputs.batch_size for inputs in calibration)}
+    seen = {"images": 0, "calibration_images": calibration.samples, "calibration": cell.calibration or OWN_DATA}
+    return job.model, job.sample, seen
 
 
 def _latency(model: nn.Module, sample: Inputs, work: Path) -> dict[str, object]:

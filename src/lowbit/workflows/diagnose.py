@@ -19,6 +19,7 @@ from lowbit.workflows.origin import origin_of
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import DiagnoseRequest
+from lowbit.workflows.samples import CACHE, forget_samples
 from lowbit.workflows.source import open_source
 
 
@@ -33,7 +34,9 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
         torch.set_num_threads(request.threads)
     method = cast(PostTrainingMethod, request.chosen_method())
     policy = request.bit_policy()
-    missing = "name some with calibration=: a folder of images, or a name from 'lowbit data list'"
+    missing = (
+        "name some with calibration=: a folder of images, a name from 'lowbit data list', or dsg, which makes samples from the network"
+    )
     if request.target is None:
         source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
     else:
@@ -43,6 +46,7 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
     for line in (str(source.provenance), *source.notes):
         progress.say(line)
+    source = source.with_samples(progress, None if out is None else out / CACHE)
     job = run_job(source.model, method, policy, source.calibration, source.sample, seed=request.seed, progress=progress)
     test = source.test
     found = diagnose(
@@ -56,4 +60,5 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
     )
     if out is not None:
         write_text(out / "diagnosis.json", to_json(found.to_dict()) + "\n")
+        forget_samples(out)
     return found

@@ -33,6 +33,7 @@ from lowbit.measure.outputs import device_of
 from lowbit.network.bits import WidthLike, current_switch, layer_widths, set_bits, switches_of, switching_layers
 from lowbit.network.layers import is_random
 from lowbit.network.record import QuantizationRecord, record_of
+from lowbit.progress import Progress
 from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.spec import LayerBits, switch_name
@@ -371,7 +372,7 @@ def _checked_names(names: Sequence[str], program: Program) -> list[str | None]:
     return list(names)
 
 
-def load_and_export(request: ExportRequest) -> ExportReport:
+def load_and_export(request: ExportRequest, *, progress: Progress | None = None) -> ExportReport:
     """Write the packed file, or the float network, that ``request`` names to another file; what ``lowbit export`` does.
 
     The data only provides the inputs that the check runs on.
@@ -400,6 +401,7 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         origin = Origin(str(path), loaded.provenance)
         batch_dim = loaded.packed_graph.inputs[0].batch_dim if request.batch_dim is None else request.batch_dim
         source = origin.open(request, request, device=request.device, seed=request.seed, opened=(str(path), loaded), batch_dim=batch_dim)
+    source = source.with_samples(progress or Progress.silent())
     report = export(
         source.model,
         to,
@@ -420,7 +422,8 @@ def load_and_export(request: ExportRequest) -> ExportReport:
 def _with_noise(request: ExportRequest, loaded: PackedNetwork) -> ExportRequest:
     """``request`` with the input shape of a file that was made without any data."""
     (first, *others), known = loaded.packed_graph.inputs, loaded.provenance
-    is_without = known is not None and known.data is None and known.calibration is None
+    is_without = known is not None and known.data is None and (known.calibration is None or bool(known.synthesis))
+    is_without = is_without and request.calibration is None
     sample = [size for dim, size in enumerate(first.shape) if dim != first.batch_dim]
     if request.input_shape or not is_without or others or not first.dtype.is_floating_point or None in sample:
         return request

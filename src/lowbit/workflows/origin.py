@@ -19,6 +19,7 @@ from lowbit.formats.packed.file import read_package
 from lowbit.provenance import SHOWN, Provenance, provenance_from_json
 from lowbit.reading import check_readable, shorten
 from lowbit.workflows.requests import NetworkSettings, SampleSettings
+from lowbit.workflows.samples import is_made
 from lowbit.workflows.source import DEFAULT, NO_DATA, Source, open_source, preprocessing_of
 from lowbit.workflows.trust import is_trusted
 from lowbit.workfolder import unfinished_facts
@@ -103,7 +104,7 @@ class Origin:
         if not request.data:
             changes["data"] = known.data
             if has_samples and not any(samples):
-                changes["calibration"] = known.calibration
+                changes |= _samples_of(known)
         for name in ("model", "weights", "data", "calibration"):
             self._check_is_there(name, changes.get(name))
         filled = replace(request, **changes)  # type: ignore[arg-type]
@@ -232,10 +233,21 @@ def _path_in(name: str, value: object) -> Path | None:
     if name == "model":
         source, _, _ = value.rpartition(":")
         return Path(source) if source.endswith(".py") else None
+    if is_made(value):
+        return None
     if name in ("data", "calibration"):
         suite, _, folder = value.partition(":")
         return (Path(folder) if folder else None) if suite in SUITES else Path(value)
     return Path(value)
+
+
+def _samples_of(known: Provenance) -> dict[str, object]:
+    """The settings of calibration samples; of those that were made also how."""
+    if not is_made(known.calibration):
+        return {"calibration": known.calibration}
+    shapes, options = known.synthesis.get("shapes"), known.synthesis.get("options", {})
+    shape = shapes[0] if isinstance(shapes, list) and len(shapes) == 1 else None
+    return {"calibration": known.calibration, "calibration_options": options, "input_shape": shape and "x".join(map(str, shape))}
 
 
 def _are_named(classes: Sequence[str]) -> bool:

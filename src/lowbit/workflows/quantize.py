@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,6 +34,7 @@ from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.origin import WORK, stopped_run
 from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import QuantizeRequest
+from lowbit.workflows.samples import CACHE, calibration_in, forget_samples
 from lowbit.workflows.source import Source, is_network_named, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
@@ -62,7 +63,9 @@ def quantize(
             an object derived from ``PostTrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
-        calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped.
+        calibration: Unlabelled samples: a loader, a list of batches or a tensor. Labels in a batch are dropped. Without any data: the name of a
+            synthesis method, such as ``"dsg"``, which makes as many samples as in its paper, of the shapes of ``sample`` (more choices:
+            ``lowbit.synthesize``); ``"noise"``; or a folder that ``lowbit synthesize`` wrote.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. Default: those everywhere, at least 8
             in the first and last layer. ``"paper"``: those, with the first and the last layer as in the method's paper.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled, or ``"float"``;
@@ -97,18 +100,22 @@ def quantize(
     arguments = dict.fromkeys(set(inspect.signature(quantize).parameters) - {"options"}, "It is an argument of lowbit.quantize.")
     chosen = make_method(method, "post_training", options, arguments)
     assert isinstance(chosen, PostTrainingMethod)
+    policy, shown = choose_policy(chosen, policy, bits).with_merges(merge_bits), Progress.of(progress)
+    calibration, made = calibration_in(model, calibration, sample, seed=seed, progress=shown, work_dir=work_dir)
     quantized = run_job(
         model,
         chosen,
-        choose_policy(chosen, policy, bits).with_merges(merge_bits),
+        policy,
         calibration,
-        sample,
+        sample if made is None else None,
         seed=seed,
-        progress=Progress.of(progress),
+        progress=shown,
         work_dir=None if work_dir is None else Path(work_dir),
     ).model
     names = class_names_of(calibration)
     known = provenance or provenance_of(model) or (Provenance(classes=names) if names else None)
+    if made is not None:
+        known = replace(known or Provenance(), calibration=made.calibration, synthesis=made.synthesis)
     if known is not None:
         attach_provenance(quantized, known)
     return quantized
@@ -209,9 +216,10 @@ def open_quantization(request: QuantizeRequest) -> Quantization:
     if stopped is not None and not is_network_named(request):
         request = stopped.fill(request)
     source = open_source(request, request, device=request.device, seed=request.seed)
-    if source.calibration is None and "calibration" in method.info.needs:
+    if source.calibration is None and source.making is None and "calibration" in method.info.needs:
         raise CalibrationError(
-            f"method={request.method!r} needs samples to look at: name some with calibration= (a folder of images, or see 'lowbit data list'). "
+            f"method={request.method!r} needs samples to look at: name some with calibration= (a folder of images, or see 'lowbit data list'; "
+            "without data dsg, which makes samples from the network). "
             "'lowbit methods list' says which methods need none."
         )
     return Quantization(request, source, method, policy)
@@ -235,9 +243,13 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
     """
     progress, started = progress or Progress.silent(), time.time()
     plan = open_quantization(request)
-    request, source = plan.request, plan.source
-    out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(source.model))
+    request = plan.request
+    out = prepare_folder(Path(request.out), needed_bytes=3 * tensor_bytes(plan.source.model))
     with exclusive_run(out):
+        if not request.resume:
+            forget_samples(out)
+        source = plan.source.with_samples(progress, out / CACHE)
+        plan = replace(plan, source=source)
         work = open_work_folder(out / WORK, plan.fingerprint(), resume=request.resume, facts=source.provenance.to_json())
         if work.is_resumed:
             progress.say("resuming the run that was stopped")
@@ -273,4 +285,5 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
             work.remove_if_useless()
             raise
         work.remove()
+        forget_samples(out)
     return delivery

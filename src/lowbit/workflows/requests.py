@@ -164,15 +164,18 @@ class SampleSettings(Request):
     """Network and data.
 
     Attributes:
-        calibration: Samples to calibrate on, without labels: a name from 'lowbit data list', a folder of images, or a .npy/.npz file.
-            Default: training samples of the data.
-        calibration_samples: Largest number of calibration samples.
+        calibration: Samples to calibrate on, without labels: a name from 'lowbit data list', a folder of images, or a .npy/.npz file. Where
+            there are no data: a method that makes samples from the network ('lowbit methods list --kind synthesis'; dsg, zeroq), noise, or a
+            folder that 'lowbit synthesize' wrote. A folder of your own that is called dsg is ./dsg. Default: training samples of the data.
+        calibration_options: Hyper-parameters of the method that makes the samples.
+        calibration_samples: Largest number of calibration samples. Default: 256, or of samples that are made as many as in the method's paper.
         input_shape: Shape of one sample, for example 3x224x224, if there is no data and the method needs none. Default: that of the data.
         batch_size: Samples per forward pass; changes memory and speed only.
     """
 
     calibration: str | None = None
-    calibration_samples: Annotated[int, AtLeast(1)] = 256
+    calibration_options: Mapping[str, object] = field(default_factory=dict)
+    calibration_samples: Annotated[int | None, AtLeast(1)] = None
     input_shape: str | None = None
     batch_size: Annotated[int, AtLeast(1)] = 32
 
@@ -439,7 +442,8 @@ class SearchRequest(NetworkSettings, SampleSettings, MethodSettings, BudgetSetti
             "then",
             "then_options",
         )
-        return {name: plain_value(getattr(self, name)) for name in (*names, "quantizer", "seed", "calibration_samples")}
+        used = ("quantizer", "seed", "calibration_samples", "calibration_options")
+        return {name: plain_value(getattr(self, name)) for name in (*names, *used)}
 
 
 @dataclass(frozen=True)
@@ -489,7 +493,7 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
 
     command: ClassVar[str] = "export"
 
-    calibration_samples: Annotated[int, AtLeast(1)] = 32
+    calibration_samples: Annotated[int | None, AtLeast(1)] = 32
     packed: str | None = None
     to: str = "model.onnx"
     bits: str | None = None
@@ -525,7 +529,7 @@ class LatencyTableRequest(NetworkSettings, SampleSettings):
 
     weight_bits: str = "1,2,3,4,5,6,7,8"
     activation_bits: str = "1,2,3,4,5,6,7,8,float"
-    calibration_samples: Annotated[int, AtLeast(1)] = 1
+    calibration_samples: Annotated[int | None, AtLeast(1)] = 1
     batch_size: Annotated[int, AtLeast(1)] = 1
     threads: Annotated[int, Interval(1, MAX_THREADS)] = 1
     runs: Annotated[int, AtLeast(1)] = 20

@@ -43,6 +43,7 @@ from lowbit.workflows.origin import WORK
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import quantize, run_job
 from lowbit.workflows.requests import SearchRequest
+from lowbit.workflows.samples import CACHE, calibration_in, forget_samples
 from lowbit.workflows.source import Source, labelled_batches, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
@@ -86,7 +87,7 @@ def search(
         max_drop: In place of a budget: the cheapest network along the method's frontier whose metric on ``test_data`` falls by at most so
             many points (hundredths where it is a share, else in its own unit). With a budget, both hold.
         data: Labelled batches that methods may learn from.
-        calibration: Unlabelled samples. Default: the inputs of ``data``.
+        calibration: Unlabelled samples, or what makes some, such as ``"dsg"``; see ``lowbit.quantize``. Default: the inputs of ``data``.
         test_data: Labelled data that networks are measured on for ``max_drop``. Default: ``data``.
         sample: Inputs of one call, where there are neither samples nor data.
         candidates: Widths that weights may have, 1 to 8.
@@ -128,13 +129,14 @@ def search(
     if budget is None and max_drop is None:
         raise SpecError("say what the network may cost: budget='average=4', 'size=10%', 'bops=8%', 'latency=60%', or max_drop=1.0.")
     task, shown = as_task(task), Progress.of(progress)
+    calibration, made = calibration_in(model, calibration, sample, seed=seed, progress=shown, work_dir=work_dir)
     batches = () if data is None else tuple(_on_device(evaluation_batches(data, 32), model))
     samples = None if calibration is None and not batches else calibration_for(model, batches if calibration is None else calibration)
     if samples is None and sample is None:
         raise CalibrationError("without samples pass sample=, the inputs of one call, so that shapes are known.")
     if max_drop is not None and test_data is None and not batches:
         raise DataError("max_drop= measures networks, which needs labels: pass test_data= or data=, batches of inputs and targets.")
-    inputs = Inputs.of(sample, model) if sample is not None else samples.sample  # type: ignore[union-attr]
+    inputs = Inputs.of(sample, model) if sample is not None and made is None else samples.sample  # type: ignore[union-attr]
     table = open_latency_table(latency_table, model, inputs) if isinstance(latency_table, (str, Path)) else latency_table
     problem = make_problem(
         model,
@@ -354,12 +356,15 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
     if request.max_drop is not None and source.test is None:
         raise DataError("max_drop= measures networks, which needs labelled data: name some with data=.")
     out = prepare_folder(Path(request.out), needed_bytes=10_000_000)
-    fingerprint = {
-        "kind": "search", "version": versions()["lowbit"], "method": request.method, "source": source_digest(type(method)),
-        "settings": request.deciding_settings(), "weights": weights_digest(source.model), "device": str(source.device),
-        "samples": tensors_digest(t for inputs in source.calibration or [source.sample] for t in inputs.tensors),
-    }  # fmt: skip
     with exclusive_run(out):
+        if not request.resume:
+            forget_samples(out)
+        source = source.with_samples(progress, out / CACHE)
+        fingerprint = {
+            "kind": "search", "version": versions()["lowbit"], "method": request.method, "source": source_digest(type(method)),
+            "settings": request.deciding_settings(), "weights": weights_digest(source.model), "device": str(source.device),
+            "samples": tensors_digest(t for inputs in source.calibration or [source.sample] for t in inputs.tensors),
+        }  # fmt: skip
         work = open_work_folder(out / WORK, fingerprint, resume=request.resume, facts=source.provenance.to_json())
         if work.is_resumed:
             progress.say("resuming the search that was stopped")
@@ -390,6 +395,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
         write_text(out / FILES[1], to_json({**result.to_dict(), "run": run_facts(started, source.data_names)}) + "\n")
         write_search_page(result, source.name, run_facts(started, source.data_names), out / FILES[2])
         work.remove()
+        forget_samples(out)
     return Searched(result, out, delivery)
 
 

@@ -19,18 +19,22 @@ from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
 from lowbit.models import default_weights, full_name, load_default, load_model
 from lowbit.options import convert_option
+from lowbit.progress import Progress
 from lowbit.provenance import Provenance, printable
 from lowbit.qat.tasks import Classification
 from lowbit.reading import check_readable, shorten
+from lowbit.synthesis.samples import SynthesizedData
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.requests import NetworkSettings, SampleSettings
+from lowbit.workflows.samples import Making, batches_of, described_file, is_made, made_names, samples_file
 from lowbit.workflows.trust import remember_network
 from lowbit.workfolder import weights_digest
 
 DEFAULT = "digits"  # the embedded network and its data go by one name
 LARGEST_NAMES = 2**24  # bytes
+SAMPLES = 256  # to calibrate on, where nobody says how many
 NO_DATA = (
-    "name some with calibration= (a folder of images, or see 'lowbit data list'), "
+    "name some with calibration= (a folder of images, or see 'lowbit data list'), let samples be made from the network with calibration=dsg, "
     "or for a method that needs none give the shape of one sample: input_shape='3x224x224'"
 )
 
@@ -45,6 +49,8 @@ class Source:
         calibration_name, test_name: Where the samples come from.
         provenance: Where the network comes from, for its files.
         notes: What the user should know of it.
+        making: How calibration samples are made, where there are to be some and ``with_samples`` has not made them yet.
+        batch_size: Samples in a batch of these.
     """
 
     name: str
@@ -57,6 +63,25 @@ class Source:
     test_name: str
     provenance: Provenance
     notes: tuple[str, ...] = ()
+    making: Making | None = None
+    batch_size: int = SampleSettings.batch_size
+
+    def with_samples(self, progress: Progress, cache: Path | None = None) -> Source:
+        """This source with the calibration samples that are to be made; itself where there are none.
+
+        Args:
+            progress: Progress display.
+            cache: Folder where they are kept until the run is done, so that one that is stopped goes on to the same bits.
+
+        Raises:
+            LayerError, CalibrationError, DivergedError: As ``lowbit.synthesize``.
+        """
+        if self.making is None:
+            return self
+        made = self.making.make(self.model, self.sample, progress=progress, cache=cache)
+        batches = batches_of(made, self.batch_size, self.device)
+        facts = self.making.described(self.provenance, made)
+        return replace(self, sample=batches.sample, calibration=batches, provenance=facts, making=None)
 
     @property
     def data_names(self) -> dict[str, str]:
@@ -129,6 +154,7 @@ def open_source(
     data = DEFAULT if settings.data is None and DEFAULT in (name, settings.model) else settings.data
     place, asked = open_device(device), preprocessing_of(settings.preprocess)
     looked_at = samples.calibration or data
+    making = _making(samples, seed)
     labelled = None if data is None else load_data(data, split="test", preprocessing=asked)
     facts = Provenance(
         model=name if opened is None else settings.model,
@@ -141,21 +167,67 @@ def open_source(
         task=Classification.__qualname__,
     )
     named = name_notes(settings, name) if opened is None else ()
-    if looked_at is None:
-        if samples.input_shape is None:
-            raise CalibrationError(f"there is no data for the network {name}: {missing}")
-        sample = Inputs((noise(samples.input_shape, seed, batch_dim).to(place),), batch_dim=batch_dim)
-        notes = (*named, *fit_notes(network, name, sample, replace(facts, preprocessing=asked)))
-        return Source(name, network, place, sample, None, "no data", None, "", replace(facts, preprocessing=asked), notes)
+    test = None if labelled is None or labelled.num_classes is None else loader(labelled, samples.batch_size)
+    test_name = "" if test is None else str(data)
+    file = samples_file(looked_at)
+    if looked_at is None or making is not None or file is not None:
+        facts = replace(facts, preprocessing=asked if labelled is None else labelled.preprocessing)
+        if file is not None:
+            held = SynthesizedData.load(file)
+            few = held.inputs.take(0, samples.calibration_samples or len(held))
+            batches, facts = batches_of(few, samples.batch_size, place), described_file(facts, str(looked_at), held)
+            notes = (*named, *fit_notes(network, name, batches.sample, facts))
+            return Source(name, network, place, batches.sample, batches, str(looked_at), test, test_name, facts, notes)
+        shape = input_shape(samples.input_shape, labelled, asked)
+        if shape is None:
+            raise CalibrationError(f"there is no data for the network {name}: {missing if making is None else NO_SHAPE}")
+        sample = Inputs((noise(shape, seed, batch_dim).to(place),), batch_dim=batch_dim)
+        notes = (*named, *made_notes(making), *fit_notes(network, name, sample, replace(facts, calibration=None, data=None)))
+        place_name = "no data" if making is None else str(making)
+        return Source(name, network, place, sample, None, place_name, test, test_name, facts, notes, making, samples.batch_size)
     used = asked or (None if labelled is None or is_suite(looked_at) else labelled.preprocessing)
     found = load_data(looked_at, split="calibration", preprocessing=used)
     facts = replace(facts, preprocessing=found.preprocessing)
-    chosen = range(min(samples.calibration_samples, len(found)))
+    chosen = range(min(samples.calibration_samples or SAMPLES, len(found)))
     batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place, batch_dim), batch_dim=batch_dim)
-    test = None if labelled is None or labelled.num_classes is None else loader(labelled, samples.batch_size)
     notes = (*named, *default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
-    test_name = "" if test is None else str(data)
     return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, notes)
+
+
+NO_SHAPE = "samples are to be made, and nothing says in which shape: give that of one sample, input_shape='3x224x224', or how pictures become inputs"
+
+
+def _making(samples: SampleSettings, seed: int) -> Making | None:
+    """How calibration samples are made; ``None`` where they are not."""
+    if not is_made(samples.calibration):
+        if samples.calibration_options:
+            raise SpecError(
+                f"calibration_options belong to a method that makes samples ({', '.join(made_names())}), and calibration is "
+                f"{samples.calibration!r}. Leave them out, or name one."
+            )
+        return None
+    return Making(samples.calibration, samples.calibration_options, samples.calibration_samples, seed)
+
+
+def made_notes(making: Making | None) -> tuple[str, ...]:
+    """A note where a folder has the name of what makes samples."""
+    if making is None or not Path(making.name).exists():
+        return ()
+    return (f"{making.name} makes samples; the file or folder of that name is ./{making.name}",)
+
+
+def input_shape(given: str | None, data: ImageData | None, preprocessing: Preprocessing | None) -> str | None:
+    """The shape of one input: what the user says, else that of the data or of the preprocessing; ``None`` where nothing says it.
+
+    >>> input_shape(None, None, Preprocessing(size=32))
+    '3x32x32'
+    """
+    if given is not None:
+        return given
+    sizes = None if data is None else data.input_shape
+    if sizes is None and preprocessing is not None:
+        sizes = (1 if preprocessing.grey else 3, preprocessing.size, preprocessing.size)
+    return None if sizes is None else "x".join(map(str, sizes))
 
 
 def name_notes(settings: NetworkSettings, name: str) -> tuple[str, ...]:
@@ -255,13 +327,13 @@ def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, de
 
 
 def labelled_batches(settings: NetworkSettings, samples: SampleSettings, source: Source) -> list[tuple[Tensor, Tensor]]:
-    """The calibration samples of ``source`` with their labels; none where the data hold no labels."""
-    if source.calibration is None or source.calibration_name == "":
+    """The calibration samples of ``source`` with their labels; none where the data hold no labels, or samples were made."""
+    if source.calibration is None or source.calibration_name == "" or source.provenance.synthesis:
         return []
     found = load_data(source.calibration_name, split="calibration", preprocessing=source.provenance.preprocessing)
     if found.num_classes is None:
         return []
-    chosen = range(min(samples.calibration_samples, len(found)))
+    chosen = range(min(samples.calibration_samples or SAMPLES, len(found)))
     labels = torch.tensor([int(found.dataset[index][1]) for index in chosen], device=source.device)
     images = (inputs.args[0] for inputs in source.calibration)
     return list(zip(images, labels.split(samples.batch_size), strict=True))

@@ -14,7 +14,7 @@ from lowbit.data import ImageData, load_data
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
 from lowbit.errors import CalibrationError, DataError, LowbitError, SpecError
-from lowbit.inputs import Calibration, tensors_of
+from lowbit.inputs import Calibration, Inputs, tensors_of
 from lowbit.models.loading import find_factory
 from lowbit.network.batch import calibration_for
 from lowbit.qat.engine.batches import evaluation_batches, seeded
@@ -92,6 +92,17 @@ class Subject:
         if data is None:
             raise CalibrationError(f"{self.name}: there are no samples to calibrate on. Give it calibration or training data.")
         return calibration_for(self.model, data, limit=count)
+
+    def one_input(self) -> Inputs:
+        """The inputs of one test sample, whose shapes are those of samples that are made.
+
+        Raises:
+            DataError: There are no test data.
+        """
+        batch = None if self.test_data is None else next(iter(evaluation_batches(self.test_data, 1)), None)
+        if batch is None:
+            raise DataError(f"{self.name}: there is no data to measure on, whose shape made samples could have. Give it test data.")
+        return Inputs.of(batch, self.model).take(0, 1)
 
     def draw_labelled(self, count: int, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]] | None:
         """The samples of ``draw_calibration`` with their labels; ``None`` where they have none."""

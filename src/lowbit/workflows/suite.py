@@ -22,6 +22,7 @@ from lowbit.workflows.requests import Bits, BitSettings, NetworkSettings, Reques
 if TYPE_CHECKING:
     from lowbit.qat.method import TrainingMethod
 
+OWN_DATA = "data"  # in place of what makes samples: the network's own
 DEFAULT_METHODS = ("dorefa", "pact", "lq_nets", "ewgs", "lsq")
 
 
@@ -46,6 +47,10 @@ class Contender:
         search: Bits of each layer by a search method, at the cost of the network whose layers all have the bits of the row: its ``method``;
             ``cost`` (average, size, bops or latency; default size), ``candidates``, ``activation_bits`` and ``latency_table`` as for
             ``lowbit.search``; and hyper-parameters.
+        calibration: What makes samples in place of the network's own data, in place of the suite's: ``noise``, or a synthesis method such as
+            ``dsg``; ``data``: the network's own. Training methods then learn from the float network's outputs on ``synthesized_samples`` of
+            them, with no labels.
+        calibration_options: Hyper-parameters of that synthesis method.
 
     Example:
         >>> Contender.parse({"method": "ewgs", "options": {"delta": 0.001}}).name
@@ -64,6 +69,8 @@ class Contender:
     widths: tuple[BitPair, ...] = ()
     mixtures: int = 0
     search: Mapping[str, object] = field(default_factory=dict)
+    calibration: str | None = None
+    calibration_options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,7 +78,9 @@ class Contender:
         if self.label is not None:
             return self.label
         options = [f"{name}={value}" for name, value in {**self.options, **self.procedure_options}.items()]
-        changes = [*options, *(word for word in (self.surrogate, self.procedure, ", ".join(map(str, self.widths))) if word)]
+        options += [f"{name}={value}" for name, value in self.calibration_options.items()]
+        words = (self.surrogate, self.procedure, ", ".join(map(str, self.widths)), self.calibration)
+        changes = [*options, *(word for word in words if word)]
         found = f"{self.method} ({', '.join(changes)})" if changes else self.method
         return f"{self.search['method']} + {found}" if self.search else found
 
@@ -82,9 +91,10 @@ class Contender:
             return value
         if isinstance(value, str):
             return Contender(value.strip())
-        other = ("options", "procedure_options", "bits", "networks", "widths", "mixtures", "search")
+        mappings = ("options", "procedure_options", "search", "calibration_options")
+        other = (*mappings, "bits", "networks", "widths", "mixtures")
         entries = entries_of(value, "method", [f.name for f in dataclasses.fields(Contender)], where, other=other)
-        for name in ("options", "procedure_options", "search"):
+        for name in mappings:
             if not isinstance(entries.get(name, {}), Mapping):
                 raise SpecError(f"{where}{line_of(value, name)}: {name} must hold names and values, got {shorten(entries[name])}")
         pairs = {
@@ -178,7 +188,7 @@ class SuiteSettings(Request):
         networks: Networks with their data; in a suite file a list with the settings of each. Default: the one that --model, --weights and
             --data name.
         methods: Methods, joined by commas; in a suite file also with method, label, kind, options, surrogate, procedure,
-            procedure_options, bits, networks, widths, mixtures and search. Any kinds.
+            procedure_options, bits, networks, widths, mixtures, search, calibration and calibration_options. Any kinds.
         bits: Bits of weights and activations, for example 4/4,2/2 or 4/float.
         seeds: Number of seeds; the first one is the recipe's. Fewer than 3 show no difference.
         track: aligned: one recipe, one policy for first and last layers, one number of images for all. published: every method with the
@@ -211,6 +221,10 @@ class TermSettings(Request):
         keep: Name patterns of layers to leave in float in the aligned track.
         calibration_samples: Calibration samples of post-training methods; each seed draws its own.
         batch_size_calibration: Samples per forward pass of these.
+        calibration: What makes these samples in place of the networks' own data, of all methods that do not say another: noise, or a synthesis
+            method such as dsg. Default: the networks' own data.
+        calibration_options: Hyper-parameters of that synthesis method.
+        synthesized_samples: Samples that are made for a training method whose calibration says so.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=5))
@@ -221,6 +235,9 @@ class TermSettings(Request):
     keep: tuple[str, ...] = ()
     calibration_samples: Annotated[int, AtLeast(1)] = 256
     batch_size_calibration: Annotated[int, AtLeast(1)] = 32
+    calibration: str | None = None
+    calibration_options: Mapping[str, object] = field(default_factory=dict)
+    synthesized_samples: Annotated[int, AtLeast(1)] = 1024
 
 
 @dataclass(frozen=True)
@@ -301,6 +318,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
                             dict(contender.options), contender.surrogate, self._terms(info), contender.procedure,
                             dict(contender.procedure_options), tuple(map(str, contender.widths)), mixtures, dict(contender.search),
+                            *self._calibration(contender, info),
                         )  # fmt: skip
                         if not self.only or any(cell.name == name or fnmatch.fnmatchcase(cell.name, name) for name in self.only):
                             yield cell, "" if mixtures else _missing_bits(info, pair)
@@ -312,7 +330,15 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         names = [contender.name for contender in self.methods]
         infos = [_info(contender) for contender in self.methods]
         for contender, name in zip(self.methods, names, strict=True):
-            is_altered = bool(contender.options or contender.surrogate or contender.procedure or contender.widths or contender.search)
+            altered = (
+                contender.options,
+                contender.surrogate,
+                contender.procedure,
+                contender.widths,
+                contender.search,
+                contender.calibration,
+            )
+            is_altered = any(altered)
             if name != contender.method and name in {info.name for info in list_methods()}:
                 raise SpecError(
                     f"methods: the label {name!r} is the name of another method than {contender.method!r}. Choose another label."
@@ -334,6 +360,8 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
             for label in (ordering.better, ordering.worse):
                 if label not in names:
                     raise unknown_name(f"method of the ordering {ordering.claim!r}", label, names)
+        for contender, info in zip(self.methods, infos, strict=True):
+            self._check_calibration(contender, info)
         from lowbit.comparison.terms import SHOWN  # brings torch
 
         for term in self.equal:
@@ -368,6 +396,30 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         if self.track == "aligned":
             return dataclasses.replace(self.recipe, seed=cell.seed)
         return dataclasses.replace(paper, seed=cell.seed, epochs=self.paper_epochs or paper.epochs)
+
+    def _calibration(self, contender: Contender, info: MethodInfo) -> tuple[str | None, dict[str, object]]:
+        """What makes samples for a contender, with its hyper-parameters; the suite's counts for methods that calibrate."""
+        if contender.calibration is not None or info.kind == "training":
+            own = (contender.calibration, dict(contender.calibration_options))
+        else:
+            own = (self.calibration, dict(self.calibration_options))
+        return (None, {}) if own[0] == OWN_DATA else own
+
+    def _check_calibration(self, contender: Contender, info: MethodInfo) -> None:
+        """SpecError or UnknownNameError where what makes samples is not known."""
+        from lowbit.workflows.samples import Making, is_made, made_names  # brings torch
+
+        asked, options = self._calibration(contender, info)
+        where = f"methods, {contender.name}" if contender.calibration or contender.calibration_options else "suite"
+        if asked is not None and not is_made(asked):
+            raise unknown_name(f"calibration of {where}", asked, (*made_names(), OWN_DATA))
+        if asked is None and options:
+            raise SpecError(f"{where}: calibration_options need the method that makes samples, such as calibration: dsg.")
+        try:
+            if asked is not None:
+                Making(asked, options)
+        except LowbitError as error:
+            raise type(error)(f"{where}, calibration: {error}") from error
 
     def _terms(self, info: MethodInfo) -> dict[str, object]:
         """What a cell depends on beside the method, the bits and the seed; only what its kind of method looks at."""
