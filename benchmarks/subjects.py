@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.data import load_data
 from lowbit.errors import DataError
 from lowbit.models import load_model
 
 PHOTOGRAPHS = Path("data/photographs.npz")
 CALIBRATION_CROPS = 192  # the remaining crops are held out
 BATCH = 16
+TESTED = 2000  # test images of Fashion-MNIST
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -57,6 +59,16 @@ class Photographs(lowbit.Task):
         variance = squares / count - (total / count) ** 2
         sqnr = 10 * float(np.log10(variance / (noise / count))) if noise else 200.0
         return {**super().metrics(sums), "SQNR": sqnr}
+
+
+def resnet20_fashion() -> lowbit.Subject:
+    """The trained resnet20 on the first 2,000 test images of Fashion-MNIST, for suites of many cells."""
+    model = load_model("resnet20", Path("benchmarks/weights/resnet20_fashion.safetensors"), in_channels=1, num_classes=10)
+    test = load_data("fashion-mnist", split="test")
+    images, labels = zip(*(test.dataset[index] for index in range(TESTED)), strict=True)
+    return lowbit.Subject(
+        "resnet20", model.eval(), train_data=load_data("fashion-mnist"), test_data=(torch.stack(images), torch.tensor(labels))
+    )
 
 
 def lite0() -> lowbit.Subject:
