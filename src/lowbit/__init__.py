@@ -42,11 +42,11 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.workflows.latency_table import latency_table
     from lowbit.workflows.load import load
     from lowbit.workflows.quantize import quantize, quantize_and_deliver
-    from lowbit.workflows.requests import QuantizeRequest, SearchRequest, TrainRequest
+    from lowbit.workflows.requests import QuantizeRequest, SearchRequest, SynthesizeRequest, TrainRequest
     from lowbit.workflows.search import search, search_and_write
     from lowbit.workflows.subjects import Subject
     from lowbit.workflows.suite import Suite
-    from lowbit.workflows.synthesize import synthesize
+    from lowbit.workflows.synthesize import synthesize, synthesize_and_write
     from lowbit.workflows.train import train, train_and_deliver
 
 try:
@@ -59,7 +59,7 @@ __all__ = [
     "set_bits", "get_bits", "select_bits", "latency_table", "LatencyTable",
     "compile_integer", "deliver", "Delivery", "QuantizeRequest", "TrainRequest", "quantize_and_deliver", "train_and_deliver",
     "search", "search_and_write", "SearchRequest", "SearchResult", "SearchMethod", "SearchProblem",
-    "synthesize", "SynthesizedData", "SynthesisMethod", "SynthesisProblem",
+    "synthesize", "synthesize_and_write", "SynthesizeRequest", "SynthesizedData", "SynthesisMethod", "SynthesisProblem",
     "compare", "Suite", "Subject", "Comparison",
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",

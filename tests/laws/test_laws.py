@@ -24,7 +24,11 @@ every_method = pytest.mark.parametrize("name", POST_TRAINING)
 @every_method
 def test_decoded_codes_are_the_forward_pass_on_at_most_two_to_the_b_levels(name: str, tmp_path: Path) -> None:
     laws.rounded_codes_are_the_forward_pass(name, tmp_path)
-    assert len(checks.grids(post_training.quantized(name))) >= 4 + 4
+    model = post_training.quantized(name)
+    layers = lowbit.summary(model).layers
+    left = [layer for layer in layers if layer.activation_bits is None]
+    assert len(checks.grids(model)) >= 4 + 4 - len(left)
+    assert all("stays in float" in layer.reason for layer in left) and len(left) < len(layers)
     for weight_bits in set(range(1, 9)).difference(get_method(name, "post_training").weight_bits):
         with pytest.raises(lowbit.errors.SpecError, match="weight bits"):
             post_training.quantized(name, weight_bits)

@@ -29,6 +29,7 @@ COMMANDS = {  # each is the variable ``app`` of the file of its name, with _ for
     "export": "Write a network to a file, check the file against the network, and time it.",
     "run": "Classify pictures with a packed network on low-bit kernels, or time it.",
     "search": "Choose bits for each layer under a budget of size, operations or time.",
+    "synthesize": "Make samples for a trained network where there are no data.",
     "compare": "Compare methods on equal terms: same network, data, layers, images and seeds.",
     "latency-table": "Measure the time of each layer of a network at each pair of widths on this machine.",
     "diagnose": "Quantize, then walk the white paper's debugging chart: which layers hurt, and what helps.",

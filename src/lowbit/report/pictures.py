@@ -74,7 +74,7 @@ class Disagreements:
     def watch(self, inputs: Inputs, wanted: Tensor, got: Tensor) -> None:
         """Compare the answers of the float and of the quantized network to one batch."""
         first, self._seen = self._seen, self._seen + inputs.batch_size
-        if not _are_pictures(inputs) or wanted.dim() != 2 or wanted.shape[1] < 2 or len(wanted) != inputs.batch_size:
+        if not are_pictures(inputs) or wanted.dim() != 2 or wanted.shape[1] < 2 or len(wanted) != inputs.batch_size:
             return
         right, answer = wanted.argmax(1), got.argmax(1)
         labels = _labels(self._batch, len(right))
@@ -94,7 +94,8 @@ class Disagreements:
         ]
 
 
-def _are_pictures(inputs: Inputs) -> bool:
+def are_pictures(inputs: Inputs) -> bool:
+    """Whether a network takes pictures of one or three channels, and nothing else."""
     tensors = inputs.tensors
     return len(tensors) == 1 and tensors[0].dim() == 4 and tensors[0].shape[1] in (1, 3) and tensors[0].is_floating_point()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SpecError
 from lowbit.network.insert import activation_quantizers, bake_weights
+from lowbit.network.layers import NORMS
 from lowbit.options import Method
 from lowbit.qat.method import generates_samples
 from lowbit.registry import MethodInfo
@@ -200,9 +201,10 @@ def odd_layers_are_right(method: MethodRef, folder: Path) -> None:
 def rounded_file_is_small(method: MethodRef, bits: int, folder: Path) -> None:
     """At ``bits`` the packed file holds codes and tables and hardly more, and computes what the quantized network does."""
     model = post_training.quantized(method, bits)
-    biases = sum(p.numel() * 4 for key, p in model.named_parameters() if key.endswith("bias"))
-    tables = sum(t.numel() * 4 for q in activation_quantizers(model).values() for t in q.state_dict().values())
-    checks.check_packed(model, folder / "tiny.lowbit", rest=biases + tables)
+    norms = [norm for norm in model.modules() if isinstance(norm, NORMS)]  # those that the method does not fold
+    plain = [*(p for key, p in model.named_parameters() if key.endswith("bias")), *(t for norm in norms for t in norm.state_dict().values())]
+    tables = [t for q in activation_quantizers(model).values() for t in q.state_dict().values()]
+    checks.check_packed(model, folder / "tiny.lowbit", rest=sum(4 * t.numel() for t in (*plain, *tables)))
 
 
 def rounded_files_are_small_and_decode_to_the_same(method: MethodRef, folder: Path) -> None:

@@ -447,6 +447,36 @@ class SearchRequest(NetworkSettings, SampleSettings, MethodSettings, BudgetSetti
 
 
 @dataclass(frozen=True)
+class SynthesizeRequest(NetworkSettings, MethodSettings, RunSettings):
+    """Run.
+
+    Attributes:
+        count: How many samples. Default: as in the method's paper.
+        input_shape: Shape of one sample, for example 3x224x224. Default: that of the data.
+        compared: Real samples of the data to compare with, where there are data; 0 for none.
+        seed: Makes the samples reproducible.
+        out: Folder for samples.safetensors, samples.png, synthesis.json and report.html.
+        resume: Resume a stopped synthesis with the same settings, or start over.
+
+    Example:
+        >>> import lowbit
+        >>> lowbit.SynthesizeRequest(method="zeroq", count=64).chosen_method().iterations
+        500
+    """
+
+    command: ClassVar[str] = "synthesize"
+    method_kind: ClassVar[Kind] = "synthesis"
+
+    method: str = "dsg"
+    count: Annotated[int | None, AtLeast(1)] = None
+    input_shape: str | None = None
+    compared: Annotated[int, AtLeast(0)] = 256
+    seed: int = 0
+    out: str = "lowbit-samples"
+    resume: bool = True
+
+
+@dataclass(frozen=True)
 class EvaluateRequest(NetworkSettings, RunSettings):
     """Run.
 

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
 from lowbit.autograd import records_gradients
-from lowbit.errors import SpecError
+from lowbit.errors import LowbitError, SpecError
+from lowbit.files import replacing, write_text
 from lowbit.inputs import Calibration, Inputs
 from lowbit.network.batch import calibration_for
 from lowbit.options import make_method
+from lowbit.plugins import source_digest
 from lowbit.progress import Progress
+from lowbit.qat.engine.curve import versions
+from lowbit.report.facts import run_facts
+from lowbit.report.json_text import to_json
+from lowbit.report.synthesis import contact_sheet, png, write_synthesis_page
 from lowbit.synthesis.problem import SynthesisMethod, SynthesisProblem, Synthesized, make_problem, normal
 from lowbit.synthesis.samples import NormMatch, SynthesizedData
 from lowbit.synthesis.statistics import Match, measure_match
+from lowbit.workflows.origin import WORK
+from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.requests import SampleSettings, SynthesizeRequest
+from lowbit.workflows.source import Source, open_source
+from lowbit.workfolder import exclusive_run, open_work_folder, weights_digest
 
 MEASURED_TOGETHER = 32  # samples of a pass that measures the match
-DEFAULT_METHOD = "dsg"
+FILES = ("samples.safetensors", "samples.png", "synthesis.json", "report.html")
 
 
 @records_gradients
 def synthesize(
     model: nn.Module,
     *,
-    method: str | type[SynthesisMethod] | SynthesisMethod = DEFAULT_METHOD,
+    method: str | type[SynthesisMethod] | SynthesisMethod = SynthesizeRequest.method,
     count: int | None = None,
     shape: Sequence[int] | None = None,
     sample: object = None,
     data: object = None,
-    seed: int = 0,
+    seed: int = SynthesizeRequest.seed,
     progress: bool | Progress | None = None,
     work_dir: Path | str | None = None,
     **options: object,
@@ -127,3 +141,95 @@ def _statistics(problem: SynthesisProblem, made: Synthesized, real: Calibration 
     data = {} if real is None else measured(real)
     channels = {name: len(one.mean) for name, one in problem.kept.items()}
     return tuple(NormMatch(name, channels[name.partition("#")[0]], samples[name], noise[name], data.get(name)) for name in problem.norms)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The result of ``synthesize_and_write``.
+
+    Attributes:
+        data: The samples.
+        out: The folder with the files.
+        files: Their names.
+        notes: What users should know, of the network and of the samples.
+    """
+
+    data: SynthesizedData
+    out: Path
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def synthesize_and_write(request: SynthesizeRequest, *, progress: Progress | None = None) -> Written:
+    """Make samples for the network that ``request`` names and write the files of ``FILES``; what ``lowbit synthesize`` does.
+
+    A synthesis that was stopped goes on where the request is the same, to the same samples.
+
+    Raises:
+        LowbitError: Something cannot be found, read or written, is not allowed, or another run works in the folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     request = SynthesizeRequest(method="zeroq", count=4, options={"iterations": 10}, compared=32, out=folder)
+        ...     written = synthesize_and_write(request)
+        >>> len(written.data), written.files
+        (4, ('samples.safetensors', 'samples.png', 'synthesis.json', 'report.html'))
+    """
+    progress, started = progress or Progress.silent(), time.time()
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    method = request.chosen_method()  # unknown names and wrong types fail here, before anything is loaded
+    shape = SampleSettings(calibration_samples=max(request.compared, 1), input_shape=request.input_shape)
+    source = open_source(request, shape, device=request.device, seed=request.seed, missing=NO_SHAPE)
+    real = source.calibration if request.compared else None
+    for line in (str(source.provenance), *source.notes):
+        progress.say(line)
+    out = prepare_folder(Path(request.out), needed_bytes=10_000_000)
+    fingerprint = {
+        "kind": "synthesize", "version": versions()["lowbit"], "method": request.method, "source": source_digest(type(method)),
+        "settings": dict(request.options), "count": request.count, "seed": request.seed, "weights": weights_digest(source.model),
+        "shapes": [list(tensor.shape[1:]) for tensor in source.sample.tensors], "device": str(source.device),
+    }  # fmt: skip
+    with exclusive_run(out):
+        work = open_work_folder(out / WORK, fingerprint, resume=request.resume, facts=source.provenance.to_json())
+        if work.is_resumed:
+            progress.say("resuming the synthesis that was stopped")
+        try:
+            data = synthesize(
+                source.model,
+                method=cast(SynthesisMethod, method),
+                count=request.count,
+                sample=source.sample,
+                data=real,
+                seed=request.seed,
+                progress=progress,
+                work_dir=work.path,
+            )
+        except LowbitError:
+            work.remove_if_useless()
+            raise
+        files, notes = _write(data, source, out, run_facts(started, source.data_names if real is not None else {}))
+        work.remove()
+    return Written(data, out, files, (*data.notes, *notes))
+
+
+def _write(data: SynthesizedData, source: Source, out: Path, run: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write the files; their names, and notes."""
+    samples, picture, facts, page = FILES
+    data.save(out / samples)
+    sheet = contact_sheet(data, source.provenance.preprocessing)
+    drawn = None if sheet is None else png(sheet)
+    if drawn is None:
+        (out / picture).unlink(missing_ok=True)
+    else:
+        with replacing(out / picture) as temporary:
+            temporary.write_bytes(drawn)
+    write_text(out / facts, to_json({"network": source.name, **data.to_dict(), "run": run}) + "\n")
+    write_synthesis_page(data, source.name, drawn, run, out / page)
+    if drawn is None:
+        return (samples, facts, page), (f"no {picture}: the inputs are no pictures of one or three channels",)
+    return FILES, ()
+
+
+NO_SHAPE = "give the shape of one sample: input_shape='3x224x224', or name data with data=, whose shape counts"
