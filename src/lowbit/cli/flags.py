@@ -15,6 +15,7 @@ _LONG = {
     "procedure_options": "procedure-option",
     "then_options": "then-option",
     "calibration_options": "calibration-option",
+    "data_options": "data-option",
     "model_options": "model-option",
     "teacher_options": "teacher-option",
     "kind": "optimizer",

@@ -25,6 +25,7 @@ MAPPINGS = (  # given as NAME=VALUE
     "then_options",
     "procedure_options",
     "calibration_options",
+    "data_options",
     "model_options",
     "teacher_options",
     "preprocess",

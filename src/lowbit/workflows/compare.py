@@ -41,13 +41,13 @@ from lowbit.report.comparison import ComparisonReport, write_comparison
 from lowbit.report.facts import processor_name
 from lowbit.spec import LayerBits
 from lowbit.surrogates import make_surrogate
-from lowbit.workflows.cell_policy import calibration_of_cell, policy_of_cell
+from lowbit.workflows.cell_policy import calibration_of_cell, policy_of_cell, samples_of_cell
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.export import export
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import TrainSettings
-from lowbit.workflows.samples import CACHE, NOISE
+from lowbit.workflows.samples import CACHE, NOISE, Making, training_data_of
 from lowbit.workflows.subjects import Subject, open_subject, sample_total, training_data
 from lowbit.workflows.suite import OWN_DATA, SubjectSettings, Suite
 from lowbit.workflows.train import TrainingJob, train_network, trainer_for
@@ -452,7 +452,7 @@ def _mixed_metrics(cell: Cell, subject: Subject, model: nn.Module) -> dict[str, 
 def _trained(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:
     suite = task.suite
     method = training_method(cell.method, cell.options, cell.procedure, cell.procedure_options)
-    if subject.train_data is None:
+    if subject.train_data is None and cell.calibration is None and method.generated_steps() is None:
         if isinstance(task.subject, SubjectSettings):
             training_data(task.subject)  # raises why there are none
         raise SpecError(f"{subject.name}: {cell.method} trains, and there are no training data. Give the network data.")
@@ -460,13 +460,20 @@ def _trained(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -
     settings = TrainSettings(
         recipe=recipe, surrogate=cell.surrogate, augment=suite.augment, save_every=suite.save_every, tensorboard=False, select="last"
     )
-    teacher = subject.model if "teacher" in method.info.needs else None
+    data, images, sample = subject.train_data, sample_total(subject.train_data), None
+    if method.generated_steps() is not None:
+        making = Making(NOISE, count=suite.batch_size_calibration, seed=cell.seed)
+        data, images, sample = None, 0, making.make(subject.model, subject.one_input(), progress=progress)
+    elif cell.calibration is not None:
+        made = samples_of_cell(cell, subject, suite.synthesized_samples, task.work, progress)
+        data, images = training_data_of(made), made.batch_size
+    teacher = subject.model if "teacher" in method.info.needs or cell.calibration is not None else None
     job = TrainingJob(
-        subject.model, subject.train_data, method, policy_of_cell(suite, cell, subject, method, task.work, progress), teacher=teacher, task=subject.task,
-        bits=cell.widths or None,
+        subject.model, data, method, policy_of_cell(suite, cell, subject, method, task.work, progress), teacher=teacher, task=subject.task,
+        bits=cell.widths or None, sample=sample,
     )  # fmt: skip
     trained = train_network(job, settings, trainer_for(settings, progress), out=task.work)
-    return trained.model, trained.sample, {"images": len(trained.curve) * sample_total(subject.train_data)}
+    return trained.model, trained.sample, {"images": len(trained.curve) * images, "calibration": cell.calibration or OWN_DATA}
 
 
 def _quantized(task: CellTask, cell: Cell, subject: Subject, progress: Progress) -> tuple[nn.Module, Inputs, dict[str, object]]:

@@ -709,9 +709,15 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
     """Network and data.
 
     Attributes:
+        data: Labelled data: a name from 'lowbit data list', or a folder with one sub-folder per class (inside train/ and test/ or val/).
+            Default: the embedded digits with the embedded network. Without any data: a method that makes samples from the float network (dsg,
+            zeroq), noise, or a folder that 'lowbit synthesize' wrote; a teacher's outputs are learned in place of labels, and test_data only
+            measures. A folder of your own that is called dsg is ./dsg.
+        data_options: Hyper-parameters of the method that makes the samples.
+        synthesized_samples: Samples that it makes.
         test_data: Data to measure on. Default: the test part of the data.
-        input_shape: Shape of one input, for example 3x32x32, for methods that make their own samples. Default: that of the data, of which these
-            methods use the test part alone, to measure.
+        input_shape: Shape of one input, for example 3x32x32, where samples are made. Default: that of the data, or of the test data, of which the
+            test part alone is used, to measure.
 
     Example:
         >>> import lowbit
@@ -723,6 +729,9 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
     method_kind: ClassVar[Kind] = "training"
 
     method: str = "lsq"
+    data: str | None = None
+    data_options: Mapping[str, object] = field(default_factory=dict)
+    synthesized_samples: Annotated[int, AtLeast(1)] = 1024
     test_data: str | None = None
     input_shape: str | None = None
     out: str = "lowbit-trained"

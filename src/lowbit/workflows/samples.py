@@ -12,10 +12,11 @@ from typing import cast
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lowbit.autograd import records_gradients
-from lowbit.data import SUITES
+from lowbit.data import SUITES, ImageData
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
 from lowbit.options import make_method
@@ -202,3 +203,48 @@ def described_file(facts: Provenance, place: str, found: SynthesizedData) -> Pro
     """``facts`` with what made the samples in the file that ``place`` names."""
     known = {"method": found.method, "seed": found.seed, "samples": len(found), "options": dict(found.options)}
     return dataclasses.replace(facts, calibration=place, synthesis=known)
+
+
+def training_data_of(samples: Inputs) -> object:
+    """Samples as training data without targets: a tensor, a dict, or a data set of several inputs.
+
+    Raises:
+        SpecError: The samples of a call do not lie in the first dimension of all its inputs.
+    """
+    if any(samples.batch_dim_of(tensor) != 0 for tensor in samples.tensors) or (samples.args and samples.kwargs):
+        raise SpecError(
+            "samples that are trained on lie in the first dimension of every input, all of which are given by position or all by name. "
+            "Pass a data set of your own."
+        )
+    if samples.kwargs:
+        return dict(samples.kwargs)
+    return samples.args[0] if len(samples.args) == 1 else TensorDataset(*samples.args)
+
+
+def has_no_labels(data: object) -> bool:
+    """Whether training data are known to hold no targets: one tensor, made samples, or pictures without labels."""
+    return isinstance(data, (Tensor, SynthesizedData)) or (isinstance(data, ImageData) and data.num_classes is None)
+
+
+def samples_in(model: nn.Module, data: object, sample: object, *, count: int, seed: int, progress: Progress, cache: Path | None) -> object:
+    """What a verb takes as training data: data as they are, or samples without labels where ``data`` names some.
+
+    Raises:
+        UnknownNameError: A text that names neither.
+        SpecError: Samples are to be made, and nothing says in which shape.
+    """
+    if is_made(data):
+        if sample is None:
+            raise SpecError(
+                f"train_data={data!r} makes samples, and nothing says in which shape: pass sample=, such as torch.zeros(1, 3, 32, 32)."
+            )
+        making = Making(data, count=count, seed=seed)
+        return training_data_of(making.make(model, Inputs.of(sample, model), progress=progress, cache=cache))
+    if isinstance(data, (str, Path)):
+        file = samples_file(data)
+        if file is None:
+            raise unknown_name(
+                "train_data", str(data), made_names(), "Or a file or folder of samples that lowbit made; else pass the data."
+            )
+        data = SynthesizedData.load(file)
+    return training_data_of(data.inputs) if isinstance(data, SynthesizedData) else data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,27 @@ from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration, Inputs
 from lowbit.models import BUILT_IN
 from lowbit.models.loading import TRAINED_WORDS
+from lowbit.progress import Progress
 from lowbit.provenance import Provenance
 from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.method import generates_samples, without_data
+from lowbit.synthesis.samples import SynthesizedData
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
-from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, name_notes, noise, preprocessing_of, stacked
+from lowbit.workflows.samples import Making, batches_of, described_file, is_made, samples_file
+from lowbit.workflows.source import (
+    DEFAULT,
+    Source,
+    classes_of,
+    default_notes,
+    input_shape,
+    make_network,
+    name_notes,
+    noise,
+    preprocessing_of,
+    stacked,
+)
 from lowbit.workfolder import weights_digest
 
 SAMPLES = 256  # that the report looks at where there are no labels
@@ -40,6 +54,7 @@ class Start:
         is_trained: Whether the float network has weights that somebody trained.
         notes: What the user should know.
         initial: Noise that quantizers are initialized from, where the method makes its own samples.
+        made: Samples without labels to train on, where they are no data.
     """
 
     source: Source
@@ -49,11 +64,22 @@ class Start:
     is_trained: bool
     notes: tuple[str, ...]
     initial: Inputs | None = None
+    made: Inputs | None = None
 
     @property
     def train_name(self) -> str:
         """What the network is trained on, in words."""
+        if self.made is not None:
+            return f"{self.source.calibration_name}, {self.made.batch_size} samples"
         return "samples that the method makes" if self.train is None else f"{self.train.name}, {len(self.train)} samples"
+
+    def with_samples(self, progress: Progress, cache: Path) -> Start:
+        """This start with the samples that are to be made; itself where there are none, see ``Source.with_samples``."""
+        making, source = self.source.making, self.source
+        if making is None:
+            return self
+        made = making.make(source.model, source.sample, progress=progress, cache=cache)
+        return replace(self, made=made, source=_looking_at(source, made, making.described(source.provenance, made)))
 
 
 def open_start(asked: TrainRequest) -> Start:
@@ -62,12 +88,12 @@ def open_start(asked: TrainRequest) -> Start:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
-    generates = generates_samples(asked.method_info)
-    if asked.input_shape is not None and not generates:
-        raise SpecError(f"input_shape is for methods that make their own samples; {asked.method} takes those of its data. Leave it out.")
+    generates, file = generates_samples(asked.method_info), samples_file(asked.data)
+    is_unlabelled = is_made(asked.data) or file is not None
+    _check_samples(asked, generates, is_unlabelled)
     is_embedded = asked.model is None and asked.weights is None and not asked.model_options
-    named = asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
-    if named is None and not generates:
+    named = None if is_unlabelled else asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
+    if named is None and not generates and not is_unlabelled:
         raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list'), or {without_data()}.")
     notes: list[str] = []
     train = None if generates or named is None else _load_train(asked, named)
@@ -92,18 +118,61 @@ def open_start(asked: TrainRequest) -> Start:
         model_options=options,
         weights=asked.weights,
         weights_sha256=weights_digest(network) if is_trained else None,
-        data=named,
+        data=asked.test_data if is_unlabelled else named,
         preprocessing=preprocessing_of(asked.preprocess) if data is None else data.preprocessing,
         classes=classes_of(data, asked.classes),
         task=type(asked.task).__qualname__,
     )
     if train is not None and test is not None:
         Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
-    initial = Inputs((noise(_input_shape(asked, data), asked.recipe.seed),)) if generates else None
-    source = _source(asked, name, network, data, test, facts, initial)
+    is_shaped = generates or (is_unlabelled and file is None)
+    initial = Inputs((noise(_input_shape(asked, data), asked.recipe.seed),)) if is_shaped else None
+    if not is_unlabelled:
+        source, made = _source(asked, name, network, data, test, facts, initial), None
+    else:
+        source, made = _source_without_data(asked, name, network, test, facts, initial)
     defaults = () if data is None else default_notes(data, asked)
     notes += [*name_notes(asked, name), *defaults, *fit_notes(network, name, initial or source.sample, facts)]
-    return Start(source, train, test, teacher, is_trained, tuple(notes), initial)
+    return Start(source, train, test, teacher, is_trained, tuple(notes), initial if generates else None, made)
+
+
+def _check_samples(asked: TrainRequest, generates: bool, is_unlabelled: bool) -> None:
+    """DataError or SpecError where samples without labels, or their settings, do not fit the rest of the request."""
+    if is_unlabelled and generates:
+        raise SpecError(
+            f"{asked.method} makes its own samples: leave data={asked.data!r} out, and name data to measure on with test_data=."
+        )
+    if is_unlabelled and asked.teacher is None:
+        raise DataError(
+            f"data={asked.data!r}: samples that are made have no labels. Name a teacher whose outputs are learned in their place: teacher='self', "
+            "the float network that training starts from."
+        )
+    if asked.input_shape is not None and not generates and not is_made(asked.data):
+        raise SpecError(f"input_shape is for samples that are made; {asked.method} takes those of its data. Leave it out.")
+    if asked.data_options and not is_made(asked.data):
+        raise SpecError(f"data_options belong to a method that makes samples, and data is {asked.data!r}. Leave them out, or name one.")
+
+
+def _source_without_data(
+    asked: TrainRequest, name: str, network: nn.Module, test: ImageData | None, facts: Provenance, initial: Inputs | None
+) -> tuple[Source, Inputs | None]:
+    """The network and samples without labels: those of a file, or how they are made."""
+    labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
+    place, test_name = torch.device("cpu"), "" if test is None else test.name
+    if initial is not None:
+        making = Making(asked.data, asked.data_options, asked.synthesized_samples, asked.recipe.seed)
+        return Source(name, network, place, initial, None, str(making), labelled, test_name, facts, making=making), None
+    file = samples_file(asked.data)
+    assert file is not None
+    held = SynthesizedData.load(file)
+    source = Source(name, network, place, held.inputs.take(0, 1), None, str(asked.data), labelled, test_name, facts)
+    return _looking_at(source, held.inputs, described_file(facts, str(asked.data), held)), held.inputs
+
+
+def _looking_at(source: Source, made: Inputs, facts: Provenance) -> Source:
+    """``source`` with the first of the samples that were made for the report to look at."""
+    looked_at = batches_of(made.take(0, SAMPLES), BATCH, source.device)
+    return replace(source, sample=looked_at.sample, calibration=looked_at, provenance=facts, making=None)
 
 
 def _source(
@@ -128,16 +197,13 @@ def _source(
 
 def _input_shape(asked: TrainRequest, data: ImageData | None) -> str:
     """The shape of an input as text: what the user says, else that of the data or of the preprocessing."""
-    known = preprocessing_of(asked.preprocess)
-    sizes = None if data is None else data.input_shape
-    if sizes is None and known is not None:
-        sizes = (1 if known.grey else 3, known.size, known.size)
-    if asked.input_shape is None and sizes is None:
+    shape = input_shape(asked.input_shape, data, preprocessing_of(asked.preprocess))
+    if shape is None:
         raise DataError(
-            f"{asked.method} makes its own samples, and nothing says in which shape: give that of one input, input_shape='3x32x32', or name data to "
-            "measure on with data=, whose training samples are not looked at."
+            f"samples are made ({asked.data if is_made(asked.data) else asked.method}), and nothing says in which shape: give that of one input, "
+            "input_shape='3x32x32', or name data to measure on with test_data=."
         )
-    return asked.input_shape or "x".join(map(str, sizes or ()))
+    return shape
 
 
 def _load_train(asked: TrainRequest, named: str) -> ImageData:

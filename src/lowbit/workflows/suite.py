@@ -316,7 +316,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
                     for seed in self.seed_numbers:
                         cell = Cell(
                             name, contender.name, contender.method, info.kind, pair.weight, pair.activation, seed, self.track,
-                            dict(contender.options), contender.surrogate, self._terms(info), contender.procedure,
+                            dict(contender.options), contender.surrogate, self._terms(contender, info), contender.procedure,
                             dict(contender.procedure_options), tuple(map(str, contender.widths)), mixtures, dict(contender.search),
                             *self._calibration(contender, info),
                         )  # fmt: skip
@@ -421,7 +421,7 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         except LowbitError as error:
             raise type(error)(f"{where}, calibration: {error}") from error
 
-    def _terms(self, info: MethodInfo) -> dict[str, object]:
+    def _terms(self, contender: Contender, info: MethodInfo) -> dict[str, object]:
         """What a cell depends on beside the method, the bits and the seed; only what its kind of method looks at."""
         terms: dict[str, object] = {}
         if self.track == "aligned":
@@ -430,6 +430,8 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
             recipe = dataclasses.asdict(self.recipe) if self.track == "aligned" else {"epochs": self.paper_epochs or "paper"}
             recipe.pop("seed", None)
             terms |= {"recipe": plain_value(recipe), "augment": self.augment}
+            if contender.calibration not in (None, OWN_DATA):
+                terms["synthesized_samples"] = self.synthesized_samples
         else:
             terms |= {"calibration_samples": self.calibration_samples, "batch_size": self.batch_size_calibration}
         return terms

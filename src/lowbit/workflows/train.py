@@ -33,14 +33,14 @@ from lowbit.qat.engine.batches import BatchSource, EmptySource, evaluation_batch
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.curve import Curve, TrainingLog, versions
 from lowbit.qat.engine.trainer import Trainer
-from lowbit.qat.method import TrainingMethod, without_data
+from lowbit.qat.method import TrainingMethod, generates_samples, without_data
 from lowbit.qat.networks import GivenNetworks
 from lowbit.qat.prepare import Widths, method_of, prepare, training_policy
 from lowbit.qat.procedure import Procedure, training_method
 from lowbit.qat.recipe import AugmentName, OptimizerSpec, Recipe, Selection
 from lowbit.qat.run import TrainRun
 from lowbit.qat.task import Criterion, Task
-from lowbit.qat.tasks import as_task
+from lowbit.qat.tasks import SoftTargets, as_task
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, switch_name
 from lowbit.surrogates import make_surrogate
@@ -48,8 +48,9 @@ from lowbit.workflows.deliver import Delivery, deliver
 from lowbit.workflows.origin import WORK, stopped_run
 from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import TrainRequest, TrainSettings
+from lowbit.workflows.samples import CACHE, forget_samples, has_no_labels, is_made, samples_in, training_data_of
 from lowbit.workflows.source import is_network_named, open_device
-from lowbit.workflows.start import Start, open_start
+from lowbit.workflows.start import SELF, Start, open_start
 from lowbit.workfolder import exclusive_run, open_work_folder, tensors_digest, weights_digest
 
 
@@ -90,7 +91,8 @@ def train(
     procedure: str | type[Procedure] | Procedure | None = None,
     procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Literal["self"] | None = None,
+    synthesized_samples: int = TrainRequest.synthesized_samples,
     task: Task | Criterion | None = None,
     augment: AugmentName = TrainSettings.augment,
     steps_per_epoch: int | None = None,
@@ -116,7 +118,8 @@ def train(
         train_data: ``ImageData`` of ``lowbit.data``, a data set of torch, tensors such as ``(inputs, targets)`` or a dict, a list of samples, or
             a loader (its data set is used, shuffled in every epoch; a loader with its own sampler, a stream, or other batches are used as
             they come). Targets are whatever the task takes. ``None`` for a method that makes its own samples (``method="zaq"``); from data it
-            takes nothing but the shape of an input, where ``sample`` does not give that.
+            takes nothing but the shape of an input, where ``sample`` does not give that. Samples without labels, such as one tensor, those of
+            ``lowbit.synthesize``, or the name of what makes them, ``"dsg"``: with a ``teacher``, whose outputs are learned in place of labels.
         method: Name of a training method (``lowbit.list_methods(kind="training")``), ``"path/to/file.py:Class"``, or a class or an object
             derived from ``TrainingMethod``.
         weight_bits: 1 to 8, or ``None`` / 32 to leave weights in float.
@@ -132,7 +135,9 @@ def train(
         procedure: Procedure to train with in place of the method's own, such as ``"qkd"``; see ``lowbit.prepare``.
         procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of residual sums, concatenations and what is pooled; see ``lowbit.prepare``.
-        teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; a copy is used.
+        teacher: A float network whose outputs are soft targets, see ``Recipe.distillation``; ``"self"``: ``model``. A copy is used. Where
+            samples have no labels, its outputs are all that is learned.
+        synthesized_samples: Samples that are made where ``train_data`` names what makes them, of the shapes of ``sample``.
         task: Task of the network: ``Classification()`` (the default), ``Segmentation()``, ``MultiLabel()``, ``Regression()``, a ``Task``
             of your own, or a function ``criterion(output, target)``.
         steps_per_epoch: Optimizer steps of an epoch, for batches that are used as they come. Default: one pass.
@@ -195,20 +200,29 @@ def train(
         save_every=save_every,
         tensorboard=tensorboard,
     )
+    shown, folder = Progress.of(progress), None if out is None else Path(out)
+    cache = None if folder is None else folder / CACHE
+    named, train_data = (
+        train_data,
+        samples_in(model, train_data, sample, count=synthesized_samples, seed=recipe.seed, progress=shown, cache=cache),
+    )
     job = TrainingJob(
         model,
         train_data,
         chosen,
         training_policy(chosen, weight_bits, activation_bits, policy=policy, merge_bits=merge_bits),
         test_data=test_data,
-        teacher=teacher,
+        teacher=model if teacher == SELF else cast("nn.Module | None", teacher),
         task=task,
-        sample=sample,
+        sample=sample if generates_samples(chosen.info) or not is_made(named) else None,
         steps_per_epoch=steps_per_epoch,
         bits=bits,
         provenance=provenance,
     )
-    return train_network(job, settings, trainer_for(settings, Progress.of(progress)), out=None if out is None else Path(out)).model
+    trained = train_network(job, settings, trainer_for(settings, shown), out=folder)
+    if folder is not None:
+        forget_samples(folder)
+    return trained.model
 
 
 @dataclass(frozen=True)
@@ -266,14 +280,15 @@ def train_network(
         attach_provenance(quantized, provenance)
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
         trainer.progress.say(note)
-    task = as_task(job.task)
+    task, needs_teacher = as_task(job.task), "teacher" in method_of(quantized).info.needs
+    learned = SoftTargets(task, plain_copy(teacher)) if teacher is not None and has_no_labels(job.train_data) else task
     run = TrainRun(
         quantized,
         method_of(quantized),
-        task,
+        learned,
         recipe,
         source.steps,
-        given=GivenNetworks(teacher, own),
+        given=GivenNetworks(teacher if needs_teacher or learned is task else None, own),
         batches=lambda count: [trainer.fabric.to_device(batch) for batch in itertools.islice(source.first(count), count)],
     )
     if run.epochs > recipe.epochs:
@@ -315,6 +330,11 @@ def _source_and_sample(job: TrainingJob, settings: TrainSettings, trainer: Train
     sample = None if job.sample is None else Inputs.of(job.sample, job.model)
     if generated is not None and sample is not None:
         return EmptySource(job.steps_per_epoch or generated, settings.recipe), sample
+    if generated is None and has_no_labels(job.train_data) and job.teacher is None:
+        raise DataError(
+            "the training data hold no labels. Pass pairs of inputs and labels, or a teacher whose outputs are learned in their place: "
+            "teacher='self', the float network that training starts from."
+        )
     source = make_source(
         job.train_data,
         settings.recipe,
@@ -323,6 +343,7 @@ def _source_and_sample(job: TrainingJob, settings: TrainSettings, trainer: Train
         processes=trainer.fabric.world_size,
         workers=settings.workers,
         steps=None if generated is not None else job.steps_per_epoch,
+        needs_labels=job.teacher is None,
     )
     if generated is None:
         return source, sample or _first_inputs(source, trainer.fabric.world_size, job.model)
@@ -458,9 +479,10 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         prepare_folder(out, needed_bytes=12 * tensor_bytes(start.source.model))
         for note in start.notes:
             trainer.progress.say(note)
+    start = start.with_samples(trainer.progress, out / CACHE)
     job = TrainingJob(
         start.source.model,
-        start.train,
+        start.train if start.made is None else training_data_of(start.made),
         cast(TrainingMethod, request.chosen_method()),
         request.bit_policy(),
         test_data=start.test,
@@ -474,6 +496,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
     trained = train_network(job, request, trainer, out=out, facts=facts)
     if not trained.is_main:
         return None
+    forget_samples(out)
     training: dict[str, object] = {
         "metric": trained.task.metric_name,
         "task": trained.task.facts(),

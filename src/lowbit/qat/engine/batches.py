@@ -221,6 +221,7 @@ def make_source(
     processes: int = 1,
     workers: int = 0,
     steps: int | None = None,
+    needs_labels: bool = True,
 ) -> BatchSource:
     """Training batches from whatever a user has.
 
@@ -235,6 +236,7 @@ def make_source(
         rank, processes: This process, and how many there are.
         workers: Processes that fetch samples.
         steps: Optimizer steps of an epoch for batches that are used as they come, such as an endless stream.
+        needs_labels: Whether pictures without labels are an error.
 
     Raises:
         SpecError: Data of another kind.
@@ -249,7 +251,7 @@ def make_source(
         collate = collated if data.collate_fn is default_collate else data.collate_fn
         workers, data = max(workers, data.num_workers), data.dataset
     if isinstance(data, ImageData):
-        if data.num_classes is None:
+        if data.num_classes is None and needs_labels:
             raise DataError(f"{data.name}: there are no labels to train with. Name a folder with one sub-folder for each class.")
         data = data.dataset
     fetch, count = _fetch(data, "training data", collate, workers, is_dataset=is_dataset)
@@ -361,7 +363,7 @@ def _has_plain_order(loader: DataLoader[Any]) -> bool:
 def _image_fetch(data: TensorImages) -> Fetch:
     labels = data.labels
     if labels is None:
-        raise DataError("there are no labels to train with")
+        return lambda chosen, _: (data.normalized(data.images[members]) for members in chosen)
     return lambda chosen, _: ((data.normalized(data.images[members]), labels[members]) for members in chosen)
 
 

@@ -7,8 +7,9 @@ from lowbit.qat.tasks.classification import Classification
 from lowbit.qat.tasks.multi_label import MultiLabel
 from lowbit.qat.tasks.regression import Regression
 from lowbit.qat.tasks.segmentation import Segmentation
+from lowbit.qat.tasks.soft_targets import SoftTargets
 
-__all__ = ["Classification", "MultiLabel", "Regression", "Segmentation", "as_task"]
+__all__ = ["Classification", "MultiLabel", "Regression", "Segmentation", "SoftTargets", "as_task"]
 
 
 def as_task(task: Task | Criterion | None) -> Task:
