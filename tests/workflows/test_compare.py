@@ -421,3 +421,40 @@ def test_a_search_that_cannot_be_run_is_refused_before_anything_runs(search: dic
     suite = Suite(methods=({"method": "round_to_nearest", "label": "searched", "search": search},), bits=("4/8",))
     with pytest.raises(LowbitError, match=said):
         suite.check()
+
+
+def test_methods_are_compared_on_samples_that_are_made(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+    inputs = torch.randn(128, 1, 6, 6, generator=torch.Generator().manual_seed(1)) + 1
+    model(inputs)
+    own = Subject("pictures", model.eval(), None, (inputs, model(inputs).argmax(1)), inputs)
+    quick = {"iterations": 10}
+    contenders = (
+        "round_to_nearest",
+        {"method": "round_to_nearest", "label": "noise", "calibration": "noise"},
+        {"method": "round_to_nearest", "label": "made", "calibration": "zeroq", "calibration_options": quick},
+        {"method": "lsq", "label": "lsq, made", "calibration": "zeroq", "calibration_options": quick, "bits": "4/8"},
+    )
+    asked = suite(tmp_path, methods=contenders, bits=("4/8", "2/8"), seeds=2, calibration_samples=16, synthesized_samples=64)
+    comparison = compare(asked, subjects=[own])
+    results = comparison.tables.results
+    assert {result.status for result in results} == {"done"}, [result.reason for result in results]
+    terms = {
+        result.cell.label: (result.terms["calibration"], result.terms.get("calibration_images"), result.terms["images"])
+        for result in results
+    }
+    assert terms == {
+        "round_to_nearest": ("data", 16, 0),
+        "noise": ("noise", 16, 0),
+        "made": ("zeroq", 16, 0),
+        "lsq, made": ("zeroq", None, 128),
+    }
+    tables = {table.kind: {row.label for row in table.rows} for table in comparison.tables.tables}
+    assert tables == {"post_training": {"round_to_nearest", "noise", "made"}, "training": {"lsq, made"}}
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert {(row["label"], row["calibration"]) for row in csv.DictReader(file)} == {(label, entry[0]) for label, entry in terms.items()}
+    assert not (tmp_path / ".work").exists() or not any((tmp_path / ".work").rglob("*.safetensors"))
+    made = suite(tmp_path / "made", methods=contenders[1:], bits=("4/8",), seeds=1, calibration_samples=16, synthesized_samples=64)
+    without_data = compare(made, subjects=[replace(own, calibration=None)]).tables.results
+    assert {result.status for result in without_data} == {"done"}

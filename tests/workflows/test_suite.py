@@ -121,6 +121,33 @@ def test_terms_hold_what_each_kind_looks_at_and_no_seed() -> None:
     assert unchanged == {"post_training"}
 
 
+def test_a_contender_says_what_makes_its_samples() -> None:
+    suite = Suite(
+        methods=("dfq", {"method": "dfq", "calibration": "dsg", "calibration_options": {"iterations": 9}}, {"method": "dfq", "label": "own", "calibration": "data"},
+                 "pact", {"method": "pact", "calibration": "noise"}), bits=("4/8",), seeds=1, calibration="zeroq",
+    )  # fmt: skip
+    cells = {cell.label: cell for cell, _ in suite.cells()}
+    assert {label: (cell.calibration, dict(cell.calibration_options)) for label, cell in cells.items()} == {
+        "dfq": ("zeroq", {}),
+        "dfq (iterations=9, dsg)": ("dsg", {"iterations": 9}),
+        "own": (None, {}),
+        "pact": (None, {}),
+        "pact (noise)": ("noise", {}),
+    }
+    assert cells["pact (noise)"].terms["synthesized_samples"] == 1024 and "synthesized_samples" not in cells["pact"].terms
+    assert cells["own"].key({}) == replace(cells["own"], calibration=None).key({}) != replace(cells["own"], calibration="dsg").key({})
+    assert cells["dfq (iterations=9, dsg)"].changes["calibration"] == "dsg"
+    for changes, error, told in (
+        ({"calibration": "dsq"}, UnknownNameError, "'dsq'. Did you mean 'dsg'"),
+        ({"methods": ({"method": "dfq", "calibration": "digits"},)}, UnknownNameError, "calibration of methods, dfq"),
+        ({"calibration": "zeroq", "calibration_options": {"x": 1}}, UnknownNameError, "suite, calibration: .*'x'"),
+        ({"calibration_options": {"iterations": 1}}, SpecError, "need the method that makes samples"),
+        ({"methods": ({"method": "dfq", "label": "dfq", "calibration": "dsg"},)}, SpecError, "it needs another label"),
+    ):
+        with pytest.raises(error, match=told):
+            Suite(**{"methods": ("dfq",), **changes}).check()  # type: ignore[arg-type]
+
+
 def test_recipes_and_policies_follow_the_track() -> None:
     from lowbit.qat.recipe import Recipe
 
