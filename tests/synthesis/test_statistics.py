@@ -19,6 +19,22 @@ def test_statistics_are_those_of_each_sample_over_space_with_the_unbiased_varian
     torch.testing.assert_close(std, torch.tensor([[(20 / 3 + 1e-6) ** 0.5], [1e-3]]))
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 2, 7), (5, 3)])
+def test_gradients_are_those_of_torchs_variance(shape: tuple[int, ...]) -> None:
+    values = (1000 + torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(channel_statistics, values, eps=1e-4)
+    rows = values.flatten(2) if len(shape) > 2 else values.T[None]
+    variance, mean = torch.var_mean(rows, dim=2)
+    expected = torch.autograd.grad((mean.square() + 3 * (variance + 1e-6).sqrt()).sum(), values)
+    mean, std = channel_statistics(values)
+    torch.testing.assert_close(torch.autograd.grad((mean.square() + 3 * std).sum(), values), expected)
+
+
+def test_a_large_mean_does_not_drown_the_deviation() -> None:
+    values = 1000 + torch.tensor([[[0.25, 0.5, 0.75, 1.0]]])
+    torch.testing.assert_close(channel_statistics(values)[1], torch.tensor([[0.25 * (5 / 3) ** 0.5]]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 1, 1)])
 def test_without_space_statistics_are_those_of_the_batch(shape: tuple[int, ...]) -> None:
     values = torch.randn(shape)
