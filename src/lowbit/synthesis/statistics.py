@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LayerError, SpecError
 from lowbit.inputs import Inputs
@@ -65,8 +67,32 @@ def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         values = values.transpose(0, 2)
     if values.shape[2] == 1:
         raise SpecError("one sample has no deviation where there is one value per channel: pass count=2 or more.")
-    variance, mean = torch.var_mean(values, dim=2)
-    return mean, (variance + EPSILON).sqrt()
+    mean, std = _MeanStd.apply(values)
+    return mean, std
+
+
+class _MeanStd(torch.autograd.Function):
+    """Mean and ``sqrt(variance + 1e-6)`` over the last of three dimensions.
+
+    Several times as fast on processors as torch's variance and its gradient, which take most of a step otherwise: two passes forward, one back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+        mean = values.mean(2)
+        deviation = torch.linalg.vector_norm(values - mean[..., None], dim=2)
+        std = (deviation.square() / (values.shape[2] - 1) + EPSILON).sqrt()
+        ctx.save_for_backward(values, mean, std)
+        return mean, std
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mean_gradient: Tensor, std_gradient: Tensor) -> Tensor:
+        """``d mean / d x = 1 / n``, ``d std / d x = (x - mean) / ((n - 1) std)``."""
+        values, mean, std = ctx.saved_tensors
+        count = values.shape[2]
+        slope = std_gradient / (std * (count - 1))
+        return torch.addcmul((mean_gradient / count - mean * slope)[..., None], values, slope[..., None])
 
 
 def kept_statistics(model: nn.Module) -> tuple[dict[str, KeptStatistics], tuple[str, ...]]:

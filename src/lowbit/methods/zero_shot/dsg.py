@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ class Dsg(ZeroqSamples):
         image_prior_weight: Its weight.
     """
 
+    trial = MappingProxyType({"iterations": 60, "noise_samples": 64})
+
     start: Literal["uniform", "gaussian"] = "gaussian"
     quantile: Annotated[float, Interval(0, 1)] = 0.9
     noise_samples: Annotated[int, AtLeast(2)] = 1024
@@ -121,9 +124,19 @@ class Dsg(ZeroqSamples):
         return norms
 
     def synthesize(self, problem: SynthesisProblem) -> Synthesized:
-        slack = self.slack(problem)
+        slack = self._kept_slack(problem)
         made = self.descend(problem, partial(self.loss, problem, slack=slack), self.first_inputs(problem))
         return replace(made, facts={"slack": {name: one._asdict() for name, one in zip(problem.norms, slack, strict=True)}})
+
+    def _kept_slack(self, problem: SynthesisProblem) -> list[Slack]:
+        """``slack``, computed once for what a killed synthesis goes on with."""
+        state = problem.state({"slack": (self.quantile, self.noise_samples, self.batch_size)})
+        kept = state.load("slack")
+        if kept is not None:
+            return [Slack(*row) for row in kept[0]["slack"].tolist()]
+        found = self.slack(problem)
+        state.save("slack", {"slack": torch.tensor(found, dtype=torch.float64)}, {})
+        return found
 
     @torch.no_grad()
     def slack(self, problem: SynthesisProblem) -> list[Slack]:
