@@ -1,4 +1,4 @@
-"""Write docs/orderings.md, docs/procedures.md, docs/mixed_precision.md and docs/accuracy.md from suites of comparisons and their committed results.
+"""Write docs/orderings.md, docs/procedures.md, docs/mixed_precision.md, docs/zero_shot.md and docs/accuracy.md from suites of comparisons and their committed results.
 
 python scripts/results_pages.py            # after a results.csv was copied to benchmarks/results/NAME.csv
 python scripts/results_pages.py --check    # exit 1 when a page is out of date
@@ -26,6 +26,7 @@ TITLES = {
         "widths": "Networks of several widths",
     },
     "mixed_precision": {"mixed_precision": "Bits of each layer by search"},
+    "zero_shot": {"zero_shot": "Calibration without data"},
     "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
 }
 
