@@ -189,6 +189,13 @@ class RunningRangeQuantizer(MinMaxQuantizer):
             self.observe(x)
         return super().forward(x)
 
+    def _encoded(self, view: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, AffineDecoder]:
+        """``round(x / scale) + zero_point``, as runtimes and exported networks compute it; ``round(S x - Z)`` is another code at ties alone."""
+        per_unit, offset = self.per_unit(lower, upper)
+        scale = 1 / per_unit
+        codes = (view / scale).round_().sub_(offset).clamp_(*qrange(self.bit_width, signed=True))
+        return codes, AffineDecoder(scale, -offset, self.granularity)
+
     def range_of(self, view: Tensor) -> tuple[Tensor, Tensor]:
         if view.numel() == 0:
             return self.lower, self.upper
