@@ -276,9 +276,10 @@ class Zaq(TrainingMethod):
             with tapped(run.networks[TEACHER], self.teacher_taps, copies=True) as found:
                 teacher = View(run.task.predict(run.networks[TEACHER], samples), [])
             teacher = replace(teacher, features=[found[tap] for tap in self.teacher_taps])
-        with tapped(run.model, self.network_taps, copies=True) as found:
+        with tapped(run.model, dict.fromkeys([*self.network_taps, *self.teacher_taps]), copies=True) as found:
             output = run.predict(samples)
-        network = View(output, [found[tap] for tap in self.network_taps])
+        pairs = zip(self.network_taps, self.teacher_taps, strict=True)
+        network = View(output, [found[behind if behind in found else plain] for behind, plain in pairs])  # a quantizer may be switched off
         yield self.generator_loss(network, teacher) if is_generators else self.network_loss(network, teacher)
 
     def noise(self, run: TrainRun, count: int) -> Tensor:
