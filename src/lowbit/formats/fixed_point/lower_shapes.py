@@ -85,7 +85,10 @@ def lower_concatenation(context: Context, node: fx.Node) -> Value:
 def lower_padding(context: Context, node: fx.Node) -> Value:
     """A tensor surrounded by a constant that is one of its levels."""
     x, pads = context.codes(node, 0), cast(Sequence[int], node.args[1])
-    fill = float(cast(Any, node.args[2] if len(node.args) > 2 else 0.0))
+    mode, *rest = node.args[2:] if kind_of(node) == "pad" else ("constant", *node.args[2:])
+    if mode != "constant":
+        raise context.refused(node, f"padding with {mode!r} values has no integer form, only padding with a constant")
+    fill = float(cast(Any, rest[0] if rest and rest[0] is not None else 0.0))
     level = fill / float(x.grid.scale)
     code, shape = round(level) + x.grid.zero_point, sizes_of(node)
     if min(pads) < 0 or len(pads) > 2 * len(x.shape) or not QMIN <= code <= QMAX or abs(level - round(level)) > OFF_GRID:

@@ -72,7 +72,7 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), lower_split),
     **dict.fromkeys(
         ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "slice",
-         "select", "narrow", "alias", "detach", "clone", "contiguous", "dropout"),
+         "select", "narrow", "alias", "detach", "clone", "contiguous", "dropout", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
         lower_move,
     ),
     "fake_quantize_codebook": lower_codebook,
