@@ -198,7 +198,7 @@ class _Lowering(Context):
             )
         codes = Codes(target)
         for place, move in enumerate(value.moves, 1):
-            codes = move_codes(self, move, codes.buffer, name if place == len(value.moves) else f"{name}.{move.name}")
+            codes = move_codes(self, move, codes.buffer, name if place == len(value.moves) else f"{name}.{move.name}", grid)
         return codes
 
     def _take_input(self, source: FromInput, value: Unquantized, target: Buffer) -> Buffer:
