@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from tests.networks import ReusedNet
 from torch import Tensor, nn
 
+import lowbit
 from lowbit.inputs import Inputs
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.placement import Placement, Site, before_functions, place_at_layers, place_at_tensors
@@ -118,6 +122,72 @@ def test_readers_with_fewer_bits_quantize_their_own_input() -> None:
     assert shown(place_at_tensors(capture(Fork(), IMAGE), {"wide": 8, "narrow": 2})) == {
         "act.output": (8, "input", ("wide",)), "narrow.input": (2, "input", ("narrow",)),
     }  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Three layers, which get the same tensor through three arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (self.q(query) @ self.k(key).transpose(1, 2)).softmax(-1) @ self.v(value)
+
+
+class Attending(nn.Module):
+    """A sum of the network itself, passed on in the given way."""
+
+    def __init__(self, call: Callable[[Attention, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head, self.call = nn.Linear(8, 8), Attention(), nn.Linear(8, 2), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.call(self.attention, 2 * self.stem(x)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda attention, x: attention(x, x, x),
+        lambda attention, x: attention(x, x, value=x),
+        lambda attention, x: attention(x, x.flip(1), x),
+        lambda attention, x: attention(x, x.contiguous().view(4, 5, 8), x),
+    ],
+    ids=["three times", "by keyword", "flipped", "viewed"],
+)
+def test_every_layer_reads_a_quantized_tensor_however_the_tensor_comes_to_it(call: Callable[[Attention, Tensor], Tensor]) -> None:
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    network = lowbit.quantize(Attending(call), method="round_to_nearest", activation_bits=3, calibration=x)
+    levels = {}
+    for name in ("q", "k", "v"):
+        network.attention.get_submodule(name).register_forward_pre_hook(
+            lambda _layer, args, name=name: levels.update({name: len(args[0].unique())})
+        )
+    network(x)
+    assert all(2 <= count <= 8 for count in levels.values()) and levels.keys() == {"q", "k", "v"}
+
+
+def test_a_module_that_passes_a_tensor_on_does_not_quantize_for_those_that_read_it_before() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.same, self.right = nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.left(x), self.same(x), self.right(x)], 1)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = Branches()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branches(x)
+
+    dataflow = capture(Whole(), Inputs((IMAGE,)))
+    placements = place_at_tensors(dataflow, {"branches.left": 8, "branches.right": 8}, merge_bits=8)
+    assert shown(placements)["branches.input"] == (8, "input", ("branches.left", "branches.right"))
 
 
 def test_concatenations_are_told_from_sums_and_outputs_of_the_network_stay_float() -> None:

@@ -260,7 +260,7 @@ def _plain_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def set_input_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
-    """Quantize the module's first floating-point positional input."""
+    """Quantize the module's first floating-point positional input, and other positional inputs that are the same tensor, as in ``attention(x, x, x)``."""
     if not hasattr(module, INPUT):
         module.register_forward_pre_hook(_quantize_input)
     setattr(module, INPUT, quantizer.train(module.training))
@@ -399,11 +399,12 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     index = first_tensor(args)
     if index is None:
         return None
-    quantized = (*args[:index], getattr(module, INPUT)(args[index]), *args[index + 1 :])
+    raw, x = args[index], getattr(module, INPUT)(args[index])
+    quantized = tuple(x if value is raw else value for value in args)
     if not hasattr(module, TRANSFORM):
         return quantized
     arguments = _QuantizedArguments(quantized)
-    arguments.raw = args[index]
+    arguments.raw = raw
     return arguments
 
 

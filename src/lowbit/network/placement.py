@@ -230,15 +230,29 @@ def _is_activation(node: Node) -> bool:
 
 def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int]) -> tuple[Site, ...]:
     """Hooks after which every module that reads the tensor sees it quantized; empty when a layer would be missed."""
+    waiting = dataflow.consumers(node)
     for module in node.returned_by:  # innermost first, so that the quantizer belongs to the block that made it
-        if dataflow.can_hold_quantizer(module):
+        is_made_inside = _is_within(node.owner, module)  # others pass it on, while it is read beside them as well
+        if is_made_inside and dataflow.can_hold_quantizer(module) and not any(_is_within(reader.owner, module) for reader in waiting):
             return (Site(module, "output"),)
     sites: list[Site] = []
-    waiting = dataflow.consumers(node)
+    covered: list[Node] = []
     for module in reversed(node.received_by):  # outermost first: one hook covers all readers inside
-        inside = [reader for reader in waiting if reader.owner == module or reader.owner.startswith(f"{module}.")]
+        inside = [reader for reader in waiting if _is_within(reader.owner, module)]
         if inside and dataflow.can_hold_quantizer(module):
             sites.append(Site(module, "input"))
+            covered += inside
             waiting = [reader for reader in waiting if reader not in inside]
-    covered = all(any(name == site.module or name.startswith(f"{site.module}.") for site in sites) for name in layers)
-    return tuple(sites) if covered else ()
+    firsts = [_first_reader(dataflow, dataflow.of_layer(name)[0], node) for name in layers]
+    return tuple(sites) if all(first in covered for first in firsts) else ()
+
+
+def _is_within(owner: str, module: str) -> bool:
+    return owner == module or owner.startswith(f"{module}.")
+
+
+def _first_reader(dataflow: Dataflow, reader: Node, tensor: Node) -> Node:
+    """What reads ``tensor`` itself, on the way to ``reader``, which reads a rearrangement of it."""
+    while reader.inputs[0] != tensor.name:
+        reader = dataflow[reader.inputs[0]]
+    return reader

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
 from tests.formats.fixed_point.integer_networks import digits, images, network_of
@@ -99,8 +102,17 @@ def test_a_requantizer_in_float_and_a_name_that_c_does_not_take_are_refused() ->
     sample = images("train", 8)
     with pytest.raises(SpecError, match="float32"):
         c_source(compile_integer(digits(), "onnx", sample=sample), "net")
-    with pytest.raises(SpecError, match="'4bit' is no name"):
-        c_source(compile_integer(digits(), sample=sample), "4bit")
+    for name in ("4bit", "_STDINT", "a-b", ""):
+        with pytest.raises(SpecError, match=f"'{name}' is no name"):
+            c_source(compile_integer(digits(), sample=sample), name)
+
+
+def test_no_name_of_a_layer_becomes_code() -> None:
+    x = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+    for name in ("a*/int evil;/*", "a*\\\n/ int evil; /*\\\n*", "a\u202eb"):
+        network = compile_integer(lowbit.quantize(nn.Sequential(OrderedDict({name: nn.Linear(4, 2)})), calibration=x), sample=x)
+        (comment,) = (line for line in c_source(network, "net").source.splitlines() if line.startswith("    /*"))
+        assert re.fullmatch(r"    /\* [\w.-]+ \*/", comment, re.ASCII)
 
 
 @needs_compiler

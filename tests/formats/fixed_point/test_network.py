@@ -127,6 +127,24 @@ def test_a_layer_without_quantized_operands_of_its_sum_is_named() -> None:
         compile_integer(quantized(Difference(), x), sample=x)
 
 
+@pytest.mark.parametrize(
+    "moves",
+    [
+        (nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(4, 3, 2)),
+        (nn.ChannelShuffle(2), nn.Conv2d(4, 3, 2)),
+        (nn.PixelShuffle(2), nn.Conv2d(1, 3, 2)),
+        (nn.PixelUnshuffle(2), nn.Conv2d(16, 3, 2)),
+    ],
+    ids=["padding", "channel shuffle", "pixel shuffle", "pixel unshuffle"],
+)
+def test_moves_of_codes_are_those_of_values(moves: tuple[nn.Module, ...]) -> None:
+    x = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    network = quantized(nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), *moves), x)
+    program = export_program(network, Inputs.of(x))
+    found = compare_codes(program, compile_program(program, network), Inputs.of(x))
+    assert found.share == 1 and {operation.layer for operation in found.operations} >= {"2", "3"}
+
+
 class Gelu(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -142,8 +160,9 @@ class Gelu(nn.Module):
         ({"method": "round_to_nearest"}, Gelu(), r"layer 'act' \(gelu\): this operation has no integer form|layer 'last' .*gelu"),
         ({"method": "round_to_nearest", "activation_bits": "float"}, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "layer '0' .*activation_bits"),
         ({"method": "round_to_nearest"}, nn.Sequential(nn.Linear(6, 8), nn.Softmax(1)), r"layer '1' \(softmax\)"),
+        ({"method": "round_to_nearest"}, nn.Sequential(nn.Linear(6, 8), nn.Unflatten(1, (1, 8)), nn.ReflectionPad1d(1), nn.Flatten(), nn.Linear(10, 2)), r"layer '2' \(pad\): padding with 'reflect'"),
     ],
-    ids=["gelu", "float activations", "softmax"],
+    ids=["gelu", "float activations", "softmax", "reflection"],
 )  # fmt: skip
 def test_what_has_no_integer_form_is_named(settings: dict[str, object], model: nn.Module, message: str) -> None:
     x = torch.randn(16, 6)

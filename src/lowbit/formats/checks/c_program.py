@@ -57,7 +57,7 @@ def run_c(source: CSource, codes: Tensor, compiler: str, options: Sequence[str] 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{source.name}.c"
         source.write(path)
-        main, program = Path(folder) / "main_of_check.c", Path(folder) / "program"
+        main, program = Path(folder) / "_main.c", Path(folder) / "_program"  # no network's name begins like this
         main.write_text(_MAIN.format(name=source.name, upper=source.name.upper()), encoding="utf-8")
         _called([compiler, *STRICT, *options, str(path), str(main), "-o", str(program)], b"", f"{source.name}.c does not compile")
         content = codes.to(torch.int8).contiguous().numpy().tobytes()

@@ -37,7 +37,7 @@ from lowbit.formats.packed.packing import pack
 
 _FIELD = 4  # bytes of a number or pointer of a table, on a processor of 32 bits
 _WIDEST = 100  # columns of a line of numbers
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def c_source(network: IntegerNetwork, name: str) -> CSource:
     if network.arithmetic.kind == "onnx":
         raise SpecError("the requantizer 'onnx' multiplies in float32: a C file takes 'fixed_point' or 'dyadic'")
     if _WORD.fullmatch(name) is None:
-        raise SpecError(f"{name!r} is no name for C functions: use letters, digits and underscores, no digit first")
+        raise SpecError(f"{name!r} is no name for C functions: use letters, digits and underscores, and begin with a letter")
     return _Writer(network, name).write()
 
 
@@ -383,4 +383,5 @@ def _float(value: float) -> str:
 
 
 def _comment(text: str) -> str:
-    return text.replace("*/", "* /").replace("/*", "/ *")
+    """The name of a layer, in which files can hold any characters, with those that could end a comment or hide text replaced."""
+    return re.sub(r"[^A-Za-z0-9_.\-]", "_", text)

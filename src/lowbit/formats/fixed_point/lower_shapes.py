@@ -83,23 +83,44 @@ def lower_concatenation(context: Context, node: fx.Node) -> Value:
 
 
 def lower_padding(context: Context, node: fx.Node) -> Value:
-    """A tensor surrounded by a constant that is one of its levels."""
-    x, pads = context.codes(node, 0), cast(Sequence[int], node.args[1])
-    fill = float(cast(Any, node.args[2] if len(node.args) > 2 else 0.0))
+    """A tensor surrounded by a constant: one of its levels, or what a quantizer behind makes of it."""
+    mode, fill, pads = _padding(node)
+    if mode != "constant":
+        raise context.refused(node, f"padding with {mode!r} values has no integer form, only padding with a constant")
+    value = context.value(node, 0)
+    if min(pads) < 0 or len(pads) > 2 * len(value.moved_shape):
+        raise context.refused(node, f"padding of {pads} has no integer form: it takes values away, or adds samples")
+    if isinstance(value, Unquantized) and value.natural_grid is None:
+        return replace(value, moves=(*value.moves, node), last=node.name)
+    x = context.settled(node, value)
     level = fill / float(x.grid.scale)
-    code, shape = round(level) + x.grid.zero_point, sizes_of(node)
-    if min(pads) < 0 or len(pads) > 2 * len(x.shape) or not QMIN <= code <= QMAX or abs(level - round(level)) > OFF_GRID:
-        raise context.refused(node, f"padding of {list(pads)} with {fill:g} has no integer form: it takes away, or the value is no level")
+    code = round(level) + x.grid.zero_point
+    if not QMIN <= code <= QMAX or abs(level - round(level)) > OFF_GRID:
+        raise context.refused(node, f"{fill:g}, with which it pads, is none of the levels of its input")
+    return _padded(context, node, x, node.name, code)
+
+
+def _padding(node: fx.Node) -> tuple[str, float, list[int]]:
+    """Mode, filling, and elements before and behind, the last dimension first."""
+    pads, *rest = cast(Sequence[Any], node.args[1:])
+    mode, *fill = rest if kind_of(node) == "pad" and rest else ("constant", *rest)
+    return mode, float(fill[0]) if fill and fill[0] is not None else 0.0, [int(pad) for pad in pads]
+
+
+def _padded(context: Context, node: fx.Node, x: Buffer, name: str, code: int) -> Codes:
+    pads, shape = _padding(node)[2], sizes_of(node)
     before = [pads[2 * place] if 2 * place < len(pads) else 0 for place in reversed(range(len(x.shape)))]
     strides = contiguous_strides(shape)
     offset = sum(margin * stride for margin, stride in zip(before, strides, strict=True))
-    target = Buffer(node.name, shape, _moved_grid(x.grid), node.name)
+    target = Buffer(name, shape, _moved_grid(x.grid), name)
     context.operations.append(Copy(context.layer(node), target, x, x.shape, 0, contiguous_strides(x.shape), offset, strides, fill=code))
     return Codes(target)
 
 
-def move_codes(context: Context, node: fx.Node, x: Buffer, name: str) -> Codes:
-    """The result of a move, or of a max pool, on codes, in a buffer called ``name``."""
+def move_codes(context: Context, node: fx.Node, x: Buffer, name: str, grid: Grid | None = None) -> Codes:
+    """The result of a move, or of a max pool, on codes, in a buffer called ``name``; of a padding, if ``grid`` is that of the quantizer behind."""
+    if grid is not None and "pad" in kind_of(node):
+        return _padded(context, node, x, name, min(max(grid.code(_padding(node)[1]), grid.lo), grid.hi))
     if "max_pool" not in kind_of(node):
         return _moved(context, node, x, name)
     rows, columns = _windows(context, node, x)
@@ -125,15 +146,29 @@ def _moved(context: Context, node: fx.Node, x: Buffer, name: str, part: int | No
     shape = tuple(moved.shape[1:])
     if torch.equal(moved[0].flatten(), torch.arange(x.size)):
         return Codes(Buffer(name, shape, _moved_grid(x.grid), x.storage))
-    strides = tuple(
-        int(moved[0].select(axis, 1).flatten()[0] - moved[0].flatten()[0]) if size > 1 else 0 for axis, size in enumerate(shape)
-    )
     offset = int(moved[0].flatten()[0])
-    if not torch.equal(moved[0], elements.flatten().as_strided(shape, strides, offset)):
+    axes = (moved[0][tuple(slice(None) if other == axis else 0 for other in range(len(shape)))] for axis in range(len(shape)))
+    steps = [step for positions in axes for step in _steps(positions)]
+    sizes, strides = tuple(size for size, _ in steps), tuple(stride for _, stride in steps)
+    if not torch.equal(moved[0].flatten(), elements.flatten().as_strided(sizes, strides, offset).flatten()):
         raise context.refused(node, "it moves values in an order that strides cannot describe: write it with view and permute")
     target = Buffer(name, shape, _moved_grid(x.grid), name)
-    context.operations.append(Copy(context.layer(node), target, x, shape, offset, strides, 0, contiguous_strides(shape)))
+    context.operations.append(Copy(context.layer(node), target, x, sizes, offset, strides, 0, contiguous_strides(sizes)))
     return Codes(target)
+
+
+def _steps(positions: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of the axes that positions along one axis run through, the innermost last.
+
+    >>> _steps(torch.tensor([0, 6, 2, 8, 4, 10]))
+    [(3, 2), (2, 6)]
+    """
+    if len(positions) < 2:
+        return []
+    differences = positions.diff()
+    changes = (differences != differences[0]).nonzero()
+    run = int(changes[0]) + 1 if len(changes) and len(positions) % (int(changes[0]) + 1) == 0 else len(positions)
+    return [*_steps(positions[::run]), (run, int(differences[0]))]
 
 
 def _moved_grid(grid: Grid) -> Grid:

@@ -72,7 +72,7 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), lower_split),
     **dict.fromkeys(
         ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "slice",
-         "select", "narrow", "alias", "detach", "clone", "contiguous", "dropout"),
+         "select", "narrow", "alias", "detach", "clone", "contiguous", "dropout", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"),
         lower_move,
     ),
     "fake_quantize_codebook": lower_codebook,
@@ -198,7 +198,7 @@ class _Lowering(Context):
             )
         codes = Codes(target)
         for place, move in enumerate(value.moves, 1):
-            codes = move_codes(self, move, codes.buffer, name if place == len(value.moves) else f"{name}.{move.name}")
+            codes = move_codes(self, move, codes.buffer, name if place == len(value.moves) else f"{name}.{move.name}", grid)
         return codes
 
     def _take_input(self, source: FromInput, value: Unquantized, target: Buffer) -> Buffer:

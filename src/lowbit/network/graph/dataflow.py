@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from lowbit.errors import GraphError
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, tensors_of
 from lowbit.network.layers import QUANTIZABLE, evaluating
 from lowbit.quantizers.ops import define_operator
 
@@ -57,7 +57,8 @@ class Node:
         shape: Shape for the sample.
         is_activation: Floating point and computed from the network's inputs.
         returned_by: Modules that return this tensor, innermost first.
-        received_by: Modules whose first floating-point positional input it is, innermost first.
+        received_by: Modules whose first floating-point positional input it is, and that get it neither by keyword nor within a list besides,
+            innermost first.
         arguments: The operator's arguments as written, tensors by name.
     """
 
@@ -186,7 +187,7 @@ class _Marks:
         handles = []
         for name, module in model.named_modules():
             if name:
-                handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+                handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
                 handles.append(module.register_forward_hook(partial(self._leave, name)))
             else:
                 handles.append(module.register_forward_pre_hook(self._start))
@@ -201,10 +202,12 @@ class _Marks:
         self.calls.clear()
         self._last.clear()
 
-    def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.calls[name] += 1
-        positions = count()
-        return tuple(self._mark(value, (name, "in", next(positions))) if _is_float(value) else value for value in args)
+        first = next(filter(_is_float, args), None)
+        elsewhere = tensors_of(([value for value in args if not isinstance(value, Tensor)], kwargs))
+        positions = count(int(any(tensor is first for tensor in elsewhere)))
+        return tuple(self._mark(value, (name, "in", next(positions))) if _is_float(value) else value for value in args), kwargs
 
     def _leave(self, name: str, _module: nn.Module, _args: object, output: Any) -> Any:
         return self._mark(output, (name, "out", 0)) if _is_float(output) else output
