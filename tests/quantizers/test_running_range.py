@@ -78,7 +78,7 @@ def test_gradients_pass_unchanged_where_values_are_clipped_too() -> None:
 
 def test_a_running_range_starts_at_zero_only_grows_and_stays_in_evaluation() -> None:
     quantizer = RunningRangeQuantizer(4)
-    first, second = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 0.5])
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, 0.6])
     quantizer(first)
     assert (float(quantizer.lower), float(quantizer.upper)) == (0.0, 2.0)
     y = quantizer(second)
