@@ -168,7 +168,7 @@ def quantized_taps(model: nn.Module, taps: Sequence[Tap], probe: Tensor) -> list
         fidelity="partial",
         summary="learns from the float network on samples of a generator that looks for where the two differ; needs no data",
         evidence="quantizers, relations, losses, generator and two rounds of training checked against the authors' program; quantizes layers' inputs",
-        margin_points=1,
+        margin_points=0.5,
     )
 )
 @dataclass
@@ -198,6 +198,7 @@ class Zaq(TrainingMethod):
     """
 
     ends: ClassVar[Literal["wide", "float", "same"]] = "same"
+    allows_procedure: ClassVar[bool] = False
 
     alpha: Annotated[float, AtLeast(0)] = 1.0
     beta: Annotated[float, AtLeast(0)] = 0.1
@@ -276,10 +277,9 @@ class Zaq(TrainingMethod):
             with tapped(run.networks[TEACHER], self.teacher_taps, copies=True) as found:
                 teacher = View(run.task.predict(run.networks[TEACHER], samples), [])
             teacher = replace(teacher, features=[found[tap] for tap in self.teacher_taps])
-        with tapped(run.model, dict.fromkeys([*self.network_taps, *self.teacher_taps]), copies=True) as found:
+        with tapped(run.model, self.network_taps, copies=True) as found:
             output = run.predict(samples)
-        pairs = zip(self.network_taps, self.teacher_taps, strict=True)
-        network = View(output, [found[behind if behind in found else plain] for behind, plain in pairs])  # a quantizer may be switched off
+        network = View(output, [found[tap] for tap in self.network_taps])
         yield self.generator_loss(network, teacher) if is_generators else self.network_loss(network, teacher)
 
     def noise(self, run: TrainRun, count: int) -> Tensor:
