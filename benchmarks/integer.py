@@ -4,7 +4,7 @@
     python benchmarks/integer.py --images 10000
 
 For weights of 4 and 8 bits (``round_to_nearest``): flash and RAM of the C file, bytes of the ``.lowbit`` file, the share of codes that equal
-those of the simulation over all operations and test images, and the accuracy of both and of the float network.
+those of the simulation, over all operations on its own inputs and over all images, and the accuracy of both and of the float network.
 Results: benchmarks/results/integer.json.
 """
 
@@ -62,7 +62,7 @@ def measure(name: str, model: nn.Module, data: str, weight_bits: int, count: int
     memory, equal, codes, farthest = c_source(network, "net").memory, 0, 0, 0
     for x in images.split(BATCH):
         found = compare_codes(program, network, Inputs.of(x, quantized))
-        equal += sum(round(one.share * one.codes) for one in found.operations)
+        equal += sum(one.equal for one in found.operations)
         codes += sum(one.codes for one in found.operations)
         farthest = max(farthest, found.farthest)
     return {
@@ -75,7 +75,7 @@ def measure(name: str, model: nn.Module, data: str, weight_bits: int, count: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000, help="test images of each network at most")
+    parser.add_argument("--images", type=int, default=500, help="test images of each network at most")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
