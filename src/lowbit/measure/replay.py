@@ -143,11 +143,11 @@ class Replay:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes when modules are called and tensors are used, as numbers that grow.
+    """Notes when modules are called and parameters are used, as numbers that grow.
 
     Attributes:
         spans: The calls of modules.
-        uses: First use of each tensor, by its identity.
+        uses: First use of each parameter, by its identity.
         begins: When each layer begins: its first call or the first use of its weight. Where no use was seen, it is missing.
     """
 
@@ -160,7 +160,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         for tensor in (*tensors_of(args), *tensors_of(kwargs or {})):
-            self.uses.setdefault(id(tensor), self.tick())
+            if isinstance(tensor, nn.Parameter):  # others may be gone, and their identity taken
+                self.uses.setdefault(id(tensor), self.tick())
         return func(*args, **(kwargs or {}))
 
     def tick(self) -> int:
