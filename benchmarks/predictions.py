@@ -28,7 +28,7 @@ from lowbit.spec import LayerBits
 RESULTS = Path(__file__).parent / "results" / "predictions.json"
 WIDTHS = (2, 3, 4)
 METHODS: dict[str, dict[str, object]] = {
-    "hawq_v2": {"max_probes": 20},
+    "hawq_v2": {"max_probes": 10},
     "hawq": {"max_iterations": 10},
     "zeroq_pareto": {},
     "zeroq_pareto (loss)": {"distance": "loss"},
@@ -64,8 +64,7 @@ def main() -> None:
             correlation = float(spearmanr(*zip(*pairs_of, strict=True)).statistic)
             rows.append({"method": method, "bits": bits, "layers": len(pairs_of), "rank_correlation": correlation})
             print(rows[-1], flush=True)
-    facts = {"images": args.images, "samples": args.samples, "rows": rows}
-    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({"images": args.images, "samples": args.samples, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
