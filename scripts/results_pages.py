@@ -25,7 +25,11 @@ TITLES = {
         "depthwise": "PROFIT on depthwise convolutions",
         "widths": "Networks of several widths",
     },
-    "mixed_precision": {"mixed_precision": "Bits of each layer by search"},
+    "mixed_precision": {
+        "mixed_precision": "Bits of each layer by search",
+        "mixed_precision_networks": "On a network for ImageNet, without training",
+        "mixed_precision_budgets": "Under other budgets",
+    },
     "zero_shot": {"zero_shot": "Calibration without data"},
     "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
 }

@@ -58,26 +58,30 @@ def test_the_digest_tells_weights_apart_and_is_the_same_for_copies() -> None:
     assert weights_digest(other) != digest
 
 
-def test_state_of_a_stopped_run_is_only_deleted_on_demand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["unit.safetensors", "traces.json", "haq/episodes.safetensors"])
+def test_state_of_a_stopped_run_is_only_deleted_on_demand(name: str, tmp_path: Path) -> None:
     path = tmp_path / ".work"
     open_work_folder(path, {"seed": 0}, resume=True)
+    open_work_folder(path / "haq", {"seed": 0}, resume=True)  # the settings of a part are no state
     open_work_folder(path, {"seed": 1}, resume=True)  # there was nothing to keep
-    (path / "unit.safetensors").write_text("half done")
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("half done")
     with pytest.raises(SpecError, match=r"stopped run with other settings \(seed: 1, now 2\).*start over with resume=False"):
         open_work_folder(path, {"seed": 2}, resume=True)
-    assert (path / "unit.safetensors").read_text() == "half done"
+    assert (path / name).read_text() == "half done"
     open_work_folder(path, {"seed": 2}, resume=False)
-    assert not (path / "unit.safetensors").exists()
+    assert not (path / name).exists()
 
 
-def test_only_state_to_go_on_from_survives_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["unit.safetensors", "traces.json"])
+def test_only_state_to_go_on_from_survives_an_error(name: str, tmp_path: Path) -> None:
     path = tmp_path / ".work"
     open_work_folder(path, {}, resume=True).remove_if_useless()
     assert not path.exists()
     work = open_work_folder(path, {}, resume=True)
-    (path / "unit.safetensors").write_text("half done")
+    (path / name).write_text("half done")
     work.remove_if_useless()
-    assert (path / "unit.safetensors").exists()
+    assert (path / name).exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_and_the_next_one_may_work_there(tmp_path: Path) -> None:

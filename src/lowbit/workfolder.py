@@ -36,7 +36,7 @@ class WorkFolder:
 
     def remove_if_useless(self) -> None:
         """Delete the state if it contains nothing to resume from."""
-        if not any(self.path.rglob("*.safetensors")):
+        if not _has_state(self.path):
             self.remove()
 
     def mark_done(self) -> None:
@@ -47,7 +47,8 @@ class WorkFolder:
 def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool, facts: Mapping[str, object] | None = None) -> WorkFolder:
     """The folder for the run with ``settings``.
 
-    State of a run with the same settings is kept when ``resume``, state of a finished run with others is deleted.
+    State of a run with the same settings is kept when ``resume``, state of a finished run with others is deleted. Files of tensors
+    (``.safetensors``) and of measurements (``.json``) are state; caches are not.
 
     Args:
         path: The folder.
@@ -64,7 +65,7 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
     earlier.pop(_FACTS, None)
     if resume and record.is_file() and earlier == settings:
         return WorkFolder(path, is_resumed=True)
-    if resume and any(path.rglob("*.safetensors")) and not (path / _DONE).exists():
+    if resume and _has_state(path) and not (path / _DONE).exists():
         raise SpecError(
             f"{path.parent} holds a stopped run with other settings ({_difference(earlier, settings)}). "
             "Resume it with those settings, start over with resume=False, which deletes its state, or name another folder."
@@ -78,8 +79,13 @@ def open_work_folder(path: Path, settings: Mapping[str, object], *, resume: bool
 def unfinished_facts(path: Path, kind: str) -> object:
     """The facts of the stopped run of that kind whose state is in the folder; ``None`` where there is none."""
     found = _settings_of(path / _SETTINGS)
-    is_unfinished = found.get("kind") == kind and not (path / _DONE).exists() and any(path.rglob("*.safetensors"))
+    is_unfinished = found.get("kind") == kind and not (path / _DONE).exists() and _has_state(path)
     return found.get(_FACTS) if is_unfinished else None
+
+
+def _has_state(path: Path) -> bool:
+    """Whether a folder holds anything to resume from: tensors, or what was measured, as JSON."""
+    return any(file.suffix == ".safetensors" or (file.suffix == ".json" and file.name != _SETTINGS) for file in path.rglob("*"))
 
 
 def _settings_of(record: Path) -> dict[str, object]:

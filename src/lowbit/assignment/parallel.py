@@ -67,7 +67,7 @@ def measurements(
         jobs: What each job asks for, by its name.
         prepare: Called once in each process; gives the function that measures. A function at the top of a module, or a
             ``functools.partial`` of one, with arguments that can be pickled.
-        name: What the display calls the work, and the name of the file in ``problem.work_dir``; each kind of measurement has its own.
+        name: What the display calls the work, and the file in ``problem.work_dir`` is called; each kind of measurement has its own.
         facts: All else that the numbers depend on, as JSON holds it.
 
     Raises:
@@ -171,8 +171,8 @@ class _Kept:
             problem.work_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {problem.work_dir}: {error.strerror}. Name another work_dir.") from error
-        self._path = problem.work_dir / f"{name.replace(' ', '_')}.json"
         self._run = _fingerprint(problem, prepare, facts)
+        self._path = problem.work_dir / f"{name.replace(' ', '_')}-{self._run[:12]}.json"  # measurements of another search stay
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             self.found = dict(found["found"]) if found["run"] == self._run else {}

@@ -18,6 +18,7 @@ from lowbit.errors import DataError, LayerError, unknown_name
 from lowbit.inputs import Inputs, sample_count
 from lowbit.measure.agreement import has_classes, kl_divergence
 from lowbit.measure.outputs import device_of, output_tensor
+from lowbit.measure.replay import Replay
 from lowbit.network.insert import WeightSite, first_tensor, weight_sites
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
@@ -89,7 +90,7 @@ def run_batch(model: nn.Module, batch: Any) -> object:
 
 
 class SensitivityMeter:
-    """Measures how far outputs move from those of one float network, which runs once.
+    """Measures how far outputs move from those of one float network, which runs once, as do its parts before a layer (see ``Replay``).
 
     Args:
         model: The float network; it is the same again after each measurement.
@@ -106,11 +107,10 @@ class SensitivityMeter:
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], distance: Distance, predict: Predict = run_batch) -> None:
-        self.model, self.batches, self.distance, self.predict = model, list(batches), distance, predict
+        self.model, self.batches, self.distance = model, list(batches), distance
         if not self.batches:
             raise DataError("the sensitivity of layers needs samples: there is no batch.")
-        with evaluating(model):
-            self._references = [predict(model, batch) for batch in self.batches]
+        self._replay = Replay(model, self.batches, predict)
 
     def of(self, quantized: Mapping[str, QuantizedLayer]) -> float:
         """The distance on average over samples, with these layers quantized at once.
@@ -120,10 +120,11 @@ class SensitivityMeter:
         """
         total, samples = 0.0, 0
         with evaluating(self.model), quantized_in(self.model, quantized):
-            for batch, reference in zip(self.batches, self._references, strict=True):
-                count = sample_count(batch)
-                total += self.distance(reference, self.predict(self.model, batch), batch) * count
-                samples += count
+            outputs = self._replay.outputs(quantized)
+        for batch, reference, output in zip(self.batches, self._replay.references, outputs, strict=True):
+            count = sample_count(batch)
+            total += self.distance(reference, output, batch) * count
+            samples += count
         if not math.isfinite(total):
             raise LayerError(
                 f"layer {', '.join(map(repr, quantized))}: quantized alone it makes the network's outputs overflow (distance {total}). "

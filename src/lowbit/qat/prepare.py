@@ -66,7 +66,8 @@ def prepare(
             phases, companions and losses, with the quantizers of ``method``.
         procedure_options: Hyper-parameters of that procedure.
         merge_bits: Bits of what meets in residual sums and concatenations, of their results, and of what is pooled (8 costs next to
-            nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in the papers.
+            nothing), or ``"float"``; overrides what ``policy`` says. Where neither says anything they stay in float, as in most papers,
+            or get what the method's paper gives them.
             With them an exported residual network runs in integers from end to end, which is several times faster. Needs a network
             that can be exported.
         seed: Makes the result reproducible.
@@ -112,7 +113,7 @@ def prepare(
     used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
-    attach_record(job.model, QuantizationRecord(info.name, used, policy, seed, table, switches, chosen.switching or "network", job.tied))
+    attach_record(job.model, QuantizationRecord(info.name, used, job.policy, seed, table, switches, chosen.switching or "network", job.tied))
     setattr(job.model, _ATTRIBUTE, chosen)
     if switches:
         set_bits(job.model, switches[0])

@@ -36,6 +36,57 @@ class Branches(nn.Module):
         return self.head(self.relu3(self.line(x)).transpose(1, 2))
 
 
+class Upward(nn.Module):
+    """Transposed convolutions: strided, padded past the kernel, dilated, grouped with a batch norm behind it, depthwise, and 1-D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 6, 3, stride=2), nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1)
+        self.grouped = nn.ConvTranspose2d(8, 12, (3, 2), stride=(1, 2), dilation=(2, 1), padding=(5, 0), groups=4, bias=False)
+        self.norm, self.depthwise = nn.BatchNorm2d(12), nn.ConvTranspose2d(12, 12, 4, stride=2, padding=1, groups=12)
+        self.line = nn.ConvTranspose1d(12, 5, 3, stride=3)
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relus[1](self.up(self.relus[0](self.stem(x))))
+        x = self.relus[2](self.norm(self.grouped(x)))
+        return self.line(self.relus[3](self.depthwise(x)).flatten(2)[:, :, :40])
+
+
+class Volumes(nn.Module):
+    """3-D convolutions: strided, padded, dilated, depthwise, transposed; a mean over the volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = (
+            nn.Conv3d(3, 6, (1, 3, 3), padding=(0, 1, 1)),
+            nn.Conv3d(6, 6, 3, stride=(2, 1, 2), padding=1, groups=6),
+        )
+        self.dilated, self.up = nn.Conv3d(6, 8, (2, 3, 3), dilation=(1, 2, 1)), nn.ConvTranspose3d(8, 4, 2, stride=(1, 2, 2))
+        self.relus, self.mean, self.head = nn.ModuleList(nn.ReLU() for _ in range(4)), nn.AdaptiveAvgPool3d(1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, relu in zip((self.first, self.depthwise, self.dilated, self.up), self.relus, strict=True):
+            x = relu(layer(x))
+        return self.head(self.mean(x).flatten(1))
+
+
+class Joined(nn.Module):
+    """Concatenations of tensors whose scales are far apart, one of them read by another layer too, and a pool behind one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.after, self.last = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(10, 2, 1)
+        self.first, self.second, self.relu, self.pool = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2)
+        self.large.weight.data.mul_(30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(self.small(x)), self.second(self.large(x))
+        joined = self.relu(self.after(torch.cat([left, right], 1)))
+        return self.last(self.pool(torch.cat([joined, left], 1)))
+
+
 def images(split: str, count: int) -> Tensor:
     """Digits, normalised."""
     data = load_data("digits", split=split)
@@ -63,9 +114,12 @@ def network_of(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "digits":
         return digits(), images("test", 64)
-    x = torch.randn(4, 3, 16, 16)
-    made = {"branches": Branches, "mobilenet": mobilenet_v2_small, "resnet20": resnet20}[name]()
-    return lowbit.quantize(settled(made, x), method="round_to_nearest", weight_bits=8 if name == "branches" else 4, calibration=x), x
+    x = torch.randn(4, 3, 5, 9, 8) if name == "volumes" else torch.randn(4, 3, 16, 16)
+    made = {
+        "branches": Branches, "mobilenet": mobilenet_v2_small, "resnet20": resnet20, "upward": Upward, "volumes": Volumes, "joined": Joined,
+    }[name]()  # fmt: skip
+    bits = 4 if name in ("mobilenet", "resnet20") else 8
+    return lowbit.quantize(settled(made, x), method="round_to_nearest", weight_bits=bits, calibration=x), x
 
 
 def onnx_codes(path: Path, x: Tensor) -> dict[str, Tensor]:

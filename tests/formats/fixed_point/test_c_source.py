@@ -32,7 +32,11 @@ def test_the_digits_network_in_c_gives_the_codes_of_the_reference_on_all_test_im
 
 
 @needs_compiler
-@pytest.mark.parametrize(("name", "requantizer"), [("digits", "fixed_point"), ("branches", "dyadic"), ("branches", "fixed_point")])
+@pytest.mark.parametrize(("name", "requantizer"), [
+        ("digits", "fixed_point"), ("branches", "dyadic"), ("branches", "fixed_point"), ("upward", "fixed_point"), ("upward", "dyadic"),
+        ("volumes", "fixed_point"), ("volumes", "dyadic"), ("joined", "fixed_point"), ("joined", "dyadic"),
+    ],
+)  # fmt: skip
 def test_sanitizers_find_nothing(name: str, requantizer: str) -> None:
     """Codes of all values too, as a caller may pass them."""
     assert COMPILER is not None

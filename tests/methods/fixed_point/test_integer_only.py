@@ -6,7 +6,7 @@ from tests.networks import TinyNet
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.errors import SpecError
+from lowbit.errors import LayerError, SpecError
 from lowbit.formats.fixed_point.operators import accumulate_conv
 from lowbit.formats.fixed_point.parameters import choose_qparams, quantize_bias, widened
 from lowbit.formats.fixed_point.requantize import RequantizerKind, accumulator_scale, make_requantizer
@@ -17,6 +17,7 @@ from lowbit.methods.fixed_point.integer_only import (
     MovingAverageActivation,
     RangeWeight,
 )
+from lowbit.models.resnet import resnet8
 from lowbit.network import insert
 from lowbit.spec import Granularity, LayerBits
 from lowbit.testing import tiny, training
@@ -179,8 +180,12 @@ class Branching(nn.Module):
 def test_a_network_that_cannot_be_exported_keeps_its_norms_and_says_so() -> None:
     qat = prepared(Branching())
     assert isinstance(qat.norm, nn.BatchNorm2d)
-    assert any(note.startswith("batch norms were not folded: ") for note in lowbit.summary(qat).notes)
-    assert not lowbit.summary(prepared(fold_norms=False)).notes
+    notes = lowbit.summary(qat).notes
+    assert any(note.startswith("batch norms were not folded: ") for note in notes)
+    assert any(
+        note.startswith("sums, concatenations and what is pooled stay in float, so that the network is none of integers") for note in notes
+    )
+    assert not any("norm" in note for note in lowbit.summary(prepared(fold_norms=False)).notes)
 
 
 def test_layers_left_in_float_keep_their_norm() -> None:
@@ -192,6 +197,18 @@ def test_layers_left_in_float_keep_their_norm() -> None:
 def test_the_papers_policy_treats_all_layers_alike_and_quantizes_sums() -> None:
     policy = IntegerOnly().default_policy(LayerBits(7, 6))
     assert policy.merges == 6 and policy.bits_for("end", nn.Linear(1, 1), position="first") == LayerBits(7, 6)
+
+
+def test_a_residual_network_is_one_of_integers_without_further_settings() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    qat = lowbit.prepare(resnet8(), method="integer_only", weight_bits=8, activation_bits=8, sample=x)
+    qat(x)  # norms see a batch
+    network = lowbit.compile_integer(qat.eval(), sample=x)
+    assert float((network(x) - qat(x)).detach().abs().max()) <= 3 * float(network.graph.output.grid.scale)
+    floats = lowbit.prepare(resnet8(), method="integer_only", weight_bits=8, activation_bits=8, merge_bits="float", sample=x).eval()
+    with pytest.raises(LayerError, match="merge_bits=8"):
+        lowbit.compile_integer(floats, sample=x)
 
 
 def test_its_quantizers_go_through_no_other_procedure() -> None:

@@ -177,6 +177,58 @@ static void convolve(const struct convolution *c, const int8_t *x, int8_t *y)
 }
 """
 
+VOLUME = """\
+struct volume {
+    struct weights w;
+    int32_t size[3], out[3];                                          /* depth, height, width */
+    int32_t out_channels, channels, out_per_group;                    /* channels of a group */
+    int32_t kernel[3], stride[3], dilation[3], padding[3], spread[3]; /* input i lies at i * spread, zeros between */
+};
+
+/* the input along an axis that a place of the kernel reads, or -1 where that is a zero */
+static int32_t input_at(const struct volume *c, int32_t axis, int32_t out, int32_t place)
+{
+    int32_t at = out * c->stride[axis] - c->padding[axis] + place * c->dilation[axis];
+
+    if (at < 0 || at % c->spread[axis] != 0 || at / c->spread[axis] >= c->size[axis])
+        return -1;
+    return at / c->spread[axis];
+}
+
+static void convolve_volume(const struct volume *c, const int8_t *x, int8_t *y)
+{
+    int32_t o, n, k, u, v, w, plane, row, column;
+    int32_t outputs = c->out[0] * c->out[1] * c->out[2], area = c->size[1] * c->size[2];
+
+    for (o = 0; o < c->out_channels; o++) {
+        const filter_t *rows = filter_of(&c->w, o);
+        const int8_t *group = x + o / c->out_per_group * c->channels * c->size[0] * area;
+
+        for (n = 0; n < outputs; n++) {
+            const filter_t *weight = rows;
+            int32_t sum = 0, i = n / (c->out[1] * c->out[2]), j = n / c->out[2] % c->out[1], l = n % c->out[2];
+
+            for (k = 0; k < c->channels; k++) {
+                for (u = 0; u < c->kernel[0]; u++) {
+                    plane = input_at(c, 0, i, u);
+                    for (v = 0; v < c->kernel[1]; v++, weight += c->kernel[2]) {
+                        row = input_at(c, 1, j, v);
+                        if (plane < 0 || row < 0)
+                            continue;
+                        for (w = 0; w < c->kernel[2]; w++) {
+                            column = input_at(c, 2, l, w);
+                            if (column >= 0)
+                                sum += weight[w] * (group[((k * c->size[0] + plane) * c->size[1] + row) * c->size[2] + column] - c->w.x_zero);
+                        }
+                    }
+                }
+            }
+            *y++ = finish(&c->w, o, sum);
+        }
+    }
+}
+"""
+
 LINEAR = """\
 struct linear {
     struct weights w;

@@ -184,18 +184,22 @@ class _Writer:
 
     @_emit.register
     def _(self, operation: Convolution, index: int) -> None:
-        window, (channels, height, width), (out_channels, out_height, out_width) = (
-            operation.window,
-            operation.source_shape,
-            operation.target_shape,
-        )
-        self._use_layers(kernels.CONVOLUTION)
-        fields = (
-            height, width, out_channels, out_height, out_width, channels // window.groups, out_channels // window.groups,
-            *window.kernel, *window.stride, *window.dilation, *window.padding,
-        )  # fmt: skip
-        self._table("convolution", index, [self._weights(operation, index), *map(str, fields)])
-        self._calls.append(f"    convolve(&convolution{index}, {self._read(operation.source)}, {self._written(operation.target)});")
+        window, (channels, *sizes), (out_channels, *out_sizes) = operation.window, operation.source_shape, operation.target_shape
+        of_group = channels // window.groups, out_channels // window.groups
+        source, target = self._read(operation.source), self._written(operation.target)
+        if window.is_flat and sizes[0] == 1:
+            self._use_layers(kernels.CONVOLUTION)
+            places = (number for setting in (window.kernel, window.stride, window.dilation, window.padding) for number in setting[1:])
+            fields = (*sizes[1:], out_channels, *out_sizes[1:], *of_group, *places)
+            self._table("convolution", index, [self._weights(operation, index), *map(str, fields)])
+            self._calls.append(f"    convolve(&convolution{index}, {source}, {target});")
+            return
+        self._use_layers(kernels.VOLUME)
+        settings = (window.kernel, window.stride, window.dilation, window.padding, window.spread)
+        parts = [*map(_triple, (sizes, out_sizes)), *map(str, (out_channels, *of_group)), *map(_triple, settings)]
+        self._flash += _FIELD * 2 * (2 + len(settings))  # the table counts one of three
+        self._table("volume", index, [self._weights(operation, index), *parts])
+        self._calls.append(f"    convolve_volume(&volume{index}, {source}, {target});")
 
     @_emit.register
     def _(self, operation: Linear, index: int) -> None:
@@ -356,6 +360,10 @@ def _is_packed(weight: Weight) -> bool:
 
 def _fits_int8(codes: Tensor) -> bool:
     return codes.numel() == 0 or (int(codes.min()) >= QMIN and int(codes.max()) <= QMAX)
+
+
+def _triple(numbers: Sequence[int]) -> str:
+    return "{" + ", ".join(map(str, numbers)) + "}"
 
 
 def _constants(requantizer: Requantizer) -> tuple[Tensor, Tensor]:

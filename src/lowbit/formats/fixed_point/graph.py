@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit.formats.onnx.grid import Grid
 
 QMIN, QMAX = -128, 127  # int8
+Triple = tuple[int, int, int]  # for depth, height and width
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,26 @@ class Weight:
 
 @dataclass(frozen=True)
 class Window:
-    """Where a convolution's kernel lies: numbers for height and width each, 1-D ones with a height of 1.
+    """Where a convolution's kernel lies: numbers for depth, height and width each, those of a picture with a depth of 1.
 
     Attributes:
         kernel, stride, dilation: Sizes.
-        padding: Rows and columns of zeros before the input.
+        padding: Zeros before the input; below 0, as many of its first places are left out.
         groups: Number of groups of channels.
+        spread: Input ``i`` lies at place ``i * spread``, with zeros between; above 1 where a transposed convolution has a stride.
     """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: tuple[int, int]
+    kernel: Triple
+    stride: Triple
+    dilation: Triple
+    padding: Triple
     groups: int
+    spread: Triple = (1, 1, 1)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a window over a picture without zeros between."""
+        return self.kernel[0] == self.stride[0] == 1 and self.padding[0] == 0 and self.spread == (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class Convolution(Operation):
-    """``code = requantize(factor * sum(w (x - zero_point)) + bias)`` of 1-D and 2-D convolutions; ``source`` and ``target`` as pictures."""
+    """``code = requantize(factor * sum(w (x - zero_point)) + bias)`` of convolutions, transposed ones as those over an input that is spread.
+
+    Attributes:
+        source_shape, target_shape: Channels, depth, height and width.
+    """
 
     source: Buffer
     weight: Weight
     window: Window
-    source_shape: tuple[int, int, int]
-    target_shape: tuple[int, int, int]
+    source_shape: tuple[int, int, int, int]
+    target_shape: tuple[int, int, int, int]
 
     @property
     def sources(self) -> tuple[Buffer, ...]:

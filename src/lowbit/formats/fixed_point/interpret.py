@@ -49,25 +49,20 @@ def run(operation: Operation, memory: Memory, arithmetic: Arithmetic) -> None:
 
 @run.register
 def _(operation: Convolution, memory: Memory, arithmetic: Arithmetic) -> None:
-    window, x = operation.window, _distances(memory, operation.source, operation.source_shape)
-    needed = [
-        (outputs - 1) * stride + dilation * (kernel - 1) + 1 - size - before
-        for outputs, stride, dilation, kernel, size, before in zip(
-            operation.target_shape[1:],
-            window.stride,
-            window.dilation,
-            window.kernel,
-            operation.source_shape[1:],
-            window.padding,
-            strict=True,
-        )
+    window, dims = operation.window, 2 if operation.source_shape[1] == 1 and operation.window.is_flat else 3  # planes alone are faster
+    x = _spread(_distances(memory, operation.source, operation.source_shape), window.spread)
+    axes = zip(operation.target_shape[1:], window.stride, window.dilation, window.kernel, x.shape[2:], window.padding, strict=True)
+    margins = [
+        (before, max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - size - before, 0))
+        for outputs, stride, dilation, kernel, size, before in axes
     ]
-    x = functional.pad(x, (window.padding[1], max(needed[1], 0), window.padding[0], max(needed[0], 0)))
+    x = functional.pad(x, [margin for pair in reversed(margins) for margin in pair])
     codes = operation.weight.codes
-    kernel = codes.reshape(*codes.shape[:2], *window.kernel)
-    acc = accumulate_conv(x, kernel, None, stride=window.stride, dilation=window.dilation, groups=window.groups)
-    height, width = operation.target_shape[1:]
-    acc = _with_bias(acc[:, :, :height, :width], operation.weight, (-1, 1, 1))
+    x, kernel = x.reshape(*x.shape[:2], *x.shape[-dims:]), codes.reshape(*codes.shape[:2], *window.kernel[-dims:])
+    acc = accumulate_conv(x, kernel, stride=window.stride[-dims:], dilation=window.dilation[-dims:], groups=window.groups)
+    acc = acc.reshape(*acc.shape[:2], *(1,) * (3 - dims), *acc.shape[2:])
+    depth, height, width = operation.target_shape[1:]
+    acc = _with_bias(acc[:, :, :depth, :height, :width], operation.weight, (-1, 1, 1, 1))
     memory.write(operation.target, layer_requantizer(operation, arithmetic)(acc, axis=1))
 
 
@@ -126,6 +121,16 @@ def _(operation: Copy, memory: Memory, arithmetic: Arithmetic) -> None:
 def _distances(memory: Memory, buffer: Buffer, shape: tuple[int, ...] | None = None) -> Tensor:
     """Codes less their zero point, int64."""
     return memory.read(buffer, shape).long() - buffer.grid.zero_point
+
+
+def _spread(x: Tensor, spread: tuple[int, ...]) -> Tensor:
+    """``x [N, C, D, H, W]`` with ``spread - 1`` zeros between neighbours."""
+    if set(spread) == {1}:
+        return x
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], spread, strict=True)]
+    spaced = x.new_zeros(*x.shape[:2], *sizes)
+    spaced[:, :, :: spread[0], :: spread[1], :: spread[2]] = x
+    return spaced
 
 
 def _with_bias(acc: Tensor, weight: Weight, column: tuple[int, ...]) -> Tensor:

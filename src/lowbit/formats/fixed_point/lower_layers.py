@@ -11,36 +11,39 @@ import numpy as np
 from torch import Tensor, fx
 
 from lowbit.formats.fixed_point.context import Context, kind_of
-from lowbit.formats.fixed_point.graph import Buffer, Window
+from lowbit.formats.fixed_point.graph import Buffer, Triple, Window
 from lowbit.formats.fixed_point.values import Codes, Doubles, FromLayer, FromSum, Unquantized, Value
 
 _WINDOW = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 _CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}
 
 
 def lower_convolution(context: Context, node: fx.Node) -> Value:
-    """A convolution over 1 or 2 dimensions."""
-    x = context.codes(node, 0)
-    dims, given = len(x.shape) - 1, dict(zip(_WINDOW, node.args[3:], strict=False))
-    if kind_of(node) == "convolution":
-        if node.args[6]:
-            raise context.refused(node, "transposed convolutions have no integer form")
+    """A convolution over 1, 2 or 3 dimensions, transposed or not."""
+    x, kind = context.codes(node, 0), kind_of(node)
+    dims, is_transposed = len(x.shape) - 1, kind.startswith("conv_transpose")
+    given = dict(zip(_TRANSPOSED if is_transposed else _WINDOW, node.args[3:], strict=False))
+    if kind == "convolution":
+        is_transposed = bool(node.args[6])
         given = dict(zip(_WINDOW, (*node.args[3:6], node.args[8]), strict=True))
-    if dims not in (1, 2):
-        raise context.refused(node, f"of convolutions those over 1 and 2 dimensions have an integer form, not over {dims}")
+    if dims not in (1, 2, 3):
+        raise context.refused(node, f"of convolutions those over 1 to 3 dimensions have an integer form, not over {dims}")
     parameter, bias = _parameters(context, node)
-    kernel, dilation = pair(list(context.program.weights[parameter].shape[2:]), dims), pair(given.get("dilation", 1), dims)
-    padding = given.get("padding", 0)
+    kernel = numbers_of(list(context.program.weights[parameter].shape[2:]), dims, 3)
+    stride, dilation = (numbers_of(given.get(name, 1), dims, 3) for name in ("stride", "dilation"))
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    padding, groups = given.get("padding", 0), cast(int, given.get("groups", 1))
     if isinstance(padding, str):  # torch adds what cannot be split evenly behind the input, where nothing has to be known of it
-        margins = (
-            (0, 0)
-            if padding == "valid"
-            else cast("tuple[int, int]", tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)))
-        )
+        margins = (0, 0, 0) if padding == "valid" else tuple(r // 2 for r in reach)
     else:
-        margins = pair(padding, dims, filler=0)
-    window = Window(kernel, pair(given.get("stride", 1), dims), dilation, margins, cast(int, given.get("groups", 1)))
-    return context.result(node, FromLayer(context.layer(node), x, parameter, bias, window))
+        margins = numbers_of(padding, dims, 3, filler=0)
+    if is_transposed:  # what an output of it takes is what a kernel turned around finds in the inputs spread by the stride
+        margins = tuple(r - margin for r, margin in zip(reach, margins, strict=True))
+        window = Window(kernel, (1, 1, 1), dilation, cast(Triple, margins), groups, spread=stride)
+    else:
+        window = Window(kernel, stride, dilation, cast(Triple, margins), groups)
+    return context.result(node, FromLayer(context.layer(node), x, parameter, bias, window, is_transposed))
 
 
 def lower_linear(context: Context, node: fx.Node) -> Value:
@@ -146,11 +149,16 @@ def lower_codebook(context: Context, node: fx.Node) -> Value:
 
 
 def pair(value: object, dims: int, *, filler: int = 1) -> tuple[int, int]:
-    """A setting for height and width, from one number, one for each of ``dims`` dimensions; ``filler`` for a missing height."""
+    """``numbers_of`` for height and width."""
+    height, width = numbers_of(value, dims, 2, filler=filler)
+    return height, width
+
+
+def numbers_of(value: object, dims: int, rank: int, *, filler: int = 1) -> Any:
+    """A setting for each of the last ``rank`` dimensions, from one number, or one for each of ``dims``; ``filler`` for those that are missing."""
     numbers = [value] * dims if isinstance(value, int) else list(cast(Sequence[int], value))
     numbers = numbers * dims if len(numbers) == 1 else numbers
-    height, width = [filler] * (2 - dims) + numbers
-    return int(height), int(width)
+    return tuple(int(number) for number in [filler] * (rank - dims) + numbers)
 
 
 def _per_channel(value: object, rank: int) -> Doubles | None:

@@ -22,6 +22,7 @@ from lowbit.formats.fixed_point.values import (
     adaptive_spans,
     picture,
     sizes_of,
+    volume,
     window_spans,
 )
 from lowbit.formats.onnx.grid import Grid
@@ -32,6 +33,8 @@ Spans = tuple[Span, ...]
 def lower_average_pool(context: Context, node: fx.Node) -> Value:
     """An average pool with windows or to a given size."""
     x = context.codes(node, 0)
+    if kind_of(node).startswith("adaptive") and set(sizes_of(node)[1:]) == {1}:
+        return _whole_mean(context, node, x)
     rows, columns = _windows(context, node, x)
     return context.result(node, FromPool(context.layer(node), x, rows, columns, picture(x.shape), len(rows) * len(columns) == 1))
 
@@ -41,11 +44,17 @@ def lower_mean(context: Context, node: fx.Node) -> Value:
     x = context.codes(node, 0)
     rank = len(x.shape) + 1
     dims = sorted(dim % rank for dim in cast(Sequence[int], node.args[1] or ()))
-    if rank not in (3, 4) or dims != list(range(2, rank)):
-        raise context.refused(node, "of means, those over height and width, or over the length of a sequence, have an integer form")
-    _, height, width = picture(x.shape)
-    rows, columns = (Span(0, height, height),), (Span(0, width, width),)
-    return context.result(node, FromPool(context.layer(node), x, rows, columns, picture(x.shape), is_global=True))
+    if rank not in (3, 4, 5) or dims != list(range(2, rank)):
+        raise context.refused(node, "of means, those over all dimensions behind the channels have an integer form")
+    return _whole_mean(context, node, x)
+
+
+def _whole_mean(context: Context, node: fx.Node, x: Buffer) -> Value:
+    """The mean over all dimensions behind the channels, for which a volume is as good as a picture of its planes one below the other."""
+    channels, depth, height, width = volume(x.shape)
+    shape = channels, depth * height, width
+    rows, columns = (Span(0, shape[1], shape[1]),), (Span(0, width, width),)
+    return context.result(node, FromPool(context.layer(node), x, rows, columns, shape, is_global=True))
 
 
 def lower_max_pool(context: Context, node: fx.Node) -> Any:

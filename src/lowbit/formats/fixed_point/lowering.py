@@ -49,8 +49,8 @@ from lowbit.formats.fixed_point.lower_shapes import (
     lower_split,
     move_codes,
 )
-from lowbit.formats.fixed_point.values import Codes, FromConcatenation, FromInput, FromLayer, FromSum, Unquantized, Value, limited, picture
-from lowbit.formats.fixed_point.weights import layer_weight
+from lowbit.formats.fixed_point.values import Codes, FromConcatenation, FromInput, FromLayer, FromSum, Unquantized, Value, limited, volume
+from lowbit.formats.fixed_point.weights import layer_weight, turned
 from lowbit.formats.onnx.grid import Grid, uint8_grid
 from lowbit.formats.program.constants import constant_of
 from lowbit.formats.program.program import Program
@@ -59,12 +59,12 @@ MARGIN = 1.125  # of the output's range over that of the sample, for what other 
 
 Handler = Callable[[Context, fx.Node], Any]
 _HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), lower_convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), lower_convolution),
     "linear": lower_linear,
     "_native_batch_norm_legit_no_training": lower_norm,
     **dict.fromkeys(("add", "sub", "mul", "div"), lower_arithmetic),
     **dict.fromkeys(("relu", "relu6", "hardtanh", "clamp", "clamp_min"), lower_clip),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), lower_average_pool),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), lower_average_pool),
     "mean": lower_mean,
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d"), lower_max_pool),
     "cat": lower_concatenation,
@@ -218,12 +218,14 @@ class _Lowering(Context):
             factor = np.ones(1) if factor is None else factor
             shift = (np.zeros(1) if shift is None else shift) - target.grid.shift
         codes = self.program.weights[source.parameter]
+        if source.window is not None and source.is_transposed:
+            codes = turned(source.layer, codes, source.window.groups)
         weight = layer_weight(
             source.layer, source.parameter, codes, source.bias, factor, shift, source.source, target.grid, as_onnx=self._as_onnx
         )
         if source.window is None:
             return Linear(source.layer, target, source.source, weight)
-        return Convolution(source.layer, target, source.source, weight, source.window, picture(source.source.shape), picture(target.shape))
+        return Convolution(source.layer, target, source.source, weight, source.window, volume(source.source.shape), volume(target.shape))
 
     def _concatenate(self, source: FromConcatenation, target: Buffer) -> None:
         strides, offset = contiguous_strides(target.shape), 0

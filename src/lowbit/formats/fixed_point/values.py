@@ -38,13 +38,14 @@ class FromInput:
 
 @dataclass(frozen=True)
 class FromLayer:
-    """The accumulators of a convolution (with a ``window``) or of a linear layer."""
+    """The accumulators of a convolution (with a ``window``) or of a linear layer; ``is_transposed``: its weight is that of a transposed one."""
 
     layer: str
     source: Buffer
     parameter: str
     bias: Doubles | None
     window: Window | None = None
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,12 @@ def picture(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """``[channels, height, width]`` of a picture, of a sequence ``[channels, length]`` or of numbers ``[channels]``."""
     channels, *sizes = shape
     return (channels, *(1,) * (2 - len(sizes)), *sizes)  # type: ignore[return-value]
+
+
+def volume(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """``[channels, depth, height, width]`` of a volume, or of a ``picture`` with a depth of 1."""
+    channels, *sizes = shape
+    return (channels, *(1,) * (3 - len(sizes)), *sizes)  # type: ignore[return-value]
 
 
 def limited(grid: Grid, clips: Sequence[tuple[float, float]]) -> Grid:

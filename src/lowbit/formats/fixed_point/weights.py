@@ -16,6 +16,7 @@ from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.onnx.integer_grid import SMALLEST_SCALE, IntegerGrid, integer_grid, why_no_integer_grid
 from lowbit.quantizers import QTensor
 from lowbit.quantizers.qtensor import AffineDecoder
+from lowbit.spec import Granularity
 
 LARGEST_SUM = 2**31 - 1
 FINE = 2**-14  # largest rounding error of a bias, in steps of the codes behind the layer
@@ -70,6 +71,28 @@ def layer_weight(
             return _checked(layer, Weight(parameter, reduced, divisor, codes.long(), scale.float(), stored_bits(reduced), 0), source)
     values, scale = _doubled(layer, weight, factor) if grid is None else _centred(grid)
     return _checked(layer, _with_fine_unit(parameter, values, scale, exact, source, target), source)
+
+
+def turned(layer: str, weight: QTensor, groups: int) -> QTensor:
+    """The weight ``[in, out / groups, ...]`` of a transposed convolution as that of a convolution, ``[out, in / groups, ...]``, its kernels turned around.
+
+    Raises:
+        LayerError: Its scales belong neither to the whole weight nor to output channels.
+    """
+    codes, decoder = weight.codes, weight.decoder
+    inputs, outputs, *kernel = codes.shape
+    by_group = codes.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
+    new = by_group.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, codes.dim()))).contiguous()
+    granularity: Granularity = decoder.granularity
+    if granularity.kind == "per_channel" and granularity.axes[0] % codes.dim() == 1:
+        column = (-1, *[1] * (codes.dim() - 1))
+        tables = {name: table.reshape(-1).repeat(groups).reshape(column) for name, table in decoder.tensors().items()}
+        decoder = replace(decoder, **tables, granularity=Granularity.channel(0))  # type: ignore[type-var]
+    elif granularity.kind != "per_tensor":
+        raise LayerError(
+            f"layer {layer!r}: the scales of its weight are those of {granularity}; an integer network takes per_channel or per_tensor"
+        )
+    return replace(weight, codes=new, decoder=decoder)
 
 
 def _centred(grid: IntegerGrid) -> tuple[Tensor, Tensor]:

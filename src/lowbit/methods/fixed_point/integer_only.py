@@ -296,6 +296,7 @@ class IntegerOnly(TrainingMethod):
         return self.weight_quantizer(slot) if slot.purpose == "weight" else self.activation_quantizer(slot)
 
     def attach(self, job: QatJob) -> None:
+        self._quantize_merges(job)
         norms = self._take_norms(job)
 
         def folding(factory: QuantizerFactory) -> QuantizerFactory:
@@ -318,6 +319,18 @@ class IntegerOnly(TrainingMethod):
 
     def _granularity(self, slot: Slot) -> Granularity:
         return Granularity.parse(self.weight_granularity, slot.channel_axis)
+
+    def _quantize_merges(self, job: QatJob) -> None:
+        """Sums, concatenations and what is pooled get the bits of activations where the policy says nothing of them, as integers need."""
+        if job.policy.merges is not None or not job.activation_bits:
+            return
+        bits = job.policy.default.activation or max(job.activation_bits.values())
+        try:
+            job.dataflow()
+        except GraphError as error:
+            job.table.note(f"sums, concatenations and what is pooled stay in float, so that the network is none of integers: {error}")
+            return
+        job.policy = job.policy.with_merges(bits)
 
     def _take_norms(self, job: QatJob) -> dict[str, FoldedNorm]:
         """The norms to fold, taken out of the network; the table notes how many there are, or why there are none."""
