@@ -26,7 +26,7 @@ TITLES = {
         "widths": "Networks of several widths",
     },
     "mixed_precision": {"mixed_precision": "Bits of each layer by search"},
-    "zero_shot": {"zero_shot": "Calibration without data"},
+    "zero_shot": {"zero_shot": "Calibration without data", "zero_shot_photographs": "On photographs"},
     "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
 }
 
