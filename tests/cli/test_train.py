@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from lowbit import evaluate
 from lowbit.cli import app
 from lowbit.cli.flags import in_flags
+from lowbit.data import load_data
 from lowbit.errors import SpecError, UnknownNameError
 from lowbit.files import read_tensors
 from lowbit.models import default_weights, load_default
@@ -272,6 +273,39 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path) -> N
     assert "fp16 needs a GPU" in fails("--precision", "fp16", "--device", "cpu", *out)
     assert "epochs must be 1 or more" in fails("--epochs", "0", *out)
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_method_that_makes_its_own_samples_never_opens_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def load(name: str, *, split: str, **rest: object) -> object:
+        opened.append(split)
+        assert split == "test", "training data were opened"
+        return load_data(name, split=split, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lowbit.workflows.start.load_data", load)
+    few = ["--method", "zaq", "-o", "rounds=2", "-o", "width=4", "--batch-size", "8", *SHORT]
+    result = run(*few, "--out", tmp_path / "digits")
+    assert result.exit_code == 0, result.output
+    assert opened == ["test"] and "accuracy" in result.output
+    report = json.loads((tmp_path / "digits" / "report.json").read_text())
+    assert report["run"]["data"]["training"] == "samples that the method makes"
+    assert report["metrics"]["accuracy"]["float"] > 0.9
+
+
+def test_no_data_at_all_need_a_shape(tmp_path: Path) -> None:
+    save_file(small().state_dict(), tmp_path / "small.safetensors")
+    code = "from tests.cli.test_train import small"
+    (tmp_path / "net.py").write_text(f"import sys\nsys.path.insert(0, {str(Path.cwd())!r})\n{code}\n\n\ndef net():\n    return small()\n")
+    network = ["--model", f"{tmp_path / 'net.py'}:net", "--weights", tmp_path / "small.safetensors"]
+    few = ["--method", "zaq", "-o", "rounds=2", "-o", "width=4", "--batch-size", "8", *SHORT, "--out", tmp_path / "out"]
+    assert "nothing says in which shape: give that of one input, --input-shape" in fails(*network, *few)
+    assert "lsq takes those of its data" in fails("--input-shape", "1x8x8", "--out", tmp_path / "out")
+    assert "zaq" in fails(*network, "--out", tmp_path / "out")  # what does without data
+    assert "expected whole numbers joined by x" in fails(*network, *few, "--input-shape", "square")
+    result = run(*network, *few, "--input-shape", "3x8x6")
+    assert result.exit_code == 0, result.output
+    assert "training: samples that the method makes, 8 at a time" in run(*network, *few, "--input-shape", "3x8x6", "--dry-run").output
 
 
 def test_a_teacher_may_be_the_network_itself_or_a_file_of_weights(tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def adversarial_training(params: dict[str, Any], inputs: dict[str, Tensor]) -> d
     losses: dict[str, list[Tensor]] = {"network": [], "generator": []}
     for _ in run.each_epoch():
         for _ in itertools.repeat(None, params["generator_rounds"]):
+            last = {}
             for turn in run.phase.turns:
                 run.before_step()
                 loss = run.loss(torch.empty(inputs["z"].shape[1], 0))
@@ -145,11 +146,12 @@ def adversarial_training(params: dict[str, Any], inputs: dict[str, Tensor]) -> d
                 run.after_backward()
                 run.optimizer_step()
                 run.after_step()
-                losses[turn.name].append(loss.detach())
+                last[turn.name] = loss.detach()
+            losses["network"].append(last["network"])
+            losses["generator"].append(last["generator"])
     weights = {f"q_{name}": float_weight(getattr(model, name)) for name in ("conv1", "conv2", "linear")}
-    last = slice(params["q_steps_per_round"] - 1, None, params["q_steps_per_round"])
     return {
-        "loss_q": torch.stack(losses["network"][last]),
+        "loss_q": torch.stack(losses["network"]),
         "loss_g": torch.stack(losses["generator"]),
         "gen_l1": run.networks["generator"].start.weight,
         **weights,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SpecError
-from lowbit.quantizers.affine import qrange
+from lowbit.quantizers.affine import qrange, quantize
 from lowbit.quantizers.base import TableQuantizer
 from lowbit.quantizers.ops import mark_affine
 from lowbit.quantizers.qtensor import AffineDecoder, QTensor, code_dtype
@@ -81,8 +81,11 @@ class MinMaxQuantizer(TableQuantizer):
     def _encoded(self, view: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, AffineDecoder]:
         """Codes as floats, shaped like ``view``, and what decodes them."""
         per_unit, offset = self.per_unit(lower, upper)
-        codes = (per_unit * view - offset).round_().clamp_(*qrange(self.bit_width, signed=True))
-        return codes, AffineDecoder(1 / per_unit, -offset, self.granularity)
+        return self.codes_of(view, per_unit, offset), AffineDecoder(1 / per_unit, -offset, self.granularity)
+
+    def codes_of(self, view: Tensor, per_unit: Tensor, offset: Tensor) -> Tensor:
+        """Codes as floats."""
+        return (per_unit * view - offset).round_().clamp_(*qrange(self.bit_width, signed=True))
 
     def extra_repr(self) -> str:
         return f"bit_width={self.bit_width}, {'symmetric' if self.symmetric else 'asymmetric'}, {self.granularity}"
@@ -114,7 +117,8 @@ class MinMaxWeightQuantizer(MinMaxQuantizer):
 class RunningRangeQuantizer(MinMaxQuantizer):
     """Activations, per tensor, over a range that batches widen in training and that stays in evaluation.
 
-    The grid is that of ``MinMaxQuantizer``. In training each batch moves the range first:
+    The grid is that of ``MinMaxQuantizer``, but ``q = clamp(round(x / (1 / S)) - Z, ...)``, as in exported networks: rounding differs halfway
+    between two codes alone, where pooled values often lie. In training each batch moves the range first:
 
     - ``minmax``: ``lower <- min(lower, min x)``, ``upper <- max(upper, max x)``;
     - ``ema``: the same with the mean over the samples of their smallest and of their largest values (the name is the program's);
@@ -188,6 +192,9 @@ class RunningRangeQuantizer(MinMaxQuantizer):
         if self.training:
             self.observe(x)
         return super().forward(x)
+
+    def codes_of(self, view: Tensor, per_unit: Tensor, offset: Tensor) -> Tensor:
+        return quantize(view, 1 / per_unit, -offset, *qrange(self.bit_width, signed=True))
 
     def range_of(self, view: Tensor) -> tuple[Tensor, Tensor]:
         if view.numel() == 0:

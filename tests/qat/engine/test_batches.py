@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lowbit
 from lowbit.errors import DataError, SpecError
+from lowbit.inputs import sample_count
 from lowbit.qat import Classification, Recipe, Regression
-from lowbit.qat.engine.batches import DatasetSource, IterableSource, collated, evaluation_batches, make_source
+from lowbit.qat.engine.batches import DatasetSource, EmptySource, IterableSource, collated, evaluation_batches, make_source
 
 X, Y = torch.arange(14.0).reshape(7, 2), torch.arange(7)
 RECIPE = Recipe(batch_size=3, epochs=1)
@@ -126,3 +127,11 @@ def test_a_wrong_target_is_an_error_before_anything_is_learned() -> None:
     ):
         with pytest.raises(DataError, match=message):
             lowbit.train(network, [(X, targets)], task=task, recipe=RECIPE)
+
+
+def test_empty_batches_say_how_many_samples_and_go_on_where_they_stopped() -> None:
+    source = EmptySource(3, Recipe(batch_size=5, accumulate=2))
+    batches = list(source.epoch(0))
+    assert [(sample_count(batch), weight) for batch, weight in batches] == [(5, 1.0)] * 6
+    assert len(list(source.epoch(4, start=2))) == 2 and len(list(source.first(7))) == 7
+    assert source.is_empty and source.facts() == {"samples": 0, "steps": 3}

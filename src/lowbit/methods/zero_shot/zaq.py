@@ -168,7 +168,7 @@ def quantized_taps(model: nn.Module, taps: Sequence[Tap], probe: Tensor) -> list
         fidelity="partial",
         summary="learns from the float network on samples of a generator that looks for where the two differ; needs no data",
         evidence="quantizers, relations, losses, generator and two rounds of training checked against the authors' program; quantizes layers' inputs",
-        margin_points=1,
+        margin_points=0.5,
     )
 )
 @dataclass
@@ -198,6 +198,7 @@ class Zaq(TrainingMethod):
     """
 
     ends: ClassVar[Literal["wide", "float", "same"]] = "same"
+    allows_procedure: ClassVar[bool] = False
 
     alpha: Annotated[float, AtLeast(0)] = 1.0
     beta: Annotated[float, AtLeast(0)] = 0.1
