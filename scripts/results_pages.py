@@ -30,7 +30,7 @@ TITLES = {
         "mixed_precision_networks": "On a network for ImageNet, without training",
         "mixed_precision_budgets": "Under other budgets",
     },
-    "zero_shot": {"zero_shot": "Calibration without data"},
+    "zero_shot": {"zero_shot": "Calibration without data", "zero_shot_photographs": "On photographs"},
     "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
 }
 

@@ -217,7 +217,9 @@ def test_files_of_a_network_say_how_its_samples_were_made_and_are_measured_the_s
     origin = origin_of(tmp_path / "q" / "model.lowbit")
     assert origin.provenance is not None and "12 samples made by zeroq with seed 0" in str(origin.provenance)
     filled = origin.fill(DiagnoseRequest())
-    assert (filled.calibration, filled.input_shape) == ("zeroq", "1x8x8") and filled.calibration_options["iterations"] == 8
+    assert (filled.calibration, filled.input_shape, filled.calibration_samples) == ("zeroq", "1x8x8", 12) and filled.calibration_options[
+        "iterations"
+    ] == 8
     report = load_and_export(ExportRequest(to=str(tmp_path / "float.onnx"), **{**ZEROQ, "calibration_samples": 4}))
     assert report.parity.passed
 

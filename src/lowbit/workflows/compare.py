@@ -171,7 +171,8 @@ def compare(
             progress.say(f"{len(missing)} cells to run, {len(planned) - len(missing)} are stored or skipped")
         for outcome in _run(suite, _jobs(missing, store, opened, progress), progress):
             _keep(store, outcome, {one.key: one for one in missing}, suite, progress)
-        store.forget_work(CACHE)  # samples that cells had in common
+        if not suite.only:  # cells that are left may take the same samples
+            store.forget_work(CACHE)
         return _reported(suite, store, [one.key for one in planned])
 
 

@@ -104,7 +104,7 @@ class Origin:
         if not request.data:
             changes["data"] = known.data
             if has_samples and not any(samples):
-                changes |= _samples_of(known)
+                changes |= {name: value for name, value in _samples_of(known).items() if not getattr(request, name)}
         for name in ("model", "weights", "data", "calibration"):
             self._check_is_there(name, changes.get(name))
         filled = replace(request, **changes)  # type: ignore[arg-type]
@@ -247,7 +247,12 @@ def _samples_of(known: Provenance) -> dict[str, object]:
         return {"calibration": known.calibration}
     shapes, options = known.synthesis.get("shapes"), known.synthesis.get("options", {})
     shape = shapes[0] if isinstance(shapes, list) and len(shapes) == 1 else None
-    return {"calibration": known.calibration, "calibration_options": options, "input_shape": shape and "x".join(map(str, shape))}
+    return {
+        "calibration": known.calibration,
+        "calibration_options": options,
+        "calibration_samples": known.synthesis.get("samples"),
+        "input_shape": shape and "x".join(map(str, shape)),
+    }
 
 
 def _are_named(classes: Sequence[str]) -> bool:

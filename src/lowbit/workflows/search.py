@@ -360,12 +360,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
         if not request.resume:
             forget_samples(out)
         source = source.with_samples(progress, out / CACHE)
-        fingerprint = {
-            "kind": "search", "version": versions()["lowbit"], "method": request.method, "source": source_digest(type(method)),
-            "settings": request.deciding_settings(), "weights": weights_digest(source.model), "device": str(source.device),
-            "samples": tensors_digest(t for inputs in source.calibration or [source.sample] for t in inputs.tensors),
-        }  # fmt: skip
-        work = open_work_folder(out / WORK, fingerprint, resume=request.resume, facts=source.provenance.to_json())
+        work = open_work_folder(out / WORK, _fingerprint(request, method, source), resume=request.resume, facts=source.provenance.to_json())
         if work.is_resumed:
             progress.say("resuming the search that was stopped")
         result = search(
@@ -397,6 +392,15 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
         work.remove()
         forget_samples(out)
     return Searched(result, out, delivery)
+
+
+def _fingerprint(request: SearchRequest, method: SearchMethod, source: Source) -> dict[str, object]:
+    """Everything that the result of a search depends on."""
+    return {
+        "kind": "search", "version": versions()["lowbit"], "method": request.method, "source": source_digest(type(method)),
+        "settings": request.deciding_settings(), "weights": weights_digest(source.model), "device": str(source.device),
+        "samples": tensors_digest(t for inputs in source.calibration or [source.sample] for t in inputs.tensors),
+    }  # fmt: skip
 
 
 def _quantized(

@@ -272,10 +272,7 @@ def train_network(
         surrogate=settings.surrogate,
         seed=recipe.seed,
     )
-    names = class_names_of(job.train_data)
-    provenance = (
-        job.provenance or provenance_of(model) or (Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None)
-    )
+    provenance = job.provenance or provenance_of(model) or _of_data(job)
     if provenance is not None:
         attach_provenance(quantized, provenance)
     for note in check_needs(method_of(quantized).info, teacher=teacher is not None):
@@ -320,6 +317,12 @@ def train_network(
             work.mark_done()
         trainer.fabric.barrier()
     return Trained(quantized, curve, inputs, recipe, task, trainer.is_main)
+
+
+def _of_data(job: TrainingJob) -> Provenance | None:
+    """The classes that the training data name; ``None`` where they name none."""
+    names = class_names_of(job.train_data)
+    return Provenance(classes=names, task=type(as_task(job.task)).__qualname__) if names else None
 
 
 def _source_and_sample(job: TrainingJob, settings: TrainSettings, trainer: Trainer) -> tuple[BatchSource, Inputs]:
