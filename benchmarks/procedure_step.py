@@ -5,8 +5,8 @@
 
 ResNet-20 on random images of CIFAR's shape, batch 128, one pinned thread, in the loop that users write themselves, with the least epochs that
 the procedure's phases take. Each turn runs one step of the procedure and one of its base method (weights and activations of 2 bits, where the
-method has them); a ratio is the median over the turns of a phase. Networks of several widths are compared with the same method at the highest
-of them alone. Results: benchmarks/results/procedure_step.json.
+method has them); a ratio is the median over the turns of a phase, in processor time. Networks of several widths are compared with the same method
+at the highest of them alone. Results: benchmarks/results/procedure_step.json.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ class Loop:
         self._batch: tuple[Tensor, Tensor] = image, label
 
     def step(self) -> float:
-        """Seconds of one step."""
-        start = time.perf_counter()
+        """Processor seconds of one step, which other work on the machine hardly changes."""
+        start = time.process_time()
         self.run.before_step(self._optimizer)
         for loss in self.run.losses(self._batch):
             loss.backward()
         self.run.after_backward()
         self._optimizer.step()
         self.run.after_step()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def ratios(pair: Pair, steps: int) -> dict[str, float]:

@@ -22,8 +22,10 @@ TITLES = {
     "orderings": {"orderings": "Orderings from papers"},
     "procedures": {
         "procedures": "Procedures of training",
+        "incremental": "INQ at the learning rate of its recipe",
         "depthwise": "PROFIT on depthwise convolutions",
         "widths": "Networks of several widths",
+        "published": "Recipes and policies of the papers",
     },
     "mixed_precision": {
         "mixed_precision": "Bits of each layer by search",
@@ -31,7 +33,11 @@ TITLES = {
         "mixed_precision_budgets": "Under other budgets",
     },
     "zero_shot": {"zero_shot": "Calibration without data", "zero_shot_photographs": "On photographs"},
-    "accuracy": {"post_training": "Methods after training", "training": "Methods of training"},
+    "accuracy": {
+        "post_training": "Methods after training",
+        "photographs": "Methods after training on photographs",
+        "training": "Methods of training",
+    },
 }
 
 

@@ -14,7 +14,7 @@ def test_a_row_tells_claim_source_values_and_finding() -> None:
         "lsq > dorefa at 4/4", "LSQ", "digits", "82.00 ± 2.00 %", "72.00 ± 2.00 %", "+10.00 [+10.00, +10.00]", "holds",
     ]  # fmt: skip
     page = orderings_page([verdict])
-    assert "1 times *holds*" in page and "- lsq > dorefa at 4/4: three epochs" in page
+    assert "compare suite.yaml`: once *holds*." in page and "- lsq > dorefa at 4/4: three epochs" in page
     assert "| lsq > dorefa at 4/4 | LSQ | digits |" in page
 
 

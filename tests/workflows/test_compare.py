@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 from tests.qat.adaptive import chain
 from tests.qat.training import data
 from torch import nn
@@ -314,8 +315,9 @@ def test_the_command_of_a_cell_makes_it_again(tmp_path: Path) -> None:
     ).changed({"epochs": 1, "optimizer": {"momentum": 0.5}, "calibration_samples": 64})  # type: ignore[arg-type]
     results = compare(asked).tables.results
     keys = [result.key for result in results]
-    commands = commands_of(asked, make_tables(results), keys)
-    assert commands.keys() == set(keys) and commands_of(asked, make_tables(results), []) == {}
+    commands = commands_of(asked, make_tables(results))
+    assert commands.keys() == set(keys) and commands_of(Suite(methods=("dfq",)), make_tables(results)) == {}  # type: ignore[arg-type]
+    assert all(command in tables_of(asked).files[4].read_text() for command in map(str, map(escape, commands.values())))
     for result in results:
         words = shlex.split(commands[result.key])[1:-1]
         done = CliRunner().invoke(app, [*words, str(tmp_path / result.key), "--workers", "0", "-q"])

@@ -102,6 +102,6 @@ def show_plan(suite: Suite, progress: SpokenProgress) -> None:
     seconds = sum(one.seconds or 0.0 for one in missing)
     workers = min(max(workers_of(suite), 1), max(len(missing), 1))
     say(
-        f"{len(missing)} of {len(planned)} cells to run: about {seconds:.0f} s of computing, {seconds / workers:.0f} s with {workers} workers, "
+        f"{len(missing)} of {len(planned)} cells to run: about {seconds:.0f} s of computing, {seconds / workers:.0f} s with {workers} worker{'s' * (workers > 1)}, "
         f"{len(missing) * CELL_BYTES / 1000:.0f} kB of results"
     )

@@ -46,7 +46,7 @@ def orderings_page(verdicts: Sequence[Verdict], suite: str = "suite.yaml", title
         f"# {title}",
         "",
         f"What papers claim, measured by `lowbit compare {suite}`: "
-        + ", ".join(f"{count} times *{name}*" for name, count in counts.items() if count)
+        + ", ".join(f"{'once' if count == 1 else f'{count} times'} *{name}*" for name, count in counts.items() if count)
         + ".",
         "",
         "Each row compares two methods on one network over the same seeds: mean and standard deviation of each, and the mean of the differences "

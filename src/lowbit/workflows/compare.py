@@ -11,7 +11,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -194,7 +194,7 @@ def _reported(suite: Suite, store: Store, current: Sequence[str]) -> Comparison:
     tables = make_tables(store.load().values(), baseline=suite.baseline or suite.methods[0].name, equal=suite.equal, current=current)
     against = None if suite.against is None else Path(suite.against)
     verdicts = judge(suite.orderings, [result for result in tables.results if not current or result.key in current])
-    report = ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables, current), against, verdicts)
+    report = ComparisonReport(tables, suite.to_yaml(), commands_of(suite, tables), against, verdicts)
     return Comparison(suite, tables, verdicts, store.folder, write_comparison(report, store.folder))
 
 
@@ -504,17 +504,17 @@ def machine_facts(threads: int) -> dict[str, object]:
     return {"processor": processor_name(), "system": platform.system(), "threads": threads, **versions()}
 
 
-def commands_of(suite: Suite, tables: Tables, current: Collection[str]) -> dict[str, str]:
-    """The command that runs each result of ``suite`` alone, by its key; ``current`` are the suite's keys.
+def commands_of(suite: Suite, tables: Tables) -> dict[str, str]:
+    """The command that runs each result of ``suite`` alone, by its key.
 
     Networks given as objects have no command, nor have results of other suites in the same folder.
     """
-    named = {one.title for one in suite.subjects}
+    asked = {cell.key({}) for cell, _ in dataclasses.replace(suite, only=()).cells()}
     file = Path(suite.out) / "suite.yaml"
     return {
         result.key: shlex.join(["lowbit", "compare", str(file), "--only", result.cell.name, "--out", "one-cell"])
         for result in tables.results
-        if result.key in current and result.cell.subject in named
+        if result.cell.key({}) in asked
     }
 
 
