@@ -34,6 +34,7 @@ class Task(ABC):
         higher_is_better: Whether larger values of it are better.
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
+        has_classes: Whether the largest of a sample's outputs is its prediction, so that networks can be compared by how often they agree.
 
     Example:
         >>> import torch, lowbit
@@ -53,6 +54,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     units: ClassVar[Mapping[str, str]] = MappingProxyType({})
     meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    has_classes: ClassVar[bool] = True
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:
         """The network's output for the inputs of ``batch``: by default for those that its ``forward`` takes, see ``Inputs.of``."""
