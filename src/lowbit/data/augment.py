@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -29,6 +30,16 @@ def flip(images: Tensor, generator: Generator) -> Tensor:
     """Mirror each image of ``[N, C, H, W]`` left to right with probability one half."""
     chosen = torch.rand(len(images), generator=generator).to(images.device) < 0.5
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+class BatchChange(Protocol):
+    """What is done to training batches."""
+
+    def __call__(self, batch: Any, generator: Generator) -> Any:
+        """The batch with random changes."""
+
+    def plain(self, batch: Any) -> Any:
+        """The batch as a network takes it, without random changes."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowbit.data.augment import SMALLEST_AUGMENTED, Augmentation
+from lowbit.data.augment import SMALLEST_AUGMENTED, Augmentation, BatchChange
 from lowbit.data.images import Preprocessing
 from lowbit.errors import SpecError
 
 Split = Literal["train", "test", "calibration"]
-Sample = Tensor | tuple[Tensor, int]
+Sample = Tensor | tuple[Tensor, int] | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ImageData:
         """The most samples that can be put together in a batch; None where any number can."""
         return None
 
-    def augmentation(self, name: str) -> Augmentation | None:
+    def augmentation(self, name: str) -> BatchChange | None:
         """The random changes called ``name`` of training batches; ``auto`` shifts and mirrors pictures of 28 pixels and more.
 
         Raises:

@@ -186,6 +186,13 @@ class UpscalingData(ImageData):
     pictures: int = 0
     given: bool = False
 
+    def sizes(self) -> tuple[str, str]:
+        """Those of the smallest and of the largest original, ``WIDTH x HEIGHT``, by the number of pixels; this reads all of them."""
+        held = self.dataset.pairs if isinstance(self.dataset, FixedPatches) else self.dataset
+        assert isinstance(held, PicturePairs)
+        found = sorted((held.pair(index)[1] for index in range(self.pictures)), key=Tensor.numel)
+        return _size(found[0]), _size(found[-1])
+
     @property
     def has_targets(self) -> bool:
         return True

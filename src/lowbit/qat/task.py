@@ -24,6 +24,19 @@ Criterion: TypeAlias = Callable[[Any, Any], Tensor]
 Sums: TypeAlias = Mapping[str, Any]  # for each metric its sum and the number of samples, or any tensor of sums
 
 
+@dataclass(frozen=True)
+class Example:
+    """A sample with pictures of it, for reports.
+
+    Attributes:
+        words: What it is.
+        pictures: uint8 ``[3, H, W]`` by what they show.
+    """
+
+    words: str
+    pictures: Mapping[str, Tensor]
+
+
 class Task(ABC):
     """Turns batches and a network's outputs into a loss and metrics; nothing else knows what is in the data.
 
@@ -35,6 +48,7 @@ class Task(ABC):
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
         has_classes: Whether the largest of a sample's outputs is its prediction, so that networks can be compared by how often they agree.
+        open_dimensions: Dimensions of inputs that files leave open besides the batch, as ``lowbit.export`` takes them.
 
     Example:
         >>> import torch, lowbit
@@ -55,6 +69,7 @@ class Task(ABC):
     units: ClassVar[Mapping[str, str]] = MappingProxyType({})
     meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     has_classes: ClassVar[bool] = True
+    open_dimensions: ClassVar[tuple[str, ...]] = ()
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:
         """The network's output for the inputs of ``batch``: by default for those that its ``forward`` takes, see ``Inputs.of``."""
@@ -97,6 +112,10 @@ class Task(ABC):
     def doubt(self, scores: Scores, outputs: int) -> str:
         """Why the metrics of a network with so many outputs say nothing, in words; empty where they do, or where the task cannot tell."""
         return ""
+
+    def examples(self, batch: Batch, output: Output, float_output: Output | None) -> Sequence[Example]:
+        """Pictures of what the quantized and, where there is one, the float network make of a batch, for reports."""
+        return ()
 
     def describe(self, name: str, value: float) -> str:
         """A value of a metric as people read it."""

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -22,9 +22,6 @@ from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe,
 from lowbit.reading import Lined, line_of, read_yaml, shorten
 from lowbit.registry import Kind, MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
-
-if TYPE_CHECKING:
-    from lowbit.qat.tasks import Classification
 
 Bits = int | str | None
 MAX_THREADS = 1024  # beyond what any processor has torch fails without a word
@@ -139,7 +136,8 @@ class NetworkSettings(Request):
 
     Attributes:
         model: The network: 'package.module:factory', 'file.py:factory' (a function or class that returns the network; 'file.py'
-            will do where it has one that needs no arguments), 'timm:NAME', 'torchvision:NAME', or a name from 'lowbit models list'. Default: the embedded digits network.
+            will do where it has one that needs no arguments), 'timm:NAME', 'torchvision:NAME', or a name from 'lowbit models list'.
+            Default: the embedded network of the task.
         model_options: Arguments for the network's factory, for example num_classes=10.
         weights: Trained weights, .safetensors or a .pt/.pth state dict (no code in it is run). Default: what the factory returns; the
             embedded network has its own.
@@ -149,6 +147,9 @@ class NetworkSettings(Request):
             interpolation=bicubic, grey=false (these are the defaults).
         classes: Names of the classes in the order of the outputs: a text file with a name a line, or names joined by commas. Default: those of
             the data.
+        task: What the network is for. Default: what the file says that is worked with, else classification.
+        scale: For super-resolution, how many times larger pictures become. Default: as the network makes them.
+        patch: For super-resolution, side of the small pictures' patches that are trained and calibrated on, in pixels.
     """
 
     model: str | None = None
@@ -157,6 +158,9 @@ class NetworkSettings(Request):
     data: str | None = None
     preprocess: Mapping[str, object] = field(default_factory=dict)
     classes: str | None = None
+    task: Literal["classification", "super-resolution"] | None = None
+    scale: Annotated[int | None, Interval(2, 4)] = None
+    patch: Annotated[int, AtLeast(8)] = 48
 
 
 @dataclass(frozen=True)
@@ -551,7 +555,9 @@ class RunRequest(Request):
         top: Number of classes to show for each picture.
         runs: Number of calls to time.
         batch_size: Samples per forward pass.
-        out: CSV file for the classes of each picture.
+        tile: For super-resolution, side of the tiles that a picture is cut into, in its pixels; less takes less memory.
+        overlap: For super-resolution, pixels around a tile that the network sees as well.
+        out: CSV file for the classes of each picture; for super-resolution the enlarged picture, or the folder for several.
         threads: CPU threads for torch. Default: as many as torch chooses.
     """
 
@@ -565,6 +571,8 @@ class RunRequest(Request):
     top: Annotated[int, AtLeast(1)] = 3
     runs: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(1)] = 1
+    tile: Annotated[int, AtLeast(16)] = 256
+    overlap: Annotated[int, AtLeast(0)] = 16
     out: str | None = None
     threads: Annotated[int | None, Interval(1, MAX_THREADS)] = None
 
@@ -701,13 +709,6 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
         from lowbit.qat.procedure import training_method  # brings torch
 
         return training_method(self.method, self.options, self.procedure, self.procedure_options)
-
-    @property
-    def task(self) -> Classification:
-        """What the network is trained for."""
-        from lowbit.qat.tasks import Classification  # brings torch
-
-        return Classification(self.label_smoothing, self.temperature)
 
     def bit_policy(self, default: LayerBits | None = None) -> BitPolicy:
         """Bits for each layer; where none are given 4, or the nearest below or above that the method supports."""

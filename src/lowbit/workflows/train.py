@@ -434,7 +434,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         request.bit_policy(),
         test_data=start.test,
         teacher=start.teacher,
-        task=request.task,
+        task=start.source.task,
         provenance=start.source.provenance,
         bits=request.bits,
     )

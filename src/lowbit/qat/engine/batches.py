@@ -6,13 +6,14 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from lowbit.autograd import plain_tensor
+from lowbit.data.augment import BatchChange
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import known_length, map_tensors, tensors_of
@@ -26,16 +27,6 @@ def seeded(*parts: int) -> Generator:
     """A generator whose numbers depend on all of ``parts``."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest) >> 1)
-
-
-class BatchChange(Protocol):
-    """What is done to training batches."""
-
-    def __call__(self, batch: Any, generator: Generator) -> Batch:
-        """The batch with random changes."""
-
-    def plain(self, batch: Any) -> Batch:
-        """The batch as a network takes it, without random changes."""
 
 
 def augmentation_for(name: AugmentName, data: object) -> BatchChange | None:

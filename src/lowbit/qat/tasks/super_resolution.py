@@ -13,10 +13,11 @@ from torch.nn import functional
 from lowbit.errors import DataError
 from lowbit.measure.picture_quality import BT601, BT601_256, luma, psnr, ssim, without_border
 from lowbit.options import AtLeast
-from lowbit.qat.task import Batch, Output, Sums, Supervised, format_shape
+from lowbit.qat.task import Batch, Example, Output, Sums, Supervised, format_shape
 from lowbit.resize import enlarge, round_pixels
 
 MOST_PSNR = 100.0  # dB: what equal pictures count, so that a mean stays a number
+CROP = 96  # pixels of a picture in a report
 LUMA = {"y": BT601, "y_256": BT601_256}
 
 
@@ -56,6 +57,7 @@ class SuperResolution(Supervised):
         "bicubic SSIM": "SSIM of bicubic enlarging.",
     }
     has_classes = False
+    open_dimensions = ("H", "W")
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:
         """The network's output; a list where the inputs are one."""
@@ -87,6 +89,32 @@ class SuperResolution(Supervised):
                 sums.setdefault(f"bicubic {name}", []).append(values.sum())
             count += len(wanted)
         return {name: (torch.stack(values).sum(), count) for name, values in sums.items()}
+
+    def examples(self, batch: Batch, output: Output, float_output: Output | None) -> Sequence[Example]:
+        """For each picture the part of it where the quantized network differs most from the float one, or else from the original."""
+        rows: list[Example] = []
+        floats = [None] * len(self._inputs(batch)) if float_output is None else [found for found, _ in self._pairs(float_output, batch)]
+        for small, (found, wanted), rival in zip(self._inputs(batch), self._pairs(output, batch), floats, strict=True):
+            scale = wanted.shape[-1] // small.shape[-1]
+            shown = {"bicubic": enlarge(small, scale), "float": rival, "quantized": found, "original": wanted}
+            for index in range(len(wanted)):
+                parts = {name: round_pixels(pictures[index]).float() for name, pictures in shown.items() if pictures is not None}
+                parts["difference"] = (parts["quantized"] - parts["original" if rival is None else "float"]).abs()
+                top, left = _largest_window(parts["difference"].sum(0), CROP)
+                cut = {name: part[:, top : top + CROP, left : left + CROP] for name, part in parts.items()}
+                strength = max(float(cut["difference"].max()), 1.0)
+                quality = self.quality(found[index : index + 1], wanted[index : index + 1], scale)
+                words = f"PSNR {float(quality['PSNR']):.2f} dB, at row {top}, column {left}"
+                rows.append(
+                    Example(
+                        f"{words}; white in the difference is {strength:.0f} levels",
+                        {
+                            name: (part * (255 / strength) if name == "difference" else part).to(torch.uint8).cpu()
+                            for name, part in cut.items()
+                        },
+                    )
+                )
+        return rows
 
     def check(self, output: Output, batch: Batch) -> None:
         for small, (found, wanted) in zip(self._inputs(batch), self._pairs(output, batch), strict=True):
@@ -136,6 +164,14 @@ class SuperResolution(Supervised):
                 "colour pictures [N, 3, H, W] in 0 to 255."
             )
         return [(found, wanted.to(found))]
+
+
+def _largest_window(values: Tensor, side: int) -> tuple[int, int]:
+    """Top and left of the ``side`` x ``side`` part of ``[H, W]``, or of what there is, with the largest sum."""
+    size = [min(side, length) for length in values.shape]
+    sums = functional.avg_pool2d(values[None, None], size, stride=8)[0, 0]
+    top, left = divmod(int(sums.argmax()), sums.shape[1])
+    return 8 * top, 8 * left
 
 
 def _words(size: Sequence[int]) -> str:
