@@ -30,13 +30,15 @@ def list_data(json: Json = False) -> None:
     """List the data suites: where they are looked for, and how to get them."""
     from lowbit.data import SUITES, UPSCALING_SUITES
 
+    groups = {
+        "--data": {name: (suite.summary, suite.places) for name, suite in SUITES.items()},
+        "--task super-resolution --data": {name: (suite.summary, suite.places) for name, suite in UPSCALING_SUITES.items()},
+    }
     if json:
-        show_json({name: {"summary": suite.summary, "places": suite.places} for name, suite in {**SUITES, **UPSCALING_SUITES}.items()})
+        show_json({name: {"summary": what, "places": where} for suites in groups.values() for name, (what, where) in suites.items()})
         return
-    for heading, suites in (("--data", SUITES), ("--task super-resolution --data", UPSCALING_SUITES)):
-        show_table(
-            (heading, "what it is", "where it is looked for"), ((name, suite.summary, suite.places) for name, suite in suites.items())
-        )
+    for heading, suites in groups.items():
+        show_table((heading, "what it is", "where it is looked for"), ((name, *facts) for name, facts in suites.items()))
         say("")
     show_table(
         ("--data", "any other data"),
@@ -71,7 +73,9 @@ def show_data(
         typer.Option("--task", help="What the data are for. Default: as named, else classification.", show_default=False),
     ] = None,
     scale: Annotated[int, typer.Option("--scale", help="For super-resolution, how many times larger originals are.", min=2, max=4)] = 2,
-    patch: Annotated[int, typer.Option("--patch", help=settings_of(NetworkSettings)["patch"].meaning, min=8)] = NetworkSettings.patch,
+    patch: Annotated[
+        int | None, typer.Option("--patch", help=settings_of(NetworkSettings)["patch"].meaning, min=8, show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Read the data and show what is in it."""
@@ -87,7 +91,7 @@ def show_data(
     if json:
         show_json({split: _facts(found) for split, found in splits.items()})
         return
-    pairs = {split: found for split, found in splits.items() if isinstance(found, UpscalingData)}
+    pairs: dict[str, UpscalingData] = {split: found for split, found in splits.items() if isinstance(found, UpscalingData)}
     if pairs:
         _show_pairs(pairs, name)
         return

@@ -22,7 +22,7 @@ from lowbit.errors import DataError, SpecError, install_command, missing_extra, 
 from lowbit.resize import crop_to_multiple, shrink
 
 HIGH, LOW = ("hr", "high"), ("lr", "low")  # sub-folders of originals and of small pictures
-PATCHES = 16  # of each picture in an epoch
+PATCHES, FEWEST_SAMPLES = 16, 256  # patches of each picture in an epoch; of all together there are at least as many as this
 KEPT_BYTES = 2**30  # of decoded pictures in memory
 SHOWN = 3  # names in a message
 Pair = tuple[Tensor, Tensor]
@@ -93,6 +93,11 @@ class PicturePairs(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         small, original = self.pair(index % len(self.originals))
         return (small, original) if self.as_bytes else (small.float(), original.float())
+
+    @property
+    def names(self) -> list[str]:
+        """What the pictures are called."""
+        return [picture.name for picture in self.originals]
 
     def pair(self, index: int) -> Pair:
         """The pictures of that number, as bytes.
@@ -278,7 +283,7 @@ def load_pairs(spec: str, *, scale: int, split: Split = "train", patch: int = 48
         pairs, skipped = _readable(pairs, spec)
     if split != "test":
         _check_sizes(pairs, patch, spec)
-        pairs.repeats, pairs.as_bytes = PATCHES, split == "train"
+        pairs.repeats, pairs.as_bytes = max(PATCHES, -(-FEWEST_SAMPLES // len(pairs.originals))), split == "train"
     dataset = FixedPatches(pairs, patch) if split == "calibration" else pairs
     shape = (3, patch, patch)
     return UpscalingData(

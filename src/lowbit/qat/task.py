@@ -17,6 +17,7 @@ from lowbit.errors import DataError
 from lowbit.inputs import TARGET_NAMES, Inputs, Takes, sample_count, tensors_of
 from lowbit.measure.outputs import output_tensor
 from lowbit.options import check_settings
+from lowbit.qat.recipe import Recipe
 
 Batch: TypeAlias = Any  # whatever the data give: a tensor, a tuple, a dict
 Output: TypeAlias = Any  # whatever the network returns
@@ -48,6 +49,7 @@ class Task(ABC):
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
         has_classes: Whether the largest of a sample's outputs is its prediction, so that networks can be compared by how often they agree.
+        recipe: How ``lowbit.train`` trains where nothing is said.
         open_dimensions: Dimensions of inputs that files leave open besides the batch, as ``lowbit.export`` takes them.
 
     Example:
@@ -69,6 +71,7 @@ class Task(ABC):
     units: ClassVar[Mapping[str, str]] = MappingProxyType({})
     meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
     has_classes: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe()
     open_dimensions: ClassVar[tuple[str, ...]] = ()
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:

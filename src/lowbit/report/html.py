@@ -223,13 +223,10 @@ def cards(report: Report) -> list[Card]:
     if not found:
         name = report.metric or "metrics"
         found = [Card(_title(name), NOTHING, "not measured", "There were no labels; pass labelled data to measure it.")]
+    if report.agreement is not None or not report.metrics:
+        same = "How often both networks predict the same; needs no labels."
+        found.append(Card("Agreement", format_percent(report.agreement), "same first prediction as float", same))
     found += [
-        Card(
-            "Agreement",
-            format_percent(report.agreement),
-            "same first prediction as float",
-            "How often both networks predict the same; needs no labels.",
-        ),
         Card(
             "Output SQNR",
             format_db(report.sqnr_db),

@@ -308,15 +308,15 @@ def _examples(model: nn.Module, rival: nn.Module | None, test: Iterable[object],
     rows: list[PictureRow] = []
     if type(task).examples is Task.examples:
         return rows
+
+    def output(network: nn.Module, batch: object) -> object:
+        place = device_of(network)
+        with evaluating(network):
+            return task.predict(network, map_tensors(batch, lambda tensor: tensor.to(place)))
+
     for batch in itertools.islice(test, EXAMPLES):
-        outputs = []
-        for network in (model, rival):
-            if network is None:
-                outputs.append(None)
-                continue
-            with evaluating(network):
-                outputs.append(task.predict(network, map_tensors(batch, lambda t, n=network: t.to(device_of(n)))))
-        rows += [PictureRow.of(example.words, example.pictures) for example in task.examples(batch, *outputs)]
+        found = task.examples(batch, output(model, batch), None if rival is None else output(rival, batch))
+        rows += [PictureRow.of(example.words, example.pictures) for example in found]
     return rows[:EXAMPLES]
 
 

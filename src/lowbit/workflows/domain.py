@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TaskName = Literal["classification", "super-resolution"]
 N = TypeVar("N", bound="NetworkSettings")
 TRAINED_SCALE = 2  # of the embedded network
+PATCH, EMBEDDED_PATCH = 48, 24  # pixels of small pictures
 PROBE = 16  # pixels of the picture that a network is tried on
 
 
@@ -118,7 +119,8 @@ class Upscaling(Domain):
         self, spec: str, split: Split, settings: NetworkSettings, preprocessing: Preprocessing | None = None, *, strict: bool = True
     ) -> ImageData:
         assert settings.scale is not None  # filled
-        return load_pairs(spec, scale=settings.scale, split=split, patch=settings.patch, strict=strict)
+        patch = settings.patch or (EMBEDDED_PATCH if spec == self.data else PATCH)
+        return load_pairs(spec, scale=settings.scale, split=split, patch=patch, strict=strict)
 
     def filled(self, settings: N, network: nn.Module | None = None) -> N:
         """With the scale: that of the network where it is not said, 2 for built-in ones; and with it for their factory."""

@@ -122,7 +122,7 @@ def train(
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         bits: Widths that one network is to have, for methods that train several; see ``lowbit.prepare``.
         test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
-        recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
+        recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: that of the task, with the batch
             size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
@@ -178,7 +178,8 @@ def train(
         recipe = paper_recipe(chosen, recipe)
     elif recipe is None:
         batch_size = getattr(train_data, "batch_size", None)
-        recipe = Recipe(batch_size=batch_size) if isinstance(batch_size, int) else Recipe()
+        own = as_task(task).recipe
+        recipe = dataclasses.replace(own, batch_size=batch_size) if isinstance(batch_size, int) else own
     settings = TrainSettings(
         recipe=recipe,
         surrogate=surrogate,

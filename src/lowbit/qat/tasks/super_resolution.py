@@ -13,6 +13,7 @@ from torch.nn import functional
 from lowbit.errors import DataError
 from lowbit.measure.picture_quality import BT601, BT601_256, luma, psnr, ssim, without_border
 from lowbit.options import AtLeast
+from lowbit.qat.recipe import UPSCALING_RECIPE
 from lowbit.qat.task import Batch, Example, Output, Sums, Supervised, format_shape
 from lowbit.resize import enlarge, round_pixels
 
@@ -57,6 +58,7 @@ class SuperResolution(Supervised):
         "bicubic SSIM": "SSIM of bicubic enlarging.",
     }
     has_classes = False
+    recipe = UPSCALING_RECIPE
     open_dimensions = ("H", "W")
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:
@@ -101,7 +103,8 @@ class SuperResolution(Supervised):
                 parts = {name: round_pixels(pictures[index]).float() for name, pictures in shown.items() if pictures is not None}
                 parts["difference"] = (parts["quantized"] - parts["original" if rival is None else "float"]).abs()
                 top, left = _largest_window(parts["difference"].sum(0), CROP)
-                cut = {name: part[:, top : top + CROP, left : left + CROP] for name, part in parts.items()}
+                order = [name for name in ("bicubic", "float", "quantized", "difference", "original") if name in parts]
+                cut = {name: parts[name][:, top : top + CROP, left : left + CROP] for name in order}
                 strength = max(float(cut["difference"].max()), 1.0)
                 quality = self.quality(found[index : index + 1], wanted[index : index + 1], scale)
                 words = f"PSNR {float(quality['PSNR']):.2f} dB, at row {top}, column {left}"
