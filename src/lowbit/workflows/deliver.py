@@ -89,7 +89,7 @@ def deliver(
     packed: bool = True,
     onnx: bool = True,
     compare: bool = True,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     training: Mapping[str, object] | None = None,
     notes: Sequence[str] = (),
     provenance: Provenance | None = None,

@@ -19,7 +19,7 @@ def evaluate(
     model: nn.Module,
     data: object,
     *,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     batch_size: int = 128,
     progress: bool | Progress | None = None,
 ) -> Scores:

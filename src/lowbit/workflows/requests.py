@@ -81,7 +81,7 @@ class Request:
         changes: dict[str, Any] = {}
         if "recipe" in values and "recipe" in names:
             changes["recipe"] = self._whole_recipe(values, f"{where}{line_of(values, 'recipe')}")
-        elif "recipe" in own and self.recipe == Recipe() and str(values.get("task")) in RECIPES:
+        elif getattr(self, "recipe", None) == Recipe() and str(values.get("task")) in RECIPES:
             changes["recipe"] = RECIPES[str(values["task"])]
         for name, value in values.items():
             if name in changes:

@@ -67,7 +67,7 @@ def search(
     first_last_bits: int | None = 8,
     latency_table: LatencyTable | Path | str | None = None,
     quantizer: str = SearchRequest.quantizer,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     workers: int = 1,
     ray: str | None = None,
     seed: int = SearchRequest.seed,

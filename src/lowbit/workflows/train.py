@@ -91,7 +91,7 @@ def train(
     procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     augment: AugmentName = TrainSettings.augment,
     steps_per_epoch: int | None = None,
     sample: object = None,
@@ -230,7 +230,7 @@ class TrainingJob:
     policy: BitPolicy
     test_data: object = None
     teacher: nn.Module | None = None
-    task: Task | Criterion | None = None
+    task: Task | Criterion | str | None = None
     sample: object = None
     steps_per_epoch: int | None = None
     bits: Widths = None
