@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, cast
+from typing import ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,12 +17,10 @@ from lowbit.models import BUILT_IN, default_weights, full_name, load_model, upsc
 from lowbit.network.layers import evaluating
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import Classification, SuperResolution
-
-if TYPE_CHECKING:
-    from lowbit.workflows.requests import NetworkSettings
+from lowbit.workflows.requests import EMBEDDED, NetworkSettings
 
 TaskName = Literal["classification", "super-resolution"]
-N = TypeVar("N", bound="NetworkSettings")
+N = TypeVar("N", bound=NetworkSettings)
 TRAINED_SCALE = 2  # of the embedded network
 PATCH, EMBEDDED_PATCH = 48, 24  # pixels of small pictures
 PROBE = 16  # pixels of the picture that a network is tried on
@@ -77,7 +75,7 @@ class Pictures(Domain):
     """Classification: pictures become inputs of one size."""
 
     task = Classification
-    network = data = "digits"
+    network = data = EMBEDDED["classification"]
 
     def weights(self) -> Path:
         return default_weights()
@@ -106,7 +104,7 @@ class Upscaling(Domain):
     """Super-resolution: pictures stay as they are, small ones are made of them."""
 
     task = SuperResolution
-    network, data = "edsr_small", "sample-photographs"
+    network, data = EMBEDDED["super-resolution"], "sample-photographs"
     trained: ClassVar = {"scale": TRAINED_SCALE}
 
     def weights(self) -> Path:

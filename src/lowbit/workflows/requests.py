@@ -26,6 +26,7 @@ from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
 Bits = int | str | None
 MAX_THREADS = 1024  # beyond what any processor has torch fails without a word
 RECIPES = {"super-resolution": UPSCALING_RECIPE}  # of tasks that the default does not fit
+EMBEDDED = {"classification": "digits", "super-resolution": "edsr_small"}  # networks of tasks where none is named
 PAPER = "paper"  # in place of a policy or a recipe: that of the method's paper
 EIGHT_BITS = LayerBits(8, 8)  # what layers get without training where nothing is said
 LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")

@@ -42,7 +42,7 @@ class SuperResolution(Supervised):
         >>> original = torch.full((1, 3, 32, 32), 110.0)
         >>> found = lowbit.evaluate(network, (small, original), task=lowbit.SuperResolution(scale=2))
         >>> round(found["PSNR"], 3), round(found["bicubic PSNR"], 3)
-        (29.452, 29.452)
+        (29.453, 29.453)
     """
 
     scale: Annotated[int, AtLeast(1)] | None = None
