@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lowbit"
 ORDER = (
     ("errors", "lazy"),
     ("reading",),
-    ("autograd", "files", "plugins", "progress", "spec"),
+    ("autograd", "files", "plugins", "progress", "resize", "spec"),
     ("executors",),
     ("registry", "inputs"),
     ("options", "workfolder"),

@@ -21,10 +21,15 @@ from torch import nn
 from lowbit.errors import SpecError, missing_extra, unknown_name
 from lowbit.files import may_download
 from lowbit.models.bireal import bireal_resnet18, bireal_resnet20
+from lowbit.models.bsrn import bsrn
 from lowbit.models.digits import digits_net
+from lowbit.models.edsr import edsr, edsr_baseline, edsr_small
 from lowbit.models.mobilenet import mobilenet_v2_small
+from lowbit.models.rdn import rdn_a, rdn_b
 from lowbit.models.reactnet import reactnet_a
 from lowbit.models.resnet import resnet8, resnet18, resnet20, resnet32, resnet56
+from lowbit.models.srresnet import srresnet
+from lowbit.models.vdsr import vdsr
 from lowbit.models.vgg_small import vgg_small
 from lowbit.models.weights import load_weights
 
@@ -40,6 +45,14 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "reactnet_a": (reactnet_a, "MobileNet of ordinary convolutions with shortcuts and shifted PReLUs, for binary training on large images"),
     "vgg_small": (vgg_small, "six convolutions and a classifier for 32-pixel images"),
     "mobilenet_v2_small": (mobilenet_v2_small, "inverted residuals with depthwise convolutions and ReLU6 for 28- to 40-pixel images"),
+    "edsr_small": (edsr_small, "super-resolution x2, x3, x4: EDSR of 4 blocks of 24 channels, trained weights for x2 included"),
+    "edsr_baseline": (edsr_baseline, "super-resolution x2, x3, x4: EDSR of 16 blocks of 64 channels"),
+    "edsr": (edsr, "super-resolution x2, x3, x4: EDSR of 32 blocks of 256 channels"),
+    "srresnet": (srresnet, "super-resolution x2, x3, x4: residual blocks with batch norm"),
+    "rdn_a": (rdn_a, "super-resolution x2, x3, x4: 20 dense blocks of 6 layers"),
+    "rdn_b": (rdn_b, "super-resolution x2, x3, x4: 16 dense blocks of 8 layers"),
+    "vdsr": (vdsr, "super-resolution x2, x3, x4: 20 plain convolutions behind bicubic enlarging"),
+    "bsrn": (bsrn, "super-resolution x2, x3, x4: 3x3 and 1x1 convolutions without activations, for binary training"),
 }
 TRAINED_WORDS = ("pretrained", "weights")  # options of factories that load trained weights
 _torchvision_schemas: list[torch.library.Library] = []  # schemas live as long as their library object

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.data import ImageData, Split, load_data
+from lowbit.data import ImageData, Split
 from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration, Inputs
@@ -20,12 +20,12 @@ from lowbit.provenance import Provenance
 from lowbit.qat.engine.batches import evaluation_batches
 from lowbit.qat.method import generates_samples, without_data
 from lowbit.synthesis.samples import SynthesizedData
+from lowbit.workflows.domain import Domain, domain_of
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
 from lowbit.workflows.samples import Making, batches_of, described_file, is_made, samples_file
 from lowbit.workflows.source import (
-    DEFAULT,
     Source,
     classes_of,
     default_notes,
@@ -88,11 +88,13 @@ def open_start(asked: TrainRequest) -> Start:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
+    domain = domain_of(asked)
+    asked = domain.filled(asked)
     generates, file = generates_samples(asked.method_info), samples_file(asked.data)
     is_unlabelled = is_made(asked.data) or file is not None
     _check_samples(asked, generates, is_unlabelled)
     is_embedded = asked.model is None and asked.weights is None and not asked.model_options
-    named = None if is_unlabelled else asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
+    named = None if is_unlabelled else asked.data or (domain.data if is_embedded or asked.model == domain.network else None)
     if named is None and not generates and not is_unlabelled:
         raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list'), or {without_data()}.")
     notes: list[str] = []
@@ -102,9 +104,10 @@ def open_start(asked: TrainRequest) -> Start:
     skipped = [part for part in (train, test) if part is not None and part.skipped]
     notes += [f"{len(part.skipped)} pictures of {part.name} cannot be decoded and are left out" for part in skipped]
 
-    options = dict(asked.model_options) if data is None else fitting_options(asked.model, asked.model_options, data)
-    name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed)
-    is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options)
+    options = dict(asked.model_options) if data is None else domain.fitting_options(asked.model, asked.model_options, data)
+    name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed, domain=domain)
+    domain.check_network(network, asked)
+    is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options, domain)
     if not is_trained:
         notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
         if "pretrained" in asked.method_info.needs:
@@ -121,7 +124,7 @@ def open_start(asked: TrainRequest) -> Start:
         data=asked.test_data if is_unlabelled else named,
         preprocessing=preprocessing_of(asked.preprocess) if data is None else data.preprocessing,
         classes=classes_of(data, asked.classes),
-        task=type(asked.task).__qualname__,
+        task=domain.task.__qualname__,
     )
     if train is not None and test is not None:
         Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
@@ -159,13 +162,14 @@ def _source_without_data(
     """The network and samples without labels: those of a file, or how they are made."""
     labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
     place, test_name = torch.device("cpu"), "" if test is None else test.name
+    task = domain_of(asked).make_task(asked)
     if initial is not None:
         making = Making(asked.data, asked.data_options, asked.synthesized_samples, asked.recipe.seed)
-        return Source(name, network, place, initial, None, str(making), labelled, test_name, facts, making=making), None
+        return Source(name, network, place, initial, None, str(making), labelled, test_name, facts, task, making=making), None
     file = samples_file(asked.data)
     assert file is not None
     held = SynthesizedData.load(file)
-    source = Source(name, network, place, held.inputs.take(0, 1), None, str(asked.data), labelled, test_name, facts)
+    source = Source(name, network, place, held.inputs.take(0, 1), None, str(asked.data), labelled, test_name, facts, task)
     return _looking_at(source, held.inputs, described_file(facts, str(asked.data), held)), held.inputs
 
 
@@ -186,13 +190,14 @@ def _source(
 ) -> Source:
     """The network and what the report looks at: samples of the data, or noise where there are none."""
     place, test_name = torch.device("cpu"), "" if test is None else test.name
+    task = domain_of(asked).make_task(asked)
     if data is None:
         assert initial is not None
-        return Source(name, network, place, initial, None, "no data", None, test_name, facts)
+        return Source(name, network, place, initial, None, "no data", None, test_name, facts, task)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
     calibration = Calibration.of(stacked(data.dataset, order, BATCH, place))
     labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
-    return Source(name, network, place, calibration.sample, calibration, facts.data or test_name, labelled, test_name, facts)
+    return Source(name, network, place, calibration.sample, calibration, facts.data or test_name, labelled, test_name, facts, task)
 
 
 def _input_shape(asked: TrainRequest, data: ImageData | None) -> str:
@@ -208,7 +213,7 @@ def _input_shape(asked: TrainRequest, data: ImageData | None) -> str:
 
 def _load_train(asked: TrainRequest, named: str) -> ImageData:
     found = _load(named, "train", asked)
-    if found.num_classes is None:
+    if not found.has_targets:
         raise DataError(
             f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
         )
@@ -216,13 +221,14 @@ def _load_train(asked: TrainRequest, named: str) -> ImageData:
 
 
 def _load(data: str, split: Split, asked: TrainRequest) -> ImageData:
-    return load_data(data, split=split, preprocessing=preprocessing_of(asked.preprocess), strict=asked.strict)
+    domain: Domain = domain_of(asked)
+    return domain.load(data, split, asked, preprocessing_of(asked.preprocess), strict=asked.strict)
 
 
 def _load_test(asked: TrainRequest, named: str | None, notes: list[str]) -> ImageData | None:
     if asked.test_data is not None:
         found = _load(asked.test_data, "test", asked)
-        if found.num_classes is None:
+        if not found.has_targets:
             raise DataError(f"test_data={asked.test_data!r}: there are no labels to measure with")
         return found
     if named is None:
@@ -237,16 +243,9 @@ def _load_test(asked: TrainRequest, named: str | None, notes: list[str]) -> Imag
     return _load(named, "test", asked)
 
 
-def fitting_options(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
-    """The options of a built-in network, with channels and classes of the data where they are not given."""
-    if model not in BUILT_IN or model == DEFAULT:
-        return dict(options)
-    return {"num_classes": data.num_classes, "in_channels": data.input_shape[0], **options}
-
-
-def has_trained_weights(model: str | None, weights: str | None, options: Mapping[str, object]) -> bool:
+def has_trained_weights(model: str | None, weights: str | None, options: Mapping[str, object], domain: Domain) -> bool:
     """Whether a network has weights that somebody trained; a user's own factory is believed to return them."""
-    is_embedded = model in (None, DEFAULT) and not options
+    is_embedded = domain.is_embedded(model, weights, options)
     return weights is not None or is_embedded or any(options.get(word) for word in TRAINED_WORDS) or not _is_known_untrained(model)
 
 
@@ -263,10 +262,11 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
         return None
     if asked.teacher == SELF:
         return network
+    domain = domain_of(asked)
     if Path(asked.teacher).suffix in (".safetensors", ".pt", ".pth"):
-        return make_network(asked.model or DEFAULT, Path(asked.teacher), options, "cpu")[1]
-    fitting = dict(asked.teacher_options) if data is None else fitting_options(asked.teacher, asked.teacher_options, data)
-    is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
+        return make_network(asked.model or domain.network, Path(asked.teacher), options, "cpu", domain=domain)[1]
+    fitting = dict(asked.teacher_options) if data is None else domain.fitting_options(asked.teacher, asked.teacher_options, data)
+    is_trained = weights is not None or asked.teacher == domain.network or any(fitting.get(word) for word in TRAINED_WORDS)
     if not is_trained and _is_known_untrained(asked.teacher):
         raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")
-    return make_network(asked.teacher, weights, fitting, "cpu")[1]
+    return make_network(asked.teacher, weights, fitting, "cpu", domain=domain)[1]
