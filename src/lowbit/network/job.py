@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, overload
 
 import torch
@@ -147,6 +147,23 @@ class NetworkJob:
         self.layers.pop(name, None)
         self.weights.pop(name, None)
         self._kept[name] = reason
+
+    def keep_outside_float(self, layers: Collection[str], where: str) -> None:
+        """Leave everything but ``layers`` in float, which lie in ``where``; before quantizers are inserted.
+
+        Raises:
+            SpecError: None of ``layers`` is to be quantized.
+        """
+        if not any(name in self.weights for name in layers):
+            raise SpecError(
+                f"{type(self.model).__name__} has no {where} with layers to quantize. Leave blocks_only out to quantize all layers."
+            )
+        for name in [name for name in self.weights if name not in layers]:
+            self.keep_float(name, f"it lies outside of {where}")
+
+    def keep_input_float(self, name: str) -> None:
+        """Leave the input of the layer ``name`` in float; before quantizers are inserted."""
+        self._bits[name] = replace(self._bits[name], activation=None)
 
     def remark(self, name: str, text: str) -> None:
         """What the table says of the weight ``name``, which is quantized, besides."""

@@ -66,6 +66,7 @@ class QatJob(NetworkJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._dataflow: Dataflow | None = None
+        self._between: list[Quantizer] = []  # those of ``insert`` that do not sit at the input of a layer
         if self.merge_bits is not None:
             self.dataflow()
 
@@ -79,9 +80,14 @@ class QatJob(NetworkJob):
             self._dataflow = capture(self.model, self.sample)
         return self._dataflow
 
-    def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
-        """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet."""
-        placements = place_at_layers(self.activation_bits)
+    def insert(self, weights: QuantizerFactory, activations: QuantizerFactory, placements: Sequence[Placement] | None = None) -> None:
+        """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet.
+
+        ``placements`` say where those of activations sit, if not at the inputs of layers; ``insert_outputs`` then leaves these places alone.
+        """
+        if placements is None:
+            placements = place_at_layers(self.activation_bits)
+        at_layers = {Site(name, "input") for name in self.activation_bits}
         signs = self._signs(placements)
         for name, site in self.weights.items():
             quantizer = self._build(self.weight_slot(name), weights)
@@ -92,6 +98,8 @@ class QatJob(NetworkJob):
             quantizer = self._build(slot, activations)
             self.place(placement, quantizer)
             self.inserted.append((slot.name, quantizer))
+            if not at_layers.issuperset(placement.sites):
+                self._between.append(quantizer)
 
     def initialize(self, initialize_layer: InitializeLayer) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
@@ -99,8 +107,10 @@ class QatJob(NetworkJob):
         Layers are set up in execution order, so each sees what the quantized layers before it give; those that run in evaluation mode
         alone in a second pass. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer,
         None)`` sets it up from the weight alone; so are layers that never run, and each of several weights of a layer, by
-        ``initialize_layer(layer, None, parameter)``. Running statistics are restored afterwards.
+        ``initialize_layer(layer, None, parameter)``. Quantizers that do not sit at the input of a layer are initialized from what they see
+        first. Running statistics are restored afterwards.
         """
+        between = dict.fromkeys(self._between)
         pending: dict[str, nn.Module] = dict(self.layers)
         for name in self.activation_bits:
             pending.setdefault(name, self.model.get_submodule(name))
@@ -120,12 +130,18 @@ class QatJob(NetworkJob):
                 with _naming(name, site.layer):
                     initialize_layer(site.layer, None, *(() if site.parameter == WEIGHT else (site.parameter,)))
 
+        def first_seen(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
+            if quantizer in between:
+                del between[quantizer]
+                quantizer.initialize(args[0].detach())
+
         called = set(self._called)
         for name in [name for name in unset if name not in called]:
             from_weight(name)
 
         def hooks() -> list[RemovableHandle]:
             handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
+            handles += [quantizer.register_forward_pre_hook(first_seen) for quantizer in between]
             for name, site in unset.items():
                 quantizer = site.quantizer
                 assert quantizer is not None
@@ -133,7 +149,7 @@ class QatJob(NetworkJob):
             return handles
 
         self._run(hooks())
-        if not called.isdisjoint(pending):
+        if between or not called.isdisjoint(pending):
             self._run(hooks(), training=False)
         for name in list(unset):
             from_weight(name)
@@ -178,6 +194,11 @@ class QatJob(NetworkJob):
         merged = sum(placement.purpose != "output" for placement in placed)
         if self.merge_bits is not None:
             self.table.note(f"sums, concatenations and what is pooled: {self.merge_bits} bits at {merged} places")
+
+    def leave_merges_float(self, note: str) -> None:
+        """Let ``insert_outputs`` quantize no sums and concatenations, for what the policy asks for has been done as ``note`` says."""
+        self.policy = replace(self.policy, merges="float")
+        self.table.note(note)
 
     def _run(self, handles: Sequence[RemovableHandle], *, training: bool = True) -> None:
         """Run the sample once with hooks, which are removed; training flags and the statistics of norms are as before."""
@@ -276,9 +297,12 @@ class QatJob(NetworkJob):
         return signs
 
     def _free(self, sites: Iterable[Site]) -> tuple[Site, ...]:
-        """Those of ``sites`` whose module is there (surgery may have removed it) and that are no input of a layer, quantized already."""
+        """Those of ``sites`` whose module is there (surgery may have removed it) and that are quantized neither as inputs of layers nor by ``insert``."""
         modules = {name for name, _ in self.model.named_modules()}
-        return tuple(s for s in sites if s.module in modules and not (s.side == "input" and s.module in self.activation_bits))
+        taken = {site for placement in self.placements for site in placement.sites}
+        return tuple(
+            s for s in sites if s.module in modules and s not in taken and not (s.side == "input" and s.module in self.activation_bits)
+        )
 
 
 @contextmanager
