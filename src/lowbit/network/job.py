@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
 from lowbit.network.insert import WeightSite, weight_sites
-from lowbit.network.layers import NORMS, WEIGHT, execution_order, is_random, layer_kind, weights_of
-from lowbit.network.placement import Placement
+from lowbit.network.layers import NORMS, WEIGHT, evaluating, execution_order, is_random, layer_kind, weights_of
+from lowbit.network.placement import Placement, Site
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.network.surgery.merge import merge_reparametrized
 from lowbit.network.table import LayerRecord, LayerTable, Status
@@ -219,6 +219,30 @@ class NetworkJob:
             placement.operand_of,
             placement.result_of,
         )
+
+    def signs(self, placements: Iterable[Placement]) -> dict[str, bool]:
+        """Whether the tensors of these placements, by their names, hold negative values for the sample in evaluation mode."""
+        names = {site: placement.name for placement in placements for site in placement.sites}
+        signs = dict.fromkeys(names.values(), False)
+
+        def note(site: Site, values: tuple[object, ...]) -> None:
+            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+            signs[names[site]] |= x is not None and bool((x < 0).any())
+
+        handles = []
+        for site in names:  # behind the transforms of a layer
+            module = self.model.get_submodule(site.module)
+            if site.side == "input":
+                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
+            else:
+                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
+        try:
+            with evaluating(self.model):
+                self.model(*self.sample.args, **self.sample.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return signs
 
     def insert_weights(self, factory: QuantizerFactory) -> None:
         """Give every weight of ``weights`` the quantizer of ``factory(slot)``, initialized from it."""

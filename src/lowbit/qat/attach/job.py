@@ -15,7 +15,7 @@ from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network.bits import policy_bits, raised_bits
 from lowbit.network.graph.dataflow import Dataflow, capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
+from lowbit.network.layers import WEIGHT, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
@@ -88,7 +88,7 @@ class QatJob(NetworkJob):
         if placements is None:
             placements = place_at_layers(self.activation_bits)
         at_layers = {Site(name, "input") for name in self.activation_bits}
-        signs = self._signs(placements)
+        signs = self.signs(placements)
         for name, site in self.weights.items():
             quantizer = self._build(self.weight_slot(name), weights)
             self.set_weight(site, quantizer)
@@ -173,7 +173,7 @@ class QatJob(NetworkJob):
         planned = [p for p in planned if p.sites]
         if not planned:
             return
-        signs = self._signs(planned)
+        signs = self.signs(planned)
         placed: dict[Placement, Quantizer] = {}
         for placement in planned:
             slot = self.slot(placement, is_signed=signs[placement.name])
@@ -271,30 +271,6 @@ class QatJob(NetworkJob):
 
     def _build(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
         return made_for(slot, self.edges if self.is_excepted(slot.name) else factory)
-
-    def _signs(self, placements: Iterable[Placement]) -> dict[str, bool]:
-        """Whether the tensors of these placements, by their names, hold negative values for the sample in evaluation mode."""
-        names = {site: placement.name for placement in placements for site in placement.sites}
-        signs = dict.fromkeys(names.values(), False)
-
-        def note(site: Site, values: tuple[object, ...]) -> None:
-            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
-            signs[names[site]] |= x is not None and bool((x < 0).any())
-
-        handles = []
-        for site in names:  # behind the transforms of a layer
-            module = self.model.get_submodule(site.module)
-            if site.side == "input":
-                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
-            else:
-                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
-        try:
-            with evaluating(self.model):
-                self.model(*self.sample.args, **self.sample.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return signs
 
     def _free(self, sites: Iterable[Site]) -> tuple[Site, ...]:
         """Those of ``sites`` whose module is there (surgery may have removed it) and that are quantized neither as inputs of layers nor by ``insert``."""
