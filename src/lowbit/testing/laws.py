@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowbit.network.insert import activation_quantizers, bake_weights
+from lowbit.network.layers import NORMS
 from lowbit.options import Method
 from lowbit.registry import MethodInfo
 from lowbit.testing import checks, hooks, post_training, tiny, training
@@ -182,7 +183,9 @@ def odd_layers_are_right(method: MethodRef, folder: Path) -> None:
 def rounded_file_is_small(method: MethodRef, bits: int, folder: Path) -> None:
     """At ``bits`` the packed file holds codes and tables and hardly more, and computes what the quantized network does."""
     model = post_training.quantized(method, bits)
-    biases = sum(p.numel() * 4 for key, p in model.named_parameters() if key.endswith("bias"))
+    norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}  # those that the method does not fold
+    state = model.state_dict().items()
+    biases = sum(t.numel() * 4 for key, t in state if key.endswith("bias") or key.rpartition(".")[0] in norms)
     tables = sum(t.numel() * 4 for q in activation_quantizers(model).values() for t in q.state_dict().values())
     checks.check_packed(model, folder / "tiny.lowbit", rest=biases + tables)
 

@@ -262,7 +262,7 @@ _FACTS = {
         needs=(),
         summary="activations standardized by channel and sample as they come; nothing is calibrated or trained",
         evidence="quantizers, blocks and a network checked against the authors' code",
-        margin_db=-1.0,
+        margin_db=-7.0,
     )
 )
 @dataclass
