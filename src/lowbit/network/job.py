@@ -165,6 +165,14 @@ class NetworkJob:
         """Leave the input of the layer ``name`` in float; before quantizers are inserted."""
         self._bits[name] = replace(self._bits[name], activation=None)
 
+    def ask_output(self, name: str, bits: int) -> None:
+        """Ask for these bits of the output of the layer ``name``; before quantizers are inserted."""
+        self._bits[name] = replace(self._bits[name], output=bits)
+
+    def runs(self, name: str) -> bool:
+        """Whether the sample calls the layer ``name``."""
+        return name in self._called
+
     def remark(self, name: str, text: str) -> None:
         """What the table says of the weight ``name``, which is quantized, besides."""
         self._remarks.setdefault(name, []).append(text)
