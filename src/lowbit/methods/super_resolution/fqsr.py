@@ -7,8 +7,8 @@ Differs from the paper:
     - The range from 0 on serves inputs that are never negative for the sample; the authors name layers in files of their own.
     - The warm-up counts passes of training alone, and in evaluation values are always quantized; the authors' program counts all passes and leaves
       values as they are until the warm-up is over.
-    - Batch norms are folded into their layers before quantizers are inserted, so that outputs are those of layer and norm; the authors' program
-      trains SRResNet with norms between quantized outputs and sums (``norms="keep"``).
+    - Batch norms stay between the quantized outputs of layers and what follows, as in the authors' SRResNet. ``norms="fold"`` folds them first, so
+      that all outputs are quantized as the paper has it; nothing normalizes in training then, which needs small learning rates.
     - Codes at an exact tie go up, as the authors' do at 0.
     - Where a sum is no module of the class ``Sum`` what it reads is quantized where it is made, for all of its readers.
     - First and last layer have the bits that the policy asks for; ``policy="paper"`` has the same everywhere.
@@ -17,13 +17,14 @@ Differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import GraphError
+from lowbit.network.graph.dataflow import Dataflow
 from lowbit.network.placement import MERGES, Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.surgery.constant_padding import pad_first
 from lowbit.network.surgery.fold import fold_batch_norms
@@ -178,7 +179,7 @@ class FqsrQuantizer(GridQuantizer):
         fidelity="exact",
         summary="inputs, weights and outputs of all layers and operands of all sums, with learned intervals and a loss that calibrates them",
         evidence="quantizers, convolution, sum and steps of training checked against the authors' code",
-        margin_points=50,
+        margin_points=65,
     )
 )
 @dataclass
@@ -192,7 +193,7 @@ class Fqsr(TrainingMethod):
         quantize_input: Quantize the input of the first layer too; a picture has 8 bits already.
         pad_first: Let convolutions pad before their input is quantized, so that what they pad lies on the grid, which has no level at 0 where
             inputs can be negative; else they pad with 0.
-        norms: ``fold`` batch norms into their layers before quantizers are inserted, or ``keep`` them behind layers' outputs.
+        norms: ``keep`` batch norms behind layers' outputs, or ``fold`` them into their layers before quantizers are inserted.
         scale_clamp_gradient: Multiply the gradient through the clamp by ``sqrt(elements / elements inside)``; off in the paper.
         scale_interval_gradient: Multiply gradients of intervals by ``0.5 / sqrt(samples * channels)``; off in the paper.
     """
@@ -204,7 +205,7 @@ class Fqsr(TrainingMethod):
     calibration_weight: Annotated[float, AtLeast(0)] = 0.3
     quantize_input: bool = False
     pad_first: bool = True
-    norms: Literal["fold", "keep"] = "fold"
+    norms: Literal["keep", "fold"] = "keep"
     scale_clamp_gradient: bool = False
     scale_interval_gradient: bool = False
 
@@ -239,14 +240,11 @@ class Fqsr(TrainingMethod):
         return self.make(slot, is_half=slot.purpose == "input" and not slot.is_signed)
 
     def attach(self, job: QatJob) -> None:
-        operands = self._operands(job)
-        ends = {position: name for name, position in job.positions.items()}
-        if not self.quantize_input and ends.get("first") in job.activation_bits:
-            job.keep_input_float(ends["first"])
-            job.remark(ends["first"], "its input is the network's and stays as it is")
-        for name in job.layers if self.skip_bits is not None else ():
-            if job.bits(name).output is None and name != ends.get("last") and job.runs(name):
-                job.ask_output(name, self.skip_bits)  # type: ignore[arg-type]
+        flow = self._flow(job)
+        if flow is not None and self.norms == "fold":
+            folded = fold_batch_norms(job.model, flow)
+            job.table.note(f"{len(folded)} batch norms were folded into their layers")
+        self._ask_bits(job)
         for name in job.activation_bits if self.pad_first else ():
             pad_first(job.model.get_submodule(name))
         shared: dict[str, Quantizer] = {}
@@ -260,34 +258,48 @@ class Fqsr(TrainingMethod):
                 shared.setdefault(merge, quantizer)
             return quantizer
 
+        operands = [] if flow is None else self._operands(job, flow)
         job.insert(self.weight_quantizer, activation, [*place_at_layers(job.activation_bits), *operands])
         job.initialize(self.initialize_layer)
 
-    def _operands(self, job: QatJob) -> Sequence[Placement]:
-        """Where the operands of sums are quantized; folds batch norms, whose outputs they may be."""
-        bits = self.skip_bits if job.policy.merges is None else job.merge_bits
-        if bits is None and self.norms == "keep":
-            return ()
+    @staticmethod
+    def _flow(job: QatJob) -> Dataflow | None:
         try:
-            flow = job.dataflow()
+            return job.dataflow()
         except GraphError as error:
-            job.table.note(f"sums stay in float and batch norms stay, because the dataflow is not known: {error}")
-            return ()
-        if self.norms == "fold":
-            folded = fold_batch_norms(job.model, flow)
-            if folded:
-                job.table.note(f"{len(folded)} batch norms were folded into their layers")
+            job.table.note(f"sums stay in float and batch norms where they are, because the dataflow is not known: {error}")
+            return None
+
+    def _ask_bits(self, job: QatJob) -> None:
+        """Bits of the first input and of outputs, as the paper has them."""
+        ends = {position: name for name, position in job.positions.items()}
+        first = ends.get("first", "")
+        if not self.quantize_input and first in job.activation_bits:
+            job.keep_input_float(first)
+            job.remark(first, "its input is the network's and stays as it is")
+        for name in job.layers:
+            if self.skip_bits is not None and job.bits(name).output is None and name != ends.get("last") and job.runs(name):
+                job.ask_output(name, self.skip_bits)
+
+    def _operands(self, job: QatJob, flow: Dataflow) -> Sequence[Placement]:
+        """Where outputs of layers and operands of sums are quantized."""
+        bits = self.skip_bits if job.policy.merges is None else job.merge_bits
         if bits is None:
             return ()
         own = sums_of(flow, job.model)
-        found = [
+        rest = {node.name for node in flow.nodes if node.op in MERGES and node.owner not in own}
+        found = []
+        for placement in place_at_tensors(flow, {}, job.output_bits, merge_bits=bits):
+            merges = tuple(merge for merge in placement.operand_of if merge in rest)
+            if merges or placement.purpose == "output":
+                found.append(replace(placement, operand_of=merges, sites=job.free_sites(placement.sites)))
+        found += [
             Placement((Site(f"{name}.{side}", "output"),), bits, purpose="sum", operand_of=(name,))
             for name in own
             for side in ("left", "right")
         ]
-        rest = {node.name for node in flow.nodes if node.op in MERGES and node.owner not in own}
-        found += [p for p in place_at_tensors(flow, {}, merge_bits=bits) if rest.intersection(p.operand_of)]
-        job.leave_merges_float(f"operands of sums and concatenations: {bits} bits at {len(found)} places")
+        found = [placement for placement in found if placement.sites]
+        job.leave_merges_float(f"operands of sums and concatenations: {bits} bits at {sum(bool(p.operand_of) for p in found)} places")
         return found
 
     def start_phase(self, run: TrainRun) -> None:

@@ -43,7 +43,7 @@ class QatJob(NetworkJob):
         edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
         switches: The widths between which the network is to switch, from the highest on, which the policy's default is; with one it has this alone.
         tied: Layers whose bits are to follow those of another one, where each layer switches, and which that is.
-        inserted: The quantizers that ``insert`` put in, each with the name of its layer.
+        inserted: The quantizers that ``insert`` put in at weights and inputs, each with the name of its layer.
 
     Raises:
         GraphError: The policy asks for bits of sums and concatenations, and the network cannot be exported.
@@ -97,7 +97,8 @@ class QatJob(NetworkJob):
             slot = self.slot(placement, is_signed=signs[placement.name])
             quantizer = self._build(slot, activations)
             self.place(placement, quantizer)
-            self.inserted.append((slot.name, quantizer))
+            if placement.purpose == "input":
+                self.inserted.append((slot.name, quantizer))
             if not at_layers.issuperset(placement.sites):
                 self._between.append(quantizer)
 
@@ -169,7 +170,7 @@ class QatJob(NetworkJob):
             planned = place_at_layers({}, self.output_bits)
         else:
             planned = place_at_tensors(self.dataflow(), {}, self.output_bits, merge_bits=self.merge_bits)
-        planned = [replace(p, sites=self._free(p.sites)) for p in planned]
+        planned = [replace(p, sites=self.free_sites(p.sites)) for p in planned]
         planned = [p for p in planned if p.sites]
         if not planned:
             return
@@ -272,7 +273,7 @@ class QatJob(NetworkJob):
     def _build(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
         return made_for(slot, self.edges if self.is_excepted(slot.name) else factory)
 
-    def _free(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+    def free_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
         """Those of ``sites`` whose module is there (surgery may have removed it) and that are quantized neither as inputs of layers nor by ``insert``."""
         modules = {name for name, _ in self.model.named_modules()}
         taken = {site for placement in self.placements for site in placement.sites}
