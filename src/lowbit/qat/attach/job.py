@@ -241,7 +241,7 @@ class QatJob(NetworkJob):
         try:
             yield
         finally:
-            self._bits = asked
+            self._bits = {name: _as_changed(bits, self._bits[name]) for name, bits in asked.items()}
         for name, quantizer in self.inserted:
             if id(quantizer) not in widths:
                 is_weight = name in self.weights and self.weights[name].quantizer is quantizer
@@ -280,6 +280,12 @@ class QatJob(NetworkJob):
         return tuple(
             s for s in sites if s.module in modules and s not in taken and not (s.side == "input" and s.module in self.activation_bits)
         )
+
+
+def _as_changed(asked: LayerBits, since: LayerBits) -> LayerBits:
+    """The bits that were asked for, but for what was left in float since, and for outputs."""
+    weight = None if since.weight is None else asked.weight
+    return LayerBits(weight, None if since.activation is None else asked.activation, since.output)
 
 
 @contextmanager
