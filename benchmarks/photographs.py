@@ -11,54 +11,24 @@ from __future__ import annotations
 
 import argparse
 import io
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from lowbit.data.photographs import RESOURCES, read_resource
+
 LIST = Path(__file__).with_name("photographs.txt")
-RESOURCES = Path("/usr/share/gcompris-qt/rcc")
 
 
-def read_resource(path: Path) -> dict[str, bytes]:
-    """Files of an uncompressed Qt resource file by path: a tree of 22-byte nodes, UTF-16 names, length-prefixed data."""
-    raw = path.read_bytes()
-    _, version, tree, data, names, _ = struct.unpack_from(">4s5I", raw)
-    if version != 3:
-        raise ValueError(f"{path}: Qt resource version {version}, expected 3")
-    files: dict[str, bytes] = {}
-
-    def name_of(offset: int) -> str:
-        (length,) = struct.unpack_from(">H", raw, names + offset)
-        return raw[names + offset + 6 : names + offset + 6 + 2 * length].decode("utf-16-be")
-
-    def walk(node: int, prefix: str) -> None:
-        offset, flags = struct.unpack_from(">IH", raw, tree + 22 * node)
-        path = f"{prefix}/{name_of(offset)}" if node else ""
-        if flags & 2:
-            count, first = struct.unpack_from(">II", raw, tree + 22 * node + 6)
-            for child in range(first, first + count):
-                walk(child, path)
-        elif not flags & 5:
-            (start,) = struct.unpack_from(">I", raw, tree + 22 * node + 10)
-            (size,) = struct.unpack_from(">I", raw, data + start)
-            files[path] = raw[data + start + 4 : data + start + 4 + size]
-
-    walk(0, "")
-    return files
-
-
-def open_picture(source: str, cache: dict[str, dict[str, bytes]]) -> Image.Image | None:
+def open_picture(source: str) -> Image.Image | None:
     """The picture a line of the list names, or None when its package is not installed."""
     if " : " in source:
         container, inner = source.split(" : ")
         if not (RESOURCES / container).exists():
             return None
-        if container not in cache:
-            cache[container] = read_resource(RESOURCES / container)
-        matches = [data for path, data in cache[container].items() if path.endswith("/resource/" + inner)]
+        matches = [data for path, data in read_resource(RESOURCES / container).items() if path.endswith("/resource/" + inner)]
         return Image.open(io.BytesIO(matches[0])).convert("RGB") if matches else None
     if source.startswith("scikit-image "):
         try:
@@ -85,13 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/photographs.npz"))
     args = parser.parse_args()
-    cache: dict[str, dict[str, bytes]] = {}
     labelled, classes, calibration, missing = [], [], [], []
     for line in LIST.read_text().splitlines():
         if line.startswith("#"):
             continue
         source, _, accepted = (part.strip() for part in line.partition(" |"))
-        picture = open_picture(source, cache)
+        picture = open_picture(source)
         if picture is None:
             missing.append(source)
         elif accepted:

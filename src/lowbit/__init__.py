@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported when they are first used
     from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe
     from lowbit.qat.run import TrainRun, penalty
     from lowbit.qat.task import CriterionTask, Scores, Task
-    from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
+    from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation, SuperResolution
     from lowbit.quantizers.base import Quantizer
     from lowbit.registry import MethodInfo, get_method, list_methods, register
     from lowbit.report.summary import summary
@@ -60,7 +60,7 @@ __all__ = [
     "evaluate", "list_methods", "get_method", "BitPolicy", "Budget", "Granularity", "LayerBits", "ExportReport", "MethodInfo", "errors",
     "register", "TrainingMethod", "Procedure", "PostTrainingMethod", "Quantizer", "Slot", "QatJob", "PtqJob", "TrainRun",
     "IntegerNetwork", "Recipe", "OptimizerSpec", "Phase", "Trainer", "Provenance",
-    "Task", "Classification", "Segmentation", "MultiLabel", "Regression", "CriterionTask", "Scores",
+    "Task", "Classification", "Segmentation", "SuperResolution", "MultiLabel", "Regression", "CriterionTask", "Scores",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_imports(__name__)

@@ -229,6 +229,8 @@ def sample_count(batch: object) -> int:
         listed = [len(m) for m in batch if isinstance(m, list) and m and not isinstance(m[0], Tensor)]
         if listed:
             return listed[0]
+        if len(batch) > 1 and all(isinstance(member, list) for member in batch):  # pictures of different sizes cannot be stacked
+            return len(batch[0])
     first = next(tensors_of(batch), None)
     return first.shape[0] if first is not None and first.dim() else 1
 

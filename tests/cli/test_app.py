@@ -10,7 +10,7 @@ import lowbit
 from lowbit.cli import names
 from lowbit.cli.app import COMMANDS
 from lowbit.cli.flags import in_flags
-from lowbit.data import SUITES
+from lowbit.data import SUITES, UPSCALING_SUITES
 from lowbit.lazy import imports_for_type_checkers
 from lowbit.models import BUILT_IN
 from lowbit.registry import list_methods
@@ -85,7 +85,7 @@ def test_the_names_that_are_completed_are_those_that_are_known() -> None:
         assert names.method_names(kind) == [info.name for info in list_methods(kind=kind)]  # type: ignore[arg-type]
     assert names.method_names() == list(dict.fromkeys(info.name for info in list_methods()))
     assert names.model_names() == list(BUILT_IN)
-    assert names.data_names() == list(SUITES)
+    assert names.data_names() == [*SUITES, *UPSCALING_SUITES]
     assert names.surrogate_names() == list(SURROGATES)
     assert names.procedure_names() == [info.name for info in list_methods(kind="training") if info.is_procedure]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lowbit.cli import app
-from lowbit.data import SUITES
+from lowbit.data import SUITES, UPSCALING_SUITES
 from lowbit.models import BUILT_IN, load_default
 from lowbit.network.layers import quantizable_layers
 from lowbit.registry import get_method, list_methods
@@ -31,7 +31,7 @@ def test_lists_are_lists_of_facts() -> None:
     assert list(found) == list(dict.fromkeys(info.name for info in list_methods()))
     assert found["twn"]["weight_bits"] == [2] and found["twn"]["activation_bits"] is None
     assert list(printed("models", "list")) == list(BUILT_IN)
-    assert list(printed("data", "list")) == list(SUITES)
+    assert list(printed("data", "list")) == [*SUITES, *UPSCALING_SUITES]
 
 
 def test_a_method_comes_with_its_hyper_parameters() -> None:

@@ -57,10 +57,12 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
 METHODS = {
     "bi_real_net": ("bi_real_net", "react_net"),
     "hawq": ("hawq", "hawq_v2"),
+    "sr_networks": (),
 }  # of adapters whose vectors are those of more than their own method
 CALLED_BY_USERS = {
-    "integer_only": "formats/fixed_point/"
-}  # what runtimes compute, operator by operator, for users to hold their chips against
+    "integer_only": ("formats/fixed_point/",),  # what runtimes compute, operator by operator, for users to hold their chips against
+    "sr_networks": ("data/image_data", "measure/picture_quality", "qat/tasks/super_resolution", "resize"),  # a task, no method
+}
 
 
 def called_for_all_cases(adapter: Path) -> set[str]:

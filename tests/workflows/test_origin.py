@@ -24,7 +24,7 @@ from lowbit.models.loading import load_model
 from lowbit.progress import Stage
 from lowbit.provenance import Provenance
 from lowbit.workflows.origin import Origin, common_origin, origin_of
-from lowbit.workflows.requests import EvaluateRequest
+from lowbit.workflows.requests import EvaluateRequest, NetworkSettings
 
 NAMES = [f"{digit}-{word}" for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])]
 PICTURES = Preprocessing(size=8, crop_fraction=1.0, mean=(0.1,), std=(0.7,), grey=True)
@@ -297,8 +297,8 @@ def test_files_of_different_networks_in_a_folder_are_told_apart(here: Path) -> N
 
 
 def test_a_network_for_another_task_is_not_measured_as_a_classifier() -> None:
-    with pytest.raises(SpecError, match=r"a\.lowbit was made for the task Regression, this measures Classification"):
-        Origin("a.lowbit", Provenance(task="Regression")).require_task("Classification")
+    with pytest.raises(SpecError, match=r"a\.lowbit was made for the task Regression, this measures classification"):
+        Origin("a.lowbit", Provenance(task="Regression")).with_task(NetworkSettings())
 
 
 def test_files_that_say_nothing_take_what_another_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,7 +14,7 @@ from lowbit.options import settings_of
 from lowbit.workflows.requests import NetworkSettings
 
 if TYPE_CHECKING:
-    from lowbit.data import ImageData
+    from lowbit.data import ImageData, UpscalingData
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 app = typer.Typer(
@@ -27,19 +28,28 @@ app = typer.Typer(
 @app.command("list")
 def list_data(json: Json = False) -> None:
     """List the data suites: where they are looked for, and how to get them."""
-    from lowbit.data import SUITES
+    from lowbit.data import SUITES, UPSCALING_SUITES
 
+    groups = {
+        "--data": {name: (suite.summary, suite.places) for name, suite in SUITES.items()},
+        "--task super-resolution --data": {name: (suite.summary, suite.places) for name, suite in UPSCALING_SUITES.items()},
+    }
     if json:
-        show_json({name: {"summary": suite.summary, "places": suite.places} for name, suite in SUITES.items()})
+        show_json({name: {"summary": what, "places": where} for suites in groups.values() for name, (what, where) in suites.items()})
         return
-    show_table(("--data", "what it is", "where it is looked for"), ((name, suite.summary, suite.places) for name, suite in SUITES.items()))
-    say("")
+    for heading, suites in groups.items():
+        show_table((heading, "what it is", "where it is looked for"), ((name, *facts) for name, facts in suites.items()))
+        say("")
     show_table(
         ("--data", "any other data"),
         (
             ("NAME:FOLDER", "a suite whose files are in FOLDER, for example fashion-mnist:/data/fashion"),
             ("FOLDER", "pictures in one sub-folder per class (train/ and test/ or val/ above them, if there are any); see --preprocess"),
             ("FOLDER", "pictures without labels, for --calibration"),
+            (
+                "FOLDER",
+                "with --task super-resolution: originals, or originals in HR/ and small pictures of the same names in LR/ or LR/X2/",
+            ),
             ("FILE.npy, FILE.npz", "arrays of samples"),
         ),
     )
@@ -58,17 +68,32 @@ def show_data(
         list[str] | None,
         typer.Option("--preprocess", help=settings_of(NetworkSettings)["preprocess"].meaning, metavar="NAME=VALUE", show_default=False),
     ] = None,
+    task: Annotated[
+        Literal["classification", "super-resolution"] | None,
+        typer.Option("--task", help="What the data are for. Default: as named, else classification.", show_default=False),
+    ] = None,
+    scale: Annotated[int, typer.Option("--scale", help="For super-resolution, how many times larger originals are.", min=2, max=4)] = 2,
+    patch: Annotated[
+        int | None, typer.Option("--patch", help=settings_of(NetworkSettings)["patch"].meaning, min=8, show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Read the data and show what is in it."""
-    from lowbit.data import load_data
+    from lowbit.data import UPSCALING_SUITES, UpscalingData
+    from lowbit.workflows.domain import domain_of
     from lowbit.workflows.source import preprocessing_of
 
     rows = []
     preprocessing = preprocessing_of(key_values(preprocess or [], "--preprocess"))
-    splits = {split: load_data(name, split=split, preprocessing=preprocessing) for split in SPLITS}
+    is_upscaling = task == "super-resolution" or (task is None and name in UPSCALING_SUITES)
+    settings = NetworkSettings(task="super-resolution", scale=scale, patch=patch) if is_upscaling else NetworkSettings()
+    splits = {split: domain_of(settings).load(name, split, settings, preprocessing) for split in SPLITS}
     if json:
         show_json({split: _facts(found) for split, found in splits.items()})
+        return
+    pairs: dict[str, UpscalingData] = {split: found for split, found in splits.items() if isinstance(found, UpscalingData)}
+    if pairs:
+        _show_pairs(pairs, name)
         return
     for split, found in splits.items():
         classes = "no labels" if found.num_classes is None else found.num_classes
@@ -80,7 +105,31 @@ def show_data(
         say(f"{found.ignored} files are no pictures and were left out; {len(found.skipped)} pictures could not be decoded")
 
 
+def _show_pairs(splits: Mapping[str, UpscalingData], name: str) -> None:
+    rows = []
+    for split, found in splits.items():
+        smallest, largest = found.sizes()
+        made = "given" if found.given else f"made at scale {found.scale}"
+        rows.append((split, found.pictures, f"{smallest} to {largest}", made, len(found)))
+    show_table(("split", "pictures", "sizes", "small pictures", "samples"), rows, title=name)
+    if found.ignored:
+        say(f"{found.ignored} files are no pictures and were left out")
+
+
 def _facts(data: ImageData) -> dict[str, object]:
+    from lowbit.data import UpscalingData
+
+    if isinstance(data, UpscalingData):
+        smallest, largest = data.sizes()
+        return {
+            "samples": len(data),
+            "pictures": data.pictures,
+            "smallest": smallest,
+            "largest": largest,
+            "scale": data.scale,
+            "small_pictures_given": data.given,
+            "ignored_files": data.ignored,
+        }
     return {
         "samples": len(data),
         "shape": data.input_shape,

@@ -45,6 +45,13 @@ def evaluate(
             ("", *names, "same answer", "output SQNR", "size", "time, 1 sample", "run by"),
             [(name, *(found.task.describe(n, metrics[n]) for n in names), *_words(entry)) for name, entry, metrics in rows],
         )
+        pictures = [(row, name) for name, entry in found.results.items() for row in cast(list[dict[str, Any]], entry.get("pictures", []))]
+        if pictures:
+            say("")
+            show_table(
+                ("picture", "", *names),
+                [(row["picture"], name, *(found.task.describe(n, row[n]) for n in names)) for row, name in pictures],
+            )
         for note in found.notes:
             say(f"note: {in_flags(note)}")
     if found.path is not None:

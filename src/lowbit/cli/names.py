@@ -26,8 +26,8 @@ def model_names() -> list[str]:
 
 
 def data_names() -> list[str]:
-    """Data suites."""
-    return _keys("data/loading.py", "SUITES")
+    """Data suites, those of super-resolution last."""
+    return [*_keys("data/loading.py", "SUITES"), *_keys("data/upscaling.py", "UPSCALING_SUITES")]
 
 
 def surrogate_names() -> list[str]:

@@ -14,7 +14,7 @@ from lowbit.errors import SpecError
 from lowbit.workflows.requests import RunRequest
 
 if TYPE_CHECKING:
-    from lowbit.workflows.run import Timing
+    from lowbit.workflows.run import LoadedNetwork, Timing
 
 app = typer.Typer(add_completion=False)
 
@@ -25,7 +25,8 @@ def run(
     given: dict[str, Any],
     packed: Annotated[str, typer.Argument(help="A .lowbit file, or a folder that 'lowbit train' or 'lowbit quantize' wrote.")],
     pictures: Annotated[
-        str | None, typer.Argument(help="A picture, or a folder of pictures, sub-folders included, to classify.", show_default=False)
+        str | None,
+        typer.Argument(help="A picture, or a folder of pictures, sub-folders included, to classify or to enlarge.", show_default=False),
     ] = None,
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Time the network instead, on noise of its input shape, and show where the time goes.")
@@ -33,7 +34,7 @@ def run(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Classify pictures with a packed network on low-bit kernels, or time it.
+    """Classify or enlarge pictures with a packed network on low-bit kernels, or time it.
 
     Layers whose weights and inputs are signs run on XOR and popcount, those of up to 8 bits on 8-bit kernels, the others in float; it says
     which do. Answers are those of the network that was trained, up to the rounding of floats.
@@ -43,6 +44,7 @@ def run(
         raise SpecError("name a picture or a folder of pictures to classify, or ask for --benchmark")
     import torch
 
+    from lowbit.workflows.domain import name_of_task
     from lowbit.workflows.export import packed_file
     from lowbit.workflows.run import Labels, classify, find_pictures, load_on_kernels, prepare_table, time_network, write_classes
 
@@ -50,7 +52,12 @@ def run(
         torch.set_num_threads(request.threads)
     path = packed_file(Path(packed))
     loaded = load_on_kernels(path, weight_only=request.weight_only, bits=request.bits)
-    labels = None if pictures is None else Labels.of(loaded.plain, request.data, request.preprocess, request.classes, place=str(path))
+    is_upscaling = loaded.plain.provenance is not None and name_of_task(loaded.plain.provenance.task) == "super-resolution"
+    labels = (
+        None
+        if pictures is None or is_upscaling
+        else Labels.of(loaded.plain, request.data, request.preprocess, request.classes, place=str(path))
+    )
     paths = [] if pictures is None else find_pictures(Path(pictures))
     notes = [] if labels is None or not labels.note else [labels.note]
     facts: dict[str, object] = {"kernels": loaded.summary.splitlines(), "notes": notes}
@@ -77,6 +84,8 @@ def run(
             write_classes(rows, Path(request.out))
             if not json:
                 say(f"classes: {request.out}")
+    if is_upscaling and pictures is not None:
+        facts["pictures"] = _enlarge(loaded, str(path), Path(pictures), paths, request, is_shown=is_shown)
     if benchmark:
         timing = time_network(loaded, batch_size=request.batch_size, runs=request.runs)
         facts["milliseconds"] = timing.medians
@@ -86,6 +95,25 @@ def run(
             _show_timing(timing)
     if json:
         show_json(facts)
+
+
+def _enlarge(
+    loaded: LoadedNetwork, place: str, pictures: Path, paths: list[Path], request: RunRequest, *, is_shown: bool
+) -> list[dict[str, object]]:
+    """Write each picture enlarged; what was written."""
+    from lowbit.workflows.enlarge import Tiling, enlarge_files, enlarging_scale, result_paths
+
+    if request.out is None:
+        raise SpecError("name the file for the enlarged picture, or the folder for several, with --out")
+    results, scale = result_paths(pictures, paths, Path(request.out)), enlarging_scale(loaded.plain, place)
+    tiling = Tiling(request.tile, request.overlap)
+    sizes = enlarge_files(loaded.network, scale, paths, results, tiling, SpokenProgress(quiet=not is_shown))
+    if is_shown:
+        say(f"tiles of {tiling.tile} x {tiling.tile} pixels, {tiling.overlap} pixels around them")
+        show_table(
+            ("picture", "enlarged", "pixels"), ((path, to, f"{w} x {h}") for path, to, (w, h) in zip(paths, results, sizes, strict=True))
+        )
+    return [{"picture": str(a), "enlarged": str(b), "size": list(size)} for a, b, size in zip(paths, results, sizes, strict=True)]
 
 
 def _show_timing(timing: Timing) -> None:

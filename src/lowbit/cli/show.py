@@ -82,8 +82,10 @@ def show_delivery(delivery: Delivery) -> None:
         (name, format_metric(metric.float, metric.unit), format_metric(metric.quantized, metric.unit), format_change(metric))
         for name, metric in report.metrics.items()
     ] or [(report.metric, None, None, "not measured: name labelled data with --data")]
-    if report.sqnr_db is not None:
+    if report.sqnr_db is not None and report.agreement is not None:
         rows.append(("same answer as float", None, format_percent(report.agreement), f"output SQNR {format_db(report.sqnr_db)}"))
+    elif report.sqnr_db is not None:
+        rows.append(("output SQNR", None, format_db(report.sqnr_db), ""))
     for label, size in (("stored, model.lowbit", report.size_packed), ("stored, model.onnx", report.size_onnx)):
         if size is not None:
             rows.append((label, format_bytes(report.size_float), format_bytes(size), f"{format_ratio(report.size_float, size)} smaller"))

@@ -48,15 +48,15 @@ def load_folder(folder: Path, split: Split, preprocessing: Preprocessing, *, str
     Raises:
         DataError: No picture, a class without one, or no sub-folder for ``split``.
     """
-    folder = _split_folder(folder, split)
-    classes = _folders(folder)
-    paths, ignored = _pictures(folder, deep=False)
+    folder = split_folder(folder, split)
+    classes = folders_in(folder)
+    paths, ignored = _picture_files(folder, deep=False)
     labels: list[int] | None = None
     if classes:
         ignored += len(paths)  # what lies beside the classes has none
         paths, labels = [], []
         for label, class_folder in enumerate(classes):
-            found, others = _pictures(class_folder, deep=True)
+            found, others = _picture_files(class_folder, deep=True)
             if not found:
                 raise DataError(
                     f"{class_folder}: no picture ({', '.join(SUFFIXES)}) in it. Each sub-folder is a class; remove it or fill it."
@@ -89,14 +89,15 @@ def pictures_in(folder: Path) -> list[Path]:
     """The pictures in ``folder`` and its sub-folders, in order of their names; DataError where there is none or no such folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such file or folder")
-    found, others = _pictures(folder, deep=True)
+    found, others = _picture_files(folder, deep=True)
     if not found:
         raise DataError(f"{folder}: no picture ({', '.join(SUFFIXES)}) in it, {others} other file(s)")
     return found
 
 
-def _split_folder(folder: Path, split: Split) -> Path:
-    names = {path.name for path in _folders(folder)}
+def split_folder(folder: Path, split: Split) -> Path:
+    """The sub-folder for ``split``, or ``folder`` itself where it is not divided; DataError where it is, but not for ``split``."""
+    names = {path.name for path in folders_in(folder)}
     if not names or not names <= {name for group in SPLIT_FOLDERS.values() for name in group}:
         return folder
     for name in SPLIT_FOLDERS[split]:
@@ -106,14 +107,20 @@ def _split_folder(folder: Path, split: Split) -> Path:
     raise DataError(f"{folder}: has {', '.join(sorted(names))}, but for the {split} samples a sub-folder {wanted} is needed")
 
 
-def _folders(folder: Path) -> list[Path]:
+def folders_in(folder: Path) -> list[Path]:
+    """Sub-folders in order of their names, without hidden ones; DataError where there is no such folder."""
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-def _pictures(folder: Path, *, deep: bool) -> tuple[list[Path], int]:
+def pictures_beside(folder: Path) -> tuple[list[Path], int]:
+    """The pictures directly in ``folder``, in order of their names, and how many other files there are."""
+    return _picture_files(folder, deep=False)
+
+
+def _picture_files(folder: Path, *, deep: bool) -> tuple[list[Path], int]:
     """Picture files in order of their names, and how many other files there are; hidden files count as neither."""
     try:
         files = sorted(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lowbit.data.augment import SMALLEST_AUGMENTED, Augmentation, BatchChange
 from lowbit.data.images import Preprocessing
+from lowbit.errors import SpecError
 
 Split = Literal["train", "test", "calibration"]
-Sample = Tensor | tuple[Tensor, int]
+Sample = Tensor | tuple[Tensor, int] | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,30 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether samples hold what a network should learn, such as labels."""
+        return self.num_classes is not None
+
+    @property
+    def largest_batch(self) -> int | None:
+        """The most samples that can be put together in a batch; None where any number can."""
+        return None
+
+    def augmentation(self, name: str) -> BatchChange | None:
+        """The random changes called ``name`` of training batches; ``auto`` shifts and mirrors pictures of 28 pixels and more.
+
+        Raises:
+            SpecError: The samples are no pictures.
+        """
+        are_pictures = len(self.input_shape) == 3 and len(self.mean) == self.input_shape[0]
+        if name == "none" or (name == "auto" and (not are_pictures or min(self.input_shape[1:]) < SMALLEST_AUGMENTED)):
+            return None
+        if not are_pictures:
+            raise SpecError(f"augment {name!r} works on pictures of lowbit.data. Use 'none', and change samples in your data set.")
+        black = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        return Augmentation(min(self.input_shape[1:]) // 8, name != "crop", black)
 
 
 class TensorImages(Dataset[Sample]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -86,28 +86,41 @@ class Preprocessing:
         return ((planes - mean) / std).contiguous()
 
 
-def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
-    """The decoded picture in ``path``, upright as its EXIF orientation says.
+def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, one_frame: bool = False) -> Image.Image:
+    """The decoded picture in ``path``, upright as its EXIF orientation says; of several frames the first, or an error with ``one_frame``.
 
     Raises:
         DataError: It is too large, truncated, corrupt, or no picture.
     """
-    check_readable(path, max_bytes=max_bytes)
+    return decode_picture(check_readable(path, max_bytes=max_bytes), str(path), max_pixels=max_pixels, one_frame=one_frame)
+
+
+def decode_picture(source: Path | BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, one_frame: bool = False) -> Image.Image:
+    """The picture in a file, or in what is opened for reading, as ``read_picture`` gives it; ``name`` is for errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata, and about size, which max_pixels decides
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(source, formats=FORMATS) as picture:
                 if picture.width * picture.height > max_pixels:
-                    raise DataError(f"{path}: {picture.width} x {picture.height} pixels, at most {max_pixels:,} are decoded")
+                    raise DataError(f"{name}: {picture.width} x {picture.height} pixels, at most {max_pixels:,} are decoded")
+                frames = getattr(picture, "n_frames", 1)
+                if one_frame and frames > 1:
+                    raise DataError(f"{name}: {frames} frames or pages, expected one picture. Save the one that is meant.")
                 return ImageOps.exif_transpose(_eight_bits(picture))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: too many pixels, at most {max_pixels:,} are decoded ({error})") from error
+        raise DataError(f"{name}: too many pixels, at most {max_pixels:,} are decoded ({error})") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
+        raise DataError(f"{name}: no picture in a known format ({', '.join(FORMATS)}). Repair or remove it.") from error
     except Exception as error:  # a damaged file can make a decoder stumble in any way
-        raise DataError(f"{path}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error
+        raise DataError(f"{name}: cannot be decoded, it is truncated or corrupt ({error}). Repair or remove it.") from error
+
+
+def colour_planes(picture: Image.Image) -> Tensor:
+    """uint8 ``[3, H, W]``: red, green and blue of a picture of any kind; grey counts for all three, transparency is dropped."""
+    colours = picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
+    return torch.from_numpy(np.array(colours)).permute(2, 0, 1).contiguous()
 
 
 def read_input(path: Path, preprocessing: Preprocessing) -> Tensor:

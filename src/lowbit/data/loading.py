@@ -18,6 +18,7 @@ from lowbit.data.fashion_mnist import DEBIAN_FOLDER, load_fashion_mnist
 from lowbit.data.folders import load_folder
 from lowbit.data.image_data import ImageData, Sample, Split
 from lowbit.data.images import Preprocessing
+from lowbit.data.upscaling import UPSCALING_SUITES
 from lowbit.errors import DataError, SpecError, install_command, unknown_name
 
 
@@ -97,13 +98,14 @@ def load_data(
 
 def is_suite(spec: str | None) -> bool:
     """Whether ``spec`` names a suite, with or without a folder."""
-    return spec is not None and spec.partition(":")[0] in SUITES
+    return spec is not None and (spec.partition(":")[0] in SUITES or spec in UPSCALING_SUITES)
 
 
 def loader(data: ImageData, batch_size: int = 64, *, shuffle: bool = False, seed: int = 0) -> DataLoader[Sample]:
     """Batches of ``data``; the same seed shuffles the same way."""
     if batch_size < 1:
         raise SpecError(f"batch_size {batch_size}, expected 1 or more")
+    batch_size = min(batch_size, data.largest_batch or batch_size)
     return DataLoader(data.dataset, batch_size, shuffle=shuffle, generator=Generator().manual_seed(seed))
 
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:  # imported when they are first used: settings of training are
     from lowbit.qat.recipe import OptimizerSpec, Phase, Recipe, Turn
     from lowbit.qat.run import TrainRun
     from lowbit.qat.task import CriterionTask, Scores, Supervised, Task
-    from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation
+    from lowbit.qat.tasks import Classification, MultiLabel, Regression, Segmentation, SuperResolution
 
 __all__ = [
     "AdaptiveMethod", "Classification", "Companion", "CriterionTask", "GivenNetworks", "MultiLabel", "OptimizerSpec", "Phase",
-    "Procedure", "QatJob", "Recipe", "Regression", "Scores", "Segmentation", "Slot", "Supervised", "Task", "TrainRun", "TrainingMethod",
+    "Procedure", "QatJob", "Recipe", "Regression", "Scores", "Segmentation", "Slot", "SuperResolution", "Supervised", "Task", "TrainRun", "TrainingMethod",
     "Turn",
 ]  # fmt: skip
 

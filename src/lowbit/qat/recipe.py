@@ -105,6 +105,9 @@ class Recipe(CheckedSettings):
     seed: int = 0
 
 
+UPSCALING_RECIPE = Recipe(batch_size=16, optimizer=OptimizerSpec(kind="adam", learning_rate=2e-4, weight_decay=0.0))
+
+
 @dataclass(frozen=True)
 class Turn:
     """One backward-and-step within a training step: a generator and a network may be trained in turn.

@@ -17,11 +17,25 @@ from lowbit.errors import DataError
 from lowbit.inputs import TARGET_NAMES, Inputs, Takes, sample_count, tensors_of
 from lowbit.measure.outputs import output_tensor
 from lowbit.options import check_settings
+from lowbit.qat.recipe import Recipe
 
 Batch: TypeAlias = Any  # whatever the data give: a tensor, a tuple, a dict
 Output: TypeAlias = Any  # whatever the network returns
 Criterion: TypeAlias = Callable[[Any, Any], Tensor]
 Sums: TypeAlias = Mapping[str, Any]  # for each metric its sum and the number of samples, or any tensor of sums
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample with pictures of it, for reports.
+
+    Attributes:
+        words: What it is.
+        pictures: uint8 ``[3, H, W]`` by what they show.
+    """
+
+    words: str
+    pictures: Mapping[str, Tensor]
 
 
 class Task(ABC):
@@ -34,6 +48,9 @@ class Task(ABC):
         higher_is_better: Whether larger values of it are better.
         units: Unit of each metric; ``%`` for fractions that are shown in percent. Plain numbers where a metric is not in it.
         meanings: A sentence on each metric for reports.
+        has_classes: Whether the largest of a sample's outputs is its prediction, so that networks can be compared by how often they agree.
+        recipe: How ``lowbit.train`` trains where nothing is said.
+        open_dimensions: Dimensions of inputs that files leave open besides the batch, as ``lowbit.export`` takes them.
 
     Example:
         >>> import torch, lowbit
@@ -53,6 +70,9 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     units: ClassVar[Mapping[str, str]] = MappingProxyType({})
     meanings: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    has_classes: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe()
+    open_dimensions: ClassVar[tuple[str, ...]] = ()
 
     def predict(self, model: nn.Module, batch: Batch) -> Output:
         """The network's output for the inputs of ``batch``: by default for those that its ``forward`` takes, see ``Inputs.of``."""
@@ -95,6 +115,10 @@ class Task(ABC):
     def doubt(self, scores: Scores, outputs: int) -> str:
         """Why the metrics of a network with so many outputs say nothing, in words; empty where they do, or where the task cannot tell."""
         return ""
+
+    def examples(self, batch: Batch, output: Output, float_output: Output | None) -> Sequence[Example]:
+        """Pictures of what the quantized and, where there is one, the float network make of a batch, for reports."""
+        return ()
 
     def describe(self, name: str, value: float) -> str:
         """A value of a metric as people read it."""

@@ -30,7 +30,7 @@ from lowbit.report.formatting import (
     format_seconds,
 )
 from lowbit.report.histograms import ActivationHistogram, WeightHistogram
-from lowbit.report.pictures import Disagreement
+from lowbit.report.pictures import Disagreement, PictureRow
 from lowbit.report.results import ActivationResult, LayerResult, MetricResult, ParityResult, Report, StoredPart
 from lowbit.report.switches import accuracy_along_path, accuracy_over_bits, bits_along_path, one_file_words, width_columns, width_rows
 
@@ -144,6 +144,7 @@ def write_html(
     histograms: Sequence[WeightHistogram] = (),
     activations: Sequence[ActivationHistogram] = (),
     pictures: Sequence[Disagreement] = (),
+    examples: Sequence[PictureRow] = (),
     diagnosis: Diagnosis | None = None,
 ) -> None:
     """Write ``report.html``, completely or not at all; see ``render_html`` for the arguments.
@@ -151,7 +152,7 @@ def write_html(
     Raises:
         OutputError: The file cannot be written; one that was there is unchanged.
     """
-    page = render_html(report, histograms=histograms, activations=activations, pictures=pictures, diagnosis=diagnosis)
+    page = render_html(report, histograms=histograms, activations=activations, pictures=pictures, examples=examples, diagnosis=diagnosis)
     write_text(path, page)
 
 
@@ -161,6 +162,7 @@ def render_html(
     histograms: Sequence[WeightHistogram] = (),
     activations: Sequence[ActivationHistogram] = (),
     pictures: Sequence[Disagreement] = (),
+    examples: Sequence[PictureRow] = (),
     diagnosis: Diagnosis | None = None,
 ) -> str:
     """The page as text. Everything that comes from a model or a user is escaped.
@@ -170,6 +172,7 @@ def render_html(
         histograms: Weights to draw with their levels or their errors.
         activations: Activations to draw with their clips.
         pictures: Samples that the two networks answer differently.
+        examples: Samples that the task shows.
         diagnosis: What ``diagnose`` found, for a section of its own.
     """
     environment = Environment(
@@ -199,6 +202,7 @@ def render_html(
         has_levels=any(not histogram.error_counts for histogram in histograms),
         has_errors=any(histogram.error_counts for histogram in histograms),
         pictures=pictures,
+        examples=examples,
         diagnosis=diagnosis,
         learning=learning_plots(report),
         widths=width_plots(report),
@@ -219,13 +223,10 @@ def cards(report: Report) -> list[Card]:
     if not found:
         name = report.metric or "metrics"
         found = [Card(_title(name), NOTHING, "not measured", "There were no labels; pass labelled data to measure it.")]
+    if report.agreement is not None or not report.metrics:
+        same = "How often both networks predict the same; needs no labels."
+        found.append(Card("Agreement", format_percent(report.agreement), "same first prediction as float", same))
     found += [
-        Card(
-            "Agreement",
-            format_percent(report.agreement),
-            "same first prediction as float",
-            "How often both networks predict the same; needs no labels.",
-        ),
         Card(
             "Output SQNR",
             format_db(report.sqnr_db),

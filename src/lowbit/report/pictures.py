@@ -1,10 +1,10 @@
-"""Pictures that the float and the quantized network classify differently."""
+"""Pictures in a report: those that the float and the quantized network classify differently, and samples that a task shows."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class Disagreement:
     @property
     def data_uri(self) -> str:
         """The picture as the source of an HTML image."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        return data_uri(self.png)
 
 
 class Disagreements:
@@ -94,6 +94,38 @@ class Disagreements:
         ]
 
 
+@dataclass(frozen=True)
+class PictureRow:
+    """A sample of the task with pictures of it.
+
+    Attributes:
+        words: What it is.
+        pictures: Sources of HTML images by what they show.
+    """
+
+    words: str
+    pictures: Mapping[str, str]
+
+    @staticmethod
+    def of(words: str, pictures: Mapping[str, Tensor]) -> PictureRow:
+        """From uint8 ``[3, H, W]``."""
+        return PictureRow(words, {name: data_uri(png_of(pixels)) for name, pixels in pictures.items()})
+
+
+def data_uri(png: bytes) -> str:
+    """A picture as the source of an HTML image."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def png_of(pixels: Tensor) -> bytes:
+    """uint8 ``[1, H, W]`` or ``[3, H, W]`` as PNG, at most ``LARGEST_SIDE`` pixels wide and high."""
+    image = Image.fromarray(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 def _are_pictures(inputs: Inputs) -> bool:
     tensors = inputs.tensors
     return len(tensors) == 1 and tensors[0].dim() == 4 and tensors[0].shape[1] in (1, 3) and tensors[0].is_floating_point()
@@ -109,9 +141,4 @@ def _labels(batch: object, count: int) -> Tensor | None:
 def picture_png(picture: Tensor) -> bytes:
     """A picture of one or three channels as PNG, at most ``LARGEST_SIDE`` pixels wide and high, values stretched to black and white."""
     low, high = picture.amin(), picture.amax()
-    pixels = ((picture - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
-    image = Image.fromarray(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return png_of(((picture - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +15,12 @@ from torch import nn
 from lowbit.errors import GraphError, MissingExtraError, ParityError, SpecError
 from lowbit.files import write_text
 from lowbit.formats.packed.file import file_parts
-from lowbit.inputs import Calibration, Inputs
+from lowbit.inputs import Calibration, Inputs, map_tensors
 from lowbit.measure import layer_noise, measure_agreement, tensor_bytes
 from lowbit.measure.layer_noise import has_same_layers
+from lowbit.measure.outputs import device_of
 from lowbit.network.batch import calibration_for
+from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, record_of
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, class_names_of, provenance_of
@@ -27,7 +30,7 @@ from lowbit.qat.tasks import as_task
 from lowbit.report.facts import run_facts
 from lowbit.report.histograms import activation_histograms, weight_histograms
 from lowbit.report.html import write_html
-from lowbit.report.pictures import Disagreement, Disagreements
+from lowbit.report.pictures import Disagreement, Disagreements, PictureRow
 from lowbit.report.results import LayerResult, MetricResult, ParityResult, Report, StoredPart, write_json
 from lowbit.report.summary import layer_results, other_results
 from lowbit.workflows.evaluate import evaluate
@@ -39,6 +42,7 @@ from lowbit.workflows.switches import measure_selection, measure_switches
 FILES = ("model.lowbit", "model.onnx")
 LAYER_SAMPLES = 64  # samples for the noise of each layer
 RANGE_SAMPLES = 32  # samples for the ranges of activations
+EXAMPLES = 4  # samples that the report shows
 TEST_BATCH = 128  # samples of a call where the test data are no batches yet
 
 
@@ -85,7 +89,7 @@ def deliver(
     packed: bool = True,
     onnx: bool = True,
     compare: bool = True,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     training: Mapping[str, object] | None = None,
     notes: Sequence[str] = (),
     provenance: Provenance | None = None,
@@ -169,7 +173,7 @@ def deliver(
             continue
         progress.say(f"writing {file} and comparing it with the network")
         try:
-            written = export(model, out / file, sample=inputs, provenance=provenance)
+            written = export(model, out / file, sample=inputs, provenance=provenance, dynamic=as_task(task).open_dimensions)
         except (GraphError, ParityError, MissingExtraError) as error:
             problems.append(f"{file}: {error}")
         else:
@@ -202,7 +206,8 @@ def deliver(
     )
     write_text(out / "policy.yaml", str(record.policy))
     weights = weight_histograms(model, reference)
-    write_html(report, out / "report.html", histograms=weights, activations=activations, pictures=pictures)
+    examples = [] if test is None else _examples(model, rival, test, as_task(task))
+    write_html(report, out / "report.html", histograms=weights, activations=activations, pictures=pictures, examples=examples)
     write_json(report, out / "report.json")
     return Delivery(report, out, problems)
 
@@ -273,13 +278,14 @@ def _compared(
     pictures: list[Disagreement] = []
     if rival is not None and calibration is not None:
         seen = Disagreements(calibration if test_data is None else test_data)
-        agreement = measure_agreement(rival, model, seen, watch=seen.watch, progress=progress)
-        pictures = seen.found()
+        watch = seen.watch if task.has_classes else None
+        agreement = measure_agreement(rival, model, seen, watch=watch, progress=progress)
+        pictures = seen.found() if task.has_classes else []
         report = dataclasses.replace(
             report,
-            agreement=agreement.top1,
+            agreement=agreement.top1 if task.has_classes else None,
             sqnr_db=agreement.sqnr_db,
-            kl=agreement.kl,
+            kl=agreement.kl if task.has_classes else None,
             max_abs_error=agreement.max_abs_error,
             disagreements=[picture.facts for picture in pictures],
         )
@@ -295,6 +301,23 @@ def _compared(
         for name, value in after.metrics.items()
     }
     return dataclasses.replace(report, metrics=metrics, samples=after.samples, notes=[*report.notes, *doubts]), pictures
+
+
+def _examples(model: nn.Module, rival: nn.Module | None, test: Iterable[object], task: Task) -> list[PictureRow]:
+    """What the task shows of the first test samples."""
+    rows: list[PictureRow] = []
+    if type(task).examples is Task.examples:
+        return rows
+
+    def output(network: nn.Module, batch: object) -> object:
+        place = device_of(network)
+        with evaluating(network):
+            return task.predict(network, map_tensors(batch, lambda tensor: tensor.to(place)))
+
+    for batch in itertools.islice(test, EXAMPLES):
+        found = task.examples(batch, output(model, batch), None if rival is None else output(rival, batch))
+        rows += [PictureRow.of(example.words, example.pictures) for example in found]
+    return rows[:EXAMPLES]
 
 
 def common_bits(default: int | None, layers: Iterable[int | None]) -> int | None:

@@ -12,7 +12,6 @@ from lowbit.measure.diagnose import diagnose
 from lowbit.measure.diagnosis import Diagnosis
 from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress
-from lowbit.qat.tasks import Classification
 from lowbit.report.json_text import to_json
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.origin import origin_of
@@ -38,7 +37,6 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
         source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
     else:
         origin = origin_of(Path(request.target))
-        origin.require_task(Classification.__qualname__)
         source = origin.open(request, request, device=request.device, seed=request.seed, missing=missing)
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
     for line in (str(source.provenance), *source.notes):
@@ -49,7 +47,7 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
         job.model,
         calibration=source.calibration,
         reference=source.model,
-        evaluate=None if test is None else lambda network: evaluate(network, test).value,
+        evaluate=None if test is None else lambda network: evaluate(network, test, task=source.task).value,
         samples=request.samples,
         remedies=request.remedies,
         progress=progress,

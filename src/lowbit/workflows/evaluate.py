@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from torch import nn
 
 from lowbit.inputs import known_length, map_tensors
@@ -9,7 +11,7 @@ from lowbit.measure.outputs import device_of
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
 from lowbit.qat.engine.batches import evaluation_batches
-from lowbit.qat.task import Criterion, Meter, Scores, Task
+from lowbit.qat.task import Batch, Criterion, Meter, Scores, Task
 from lowbit.qat.tasks import as_task
 
 
@@ -17,7 +19,7 @@ def evaluate(
     model: nn.Module,
     data: object,
     *,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     batch_size: int = 128,
     progress: bool | Progress | None = None,
 ) -> Scores:
@@ -44,11 +46,18 @@ def evaluate(
         >>> evaluate(torch.nn.Identity(), (torch.eye(4), torch.tensor([0, 1, 2, 0])))["accuracy"]
         0.75
     """
-    meter, device = Meter(as_task(task)), device_of(model)
-    batches = evaluation_batches(data, batch_size)
-    with evaluating(model), Progress.of(progress).stage("evaluation", total=known_length(batches) or 0) as stage:
-        for batch in batches:
-            batch = map_tensors(batch, lambda tensor: tensor.to(device))
-            meter.add(meter.task.predict(model, batch), batch)
-            stage.advance()
+    meter = Meter(as_task(task))
+    for part in measured_batches(model, evaluation_batches(data, batch_size), meter.task, Progress.of(progress)):
+        meter.merge(part.sums, part.samples)
     return meter.scores()
+
+
+def measured_batches(model: nn.Module, batches: Iterable[Batch], task: Task, progress: Progress) -> Iterator[Meter]:
+    """The metrics of each batch, in order; errors as ``evaluate``."""
+    device = device_of(model)
+    with evaluating(model), progress.stage("evaluation", total=known_length(batches) or 0) as stage:
+        for batch in batches:
+            batch, meter = map_tensors(batch, lambda tensor: tensor.to(device)), Meter(task)
+            meter.add(task.predict(model, batch), batch)
+            yield meter
+            stage.advance()

@@ -16,12 +16,11 @@ from lowbit.inputs import Inputs
 from lowbit.measure import measure_agreement, measure_latency
 from lowbit.network.bits import set_bits, switches_of
 from lowbit.progress import Progress
-from lowbit.qat.task import Scores, Task
-from lowbit.qat.tasks import Classification
+from lowbit.qat.task import Meter, Scores, Task
 from lowbit.report.json_text import to_json
 from lowbit.spec import switch_name
 from lowbit.workflows.deliver import FILES
-from lowbit.workflows.evaluate import evaluate
+from lowbit.workflows.evaluate import evaluate, measured_batches
 from lowbit.workflows.fit import count_outputs, doubtful
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import common_origin
@@ -79,9 +78,9 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
     files = [] if request.target is None else exported_files(Path(request.target))
     networks = {path: load(path) if path.suffix == ".lowbit" else OnnxModule(path, request.threads or 1) for path in files}
     origin = common_origin({str(path): network.provenance for path, network in networks.items()}) if networks else None
-    samples, opened, task = SampleSettings(calibration_samples=request.samples, batch_size=request.batch_size), None, Classification()
+    samples, opened = SampleSettings(calibration_samples=request.samples, batch_size=request.batch_size), None
     if origin is not None:
-        origin.require_task(type(task).__qualname__)
+        request = origin.with_task(request)
         if origin.has_no_float_network and not is_network_named(request):
             opened = origin.place, next(iter(networks.values()))
     missing = "name some with data=: a labelled folder, or a name from 'lowbit data list'"
@@ -89,6 +88,7 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
         source = open_source(request, samples, device=request.device, seed=request.seed, missing=missing)
     else:
         source = origin.open(request, samples, device=request.device, seed=request.seed, missing=missing, opened=opened)
+    task = source.task
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
     compared = source.calibration if source.test is None else source.test
     assert compared is not None  # without any data there is no source
@@ -96,14 +96,20 @@ def evaluate_files(request: EvaluateRequest, *, progress: Progress | None = None
     found: dict[str, dict[str, object]] = {}
     scores: dict[str, Scores | None] = {}
     if opened is None:
-        scores["float"] = _scores(source.model, source.test, task, progress)
-        found["float"] = {**_metrics(scores["float"]), "latency_ms": measure_latency(source.model, one).median_ms, "runtime": "torch"}
+        scores["float"], each = _scores(source.model, source.test, task, progress)
+        found["float"] = {
+            **_metrics(scores["float"]),
+            **each,
+            "latency_ms": measure_latency(source.model, one).median_ms,
+            "runtime": "torch",
+        }
     for path, name, network in _each_width(networks):
         agreement = None if opened is not None else measure_agreement(source.model, network, compared, progress=progress)
-        scores[name] = _scores(network, source.test, task, progress)
+        scores[name], each = _scores(network, source.test, task, progress)
         found[name] = {
             **_metrics(scores[name]),
-            "agreement": None if agreement is None else agreement.top1,
+            **each,
+            "agreement": agreement.top1 if agreement is not None and task.has_classes else None,
             "sqnr_db": None if agreement is None else agreement.sqnr_db,
             "size_bytes": path.stat().st_size,
             "latency_ms": measure_latency(network, one).median_ms,
@@ -147,8 +153,20 @@ def exported_files(target: Path) -> list[Path]:
     return [target]
 
 
-def _scores(network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress) -> Scores | None:
-    return None if test is None else evaluate(network, test, task=task, progress=progress)
+def _scores(
+    network: nn.Module, test: Iterable[object] | None, task: Task, progress: Progress
+) -> tuple[Scores | None, dict[str, list[dict[str, object]]]]:
+    """The metrics of all samples, and where these go by names, ``pictures`` with those of each."""
+    if test is None:
+        return None, {}
+    names = getattr(getattr(test, "dataset", None), "names", None)
+    if names is None:
+        return evaluate(network, test, task=task, progress=progress), {}
+    meter, rows = Meter(task), []
+    for name, part in zip(names, measured_batches(network, test, task, progress), strict=True):
+        meter.merge(part.sums, part.samples)
+        rows.append({"picture": name, **part.scores().metrics})
+    return meter.scores(), {"pictures": rows}
 
 
 def _metrics(scores: Scores | None) -> dict[str, object]:

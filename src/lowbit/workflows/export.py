@@ -408,7 +408,9 @@ def load_and_export(request: ExportRequest) -> ExportReport:
         weight_container=request.weight_container,
         measure_speed=request.speed and is_quantized,
         kernels=request.runtime,
-        dynamic=[int(name) if name.isdecimal() else name for name in (request.dynamic or "").split(",") if name],
+        dynamic=source.task.open_dimensions
+        if request.dynamic is None
+        else [int(name) if name.isdecimal() else name for name in request.dynamic.split(",") if name],
         batch_dim=request.batch_dim,
         output_names=[] if request.output_names is None else [name.strip() for name in request.output_names.split(",")],
         requantizer=request.requantizer,

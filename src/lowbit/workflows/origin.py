@@ -11,15 +11,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from lowbit.data import SUITES, Preprocessing
+from lowbit.data import Preprocessing
 from lowbit.data.loading import is_suite
 from lowbit.errors import FileFormatError, SpecError
 from lowbit.formats.onnx.sessions import onnx_provenance
 from lowbit.formats.packed.file import read_package
 from lowbit.provenance import SHOWN, Provenance, provenance_from_json
 from lowbit.reading import check_readable, shorten
+from lowbit.workflows.domain import domain_of, name_of_task
 from lowbit.workflows.requests import NetworkSettings, SampleSettings
-from lowbit.workflows.source import DEFAULT, NO_DATA, Source, open_source, preprocessing_of
+from lowbit.workflows.source import NO_DATA, Source, open_source, preprocessing_of
 from lowbit.workflows.trust import is_trusted
 from lowbit.workfolder import unfinished_facts
 
@@ -87,10 +88,10 @@ class Origin:
             SpecError: The file does not say where it comes from and the user does not either; it names something that is not there any
                 more, or code that the user has not named on this machine; or the user asks for another preprocessing than the file's.
         """
-        known = self.provenance or Provenance()
+        known, request = self.provenance or Provenance(), self.with_task(request)
         has_samples = isinstance(request, SampleSettings)
         samples = [getattr(request, name) for name in ("calibration", "input_shape") if has_samples]
-        is_data_named = request.data is not None or any(samples) or request.model == DEFAULT
+        is_data_named = request.data is not None or any(samples) or request.model == domain_of(request).network
         if not (request.model or known.model if needs_network else is_data_named or known.data or known.calibration):
             network = "the float network with model= and weights=, " if needs_network else ""
             raise SpecError(
@@ -141,14 +142,20 @@ class Origin:
                 f"({shorten(', '.join(classes))}). Name data with the same classes, or the names of its classes with classes=."
             )
 
-    def require_task(self, task: str) -> None:
-        """SpecError where the network is for another task."""
+    def with_task(self, request: N) -> N:
+        """``request`` with the file's task where it names none.
+
+        Raises:
+            SpecError: It names another one, or the file's is none of those that go by a name.
+        """
         known = None if self.provenance is None else self.provenance.task
-        if known is not None and known != task:
+        name = name_of_task(known)
+        if known is not None and (name is None or request.task not in (None, name)):
             raise SpecError(
-                f"{self.place} was made for the task {known}, this measures {task}. Measure it in Python: "
+                f"{self.place} was made for the task {name or known}, this measures {request.task or 'classification'}. Measure it in Python: "
                 "lowbit.evaluate(lowbit.load(file), data, task=...)."
             )
+        return replace(request, task=request.task or name)
 
     def require_preprocessing(self, used: Preprocessing | None, data: str | None) -> None:
         """SpecError where pictures become inputs in another way than those that the network was made for; ``data`` is where that is from."""
@@ -233,8 +240,8 @@ def _path_in(name: str, value: object) -> Path | None:
         source, _, _ = value.rpartition(":")
         return Path(source) if source.endswith(".py") else None
     if name in ("data", "calibration"):
-        suite, _, folder = value.partition(":")
-        return (Path(folder) if folder else None) if suite in SUITES else Path(value)
+        _, _, folder = value.partition(":")
+        return (Path(folder) if folder else None) if is_suite(value) else Path(value)
     return Path(value)
 
 

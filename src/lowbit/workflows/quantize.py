@@ -259,6 +259,7 @@ def quantize_and_deliver(request: QuantizeRequest, *, progress: Progress | None 
                 sample=job.sample,
                 float_model=source.model,
                 test_data=source.test,
+                task=source.task,
                 reference=job.reference,
                 name=source.name,
                 packed=request.packed,

@@ -12,22 +12,21 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 
 from lowbit.errors import SpecError, unknown_name
 from lowbit.options import Above, AtLeast, Interval, Method, Setting, check_settings, convert_option, make_method, settings_of
-from lowbit.qat.recipe import AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
+from lowbit.qat.recipe import UPSCALING_RECIPE, AugmentName, OptimizerSpec, PrecisionName, Recipe, Selection
 from lowbit.reading import Lined, line_of, read_yaml, shorten
 from lowbit.registry import Kind, MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
 
-if TYPE_CHECKING:
-    from lowbit.qat.tasks import Classification
-
 Bits = int | str | None
 MAX_THREADS = 1024  # beyond what any processor has torch fails without a word
+RECIPES = {"super-resolution": UPSCALING_RECIPE}  # of tasks that the default does not fit
+EMBEDDED = {"classification": "digits", "super-resolution": "edsr_small"}  # networks of tasks where none is named
 PAPER = "paper"  # in place of a policy or a recipe: that of the method's paper
 EIGHT_BITS = LayerBits(8, 8)  # what layers get without training where nothing is said
 LAYER_BITS = ("weight_bits", "activation_bits", "first_last_bits")
@@ -83,6 +82,8 @@ class Request:
         changes: dict[str, Any] = {}
         if "recipe" in values and "recipe" in names:
             changes["recipe"] = self._whole_recipe(values, f"{where}{line_of(values, 'recipe')}")
+        elif getattr(self, "recipe", None) == Recipe() and str(values.get("task")) in RECIPES:
+            changes["recipe"] = RECIPES[str(values["task"])]
         for name, value in values.items():
             if name in changes:
                 continue
@@ -139,7 +140,8 @@ class NetworkSettings(Request):
 
     Attributes:
         model: The network: 'package.module:factory', 'file.py:factory' (a function or class that returns the network; 'file.py'
-            will do where it has one that needs no arguments), 'timm:NAME', 'torchvision:NAME', or a name from 'lowbit models list'. Default: the embedded digits network.
+            will do where it has one that needs no arguments), 'timm:NAME', 'torchvision:NAME', or a name from 'lowbit models list'.
+            Default: the embedded network of the task.
         model_options: Arguments for the network's factory, for example num_classes=10.
         weights: Trained weights, .safetensors or a .pt/.pth state dict (no code in it is run). Default: what the factory returns; the
             embedded network has its own.
@@ -149,6 +151,11 @@ class NetworkSettings(Request):
             interpolation=bicubic, grey=false (these are the defaults).
         classes: Names of the classes in the order of the outputs: a text file with a name a line, or names joined by commas. Default: those of
             the data.
+        task: What the network is for. Default: what the file says that is worked with, else classification. Super-resolution trains with Adam,
+            a learning rate of 2e-4 and 16 patches a step where nothing else is said.
+        scale: For super-resolution, how many times larger pictures become. Default: as the network makes them.
+        patch: For super-resolution, side of the small pictures' patches that are trained and calibrated on, in pixels. Default: 48; 24 with the
+            embedded pictures.
     """
 
     model: str | None = None
@@ -157,6 +164,9 @@ class NetworkSettings(Request):
     data: str | None = None
     preprocess: Mapping[str, object] = field(default_factory=dict)
     classes: str | None = None
+    task: Literal["classification", "super-resolution"] | None = None
+    scale: Annotated[int | None, Interval(2, 4)] = None
+    patch: Annotated[int | None, AtLeast(8)] = None
 
 
 @dataclass(frozen=True)
@@ -478,7 +488,8 @@ class ExportRequest(NetworkSettings, SampleSettings, RunSettings):
         runtime: For a .lowbit file: lowbit.load and 'lowbit run' put its low-bit layers on low-bit kernels. Each weight still takes its bits
             and no more.
         speed: Time the ONNX file of a quantized network against the float one.
-        dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size.
+        dynamic: Input dimensions to leave open in addition to the batch, joined by commas: H,W for pictures of any size. Default: those that
+            the task needs.
         batch_dim: The input dimension over samples: 0, or 1 where time comes first. Default: found by trying.
         output_names: Names for the output tensors of an ONNX file, joined by commas. Default: the keys of a dictionary, else out0, out1 ...
         requantizer: How a C file makes codes of sums of products: fixed_point: multiplied by 32 bits and shifted, as in TensorFlow Lite; dyadic:
@@ -551,7 +562,9 @@ class RunRequest(Request):
         top: Number of classes to show for each picture.
         runs: Number of calls to time.
         batch_size: Samples per forward pass.
-        out: CSV file for the classes of each picture.
+        tile: For super-resolution, side of the tiles that a picture is cut into, in its pixels; less takes less memory.
+        overlap: For super-resolution, pixels around a tile that the network sees as well.
+        out: CSV file for the classes of each picture; for super-resolution the enlarged picture, or the folder for several.
         threads: CPU threads for torch. Default: as many as torch chooses.
     """
 
@@ -565,6 +578,8 @@ class RunRequest(Request):
     top: Annotated[int, AtLeast(1)] = 3
     runs: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(1)] = 1
+    tile: Annotated[int, AtLeast(16)] = 256
+    overlap: Annotated[int, AtLeast(0)] = 16
     out: str | None = None
     threads: Annotated[int | None, Interval(1, MAX_THREADS)] = None
 
@@ -691,6 +706,11 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
     out: str = "lowbit-trained"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe == Recipe() and self.task in RECIPES:
+            object.__setattr__(self, "recipe", RECIPES[self.task])
+
     @property
     def method_info(self) -> MethodInfo:
         """The method's facts; SpecError when it is no training method."""
@@ -701,13 +721,6 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
         from lowbit.qat.procedure import training_method  # brings torch
 
         return training_method(self.method, self.options, self.procedure, self.procedure_options)
-
-    @property
-    def task(self) -> Classification:
-        """What the network is trained for."""
-        from lowbit.qat.tasks import Classification  # brings torch
-
-        return Classification(self.label_smoothing, self.temperature)
 
     def bit_policy(self, default: LayerBits | None = None) -> BitPolicy:
         """Bits for each layer; where none are given 4, or the nearest below or above that the method supports."""

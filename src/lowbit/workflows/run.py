@@ -25,14 +25,15 @@ from lowbit.formats.packed.network import PackedNetwork
 from lowbit.network.bits import WidthLike
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance
-from lowbit.qat.tasks import Classification
 from lowbit.runtime.compile import RuntimeNetwork, compile_runtime
 from lowbit.runtime.profile import Profile, profile
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
+from lowbit.workflows.requests import NetworkSettings
 from lowbit.workflows.source import classes_of, preprocessing_of
 
+OPEN_SIZE = 128  # of a dimension that the file leaves open, where a network is timed
 Classes = list[tuple[str, list[tuple[str, float]]]]
 
 
@@ -96,7 +97,7 @@ class Labels:
         if data is not None and preprocess:
             raise SpecError("data= gives the preprocessing: leave out preprocess=, or the data")
         origin, known = Origin(place, network.provenance), network.provenance or Provenance()
-        origin.require_task(Classification.__qualname__)
+        origin.with_task(NetworkSettings(task="classification"))
         named = None if data is None else load_data(data, split="test", preprocessing=None if is_suite(data) else known.preprocessing)
         names = classes_of(named, classes)
         origin.require_classes(names, data)
@@ -180,7 +181,10 @@ def time_network(loaded: LoadedNetwork, *, batch_size: int = 1, runs: int = 30) 
     """Time a network and the same file in float, turn by turn on the same noise."""
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn([batch_size if size is None else size for size in item.shape], generator=generator).to(item.dtype)
+        torch.randn(
+            [batch_size if dim == item.batch_dim else OPEN_SIZE if size is None else size for dim, size in enumerate(item.shape)],
+            generator=generator,
+        ).to(item.dtype)
         for item in loaded.plain.packed_graph.inputs
     ]
     networks: dict[str, PackedNetwork] = {"low-bit kernels": loaded.network, "decoded to float": loaded.plain}

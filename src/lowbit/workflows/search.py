@@ -67,7 +67,7 @@ def search(
     first_last_bits: int | None = 8,
     latency_table: LatencyTable | Path | str | None = None,
     quantizer: str = SearchRequest.quantizer,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     workers: int = 1,
     ray: str | None = None,
     seed: int = SearchRequest.seed,
@@ -369,6 +369,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
             budget=budget if budget.limits else None,
             max_drop=request.max_drop,
             data=batches or None,
+            task=source.task,
             calibration=source.calibration,
             test_data=source.test,
             sample=source.sample,
@@ -406,6 +407,7 @@ def _quantized(
         sample=found.sample,
         float_model=source.model,
         test_data=source.test,
+        task=source.task,
         reference=found.reference,
         name=source.name,
         provenance=source.provenance,
@@ -417,10 +419,10 @@ def _quantized(
         return result, delivery
 
     def measured(candidate: Candidate, job: PtqJob) -> Candidate:
-        return replace(candidate, metric=evaluate(job.model, source.test, progress=progress).value)
+        return replace(candidate, metric=evaluate(job.model, source.test, task=source.task, progress=progress).value)
 
     others = (measured(one, _job(one, request, source, work, progress)) if one is uniform else one for one in result.uniform)
-    float_metric = evaluate(source.model, source.test, progress=progress).value
+    float_metric = evaluate(source.model, source.test, task=source.task, progress=progress).value
     return replace(result, found=measured(result.found, found), uniform=tuple(others), float_metric=float_metric), delivery
 
 

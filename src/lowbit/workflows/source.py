@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lowbit.data import ImageData, Preprocessing, load_data, loader
+from lowbit.data import ImageData, Preprocessing, loader
 from lowbit.data.image_data import Sample
 from lowbit.data.loading import is_suite
 from lowbit.errors import CalibrationError, SpecError, unknown_name
 from lowbit.inputs import Calibration, Inputs
-from lowbit.models import default_weights, full_name, load_default, load_model
+from lowbit.models import full_name, load_model
 from lowbit.options import convert_option
 from lowbit.provenance import Provenance, printable
-from lowbit.qat.tasks import Classification
+from lowbit.qat.engine.batches import collated
+from lowbit.qat.task import Task
 from lowbit.reading import check_readable, shorten
+from lowbit.workflows.domain import Domain, domain_of
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.requests import NetworkSettings, SampleSettings
 from lowbit.workflows.trust import remember_network
 from lowbit.workfolder import weights_digest
 
-DEFAULT = "digits"  # the embedded network and its data go by one name
 LARGEST_NAMES = 2**24  # bytes
 NO_DATA = (
     "name some with calibration= (a folder of images, or see 'lowbit data list'), "
@@ -44,6 +45,7 @@ class Source:
         sample: Inputs of one call: the first calibration samples, or noise of the input shape where there is no data.
         calibration_name, test_name: Where the samples come from.
         provenance: Where the network comes from, for its files.
+        task: What the network is for.
         notes: What the user should know of it.
     """
 
@@ -56,6 +58,7 @@ class Source:
     test: Iterable[object] | None
     test_name: str
     provenance: Provenance
+    task: Task
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,19 +76,17 @@ def is_network_named(settings: NetworkSettings) -> bool:
 
 def open_network(settings: NetworkSettings, device: str, seed: int = 0) -> tuple[str, nn.Module]:
     """The requested network and its name; the embedded one if none is named."""
-    return make_network(settings.model, settings.weights, settings.model_options, device, seed)
+    return make_network(settings.model, settings.weights, settings.model_options, device, seed, domain=domain_of(settings))
 
 
 def make_network(
-    model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str, seed: int = 0
+    model: str | None, weights: Path | str | None, options: Mapping[str, object], device: str, seed: int = 0, *, domain: Domain
 ) -> tuple[str, nn.Module]:
     """The network with that name, weights and factory arguments, and its full name; ``seed`` determines random weights."""
-    if model is None and weights is None and not options:
-        return DEFAULT, load_default().to(open_device(device))
+    if domain.is_embedded(model, weights, options):
+        model, weights = domain.network, domain.weights()
     if model is None:
         raise SpecError("weights and model_options belong to a network: name it with model (see 'lowbit models list').")
-    if model == DEFAULT and weights is None and not options:
-        weights = default_weights()
     model = full_name(model)
     remember_network(model, options)
     with torch.random.fork_rng(devices=[]):
@@ -124,12 +125,15 @@ def open_source(
     Raises:
         LowbitError: Something cannot be found or read; the message says what to name instead.
     """
-    samples = samples or SampleSettings()
+    samples, domain = samples or SampleSettings(), domain_of(settings)
+    settings = domain.filled(settings, None if opened is None else opened[1])
     name, network = open_network(settings, device, seed) if opened is None else opened
-    data = DEFAULT if settings.data is None and DEFAULT in (name, settings.model) else settings.data
+    domain.check_network(network, settings)
+    task = domain.make_task(settings)
+    data = domain.data if settings.data is None and domain.network in (name, settings.model) else settings.data
     place, asked = open_device(device), preprocessing_of(settings.preprocess)
     looked_at = samples.calibration or data
-    labelled = None if data is None else load_data(data, split="test", preprocessing=asked)
+    labelled = None if data is None else domain.load(data, "test", settings, asked)
     facts = Provenance(
         model=name if opened is None else settings.model,
         model_options=settings.model_options,
@@ -138,7 +142,7 @@ def open_source(
         data=data,
         calibration=samples.calibration,
         classes=classes_of(labelled, settings.classes),
-        task=Classification.__qualname__,
+        task=type(task).__qualname__,
     )
     named = name_notes(settings, name) if opened is None else ()
     if looked_at is None:
@@ -146,16 +150,16 @@ def open_source(
             raise CalibrationError(f"there is no data for the network {name}: {missing}")
         sample = Inputs((noise(samples.input_shape, seed, batch_dim).to(place),), batch_dim=batch_dim)
         notes = (*named, *fit_notes(network, name, sample, replace(facts, preprocessing=asked)))
-        return Source(name, network, place, sample, None, "no data", None, "", replace(facts, preprocessing=asked), notes)
+        return Source(name, network, place, sample, None, "no data", None, "", replace(facts, preprocessing=asked), task, notes)
     used = asked or (None if labelled is None or is_suite(looked_at) else labelled.preprocessing)
-    found = load_data(looked_at, split="calibration", preprocessing=used)
+    found = domain.load(looked_at, "calibration", settings, used)
     facts = replace(facts, preprocessing=found.preprocessing)
     chosen = range(min(samples.calibration_samples, len(found)))
     batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place, batch_dim), batch_dim=batch_dim)
-    test = None if labelled is None or labelled.num_classes is None else loader(labelled, samples.batch_size)
+    test = None if labelled is None or not labelled.has_targets else loader(labelled, samples.batch_size)
     notes = (*named, *default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
     test_name = "" if test is None else str(data)
-    return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, notes)
+    return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, task, notes)
 
 
 def name_notes(settings: NetworkSettings, name: str) -> tuple[str, ...]:
@@ -255,13 +259,15 @@ def stacked(dataset: Dataset[Sample], chosen: Iterable[int], batch_size: int, de
 
 
 def labelled_batches(settings: NetworkSettings, samples: SampleSettings, source: Source) -> list[tuple[Tensor, Tensor]]:
-    """The calibration samples of ``source`` with their labels; none where the data hold no labels."""
+    """The calibration samples of ``source`` with their targets; none where the data hold none."""
     if source.calibration is None or source.calibration_name == "":
         return []
-    found = load_data(source.calibration_name, split="calibration", preprocessing=source.provenance.preprocessing)
-    if found.num_classes is None:
+    domain = domain_of(settings)
+    settings = domain.filled(settings, source.model)
+    found = domain.load(source.calibration_name, "calibration", settings, source.provenance.preprocessing)
+    if not found.has_targets:
         return []
     chosen = range(min(samples.calibration_samples, len(found)))
-    labels = torch.tensor([int(found.dataset[index][1]) for index in chosen], device=source.device)
+    labels = collated([found.dataset[index][1] for index in chosen]).to(source.device)
     images = (inputs.args[0] for inputs in source.calibration)
     return list(zip(images, labels.split(samples.batch_size), strict=True))

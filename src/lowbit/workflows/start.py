@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowbit.data import ImageData, Split, load_data
+from lowbit.data import ImageData, Split
 from lowbit.data.folders import SPLIT_FOLDERS
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import Calibration
@@ -17,10 +17,11 @@ from lowbit.models import BUILT_IN
 from lowbit.models.loading import TRAINED_WORDS
 from lowbit.provenance import Provenance
 from lowbit.qat.engine.batches import evaluation_batches
+from lowbit.workflows.domain import Domain, domain_of
 from lowbit.workflows.fit import fit_notes
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.requests import TrainRequest
-from lowbit.workflows.source import DEFAULT, Source, classes_of, default_notes, make_network, name_notes, preprocessing_of, stacked
+from lowbit.workflows.source import Source, classes_of, default_notes, make_network, name_notes, preprocessing_of, stacked
 from lowbit.workfolder import weights_digest
 
 SAMPLES = 256  # that the report looks at where there are no labels
@@ -54,13 +55,15 @@ def open_start(asked: TrainRequest) -> Start:
     Raises:
         LowbitError: Something cannot be found or read, or does not fit.
     """
+    domain = domain_of(asked)
+    asked = domain.filled(asked)
     is_embedded = asked.model is None and asked.weights is None and not asked.model_options
-    named = asked.data or (DEFAULT if is_embedded or asked.model == DEFAULT else None)
+    named = asked.data or (domain.data if is_embedded or asked.model == domain.network else None)
     if named is None:
         raise DataError(f"there is no data to train {asked.model} on: name some with data= (see 'lowbit data list').")
     notes: list[str] = []
     train, test = _load(named, "train", asked), _load_test(asked, named, notes)
-    if train.num_classes is None:
+    if not train.has_targets:
         raise DataError(
             f"{named}: there are no labels to train with. Name a folder with one sub-folder for each class, or see 'lowbit data list'."
         )
@@ -68,9 +71,10 @@ def open_start(asked: TrainRequest) -> Start:
         f"{len(data.skipped)} pictures of {data.name} cannot be decoded and are left out" for data in (train, test) if data and data.skipped
     ]
 
-    options = fitting_options(asked.model, asked.model_options, train)
-    name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed)
-    is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options)
+    options = domain.fitting_options(asked.model, asked.model_options, train)
+    name, network = make_network(asked.model, asked.weights, options, "cpu", asked.recipe.seed, domain=domain)
+    domain.check_network(network, asked)
+    is_trained = has_trained_weights(asked.model, asked.weights, asked.model_options, domain)
     if not is_trained:
         notes.append(f"no weights: training of {name} starts from random weights. Low-bit networks become better from trained float ones.")
         if "pretrained" in asked.method_info.needs:
@@ -90,24 +94,26 @@ def open_start(asked: TrainRequest) -> Start:
         data=named,
         preprocessing=train.preprocessing,
         classes=classes_of(train, asked.classes),
-        task=type(asked.task).__qualname__,
+        task=domain.task.__qualname__,
     )
     if test is not None:
         Origin(train.name, facts).require_classes(classes_of(test, asked.classes), test.name)
     notes += [*name_notes(asked, name), *default_notes(train, asked), *fit_notes(network, name, calibration.sample, facts)]
     place, test_name = torch.device("cpu"), "" if test is None else test.name
-    source = Source(name, network, place, calibration.sample, calibration, named, labelled, test_name, facts)
+    task = domain.make_task(asked)
+    source = Source(name, network, place, calibration.sample, calibration, named, labelled, test_name, facts, task)
     return Start(source, train, test, teacher, is_trained, tuple(notes))
 
 
 def _load(data: str, split: Split, asked: TrainRequest) -> ImageData:
-    return load_data(data, split=split, preprocessing=preprocessing_of(asked.preprocess), strict=asked.strict)
+    domain: Domain = domain_of(asked)
+    return domain.load(data, split, asked, preprocessing_of(asked.preprocess), strict=asked.strict)
 
 
 def _load_test(asked: TrainRequest, named: str, notes: list[str]) -> ImageData | None:
     if asked.test_data is not None:
         found = _load(asked.test_data, "test", asked)
-        if found.num_classes is None:
+        if not found.has_targets:
             raise DataError(f"test_data={asked.test_data!r}: there are no labels to measure with")
         return found
     path = Path(named)
@@ -120,16 +126,9 @@ def _load_test(asked: TrainRequest, named: str, notes: list[str]) -> ImageData |
     return _load(named, "test", asked)
 
 
-def fitting_options(model: str | None, options: Mapping[str, object], data: ImageData) -> dict[str, object]:
-    """The options of a built-in network, with channels and classes of the data where they are not given."""
-    if model not in BUILT_IN or model == DEFAULT:
-        return dict(options)
-    return {"num_classes": data.num_classes, "in_channels": data.input_shape[0], **options}
-
-
-def has_trained_weights(model: str | None, weights: str | None, options: Mapping[str, object]) -> bool:
+def has_trained_weights(model: str | None, weights: str | None, options: Mapping[str, object], domain: Domain) -> bool:
     """Whether a network has weights that somebody trained; a user's own factory is believed to return them."""
-    is_embedded = model in (None, DEFAULT) and not options
+    is_embedded = domain.is_embedded(model, weights, options)
     return weights is not None or is_embedded or any(options.get(word) for word in TRAINED_WORDS) or not _is_known_untrained(model)
 
 
@@ -146,10 +145,11 @@ def _teacher(asked: TrainRequest, network: nn.Module, options: Mapping[str, obje
         return None
     if asked.teacher == SELF:
         return network
+    domain = domain_of(asked)
     if Path(asked.teacher).suffix in (".safetensors", ".pt", ".pth"):
-        return make_network(asked.model or DEFAULT, Path(asked.teacher), options, "cpu")[1]
-    fitting = fitting_options(asked.teacher, asked.teacher_options, data)
-    is_trained = weights is not None or asked.teacher == DEFAULT or any(fitting.get(word) for word in TRAINED_WORDS)
+        return make_network(asked.model or domain.network, Path(asked.teacher), options, "cpu", domain=domain)[1]
+    fitting = domain.fitting_options(asked.teacher, asked.teacher_options, data)
+    is_trained = weights is not None or asked.teacher == domain.network or any(fitting.get(word) for word in TRAINED_WORDS)
     if not is_trained and _is_known_untrained(asked.teacher):
         raise SpecError(f"teacher={asked.teacher!r} has random weights: give trained ones with teacher_weights=.")
-    return make_network(asked.teacher, weights, fitting, "cpu")[1]
+    return make_network(asked.teacher, weights, fitting, "cpu", domain=domain)[1]

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lowbit.data import ImageData, load_data
+from lowbit.data import ImageData
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
 from lowbit.errors import CalibrationError, DataError, LowbitError, SpecError
 from lowbit.inputs import Calibration, tensors_of
 from lowbit.models.loading import find_factory
 from lowbit.network.batch import calibration_for
-from lowbit.qat.engine.batches import evaluation_batches, seeded
+from lowbit.qat.engine.batches import collated, evaluation_batches, seeded
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import as_task
-from lowbit.workflows.source import DEFAULT, make_network, preprocessing_of, stacked
-from lowbit.workflows.start import fitting_options, has_trained_weights
+from lowbit.workflows.domain import domain_of
+from lowbit.workflows.source import make_network, preprocessing_of, stacked
+from lowbit.workflows.start import has_trained_weights
 from lowbit.workflows.suite import SubjectSettings
 from lowbit.workfolder import tensors_digest, weights_digest
 
@@ -96,10 +97,10 @@ class Subject:
     def draw_labelled(self, count: int, batch_size: int, seed: int) -> list[tuple[Tensor, Tensor]] | None:
         """The samples of ``draw_calibration`` with their labels; ``None`` where they have none."""
         data = self.train_data if self.calibration is None else self.calibration
-        if isinstance(data, ImageData) and data.num_classes is not None:
+        if isinstance(data, ImageData) and data.has_targets:
             order = torch.randperm(len(data), generator=seeded(seed, count))[:count].tolist()
             images = stacked(data.dataset, order, batch_size, torch.device("cpu"))
-            labels = torch.tensor([int(data.dataset[index][1]) for index in order])
+            labels: Tensor = collated([data.dataset[index][1] for index in order])
             return list(zip(images, labels.split(batch_size), strict=True))
         if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             rows = torch.randperm(len(data[0]), generator=seeded(seed, count))[:count]
@@ -119,23 +120,26 @@ def open_subject(settings: SubjectSettings, seed: int) -> Subject:
     """
     if settings.subject is not None:
         return _made(settings)
+    domain = domain_of(settings)
+    settings = domain.filled(settings)
     data = _data(settings)
     if data is None and settings.test_data is None:
         raise DataError(f"networks, {settings.title}: there is no data to measure on: name some with data= (see 'lowbit data list').")
     preprocessing = preprocessing_of(settings.preprocess)
-    test = load_data(settings.test_data or str(data), split="test", preprocessing=preprocessing)
-    if test.num_classes is None:
+    test = domain.load(settings.test_data or str(data), "test", settings, preprocessing)
+    if not test.has_targets:
         raise DataError(f"networks, {settings.title}: {test.name} has no labels to measure with. Name labelled data.")
     try:
         train = training_data(settings)
     except DataError:  # only methods that train need them, and say then what is wrong
         train = None
     calibration = settings.calibration or (data if train is None else None)  # else training samples, whatever methods are compared
-    samples = None if calibration is None else load_data(calibration, split="calibration", preprocessing=preprocessing)
-    options = fitting_options(settings.model, settings.model_options, test)
-    is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options)
-    _, model = make_network(settings.model, settings.weights, options, "cpu", seed)
-    return Subject(settings.title, model.eval(), train, test, samples, follows_seed=not is_trained)
+    samples = None if calibration is None else domain.load(calibration, "calibration", settings, preprocessing)
+    options = domain.fitting_options(settings.model, settings.model_options, test)
+    is_trained = has_trained_weights(settings.model, settings.weights, settings.model_options, domain)
+    _, model = make_network(settings.model, settings.weights, options, "cpu", seed, domain=domain)
+    domain.check_network(model, settings)
+    return Subject(settings.title, model.eval(), train, test, samples, domain.make_task(settings), follows_seed=not is_trained)
 
 
 def _made(settings: SubjectSettings) -> Subject:
@@ -169,12 +173,14 @@ def training_data(settings: SubjectSettings) -> ImageData | None:
     data = _data(settings)
     if data is None:
         return None
-    train = load_data(data, split="train", preprocessing=preprocessing_of(settings.preprocess))
+    domain = domain_of(settings)
+    train = domain.load(data, "train", domain.filled(settings), preprocessing_of(settings.preprocess))
     return train if settings.train_samples is None else _first(train, settings.train_samples)
 
 
 def _data(settings: SubjectSettings) -> str | None:
-    return settings.data or (DEFAULT if settings.model in (None, DEFAULT) else None)
+    domain = domain_of(settings)
+    return settings.data or (domain.data if settings.model in (None, domain.network) else None)
 
 
 def _first(data: ImageData, count: int) -> ImageData:

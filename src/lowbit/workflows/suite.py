@@ -17,7 +17,7 @@ from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.reading import entries_of, line_of, shorten
 from lowbit.registry import MethodInfo, find_method, list_methods
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
-from lowbit.workflows.requests import Bits, BitSettings, NetworkSettings, Request, plain_value
+from lowbit.workflows.requests import EMBEDDED, Bits, BitSettings, NetworkSettings, Request, plain_value
 
 if TYPE_CHECKING:
     from lowbit.qat.method import TrainingMethod
@@ -155,7 +155,7 @@ class SubjectSettings(NetworkSettings):
         """Its name in tables."""
         if self.subject is not None:
             return self.name or self.subject.rpartition(":")[2]
-        parts = [self.model or "digits", *([self.data] if self.data and self.data != self.model else [])]
+        parts = [self.model or EMBEDDED[self.task or "classification"], *([self.data] if self.data and self.data != self.model else [])]
         return self.name or " on ".join(parts)
 
     @staticmethod
@@ -273,7 +273,11 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(NetworkSettings)}
         if not self.networks:
             return (SubjectSettings(**shared),)
-        return tuple(one if one.data or not self.data else dataclasses.replace(one, data=self.data) for one in self.networks)
+        given = {name: value for name in ("data", "task", "scale", "patch") if (value := getattr(self, name)) is not None}
+        return tuple(
+            dataclasses.replace(one, **{name: value for name, value in given.items() if getattr(one, name) is None})
+            for one in self.networks
+        )
 
     @property
     def seed_numbers(self) -> range:

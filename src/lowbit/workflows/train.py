@@ -91,7 +91,7 @@ def train(
     procedure_options: Mapping[str, object] = MappingProxyType({}),
     merge_bits: Bits = None,
     teacher: nn.Module | None = None,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     augment: AugmentName = TrainSettings.augment,
     steps_per_epoch: int | None = None,
     sample: object = None,
@@ -122,7 +122,7 @@ def train(
         activation_bits: 1 to 8, or ``None`` / 32 to leave activations in float.
         bits: Widths that one network is to have, for methods that train several; see ``lowbit.prepare``.
         test_data: Data of the same kinds on which the task's metrics are measured after every epoch.
-        recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: ``Recipe()``, with the batch
+        recipe: Epochs, batch size, optimizer and so on; ``"paper"``: those of the method's paper. Default: that of the task, with the batch
             size of a loader.
         out: Folder for ``train.json``, ``train.csv``, TensorBoard's files and checkpoints (``.work``). Default: nothing is written.
         policy: Bits for each layer; overrides ``weight_bits`` and ``activation_bits``. ``"paper"``: these bits, with the first and the
@@ -178,7 +178,8 @@ def train(
         recipe = paper_recipe(chosen, recipe)
     elif recipe is None:
         batch_size = getattr(train_data, "batch_size", None)
-        recipe = Recipe(batch_size=batch_size) if isinstance(batch_size, int) else Recipe()
+        own = as_task(task).recipe
+        recipe = dataclasses.replace(own, batch_size=batch_size) if isinstance(batch_size, int) else own
     settings = TrainSettings(
         recipe=recipe,
         surrogate=surrogate,
@@ -229,7 +230,7 @@ class TrainingJob:
     policy: BitPolicy
     test_data: object = None
     teacher: nn.Module | None = None
-    task: Task | Criterion | None = None
+    task: Task | Criterion | str | None = None
     sample: object = None
     steps_per_epoch: int | None = None
     bits: Widths = None
@@ -434,7 +435,7 @@ def train_and_deliver(request: TrainRequest, *, progress: Progress | None = None
         request.bit_policy(),
         test_data=start.test,
         teacher=start.teacher,
-        task=request.task,
+        task=start.source.task,
         provenance=start.source.provenance,
         bits=request.bits,
     )

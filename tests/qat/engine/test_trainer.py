@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import lowbit
 from lowbit import evaluate
 from lowbit.data import load_data
+from lowbit.data.augment import Augmentation
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, DivergedError, MissingExtraError, OutputError, SpecError
 from lowbit.files import read_tensors
@@ -32,7 +33,7 @@ from lowbit.progress import Progress
 from lowbit.qat import Classification, OptimizerSpec, Phase, Recipe, TrainRun, Turn
 from lowbit.qat.engine import trainer as trainer_module
 from lowbit.qat.engine.averaging import WeightAverage
-from lowbit.qat.engine.batches import Augmentation, DatasetSource, IterableSource, evaluation_batches, make_source, seeded
+from lowbit.qat.engine.batches import DatasetSource, IterableSource, augmentation_for, evaluation_batches, make_source, seeded
 from lowbit.qat.engine.checkpoint import Checkpoints
 from lowbit.qat.engine.trainer import Trainer
 from lowbit.qat.task import Batch
@@ -486,13 +487,13 @@ def test_data_of_other_kinds_are_refused() -> None:
 
 
 def test_only_pictures_of_28_pixels_and_more_are_augmented_by_themselves() -> None:
-    assert Augmentation.of("auto", images(8)) is None
-    assert Augmentation.of("auto", images(28, 3)) == Augmentation(3, True, (-0.5, -0.5, -0.5))
-    assert Augmentation.of("none", images(28)) is None
-    assert Augmentation.of("crop", images(8)) == Augmentation(1, False, (-0.5,))
-    assert Augmentation.of("auto", data()) is None
+    assert augmentation_for("auto", images(8)) is None
+    assert augmentation_for("auto", images(28, 3)) == Augmentation(3, True, (-0.5, -0.5, -0.5))
+    assert augmentation_for("none", images(28)) is None
+    assert augmentation_for("crop", images(8)) == Augmentation(1, False, (-0.5,))
+    assert augmentation_for("auto", data()) is None
     with pytest.raises(SpecError, match="works on pictures"):
-        Augmentation.of("crop", data())
+        augmentation_for("crop", data())
 
 
 def test_augmentation_shifts_in_black_and_depends_on_seed_epoch_and_step_alone() -> None:

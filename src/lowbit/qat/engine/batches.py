@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
@@ -14,7 +13,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from lowbit.autograd import plain_tensor
-from lowbit.data.augment import flip, pad_crop
+from lowbit.data.augment import BatchChange
 from lowbit.data.image_data import ImageData, TensorImages
 from lowbit.errors import DataError, SpecError
 from lowbit.inputs import known_length, map_tensors, tensors_of
@@ -22,7 +21,6 @@ from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.qat.task import Batch
 
 Fetch = Callable[[list[list[int]], Generator], Iterable[Batch]]  # batches for lists of sample numbers
-SMALLEST_AUGMENTED = 28  # pixels; smaller pictures lose too much when they are shifted
 
 
 def seeded(*parts: int) -> Generator:
@@ -31,44 +29,19 @@ def seeded(*parts: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of pictures ``[N, C, H, W]``.
+def augmentation_for(name: AugmentName, data: object) -> BatchChange | None:
+    """The augmentation called ``name`` for ``data``.
 
-    Attributes:
-        padding: Largest shift in pixels, each way.
-        flips: Whether to mirror half of the pictures left to right.
-        fill: Value outside of the picture, one for each channel.
+    Raises:
+        SpecError: No such augmentation, or ``data`` are no pictures.
     """
-
-    padding: int = 0
-    flips: bool = False
-    fill: tuple[float, ...] = (0.0,)
-
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        """The changed pictures."""
-        if self.padding:
-            fill = torch.tensor(self.fill, dtype=images.dtype, device=images.device).view(-1, 1, 1)
-            images = pad_crop(images - fill, self.padding, generator) + fill
-        return flip(images, generator) if self.flips else images
-
-    @staticmethod
-    def of(name: AugmentName, data: object) -> Augmentation | None:
-        """The augmentation called ``name`` for ``data``; ``auto`` shifts and mirrors pictures of 28 pixels and more.
-
-        Raises:
-            SpecError: No such augmentation, or ``data`` are no pictures.
-        """
-        if name not in get_args(AugmentName):
-            raise SpecError(f"augment must be one of {', '.join(get_args(AugmentName))}, got {name!r}")
-        shape = data.input_shape if isinstance(data, ImageData) else ()
-        are_pictures = isinstance(data, ImageData) and len(shape) == 3 and len(data.mean) == shape[0]
-        if name == "none" or (name == "auto" and (not are_pictures or min(shape[1:]) < SMALLEST_AUGMENTED)):
-            return None
-        if not isinstance(data, ImageData) or not are_pictures:
-            raise SpecError(f"augment {name!r} works on pictures of lowbit.data. Use 'none', and change samples in your data set.")
-        black = tuple(-mean / std for mean, std in zip(data.mean, data.std, strict=True))
-        return Augmentation(min(shape[1:]) // 8, name != "crop", black)
+    if name not in get_args(AugmentName):
+        raise SpecError(f"augment must be one of {', '.join(get_args(AugmentName))}, got {name!r}")
+    if isinstance(data, ImageData):
+        return data.augmentation(name)
+    if name in ("auto", "none"):
+        return None
+    raise SpecError(f"augment {name!r} works on pictures of lowbit.data. Use 'none', and change samples in your data set.")
 
 
 class BatchSource(ABC):
@@ -94,7 +67,7 @@ class BatchSource(ABC):
 
     @abstractmethod
     def first(self, count: int) -> Iterable[Batch]:
-        """``count`` batches at most in a fixed order, without augmentation, the same in every process."""
+        """``count`` batches at most in a fixed order, without random changes, the same in every process."""
 
     def facts(self) -> dict[str, object]:
         """What distinguishes this data from other data."""
@@ -111,7 +84,7 @@ class DatasetSource(BatchSource):
         fetch: Gives the batches for lists of sample numbers.
         samples: How many there are.
         recipe: Batch size, accumulation, seed.
-        augmentation: Applied to the inputs of training batches.
+        augmentation: Applied to training batches.
         rank, processes: This process, and how many there are.
     """
 
@@ -121,7 +94,7 @@ class DatasetSource(BatchSource):
         samples: int,
         recipe: Recipe,
         *,
-        augmentation: Augmentation | None = None,
+        augmentation: BatchChange | None = None,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -145,12 +118,13 @@ class DatasetSource(BatchSource):
         for batch, weight, (step, place) in zip(batches, weights, places, strict=True):
             if self._augmentation is not None:
                 generator = seeded(self._recipe.seed, index, step, place)
-                batch = (self._augmentation(batch[0], generator), *batch[1:])
+                batch = self._augmentation(batch, generator)
             yield batch, weight
 
     def first(self, count: int) -> Iterable[Batch]:
         order = torch.randperm(self.samples, generator=seeded(self._recipe.seed))[: count * self._recipe.batch_size]
-        return self._fetch([part.tolist() for part in order.split(self._recipe.batch_size)], seeded(self._recipe.seed))
+        batches = self._fetch([part.tolist() for part in order.split(self._recipe.batch_size)], seeded(self._recipe.seed))
+        return batches if self._augmentation is None else map(self._augmentation.plain, batches)
 
 
 class IterableSource(BatchSource):
@@ -218,7 +192,7 @@ def make_source(
         SpecError: Data of another kind.
         DataError: No sample, or no labels.
     """
-    augmentation = Augmentation.of(augment, data)
+    augmentation = augmentation_for(augment, data)
     collate: Callable[[list[Any]], Any] = collated
     is_dataset = isinstance(data, DataLoader)
     if isinstance(data, DataLoader):
@@ -227,7 +201,7 @@ def make_source(
         collate = collated if data.collate_fn is default_collate else data.collate_fn
         workers, data = max(workers, data.num_workers), data.dataset
     if isinstance(data, ImageData):
-        if data.num_classes is None:
+        if not data.has_targets:
             raise DataError(f"{data.name}: there are no labels to train with. Name a folder with one sub-folder for each class.")
         data = data.dataset
     fetch, count = _fetch(data, "training data", collate, workers, is_dataset=is_dataset)
@@ -244,7 +218,7 @@ def make_source(
 def evaluation_batches(data: object, batch_size: int) -> Iterable[Batch]:
     """Batches of test data, in order; see ``make_source`` for what ``data`` may be."""
     if isinstance(data, ImageData):
-        data = data.dataset
+        batch_size, data = min(batch_size, data.largest_batch or batch_size), data.dataset
     if isinstance(data, DataLoader):
         return data
     fetch, count = _fetch(data, "test data")

@@ -382,7 +382,7 @@ def training(
     *,
     steps_per_epoch: int,
     epochs: int,
-    task: Task | Criterion | None = None,
+    task: Task | Criterion | str | None = None,
     recipe: Recipe | None = None,
     teacher: nn.Module | None = None,
     float_network: nn.Module | None = None,

@@ -27,7 +27,7 @@ class Planned:
     def __init__(
         self,
         *,
-        task: Task | Criterion | None = None,
+        task: Task | Criterion | str | None = None,
         recipe: Recipe | None = None,
         teacher: nn.Module | None = None,
         float_network: nn.Module | None = None,
