@@ -173,7 +173,7 @@ def test_every_parameter_that_is_trained_gets_a_finite_gradient(name: str) -> No
     run.before_step()
     run.loss(training.batch(1)).backward()
     run.after_backward()
-    resting = {id(p) for quantizer in run.quantizers() if not quantizer.enabled for p in quantizer.parameters()}
+    resting = {id(p) for quantizer in run.quantizers() if quantizer.is_resting for p in quantizer.parameters()}
     for role, parameter in run.roles():
         if run.phase.key(role, run.turn) == role and id(parameter) not in resting:
             assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), role

@@ -103,11 +103,11 @@ class _Products(TorchDispatchMode):
 
     def _note(self, name: str, value: Tensor) -> None:
         if value.numel():
-            self._names.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+            self._names.setdefault(_memory(value), []).append(name)
             self._kept.append(value)
 
     def _names_of(self, tensor: Tensor) -> list[str]:
-        return self._names.get(tensor.untyped_storage().data_ptr(), []) if tensor.layout == torch.strided else []
+        return self._names.get(_memory(tensor), []) if tensor.layout == torch.strided else []
 
     def _owner(self, names: list[str]) -> str:
         """The one of several weights in one place that is multiplied with: that of the layer that runs."""
@@ -123,6 +123,12 @@ class _Products(TorchDispatchMode):
             self.macs[name] += x.numel() // x.shape[-1] * site.original.numel()
 
         return count
+
+
+def _memory(tensor: Tensor) -> int:
+    """A number for the memory of a tensor and its views, also on the device ``meta``, which has none."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or int(storage._cdata)
 
 
 def _matrices(a: Tensor, b: Tensor, **_: object) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lowbit.models.upsampling import MeanShift, check_scale, upsampler
+from lowbit.network.surgery.sums import Sum
 
 
 class EdsrBlock(nn.Module):
@@ -18,10 +19,12 @@ class EdsrBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
         self.residual_scale = residual_scale
+        self.sum = Sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        residual: Tensor = self.body(x)
-        return x + (residual if self.residual_scale == 1 else self.residual_scale * residual)
+        residual = self.body(x)
+        out: Tensor = self.sum(x, residual if self.residual_scale == 1 else self.residual_scale * residual)
+        return out
 
 
 class Edsr(nn.Module):
@@ -36,11 +39,12 @@ class Edsr(nn.Module):
         self.body = nn.Sequential(*(EdsrBlock(width, residual_scale) for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1))
         self.tail = nn.Sequential(nn.Sequential(*upsampler(scale, width, width)), nn.Conv2d(width, 3, 3, padding=1))
         self.add_mean = MeanShift(1)
+        self.sum = Sum()
 
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler gets: ``[N, width, H, W]``, after the skip."""
         x = self.head(self.sub_mean(x))
-        out: Tensor = x + self.body(x)
+        out: Tensor = self.sum(x, self.body(x))
         return out
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.models.upsampling import check_scale, upsampler
+from lowbit.network.surgery.sums import Sum
 
 
 class DenseLayer(nn.Module):
@@ -30,9 +31,10 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(*(DenseLayer(width + index * growth, growth) for index in range(layers)))
         self.fusion = nn.Conv2d(width + layers * growth, width, 1)
+        self.sum = Sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.fusion(self.layers(x))
+        out: Tensor = self.sum(x, self.fusion(self.layers(x)))
         return out
 
 
@@ -48,6 +50,7 @@ class Rdn(nn.Module):
         self.blocks = nn.ModuleList(DenseBlock(width, growth, layers) for _ in range(blocks))
         self.fusion = nn.Sequential(nn.Conv2d(blocks * width, width, 1), nn.Conv2d(width, width, 3, padding=1))
         self.tail = nn.Sequential(*upsampler(scale, width, growth), nn.Conv2d(growth, 3, 3, padding=1))
+        self.sum = Sum()
 
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler gets: ``[N, width, H, W]``, after the skip."""
@@ -57,7 +60,7 @@ class Rdn(nn.Module):
         for block in self.blocks:
             x = block(x)
             found.append(x)
-        out: Tensor = self.fusion(torch.cat(found, 1)) + shallow
+        out: Tensor = self.sum(shallow, self.fusion(torch.cat(found, 1)))
         return out
 
     def forward(self, x: Tensor) -> Tensor:

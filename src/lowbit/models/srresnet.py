@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lowbit.models.upsampling import check_scale, stages
+from lowbit.network.surgery.sums import Sum
 
 BlockActivation = Literal["relu", "prelu"]
 
@@ -29,9 +30,10 @@ class SrResNetBlock(nn.Module):
         self.activation = nn.ReLU() if activation == "relu" else nn.PReLU()
         self.conv2 = _conv(width, width, 3)
         self.norm2 = nn.BatchNorm2d(width)
+        self.sum = Sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        out: Tensor = self.sum(x, self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x))))))
         return out
 
 
@@ -46,6 +48,7 @@ class SrResNet(nn.Module):
         self.blocks = nn.Sequential(*(SrResNetBlock(width, activation) for _ in range(blocks)))
         self.conv = _conv(width, width, 3)
         self.norm = nn.BatchNorm2d(width)
+        self.sum = Sum()
         parts = ((_conv(width, width * factor**2, 3), nn.PixelShuffle(factor), nn.PReLU()) for factor in stages(scale))
         self.upsampler = nn.Sequential(*(layer for part in parts for layer in part))
         self.tail = _conv(width, 3, 9)
@@ -56,7 +59,7 @@ class SrResNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """What the upsampler gets: ``[N, width, H, W]``, after the skip."""
         x = self.head(x)
-        out: Tensor = x + self.norm(self.conv(self.blocks(x)))
+        out: Tensor = self.sum(x, self.norm(self.conv(self.blocks(x))))
         return out
 
     def forward(self, x: Tensor) -> Tensor:

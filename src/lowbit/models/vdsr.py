@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lowbit.models.upsampling import Bicubic, check_scale
+from lowbit.network.surgery.sums import Sum
 
 
 class Vdsr(nn.Module):
@@ -21,10 +22,11 @@ class Vdsr(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU())
         self.body = nn.Sequential(*(layer for _ in range(depth - 2) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())))
         self.tail = nn.Conv2d(width, 3, 3, padding=1)
+        self.sum = Sum()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enlarge(x)
-        out: Tensor = x + self.tail(self.body(self.head(x)))
+        out: Tensor = self.sum(x, self.tail(self.body(self.head(x))))
         return out
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
 from lowbit.network.insert import WeightSite, weight_sites
-from lowbit.network.layers import NORMS, WEIGHT, execution_order, is_random, layer_kind, weights_of
-from lowbit.network.placement import Placement
+from lowbit.network.layers import NORMS, WEIGHT, evaluating, execution_order, is_random, layer_kind, weights_of
+from lowbit.network.placement import Placement, Site
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.network.surgery.merge import merge_reparametrized
 from lowbit.network.table import LayerRecord, LayerTable, Status
@@ -148,6 +148,31 @@ class NetworkJob:
         self.weights.pop(name, None)
         self._kept[name] = reason
 
+    def keep_outside_float(self, layers: Collection[str], where: str) -> None:
+        """Leave everything but ``layers`` in float, which lie in ``where``; before quantizers are inserted.
+
+        Raises:
+            SpecError: None of ``layers`` is to be quantized.
+        """
+        if not any(name in self.weights for name in layers):
+            raise SpecError(
+                f"{type(self.model).__name__} has no {where} with layers to quantize. Leave blocks_only out to quantize all layers."
+            )
+        for name in [name for name in self.weights if name not in layers]:
+            self.keep_float(name, f"it lies outside of {where}")
+
+    def keep_input_float(self, name: str) -> None:
+        """Leave the input of the layer ``name`` in float; before quantizers are inserted."""
+        self._bits[name] = replace(self._bits[name], activation=None)
+
+    def ask_output(self, name: str, bits: int) -> None:
+        """Ask for these bits of the output of the layer ``name``; before quantizers are inserted."""
+        self._bits[name] = replace(self._bits[name], output=bits)
+
+    def runs(self, name: str) -> bool:
+        """Whether the sample calls the layer ``name``."""
+        return name in self._called
+
     def remark(self, name: str, text: str) -> None:
         """What the table says of the weight ``name``, which is quantized, besides."""
         self._remarks.setdefault(name, []).append(text)
@@ -202,6 +227,30 @@ class NetworkJob:
             placement.operand_of,
             placement.result_of,
         )
+
+    def signs(self, placements: Iterable[Placement]) -> dict[str, bool]:
+        """Whether the tensors of these placements, by their names, hold negative values for the sample in evaluation mode."""
+        names = {site: placement.name for placement in placements for site in placement.sites}
+        signs = dict.fromkeys(names.values(), False)
+
+        def note(site: Site, values: tuple[object, ...]) -> None:
+            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+            signs[names[site]] |= x is not None and bool((x < 0).any())
+
+        handles = []
+        for site in names:  # behind the transforms of a layer
+            module = self.model.get_submodule(site.module)
+            if site.side == "input":
+                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
+            else:
+                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
+        try:
+            with evaluating(self.model):
+                self.model(*self.sample.args, **self.sample.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return signs
 
     def insert_weights(self, factory: QuantizerFactory) -> None:
         """Give every weight of ``weights`` the quantizer of ``factory(slot)``, initialized from it."""

@@ -71,6 +71,11 @@ class Quantizer(nn.Module, ABC):
         """Bring the parameters back into their allowed range after an optimizer step; does nothing by default."""
 
     @property
+    def is_resting(self) -> bool:
+        """Whether values pass unchanged at present, so that parameters get no gradient."""
+        return not self.enabled
+
+    @property
     def bits(self) -> int | None:
         """Current width of the values: ``bit_width``, or ``None`` while they pass unchanged."""
         return self.bit_width if self.enabled else None

@@ -67,6 +67,13 @@ def find_blocks(model: nn.Module, dataflow: Dataflow | None, patterns: Sequence[
     return [Block(name, held[name], "block") if name in chosen else Block(name, (name,), "layer") for name in names]
 
 
+def residual_layers(model: nn.Module, dataflow: Dataflow) -> set[str]:
+    """The layers inside of residual blocks: of modules that add a shortcut, and of those like them; not of the network as a whole."""
+    held = {name: [layer for layer in quantizable_layers(model) if _is_inside(layer, name)] for name, _ in model.named_modules() if name}
+    inside = {name: tuple(layers) for name, layers in held.items() if layers}
+    return {layer for block in _residual(model, dataflow, inside) for layer in inside[block]}
+
+
 def _named(held: dict[str, tuple[str, ...]], patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         if not fnmatch.filter(held, pattern):

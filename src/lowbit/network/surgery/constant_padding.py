@@ -1,4 +1,4 @@
-"""Convolutions that pad with another constant than zero, behind the quantizer of their input."""
+"""Convolutions whose padding is a step of its own: another constant than zero behind the quantizer of the input, or zeros before it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.network.insert import set_input_transform
 from lowbit.network.layers import CONVOLUTIONS
 
 PADDING = "input_padding"  # the submodule that pads
@@ -23,15 +24,39 @@ def pad_with(layer: nn.Module, value: float) -> bool:
     >>> pad_with(conv, -0.5), conv(torch.ones(1, 1, 3)).tolist()
     (True, [[[1.5, 3.0, 1.5]]])
     """
+    pad = _take_padding(layer, value)
+    if pad is not None:
+        setattr(layer, PADDING, pad)
+        layer.register_forward_pre_hook(_pad)
+    return pad is not None
+
+
+def pad_first(layer: nn.Module) -> bool:
+    """Let the convolution ``layer`` pad its input with zeros before the quantizer of its input sees it; whether it pads with zeros.
+
+    What it pads then lies on the quantizer's grid, which need not have a level at 0.
+
+    >>> import torch
+    >>> conv = nn.Conv1d(1, 1, 3, padding=1)
+    >>> pad_first(conv), conv.padding, conv(torch.ones(1, 1, 3)).shape
+    (True, (0,), torch.Size([1, 1, 3]))
+    """
+    pad = _take_padding(layer, 0.0)
+    if pad is not None:
+        set_input_transform(layer, pad)
+    return pad is not None
+
+
+def _take_padding(layer: nn.Module, value: float) -> nn.Module | None:
+    """A module that pads with ``value`` as the convolution does with zeros, which pads no more; ``None`` where it does not."""
     if not isinstance(layer, CONVOLUTIONS) or layer.padding_mode != "zeros":
-        return False
+        return None
     pads = _pads(layer)
     if not any(pads):
-        return False
-    setattr(layer, PADDING, _PADS[len(layer.kernel_size) - 1](pads, value))
+        return None
     layer.padding = (0,) * len(layer.kernel_size)
-    layer.register_forward_pre_hook(_pad)
-    return True
+    pad: nn.Module = _PADS[len(layer.kernel_size) - 1](pads, value)
+    return pad
 
 
 def _pads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -63,7 +64,7 @@ def insert_with_norms(
     activations: QuantizerFactory,
     initialize_layer: InitializeLayer,
     *,
-    norm: NormPlaces = "unsigned",
+    norm: NormPlaces | Callable[[Slot], bool] = "unsigned",
     epsilon: float = 1e-5,
 ) -> None:
     """Put quantizers into ``job.model`` and initialize them, with a batch norm in front of those at inputs.
@@ -74,13 +75,13 @@ def insert_with_norms(
         job: The network.
         weights, activations: Make the quantizers.
         initialize_layer: Sets up a layer from its input.
-        norm: Where to put norms: where inputs are never negative, always or never.
+        norm: Where to put norms: where inputs are never negative, always or never, or where a function of the slot says so.
         epsilon: Epsilon of the norms.
     """
     inputs: dict[InputNorm, Tensor] = {}
 
     def activation_quantizer(slot: Slot) -> Quantizer:
-        if norm == "always" or (norm == "unsigned" and not slot.is_signed):
+        if norm(slot) if callable(norm) else norm == "always" or (norm == "unsigned" and not slot.is_signed):
             insert.set_input_transform(slot.layer, InputNorm(slot.layer, epsilon))
         return activations(slot)
 

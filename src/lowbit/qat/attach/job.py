@@ -15,7 +15,7 @@ from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network.bits import policy_bits, raised_bits
 from lowbit.network.graph.dataflow import Dataflow, capture
 from lowbit.network.job import NetworkJob, made_for
-from lowbit.network.layers import WEIGHT, evaluating, frozen_norms
+from lowbit.network.layers import WEIGHT, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.quantizers import LearnedScaleQuantizer, Quantizer
@@ -43,7 +43,7 @@ class QatJob(NetworkJob):
         edges: Makes the quantizers of layers to which the policy's exception for the first and last one applies.
         switches: The widths between which the network is to switch, from the highest on, which the policy's default is; with one it has this alone.
         tied: Layers whose bits are to follow those of another one, where each layer switches, and which that is.
-        inserted: The quantizers that ``insert`` put in, each with the name of its layer.
+        inserted: The quantizers that ``insert`` put in at weights and inputs, each with the name of its layer.
 
     Raises:
         GraphError: The policy asks for bits of sums and concatenations, and the network cannot be exported.
@@ -66,6 +66,7 @@ class QatJob(NetworkJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._dataflow: Dataflow | None = None
+        self._between: list[Quantizer] = []  # those of ``insert`` that do not sit at the input of a layer
         if self.merge_bits is not None:
             self.dataflow()
 
@@ -79,10 +80,15 @@ class QatJob(NetworkJob):
             self._dataflow = capture(self.model, self.sample)
         return self._dataflow
 
-    def insert(self, weights: QuantizerFactory, activations: QuantizerFactory) -> None:
-        """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet."""
-        placements = place_at_layers(self.activation_bits)
-        signs = self._signs(placements)
+    def insert(self, weights: QuantizerFactory, activations: QuantizerFactory, placements: Sequence[Placement] | None = None) -> None:
+        """Give every layer the quantizers of these factories at its weight and input; they are not initialized yet.
+
+        ``placements`` say where those of activations sit, if not at the inputs of layers; ``insert_outputs`` then leaves these places alone.
+        """
+        if placements is None:
+            placements = place_at_layers(self.activation_bits)
+        at_layers = {Site(name, "input") for name in self.activation_bits}
+        signs = self.signs(placements)
         for name, site in self.weights.items():
             quantizer = self._build(self.weight_slot(name), weights)
             self.set_weight(site, quantizer)
@@ -91,7 +97,10 @@ class QatJob(NetworkJob):
             slot = self.slot(placement, is_signed=signs[placement.name])
             quantizer = self._build(slot, activations)
             self.place(placement, quantizer)
-            self.inserted.append((slot.name, quantizer))
+            if placement.purpose == "input":
+                self.inserted.append((slot.name, quantizer))
+            if not at_layers.issuperset(placement.sites):
+                self._between.append(quantizer)
 
     def initialize(self, initialize_layer: InitializeLayer) -> None:
         """Run the sample in training mode and let ``initialize_layer(layer, input)`` set each layer up just before its first call.
@@ -99,8 +108,10 @@ class QatJob(NetworkJob):
         Layers are set up in execution order, so each sees what the quantized layers before it give; those that run in evaluation mode
         alone in a second pass. Where a weight is used before its layer was called, or without calling it, ``initialize_layer(layer,
         None)`` sets it up from the weight alone; so are layers that never run, and each of several weights of a layer, by
-        ``initialize_layer(layer, None, parameter)``. Running statistics are restored afterwards.
+        ``initialize_layer(layer, None, parameter)``. Quantizers that do not sit at the input of a layer are initialized from what they see
+        first. Running statistics are restored afterwards.
         """
+        between = dict.fromkeys(self._between)
         pending: dict[str, nn.Module] = dict(self.layers)
         for name in self.activation_bits:
             pending.setdefault(name, self.model.get_submodule(name))
@@ -120,12 +131,18 @@ class QatJob(NetworkJob):
                 with _naming(name, site.layer):
                     initialize_layer(site.layer, None, *(() if site.parameter == WEIGHT else (site.parameter,)))
 
+        def first_seen(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
+            if quantizer in between:
+                del between[quantizer]
+                quantizer.initialize(args[0].detach())
+
         called = set(self._called)
         for name in [name for name in unset if name not in called]:
             from_weight(name)
 
         def hooks() -> list[RemovableHandle]:
             handles = [layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True) for layer in pending.values()]
+            handles += [quantizer.register_forward_pre_hook(first_seen) for quantizer in between]
             for name, site in unset.items():
                 quantizer = site.quantizer
                 assert quantizer is not None
@@ -133,7 +150,7 @@ class QatJob(NetworkJob):
             return handles
 
         self._run(hooks())
-        if not called.isdisjoint(pending):
+        if between or not called.isdisjoint(pending):
             self._run(hooks(), training=False)
         for name in list(unset):
             from_weight(name)
@@ -153,11 +170,11 @@ class QatJob(NetworkJob):
             planned = place_at_layers({}, self.output_bits)
         else:
             planned = place_at_tensors(self.dataflow(), {}, self.output_bits, merge_bits=self.merge_bits)
-        planned = [replace(p, sites=self._free(p.sites)) for p in planned]
+        planned = [replace(p, sites=self.free_sites(p.sites)) for p in planned]
         planned = [p for p in planned if p.sites]
         if not planned:
             return
-        signs = self._signs(planned)
+        signs = self.signs(planned)
         placed: dict[Placement, Quantizer] = {}
         for placement in planned:
             slot = self.slot(placement, is_signed=signs[placement.name])
@@ -178,6 +195,11 @@ class QatJob(NetworkJob):
         merged = sum(placement.purpose != "output" for placement in placed)
         if self.merge_bits is not None:
             self.table.note(f"sums, concatenations and what is pooled: {self.merge_bits} bits at {merged} places")
+
+    def leave_merges_float(self, note: str) -> None:
+        """Let ``insert_outputs`` quantize no sums and concatenations, for what the policy asks for has been done as ``note`` says."""
+        self.policy = replace(self.policy, merges="float")
+        self.table.note(note)
 
     def _run(self, handles: Sequence[RemovableHandle], *, training: bool = True) -> None:
         """Run the sample once with hooks, which are removed; training flags and the statistics of norms are as before."""
@@ -219,7 +241,7 @@ class QatJob(NetworkJob):
         try:
             yield
         finally:
-            self._bits = asked
+            self._bits = {name: _as_changed(bits, self._bits[name]) for name, bits in asked.items()}
         for name, quantizer in self.inserted:
             if id(quantizer) not in widths:
                 is_weight = name in self.weights and self.weights[name].quantizer is quantizer
@@ -251,34 +273,19 @@ class QatJob(NetworkJob):
     def _build(self, slot: Slot, factory: QuantizerFactory) -> Quantizer:
         return made_for(slot, self.edges if self.is_excepted(slot.name) else factory)
 
-    def _signs(self, placements: Iterable[Placement]) -> dict[str, bool]:
-        """Whether the tensors of these placements, by their names, hold negative values for the sample in evaluation mode."""
-        names = {site: placement.name for placement in placements for site in placement.sites}
-        signs = dict.fromkeys(names.values(), False)
-
-        def note(site: Site, values: tuple[object, ...]) -> None:
-            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
-            signs[names[site]] |= x is not None and bool((x < 0).any())
-
-        handles = []
-        for site in names:  # behind the transforms of a layer
-            module = self.model.get_submodule(site.module)
-            if site.side == "input":
-                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
-            else:
-                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
-        try:
-            with evaluating(self.model):
-                self.model(*self.sample.args, **self.sample.kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return signs
-
-    def _free(self, sites: Iterable[Site]) -> tuple[Site, ...]:
-        """Those of ``sites`` whose module is there (surgery may have removed it) and that are no input of a layer, quantized already."""
+    def free_sites(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """Those of ``sites`` whose module is there (surgery may have removed it) and that are quantized neither as inputs of layers nor by ``insert``."""
         modules = {name for name, _ in self.model.named_modules()}
-        return tuple(s for s in sites if s.module in modules and not (s.side == "input" and s.module in self.activation_bits))
+        taken = {site for placement in self.placements for site in placement.sites}
+        return tuple(
+            s for s in sites if s.module in modules and s not in taken and not (s.side == "input" and s.module in self.activation_bits)
+        )
+
+
+def _as_changed(asked: LayerBits, since: LayerBits) -> LayerBits:
+    """The bits that were asked for, but for what was left in float since, and for outputs."""
+    weight = None if since.weight is None else asked.weight
+    return LayerBits(weight, None if since.activation is None else asked.activation, since.output)
 
 
 @contextmanager
