@@ -329,7 +329,7 @@ class Calibration:
             if self._limit is not None:
                 inputs = inputs.take(0, self._limit - sum(counts)) if inputs.batch_size > self._limit - sum(counts) else inputs
             if self._counts is None:
-                _check_batch(inputs, index)
+                check_values(inputs, f"calibration batch {index}")
             counts.append(inputs.batch_size)
             yield inputs
             if self._limit is not None and sum(counts) >= self._limit:
@@ -359,13 +359,27 @@ class Calibration:
         return self._counts
 
 
-def _check_batch(inputs: Inputs, index: int) -> None:
+def check_values(inputs: Inputs, place: str, *, can_be_infinite: bool = False) -> Inputs:
+    """The inputs, from which something is to be learned.
+
+    Args:
+        inputs: Inputs of one call.
+        place: What they are, for the error.
+        can_be_infinite: Whether only NaN is refused, as masks can hold infinity.
+
+    Raises:
+        CalibrationError: A tensor without values, or with NaN or infinity.
+    """
     for position, tensor in enumerate(inputs.tensors):
-        where = f"calibration batch {index}, input {position} of shape {tuple(tensor.shape)}"
+        where = f"{place}, input {position} of shape {tuple(tensor.shape)}"
         if tensor.numel() == 0:
             raise CalibrationError(f"{where}: holds no value")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        bad = int((torch.isnan(tensor) if can_be_infinite else ~torch.isfinite(tensor)).sum())
+        if bad:
+            what = "NaN" if can_be_infinite else "NaN or infinite"
             raise CalibrationError(
-                f"{where}: {bad} of {tensor.numel()} values are NaN or infinite. Remove these samples or repair the preprocessing."
+                f"{where}: {bad} of {tensor.numel()} values are {what}. Remove these samples or repair the preprocessing."
             )
+    return inputs

@@ -11,7 +11,7 @@ from tests.networks import BranchNet, TinyNet
 from torch import Tensor, nn
 
 import lowbit.methods.post_training.round_to_nearest
-from lowbit.errors import DataError, GraphError, LayerError, OutputError, ParityError, SpecError
+from lowbit.errors import CalibrationError, DataError, GraphError, LayerError, OutputError, ParityError, SpecError
 from lowbit.formats.checks.parity import Parity
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.formats.program.program import Program
@@ -55,6 +55,30 @@ def test_the_report_of_a_packed_file_holds_size_and_parity(tmp_path: Path) -> No
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecError, match=rf"cannot tell the format from '{name}'\. Allowed suffixes: \.lowbit, \.onnx, \.c"):
         export(TinyNet(), tmp_path / name, sample=IMAGE)
+
+
+@pytest.mark.parametrize("suffix", [".lowbit", ".onnx", ".c"])
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.zeros(0, 6), r"sample, input 0 of shape \(0, 6\): holds no value"),
+        (torch.full((4, 6), float("nan")), r"sample, input 0 .*: 24 of 24 values are NaN"),
+        (torch.zeros(4, 7), "Linear cannot take inputs of shape 7"),
+    ],
+    ids=["empty", "NaN", "shape"],
+)
+def test_a_sample_that_proves_nothing_is_refused(sample: Tensor, message: str, suffix: str, tmp_path: Path) -> None:
+    model = quantized(nn.Linear(6, 2), torch.rand(8, 6))
+    with pytest.raises(CalibrationError, match=message):
+        export(model, tmp_path / f"net{suffix}", sample=sample)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["requantizer", "rounding"])
+def test_unknown_settings_of_a_c_file_are_refused(setting: str, tmp_path: Path) -> None:
+    x = torch.rand(8, 6)
+    with pytest.raises(SpecError, match=f"{setting} must be one of .*; got 'other'"):
+        export(quantized(nn.Linear(6, 2), x), tmp_path / "net.c", sample=x, **{setting: "other"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "lowbit"])

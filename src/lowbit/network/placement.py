@@ -18,7 +18,7 @@ from lowbit.network.graph.dataflow import Dataflow, Node
 
 Purpose = Literal["weight", "input", "output", "sum", "concatenation", "pool", "gate"]
 
-MERGES: dict[str, Purpose] = {"add": "sum", "cat": "concatenation"}
+MERGES: dict[str, Purpose] = {"add": "sum", "sub": "sum", "cat": "concatenation"}
 POOLS = frozenset({"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 CLIPS = frozenset({"relu", "hardtanh", "relu6", "clamp", "clamp_min"})  # clips of the codes in a kernel
 FUNCTIONS = frozenset({

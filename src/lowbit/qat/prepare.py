@@ -12,7 +12,7 @@ from torch import nn
 
 from lowbit.autograd import records_gradients
 from lowbit.errors import SpecError
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, check_values
 from lowbit.network.bits import set_bits
 from lowbit.network.job import check_method_bits
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
@@ -103,7 +103,14 @@ def prepare(
         switches = (policy.default,)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        job = QatJob(plain_copy(model), policy, Inputs.of(sample, model), seed, edges=chosen.edge_quantizer, switches=switches)
+        job = QatJob(
+            plain_copy(model),
+            policy,
+            check_values(Inputs.of(sample, model), "sample", can_be_infinite=True),
+            seed,
+            edges=chosen.edge_quantizer,
+            switches=switches,
+        )
         check_method_bits(info, policy, job)
         chosen.attach(job)
         job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)

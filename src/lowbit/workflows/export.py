@@ -19,6 +19,7 @@ from lowbit.formats.checks.codes import CodeComparison
 from lowbit.formats.checks.parity import Parity, check_onnx_parity, check_packed_parity
 from lowbit.formats.checks.speed import Speed, compare_speed
 from lowbit.formats.fixed_point.c_source import MemoryUse
+from lowbit.formats.fixed_point.network import IntegerNetwork
 from lowbit.formats.fixed_point.requantize import RequantizerKind, Rounding
 from lowbit.formats.onnx.sessions import PROVENANCE_KEY, SATURATION_NOTE, IntegerCount, count_integer_kernels, saturates
 from lowbit.formats.onnx.translate import INT4_OPSET, OPSET, WeightContainer, require_onnx, translate
@@ -28,7 +29,7 @@ from lowbit.formats.packed.tensor import PackedTensor
 from lowbit.formats.packed.widths import Nesting
 from lowbit.formats.program.program import GRID_OF_ITS_OWN, Program, export_program, export_switches
 from lowbit.formats.program.structure import output_names as names_of
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, check_values
 from lowbit.measure.outputs import device_of
 from lowbit.network.bits import WidthLike, current_switch, layer_widths, set_bits, switches_of, switching_layers
 from lowbit.network.layers import is_random
@@ -38,6 +39,7 @@ from lowbit.provenance import Provenance, attach_provenance, provenance_of
 from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.spec import LayerBits, switch_name
 from lowbit.workflows.export_c import write_c
+from lowbit.workflows.fit import misfit
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
@@ -166,6 +168,7 @@ def export(
         SpecError: Bits that the network does not have, an unknown suffix, container or dimension (``batch_dim`` among them), names that do not
             fit the outputs, or ``kernels`` for an ONNX file.
         LayerError: ``kernels`` where no layer can run on them; says why for each. For C: a layer or operation without an integer form.
+        CalibrationError: A sample that holds nothing, or NaN, or that the network cannot take.
         GraphError: The network has no single graph, or an operation that the format does not have, or needs a fixed size of a dimension in
             ``dynamic``; names it. Also a network that answers at random.
         ParityError: The file does not compute what the network computes; names the first layer that diverges.
@@ -190,9 +193,11 @@ def export(
         raise SpecError(f"{path}: {path.suffix} files are run by other runtimes. Low-bit kernels need a .lowbit file.")
     if output_names and path.suffix != ".onnx":
         raise SpecError(f"output_names={output_names!r}, {path}: only ONNX files name their outputs. Leave it out, or write an .onnx file.")
+    if isinstance(model, IntegerNetwork):
+        raise SpecError(f"{path}: an integer network is compiled from a quantized one. Export that; a .c file holds the same integers.")
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
-    inputs = Inputs.of(sample, model).to("cpu")
+    inputs = check_values(Inputs.of(sample, model), "sample", can_be_infinite=True).to("cpu")
     provenance = provenance or provenance_of(model)
     is_whole = path.suffix == ".lowbit" and bits is None and len(switches_of(model)) > 1
     if device_of(model).type != "cpu" or bits is not None or is_whole:
@@ -232,7 +237,11 @@ def _in_float32(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, tu
 
 def _refuse_random(model: nn.Module, inputs: Inputs) -> None:
     """GraphError where two calls with the same inputs differ."""
-    if is_random(model, inputs):
+    try:
+        answers_at_random = is_random(model, inputs)
+    except Exception as error:  # whatever the network raises
+        raise misfit(type(model).__name__, inputs, error, "Pass a sample that fits the network.") from error
+    if answers_at_random:
         raise GraphError(
             f"{type(model).__name__} is random: two calls in evaluation mode with the same inputs give different outputs, so no file can be "
             "checked against it. Look for dropout that is always on (training=True, or p= without self.training) and for torch.rand."

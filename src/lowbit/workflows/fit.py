@@ -29,13 +29,9 @@ def fit_notes(model: nn.Module, name: str, sample: Inputs, facts: Provenance) ->
     except LowbitError:
         raise
     except Exception as error:  # whatever the network raises
-        shapes = ", ".join(" x ".join(map(str, tensor.shape[1:])) for tensor in sample.tensors)
         made = "" if facts.preprocessing is None else f" They are made by the preprocessing {facts.preprocessing}."
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(
-            f"the network {name} cannot take inputs of shape {shapes} ({reason}).{made} "
-            "Change it with preprocess=, or name data that fits the network with data= or calibration=."
-        ) from error
+        advice = "Change it with preprocess=, or name data that fits the network with data= or calibration=."
+        raise misfit(name, sample, error, advice, made) from error
     notes = []
     if outputs is not None and 0 < len(facts.classes) < outputs:  # labels beyond the outputs are an error where they are met
         notes.append(
@@ -51,6 +47,15 @@ def fit_notes(model: nn.Module, name: str, sample: Inputs, facts: Provenance) ->
             f"preprocessing: {facts.preprocessing or 'that of the data'}"
         )
     return tuple(notes)
+
+
+def misfit(name: str, sample: Inputs, error: Exception, advice: str, made: str = "") -> CalibrationError:
+    """The error for inputs with which a network raises ``error``."""
+    if isinstance(error, LowbitError):
+        raise error
+    shapes = ", ".join(" x ".join(map(str, tensor.shape[1:])) for tensor in sample.tensors)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CalibrationError(f"the network {name} cannot take inputs of shape {shapes} ({reason}).{made} {advice}")
 
 
 def count_outputs(model: nn.Module, sample: Inputs) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import LayerError
+from lowbit.errors import LayerError, SpecError
 from lowbit.formats.fixed_point.graph import AveragePool, Convolution, Linear, Sum
 from lowbit.formats.fixed_point.operators import ADD_SHIFT
 from lowbit.formats.fixed_point.requantize import (
@@ -38,6 +39,11 @@ class Arithmetic:
 
     kind: RequantizerKind
     rounding: Rounding = "double"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("requantizer", self.kind, RequantizerKind), ("rounding", self.rounding, Rounding)):
+            if value not in get_args(allowed):
+                raise SpecError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
 
     def requantizer(self, x_scale: float, w_scale: Tensor | float, grid: Grid) -> Requantizer:
         """The requantizer of sums of products to the codes of ``grid``."""

@@ -31,7 +31,7 @@ class Memory:
 
     def write(self, buffer: Buffer, codes: Tensor) -> None:
         """Set the codes of a buffer."""
-        self._held[buffer.storage] = codes.reshape(len(codes), -1).int()
+        self._held[buffer.storage] = codes.reshape(len(codes), buffer.size).int()
 
     def opened(self, buffer: Buffer, samples: int, fill: int | None) -> Tensor:
         """The flat codes of a buffer that is written in parts, which start as ``fill``."""

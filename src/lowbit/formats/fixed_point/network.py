@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import get_args
 
 import numpy as np
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from lowbit.errors import DataError, SpecError
 from lowbit.formats.fixed_point.constants import Arithmetic
-from lowbit.formats.fixed_point.graph import IntegerGraph
+from lowbit.formats.fixed_point.graph import QMAX, QMIN, IntegerGraph
 from lowbit.formats.fixed_point.interpret import Memory, run
 from lowbit.formats.fixed_point.lowering import lower
 from lowbit.formats.fixed_point.requantize import RequantizerKind, Rounding
 from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.program.program import Program, export_program
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, check_values
 from lowbit.network.bits import WidthLike, set_bits, switches_of
 from lowbit.network.layers import evaluating
 from lowbit.spec import switch_name
@@ -48,10 +47,15 @@ class IntegerNetwork(nn.Module):
         self.graph, self.arithmetic = graph, arithmetic
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The codes of an input, int8: ``clamp(round_half_even(x / scale) + zero_point)``."""
+        """The codes of an input, int8: ``clamp(round_half_even(x / scale) + zero_point)``.
+
+        Raises:
+            DataError: Another shape, or NaN.
+        """
         grid = self.graph.input.grid
-        if tuple(x.shape[1:]) != self.graph.input.shape:
-            raise DataError(f"the network takes [batch, {', '.join(map(str, self.graph.input.shape))}], got {list(x.shape)}")
+        self._check_shape(x)
+        if bool(torch.isnan(x).any()):
+            raise DataError("the input holds NaN, for which there is no code. Look for it before the call.")
         return quantize_to(grid, x).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -60,7 +64,18 @@ class IntegerNetwork(nn.Module):
         return (codes.float() - grid.zero_point) * torch.tensor(grid.scale)
 
     def run(self, codes: Tensor) -> Tensor:
-        """The output's codes for those of the input, int8 ``[batch, ...]`` both."""
+        """The output's codes for those of the input, int8 ``[batch, ...]`` both.
+
+        Raises:
+            DataError: Another shape, or numbers that are no codes of 8 bits.
+        """
+        self._check_shape(codes)
+        if codes.dtype == torch.bool or codes.is_floating_point() or codes.is_complex():
+            raise DataError(
+                f"codes are whole numbers, got {str(codes.dtype).removeprefix('torch.')}. network.quantize(x) gives those of x."
+            )
+        if codes.numel() and not QMIN <= int(codes.min()) <= int(codes.max()) <= QMAX:
+            raise DataError(f"codes are numbers from {QMIN} to {QMAX}, got {int(codes.min())} to {int(codes.max())}")
         return self.all_codes(codes)[self.graph.output.name].to(torch.int8)
 
     def all_codes(self, codes: Tensor, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -83,6 +98,10 @@ class IntegerNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dequantize(self.run(self.quantize(x)))
 
+    def _check_shape(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.graph.input.shape or x.dim() == 0:
+            raise DataError(f"the network takes [batch, {', '.join(map(str, self.graph.input.shape))}], got {list(x.shape)}")
+
     def extra_repr(self) -> str:
         return f"{len(self.graph.operations)} operations on codes, {self.arithmetic.kind}"
 
@@ -97,11 +116,11 @@ def compile_program(
     program: Program, model: nn.Module, requantizer: RequantizerKind = "fixed_point", *, rounding: Rounding = "double"
 ) -> IntegerNetwork:
     """``compile_integer`` of a network that was exported already."""
-    inputs = program.sample
+    arithmetic, inputs = Arithmetic(requantizer, rounding), program.sample
     with evaluating(model):
         output = model(*inputs.args, **inputs.kwargs)
     bounds = (float(output.min()), float(output.max())) if isinstance(output, Tensor) and output.numel() else (0.0, 0.0)
-    return IntegerNetwork(lower(program, bounds, as_onnx=requantizer == "onnx"), Arithmetic(requantizer, rounding)).eval()
+    return IntegerNetwork(lower(program, bounds, as_onnx=requantizer == "onnx"), arithmetic).eval()
 
 
 def compile_integer(
@@ -133,6 +152,7 @@ def compile_integer(
         A module in evaluation mode. Its ``run`` maps codes to codes.
 
     Raises:
+        CalibrationError: A sample that holds nothing, or NaN or infinity.
         SpecError: An unknown requantizer or rounding, or several widths of which ``bits`` chooses none.
         GraphError: The network cannot be exported, or has several inputs or outputs.
         LayerError: A layer or an operation has no integer form; names it and says what to do.
@@ -146,14 +166,12 @@ def compile_integer(
         >>> integer.run(integer.quantize(images)).dtype, torch.allclose(integer(images), quantized(images), atol=0.02)
         (torch.int8, True)
     """
-    for name, value, allowed in (("requantizer", requantizer, RequantizerKind), ("rounding", rounding, Rounding)):
-        if value not in get_args(allowed):
-            raise SpecError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
+    Arithmetic(requantizer, rounding)
     model = copy.deepcopy(model).cpu().float()
     if bits is not None:
         set_bits(model, bits)
     elif len(switches_of(model)) > 1:
         held = ", ".join(switch_name(switch) for switch in switches_of(model))
         raise SpecError(f"the network switches between the widths {held}, and an integer network has one. Choose it with bits=.")
-    inputs = Inputs.of(sample, model).to("cpu").map(lambda t: t.float() if t.is_floating_point() else t)
+    inputs = check_values(Inputs.of(sample, model), "sample").to("cpu").map(lambda t: t.float() if t.is_floating_point() else t)
     return compile_program(export_program(model, inputs), model, requantizer, rounding=rounding)

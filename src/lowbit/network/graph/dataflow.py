@@ -202,7 +202,9 @@ class _Marks:
         self.calls.clear()
         self._last.clear()
 
-    def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.calls[name] += 1
         first = next(filter(_is_float, args), None)
         elsewhere = tensors_of(([value for value in args if not isinstance(value, Tensor)], kwargs))
