@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +39,10 @@ from lowbit.synthesis.problem import make_problem
 FOLDER = Path(__file__).parent
 RESULTS, PLOT = FOLDER / "results" / "synthesis.json", FOLDER / "results" / "synthesis_spread.svg"
 COUNT, PAPER_ITERATIONS = 64, 500
-TURNS = {"resnet20": 30, "EfficientNet-Lite0": 6}  # measured steps
-WARMUP = 2
+TURNS = {"resnet20": 30, "EfficientNet-Lite0": 3}  # measured steps
+WARMUP = 1
 BATCHES = (16, 64)
+SPREAD_ITERATIONS = 100
 Row = dict[str, object]
 
 
@@ -159,13 +161,13 @@ def timed(name: str) -> Row:
     }
 
 
-def _peak(name: str, batch_size: int, results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _peak(name: str, batch_size: int) -> float:
     torch.set_num_threads(1)
     model, shape = NETWORKS[name]()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _kilobytes("VmRSS")
     lowbit.synthesize(model, method="zeroq", shape=shape, count=COUNT, iterations=2, batch_size=batch_size, progress=False)
-    results.put((_kilobytes("VmHWM") - before) / 1024)
+    return (_kilobytes("VmHWM") - before) / 1024
 
 
 def _kilobytes(entry: str) -> int:
@@ -176,20 +178,17 @@ def _kilobytes(entry: str) -> int:
 
 def memory(name: str) -> Row:
     """Peak memory of two steps, in MiB, by the size of batches."""
-    context, found = multiprocessing.get_context("spawn"), {}
+    found = {}
     for size in BATCHES:
-        results = context.Queue()
-        process = context.Process(target=_peak, args=(name, size, results))
-        process.start()
-        found[f"batches of {size}"] = round(results.get())
-        process.join()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found[f"batches of {size}"] = round(pool.submit(_peak, name, size).result())
     return {"samples": COUNT, "MiB above the network": found}
 
 
 def spread() -> Row:
     """The spread of samples by dsg and by zeroq from one start along the norms of resnet20, and the plot of it."""
     model, shape = resnet20()
-    settings = {"shape": shape, "count": 21, "iterations": 300, "start": "gaussian"}
+    settings = {"shape": shape, "count": 21, "iterations": SPREAD_ITERATIONS, "start": "gaussian"}
     data = {name: lowbit.synthesize(model, method=name, progress=False, **settings) for name in ("dsg", "zeroq")}  # type: ignore[arg-type]
     found = {name: [round(entry.samples.spread or 0.0, 4) for entry in made.statistics] for name, made in data.items()}
     noise = [round(entry.noise.spread or 0.0, 4) for entry in data["dsg"].statistics]

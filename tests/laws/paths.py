@@ -195,6 +195,8 @@ def _reached(info: MethodInfo) -> frozenset[str]:
     """Those of one of the kinds that the method has."""
     if info.kind == "search":
         return _reached_by_searches(info)
+    if info.kind == "synthesis":
+        return _reached_by_syntheses(info)
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
     more = {
@@ -233,4 +235,14 @@ def _reached_by_searches(info: MethodInfo) -> frozenset[str]:
     with _watching(lambda _: True) as found:
         for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
             _searched(info, options)
+    return frozenset(found)
+
+
+def _reached_by_syntheses(info: MethodInfo) -> frozenset[str]:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model(torch.randn(8, 1, 6, 6))  # in training mode, so that the norm sees data
+    trial = {**info.method.trial, "iterations": 2}  # type: ignore[union-attr]
+    with _watching(lambda _: True) as found, tempfile.TemporaryDirectory() as folder:
+        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+            lowbit.synthesize(model, method=info.name, shape=(1, 6, 6), count=3, work_dir=folder, **{**trial, **options})
     return frozenset(found)

@@ -56,6 +56,7 @@ def test_reproduces_the_reference_vectors(adapter: Path, case: dict[str, dict[st
 
 METHODS = {
     "bi_real_net": ("bi_real_net", "react_net"),
+    "dsg": ("dsg", "zeroq"),
     "hawq": ("hawq", "hawq_v2"),
 }  # of adapters whose vectors are those of more than their own method
 CALLED_BY_USERS = {
