@@ -140,6 +140,17 @@ def test_each_turn_leaves_the_other_network_alone_and_the_float_one_never_change
     assert not run.networks["teacher"].training and run.step == 2
 
 
+@pytest.mark.parametrize(("statistics", "moves"), [("generated", True), ("float", False)])
+def test_norms_learn_from_samples_or_keep_what_the_float_network_knows(statistics: str, moves: bool) -> None:
+    float_network = network()
+    run = run_of(float_network, norm_statistics=statistics)
+    for _ in range(3):
+        turn(run)
+    kept, now = (net.get_buffer("1.running_mean") for net in (float_network, run.model))
+    assert bool((kept != now).any()) == moves
+    assert bool((run.model.get_parameter("1.bias") != 0).any())  # norms are trained either way
+
+
 def test_features_are_those_before_each_smaller_size_behind_the_quantizer_that_reads_them() -> None:
     run = run_of(network())
     method = method_of(run.model)

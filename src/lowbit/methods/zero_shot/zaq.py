@@ -29,7 +29,7 @@ from lowbit.errors import GraphError, SpecError, unknown_name
 from lowbit.inputs import Inputs, sample_count, tensors_of
 from lowbit.network.graph.dataflow import Dataflow
 from lowbit.network.graph.trunk import ACTIVATIONS
-from lowbit.network.layers import evaluating
+from lowbit.network.layers import BATCH_NORMS, evaluating
 from lowbit.network.taps import Tap, tapped, taps_of
 from lowbit.options import Above, AtLeast
 from lowbit.qat import Companion, GivenNetworks, OptimizerSpec, Phase, QatJob, Recipe, Slot, TrainingMethod, TrainRun, Turn
@@ -195,6 +195,9 @@ class Zaq(TrainingMethod):
         network_steps: Steps of the network before each step of the generator.
         rounds: Such rounds in an epoch.
         symmetric: Quantize with 0 in the middle of the codes, as the paper's text says; its program is asymmetric.
+        norm_statistics: What batch norms compute with: ``generated``, those of each batch of samples, which they also learn for evaluation
+            (the authors' program, which takes 90,000 steps of 256 samples); ``float``, those that the float network has kept from its data,
+            which stay: for short trainings.
     """
 
     ends: ClassVar[Literal["wide", "float", "same"]] = "same"
@@ -212,6 +215,7 @@ class Zaq(TrainingMethod):
     network_steps: Annotated[int, AtLeast(1)] = 5
     rounds: Annotated[int, AtLeast(1)] = 60
     symmetric: bool = False
+    norm_statistics: Literal["generated", "float"] = "generated"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,6 +271,13 @@ class Zaq(TrainingMethod):
         for quantizer in run.quantizers():
             if isinstance(quantizer, RunningRangeQuantizer):
                 quantizer.forget()
+
+    def before_step(self, run: TrainRun) -> None:
+        """Norms that keep the float network's statistics compute with them in training too."""
+        if self.norm_statistics == "float":
+            for module in run.model.modules():
+                if isinstance(module, BATCH_NORMS):
+                    module.eval()
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
         """That of the network or of the generator, whose turn it is, on new samples."""
