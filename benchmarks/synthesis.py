@@ -42,7 +42,7 @@ COUNT, PAPER_ITERATIONS = 64, 500
 TURNS = {"resnet20": 30, "EfficientNet-Lite0": 3}  # measured steps
 WARMUP = 1
 BATCHES = (16, 64)
-SPREAD_ITERATIONS = 100
+SPREAD_ITERATIONS = 500
 Row = dict[str, object]
 
 
@@ -203,7 +203,7 @@ def spread() -> Row:
     ratios = [a / b for a, b in zip(found["dsg"], found["zeroq"], strict=True)]
     return {
         "samples": 21,
-        "iterations": 300,
+        "iterations": SPREAD_ITERATIONS,
         "norms": names,
         **found,
         "noise": noise,
