@@ -144,6 +144,7 @@ def test_each_turn_leaves_the_other_network_alone_and_the_float_one_never_change
 def test_norms_learn_from_samples_or_keep_what_the_float_network_knows(statistics: str, moves: bool) -> None:
     float_network = network()
     run = run_of(float_network, norm_statistics=statistics)
+    run.start_phase()
     for _ in range(3):
         turn(run)
     kept, now = (net.get_buffer("1.running_mean") for net in (float_network, run.model))
