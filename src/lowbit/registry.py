@@ -187,8 +187,8 @@ def list_methods(
 ) -> list[MethodInfo]:
     """Methods whose name matches the shell ``pattern``, by name; optionally of one kind, axis or section.
 
-    >>> [info.name for info in list_methods("*", axis="surgery")]
-    ['bi_real_net', 'bit_mixer', 'integer_only', 'integer_only', 'react_net']
+    >>> [info.name for info in list_methods("*_net", axis="surgery")]
+    ['bi_real_net', 'react_net']
     """
     _import_all()
     return [

@@ -24,7 +24,8 @@ from lowbit.models.loading import load_model
 from lowbit.progress import Stage
 from lowbit.provenance import Provenance
 from lowbit.workflows.origin import Origin, common_origin, origin_of
-from lowbit.workflows.requests import EvaluateRequest, NetworkSettings
+from lowbit.workflows.requests import EvaluateRequest
+from lowbit.workflows.settings import NetworkSettings
 
 NAMES = [f"{digit}-{word}" for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])]
 PICTURES = Preprocessing(size=8, crop_fraction=1.0, mean=(0.1,), std=(0.7,), grey=True)

@@ -13,7 +13,9 @@ from lowbit.options import settings_of
 from lowbit.spec import BitPolicy, LayerBits
 from lowbit.workflows import requests
 from lowbit.workflows.quantize import open_quantization
-from lowbit.workflows.requests import BitSettings, QuantizeRequest, Request, TrainRequest, fields_of
+from lowbit.workflows.request import Request, fields_of
+from lowbit.workflows.requests import QuantizeRequest, TrainRequest
+from lowbit.workflows.settings import BitSettings
 
 LAYER = nn.Linear(2, 2)
 REQUESTS = [kind for kind in vars(requests).values() if isinstance(kind, type) and issubclass(kind, Request) and kind.command]

@@ -17,7 +17,8 @@ from lowbit.network.graph.dataflow import capture
 from lowbit.qat.recipe import UPSCALING_RECIPE
 from lowbit.workflows.domain import domain_of, scale_of
 from lowbit.workflows.quantize import open_quantization
-from lowbit.workflows.requests import NetworkSettings, QuantizeRequest, TrainRequest
+from lowbit.workflows.requests import QuantizeRequest, TrainRequest
+from lowbit.workflows.settings import NetworkSettings
 
 TASK = "super-resolution"
 

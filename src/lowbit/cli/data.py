@@ -11,7 +11,7 @@ from lowbit.cli.console import say, show_json, show_table
 from lowbit.cli.names import data_names
 from lowbit.cli.settings import Json, key_values, name_completion
 from lowbit.options import settings_of
-from lowbit.workflows.requests import NetworkSettings
+from lowbit.workflows.settings import NetworkSettings
 
 if TYPE_CHECKING:
     from lowbit.data import ImageData, UpscalingData

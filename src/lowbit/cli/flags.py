@@ -8,6 +8,7 @@ from functools import cache
 
 from lowbit.options import settings_of
 from lowbit.workflows import requests, suite
+from lowbit.workflows.request import Request
 
 _SHORT = {"method": "-m", "weight_bits": "-w", "activation_bits": "-a", "options": "-o", "learning_rate": "--lr"}
 _LONG = {
@@ -66,9 +67,7 @@ def _assignment(found: re.Match[str]) -> str:
 def _names() -> frozenset[str]:
     """Settings of all requests."""
     found: set[str] = set()
-    pending = [
-        kind for kind in (*vars(requests).values(), *vars(suite).values()) if isinstance(kind, type) and issubclass(kind, requests.Request)
-    ]
+    pending = [kind for kind in (*vars(requests).values(), *vars(suite).values()) if isinstance(kind, type) and issubclass(kind, Request)]
     while pending:
         for name, setting in settings_of(pending.pop()).items():
             if dataclasses.is_dataclass(setting.type):

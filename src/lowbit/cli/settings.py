@@ -17,7 +17,7 @@ from lowbit.cli.flags import flag_of, flags_of, off_flag_of
 from lowbit.errors import SpecError
 from lowbit.options import Setting, settings_of
 from lowbit.reading import parse_yaml
-from lowbit.workflows.requests import Request, fields_of
+from lowbit.workflows.request import Request, fields_of
 
 RUN, OUTPUT, METHOD = "Run", "Output", "Method"  # headings in --help for what is no setting
 MAPPINGS = (  # given as NAME=VALUE

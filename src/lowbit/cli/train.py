@@ -17,7 +17,8 @@ from lowbit.cli.console import SpokenProgress, resumable, say, say_how_to_resume
 from lowbit.cli.flags import in_flags
 from lowbit.cli.settings import DryRun, Json, PrintConfig, Quiet, RecipeFile, options_of
 from lowbit.errors import SpecError
-from lowbit.workflows.requests import PAPER, TrainRequest
+from lowbit.workflows.request import PAPER
+from lowbit.workflows.requests import TrainRequest
 
 app = typer.Typer(add_completion=False)
 RecipeName = Annotated[

@@ -17,7 +17,7 @@ from lowbit.models import BUILT_IN, default_weights, full_name, load_model, upsc
 from lowbit.network.layers import evaluating
 from lowbit.qat.task import Task
 from lowbit.qat.tasks import Classification, SuperResolution
-from lowbit.workflows.requests import EMBEDDED, NetworkSettings
+from lowbit.workflows.settings import EMBEDDED, NetworkSettings
 
 TaskName = Literal["classification", "super-resolution"]
 N = TypeVar("N", bound=NetworkSettings)

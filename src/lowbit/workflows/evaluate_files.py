@@ -25,7 +25,8 @@ from lowbit.workflows.fit import count_outputs, doubtful
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import common_origin
 from lowbit.workflows.output import prepare_folder
-from lowbit.workflows.requests import EvaluateRequest, SampleSettings
+from lowbit.workflows.requests import EvaluateRequest
+from lowbit.workflows.settings import SampleSettings
 from lowbit.workflows.source import Source, is_network_named, open_source
 
 

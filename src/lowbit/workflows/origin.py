@@ -19,8 +19,8 @@ from lowbit.formats.packed.file import read_package
 from lowbit.provenance import SHOWN, Provenance, provenance_from_json
 from lowbit.reading import check_readable, shorten
 from lowbit.workflows.domain import domain_of, name_of_task
-from lowbit.workflows.requests import NetworkSettings, SampleSettings
 from lowbit.workflows.samples import is_made
+from lowbit.workflows.settings import NetworkSettings, SampleSettings
 from lowbit.workflows.source import NO_DATA, Source, open_source, preprocessing_of
 from lowbit.workflows.trust import is_trusted
 from lowbit.workfolder import unfinished_facts

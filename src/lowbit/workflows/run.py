@@ -30,7 +30,7 @@ from lowbit.runtime.profile import Profile, profile
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
 from lowbit.workflows.output import prepare_folder
-from lowbit.workflows.requests import NetworkSettings
+from lowbit.workflows.settings import NetworkSettings
 from lowbit.workflows.source import classes_of, preprocessing_of
 
 OPEN_SIZE = 128  # of a dimension that the file leaves open, where a network is timed

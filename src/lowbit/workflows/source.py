@@ -27,8 +27,8 @@ from lowbit.reading import check_readable, shorten
 from lowbit.synthesis.samples import SynthesizedData
 from lowbit.workflows.domain import Domain, domain_of
 from lowbit.workflows.fit import fit_notes
-from lowbit.workflows.requests import NetworkSettings, SampleSettings
 from lowbit.workflows.samples import Making, batches_of, described_file, is_made, made_names, samples_file
+from lowbit.workflows.settings import NetworkSettings, SampleSettings
 from lowbit.workflows.trust import remember_network
 from lowbit.workfolder import weights_digest
 

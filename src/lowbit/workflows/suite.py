@@ -17,7 +17,8 @@ from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.reading import entries_of, line_of, shorten
 from lowbit.registry import MethodInfo, find_method, list_methods
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
-from lowbit.workflows.requests import EMBEDDED, Bits, BitSettings, NetworkSettings, Request, plain_value
+from lowbit.workflows.request import Bits, Request, plain_value
+from lowbit.workflows.settings import EMBEDDED, BitSettings, NetworkSettings
 
 if TYPE_CHECKING:
     from lowbit.qat.method import TrainingMethod

@@ -29,7 +29,8 @@ from lowbit.synthesis.samples import NormMatch, SynthesizedData
 from lowbit.synthesis.statistics import Match, measure_match
 from lowbit.workflows.origin import WORK
 from lowbit.workflows.output import prepare_folder
-from lowbit.workflows.requests import SampleSettings, SynthesizeRequest
+from lowbit.workflows.requests import SynthesizeRequest
+from lowbit.workflows.settings import SampleSettings
 from lowbit.workflows.source import Source, open_source
 from lowbit.workfolder import exclusive_run, open_work_folder, weights_digest
 

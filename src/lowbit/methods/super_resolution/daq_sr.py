@@ -243,21 +243,16 @@ class DaqOptions:
         )
 
 
-_FACTS = {
-    "name": "daq_sr",
-    "title": "DAQ: Channel-Wise Distribution-Aware Quantization for Deep Image Super-Resolution Networks",
-    "paper": "Hong, Kim, Baik, Oh, Lee, WACV 2022",
-    "section": "super_resolution",
-    "axes": ("weight_quantizer", "activation_quantizer"),
-    "weight_bits": range(1, 9),
-    "activation_bits": range(1, 9),
-    "fidelity": "exact",
-}
-
-
 @register(
     MethodInfo(
-        **_FACTS,  # type: ignore[arg-type]
+        name="daq_sr",
+        title="DAQ: Channel-Wise Distribution-Aware Quantization for Deep Image Super-Resolution Networks",
+        paper="Hong, Kim, Baik, Oh, Lee, WACV 2022",
+        section="super_resolution",
+        axes=("weight_quantizer", "activation_quantizer"),
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        fidelity="exact",
         kind="post_training",
         needs=(),
         summary="activations standardized by channel and sample as they come; nothing is calibrated or trained",
@@ -299,7 +294,14 @@ class DaqSr(DaqOptions, PostTrainingMethod):
 
 @register(
     MethodInfo(
-        **_FACTS,  # type: ignore[arg-type]
+        name="daq_sr",
+        title="DAQ: Channel-Wise Distribution-Aware Quantization for Deep Image Super-Resolution Networks",
+        paper="Hong, Kim, Baik, Oh, Lee, WACV 2022",
+        section="super_resolution",
+        axes=("weight_quantizer", "activation_quantizer"),
+        weight_bits=range(1, 9),
+        activation_bits=range(1, 9),
+        fidelity="exact",
         kind="training",
         needs=("labels", "pretrained"),
         summary="fine-tuning with activations standardized by channel and sample; gradients pass straight through",

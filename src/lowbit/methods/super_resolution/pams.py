@@ -173,7 +173,7 @@ def attention_map(features: Tensor) -> Tensor:
         ``[N, positions]``.
 
     >>> attention_map(torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]))
-    tensor([[0.4902, 0.8716],
+    tensor([[0.4903, 0.8716],
             [1.0000, 0.0000]])
     """
     return functional.normalize(features.float().square().mean(1).flatten(1), dim=1, eps=1e-12)
