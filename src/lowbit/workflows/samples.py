@@ -223,7 +223,7 @@ def training_data_of(samples: Inputs) -> object:
 
 def has_no_labels(data: object) -> bool:
     """Whether training data are known to hold no targets: one tensor, made samples, or pictures without labels."""
-    return isinstance(data, (Tensor, SynthesizedData)) or (isinstance(data, ImageData) and data.num_classes is None)
+    return isinstance(data, (Tensor, SynthesizedData)) or (isinstance(data, ImageData) and not data.has_targets)
 
 
 def samples_in(model: nn.Module, data: object, sample: object, *, count: int, seed: int, progress: Progress, cache: Path | None) -> object:
