@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.measure.macs import count_macs
 from lowbit.models.loading import load_model
 from lowbit.network.layers import replace_modules
 from lowbit.options import hyper_parameters_of
@@ -170,6 +171,28 @@ def _through_a_file(model: nn.Module, images: Tensor) -> None:
             lowbit.load(Path(folder) / "model.lowbit")(images)
 
 
+def _enlarging(info: MethodInfo) -> None:
+    """Networks for super-resolution, prepared as the paper has it and with each of its options, a step of training, and binary kernels."""
+    made = {"edsr_small": {"blocks": 1}, "srresnet": {"blocks": 1}, "vdsr": {"depth": 4}, "bsrn": {"blocks": 1}}
+    picture = 255 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name, size in made.items():
+        model = load_model(name, width=8, scale=2, **size)
+        count_macs(model, picture)
+        for options in ({}, *([{"blocks_only": True, "block_input": "float"}, *variants(info)] if name == "edsr_small" else ())):
+            with contextlib.suppress(LowbitError):
+                few = {"weight_bits": _nearest(2, info.weight_bits), "activation_bits": _nearest(4, info.activation_bits or range(1, 2))}
+                qat = lowbit.prepare(model, method=info.name, policy="paper", sample=picture, **few, **options).train()  # type: ignore[arg-type]
+                run = lowbit.training(qat, steps_per_epoch=1, epochs=4, float_network=model, task=lowbit.SuperResolution(scale=2))
+                optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=1e-6))
+                run.before_step(optimizer)
+                run.loss((picture, picture.repeat_interleave(2, 2).repeat_interleave(2, 3))).backward()
+                run.after_backward()
+                optimizer.step()
+                run.after_step()
+                if "surgery" in info.axes and not options:
+                    lowbit.compile_runtime(qat.eval(), sample=picture)
+
+
 def _in_integers(info: MethodInfo) -> None:
     """Compile the network for every arithmetic of integers, run it, and write it in C."""
     for network in ("resnet8", "mobilenet_v2_small"):
@@ -212,6 +235,8 @@ def _reached(info: MethodInfo) -> frozenset[str]:
                 _made(info, network, BitPolicy.uniform(few[0], few[1]).with_merges(4), {})
         if "arithmetic" in info.axes:
             _in_integers(info)
+        if info.section == "super_resolution" and info.kind == "training":
+            _enlarging(info)
         if info.kind == "training":
             _own_loop(info, BitPolicy.uniform(few[0], few[1]))
         if getattr(info.method, "switching", None) is not None:
