@@ -55,3 +55,30 @@ def test_bad_input_is_an_error_in_a_line(tmp_path: Path, arguments: tuple[str, .
     result = run(*arguments)
     assert result.exit_code == 2 and told in " ".join(result.output.split()), result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_names_a_command_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = [
+        "compare",
+        "--methods",
+        "round_to_nearest",
+        "--bits",
+        "8/8",
+        "--seeds",
+        "1",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    monkeypatch.setattr("sys.argv", ["lowbit", *arguments])
+    with monkeypatch.context() as patched:
+        patched.setattr("lowbit.workflows.compare.compare", stop)
+        stopped = CliRunner().invoke(app, arguments)
+    assert stopped.exit_code == 130, stopped.output
+    command = stopped.output.split("Resume it with:")[1].split()
+    assert command == ["lowbit", *arguments]
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0

@@ -59,7 +59,7 @@ def compare(
     if only_tables:
         comparison = tables_of(suite)
     else:
-        with resumable():
+        with resumable(flags=()):  # the same command resumes
             comparison = run(suite, progress=progress)
     from lowbit.report.comparison import HEADS, earlier_means, remarks, row_cells, table_note, unfinished
     from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells

@@ -111,21 +111,21 @@ class SpokenProgress(Progress):
         super().say(in_flags(message))
 
 
-def say_how_to_resume(what: str, kept: str) -> None:
-    """Say that the run has stopped, what was saved, and the command that resumes it."""
+def say_how_to_resume(what: str, kept: str, *, flags: Sequence[str] = ("--resume",)) -> None:
+    """Say that the run has stopped, what was saved, and the command that resumes it: the same with ``flags``."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--fresh")]
     errors.print(f"[bold red]{escape(what)}[/]; {escape(kept)}. Resume it with:", highlight=False, soft_wrap=True)
-    errors.print(f"    lowbit {shlex.join([*arguments, '--resume'])}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"    lowbit {shlex.join([*arguments, *flags])}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def resumable(*, is_first: bool = True) -> Iterator[None]:
-    """Ctrl-C ends the command with a message on how to resume it, printed by the first process only."""
+def resumable(*, is_first: bool = True, flags: Sequence[str] = ("--resume",)) -> Iterator[None]:
+    """Ctrl-C ends the command with a message on how to resume it, with ``flags``, printed by the first process only."""
     try:
         yield
     except KeyboardInterrupt as error:
         if is_first:
-            say_how_to_resume("stopped", "what was finished is kept")
+            say_how_to_resume("stopped", "what was finished is kept", flags=flags)
         raise typer.Exit(130) from error
 
 
