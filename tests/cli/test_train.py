@@ -283,7 +283,7 @@ def test_a_method_that_makes_its_own_samples_never_opens_training_data(tmp_path:
         assert split == "test", "training data were opened"
         return load_data(name, split=split, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("lowbit.workflows.start.load_data", load)
+    monkeypatch.setattr("lowbit.workflows.domain.load_data", load)
     few = ["--method", "zaq", "-o", "rounds=2", "-o", "width=4", "--batch-size", "8", *SHORT]
     result = run(*few, "--out", tmp_path / "digits")
     assert result.exit_code == 0, result.output
