@@ -231,7 +231,8 @@ def cards(report: Report) -> list[Card]:
             "Output SQNR",
             format_db(report.sqnr_db),
             f"largest difference {format_number(report.max_abs_error)}",
-            "Signal to quantization noise of the logits: 10 dB more is a tenth of the noise. From about 20 dB predictions rarely change.",
+            "Signal to quantization noise of the outputs: 10 dB more is a tenth of the noise."
+            + (" From about 20 dB predictions rarely change." if report.agreement is not None else ""),
         ),
         Card(
             "Stored",
