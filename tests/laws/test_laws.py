@@ -92,7 +92,11 @@ def test_beats_rounding_to_nearest_by_the_margin_it_states(name: str, tmp_path: 
 
 
 def test_every_method_but_those_that_move_no_weight_states_a_margin() -> None:
-    assert [name for name in POST_TRAINING if get_method(name, "post_training").margin_db <= 0] == ["integer_only", "round_to_nearest", "zeroq"]
+    assert [name for name in POST_TRAINING if get_method(name, "post_training").margin_db <= 0] == [
+        "integer_only",
+        "round_to_nearest",
+        "zeroq",
+    ]
 
 
 # 7. The file is as small as the arithmetic says

@@ -184,7 +184,10 @@ def rounded_file_is_small(method: MethodRef, bits: int, folder: Path) -> None:
     """At ``bits`` the packed file holds codes and tables and hardly more, and computes what the quantized network does."""
     model = post_training.quantized(method, bits)
     norms = [norm for norm in model.modules() if isinstance(norm, NORMS)]  # those that the method does not fold
-    plain = [*(p for key, p in model.named_parameters() if key.endswith("bias")), *(t for norm in norms for t in norm.state_dict().values())]
+    plain = [
+        *(p for key, p in model.named_parameters() if key.endswith("bias")),
+        *(t for norm in norms for t in norm.state_dict().values()),
+    ]
     tables = [t for q in activation_quantizers(model).values() for t in q.state_dict().values()]
     checks.check_packed(model, folder / "tiny.lowbit", rest=sum(4 * t.numel() for t in (*plain, *tables)))
 
