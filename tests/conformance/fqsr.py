@@ -14,7 +14,6 @@ from lowbit.models.edsr import Edsr
 from lowbit.network import insert
 from lowbit.network.surgery.constant_padding import pad_first
 from lowbit.network.surgery.sums import Sum
-from lowbit.network.taps import tapped
 from lowbit.qat import CriterionTask, OptimizerSpec, Recipe, Slot, TrainRun
 from lowbit.spec import BitPolicy, LayerBits
 
@@ -116,17 +115,22 @@ def eltwise_sequence(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[
     return {"interval": torch.stack(intervals)}
 
 
+def behind(module: nn.Module) -> Any:
+    """The quantizer of a module's output."""
+    return getattr(module, insert.OUTPUT, None)
+
+
 def find(model: nn.Module, name: str) -> FqsrQuantizer | None:
     """The quantizer that the cases call ``body.0.eltwise.quant``, ``head.0.quant_weight`` and the like."""
     place, _, kind = name.removesuffix(".clip_val").rpartition(".")
     if place.endswith("eltwise"):
-        found = insert.output_quantizer(model.get_submodule(f"{place.removesuffix('eltwise')}sum.left"))
+        found = behind(model.get_submodule(f"{place.removesuffix('eltwise')}sum.left"))
     else:
         layer = model.get_submodule(place)
         by_kind: dict[str, Any] = {
             "quant_activation": insert.input_quantizer,
             "quant_weight": insert.weight_quantizer,
-            "quant_output": insert.output_quantizer,
+            "quant_output": behind,
         }
         found = by_kind[kind](layer)
     assert found is None or isinstance(found, FqsrQuantizer)
@@ -154,8 +158,7 @@ def edsr_train_steps(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[
     for _ in run.each_epoch():
         for batch in zip(inputs["lr"], inputs["hr"], strict=True):
             run.before_step()
-            with tapped(model, [""]):
-                loss = run.loss(batch)
+            loss = run.loss(batch)
             loss.backward()
             found["loss"].append(loss.item())
             found["calibration_loss"].append(run.penalty().item())

@@ -62,7 +62,7 @@ METHODS = {
 }  # of adapters whose vectors are those of more than their own method
 CALLED_BY_USERS = {
     "integer_only": ("formats/fixed_point/",),  # what runtimes compute, operator by operator, for users to hold their chips against
-    "sr_networks": ("data/image_data", "measure/picture_quality", "qat/tasks/super_resolution", "resize"),  # a task, no method
+    "sr_networks": ("data/image_data", "measure/picture_quality", "qat/task", "resize"),  # a task, no method
 }
 
 

@@ -253,7 +253,7 @@ class Fqsr(TrainingMethod):
             if slot.purpose == "input":
                 return self.activation_quantizer(slot)
             known = [shared[merge] for merge in slot.operand_of if merge in shared]
-            quantizer = known[0] if known else self.make(slot)
+            quantizer = known[0] if known else self.output_quantizer(slot)
             for merge in slot.operand_of:
                 shared.setdefault(merge, quantizer)
             return quantizer
