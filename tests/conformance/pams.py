@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import lowbit
 from lowbit.methods.super_resolution.pams import TEACHER, Pams, PamsActivation, PamsQuantizers, attention_map, transfer_loss
 from lowbit.models.edsr import Edsr, EdsrBlock
 from lowbit.network import insert
 from lowbit.network.taps import tapped
-from lowbit.qat import CriterionTask, GivenNetworks, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat import GivenNetworks, OptimizerSpec, Recipe, Slot, TrainRun
+from lowbit.qat.tasks import SuperResolution
 from lowbit.spec import BitPolicy, LayerBits
 
 CLIPS = {"1": "sum.left.output", "2": "body.2.input", "3": "sum.right.output"}  # of a block: shortcut, between its layers, behind them
@@ -97,9 +97,7 @@ def resblock(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Ten
     found = {"y": y, "grad_x": x.grad}
     for layer, name in own.items():
         module = model.get_submodule(f"body.{name}")
-        bias = insert.float_bias(module)
-        assert bias is not None
-        found |= {f"grad_{layer}.weight": insert.float_weight(module).grad, f"grad_{layer}.bias": bias.grad}
+        found |= {f"grad_{layer}.weight": insert.float_weight(module).grad, f"grad_{layer}.bias": module.get_parameter("bias").grad}
     clips: dict[str, Any] = insert.sites(model)
     return found | {f"grad_alpha_{number}": clips[site].clip.grad for number, site in CLIPS.items()}
 
@@ -133,7 +131,7 @@ def train_steps(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, 
     run = TrainRun(
         model,
         method,
-        CriterionTask(functional.l1_loss),
+        SuperResolution(scale=params["scale"]),
         Recipe(epochs[-1], optimizer=spec),
         epochs.count(1),
         given=GivenNetworks(None, teacher),
