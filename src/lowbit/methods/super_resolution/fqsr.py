@@ -48,6 +48,8 @@ class FqsrQuantizer(GridQuantizer):
     Backward: 1 to ``x`` inside the range, else 0; to ``interval`` its sign times the sum of the gradients times ``(y - x) / I`` inside, 1
     above, and below -1, or 0 where the range begins with 0.
     In the first ``warm_up`` passes of training values pass unchanged, and the interval is the mean of their largest magnitudes.
+    Passes that gradient checkpointing computes again count for the warm-up; reentrant checkpointing leaves the penalty out.
+
     ``penalty`` is ``calibration_weight`` times the mean of ``|x - y|`` of the passes since it was last asked for.
 
     Args:
