@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lowbit.errors import LayerError, LoopError, unknown_name
 from lowbit.network.graph.dataflow import Dataflow, Node
 from lowbit.network.graph.trunk import residual_sums
+from lowbit.network.insert import INPUT, OUTPUT
 
 Side = Literal["input", "output"]
 
@@ -118,7 +119,8 @@ def taps_of(flow: Dataflow, node: Node) -> tuple[Tap, ...]:
     """
     sides: tuple[tuple[Side, str], ...] = (("output", "returned_by"), ("input", "received_by"))
     for side, field in sides:
-        for module in getattr(node, field)[:1]:
+        plain = [module for module in getattr(node, field) if not module.endswith((INPUT, OUTPUT))]  # quantizers may be off, and do not run then
+        for module in plain[:1]:
             earlier = flow.nodes[: flow.nodes.index(node)]
             return (Tap(module, side, sum(getattr(other, field).count(module) for other in earlier)),)
     operands = [taps_of(flow, flow[str(name)]) for name in node.arguments] if node.name in residual_sums(flow) else []

@@ -399,7 +399,7 @@ class Pams(Procedure):
                 f"pams compares the input of {self.tap.module!r} in network and teacher, and {type(teacher).__name__} has no such module. "
                 "Leave the teacher out to learn from the float network, or set transfer_weight=0."
             )
-        return {TEACHER: Companion(teacher)}
+        return {**super().companions(model, given), TEACHER: Companion(teacher)}
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
         """Those of the base, each with the distance of attention maps."""
