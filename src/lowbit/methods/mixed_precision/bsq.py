@@ -140,7 +140,7 @@ class BsqActivation(GridQuantizer):
         fidelity="exact",
         summary="trains bit planes of weights; a group lasso empties some, and each layer ends with its own bits, at most those asked for",
         evidence="planes, re-quantization, trimming, regularizer, activations, finetuning and training steps checked against the authors' code",
-        margin_points=40,
+        margin_points=30,
     )
 )
 @dataclass
