@@ -59,6 +59,11 @@ class ImageData:
         """The most samples that can be put together in a batch; None where any number can."""
         return None
 
+    @property
+    def fixed(self) -> Dataset[Sample]:
+        """The samples as a network reads them, all of one shape, where a batch of them is looked at and not trained on."""
+        return self.dataset
+
     def augmentation(self, name: str) -> BatchChange | None:
         """The random changes called ``name`` of training batches; ``auto`` shifts and mirrors pictures of 28 pixels and more.
 

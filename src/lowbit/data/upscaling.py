@@ -5,6 +5,7 @@ Pixels are floats in 0 to 255, RGB. Small pictures are made of their originals b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lowbit.data.folders import folders_in, pictures_beside, split_folder
 from lowbit.data.image_data import ImageData, Split
@@ -98,6 +99,14 @@ class PicturePairs(Dataset[Pair]):
     def names(self) -> list[str]:
         """What the pictures are called."""
         return [picture.name for picture in self.originals]
+
+    def digest(self) -> str:
+        """SHA-256 of all pictures and of what is made of them."""
+        found = hashlib.sha256(f"{self.scale} {self.repeats} {self.as_bytes}".encode())
+        for index in range(len(self.originals)):
+            for part in self.pair(index):
+                found.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
+        return found.hexdigest()
 
     def pair(self, index: int) -> Pair:
         """The pictures of that number, as bytes.
@@ -205,6 +214,15 @@ class UpscalingData(ImageData):
     @property
     def largest_batch(self) -> int | None:
         return 1 if isinstance(self.dataset, PicturePairs) and not self.dataset.as_bytes else None  # pictures differ in size
+
+    @property
+    def fixed(self) -> Dataset[Pair]:
+        """Patches at places that are drawn once."""
+        if isinstance(self.dataset, PicturePairs):
+            return FixedPatches(self.dataset, self.input_shape[1])
+        if isinstance(self.dataset, Subset) and isinstance(self.dataset.dataset, PicturePairs):
+            return Subset(FixedPatches(self.dataset.dataset, self.input_shape[1]), self.dataset.indices)
+        return self.dataset
 
     def augmentation(self, name: str) -> Patches | None:
         """Patches of the pictures, turned as well for ``auto`` and ``crop_flip``."""

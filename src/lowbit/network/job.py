@@ -14,7 +14,7 @@ from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
 from lowbit.network.insert import WeightSite, weight_sites
-from lowbit.network.layers import NORMS, WEIGHT, evaluating, execution_order, is_random, layer_kind, weights_of
+from lowbit.network.layers import NORMS, WEIGHT, evaluating, execution_order, is_random, layer_kind, shuffled_layers, weights_of
 from lowbit.network.placement import Placement, Site
 from lowbit.network.slot import MergeFactory, QuantizerFactory, Slot
 from lowbit.network.surgery.merge import merge_reparametrized
@@ -72,7 +72,7 @@ class NetworkJob:
         order, self._used = _run_sample(self.model, self.sample, everything)
         self._note_random()
         self._called = [name for name in order if not everything[name].is_weight_only]
-        self.positions = positions_of(order, everything)
+        self.positions = positions_of(order, everything, shuffled_layers(self.model, self.sample))
         self._everything, self._order, self._others = everything, order, _others(self.model)
         self.placements: list[Placement] = []
         self._kept: dict[str, str] = {}
@@ -335,12 +335,18 @@ def made_for(slot: Slot, factory: MergeFactory) -> Quantizer | None:
         raise LayerError(f"{slot}: {error}") from error
 
 
-def positions_of(order: list[str], sites: Mapping[str, WeightSite]) -> dict[str, Position]:
-    """The weights of the first and the last layer to run, for weights in the order in which they run."""
+def positions_of(order: list[str], sites: Mapping[str, WeightSite], shuffled: Sequence[str] = ()) -> dict[str, Position]:
+    """The weights of the first and the last layer to run, for weights in the order in which they run.
+
+    Layers of ``shuffled``, whose outputs are rearranged to the pixels of a larger picture, and all behind the first of them are last ones too:
+    what they read is what the picture is made of.
+    """
     if not order:
         return {}
-    ends: tuple[tuple[str, Position], ...] = ((sites[order[0]].layer_name, "first"), (sites[order[-1]].layer_name, "last"))
-    return {name: position for layer, position in ends for name in order if sites[name].layer_name == layer}
+    names = [sites[name].layer_name for name in order]
+    start = min((names.index(layer) for layer in shuffled if layer in names[1:]), default=len(names) - 1)
+    ends: dict[str, Position] = {names[0]: "first", **dict.fromkeys(names[start:], "last")}
+    return {name: ends[sites[name].layer_name] for name in order if sites[name].layer_name in ends}
 
 
 def in_order(layers: Sequence[str], sites: Mapping[str, WeightSite]) -> list[str]:

@@ -6,7 +6,8 @@ and the input projections of attention are *weight-only*: their weights are quan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -98,16 +99,30 @@ def execution_order(model: nn.Module, sample: Inputs) -> list[str]:
 
     A layer that is never called (unused, or only its weight is used) is missing.
     """
+    return list(dict.fromkeys(_calls(model, sample, layers_with_weights(model))))
+
+
+def shuffled_layers(model: nn.Module, sample: Inputs) -> list[str]:
+    """Names of the layers with weights that ``model(sample)`` calls right before a pixel shuffle."""
     layers = layers_with_weights(model)
-    order: dict[str, None] = {}
-    handles = [layer.register_forward_pre_hook(_noting(name, order)) for name, layer in layers.items()]
+    shuffles = {name: module for name, module in model.named_modules() if isinstance(module, nn.PixelShuffle)}
+    if not shuffles:
+        return []
+    calls = _calls(model, sample, layers | shuffles)
+    return [layer for layer, name in itertools.pairwise(calls) if name in shuffles and layer in layers]
+
+
+def _calls(model: nn.Module, sample: Inputs, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of ``modules`` in the order in which ``model(sample)`` calls them, each as often as it is called."""
+    calls: list[str] = []
+    handles = [module.register_forward_pre_hook(_noting(name, calls)) for name, module in modules.items()]
     try:
         with evaluating(model):
             model(*sample.args, **sample.kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return list(order)
+    return calls
 
 
 def frozen_norms(model: nn.Module, frozen: Iterable[nn.Parameter] | None = None) -> list[nn.Module]:
@@ -160,5 +175,5 @@ _KINDS: dict[type[nn.Module], str] = {
 }  # fmt: skip
 
 
-def _noting(name: str, order: dict[str, None]) -> Callable[[nn.Module, tuple[object, ...]], None]:
-    return lambda _module, _args: order.setdefault(name)
+def _noting(name: str, calls: list[str]) -> Callable[[nn.Module, tuple[object, ...]], None]:
+    return lambda _module, _args: calls.append(name)

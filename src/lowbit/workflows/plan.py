@@ -10,7 +10,7 @@ from lowbit.inputs import Inputs
 from lowbit.network.bits import check_policy, policy_bits
 from lowbit.network.insert import weight_sites
 from lowbit.network.job import in_order, positions_of
-from lowbit.network.layers import execution_order, layer_kind
+from lowbit.network.layers import execution_order, layer_kind, shuffled_layers
 from lowbit.spec import BitPolicy, LayerBits
 
 
@@ -32,7 +32,7 @@ def plan_layers(model: nn.Module, sample: Inputs, policy: BitPolicy) -> list[Pla
     sites = weight_sites(model)
     check_policy(policy, {name: site.layer for name, site in sites.items()})
     order = in_order(execution_order(model, sample), sites)
-    ends = positions_of(order, sites)
+    ends = positions_of(order, sites, shuffled_layers(model, sample))
     return [
         PlannedLayer(name, layer_kind(sites[name].layer), policy_bits(policy, name, sites[name].layer, ends.get(name, "inner")))
         for name in dict.fromkeys([*order, *sites])

@@ -195,7 +195,7 @@ def _source(
         assert initial is not None
         return Source(name, network, place, initial, None, "no data", None, test_name, facts, task)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLES].tolist()
-    calibration = Calibration.of(stacked(data.dataset, order, BATCH, place))
+    calibration = Calibration.of(stacked(data.fixed, order, BATCH, place))
     labelled = None if test is None else evaluation_batches(test, asked.recipe.batch_size)
     return Source(name, network, place, calibration.sample, calibration, facts.data or test_name, labelled, test_name, facts, task)
 

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from lowbit.data import ImageData
 from lowbit.data.folders import PictureFiles
 from lowbit.data.image_data import TensorImages
+from lowbit.data.upscaling import FixedPatches, PicturePairs
 from lowbit.errors import CalibrationError, DataError, LowbitError, SpecError
 from lowbit.inputs import Calibration, Inputs, tensors_of
 from lowbit.models.loading import find_factory
@@ -84,7 +85,7 @@ class Subject:
         data = self.train_data if self.calibration is None else self.calibration
         if isinstance(data, ImageData):
             order = torch.randperm(len(data), generator=seeded(seed, count))[:count].tolist()
-            return Calibration.of(stacked(data.dataset, order, batch_size, torch.device("cpu")))
+            return Calibration.of(stacked(data.fixed, order, batch_size, torch.device("cpu")))
         if isinstance(data, tuple) and data and isinstance(data[0], Tensor):
             data = data[0]
         if isinstance(data, Tensor):
@@ -110,8 +111,8 @@ class Subject:
         data = self.train_data if self.calibration is None else self.calibration
         if isinstance(data, ImageData) and data.has_targets:
             order = torch.randperm(len(data), generator=seeded(seed, count))[:count].tolist()
-            images = stacked(data.dataset, order, batch_size, torch.device("cpu"))
-            labels: Tensor = collated([data.dataset[index][1] for index in order])
+            images = stacked(data.fixed, order, batch_size, torch.device("cpu"))
+            labels: Tensor = collated([data.fixed[index][1] for index in order])
             return list(zip(images, labels.split(batch_size), strict=True))
         if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             rows = torch.randperm(len(data[0]), generator=seeded(seed, count))[:count]
@@ -211,6 +212,10 @@ def data_digest(data: object) -> str:
         return hashlib.sha256(f"{data_digest(data.dataset)} {list(data.indices)}".encode()).hexdigest()
     if isinstance(data, TensorImages):
         return tensors_digest([data.images, *([] if data.labels is None else [data.labels])])
+    if isinstance(data, PicturePairs):
+        return data.digest()
+    if isinstance(data, FixedPatches):
+        return hashlib.sha256(f"{data.patch} {data.pairs.digest()}".encode()).hexdigest()
     if isinstance(data, PictureFiles):
         files = [(Path(path).name, Path(path).stat().st_size) for path in data.paths]
         return hashlib.sha256(f"{files} {data.labels}".encode()).hexdigest()
