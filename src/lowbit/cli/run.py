@@ -106,10 +106,12 @@ def _enlarge(
     if request.out is None:
         raise SpecError("name the file for the enlarged picture, or the folder for several, with --out")
     results, scale = result_paths(pictures, paths, Path(request.out)), enlarging_scale(loaded.plain, place)
-    tiling = Tiling(request.tile, request.overlap)
+    tiling, note = Tiling.of(loaded.plain, request.tile, request.overlap)
     sizes = enlarge_files(loaded.network, scale, paths, results, tiling, SpokenProgress(quiet=not is_shown))
     if is_shown:
         say(f"tiles of {tiling.tile} x {tiling.tile} pixels, {tiling.overlap} pixels around them")
+        if note:
+            say(f"note: {note}")
         show_table(
             ("picture", "enlarged", "pixels"), ((path, to, f"{w} x {h}") for path, to, (w, h) in zip(paths, results, sizes, strict=True))
         )

@@ -1,6 +1,6 @@
 """The embedded defaults: digits, and pictures to enlarge twice, each with a network trained on them.
 
-``scripts/train_digits.py`` (99.3 % on the test split) and ``scripts/train_edsr.py`` trained them.
+``scripts/train_digits.py`` (99.3 % on the test split) and ``scripts/train_upscaler.py`` trained them.
 """
 
 from __future__ import annotations

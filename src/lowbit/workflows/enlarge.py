@@ -14,6 +14,7 @@ from lowbit.data.images import SUFFIXES, colour_planes, read_picture
 from lowbit.errors import DataError, SpecError
 from lowbit.files import replacing
 from lowbit.formats.packed.network import PackedNetwork
+from lowbit.formats.program.reach import reach_of
 from lowbit.progress import Progress
 from lowbit.qat.tasks import SuperResolution
 from lowbit.resize import enlarge, round_pixels
@@ -22,6 +23,7 @@ from lowbit.workflows.output import prepare_folder
 
 GREY = ("1", "L", "LA", "La", "I", "I;16", "F")
 LARGEST_RESULT = 400_000_000  # pixels
+UNKNOWN_REACH = 32  # pixels around a tile where there is no telling how far a network looks
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,22 @@ class Tiling:
     Attributes:
         tile: Side of a tile of the small picture, in pixels.
         overlap: Pixels around a tile that the network sees as well, so that tiles do not show. Where a network looks no farther than that,
-            the result is that of the whole picture.
+            the result is that of the whole picture, up to the rounding of floats.
     """
 
     tile: int = 256
     overlap: int = 16
+
+    @staticmethod
+    def of(network: PackedNetwork, tile: int, overlap: int | None = None) -> tuple[Tiling, str]:
+        """Tiles that overlap as far as the network looks, where ``overlap`` does not say how far; and a note where that is farther."""
+        reach = reach_of(network.packed_graph, network.stored_tensors())
+        chosen = Tiling(tile, overlap if overlap is not None else UNKNOWN_REACH if reach is None else reach)
+        if reach is None:
+            return chosen, "the network looks at the whole picture: pictures larger than a tile come out otherwise than in one piece"
+        if chosen.overlap < reach:
+            return chosen, f"the network looks {reach} pixels far: with an overlap of {chosen.overlap} tiles may show"
+        return chosen, ""
 
     def windows(self, height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]]:
         """For each tile the rows and columns that the network sees, and those of them that are kept."""

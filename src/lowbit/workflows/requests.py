@@ -315,7 +315,7 @@ class RunRequest(Request):
         runs: Number of calls to time.
         batch_size: Samples per forward pass.
         tile: For super-resolution, side of the tiles that a picture is cut into, in its pixels; less takes less memory.
-        overlap: For super-resolution, pixels around a tile that the network sees as well.
+        overlap: For super-resolution, pixels around a tile that the network sees as well. Default: as many as it looks far.
         out: CSV file for the classes of each picture; for super-resolution the enlarged picture, or the folder for several.
         threads: CPU threads for torch. Default: as many as torch chooses.
     """
@@ -331,7 +331,7 @@ class RunRequest(Request):
     runs: Annotated[int, AtLeast(1)] = 30
     batch_size: Annotated[int, AtLeast(1)] = 1
     tile: Annotated[int, AtLeast(16)] = 256
-    overlap: Annotated[int, AtLeast(0)] = 16
+    overlap: Annotated[int | None, AtLeast(0)] = None
     out: str | None = None
     threads: Annotated[int | None, Interval(1, MAX_THREADS)] = None
 
