@@ -26,6 +26,7 @@ from lowbit.models.digits import digits_net
 from lowbit.models.edsr import edsr, edsr_baseline, edsr_small
 from lowbit.models.mobilenet import mobilenet_v2_small
 from lowbit.models.rdn import rdn_a, rdn_b
+from lowbit.models.rdn_esrgan import esrgan_medium, esrgan_slim
 from lowbit.models.reactnet import reactnet_a
 from lowbit.models.resnet import resnet8, resnet18, resnet20, resnet32, resnet56
 from lowbit.models.srresnet import srresnet
@@ -51,6 +52,11 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "srresnet": (srresnet, "super-resolution x2, x3, x4: residual blocks with batch norm"),
     "rdn_a": (rdn_a, "super-resolution x2, x3, x4: 20 dense blocks of 6 layers"),
     "rdn_b": (rdn_b, "super-resolution x2, x3, x4: 16 dense blocks of 8 layers"),
+    "esrgan_slim": (
+        esrgan_slim,
+        "super-resolution x2, x3, x4: the RDN of npm's @upscalerjs/esrgan-slim; its models/x2/model.json are weights",
+    ),
+    "esrgan_medium": (esrgan_medium, "super-resolution x2, x3, x4: the RDN of npm's @upscalerjs/esrgan-medium"),
     "vdsr": (vdsr, "super-resolution x2, x3, x4: 20 plain convolutions behind bicubic enlarging"),
     "bsrn": (bsrn, "super-resolution x2, x3, x4: 3x3 and 1x1 convolutions without activations, for binary training"),
 }

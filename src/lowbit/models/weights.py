@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,14 +43,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from ``.safetensors``, or from ``.pt`` / ``.pth`` as torch.save writes them; nothing in the file is run.
+    """Tensors by name from ``.safetensors``, from ``.pt`` / ``.pth`` as torch.save writes them, or from a ``model.json`` of TensorFlow.js.
+
+    Nothing in the file is run.
 
     Raises:
         FileFormatError: There is no such file, it is damaged, or it holds anything but tensors.
     """
     check_readable(path, error=FileFormatError)
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_tensors(path)
+        content = READERS.get(path.suffix, _load_tensors)(path)
     except Exception as error:  # a damaged or hostile file can make a reader stumble in any way
         if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
             raise FileFormatError(
@@ -56,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             ) from error
         reason = str(error).splitlines()[0] if str(error) and not isinstance(error, UnpicklingError) else type(error).__name__
         raise FileFormatError(
-            f"weights {path}: cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict of torch.save'}; "
+            f"weights {path}: cannot be read as {FORMATS.get(path.suffix, 'a state dict of torch.save')}; "
             f"it is truncated, corrupt or of another format ({reason})"
         ) from error
     if isinstance(content, Mapping):
@@ -76,6 +81,31 @@ def _load_tensors(path: Path) -> object:
         warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error anyway
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     return content
+
+
+def _load_tfjs(path: Path) -> dict[str, Tensor]:
+    """Convolutions ``[kh, kw, in, out]`` and biases of a TensorFlow.js layers model, from ``model.json`` and the files that it names, as torch has them."""
+    found: dict[str, Tensor] = {}
+    for group in json.loads(path.read_text(encoding="utf-8"))["weightsManifest"]:
+        parts = [check_readable(path.parent / Path(name).name, error=FileFormatError).read_bytes() for name in group["paths"]]
+        values, start = np.frombuffer(b"".join(parts), "<f4"), 0
+        for entry in group["weights"]:
+            if entry["dtype"] != "float32" or "quantization" in entry:
+                raise ValueError(
+                    f"{entry['name']} is {entry['dtype']}{' in quantized form' if 'quantization' in entry else ''}, not float32"
+                )
+            count = math.prod(entry["shape"])
+            tensor = torch.from_numpy(values[start : start + count].reshape(entry["shape"]).copy())
+            layer, _, kind = entry["name"].rpartition("/")
+            found[f"{layer}.{'weight' if kind == 'kernel' else kind}"] = (
+                tensor.permute(3, 2, 0, 1).contiguous() if tensor.dim() == 4 else tensor
+            )
+            start += count
+    return found
+
+
+READERS: Mapping[str, Callable[[Path], object]] = {".safetensors": load_file, ".json": _load_tfjs}  # by suffix; others are torch.save's
+FORMATS = {".safetensors": "safetensors", ".json": "a layers model of TensorFlow.js"}
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
