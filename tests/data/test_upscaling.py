@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Generator, Tensor
+from torch.utils.data import Subset
 
 from lowbit.data import load_pairs, upscaling
 from lowbit.data.upscaling import Patches, PictureInMemory, PicturePairs, sample_photographs
@@ -100,6 +102,14 @@ def test_calibration_takes_patches_at_fixed_places(folder: Path) -> None:
         assert small.shape == (3, 6, 6)
         assert original.shape == (3, 12, 12)
         assert torch.equal(small, again.dataset[index][0])
+
+
+def test_pictures_to_train_on_are_stacked_as_patches_at_fixed_places(folder: Path) -> None:
+    train, fixed = load_pairs(str(folder), scale=2, patch=8), load_pairs(str(folder), scale=2, patch=8, split="calibration")
+    for index in (0, 1, len(train) - 1):
+        assert all(torch.equal(a, b) for a, b in zip(train.fixed[index], fixed.fixed[index], strict=True))
+    few = replace(train, dataset=Subset(train.dataset, [1]))
+    assert torch.equal(few.fixed[0][0], fixed.dataset[1][0])
 
 
 def test_sub_folders_divide_pictures(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_bits_are_asked_for_weights_inputs_and_outputs_of_layers_that_run() -> N
     assert job.positions == {"stem": "first", "head": "last"}
 
 
+def test_layers_from_a_pixel_shuffle_on_are_last_ones() -> None:
+    convolutions = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 3, 1)]
+    job = job_of(BitPolicy.uniform(4, 4), nn.Sequential(*convolutions))
+    assert job.positions == {"0": "first", "2": "last", "4": "last"}
+    assert [job.bits(name).activation for name in job.layers] == [8, 4, 8, 8]
+    assert job_of(BitPolicy.uniform(4, 4), nn.Sequential(convolutions[0], *convolutions[3:4])).positions == {"0": "last"}
+
+
 def test_bits_of_merges_are_the_policys_and_float_where_it_says_nothing() -> None:
     assert [job_of(POLICY.with_merges(bits)).merge_bits for bits in (None, "float", 8)] == [None, None, 8]
 

@@ -16,7 +16,7 @@ from lowbit.network.surgery.sums import Sum
 class RdnEsrgan(nn.Module):
     """RGB pixels in 0 to 255, ``[N, 3, H, W]``, become ``scale`` times larger."""
 
-    def __init__(self, scale: int, blocks: int, growth: int, width: int = 64) -> None:
+    def __init__(self, scale: int, blocks: int, growth: int, width: int) -> None:
         super().__init__()
         check_scale(scale)
         self.scale, self.blocks = scale, range(1, blocks + 1)
@@ -53,11 +53,11 @@ class RdnEsrgan(nn.Module):
         return out
 
 
-def esrgan_slim(scale: int = 2) -> RdnEsrgan:
+def esrgan_slim(scale: int = 2, width: int = 64, blocks: int = 2) -> RdnEsrgan:
     """Two dense blocks of 4 features; weights in the npm package @upscalerjs/esrgan-slim."""
-    return RdnEsrgan(scale, 2, 4)
+    return RdnEsrgan(scale, blocks, 4, width)
 
 
-def esrgan_medium(scale: int = 2) -> RdnEsrgan:
+def esrgan_medium(scale: int = 2, width: int = 64, blocks: int = 10) -> RdnEsrgan:
     """Ten dense blocks of 64 features; weights in the npm package @upscalerjs/esrgan-medium."""
-    return RdnEsrgan(scale, 10, 64)
+    return RdnEsrgan(scale, blocks, 64, width)

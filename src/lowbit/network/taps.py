@@ -93,7 +93,9 @@ def tapped(model: nn.Module, taps: Collection[Place], side: Side = "output", *, 
         module: nn.Module = modules[tap.module]
         if tap.side == "output":
             return module.register_forward_hook(lambda _m, _args, output: keep(key, tap, output))
-        return module.register_forward_pre_hook(lambda _m, args: keep(key, tap, args), prepend=True)
+        return module.register_forward_pre_hook(
+            lambda _m, args, kwargs: keep(key, tap, (*args, *kwargs.values())), prepend=True, with_kwargs=True
+        )
 
     handles = [model.register_forward_pre_hook(lambda _m, _args: calls.clear(), prepend=True)]
     try:

@@ -106,7 +106,7 @@ def prepare(
         job = QatJob(
             plain_copy(model),
             policy,
-            check_values(Inputs.of(sample, model), "sample", can_be_infinite=True),
+            check_values(Inputs.of(sample, model), "sample", infinite="allowed"),
             seed,
             edges=chosen.edge_quantizer,
             switches=switches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -137,7 +138,7 @@ class Upscaling(Domain):
                     f"scale={scale}: the embedded network is for scale {TRAINED_SCALE}. Name another one with model=, for example "
                     f"model={self.network!r} without trained weights."
                 )
-            if settings.model is not None:
+            if settings.model is not None and "scale" in inspect.signature(BUILT_IN[settings.model][0]).parameters:
                 options = {"scale": scale, **options}
         elif scale is None:
             scale = scale_of(load_model(full_name(str(settings.model)), None, **options))

@@ -87,6 +87,13 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         SuperResolution().loss(torch.zeros(1, 3, 16, 16), data[0])
 
 
+def test_targets_are_checked_against_the_output_of_a_batch_of_another_size() -> None:
+    batch = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 32, 32)
+    SuperResolution().check(torch.zeros(5, 3, 32, 32), batch)
+    with pytest.raises(DataError, match="no network for scale 2"):
+        SuperResolution().check(torch.zeros(5, 3, 48, 48), batch)
+
+
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(DataError, match="must be colour pictures"):
         SuperResolution().loss(torch.zeros(2, 10), (torch.zeros(2, 3, 8, 8), torch.zeros(2, 10)))

@@ -14,32 +14,14 @@ from lowbit.formats.program.calls import Graph, OperatorCall, Result, Stored, re
 from lowbit.formats.program.operators import find_overload
 
 _SAME_PLACE = frozenset(
-    [
-        "cat",
-        "unsqueeze",
-        "squeeze",
-        "slice",
-        "narrow",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "clone",
-        "alias",
-        "detach",
-        "contiguous",
-        "_to_copy",
-        "to",
-        "item",
-        "fake_quantize_affine",
-        "fake_quantize_grid",
-        "fake_quantize_codebook",
-        "prelu",
-        "_prelu_kernel",
-        "_native_batch_norm_legit_no_training",
-    ]
+    {
+        *("cat", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "item"),
+        *("clone", "alias", "detach", "contiguous", "_to_copy", "to"),
+        *("fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook"),
+        *("prelu", "_prelu_kernel", "_native_batch_norm_legit_no_training"),
+    }
 )
-_REDUCTIONS = frozenset(["mean", "sum", "amax", "amin", "std", "var"])
+_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "std", "var"})
 _CHANNELS = ([1], [-3])
 
 

@@ -161,7 +161,7 @@ class SuperResolution(Supervised):
         if isinstance(output, list) and isinstance(target, list):
             return [(found.unsqueeze(0), wanted.unsqueeze(0)) for found, wanted in zip(output, target, strict=True)]
         found, wanted = self.output_in(output), self.tensor_target(batch)
-        if found.dim() != 4 or wanted.dim() != 4 or found.shape[:2] != wanted.shape[:2] or found.shape[1] != 3:
+        if any(part.dim() != 4 or part.shape[1] != 3 for part in (found, wanted)):  # a check may be of another batch's output
             raise DataError(
                 f"SuperResolution: a network with outputs of shape {format_shape(found)} and targets {format_shape(wanted)}; both must be "
                 "colour pictures [N, 3, H, W] in 0 to 255."
