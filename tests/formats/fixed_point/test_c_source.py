@@ -31,6 +31,7 @@ def test_the_digits_network_in_c_gives_the_codes_of_the_reference_on_all_test_im
     assert torch.equal(found, network.run(codes))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("name", "requantizer"), [
         ("digits", "fixed_point"), ("branches", "dyadic"), ("branches", "fixed_point"), ("upward", "fixed_point"), ("upward", "dyadic"),
