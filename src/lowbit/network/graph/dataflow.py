@@ -27,6 +27,7 @@ from torch.export.graph_signature import InputKind
 
 from lowbit.errors import GraphError
 from lowbit.inputs import Inputs, tensors_of
+from lowbit.network.calls import input_of
 from lowbit.network.layers import QUANTIZABLE, evaluating
 from lowbit.quantizers.ops import define_operator
 
@@ -57,7 +58,7 @@ class Node:
         shape: Shape for the sample.
         is_activation: Floating point and computed from the network's inputs.
         returned_by: Modules that return this tensor, innermost first.
-        received_by: Modules whose first floating-point positional input it is, and that get it neither by keyword nor within a list besides,
+        received_by: Modules whose first floating-point input it is, by position or by keyword, and that do not get it within a list besides,
             innermost first.
         arguments: The operator's arguments as written, tensors by name.
     """
@@ -206,10 +207,14 @@ class _Marks:
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.calls[name] += 1
-        first = next(filter(_is_float, args), None)
-        elsewhere = tensors_of(([value for value in args if not isinstance(value, Tensor)], kwargs))
-        positions = count(int(any(tensor is first for tensor in elsewhere)))
-        return tuple(self._mark(value, (name, "in", next(positions))) if _is_float(value) else value for value in args), kwargs
+        first = input_of(args, kwargs)
+        nested = tensors_of([value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)])
+        positions = count(int(any(tensor is first for tensor in nested)))
+
+        def mark(value: Any) -> Any:
+            return self._mark(value, (name, "in", next(positions))) if _is_float(value) else value
+
+        return tuple(map(mark, args)), {key: mark(value) for key, value in kwargs.items()}
 
     def _leave(self, name: str, _module: nn.Module, _args: object, output: Any) -> Any:
         return self._mark(output, (name, "out", 0)) if _is_float(output) else output

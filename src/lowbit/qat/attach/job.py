@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network.bits import policy_bits, raised_bits
+from lowbit.network.calls import input_of
 from lowbit.network.graph.dataflow import Dataflow, capture
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, frozen_norms
@@ -123,7 +124,10 @@ class QatJob(NetworkJob):
             if pending.pop(name, None) is not None:
                 unset.pop(name, None)
                 with _naming(name, layer):
-                    initialize_layer(layer, _input_of(args, kwargs, is_quantized=name in self.activation_bits))
+                    x = input_of(args, kwargs)
+                    if x is None:
+                        raise LayerError("it is called without a floating-point input")
+                    initialize_layer(layer, x)
 
         def from_weight(name: str) -> None:
             site = unset.pop(name, None)
@@ -295,15 +299,3 @@ def _naming(name: str, layer: nn.Module) -> Iterator[None]:
         yield
     except LowbitError as error:
         raise LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}") from error
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], *, is_quantized: bool) -> Tensor:
-    """The input of a layer in a call: the first floating-point tensor."""
-    found = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if found is None and is_quantized:
-        raise LayerError("its input is passed by keyword, where it cannot be quantized. Call it as layer(x), or leave its input in float.")
-    if found is None:
-        found = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    if found is None:
-        raise LayerError("it is called without a floating-point input")
-    return found
