@@ -251,7 +251,7 @@ class _Walk:
             return
         candidate.to(self.batches[0].tensors[0].device)
         others = [q for q in self.quantizers if q is not quantizer]
-        with observing([candidate]), disabled(others), replace_forward({quantizer: candidate.__call__}):
+        with observing({suspect.name: candidate}), disabled(others), replace_forward({quantizer: candidate.__call__}):
             for inputs in self.batches:
                 run_output(self.model, inputs, self.output)
         candidate.take_observed()

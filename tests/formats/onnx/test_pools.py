@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lowbit
 import onnxruntime
 import pytest
 import torch
-from lowbit.errors import GraphError
 from torch import Tensor, nn
+
+import lowbit
+from lowbit.errors import GraphError
 
 POOLS: dict[str, nn.Module] = {
     "window behind the padding": nn.AvgPool2d(4, 3, 1, ceil_mode=True),

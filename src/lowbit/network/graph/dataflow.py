@@ -35,6 +35,7 @@ LAYER_OPS = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
 )
 _RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
+_UNWRITABLE = frozenset('"\\\n\r\0')  # characters of names that end a string in the code of a graph
 
 
 def _copy(x: Tensor, place: int) -> Tensor:
@@ -141,6 +142,7 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
         GraphError: The model cannot be exported (it branches on values, or calls what export does not know); the message
             names the line of the model that blocks.
     """
+    check_names(model)
     sample = Inputs.of(sample, model)
     names = {id(module): name for name, module in model.named_modules()}
     marks = _Marks()
@@ -152,6 +154,21 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
     except Exception as error:
         raise GraphError(_explain(model, error)) from error
     return _build(model, exported, names, marks)
+
+
+def check_names(model: nn.Module) -> None:
+    """Refuse names of modules and tensors that the code which ``torch.export`` writes for a graph cannot hold.
+
+    Raises:
+        GraphError: A name holds a quote, a backslash, a line break or a null character.
+    """
+    for name, module in model.named_modules():
+        for own in (*module._modules, *module._parameters, *module._buffers):
+            if not _UNWRITABLE.isdisjoint(own):
+                raise GraphError(
+                    f'{type(model).__name__} holds {f"{name}.{own}".lstrip(".")!r}: torch.export cannot write names with quotes ("), backslashes, '
+                    "line breaks or null characters. Give it another name, such as letters, digits and underscores make."
+                )
 
 
 @contextmanager
