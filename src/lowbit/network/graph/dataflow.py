@@ -56,7 +56,7 @@ class Node:
         consumers: Names of the tensors made from it, in execution order.
         owner: Name of the innermost module whose forward ran the operation ("" is the network itself).
         layer: Name of the quantizable layer whose own computation this is, else ``None``.
-        shape: Shape for the sample.
+        shape: Shape for the sample; that of the first of several tensors.
         is_activation: Floating point and computed from the network's inputs.
         returned_by: Modules that return this tensor, innermost first.
         received_by: Modules whose first floating-point input it is, by position or by keyword, and that do not get it within a list besides,
@@ -95,6 +95,10 @@ class Dataflow:
     def can_hold_quantizer(self, module: str) -> bool:
         """Whether a submodule may be added: the module runs once, and is no container whose forward runs all its children."""
         return self.calls(module) == 1 and module not in self._containers
+
+    def is_first_input(self, node: Node) -> bool:
+        """Whether it is the first floating-point input of the network."""
+        return node is next((other for other in self.nodes if other.op == "input" and other.is_activation), None)
 
     def is_output(self, node: Node) -> bool:
         """Whether the network returns this tensor."""
@@ -218,6 +222,7 @@ class _Marks:
 
     def _start(self, _module: nn.Module, _args: object) -> None:
         self.calls.clear()
+        self.calls[""] = 1
         self._last.clear()
 
     def _enter(
@@ -306,7 +311,7 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
             op="input" if is_input else op,
             inputs=inputs,
             owner=owner,
-            shape=tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else (),
+            shape=next((tuple(int(s) for s in part.shape) for part in made if isinstance(part, Tensor)), ()),
             is_activation=is_float and (is_input or any(nodes[name].is_activation for name in inputs)),
             layer=owner if op in LAYER_OPS and isinstance(model.get_submodule(owner), QUANTIZABLE) else None,
             arguments=tuple(alias.get(a.name, a.name) if isinstance(a, fx.Node) else a for a in fx_node.args),
