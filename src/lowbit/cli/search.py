@@ -52,6 +52,9 @@ def search(
         errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if not json:
         say(f"written to {searched.out}: {', '.join(FILES)}{'' if searched.delivery is None else ', quantized/'}")
-        say(f"use it: lowbit quantize --policy {Path(searched.out) / FILES[0]}")
+        policy = Path(searched.out) / FILES[0]
+        say(f"use it: lowbit quantize --policy {policy}")
+        if result.order:
+            say(f"retrain it layer by layer: lowbit train --policy {policy} --procedure {result.method}")
     if problems:
         raise typer.Exit(1)
