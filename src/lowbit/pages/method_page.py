@@ -180,7 +180,16 @@ def _paper(info: MethodInfo) -> str:
     paper = Reference.of(info.paper)
     said = ", ".join(filter(None, (", ".join(paper.authors), " ".join(filter(None, (paper.venue, paper.year))))))
     more = info.paper.partition(";")[2].strip()
-    return " ".join(filter(None, (f"{escaped(said)}.", f"[{info.url.removeprefix('https://')}]({info.url})." if info.url else "", f"{escaped(more)}." if more else "")))
+    return " ".join(
+        filter(
+            None,
+            (
+                f"{escaped(said)}.",
+                f"[{info.url.removeprefix('https://')}]({info.url})." if info.url else "",
+                f"{escaped(more)}." if more else "",
+            ),
+        )
+    )
 
 
 def _idea(info: MethodInfo, idea: str) -> str:
@@ -239,7 +248,8 @@ def _equations(info: MethodInfo, link: str) -> str:
             where = f"[`{where}`]({link.format(path=one.path, line=one.line)})"
         rows.append((escaped(one.source), f"`{one.name}`", where))
     if not rows:
-        return f"No function names an equation of its own; the method is in [`{shown_path(source_file(info))}`]({link.format(path=shown_path(source_file(info)), line=1)})."
+        path = shown_path(source_file(info))
+        return f"No function names an equation of its own; the method is in [`{path}`]({link.format(path=path, line=1)})."
     return table(("source", "function", "where"), rows)
 
 
@@ -254,7 +264,9 @@ def vectors_sentence(info: MethodInfo, repository: Path = REPOSITORY) -> str:
     file = repository / VECTORS
     if not file.is_file():
         return "The record of reference vectors is not in this checkout."
-    record = json.loads(file.read_text(encoding="utf-8")).get(page_name(info)) or json.loads(file.read_text(encoding="utf-8")).get(info.name)
+    record = json.loads(file.read_text(encoding="utf-8")).get(page_name(info)) or json.loads(file.read_text(encoding="utf-8")).get(
+        info.name
+    )
     if record is None:
         return "There are no reference vectors of its own."
     said = f"{record['passed']} of {record['cases']} reference vectors passed on {record['date']}"
@@ -270,7 +282,9 @@ def _results(info: MethodInfo, repository: Path = REPOSITORY) -> str:
         groups: dict[tuple[str, ...], list[Result]] = {}
         for result in read_results(path):
             if result.cell.method == info.name and result.cell.kind == info.kind and result.value is not None:
-                groups.setdefault((result.cell.subject, result.cell.label, "/".join(result.cell.operand_bits), result.cell.track), []).append(result)
+                groups.setdefault(
+                    (result.cell.subject, result.cell.label, "/".join(result.cell.operand_bits), result.cell.track), []
+                ).append(result)
         for (subject, label, bits, track), results in groups.items():
             values = [result.value for result in results if result.value is not None]
             floats = [value for value in (result.float_metrics.get(result.metric) for result in results) if value is not None]

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lowbit
 from lowbit.errors import SpecError
 from lowbit.registry import MethodInfo
 
-PACKAGE = Path(lowbit.__file__).parent
+PACKAGE = Path(__file__).parent.parent
 PARTS = ("Paper", "Symbols", "Differs from the paper", "Authors' code")
 EQUATION_ROOMS = ("methods", "quantizers", "surrogates", "post_training", "synthesis", "qat", "measure", "network", "assignment", "formats")
 ALWAYS = ("lowbit.pages", "lowbit.plotting", "lowbit.workflows")  # what pictures and examples of every method run through
@@ -80,9 +79,7 @@ def module_text(text: str) -> ModuleText:
         if found is not None:
             heading = found[1]
             line = found[2]
-        elif heading and line and not line.startswith((" ", "-")):
-            heading = ""
-        elif not line and heading:
+        elif not line or not line.startswith((" ", "-")):
             heading = ""
         parts.setdefault(heading, []).append(line)
     joined = {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
@@ -178,13 +175,13 @@ def _origin(module: str, name: str) -> str:
 
 def _source_in(docstring: str | None) -> str:
     """What a docstring names as its source; empty where it names none."""
-    found = re.search(r"Source: (.+?)(?:\n\s*\n|\n\w+:|$)", docstring or "", flags=re.DOTALL)
+    found = re.search(r"(?:Source|Paper): (.+?)(?:\n\s*\n|\n\w+:|$)", docstring or "", flags=re.DOTALL)
     return "" if found is None else " ".join(found[1].split()).rstrip(".")
 
 
 def _equations_in(path: Path, names: Sequence[str] | None) -> Iterator[Equation]:
-    """Those of all definitions, or of ``names``, which without a source of their own have that of their module."""
-    of_module = _source_in(ast.get_docstring(_tree(path)))
+    """Those of all definitions, or of ``names``; a class without a source of its own has that of its module."""
+    of_module = "" if "methods" in path.parts else _source_in(ast.get_docstring(_tree(path)))
 
     def walk(nodes: Sequence[ast.stmt], prefix: str) -> Iterator[Equation]:
         for node in nodes:
@@ -193,7 +190,9 @@ def _equations_in(path: Path, names: Sequence[str] | None) -> Iterator[Equation]
             name = f"{prefix}{node.name}"
             if prefix == "" and names is not None and node.name not in names:
                 continue
-            said = _source_in(ast.get_docstring(node)) or (of_module if names is not None and prefix == "" else "")
+            said = _source_in(ast.get_docstring(node)) or (
+                of_module if names is not None and prefix == "" and isinstance(node, ast.ClassDef) else ""
+            )
             if said:
                 yield Equation(said, name, shown_path(path), node.lineno)
             if isinstance(node, ast.ClassDef):
