@@ -19,7 +19,7 @@ Theme = Literal["light", "dark"]
 Form = Literal["line", "step", "points", "bars", "histogram", "image", "identity"]
 SUFFIXES = (".svg", ".png")
 WIDTH = 5.2  # inches; at 9 points a text stays readable where the picture is shown 400 pixels wide
-ROW, IMAGE_ROW = 1.75, 1.35  # inches
+ROW, IMAGE_ROW = 1.75, 1.0  # inches
 _LEFT, _RIGHT, _ABOVE, _BELOW, _BELOW_NAMES = 0.65, 0.1, 0.27, 0.5, 0.95  # inches around axes; measuring every text would take seconds
 PNG_DPI = 160
 _INK: Mapping[Theme, Mapping[str, str]] = {
@@ -158,7 +158,7 @@ def draw(picture: Picture, theme: Theme = "light") -> Figure:
         figure = Figure(figsize=(WIDTH, sum(heights)))
         top = sum(heights)
         for row, height in zip(rows, heights, strict=True):
-            below, top = _BELOW_NAMES if any(panel.names for panel in row) else _BELOW, top - height
+            below, top = _below(row), top - height
             for column, panel in enumerate(row):
                 left = _LEFT + column * WIDTH / 2
                 width = (WIDTH if panel.is_wide else WIDTH / 2 * (column + 1)) - _RIGHT - left
@@ -170,9 +170,15 @@ def draw(picture: Picture, theme: Theme = "light") -> Figure:
 
 def _height(row: Sequence[Panel]) -> float:
     """Inches; less for images, more for names below the axis."""
-    if any(curve.form == "image" for panel in row for curve in panel.curves):
-        return IMAGE_ROW
-    return ROW + (_BELOW_NAMES - _BELOW if any(panel.names for panel in row) else 0)
+    return IMAGE_ROW if _is_image(row) else ROW + _below(row) - _BELOW
+
+
+def _below(row: Sequence[Panel]) -> float:
+    return 0.05 if _is_image(row) else _BELOW_NAMES if any(panel.names for panel in row) else _BELOW
+
+
+def _is_image(row: Sequence[Panel]) -> bool:
+    return any(curve.form == "image" for panel in row for curve in panel.curves)
 
 
 def _in_rows(panels: Iterable[Panel]) -> list[list[Panel]]:
@@ -236,7 +242,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], ink: Mapping[s
     if panel.is_logarithmic:
         axes.set_yscale("log")
     elif not any(curve.form == "image" for curve in panel.curves):
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=bool(bars) and all(value == int(value) for curve in bars for value in curve.y)))  # type: ignore[arg-type]
     if panel.names:
         axes.set_xticks(range(len(panel.names)), panel.names, rotation=30, ha="right", rotation_mode="anchor")
         axes.grid(visible=False, axis="x")
@@ -247,7 +253,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], ink: Mapping[s
     axes.set_ylabel(panel.up)
     if panel.has_zero:
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, -0.05 * high), max(high, -0.05 * low))
+        axes.set_ylim(min(low, -0.06 * high), max(1.06 * high, -0.06 * low))
     if any(curve.name for curve in panel.curves):
         axes.legend(loc="best", handlelength=1.2, borderpad=0.1, labelspacing=0.15, handletextpad=0.5)
 

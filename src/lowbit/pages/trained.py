@@ -24,6 +24,8 @@ from lowbit.registry import MethodInfo
 from lowbit.spec import LayerBits, switch_name
 
 EPOCHS, STEPS = 6, 6
+TRAINED_BITS = 3
+COURSE_POINTS = 101
 SPAN = 1.2
 MOMENTS = ("start", "middle", "end")
 
@@ -147,9 +149,9 @@ class Course:
 
     def staircases(self) -> tuple[list[tuple[str, Staircase]], list[tuple[str, Staircase]]]:
         """Of the weight's and of the activations' quantizer at each moment."""
-        weights = [(m.name, staircase(m.place.weight_quantizer, m.place.weight, span=SPAN)) for m in self.moments]
+        weights = [(m.name, staircase(m.place.weight_quantizer, m.place.weight, span=SPAN, points=COURSE_POINTS)) for m in self.moments]
         activations = [
-            (m.name, staircase(m.place.activation_quantizer, m.place.activations, span=SPAN))
+            (m.name, staircase(m.place.activation_quantizer, m.place.activations, span=SPAN, points=COURSE_POINTS))
             for m in self.moments
             if m.place.activation_quantizer is not None and m.place.activations is not None
         ]
@@ -194,8 +196,8 @@ class Course:
 def _short_training(info: MethodInfo, specimen: Specimen) -> Course:
     """Train for a few steps, through the hooks that every loop calls."""
     method = _method(info)
-    weight_bits = min(info.weight_bits, key=lambda bits: abs(bits - 2))
-    activation_bits = None if info.activation_bits is None else min(info.activation_bits, key=lambda bits: abs(bits - 2))
+    weight_bits = min(info.weight_bits, key=lambda bits: abs(bits - TRAINED_BITS))
+    activation_bits = None if info.activation_bits is None else min(info.activation_bits, key=lambda bits: abs(bits - TRAINED_BITS))
     widths = (
         {
             "bits": [
