@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.pages.method_page import page_name, write_method_pages
+from lowbit.pages.page import page_name, write_method_pages
 from lowbit.registry import MethodInfo, list_methods
 
 METHODS = list_methods()

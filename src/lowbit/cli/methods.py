@@ -73,7 +73,7 @@ def show_method(
     info = registry.find_method(name, kind)
     if json:
         names = ("name", "type", "allowed", "default", "meaning")
-        picture = _draw(info, plot, is_opened=is_opened)
+        picture, _ = _draw(info, plot, is_opened=is_opened)
         facts_shown = {**facts_of(info), "options": [dict(zip(names, row, strict=True)) for row in option_rows(info)]}
         show_json(facts_shown if picture is None else {**facts_shown, "picture": str(picture)})
         return
@@ -96,23 +96,25 @@ def show_method(
     show_table(
         ("option", "type", "allowed", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE"
     )
-    if (picture := _draw(info, plot, is_opened=is_opened)) is not None:
+    picture, remarks = _draw(info, plot, is_opened=is_opened)
+    for remark in remarks:
+        say(remark)
+    if picture is not None:
         say(f"picture: {picture}")
 
 
-def _draw(info: registry.MethodInfo, path: Path | None, *, is_opened: bool) -> Path | None:
-    """Write the method's picture where it was asked for; the file."""
+def _draw(info: registry.MethodInfo, path: Path | None, *, is_opened: bool) -> tuple[Path | None, list[str]]:
+    """Write the method's picture where it was asked for; the file, and what to say about it."""
     if path is None and not is_opened:
-        return None
+        return None, []
     from lowbit.pages import method_picture  # it brings torch and all workflows
 
     picture = method_picture(info.method, info.kind)
     written = picture.save(path or Path(tempfile.mkdtemp(prefix="lowbit-")) / f"{info.name}.svg")
-    for note in picture.notes:
-        say(note)
+    remarks = list(picture.notes)
     if is_opened and not _opened(written):
-        say("there is no browser to open it with; the file is below")
-    return written
+        remarks.append("There is no browser to open it with.")
+    return written, remarks
 
 
 def _opened(path: Path) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import LowbitError, UnknownNameError
-from lowbit.pages import method_page as module
+from lowbit.pages import page as module
 from lowbit.pages.examples import run_example
-from lowbit.pages.method_page import VECTORS, Shown, escaped, method_page, table, vectors_sentence, write_method_pages
+from lowbit.pages.page import VECTORS, Shown, escaped, method_page, table, vectors_sentence, write_method_pages
 from lowbit.pages.sources import file_digest, source_file
 from lowbit.registry import get_method
 
