@@ -17,7 +17,7 @@ from lowbit.files import write_text
 from lowbit.options import option_rows
 from lowbit.pages.examples import example, run_example
 from lowbit.pages.picture import method_picture
-from lowbit.pages.sources import PACKAGE, digest_of, equations, file_digest, module_text, shown_path, source_file
+from lowbit.pages.sources import IN_REPOSITORY, PACKAGE, digest_of, equations, file_digest, module_text, shown_path, source_file
 from lowbit.qat.task import format_metric
 from lowbit.registry import Kind, MethodInfo, bits_span, find_method, list_methods
 from lowbit.report.bibliography import Reference, bibtex
@@ -244,12 +244,13 @@ def _equations(info: MethodInfo, link: str) -> str:
     rows = []
     for one in equations(info):
         where = f"{one.path}:{one.line}"
-        if not Path(one.path).is_absolute():
+        if one.path.startswith(IN_REPOSITORY):
             where = f"[`{where}`]({link.format(path=one.path, line=one.line)})"
         rows.append((escaped(one.source), f"`{one.name}`", where))
     if not rows:
         path = shown_path(source_file(info))
-        return f"No function names an equation of its own; the method is in [`{path}`]({link.format(path=path, line=1)})."
+        shown = f"[`{path}`]({link.format(path=path, line=1)})" if path.startswith(IN_REPOSITORY) else f"`{path}`"
+        return f"No function names an equation of its own; the method is in {shown}."
     return table(("source", "function", "where"), rows)
 
 
@@ -264,9 +265,7 @@ def vectors_sentence(info: MethodInfo, repository: Path = REPOSITORY) -> str:
     file = repository / VECTORS
     if not file.is_file():
         return "The record of reference vectors is not in this checkout."
-    record = json.loads(file.read_text(encoding="utf-8")).get(page_name(info)) or json.loads(file.read_text(encoding="utf-8")).get(
-        info.name
-    )
+    record = json.loads(file.read_text(encoding="utf-8")).get(info.name)
     if record is None:
         return "There are no reference vectors of its own."
     said = f"{record['passed']} of {record['cases']} reference vectors passed on {record['date']}"

@@ -15,6 +15,7 @@ from lowbit.errors import SpecError
 from lowbit.registry import MethodInfo
 
 PACKAGE = Path(__file__).parent.parent
+IN_REPOSITORY = "src/lowbit/"  # how paths of the package begin
 PARTS = ("Paper", "Symbols", "Differs from the paper", "Authors' code")
 EQUATION_ROOMS = ("methods", "quantizers", "surrogates", "post_training", "synthesis", "qat", "measure", "network", "assignment", "formats")
 ALWAYS = ("lowbit.pages", "lowbit.plotting", "lowbit.workflows")  # what pictures and examples of every method run through
@@ -46,7 +47,7 @@ class Equation:
     Attributes:
         source: Equation or section, as its docstring says it.
         name: Qualified name.
-        path: File, relative to the folder that holds the package; absolute for a file outside of it.
+        path: File, as ``shown_path`` gives it.
         line: Line of its definition, from 1.
     """
 
@@ -122,8 +123,8 @@ def file_digest(path: Path) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """``path`` as a repository has it: ``src/lowbit/...``; absolute where it is not a file of the package."""
-    return f"src/{path.relative_to(PACKAGE.parent)}" if path.is_relative_to(PACKAGE) else str(path)
+    """``path`` as a repository has it, ``src/lowbit/...``; the name alone of a file outside of the package."""
+    return f"src/{path.relative_to(PACKAGE.parent)}" if path.is_relative_to(PACKAGE) else path.name
 
 
 def _files_of(module: str) -> Sequence[Path]:
