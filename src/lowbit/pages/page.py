@@ -87,10 +87,11 @@ def write_method_pages(
     except OSError as error:
         raise OutputError(f"cannot make the folder {error.filename}: {error.strerror}. Name another one.") from error
     asked = [(info, reference) for name in names for info, reference in _named(name)] if names is not None else _registered()
-    missing = [(info, reference) for info, reference in asked if not _kept_at(kept, info).is_file()]
-    for info, shown in _run_all(missing, workers):
-        write_text(_kept_at(kept, info), json.dumps(vars(shown)))
-    return [_write(folder, info, reference, _load(_kept_at(kept, info)), link) for info, reference in asked]
+    places = [_kept_at(kept, info) for info, _ in asked]
+    missing = {place: pair for place, pair in zip(places, asked, strict=True) if not place.is_file()}
+    for place, shown in zip(missing, _run_all(list(missing.values()), workers), strict=True):
+        write_text(place, json.dumps(vars(shown)))
+    return [_write(folder, info, reference, _load(place), link) for place, (info, reference) in zip(places, asked, strict=True)]
 
 
 def method_page(method: object, kind: Kind | None = None, *, shown: Shown | None = None, link: str = "{path}#L{line}") -> str:
@@ -125,16 +126,16 @@ def _load(path: Path) -> Shown:
     return Shown(**{**fields, "notes": tuple(fields["notes"])})
 
 
-def _run_all(methods: Sequence[tuple[MethodInfo, str | None]], workers: int) -> Iterator[tuple[MethodInfo, Shown]]:
+def _run_all(methods: Sequence[tuple[MethodInfo, str | None]], workers: int) -> Iterator[Shown]:
     if workers < 2 or len(methods) < 2:
         for info, reference in methods:
-            yield info, show(info, reference)
+            yield show(info, reference)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that start here
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(_show_named, reference or info.name, info.kind, reference) for info, reference in methods]
-        for (info, _), task in zip(methods, tasks, strict=True):
-            yield info, task.result()
+        for task in tasks:
+            yield task.result()
 
 
 def _show_named(name: str, kind: Kind, reference: str | None) -> Shown:
@@ -193,7 +194,7 @@ def _paper(info: MethodInfo) -> str:
 
 
 def _idea(info: MethodInfo, idea: str) -> str:
-    return f"## The idea\n\n{escaped(idea)}\n\n{escaped(_sentence(_class_text(info)))}"
+    return "\n\n".join(filter(None, ("## The idea", escaped(idea), escaped(_sentence(_class_text(info))))))
 
 
 def _class_text(info: MethodInfo) -> str:

@@ -75,8 +75,8 @@ def module_text(text: str) -> ModuleText:
     """
     parts: dict[str, list[str]] = {"": []}
     heading = ""
-    for line in inspect.cleandoc(text).splitlines():
-        found = re.match(rf"({'|'.join(PARTS)}|[A-Z][a-z]+): ?(.*)$", line)
+    for index, line in enumerate(inspect.cleandoc(text).splitlines()):  # the first line begins with the method's name
+        found = re.match(rf"({'|'.join(PARTS)}|[A-Z][a-z]+): ?(.*)$", line) if index else None
         if found is not None:
             heading = found[1]
             line = found[2]
