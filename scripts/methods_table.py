@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lowbit.cli.methods import span
-from lowbit.registry import Kind, list_methods
+from lowbit.registry import Kind, bits_span, list_methods
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 START, END = "<!-- methods: written by scripts/methods_table.py -->", "<!-- end of methods -->"
@@ -31,7 +30,7 @@ def methods_tables() -> str:
         if infos:
             rows = ["| method | paper | weight bits | activation bits | needs | what it does |", "| --- | --- | --- | --- | --- | --- |"]
             rows += [
-                f"| `{i.name}` | {i.paper} | {span(i.weight_bits)} | {span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |"
+                f"| `{i.name}` | {i.paper} | {bits_span(i.weight_bits)} | {bits_span(i.activation_bits)} | {', '.join(i.needs) or '-'} | {i.summary} |"
                 for i in infos
             ]
             tables.append("\n".join([heading, "", *rows]))
