@@ -80,7 +80,7 @@ def rounded_picture(info: MethodInfo) -> Picture:
         f"Layer {layer} of {specimen.name}. Colours say whether a weight ended on the level nearest to the float weight, above or below it; "
         "shares are those of the whole layer, dots the weights of one scale.",
         *unsupported(info),
-        *([f"Learned rounding: {ITERATIONS} iterations."] if _budget(info) else []),
+        *([f"Shown after {ITERATIONS} iterations."] if _budget(info) else []),
     )
     return Picture(f"{info.name}: weights before and after", tuple(panels), notes)
 
