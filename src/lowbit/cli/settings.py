@@ -129,6 +129,8 @@ def value_word(value: object) -> str:
     """A default as users would type it."""
     if isinstance(value, tuple):
         return ",".join(map(value_word, value))
+    if dataclasses.is_dataclass(value) and hasattr(value, "name"):
+        return str(value.name)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
