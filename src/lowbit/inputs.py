@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lowbit.autograd import plain_tensor
-from lowbit.errors import CalibrationError
+from lowbit.errors import CalibrationError, SpecError
 
 TARGET_NAMES = ("labels", "label", "targets", "target")  # entries of a dict that a network takes only where it must
 
@@ -359,6 +361,13 @@ class Calibration:
                 pass
         assert self._counts is not None
         return self._counts
+
+
+def check_memory(needed: int, what: str) -> None:
+    """SpecError where tensors of ``needed`` bytes, which ``what`` names, exceed the memory of this machine."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > there:
+        raise SpecError(f"{what} {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory")
 
 
 Infinite = Literal["refused", "masks", "allowed"]

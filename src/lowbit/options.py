@@ -257,13 +257,14 @@ def _check_option(info: MethodInfo, name: str, elsewhere: Mapping[str, str]) -> 
 
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:
-    """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
+    """``value`` as the type that the field ``name`` of ``method`` declares; text from the command line is parsed."""
+    place = f"{method}: " if method else ""
     allowed = _alternatives(hint)
     is_choice = any("none" in typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is typing.Literal)
     if value is None or (isinstance(value, str) and value.lower() == "none" and not is_choice):
         if type(None) in allowed:
             return None
-        raise SpecError(f"{method}: option {name} must not be None")
+        raise SpecError(f"{place}option {name} must not be None")
     for kind in allowed:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         if choices is not None:
@@ -289,7 +290,7 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
         elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
             return value
     names = " or ".join(_described(kind) for kind in allowed)
-    raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")
+    raise SpecError(f"{place}option {name} must be {names}, got {value!r}")
 
 
 def _alternatives(hint: object) -> tuple[object, ...]:
@@ -317,6 +318,8 @@ def value_word(value: object) -> str:
     """A default as users would type it."""
     if isinstance(value, tuple):
         return ",".join(map(value_word, value))
+    if dataclasses.is_dataclass(value) and hasattr(value, "name"):
+        return str(value.name)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -341,7 +341,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
     assert isinstance(method, SearchMethod)
     if not request.budget and request.max_drop is None:
         raise SpecError(
-            "say what the network may cost with budget= (average=4, size=10%, bops=8%, latency=60%), or how much it may lose with max_drop=."
+            "say what the network may cost with budget= ('average=4', 'size=10%', 'bops=8%', 'latency=60%'), or how much it may lose with max_drop=."
         )
     if request.then is not None:
         make_method(request.then, "post_training", request.then_options)
