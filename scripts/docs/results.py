@@ -1,13 +1,7 @@
-"""Write docs/orderings.md, docs/procedures.md, docs/mixed_precision.md, docs/zero_shot.md and docs/accuracy.md from suites of comparisons and their committed results.
-
-python scripts/results_pages.py            # after a results.csv was copied to benchmarks/results/NAME.csv
-python scripts/results_pages.py --check    # exit 1 when a page is out of date
-"""
+"""Pages of results, made from suites of comparisons and what is committed of them under benchmarks/results/."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from lowbit.comparison.tables import make_tables
@@ -17,7 +11,7 @@ from lowbit.report.orderings import orderings_page
 from lowbit.report.results_csv import read_results
 from lowbit.workflows.suite import Suite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TITLES = {
     "orderings": {"orderings": "Orderings from papers"},
     "procedures": {
@@ -52,8 +46,8 @@ def section(suite_name: str, title: str, *, has_tables: bool) -> str:
     return f"{page}\n{markdown(make_tables(results, baseline=suite.baseline))}" if has_tables else page
 
 
-def pages() -> dict[Path, str]:
-    """The text of each page; sections whose results are not there are left out."""
+def results_pages() -> dict[str, str]:
+    """The text of each page by its name; sections whose results are not there are left out."""
     found = {}
     for name, titles in TITLES.items():
         parts = [
@@ -62,21 +56,5 @@ def pages() -> dict[Path, str]:
             if (ROOT / "benchmarks" / "results" / f"{suite}.csv").exists()
         ]
         if parts:
-            found[ROOT / "docs" / f"{name}.md"] = "\n".join(parts)
+            found[name] = "\n".join(parts)
     return found
-
-
-def main() -> None:
-    """Write the pages, or say which are out of date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is out of date")
-    is_check = parser.parse_args().check
-    for path, text in pages().items():
-        if is_check and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path} is out of date: run python scripts/results_pages.py")
-        if not is_check:
-            path.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
