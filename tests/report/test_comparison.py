@@ -49,7 +49,7 @@ def test_latex_escapes_names_and_marks_the_best() -> None:
 
 def test_the_bibliography_has_each_paper_once() -> None:
     text = bibliography(RESULTS)
-    assert re.findall(r"@misc\{(\w+),", text) == ["lsq", "pact", "ewgs"]
+    assert re.findall(r"@\w+\{(\w+),", text) == ["lsq", "pact", "ewgs"]
     assert "author = {Esser and McKinstry and Bablani and Appuswamy and Modha}" in text
     assert "note = {ICLR}" in text and "year = {2020}" in text and "Learned Step Size" in text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.files import write_text
 from lowbit.qat.task import format_metric
 from lowbit.registry import MethodInfo, find_method
+from lowbit.report.bibliography import bibtex
 from lowbit.report.formatting import NOTHING, format_bytes
 from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells, orderings_page
 from lowbit.report.results_csv import read_results, results_csv
@@ -211,22 +211,7 @@ def method_infos(results: Sequence[Result]) -> Iterator[MethodInfo]:
 
 def bibliography(results: Sequence[Result]) -> str:
     """BibTeX entries of the methods' papers."""
-    entries = []
-    for info in method_infos(results):
-        if not info.title or info.fidelity == "baseline":
-            continue
-        years = re.findall(r"\b(?:19|20)\d\d\b", info.paper)
-        names, _, venue = info.paper.partition(years[0])[0].strip(" ,").rpartition(", ") if years else (info.paper, "", "")
-        authors = names.split(", ") if names else [venue]
-        fields = {
-            "title": f"{{{info.title}}}",
-            "author": " and ".join(authors),
-            "year": years[0] if years else "",
-            "note": venue if names else "",
-        }
-        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
-        entries.append(f"@misc{{{info.name},\n{body}\n}}\n")
-    return "\n".join(dict.fromkeys(entries))
+    return "\n".join(dict.fromkeys(filter(None, map(bibtex, method_infos(results)))))
 
 
 def render_page(report: ComparisonReport, earlier: Mapping[tuple[str, ...], float] | None = None) -> str:

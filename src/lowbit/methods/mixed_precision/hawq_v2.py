@@ -194,6 +194,7 @@ def _probing(problem: SearchProblem, *, method: HawqV2, purpose: str) -> Measure
         name="hawq_v2",
         title="HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks",
         paper="Dong, Yao, Cai, Arfeen, Gholami, Mahoney, Keutzer, NeurIPS 2020",
+        url="https://arxiv.org/abs/1911.03852",
         section="mixed_precision",
         axes=("assignment",),
         kind="search",

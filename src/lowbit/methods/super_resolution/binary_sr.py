@@ -302,6 +302,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         name="binary_sr",
         title="Binarized Neural Network for Single Image Super Resolution",
         paper="Xin, Wang, Jiang, Li, Huang, Gao, ECCV 2020",
+        url="https://doi.org/10.1007/978-3-030-58548-8_6",
         section="super_resolution",
         axes=("weight_quantizer", "activation_quantizer", "surgery"),
         kind="training",

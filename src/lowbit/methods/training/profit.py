@@ -236,7 +236,8 @@ class Step:
     MethodInfo(
         name="profit",
         title="PROFIT: A Novel Training Method for sub-4-bit MobileNet Models",
-        paper="Park, Yoo 2020",
+        paper="Park, Yoo, ECCV 2020",
+        url="https://arxiv.org/abs/2008.04693",
         section="training",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",
