@@ -9,7 +9,8 @@ version = release = os.environ.get("LOWBIT_DOCS_VERSION") or version_of("lowbit"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 4
-exclude_patterns = ["_static"]
+myst_url_schemes = {"http": None, "https": None, "mailto": None, "source": "../source/{{path}}.html#{{fragment}}"}
+exclude_patterns = ["_static", "_extra"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -26,6 +27,7 @@ copybutton_line_continuation_character = "\\"
 html_theme = "furo"
 html_title = f"lowbit {version}"
 html_static_path = ["_static"]
+html_extra_path = ["_extra"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False

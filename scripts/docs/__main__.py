@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from lowbit.pages import write_method_pages
-from lowbit.registry import find_method
-from scripts.docs import api, commands, exports, links, methods, results, tour
+from lowbit.registry import find_method, list_methods
+from scripts.docs import api, commands, exports, links, methods, results, source as sources, tour
 
 ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -34,10 +34,8 @@ def main() -> None:
     parser.add_argument("--method", action="append", default=[], help="a method from outside, FILE.py:CLASS; several times for several")
     parser.add_argument("--pages-only", action="store_true", help="write the pages, and leave Sphinx alone")
     given = parser.parse_args()
-    for name in given.method:
-        find_method(name)  # registers it
     source, html = given.out / "source", given.out / "html"
-    write_sources(source, given.out / "cache")
+    write_sources(source, given.out / "cache", given.method)
     if given.pages_only:
         return
     shutil.rmtree(html, ignore_errors=True)  # pages that are gone must not be linked to
@@ -51,14 +49,21 @@ def main() -> None:
     print(html / "index.html")
 
 
-def write_sources(source: Path, cache: Path) -> None:
-    """Write all pages as Markdown into ``source``; what takes long comes from ``cache`` while nothing that it depends on has changed."""
+def write_sources(source: Path, cache: Path, outside: Sequence[str]) -> None:
+    """Write all pages as Markdown into ``source``; what takes long comes from ``cache`` while nothing that it depends on has changed.
+
+    Args:
+        source: The folder, which is made anew.
+        cache: The folder of what takes long.
+        outside: Methods in files, ``FILE.py:CLASS``, which get a page beside those that are registered.
+    """
+    known = list_methods()
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "docs", source)
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy2(ROOT / name, source / name.lower())
     texts: dict[str, Callable[[], str]] = {
-        "methods/index.md": methods.methods_page,
+        "methods/index.md": lambda: methods.methods_page([*known, *map(find_method, outside)]),
         "reference/commands.md": commands.commands_page,
         "reference/python.md": api.api_page,
         **{f"results/{name}.md": lambda text=text: text for name, text in results.results_pages().items()},
@@ -69,7 +74,10 @@ def write_sources(source: Path, cache: Path) -> None:
         path.write_text(make(), encoding="utf-8")
     timed("export matrix", lambda: cached(source, cache / "exports", exports.write_exports, [Path(exports.__file__)]))
     timed("tour", lambda: cached(source, cache / "tour", tour.write_tour, [Path(tour.__file__), tour.NOTEBOOK]))
-    timed("method pages", lambda: write_method_pages(source / "methods"))
+    files = {Path(name.rpartition(":")[0]).resolve() for name in outside}
+    sources.write_source_pages(source / "_extra" / "source", [*sorted((ROOT / "src").rglob("*.py")), *sorted(files)])
+    names = [*dict.fromkeys(info.name for info in known), *outside]
+    timed("method pages", lambda: write_method_pages(source / "methods", names, link=sources.LINK, workers=2, cache=cache / "methods"))
 
 
 def cached(folder: Path, cache: Path, write: Callable[[Path], None], inputs: Iterable[Path]) -> None:

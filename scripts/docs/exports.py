@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ RUNTIMES = {
     "openvino": "`.onnx` in OpenVINO",
     "c": "`.c`",
 }
+QGEMM_OUTPUT_SCALE = 8  # number of inputs of ONNX Runtime's QGemm from which it gives codes
 # Operators that only move values, or change between codes and numbers: they say nothing about the arithmetic.
 ONNX_MOVES = frozenset({
     "QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Shape", "Gather",
@@ -142,11 +144,11 @@ def cases() -> list[Case]:
         "concatenation": lambda left, right: torch.cat((left, right), 1),
     }
     return [
-        Case("Convolutions", "Conv1d", (lambda: nn.Conv1d(4, 4, 3), nn.ReLU, lambda: nn.Conv1d(4, 4, 1)), sequence),
-        *(Case("Convolutions", name, (first, nn.ReLU, make, last), image) for name, make in convolutions.items()),
-        Case("Convolutions", "ConvTranspose1d", (lambda: nn.ConvTranspose1d(4, 4, 3), nn.ReLU, lambda: nn.Conv1d(4, 4, 1)), sequence),
-        Case("Convolutions", "Conv3d", (lambda: nn.Conv3d(4, 4, 3), nn.ReLU, lambda: nn.Conv3d(4, 4, 1)), volume),
-        Case("Convolutions", "ConvTranspose3d", (lambda: nn.ConvTranspose3d(4, 4, 3), nn.ReLU, lambda: nn.Conv3d(4, 4, 1)), volume),
+        Case("Convolutions", "Conv1d", (lambda: nn.Conv1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 1)), sequence),
+        *(Case("Convolutions", name, (first, make, last), image) for name, make in convolutions.items()),
+        Case("Convolutions", "ConvTranspose1d", (lambda: nn.ConvTranspose1d(4, 4, 3), lambda: nn.Conv1d(4, 4, 1)), sequence),
+        Case("Convolutions", "Conv3d", (lambda: nn.Conv3d(4, 4, 3), lambda: nn.Conv3d(4, 4, 1)), volume),
+        Case("Convolutions", "ConvTranspose3d", (lambda: nn.ConvTranspose3d(4, 4, 3), lambda: nn.Conv3d(4, 4, 1)), volume),
         of_series("Linear", linear, vectors),
         of_series("Linear on sequences", linear),
         of_series("Embedding", lambda: nn.Embedding(16, 8), tokens),
@@ -160,7 +162,7 @@ def cases() -> list[Case]:
         *(layer("Pools", name, make) for name, make in others["Pools"].items()),
         *(Case("Merges", name, (lambda join=join: Merge(join), last), image) for name, join in merges.items()),
         *(layer("Shapes", name, make) for name, make in others["Shapes"].items()),
-        Case("Shapes", "Flatten", (first, nn.ReLU, nn.Flatten, lambda: nn.LazyLinear(4)), image),
+        Case("Shapes", "Flatten", (first, nn.Flatten, lambda: nn.LazyLinear(4)), image),
     ]
 
 
@@ -199,7 +201,8 @@ def _tried(look: Callable[[], Cell]) -> Cell:
     try:
         return look()
     except LowbitError as error:
-        return Cell("refused", str(error).splitlines()[0])
+        reason = re.sub(r"^(layer '[^']*' \([^)]*\): |/\S+/)", "", str(error))  # the row names the layer
+        return Cell("refused", re.split(r"\. |: Exception", reason)[0])
 
 
 def _packed(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:
@@ -221,13 +224,17 @@ def _onnxruntime(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:
 
 
 def float_operators(model: Any) -> Iterator[str]:
-    """Operators of an ONNX graph that compute with numbers in place of codes: what an operator reads first decides."""
+    """Operators of an ONNX graph that compute with numbers in place of codes: those of integers by name, others by what they read first."""
     from onnx import TensorProto
 
     codes = {tensor.name for tensor in model.graph.initializer if tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)}
     for node in model.graph.node:
-        reads_codes = bool(node.input) and node.input[0] in codes
-        if node.op_type == "QuantizeLinear" or (reads_codes and node.op_type not in ("DequantizeLinear", "MatMulIntegerToFloat")):
+        is_integer = node.op_type.startswith(("QLinear", "QGemm", "MatMulInteger", "ConvInteger"))
+        reads_codes = is_integer or (bool(node.input) and node.input[0] in codes)
+        gives_numbers = node.op_type in ("DequantizeLinear", "MatMulIntegerToFloat", "Cast") or (
+            node.op_type == "QGemm" and len(node.input) < QGEMM_OUTPUT_SCALE
+        )
+        if node.op_type == "QuantizeLinear" or (reads_codes and not gives_numbers):
             codes.update(node.output)
         if not reads_codes and node.op_type not in ONNX_MOVES:
             yield node.op_type
@@ -240,9 +247,18 @@ def _openvino(path: Path) -> Cell:
         return Cell("refused", "there is no ONNX file")
     load_onnx(path, runtime="openvino")
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    facts = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
-    told = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in facts]
-    return _verdict(kind for kind, precision in told if kind not in OPENVINO_MOVES and precision not in ("i8", "u8"))
+    return _verdict(_openvino_operators(compiled.get_runtime_model()))
+
+
+def _openvino_operators(model: Any) -> Iterator[str]:
+    """Operators that compute with numbers; those in front of the output, which decode its codes, are left out."""
+    for operation in model.get_ordered_ops():
+        info = operation.get_rt_info()
+        kind, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
+        readers = [reader.get_node() for port in operation.outputs() for reader in port.get_target_inputs()]
+        decodes = kind == "Eltwise" and all(reader.get_rt_info()["layerType"].astype(str) in ("Output", "Eltwise") for reader in readers)
+        if kind not in OPENVINO_MOVES and precision not in ("i8", "u8") and not decodes:
+            yield kind
 
 
 def _c(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:

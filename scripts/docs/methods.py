@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lowbit.cli.methods import span
-from lowbit.registry import Kind, MethodInfo, list_methods
+from collections.abc import Sequence
+
+from lowbit.pages.method_page import page_name
+from lowbit.registry import Kind, MethodInfo, bits_span
 
 HEADINGS: dict[Kind, tuple[str, str]] = {
     "post_training": ("After training", "With unlabelled samples or none: `lowbit quantize`, `lowbit.quantize`."),
@@ -18,25 +20,25 @@ its hyper-parameters. Not sure which one to take? [Which method?](../which_metho
 """
 
 
-def methods_page() -> str:
-    """A table for each kind of methods, with a row for each registered method, which links to its page."""
+def methods_page(methods: Sequence[MethodInfo]) -> str:
+    """A table for each kind of methods, with a row for each method, which links to its page."""
     parts = [_HEAD]
     for kind, (heading, text) in HEADINGS.items():
-        infos = list_methods(kind=kind)
+        infos = [info for info in methods if info.kind == kind]
         if infos:
             rows = ["| method | what it does | weight bits | activation bits | needs | paper |", "| --- | --- | --- | --- | --- | --- |"]
             parts.append("\n".join([f"## {heading}\n\n{text}\n", *rows, *map(_row, infos)]) + "\n")
-    names = sorted({info.name for info in list_methods()})
+    names = sorted(map(page_name, methods))
     parts.append("\n".join(["```{toctree}", ":hidden:", "", *names, "```"]) + "\n")
     return "\n".join(parts)
 
 
 def _row(info: MethodInfo) -> str:
     cells = (
-        f"[{info.name}]({info.name}.md)",
+        f"[{info.name}]({page_name(info)}.md)",
         info.summary,
-        span(info.weight_bits),
-        span(info.activation_bits),
+        bits_span(info.weight_bits),
+        bits_span(info.activation_bits),
         ", ".join(need.replace("_", " ") for need in info.needs) or "–",
         info.paper,
     )

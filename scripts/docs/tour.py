@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+
+import nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
@@ -11,15 +17,10 @@ SECONDS = 300  # for one cell, on a loaded machine
 
 def write_tour(folder: Path) -> None:
     """Run the notebook in a folder of its own, and write ``tour.md`` and its pictures into ``folder``."""
-    import tempfile
-
-    import nbformat
-    from nbclient import NotebookClient
-    from nbconvert import MarkdownExporter
-
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as work:
-        NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
+        kernel = AsyncKernelManager(transport="ipc")  # over files, not over the network
+        NotebookClient(notebook, km=kernel, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
     text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": "tour"})
     for name, content in resources["outputs"].items():
         path = folder / name
