@@ -299,3 +299,28 @@ def _alternatives(hint: object) -> tuple[object, ...]:
 def _described(kind: object) -> str:
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     return f"one of {', '.join(map(repr, choices))}" if choices else getattr(kind, "__name__", str(kind))
+
+
+def type_word(hint: object) -> str:
+    """What a value may be: ``int``, ``mse | fisher_diag``, ``float | none``, ``text, text, ...``."""
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_word, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = type_word(typing.get_args(hint)[0])
+        return f"{inner}, {inner}, ..."
+    return {str: "text", bool: "true | false", type(None): "none"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
+
+
+def value_word(value: object) -> str:
+    """A default as users would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(value_word, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def option_rows(info: MethodInfo) -> list[tuple[str, str, str, str, str]]:
+    """Name, type, range, default and meaning of each hyper-parameter of a method."""
+    known = hyper_parameters_of(info).values()
+    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in known]

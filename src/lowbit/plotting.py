@@ -151,7 +151,12 @@ def draw(picture: Picture, theme: Theme = "light") -> Figure:
     rows = _in_rows(picture.panels)
     ink = _INK[theme]
     with matplotlib.rc_context(_style(ink)):
-        figure = Figure(figsize=(WIDTH, ROW * len(rows) + 0.1), layout="constrained")
+        height = ROW * len(rows) + 0.1
+        figure = Figure(figsize=(WIDTH, height))
+        # margins in inches, as laying out by measuring every text takes seconds
+        figure.subplots_adjust(
+            left=0.6 / WIDTH, right=1 - 0.1 / WIDTH, bottom=0.5 / height, top=1 - 0.25 / height, wspace=0.42, hspace=0.72
+        )
         grid = figure.add_gridspec(len(rows), 2)
         for row, panels in enumerate(rows):
             for column, panel in enumerate(panels):

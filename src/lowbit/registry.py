@@ -263,6 +263,13 @@ def check_needs(
     return notes
 
 
+def bits_span(bits: range | None) -> str:
+    """``2-8``, or ``float`` where the method leaves them alone."""
+    if bits is None:
+        return "float"
+    return f"{bits.start}-{bits.stop - 1}" if len(bits) > 1 else str(bits.start)
+
+
 _UNMET: dict[Need, tuple[type[LowbitError] | None, str]] = {
     "calibration": (CalibrationError, "needs calibration data: pass calibration= (a loader or tensor of unlabelled samples)"),
     "labels": (DataError, "trains on labels, and the data hold none: pass pairs of inputs and labels"),

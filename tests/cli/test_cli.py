@@ -90,7 +90,7 @@ def test_methods_show_asks_for_the_kind_where_there_are_several() -> None:
 
 @pytest.mark.parametrize("info", list_methods(), ids=lambda info: info.name)
 def test_methods_show_explains_every_hyper_parameter(info: lowbit.registry.MethodInfo) -> None:
-    from lowbit.cli.methods import option_rows
+    from lowbit.options import option_rows
 
     result = run("methods", "show", info.name, "--kind", info.kind)
     assert result.exit_code == 0

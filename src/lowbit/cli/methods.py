@@ -11,9 +11,9 @@ import typer
 from lowbit import registry
 from lowbit.cli.console import results, say, show_json, show_table
 from lowbit.cli.names import method_names
-from lowbit.cli.settings import Json, name_completion, type_word, value_word
+from lowbit.cli.settings import Json, name_completion
 from lowbit.errors import SpecError, unknown_name
-from lowbit.options import hyper_parameters_of
+from lowbit.options import option_rows
 
 app = typer.Typer(add_completion=False, help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def list_methods(
         show_json([facts_of(info) for info in infos])
         return
     rows: list[tuple[object, ...]] = [
-        (i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos
+        (i.name, i.kind, registry.bits_span(i.weight_bits), registry.bits_span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos
     ]
     heads = ["method", "kind", "weight bits", "activation bits", "needs", "what it does"]
     if axis == "procedure":
@@ -73,8 +73,8 @@ def show_method(
         "axes": ", ".join(info.axes),
         "procedure": "any training method's quantizers can go through it, with --procedure" if info.is_procedure else None,
         "kind": info.kind,
-        "weight bits": span(info.weight_bits),
-        "activation bits": span(info.activation_bits),
+        "weight bits": registry.bits_span(info.weight_bits),
+        "activation bits": registry.bits_span(info.activation_bits),
         "needs": ", ".join(info.needs) or "nothing but the network",
         "fidelity": "; ".join(filter(None, (info.fidelity, info.evidence))),
     }
@@ -103,16 +103,3 @@ def facts_of(info: registry.MethodInfo) -> dict[str, object]:
     facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "method"}
     plain = {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in facts.items()}
     return {**plain, "is_procedure": info.is_procedure}
-
-
-def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str]]:
-    """Name, type, range, default and meaning of each hyper-parameter of a method."""
-    known = hyper_parameters_of(info).values()
-    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in known]
-
-
-def span(bits: range | None) -> str:
-    """``2-8``, or ``float`` where the method leaves them alone."""
-    if bits is None:
-        return "float"
-    return f"{bits.start}-{bits.stop - 1}" if len(bits) > 1 else str(bits.start)

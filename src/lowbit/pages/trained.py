@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.network import insert
-from lowbit.network.bits import get_bits, set_bits
+from lowbit.network.bits import get_bits, set_bits, switches_of
 from lowbit.network.layers import evaluating
 from lowbit.options import make_method
 from lowbit.pages.specimen import Place, Specimen, place_of, specimen_for
+from lowbit.pages.widths import named_bits, shown_bits, unsupported
 from lowbit.plotting import Curve, Panel, Picture
 from lowbit.qat import GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
 from lowbit.qat.prepare import method_of, prepare
@@ -23,28 +24,9 @@ from lowbit.quantizers.staircase import Staircase, staircase, staircase_panels
 from lowbit.registry import MethodInfo
 from lowbit.spec import LayerBits, switch_name
 
-SHOWN_BITS = (1, 2, 4)
 EPOCHS, STEPS = 6, 6
 SPAN = 1.2
 MOMENTS = ("start", "middle", "end")
-
-
-def shown_bits(supported: range) -> list[int]:
-    """1, 2 and 4 bits, or those of ``supported`` that are nearest to them.
-
-    >>> shown_bits(range(2, 9)), shown_bits(range(1, 2))
-    ([2, 4], [1])
-    """
-    return sorted({min(supported, key=lambda bits: (abs(bits - wanted), bits)) for wanted in SHOWN_BITS})
-
-
-def unsupported(info: MethodInfo) -> Iterator[str]:
-    """A sentence for each operand about the widths of ``SHOWN_BITS`` that the method does not have."""
-    for operand, bits in (("weights", info.weight_bits), ("activations", info.activation_bits)):
-        if bits is None:
-            yield f"Leaves {operand} in float."
-        elif missing := [str(wanted) for wanted in SHOWN_BITS if wanted not in bits]:
-            yield f"Has no {operand} of {' and '.join(missing)} bit{'s' * (missing != ['1'])}."
 
 
 def trained_picture(info: MethodInfo) -> Picture:
@@ -98,7 +80,7 @@ def _differ(found: Sequence[tuple[str, Staircase]]) -> bool:
 
 
 def _named(found: dict[int, Staircase]) -> list[tuple[str, Staircase]]:
-    return [(f"{bits} bit{'s' * (bits > 1)}", found[bits]) for bits in sorted(found)]
+    return [(named_bits(bits), found[bits]) for bits in sorted(found)]
 
 
 def _prepared_at(
@@ -109,6 +91,7 @@ def _prepared_at(
     filled = [(weight or weight_bits[0], activation or activation_bits[0]) for weight, activation in pairs]
     method = _method(info)
     if method.switching is not None:
+        filled = list({weight: (weight, activation) for weight, activation in reversed(filled)}.values())[::-1]  # widths of weights differ
         model = prepare(specimen.model, method=method, bits=[_switch(*pair) for pair in filled], sample=specimen.sample, seed=3)
         for weight, activation in filled:
             set_bits(model, _switch(weight, activation))
@@ -174,7 +157,7 @@ class Course:
             if m.place.activation_quantizer is not None and m.place.activations is not None
         ]
         bits = self.moments[0].place.weight_quantizer.bit_width
-        columns = _columns(weights, activations, f" in training, {bits} bit{'s' * (bits > 1)}") if _differ(weights) or _differ(activations) else []
+        columns = _columns(weights, activations, f" in training, {named_bits(bits)}") if _differ(weights) or _differ(activations) else []
         return [*columns, self._histogram(), self._besides()]
 
     def _histogram(self) -> Panel:
@@ -213,7 +196,7 @@ def _short_training(info: MethodInfo, specimen: Specimen) -> Course:
     weight_bits = min(info.weight_bits, key=lambda bits: abs(bits - 2))
     activation_bits = None if info.activation_bits is None else min(info.activation_bits, key=lambda bits: abs(bits - 2))
     widths = (
-        {"bits": [_switch(weight_bits, activation_bits)]}
+        {"bits": [_switch(max(info.weight_bits), activation_bits and max(info.activation_bits or ())), _switch(weight_bits, activation_bits)]}
         if method.switching is not None
         else {"weight_bits": weight_bits, "activation_bits": activation_bits}
     )
@@ -225,7 +208,8 @@ def _short_training(info: MethodInfo, specimen: Specimen) -> Course:
         given=GivenNetworks(teacher=copy.deepcopy(specimen.model), float_network=specimen.model),
         batches=functools.partial(_first_batches, specimen),
     )  # fmt: skip
-    name = place_of(model, specimen.sample, weight_bits, activation_bits).layer
+    shown = None if method.switching is None else switches_of(model)[-1]
+    name = _at_switch(copy.deepcopy(model), shown, specimen, weight_bits, activation_bits).layer
     before = _weight_bits(model)
     total = run.epochs * STEPS
     wanted = dict(zip((0, total // 2, total - 1), MOMENTS, strict=True))
@@ -235,7 +219,7 @@ def _short_training(info: MethodInfo, specimen: Specimen) -> Course:
             for turn in range(len(run.phase.turns)):
                 run.before_step()
                 if turn == 0 and run.step in wanted:
-                    moments.append(_moment(run, wanted[run.step], name, specimen, weight_bits, activation_bits))
+                    moments.append(_moment(run, wanted[run.step], name, specimen, shown, activation_bits))
                 loss = run.loss(specimen.batch(run.step))
                 loss.backward()
                 computed = _gradient(model, name)
@@ -264,9 +248,18 @@ def _gradient(model: nn.Module, name: str) -> Tensor | None:
     return None if gradient is None else gradient.detach().clone()
 
 
-def _moment(run: TrainRun, name: str, layer: str, specimen: Specimen, weight_bits: int, activation_bits: int | None) -> Moment:
+def _at_switch(model: nn.Module, switch: LayerBits | None, specimen: Specimen, weight_bits: int, activation_bits: int | None) -> Place:
+    """A layer of ``model``, which is put at ``switch`` where it has several."""
+    if switch is not None:
+        set_bits(model, switch)
+    return place_of(model, specimen.sample, weight_bits, activation_bits)
+
+
+def _moment(run: TrainRun, name: str, layer: str, specimen: Specimen, switch: LayerBits | None, activation_bits: int | None) -> Moment:
     """Copies of what a layer has at this point of the run; the run is not changed."""
     model = copy.deepcopy(run.model)
+    if switch is not None:
+        set_bits(model, switch)
     site = insert.quantized_weights(model)[layer]
     with torch.no_grad():
         computed = getattr(site.layer, site.parameter).detach().clone()
