@@ -256,7 +256,7 @@ def _openvino_operators(model: Any) -> Iterator[str]:
         info = operation.get_rt_info()
         kind, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
         readers = [reader.get_node() for port in operation.outputs() for reader in port.get_target_inputs()]
-        decodes = kind == "Eltwise" and all(reader.get_rt_info()["layerType"].astype(str) in ("Output", "Eltwise") for reader in readers)
+        decodes = kind == "Eltwise" and all(reader.get_rt_info()["layerType"].astype(str) in ("Output", "Reorder", "Eltwise") for reader in readers)
         if kind not in OPENVINO_MOVES and precision not in ("i8", "u8") and not decodes:
             yield kind
 
@@ -304,7 +304,7 @@ _HEAD = """# What runs in integers where
 Each row is a small network around one layer, quantized to 8-bit weights and inputs by `round_to_nearest`. When this page was built, the network was exported in each
 format, loaded, compared with the quantized network, and looked at: the table says what the runtime really does on the machine that built it.
 
-- **integers**: everything is multiplied and added as integer codes.
-- **float: X**: operator X computes with floating-point numbers, everything else with codes. Operators that only move values are not counted.
+- **integers**: every operator reads integer codes; what a runtime fuses with an integer kernel is part of that kernel.
+- **float: X**: operator X computes with floating-point numbers, every other one with codes. Operators that only move values are not counted.
 - **float**: codes are stored in exactly their bits, and decoded when they are used.
 - **refused (1)**: there is no such file; the reason, as the export says it, stands [below](#why-files-were-refused)."""

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
@@ -19,8 +18,7 @@ def write_tour(folder: Path) -> None:
     """Run the notebook in a folder of its own, and write ``tour.md`` and its pictures into ``folder``."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as work:
-        kernel = AsyncKernelManager(transport="ipc")  # over files, not over the network
-        NotebookClient(notebook, km=kernel, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
+        NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
     text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": "tour"})
     for name, content in resources["outputs"].items():
         path = folder / name
