@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from lowbit.files import write_text
-from lowbit.pages.method_page import REPOSITORY, VECTORS
+from lowbit.pages.page import REPOSITORY, VECTORS
 from lowbit.pages.sources import file_digest, source_file
 from lowbit.registry import list_methods
 

@@ -19,7 +19,8 @@ Theme = Literal["light", "dark"]
 Form = Literal["line", "step", "points", "bars", "histogram", "image", "identity"]
 SUFFIXES = (".svg", ".png")
 WIDTH = 5.2  # inches; at 9 points a text stays readable where the picture is shown 400 pixels wide
-ROW = 1.75  # inches
+ROW, IMAGE_ROW = 1.75, 1.0  # inches
+_LEFT, _RIGHT, _ABOVE, _BELOW, _BELOW_NAMES = 0.65, 0.1, 0.27, 0.5, 0.95  # inches around axes; measuring every text would take seconds
 PNG_DPI = 160
 _INK: Mapping[Theme, Mapping[str, str]] = {
     "light": {"text": "#1b1f24", "axes": "#8b949e", "grid": "#e3e6ea", "background": "#ffffff"},
@@ -64,7 +65,7 @@ class Panel:
         is_logarithmic: Whether the upright axis is.
         names: Names of the positions 0, 1, 2 ... on the level axis, where it counts things.
         is_wide: Whether it takes a whole row.
-        note: A line of text inside.
+        has_zero: Whether the upright axis shows 0 whatever the values are.
     """
 
     title: str
@@ -74,7 +75,7 @@ class Panel:
     is_logarithmic: bool = False
     names: tuple[str, ...] = ()
     is_wide: bool = False
-    note: str = ""
+    has_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def check_suffix(path: Path | str) -> Path:
     """``path``; OutputError unless it ends as pictures do."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"{path}: a picture is written as {' or '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}. Name another file.")
+        raise OutputError(
+            f"{path}: a picture is written as {' or '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}. Name another file."
+        )
     return path
 
 
@@ -151,18 +154,31 @@ def draw(picture: Picture, theme: Theme = "light") -> Figure:
     rows = _in_rows(picture.panels)
     ink = _INK[theme]
     with matplotlib.rc_context(_style(ink)):
-        height = ROW * len(rows) + 0.1
-        figure = Figure(figsize=(WIDTH, height))
-        # margins in inches, as laying out by measuring every text takes seconds
-        figure.subplots_adjust(
-            left=0.6 / WIDTH, right=1 - 0.1 / WIDTH, bottom=0.5 / height, top=1 - 0.25 / height, wspace=0.42, hspace=0.72
-        )
-        grid = figure.add_gridspec(len(rows), 2)
-        for row, panels in enumerate(rows):
-            for column, panel in enumerate(panels):
-                axes = figure.add_subplot(grid[row, :] if panel.is_wide else grid[row, column])
+        heights = [_height(row) for row in rows]
+        figure = Figure(figsize=(WIDTH, sum(heights)))
+        top = sum(heights)
+        for row, height in zip(rows, heights, strict=True):
+            below, top = _below(row), top - height
+            for column, panel in enumerate(row):
+                left = _LEFT + column * WIDTH / 2
+                width = (WIDTH if panel.is_wide else WIDTH / 2 * (column + 1)) - _RIGHT - left
+                bottom, inner = top + below, height - below - _ABOVE
+                axes = figure.add_axes((left / WIDTH, bottom / sum(heights), width / WIDTH, inner / sum(heights)))
                 _draw_panel(axes, panel, _COLOURS[theme], ink)
     return figure
+
+
+def _height(row: Sequence[Panel]) -> float:
+    """Inches; less for images, more for names below the axis."""
+    return IMAGE_ROW if _is_image(row) else ROW + _below(row) - _BELOW
+
+
+def _below(row: Sequence[Panel]) -> float:
+    return 0.05 if _is_image(row) else _BELOW_NAMES if any(panel.names for panel in row) else _BELOW
+
+
+def _is_image(row: Sequence[Panel]) -> bool:
+    return any(curve.form == "image" for panel in row for curve in panel.curves)
 
 
 def _in_rows(panels: Iterable[Panel]) -> list[list[Panel]]:
@@ -175,7 +191,7 @@ def _in_rows(panels: Iterable[Panel]) -> list[list[Panel]]:
     return rows
 
 
-def _style(ink: Mapping[str, str]) -> dict[str, Any]:
+def _style(ink: Mapping[str, str]) -> Any:  # as matplotlib names them
     return {
         "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5,
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"],
@@ -183,7 +199,7 @@ def _style(ink: Mapping[str, str]) -> dict[str, Any]:
         "xtick.color": ink["axes"], "ytick.color": ink["axes"], "xtick.labelcolor": ink["text"], "ytick.labelcolor": ink["text"],
         "axes.edgecolor": ink["axes"], "axes.facecolor": "none", "figure.facecolor": ink["background"], "grid.color": ink["grid"],
         "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "axes.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "lines.linewidth": 1.4, "axes.titlelocation": "left",
+        "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "lowbit", "lines.linewidth": 1.4, "axes.titlelocation": "left",
     }  # fmt: skip
 
 
@@ -193,7 +209,7 @@ def _rendered(picture: Picture, theme: Theme, kind: str, is_transparent: bool) -
 
     buffer = io.BytesIO()
     facts: dict[str, str | None] = {"Date": None, "Title": picture.title} if kind == "svg" else {"Title": picture.title}
-    with matplotlib.rc_context({**_style(_INK[theme]), "svg.fonttype": "none", "svg.hashsalt": "lowbit"}):
+    with matplotlib.rc_context(_style(_INK[theme])):
         figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=facts, transparent=is_transparent)
     return buffer.getvalue()
 
@@ -212,7 +228,9 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], ink: Mapping[s
             case "identity":
                 axes.plot(curve.x, curve.y, color=ink["axes"], label=label, linewidth=0.8, linestyle=(0, (1, 2)))
             case "points":
-                axes.plot(curve.x, curve.y, color=colour, label=label, linestyle="", marker="o", markersize=2.2, markeredgewidth=0, alpha=0.8)
+                axes.plot(
+                    curve.x, curve.y, color=colour, label=label, linestyle="", marker="o", markersize=2.2, markeredgewidth=0, alpha=0.8
+                )
             case "bars":
                 width = 0.8 / len(bars)
                 axes.bar([x - 0.4 + width * (bars.index(curve) + 0.5) for x in curve.x], curve.y, width * 0.92, color=colour, label=label)
@@ -224,7 +242,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], ink: Mapping[s
     if panel.is_logarithmic:
         axes.set_yscale("log")
     elif not any(curve.form == "image" for curve in panel.curves):
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=bool(bars) and all(value == int(value) for curve in bars for value in curve.y)))  # type: ignore[arg-type]
     if panel.names:
         axes.set_xticks(range(len(panel.names)), panel.names, rotation=30, ha="right", rotation_mode="anchor")
         axes.grid(visible=False, axis="x")
@@ -233,8 +251,9 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], ink: Mapping[s
     axes.set_title(panel.title)
     axes.set_xlabel(panel.across)
     axes.set_ylabel(panel.up)
-    if panel.note:
-        axes.text(0.98, 0.04, panel.note, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5, color=ink["text"])
+    if panel.has_zero:
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -0.06 * high), max(1.06 * high, -0.06 * low))
     if any(curve.name for curve in panel.curves):
         axes.legend(loc="best", handlelength=1.2, borderpad=0.1, labelspacing=0.15, handletextpad=0.5)
 

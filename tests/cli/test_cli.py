@@ -82,6 +82,18 @@ def test_methods_list_shows_every_registered_method() -> None:
     assert all(info.name in output for info in list_methods())
 
 
+def test_methods_show_draws_what_a_method_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    result = run("methods", "show", "binary_connect", "--plot", str(tmp_path / "a.svg"), "--open")
+    assert result.exit_code == 0 and "There is no browser" in result.output and f"picture: {tmp_path / 'a.svg'}" in result.output
+    assert "weights: gradient" in (tmp_path / "a.svg").read_text()
+
+
+def test_methods_show_refuses_other_kinds_of_pictures_before_it_runs(tmp_path: Path) -> None:
+    assert "a picture is written as .svg or .png, got '.pdf'" in fails("methods", "show", "binary_connect", "--plot", tmp_path / "a.pdf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_methods_show_asks_for_the_kind_where_there_are_several() -> None:
     result = run("methods", "show", "integer_only")
     assert result.exit_code == 2

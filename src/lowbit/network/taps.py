@@ -119,7 +119,9 @@ def taps_of(flow: Dataflow, node: Node) -> tuple[Tap, ...]:
     """
     sides: tuple[tuple[Side, str], ...] = (("output", "returned_by"), ("input", "received_by"))
     for side, field in sides:
-        plain = [module for module in getattr(node, field) if not module.endswith((INPUT, OUTPUT))]  # quantizers may be off, and do not run then
+        plain = [
+            module for module in getattr(node, field) if not module.endswith((INPUT, OUTPUT))
+        ]  # quantizers may be off, and do not run then
         for module in plain[:1]:
             earlier = flow.nodes[: flow.nodes.index(node)]
             return (Tap(module, side, sum(getattr(other, field).count(module) for other in earlier)),)

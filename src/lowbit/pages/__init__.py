@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lowbit.lazy import lazy_imports
 
 if TYPE_CHECKING:
-    from lowbit.pages.method_page import method_page, write_method_pages
+    from lowbit.pages.page import method_page, write_method_pages
     from lowbit.pages.picture import method_picture
 
 __all__ = ["method_page", "method_picture", "write_method_pages"]

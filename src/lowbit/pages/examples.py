@@ -20,7 +20,7 @@ from lowbit.data import load_data, loader
 from lowbit.models import load_default
 
 model = load_default()
-train = list(loader(load_data("digits"), 64, shuffle=True))[:10]
+train = list(loader(load_data("digits"), 32, shuffle=True))[:12]
 test = loader(load_data("digits", split="test"), 200)
 """
 _ENLARGING = """\
@@ -69,7 +69,7 @@ def example(info: MethodInfo, reference: str | None = None) -> str:
         )
     if info.kind == "search":
         return _PICTURES + (
-            f'found = lowbit.search(model, method={word}, budget="average=4", data=train, progress=False{trial})\n'
+            f'found = lowbit.search(model, method={word}, budget="average=5", data=train[:2], progress=False{trial})\n'
             "for layer in found.searched:\n"
             '    print(f"{layer:22} {found.found.bits[layer].weight} bits")\n'
         )
@@ -86,7 +86,7 @@ def run_example(code: str) -> str:
     out = io.StringIO()
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         torch.manual_seed(0)
-        exec(compile(code, "<example>", "exec"), {"__name__": "example"})  # noqa: S102 - the text above
+        exec(compile(code, "<example>", "exec"), {"__name__": "example"})
     if not out.getvalue().strip():
         raise LowbitError("an example printed nothing, so it shows nothing")
     return out.getvalue()

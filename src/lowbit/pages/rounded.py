@@ -32,12 +32,14 @@ class Rounded:
         before: The float weight, with its batch norm folded where the method folds.
         plain: ``before`` on the grid of the method, rounded to nearest.
         after: What the quantized network computes with.
+        row: The weights that share a scale with the largest one, by their places.
     """
 
     bits: int
     before: Tensor
     plain: Tensor
     after: Tensor
+    row: Tensor
 
     def panel(self) -> Panel:
         """Value against value; those that ended above or below the nearest level have a colour of their own."""
@@ -49,11 +51,11 @@ class Rounded:
             "below": distance < -1e-3 * width,
         }
         x, y = self.before.flatten(), self.after.flatten()
-        low, high = float(x.min()), float(x.max())
-        curves = [Curve("", [low, high], [low, high], "identity")]
-        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:DOTS]
+        drawn = self.row[torch.randperm(len(self.row), generator=torch.Generator().manual_seed(0))[:DOTS]]
         is_drawn = torch.zeros(len(x), dtype=torch.bool)
         is_drawn[drawn] = True
+        low, high = float(x[is_drawn].min()), float(x[is_drawn].max())
+        curves = [Curve("", [low, high], [low, high], "identity")]
         for colour, (name, chosen) in enumerate(groups.items()):
             share = 100 * float(chosen.float().mean())
             if bool((chosen & is_drawn).any()):
@@ -75,7 +77,8 @@ def rounded_picture(info: MethodInfo) -> Picture:
     if activations:
         panels.append(staircase_panels(activations, "activations")[0])
     notes = (
-        f"Layer {layer} of {specimen.name}. Colours say whether a weight ended on the level nearest to the float weight, above or below it.",
+        f"Layer {layer} of {specimen.name}. Colours say whether a weight ended on the level nearest to the float weight, above or below it; "
+        "shares are those of the whole layer, dots the weights of one scale.",
         *unsupported(info),
         *([f"Learned rounding: {ITERATIONS} iterations."] if _budget(info) else []),
     )
@@ -91,7 +94,9 @@ def _rounded(info: MethodInfo, specimen: Specimen, bits: int) -> tuple[Rounded, 
     with torch.no_grad():
         after = getattr(site.layer, site.parameter).detach().clone()
         plain = place.weight_quantizer(before).clone()
-    return Rounded(bits, before, plain, after), place.layer
+    granularity = place.weight_quantizer.granularity
+    rows, places = granularity.flatten(before), granularity.flatten(torch.arange(before.numel()).reshape(before.shape))
+    return Rounded(bits, before, plain, after, places[int(rows.abs().amax(1).argmax())]), place.layer
 
 
 @functools.cache

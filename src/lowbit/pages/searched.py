@@ -9,9 +9,9 @@ from lowbit.plotting import Curve, Panel, Picture
 from lowbit.registry import MethodInfo
 from lowbit.workflows.search import search
 
-BUDGET = "average=4"
+BUDGET = "average=5"
 CANDIDATES = (2, 4, 8)
-LABELLED = 6  # batches
+LABELLED = 2  # batches
 
 
 def searched_picture(info: MethodInfo) -> Picture:

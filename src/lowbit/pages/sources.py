@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lowbit
 from lowbit.errors import SpecError
 from lowbit.registry import MethodInfo
 
-PACKAGE = Path(lowbit.__file__).parent
+PACKAGE = Path(__file__).parent.parent
+IN_REPOSITORY = "src/lowbit/"  # how paths of the package begin
 PARTS = ("Paper", "Symbols", "Differs from the paper", "Authors' code")
 EQUATION_ROOMS = ("methods", "quantizers", "surrogates", "post_training", "synthesis", "qat", "measure", "network", "assignment", "formats")
 ALWAYS = ("lowbit.pages", "lowbit.plotting", "lowbit.workflows")  # what pictures and examples of every method run through
@@ -47,7 +47,7 @@ class Equation:
     Attributes:
         source: Equation or section, as its docstring says it.
         name: Qualified name.
-        path: File, relative to the folder that holds the package; absolute for a file outside of it.
+        path: File, as ``shown_path`` gives it.
         line: Line of its definition, from 1.
     """
 
@@ -75,14 +75,12 @@ def module_text(text: str) -> ModuleText:
     """
     parts: dict[str, list[str]] = {"": []}
     heading = ""
-    for line in inspect.cleandoc(text).splitlines():
-        found = re.match(rf"({'|'.join(PARTS)}|[A-Z][a-z]+): ?(.*)$", line)
+    for index, line in enumerate(inspect.cleandoc(text).splitlines()):  # the first line begins with the method's name
+        found = re.match(rf"({'|'.join(PARTS)}|[A-Z][a-z]+): ?(.*)$", line) if index else None
         if found is not None:
             heading = found[1]
             line = found[2]
-        elif heading and line and not line.startswith((" ", "-")):
-            heading = ""
-        elif not line and heading:
+        elif not line or not line.startswith((" ", "-")):
             heading = ""
         parts.setdefault(heading, []).append(line)
     joined = {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
@@ -125,8 +123,8 @@ def file_digest(path: Path) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """``path`` as a repository has it: ``src/lowbit/...``; absolute where it is not a file of the package."""
-    return f"src/{path.relative_to(PACKAGE.parent)}" if path.is_relative_to(PACKAGE) else str(path)
+    """``path`` as a repository has it, ``src/lowbit/...``; the name alone of a file outside of the package."""
+    return f"src/{path.relative_to(PACKAGE.parent)}" if path.is_relative_to(PACKAGE) else path.name
 
 
 def _files_of(module: str) -> Sequence[Path]:
@@ -178,13 +176,13 @@ def _origin(module: str, name: str) -> str:
 
 def _source_in(docstring: str | None) -> str:
     """What a docstring names as its source; empty where it names none."""
-    found = re.search(r"Source: (.+?)(?:\n\s*\n|\n\w+:|$)", docstring or "", flags=re.DOTALL)
+    found = re.search(r"(?:Source|Paper): (.+?)(?:\n\s*\n|\n\w+:|$)", docstring or "", flags=re.DOTALL)
     return "" if found is None else " ".join(found[1].split()).rstrip(".")
 
 
 def _equations_in(path: Path, names: Sequence[str] | None) -> Iterator[Equation]:
-    """Those of all definitions, or of ``names``, which without a source of their own have that of their module."""
-    of_module = _source_in(ast.get_docstring(_tree(path)))
+    """Those of all definitions, or of ``names``; a class without a source of its own has that of its module."""
+    of_module = "" if "methods" in path.parts else _source_in(ast.get_docstring(_tree(path)))
 
     def walk(nodes: Sequence[ast.stmt], prefix: str) -> Iterator[Equation]:
         for node in nodes:
@@ -193,7 +191,9 @@ def _equations_in(path: Path, names: Sequence[str] | None) -> Iterator[Equation]
             name = f"{prefix}{node.name}"
             if prefix == "" and names is not None and node.name not in names:
                 continue
-            said = _source_in(ast.get_docstring(node)) or (of_module if names is not None and prefix == "" else "")
+            said = _source_in(ast.get_docstring(node)) or (
+                of_module if names is not None and prefix == "" and isinstance(node, ast.ClassDef) else ""
+            )
             if said:
                 yield Equation(said, name, shown_path(path), node.lineno)
             if isinstance(node, ast.ClassDef):

@@ -73,7 +73,7 @@ def upscaling() -> Specimen:
     """The embedded EDSR, which doubles pictures, and patches of two photographs."""
     dataset = load_pairs("sample-photographs", scale=SCALE, split="calibration", patch=PATCH).dataset
     drawn = [dataset[index] for index in range(PATCHES * BATCHES)]
-    small, large = (torch.stack([pair[place].float() for pair in drawn]) for place in (0, 1))
+    small, large = (torch.stack([torch.as_tensor(pair[place]).float() for pair in drawn]) for place in (0, 1))
     model = load_model("edsr_small", upscaling_weights(), scale=SCALE).eval()
     return Specimen(model, tuple(zip(small.split(PATCHES), large.split(PATCHES), strict=True)), SuperResolution(scale=SCALE), "edsr_small")
 

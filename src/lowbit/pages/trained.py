@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from lowbit.network import insert
 from lowbit.network.bits import get_bits, set_bits, switches_of
-from lowbit.network.layers import evaluating
 from lowbit.options import make_method
 from lowbit.pages.specimen import Place, Specimen, place_of, specimen_for
 from lowbit.pages.widths import named_bits, shown_bits, unsupported
 from lowbit.plotting import Curve, Panel, Picture
 from lowbit.qat import GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
 from lowbit.qat.prepare import method_of, prepare
-from lowbit.quantizers.staircase import Staircase, staircase, staircase_panels
+from lowbit.quantizers.staircase import Staircase, meaning_of_dashes, staircase, staircase_panels
 from lowbit.registry import MethodInfo
 from lowbit.spec import LayerBits, switch_name
 
 EPOCHS, STEPS = 6, 6
+TRAINED_BITS = 3
+COURSE_POINTS = 101
 SPAN = 1.2
 MOMENTS = ("start", "middle", "end")
 
@@ -36,11 +37,11 @@ def trained_picture(info: MethodInfo) -> Picture:
     panels: list[Panel] = []
     panels += _columns(weights, activations)
     course = _short_training(info, specimen)
-    panels += course.panels()
-    has_dashes = any(one.differs_in_training for _, one in (*weights, *activations))
+    in_training = course.staircases()
+    panels += course.panels(*in_training)
     notes = [
         f"Layer {layer} of {specimen.name}, trained in float before. One value moves, all others stay; gradients are autograd's.",
-        *(["Dashed: what training computes, where it differs."] if has_dashes else []),
+        *meaning_of_dashes(one for _, one in (*weights, *activations, *in_training[0], *in_training[1])),
         *unsupported(info),
         course.note,
     ]
@@ -74,9 +75,7 @@ def _staircases(info: MethodInfo, specimen: Specimen) -> tuple[list[tuple[str, S
 
 
 def _differ(found: Sequence[tuple[str, Staircase]]) -> bool:
-    """Whether the staircases differ by more than their range moves."""
-    shapes = [(one.y, one.trained, one.up, one.down) for _, one in found]
-    return any(not torch.allclose(torch.tensor(shape), torch.tensor(shapes[0]), rtol=1e-2, atol=1e-3) for shape in shapes)
+    return any(not one.is_like(found[0][1]) for _, one in found)
 
 
 def _named(found: dict[int, Staircase]) -> list[tuple[str, Staircase]]:
@@ -148,16 +147,20 @@ class Course:
     bits: tuple[dict[str, int], dict[str, int]]
     note: str
 
-    def panels(self) -> list[Panel]:
-        """Panels of what changes in training."""
-        weights = [(m.name, staircase(m.place.weight_quantizer, m.place.weight, span=SPAN)) for m in self.moments]
+    def staircases(self) -> tuple[list[tuple[str, Staircase]], list[tuple[str, Staircase]]]:
+        """Of the weight's and of the activations' quantizer at each moment."""
+        weights = [(m.name, staircase(m.place.weight_quantizer, m.place.weight, span=SPAN, points=COURSE_POINTS)) for m in self.moments]
         activations = [
-            (m.name, staircase(m.place.activation_quantizer, m.place.activations, span=SPAN))
+            (m.name, staircase(m.place.activation_quantizer, m.place.activations, span=SPAN, points=COURSE_POINTS))
             for m in self.moments
             if m.place.activation_quantizer is not None and m.place.activations is not None
         ]
-        bits = self.moments[0].place.weight_quantizer.bit_width
-        columns = _columns(weights, activations, f" in training, {named_bits(bits)}") if _differ(weights) or _differ(activations) else []
+        return weights, activations
+
+    def panels(self, weights: Sequence[tuple[str, Staircase]], activations: Sequence[tuple[str, Staircase]]) -> list[Panel]:
+        """Panels of what changes in training; staircases where they do."""
+        when = f" in training, {named_bits(self.moments[0].place.weight_quantizer.bit_width)}"
+        columns = _columns(weights, activations, when) if _differ(weights) or _differ(activations) else []
         return [*columns, self._histogram(), self._besides()]
 
     def _histogram(self) -> Panel:
@@ -193,14 +196,19 @@ class Course:
 def _short_training(info: MethodInfo, specimen: Specimen) -> Course:
     """Train for a few steps, through the hooks that every loop calls."""
     method = _method(info)
-    weight_bits = min(info.weight_bits, key=lambda bits: abs(bits - 2))
-    activation_bits = None if info.activation_bits is None else min(info.activation_bits, key=lambda bits: abs(bits - 2))
+    weight_bits = min(info.weight_bits, key=lambda bits: abs(bits - TRAINED_BITS))
+    activation_bits = None if info.activation_bits is None else min(info.activation_bits, key=lambda bits: abs(bits - TRAINED_BITS))
     widths = (
-        {"bits": [_switch(max(info.weight_bits), activation_bits and max(info.activation_bits or ())), _switch(weight_bits, activation_bits)]}
+        {
+            "bits": [
+                _switch(max(info.weight_bits), activation_bits and max(info.activation_bits or ())),
+                _switch(weight_bits, activation_bits),
+            ]
+        }
         if method.switching is not None
         else {"weight_bits": weight_bits, "activation_bits": activation_bits}
     )
-    model = prepare(specimen.model, method=method, sample=specimen.sample, seed=3, **widths).train()  # type: ignore[arg-type]
+    model = prepare(specimen.model, method=method, sample=specimen.sample, seed=3, **widths).train()
     rate = 1e-5 if specimen.task.metric_name == "PSNR" else 0.01
     recipe = Recipe(EPOCHS, optimizer=OptimizerSpec(learning_rate=rate), seed=4)
     run = TrainRun(
@@ -263,7 +271,7 @@ def _moment(run: TrainRun, name: str, layer: str, specimen: Specimen, switch: La
     site = insert.quantized_weights(model)[layer]
     with torch.no_grad():
         computed = getattr(site.layer, site.parameter).detach().clone()
-    with evaluating(model):
-        found = place_of(model, specimen.sample, site.quantizer.bit_width, activation_bits)  # type: ignore[union-attr]
-    place = found if found.layer == layer else Place(layer, site.original.detach().clone(), site.quantizer, found.activations, found.activation_quantizer)  # type: ignore[arg-type]
+    assert site.quantizer is not None
+    found = place_of(model, specimen.sample, site.quantizer.bit_width, activation_bits)
+    place = replace(found, layer=layer, weight=site.original.detach().clone(), weight_quantizer=site.quantizer)
     return Moment(name, place, computed)

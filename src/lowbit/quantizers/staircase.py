@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,16 @@ class Staircase:
     def differs_in_training(self) -> bool:
         """Whether training computes with other values than evaluation."""
         return not torch.allclose(torch.tensor(self.trained), torch.tensor(self.y), rtol=1e-4, atol=1e-6)
+
+    def is_like(self, other: Staircase) -> bool:
+        """Whether the curves nearly coincide where both are drawn."""
+        low, high = max(self.x[0], other.x[0]), min(self.x[-1], other.x[-1])
+        grid = np.linspace(low, high, len(self.x))
+        for mine, theirs in zip((self.y, self.trained, self.up), (other.y, other.trained, other.up), strict=True):
+            first, second = np.interp(grid, self.x, mine), np.interp(grid, other.x, theirs)
+            if np.abs(first - second).mean() > 0.01 * max(float(np.ptp(first)), float(np.abs(first).max()), 1e-9):
+                return False
+        return True
 
     @property
     def depends_on_direction(self) -> bool:
@@ -116,15 +127,27 @@ def staircase_panels(found: Sequence[tuple[str, Staircase]], what: str) -> tuple
         curves.append(Curve(name, one.x, one.y, "step", colour))
         if one.differs_in_training:
             curves.append(Curve("", one.x, one.trained, "step", colour, is_dashed=True))
-        gradients.append(Curve(f"{name}, up" if one.depends_on_direction else name, one.x, one.up, "line", colour))
+        gradients.append(Curve(name, one.x, one.up, "line", colour))
         if one.depends_on_direction:
-            gradients.append(Curve(f"{name}, down", one.x, one.down, "line", colour, is_dashed=True))
-    return Panel(what, tuple(curves), "x", "q(x)"), Panel(f"gradient of {what.partition(',')[0]}", tuple(gradients), "x", "dq/dx")
+            gradients.append(Curve("", one.x, one.down, "line", colour, is_dashed=True))
+    return Panel(what, tuple(curves), "x", "q(x)"), Panel(
+        f"{what.partition(' ')[0]}: gradient", tuple(gradients), "x", "dq/dx", has_zero=True
+    )
+
+
+def meaning_of_dashes(found: Iterable[Staircase]) -> tuple[str, ...]:
+    """What dashed lines of ``staircase_panels`` mean, where there are some."""
+    found = list(found)
+    said = []
+    if any(one.differs_in_training for one in found):
+        said.append("Dashed staircases: what training computes, where it is not what evaluation computes.")
+    if any(one.depends_on_direction for one in found):
+        said.append("Gradients depend on the sign of the gradient from above: dashed where that is negative.")
+    return tuple(said)
 
 
 def quantizer_picture(quantizer: nn.Module, values: Tensor, title: str) -> Picture:
     """The staircase of one quantizer at the elements of ``values``."""
     one = staircase(quantizer, values)
     panels = staircase_panels([("", one)], title)
-    notes = ("Dashed: in training.",) if one.differs_in_training else ()
-    return Picture(title, panels, notes)
+    return Picture(title, panels, meaning_of_dashes([one]))

@@ -17,7 +17,7 @@ from lowbit.files import write_text
 from lowbit.options import option_rows
 from lowbit.pages.examples import example, run_example
 from lowbit.pages.picture import method_picture
-from lowbit.pages.sources import PACKAGE, digest_of, equations, file_digest, module_text, shown_path, source_file
+from lowbit.pages.sources import IN_REPOSITORY, PACKAGE, digest_of, equations, file_digest, module_text, shown_path, source_file
 from lowbit.qat.task import format_metric
 from lowbit.registry import Kind, MethodInfo, bits_span, find_method, list_methods
 from lowbit.report.bibliography import Reference, bibtex
@@ -87,10 +87,11 @@ def write_method_pages(
     except OSError as error:
         raise OutputError(f"cannot make the folder {error.filename}: {error.strerror}. Name another one.") from error
     asked = [(info, reference) for name in names for info, reference in _named(name)] if names is not None else _registered()
-    missing = [(info, reference) for info, reference in asked if not _kept_at(kept, info).is_file()]
-    for info, shown in _run_all(missing, workers):
-        write_text(_kept_at(kept, info), json.dumps(vars(shown)))
-    return [_write(folder, info, reference, _load(_kept_at(kept, info)), link) for info, reference in asked]
+    places = [_kept_at(kept, info) for info, _ in asked]
+    missing = {place: pair for place, pair in zip(places, asked, strict=True) if not place.is_file()}
+    for place, shown in zip(missing, _run_all(list(missing.values()), workers), strict=True):
+        write_text(place, json.dumps(vars(shown)))
+    return [_write(folder, info, reference, _load(place), link) for place, (info, reference) in zip(places, asked, strict=True)]
 
 
 def method_page(method: object, kind: Kind | None = None, *, shown: Shown | None = None, link: str = "{path}#L{line}") -> str:
@@ -125,16 +126,16 @@ def _load(path: Path) -> Shown:
     return Shown(**{**fields, "notes": tuple(fields["notes"])})
 
 
-def _run_all(methods: Sequence[tuple[MethodInfo, str | None]], workers: int) -> Iterator[tuple[MethodInfo, Shown]]:
+def _run_all(methods: Sequence[tuple[MethodInfo, str | None]], workers: int) -> Iterator[Shown]:
     if workers < 2 or len(methods) < 2:
         for info, reference in methods:
-            yield info, show(info, reference)
+            yield show(info, reference)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that start here
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(_show_named, reference or info.name, info.kind, reference) for info, reference in methods]
-        for (info, _), task in zip(methods, tasks, strict=True):
-            yield info, task.result()
+        for task in tasks:
+            yield task.result()
 
 
 def _show_named(name: str, kind: Kind, reference: str | None) -> Shown:
@@ -180,11 +181,20 @@ def _paper(info: MethodInfo) -> str:
     paper = Reference.of(info.paper)
     said = ", ".join(filter(None, (", ".join(paper.authors), " ".join(filter(None, (paper.venue, paper.year))))))
     more = info.paper.partition(";")[2].strip()
-    return " ".join(filter(None, (f"{escaped(said)}.", f"[{info.url.removeprefix('https://')}]({info.url})." if info.url else "", f"{escaped(more)}." if more else "")))
+    return " ".join(
+        filter(
+            None,
+            (
+                f"{escaped(said)}.",
+                f"[{info.url.removeprefix('https://')}]({info.url})." if info.url else "",
+                f"{escaped(more)}." if more else "",
+            ),
+        )
+    )
 
 
 def _idea(info: MethodInfo, idea: str) -> str:
-    return f"## The idea\n\n{escaped(idea)}\n\n{escaped(_sentence(_class_text(info)))}"
+    return "\n\n".join(filter(None, ("## The idea", escaped(idea), escaped(_sentence(_class_text(info))))))
 
 
 def _class_text(info: MethodInfo) -> str:
@@ -235,11 +245,13 @@ def _equations(info: MethodInfo, link: str) -> str:
     rows = []
     for one in equations(info):
         where = f"{one.path}:{one.line}"
-        if not Path(one.path).is_absolute():
+        if one.path.startswith(IN_REPOSITORY):
             where = f"[`{where}`]({link.format(path=one.path, line=one.line)})"
         rows.append((escaped(one.source), f"`{one.name}`", where))
     if not rows:
-        return f"No function names an equation of its own; the method is in [`{shown_path(source_file(info))}`]({link.format(path=shown_path(source_file(info)), line=1)})."
+        path = shown_path(source_file(info))
+        shown = f"[`{path}`]({link.format(path=path, line=1)})" if path.startswith(IN_REPOSITORY) else f"`{path}`"
+        return f"No function names an equation of its own; the method is in {shown}."
     return table(("source", "function", "where"), rows)
 
 
@@ -254,7 +266,7 @@ def vectors_sentence(info: MethodInfo, repository: Path = REPOSITORY) -> str:
     file = repository / VECTORS
     if not file.is_file():
         return "The record of reference vectors is not in this checkout."
-    record = json.loads(file.read_text(encoding="utf-8")).get(page_name(info)) or json.loads(file.read_text(encoding="utf-8")).get(info.name)
+    record = json.loads(file.read_text(encoding="utf-8")).get(info.name)
     if record is None:
         return "There are no reference vectors of its own."
     said = f"{record['passed']} of {record['cases']} reference vectors passed on {record['date']}"
@@ -270,7 +282,9 @@ def _results(info: MethodInfo, repository: Path = REPOSITORY) -> str:
         groups: dict[tuple[str, ...], list[Result]] = {}
         for result in read_results(path):
             if result.cell.method == info.name and result.cell.kind == info.kind and result.value is not None:
-                groups.setdefault((result.cell.subject, result.cell.label, "/".join(result.cell.operand_bits), result.cell.track), []).append(result)
+                groups.setdefault(
+                    (result.cell.subject, result.cell.label, "/".join(result.cell.operand_bits), result.cell.track), []
+                ).append(result)
         for (subject, label, bits, track), results in groups.items():
             values = [result.value for result in results if result.value is not None]
             floats = [value for value in (result.float_metrics.get(result.metric) for result in results) if value is not None]
