@@ -172,11 +172,13 @@ class Cell:
 
     Attributes:
         verdict: ``integers``, ``float`` or ``refused``.
-        reason: What is computed in float, or why it was refused.
+        operators: Those that compute in float.
+        reasons: Why something is in float, or why there is no file.
     """
 
     verdict: str
-    reason: str = ""
+    operators: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 def run_case(index: int) -> dict[str, Cell]:
@@ -202,7 +204,7 @@ def _tried(look: Callable[[], Cell]) -> Cell:
         return look()
     except LowbitError as error:
         reason = re.sub(r"^(layer '[^']*' \([^)]*\): |/\S+/)", "", str(error))  # the row names the layer
-        return Cell("refused", re.split(r"\. |: Exception", reason)[0])
+        return Cell("refused", reasons=(re.split(r"\. |: Exception", reason)[0],))
 
 
 def _packed(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:
@@ -215,7 +217,7 @@ def _kernels(quantized: nn.Module, sample: Tensor) -> Cell:
     network = lowbit.compile_runtime(quantized, sample=sample)
     reasons = [layer.reason for layer in network.report.layers if layer.kernel == "float"]
     calls = [node.operator.split(".")[1] for node in network.packed_graph.nodes if node.operator.startswith("aten.")]
-    return _verdict([*reasons, *(call for call in calls if call not in TORCH_MOVES and not call.startswith(("conv", "linear")))])
+    return _verdict((call for call in calls if call not in TORCH_MOVES and not call.startswith(("conv", "linear"))), reasons)
 
 
 def _onnxruntime(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:
@@ -244,7 +246,7 @@ def _openvino(path: Path) -> Cell:
     import openvino
 
     if not path.exists():
-        return Cell("refused", "there is no ONNX file")
+        return Cell("refused", reasons=("there is no ONNX file",))
     load_onnx(path, runtime="openvino")
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return _verdict(_openvino_operators(compiled.get_runtime_model()))
@@ -266,9 +268,9 @@ def _c(quantized: nn.Module, path: Path, sample: Tensor) -> Cell:
     return Cell("integers")
 
 
-def _verdict(in_float: Iterable[str]) -> Cell:
-    names = list(dict.fromkeys(in_float))
-    return Cell("float", ", ".join(names)) if names else Cell("integers")
+def _verdict(operators: Iterable[str], reasons: Iterable[str] = ()) -> Cell:
+    found, why = tuple(dict.fromkeys(operators)), tuple(dict.fromkeys(reasons))
+    return Cell("float" if found or why else "integers", found, why)
 
 
 def write_exports(folder: Path) -> None:
@@ -289,14 +291,13 @@ def exports_page(workers: int = 2) -> str:
         tables.setdefault(case.group, [*head]).append(f"| {case.name} | {row} |")
     parts = [f"## {group}\n\n" + "\n".join(rows) for group, rows in tables.items()]
     notes = [f"{number}. {text.replace('<', '&lt;')}" for text, number in reasons.items()]
-    return "\n\n".join([_HEAD, *parts, "## Why files were refused", "\n".join(notes)]) + "\n"
+    return "\n\n".join([_HEAD, *parts, "## Reasons", "\n".join(notes)]) + "\n"
 
 
 def _cell_text(cell: Cell, reasons: dict[str, int]) -> str:
-    if cell.verdict == "refused":
-        number = reasons.setdefault(cell.reason, len(reasons) + 1)
-        return f"refused ({number})"
-    return f"float: {cell.reason}" if cell.reason else cell.verdict
+    numbers = ", ".join(str(reasons.setdefault(reason, len(reasons) + 1)) for reason in cell.reasons)
+    operators = f": {', '.join(cell.operators)}" if cell.operators else ""
+    return f"{cell.verdict}{operators}" + (f" ({numbers})" if numbers else "")
 
 
 _HEAD = """# What runs in integers where
@@ -307,4 +308,6 @@ format, loaded, compared with the quantized network, and looked at: the table sa
 - **integers**: every operator reads integer codes; what a runtime fuses with an integer kernel is part of that kernel.
 - **float: X**: operator X computes with floating-point numbers, every other one with codes. Operators that only move values are not counted.
 - **float**: codes are stored in exactly their bits, and decoded when they are used.
-- **refused (1)**: there is no such file; the reason, as the export says it, stands [below](#why-files-were-refused)."""
+- **refused**: there is no such file.
+
+Numbers in brackets lead to [reasons](#reasons), in the words of the export."""

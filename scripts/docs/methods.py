@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowbit.pages.method_page import page_name
+from lowbit.pages.page import page_name
 from lowbit.registry import Kind, MethodInfo, bits_span
 
 HEADINGS: dict[Kind, tuple[str, str]] = {
