@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WRITTEN = ("methods/", "results/", "reference/", "exports.md", "tour.md", "contributing.md", "changelog.md")  # by make docs, which checks links to them
+WRITTEN = (
+    "methods/",
+    "results/",
+    "reference/",
+    "exports.md",
+    "tour.md",
+    "contributing.md",
+    "changelog.md",
+)  # by make docs, which checks links to them
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

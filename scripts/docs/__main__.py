@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from scripts.docs import api, commands, exports, links, methods, results, source as sources, tour
 
 from lowbit.pages import write_method_pages
 from lowbit.registry import find_method, list_methods
-from scripts.docs import api, commands, exports, links, methods, results, source as sources, tour
 
 ROOT = Path(__file__).parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

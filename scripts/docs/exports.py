@@ -258,7 +258,9 @@ def _openvino_operators(model: Any) -> Iterator[str]:
         info = operation.get_rt_info()
         kind, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
         readers = [reader.get_node() for port in operation.outputs() for reader in port.get_target_inputs()]
-        decodes = kind == "Eltwise" and all(reader.get_rt_info()["layerType"].astype(str) in ("Output", "Reorder", "Eltwise") for reader in readers)
+        decodes = kind == "Eltwise" and all(
+            reader.get_rt_info()["layerType"].astype(str) in ("Output", "Reorder", "Eltwise") for reader in readers
+        )
         if kind not in OPENVINO_MOVES and precision not in ("i8", "u8") and not decodes:
             yield kind
 

@@ -8,19 +8,21 @@ import types
 from pathlib import Path
 
 import pytest
-
-import lowbit
-from lowbit.cli.app import COMMANDS
-from lowbit.registry import bits_span, list_methods
 from scripts.docs.api import api_page
 from scripts.docs.commands import commands_page
 from scripts.docs.links import problems
 from scripts.docs.methods import methods_page
 
+import lowbit
+from lowbit.cli.app import COMMANDS
+from lowbit.registry import bits_span, list_methods
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CHOOSER = (DOCS / "which_method.md").read_text(encoding="utf-8")
-CHOICES = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in CHOOSER.splitlines() if "](methods/" in line and line[0] == "|"]
+CHOICES = [
+    [cell.strip() for cell in line.strip("|").split(" | ")] for line in CHOOSER.splitlines() if "](methods/" in line and line[0] == "|"
+]
 
 
 def span_of(cell: str) -> set[int]:
@@ -52,7 +54,9 @@ def test_every_method_of_the_picture_is_in_the_table() -> None:
     assert {re.findall(r"methods/(\w+)\.md", row[5])[0] for row in CHOICES} <= named
 
 
-@pytest.mark.parametrize("line", [line for line in (DOCS / "troubleshooting.md").read_text().splitlines() if re.match(r"\| `[^`]*` ", line)])
+@pytest.mark.parametrize(
+    "line", [line for line in (DOCS / "troubleshooting.md").read_text().splitlines() if re.match(r"\| `[^`]*` ", line)]
+)
 def test_messages_of_the_troubleshooting_page_are_those_of_the_library(line: str) -> None:
     message = line.split("`")[1]
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))

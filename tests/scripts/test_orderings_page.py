@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripts.docs.results import results_pages
 
 from lowbit.comparison.orderings import Ordering
 from lowbit.comparison.statistics import paired_difference, spread
 from lowbit.workflows.suite import Suite
-from scripts.docs.results import results_pages
 
 ROOT = Path(__file__).parents[2]
 PAGE = results_pages()["orderings"]
