@@ -51,12 +51,7 @@ def test_the_bibliography_has_each_paper_once() -> None:
     text = bibliography(RESULTS)
     assert re.findall(r"@\w+\{(\w+),", text) == ["lsq", "pact", "ewgs"]
     assert "author = {Esser and McKinstry and Bablani and Appuswamy and Modha}" in text
-    assert (
-        "booktitle = {ICLR}" in text
-        and "url = {https://arxiv.org/abs/1902.08153}" in text
-        and "year = {2020}" in text
-        and "Learned Step Size" in text
-    )
+    assert "booktitle = {ICLR}" in text and "url = {https://arxiv.org/abs/1902.08153}" in text and "year = {2020}" in text and "Learned Step Size" in text
 
 
 def test_the_page_is_whole_and_escapes_what_users_wrote() -> None:
