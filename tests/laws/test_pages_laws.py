@@ -37,7 +37,7 @@ def test_every_method_has_a_page_with_its_picture_and_an_example_that_ran(info: 
         titles = re.findall(r"<!-- (.+?) -->|>([^<>]+)</text>", picture)
         said = " ".join(first or second for first, second in titles)
         assert all(panel in said for panel in PANELS[info.kind]), said
-        assert len(re.findall(r"<path ", picture)) > 20
+        assert len(re.findall(r"<path ", picture)) > 10
     code, output = re.findall(r"```(?:python|text)\n(.*?)\n```", text, flags=re.DOTALL)[:2]
     assert info.name in code
     assert re.search(r"\d", output)

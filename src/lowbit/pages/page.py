@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -280,7 +281,7 @@ def _results(info: MethodInfo, repository: Path = REPOSITORY) -> str:
     rows = []
     for path in sorted((repository / RESULTS).glob("*.csv")):
         groups: dict[tuple[str, ...], list[Result]] = {}
-        for result in read_results(path):
+        for result in _results_at(path, path.stat().st_mtime_ns):
             if result.cell.method == info.name and result.cell.kind == info.kind and result.value is not None:
                 groups.setdefault(
                     (result.cell.subject, result.cell.label, "/".join(result.cell.operand_bits), result.cell.track), []
@@ -292,6 +293,11 @@ def _results(info: MethodInfo, repository: Path = REPOSITORY) -> str:
             rows.append((escaped(subject), escaped(label), bits, track, results[0].metric, *shown, str(len(values)), f"`{path.name}`"))
     heads = ("network", "label", "bits", "terms", "metric", "mean", "float", "seeds", "file")
     return f"## Measured\n\nFrom the committed results of comparisons, all in `{RESULTS}/`.\n\n{table(heads, rows)}" if rows else ""
+
+
+@functools.cache
+def _results_at(path: Path, _changed: int) -> list[Result]:
+    return read_results(path)
 
 
 def _bibtex(info: MethodInfo) -> str:

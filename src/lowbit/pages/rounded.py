@@ -29,7 +29,7 @@ class Rounded:
 
     Attributes:
         bits: Its width.
-        before: The float weight, with its batch norm folded where the method folds.
+        before: The float weight, with its batch norm folded unless the method leaves weights as they are.
         plain: ``before`` on the grid of the method, rounded to nearest.
         after: What the quantized network computes with.
         row: The weights that share a scale with the largest one, by their places.
@@ -80,7 +80,7 @@ def rounded_picture(info: MethodInfo) -> Picture:
         f"Layer {layer} of {specimen.name}. Colours say whether a weight ended on the level nearest to the float weight, above or below it; "
         "shares are those of the whole layer, dots the weights of one scale.",
         *unsupported(info),
-        *([f"Learned rounding: {ITERATIONS} iterations."] if _budget(info) else []),
+        *([f"Shown after {ITERATIONS} iterations."] if _budget(info) else []),
     )
     return Picture(f"{info.name}: weights before and after", tuple(panels), notes)
 
@@ -90,7 +90,8 @@ def _rounded(info: MethodInfo, specimen: Specimen, bits: int) -> tuple[Rounded, 
     model = _quantized(info, specimen, bits, bits_of_activations)
     place = place_of(model, specimen.sample, bits, None)
     site = insert.quantized_weights(model)[place.layer]
-    before = _folded(specimen.name)[place.layer]
+    raw = specimen.model.get_submodule(place.layer).get_parameter("weight").detach()
+    before = raw if torch.equal(place.weight, raw) else _folded(specimen.name)[place.layer]
     with torch.no_grad():
         after = getattr(site.layer, site.parameter).detach().clone()
         plain = place.weight_quantizer(before).clone()

@@ -113,12 +113,17 @@ def digest_of(info: MethodInfo) -> str:
             waiting += [file for module, _ in _imports(path) if (file := _file_of(module)) is not None]
     total = hashlib.sha256()
     for path in sorted(found):
-        total.update(path.read_bytes())
+        total.update(file_digest(path).encode())
     return total.hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
     """A digest of one file."""
+    return _digest_at(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest_at(path: Path, _changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

@@ -19,13 +19,13 @@ from lowbit.pages.widths import named_bits, shown_bits, unsupported
 from lowbit.plotting import Curve, Panel, Picture
 from lowbit.qat import GivenNetworks, OptimizerSpec, Recipe, TrainingMethod, TrainRun
 from lowbit.qat.prepare import method_of, prepare
-from lowbit.quantizers.staircase import Staircase, meaning_of_dashes, staircase, staircase_panels
+from lowbit.quantizers.staircase import Staircase, remarks_on, staircase, staircase_panels
 from lowbit.registry import MethodInfo
 from lowbit.spec import LayerBits, switch_name
 
 EPOCHS, STEPS = 6, 6
 TRAINED_BITS = 3
-COURSE_POINTS = 101
+COURSE_POINTS = 81
 SPAN = 1.2
 MOMENTS = ("start", "middle", "end")
 
@@ -41,7 +41,7 @@ def trained_picture(info: MethodInfo) -> Picture:
     panels += course.panels(*in_training)
     notes = [
         f"Layer {layer} of {specimen.name}, trained in float before. One value moves, all others stay; gradients are autograd's.",
-        *meaning_of_dashes(one for _, one in (*weights, *activations, *in_training[0], *in_training[1])),
+        *remarks_on(one for _, one in (*weights, *activations, *in_training[0], *in_training[1])),
         *unsupported(info),
         course.note,
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lowbit.errors import SpecError
 from lowbit.plotting import Curve, Panel, Picture
 
-POINTS = 161
+POINTS = 121
+BETWEEN = 5  # more points where the value jumps, as surrogates may be sharp there
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def staircase(quantizer: nn.Module, values: Tensor, *, place: int | None = None,
         quantizer: Any module that maps a tensor to one of its shape.
         values: A real tensor, such as a weight.
         place: Index of the element in the flattened tensor. Default: the middle of those that share a scale with the most extreme value.
-        points: How many values.
+        points: How many values at even distances; there are more where the result jumps.
         span: Width of the sweep, as a multiple of the range of the elements that share its scale.
 
     Raises:
@@ -79,18 +81,22 @@ def staircase(quantizer: nn.Module, values: Tensor, *, place: int | None = None,
     if low == high:
         low, high = low - 1, high + 1
     middle, half = (low + high) / 2, span * (high - low) / 2
-    grid = torch.linspace(middle - half, middle + half, points)
     state = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-    columns: list[tuple[float, float, float, float]] = []
-    for value in grid:
+
+    def ask(value: float) -> tuple[float, float, float, float, float]:
         x = values.clone()
         x.view(-1)[index] = value
         quantizer.load_state_dict(state)
         with torch.no_grad():
             y = float(quantizer.eval()(x).reshape(-1)[index])
-        columns.append((y, *_in_training(quantizer, state, x, index)))
-    ys, trained_ys, ups, downs = zip(*columns, strict=True)
-    return Staircase(tuple(grid.tolist()), ys, trained_ys, ups, downs)
+        return (value, y, *_in_training(quantizer, state, x, index))
+
+    coarse = [ask(value) for value in torch.linspace(middle - half, middle + half, points).tolist()]
+    jumps = [(first[0], second[0]) for first, second in pairwise(coarse) if first[1] != second[1]]
+    if len(jumps) < points / 3:  # else it is no staircase at this resolution
+        coarse += [ask(value) for low, high in jumps for value in torch.linspace(low, high, BETWEEN + 2)[1:-1].tolist()]
+    xs, ys, trained, ups, downs = zip(*sorted(coarse), strict=True)
+    return Staircase(xs, ys, trained, ups, downs)
 
 
 def _in_training(quantizer: nn.Module, state: dict[str, Tensor], x: Tensor, index: int) -> tuple[float, float, float]:
@@ -135,12 +141,14 @@ def staircase_panels(found: Sequence[tuple[str, Staircase]], what: str) -> tuple
     )
 
 
-def meaning_of_dashes(found: Iterable[Staircase]) -> tuple[str, ...]:
-    """What dashed lines of ``staircase_panels`` mean, where there are some."""
+def remarks_on(found: Iterable[Staircase]) -> tuple[str, ...]:
+    """What readers of ``staircase_panels`` should know: dashed lines, flat ones."""
     found = list(found)
     said = []
     if any(one.differs_in_training for one in found):
         said.append("Dashed staircases: what training computes, where it is not what evaluation computes.")
+    if any(len(set(one.y)) == 1 for one in found):
+        said.append("Where a staircase is flat, the quantizer computes from parameters of its own, not from this value.")
     if any(one.depends_on_direction for one in found):
         said.append("Gradients depend on the sign of the gradient from above: dashed where that is negative.")
     return tuple(said)
@@ -150,4 +158,4 @@ def quantizer_picture(quantizer: nn.Module, values: Tensor, title: str) -> Pictu
     """The staircase of one quantizer at the elements of ``values``."""
     one = staircase(quantizer, values)
     panels = staircase_panels([("", one)], title)
-    return Picture(title, panels, meaning_of_dashes([one]))
+    return Picture(title, panels, remarks_on([one]))
