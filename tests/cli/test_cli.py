@@ -362,12 +362,6 @@ def test_an_error_during_the_work_leaves_no_state_behind(tmp_path: Path) -> None
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_table_of_methods_in_the_readme_is_the_registry() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "methods_table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_quantize_reads_the_recipe_that_it_prints_and_options_override_it(tmp_path: Path) -> None:
     arguments = [
         "-m",
