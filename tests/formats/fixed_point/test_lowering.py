@@ -84,7 +84,7 @@ def test_an_input_that_a_sum_reads_too_is_quantized_once_for_all_readers() -> No
     [
         (lambda net, x: nn.functional.avg_pool3d(net.conv(x).relu(), 2), VOLUMES, r"\(avg_pool3d\): of average pools over 3 dimensions"),
         (lambda net, x: nn.functional.adaptive_avg_pool3d(net.conv(x), 2), VOLUMES, r"\(adaptive_avg_pool3d\): of average pools over 3"),
-        (lambda net, x: net.left(x.chunk(2, 1)[0]), X, r"\(split\): it reads the network's input 'x', which is quantized behind it alone"),
+        (lambda net, x: net.left(x.chunk(2, 1)[0]), X, r"\(split\): it reads float values, the network's input 'x'"),
     ],
 )
 def test_what_has_no_integer_form_is_refused_with_the_reason(body: Callable[[nn.Module, Tensor], Tensor], x: Tensor, reason: str) -> None:

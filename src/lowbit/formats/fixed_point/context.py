@@ -77,7 +77,8 @@ class Context(ABC):
         if grid is None and isinstance(value, Unquantized) and isinstance(value.source, FromInput):
             raise self.refused(
                 node,
-                f"it reads the network's input {value.source.name!r}, which is quantized behind it alone. Do it before the call, or behind the first layer",
+                f"it reads float values, the network's input {value.source.name!r}: quantize the inputs of layers (activation_bits=8); what else is "
+                "done to the input belongs before the call, or behind the first layer",
             )
         if grid is None:
             raise self.refused(

@@ -42,7 +42,9 @@ def _write_out(node: fx.Node, dims: int) -> None:
     if divisor is None and not (is_ceil and counts_padding):
         return
     if divisor is not None and is_ceil:
-        raise GraphError(f"average pool {node.name!r}: ONNX has no divisor_override with ceil_mode. Leave one of them out, or export to .lowbit.")
+        raise GraphError(
+            f"average pool {node.name!r}: ONNX has no divisor_override with ceil_mode. Leave one of them out, or export to .lowbit."
+        )
     x = node.args[0]
     assert isinstance(x, fx.Node)
     if divisor is not None:

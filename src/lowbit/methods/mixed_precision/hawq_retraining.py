@@ -56,6 +56,7 @@ class HawqQuantizers(TrainingMethod):
         name="hawq",
         title="HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision",
         paper="Dong, Yao, Gholami, Mahoney, Keutzer, ICCV 2019",
+        url="https://arxiv.org/abs/1905.03696",
         section="mixed_precision",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",
