@@ -1,4 +1,5 @@
 # make demo: quantize the embedded network and show the report.   make lint: check the code.
+# make docs: build the documentation, build/docs/html/index.html; METHODS=file.py:Class adds a method from outside.
 # make test: run the tests but for the slow ones.   make test-all: run all of them.
 PYTHON3 ?= python3
 VENV := .venv
@@ -9,10 +10,13 @@ MARK ?= not slow
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo docs test test-all lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/lowbit quantize --out $(OUT)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -W ignore -m scripts.docs $(addprefix --method ,$(METHODS))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 15 -m "$(MARK)" $(TESTS)
@@ -27,6 +31,10 @@ lint: $(VENV)/.installed-dev
 # A stamp per set of extras, so that a second call installs nothing while these files stay as they are.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) ".[onnx,data,train,kernels]"
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[docs]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -14,6 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = (
+    "methods/",
+    "results/",
+    "reference/",
+    "exports.md",
+    "tour.md",
+    "contributing.md",
+    "changelog.md",
+)  # by make docs, which checks links to them
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -103,6 +112,8 @@ def test_blocks_are_of_kinds_that_run_unless_they_are_marked(page: Path) -> None
 def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]*(?:#[^)]*)?)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")
+        if page.name != "README.md" and path.startswith(WRITTEN):
+            continue
         other = (page.parent / path).resolve() if path else page
         assert other.exists(), target
         if heading:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lowbit.autograd import plain_tensor
-from lowbit.errors import CalibrationError
+from lowbit.errors import CalibrationError, SpecError
 
 TARGET_NAMES = ("labels", "label", "targets", "target")  # entries of a dict that a network takes only where it must
 
@@ -280,7 +283,8 @@ def _dim_of(batch_dim: BatchDim, inputs: Inputs) -> int:
 class Calibration:
     """Re-iterable batches of model inputs, each checked when it is first seen.
 
-    Raises CalibrationError when there is no batch, a batch holds no sample, or a value is NaN or infinite.
+    Raises CalibrationError when there is no batch, a batch holds no sample, or a value is NaN or infinite. An input beside others may
+    hold ``-inf``, as masks do; what of it reaches a quantizer may not.
     """
 
     def __init__(
@@ -329,7 +333,7 @@ class Calibration:
             if self._limit is not None:
                 inputs = inputs.take(0, self._limit - sum(counts)) if inputs.batch_size > self._limit - sum(counts) else inputs
             if self._counts is None:
-                check_values(inputs, f"calibration batch {index}")
+                check_values(inputs, f"calibration batch {index}", infinite="masks")
             counts.append(inputs.batch_size)
             yield inputs
             if self._limit is not None and sum(counts) >= self._limit:
@@ -359,13 +363,23 @@ class Calibration:
         return self._counts
 
 
-def check_values(inputs: Inputs, place: str, *, can_be_infinite: bool = False) -> Inputs:
+def check_memory(needed: int, what: str) -> None:
+    """SpecError where tensors of ``needed`` bytes, which ``what`` names, exceed the memory of this machine."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > there:
+        raise SpecError(f"{what} {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory")
+
+
+Infinite = Literal["refused", "masks", "allowed"]
+
+
+def check_values(inputs: Inputs, place: str, *, infinite: Infinite = "refused") -> Inputs:
     """The inputs, from which something is to be learned.
 
     Args:
         inputs: Inputs of one call.
         place: What they are, for the error.
-        can_be_infinite: Whether only NaN is refused, as masks can hold infinity.
+        infinite: Where values may be infinite: ``masks`` allows ``-inf`` in an input beside others, ``allowed`` any infinity.
 
     Raises:
         CalibrationError: A tensor without values, or with NaN or infinity.
@@ -376,9 +390,12 @@ def check_values(inputs: Inputs, place: str, *, can_be_infinite: bool = False) -
             raise CalibrationError(f"{where}: holds no value")
         if not tensor.is_floating_point():
             continue
-        bad = int((torch.isnan(tensor) if can_be_infinite else ~torch.isfinite(tensor)).sum())
+        is_bad = torch.isnan(tensor) if infinite == "allowed" else ~torch.isfinite(tensor)
+        if infinite == "masks" and len(inputs.tensors) > 1:
+            is_bad &= ~torch.isneginf(tensor)
+        bad = int(is_bad.sum())
         if bad:
-            what = "NaN" if can_be_infinite else "NaN or infinite"
+            what = "NaN" if infinite == "allowed" else "NaN or infinite"
             raise CalibrationError(
                 f"{where}: {bad} of {tensor.numel()} values are {what}. Remove these samples or repair the preprocessing."
             )

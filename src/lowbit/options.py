@@ -257,13 +257,14 @@ def _check_option(info: MethodInfo, name: str, elsewhere: Mapping[str, str]) -> 
 
 
 def convert_option(method: str, name: str, value: object, hint: object) -> object:
-    """``value`` as the type that the field ``name`` declares; text from the command line is parsed."""
+    """``value`` as the type that the field ``name`` of ``method`` declares; text from the command line is parsed."""
+    place = f"{method}: " if method else ""
     allowed = _alternatives(hint)
     is_choice = any("none" in typing.get_args(kind) for kind in allowed if typing.get_origin(kind) is typing.Literal)
     if value is None or (isinstance(value, str) and value.lower() == "none" and not is_choice):
         if type(None) in allowed:
             return None
-        raise SpecError(f"{method}: option {name} must not be None")
+        raise SpecError(f"{place}option {name} must not be None")
     for kind in allowed:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         if choices is not None:
@@ -289,7 +290,7 @@ def convert_option(method: str, name: str, value: object, hint: object) -> objec
         elif isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
             return value
     names = " or ".join(_described(kind) for kind in allowed)
-    raise SpecError(f"{method}: option {name} must be {names}, got {value!r}")
+    raise SpecError(f"{place}option {name} must be {names}, got {value!r}")
 
 
 def _alternatives(hint: object) -> tuple[object, ...]:
@@ -299,3 +300,30 @@ def _alternatives(hint: object) -> tuple[object, ...]:
 def _described(kind: object) -> str:
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
     return f"one of {', '.join(map(repr, choices))}" if choices else getattr(kind, "__name__", str(kind))
+
+
+def type_word(hint: object) -> str:
+    """What a value may be: ``int``, ``mse | fisher_diag``, ``float | none``, ``text, text, ...``."""
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_word, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = type_word(typing.get_args(hint)[0])
+        return f"{inner}, {inner}, ..."
+    return {str: "text", bool: "true | false", type(None): "none"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
+
+
+def value_word(value: object) -> str:
+    """A default as users would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(value_word, value))
+    if dataclasses.is_dataclass(value) and hasattr(value, "name"):
+        return str(value.name)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def option_rows(info: MethodInfo) -> list[tuple[str, str, str, str, str]]:
+    """Name, type, range, default and meaning of each hyper-parameter of a method."""
+    known = hyper_parameters_of(info).values()
+    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in known]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import (
@@ -76,8 +77,8 @@ class Progress:
 
     @property
     def has_bar(self) -> bool:
-        """Whether stages are drawn as a bar: standard error is a terminal, or this is a notebook."""
-        return self.console.is_terminal or self.console.is_jupyter
+        """Whether stages are drawn as a bar: standard error is a terminal, or this is a notebook that can draw one."""
+        return self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, message: str) -> None:
         """Print one line, unless quiet."""

@@ -44,7 +44,7 @@ class MethodInfo:
     Attributes:
         name: What users type.
         title: Title of the paper, or what the method is.
-        paper: Authors, venue and year.
+        paper: Authors, venue and year, as ``Lee, Kim, Ham, CVPR 2021``.
         section: Section of the reading list; ``other`` for what is on no list.
         axes: The questions the method answers (weight_quantizer, activation_quantizer, surrogate, procedure, surgery,
             assignment, reconstruction, data, arithmetic); all others take the defaults.
@@ -57,6 +57,7 @@ class MethodInfo:
             ``partial`` (something is left out or changed); ``baseline`` (there is no paper to follow); ``unverified``.
         summary: One line.
         evidence: What it was checked against, and what is missing.
+        url: Address of the paper: at arXiv, or its DOI.
         margin_db: Logit SQNR in dB by which it beats round_to_nearest at 3 bits on a tiny task (a law holds it).
         margin_points: Points of accuracy by which a training method beats round_to_nearest after a short run at 2 bits of weights and
             4 of activations, or the nearest it has, on a tiny task (a law holds it).
@@ -81,6 +82,7 @@ class MethodInfo:
     fidelity: Fidelity
     summary: str
     evidence: str = ""
+    url: str = ""
     margin_db: float = 0.0
     margin_points: float = 0.0
     method: type | None = None
@@ -259,6 +261,13 @@ def check_needs(
             raise error(message)
         notes.append(message)
     return notes
+
+
+def bits_span(bits: range | None) -> str:
+    """``2-8``, or ``float`` where the method leaves them alone."""
+    if bits is None:
+        return "float"
+    return f"{bits.start}-{bits.stop - 1}" if len(bits) > 1 else str(bits.start)
 
 
 _UNMET: dict[Need, tuple[type[LowbitError] | None, str]] = {

@@ -348,6 +348,8 @@ class BitPolicy:
         before_functions: Bits of convolutions' outputs before an activation function that integer kernels do not take in (SiLU,
             Hardswish, GELU, LeakyReLU and the like), where nothing is said of the layer's output. ``None``: the default, which is 8
             after training (where activations are quantized), so that runtimes compute the convolutions in integers, and float in training.
+        order: Layers in the order in which a procedure that quantizes one after the other takes them, as ``lowbit search`` found it; empty where
+            nothing is said of it.
 
     Example:
         >>> print(BitPolicy.uniform(4, 8, merge_bits=8, first_last=None).with_rule(match="head", output=8))
@@ -367,6 +369,7 @@ class BitPolicy:
     rules: tuple[Rule, ...] = ()
     merges: Bits = None
     before_functions: Bits = None
+    order: tuple[str, ...] = ()
 
     @staticmethod
     def uniform(
@@ -426,6 +429,9 @@ class BitPolicy:
         for rule in self.rules:
             if not any(rule.applies(name, module) for name, module in layers.items()):
                 raise SpecError(f"policy: the rule with {rule} matches no layer. The model has: {', '.join(layers) or 'none'}.")
+        for name in self.order:
+            if name not in layers:
+                raise SpecError(f"policy: its order names {name!r}, which is no layer. The model has: {', '.join(layers) or 'none'}.")
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, as in the YAML file."""
@@ -437,14 +443,15 @@ class BitPolicy:
         rules = [{key: value for key, value in vars(rule).items() if value is not None} for rule in self.rules]
         first_last = None if self.first_last is None else plain(self.first_last)
         between = {name: getattr(self, name) for name in _BETWEEN if getattr(self, name) is not None}
-        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between}
+        order = {"order": list(self.order)} if self.order else {}
+        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between, **order}
 
     @staticmethod
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
-        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN}:
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN, "order"}:
             got = shorten(sorted(map(str, data)) if isinstance(data, dict) else data)
-            raise SpecError(f"{where}: expected the keys default, first_last, rules, {' and '.join(_BETWEEN)}, got {got}")
+            raise SpecError(f"{where}: expected the keys default, first_last, rules, {', '.join(_BETWEEN)} and order, got {got}")
 
         def layer_bits(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
@@ -452,11 +459,15 @@ class BitPolicy:
             said = {"weight": 8, "activation": 8, "output": None, **value}
             return LayerBits(**{operand: parse_bits(bits, f"{where}{line_of(value)}: {name}.{operand}") for operand, bits in said.items()})
 
+        order = data.get("order") or []
+        if not isinstance(order, list) or not all(isinstance(name, str) for name in order) or len(set(order)) < len(order):
+            raise SpecError(f"{where}: order must be a list of names of layers, each once, got {shorten(order)}")
         policy = BitPolicy(
             layer_bits(data.get("default", {}), "default"),
             None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
             merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
             before_functions=parse_said_bits(data.get("before_functions"), f"{where}: before_functions"),
+            order=tuple(order),
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):

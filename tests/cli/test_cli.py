@@ -82,6 +82,18 @@ def test_methods_list_shows_every_registered_method() -> None:
     assert all(info.name in output for info in list_methods())
 
 
+def test_methods_show_draws_what_a_method_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    result = run("methods", "show", "binary_connect", "--plot", str(tmp_path / "a.svg"), "--open")
+    assert result.exit_code == 0 and "There is no browser" in result.output and f"picture: {tmp_path / 'a.svg'}" in result.output
+    assert "weights: gradient" in (tmp_path / "a.svg").read_text()
+
+
+def test_methods_show_refuses_other_kinds_of_pictures_before_it_runs(tmp_path: Path) -> None:
+    assert "a picture is written as .svg or .png, got '.pdf'" in fails("methods", "show", "binary_connect", "--plot", tmp_path / "a.pdf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_methods_show_asks_for_the_kind_where_there_are_several() -> None:
     result = run("methods", "show", "integer_only")
     assert result.exit_code == 2
@@ -90,7 +102,7 @@ def test_methods_show_asks_for_the_kind_where_there_are_several() -> None:
 
 @pytest.mark.parametrize("info", list_methods(), ids=lambda info: info.name)
 def test_methods_show_explains_every_hyper_parameter(info: lowbit.registry.MethodInfo) -> None:
-    from lowbit.cli.methods import option_rows
+    from lowbit.options import option_rows
 
     result = run("methods", "show", info.name, "--kind", info.kind)
     assert result.exit_code == 0
@@ -348,12 +360,6 @@ def test_only_some_layers_are_reported_with_the_bits_asked_for_and_older_files_a
 def test_an_error_during_the_work_leaves_no_state_behind(tmp_path: Path) -> None:
     assert "unknown observer" in fails("quantize", "-m", "round_to_nearest", "--weight-observer", "msee", "--out", tmp_path / "out", *FAST)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_table_of_methods_in_the_readme_is_the_registry() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "methods_table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_quantize_reads_the_recipe_that_it_prints_and_options_override_it(tmp_path: Path) -> None:

@@ -409,6 +409,7 @@ class Live:
         return self.process.communicate(timeout=120)[0]
 
 
+@pytest.mark.slow
 def test_a_killed_and_then_terminated_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     out = tmp_path / "out"
     live = Live(out)

@@ -37,6 +37,7 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PACKAGES, *TASKS, *SHARED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_is_learned_at_few_bits_both_ways_and_exported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -46,6 +47,7 @@ def test_a_task_is_learned_at_few_bits_both_ways_and_exported(name: str, tmp_pat
     assert {path.suffix for path in tmp_path.iterdir()} == {".lowbit", ".onnx"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKAGES)
 def test_an_example_trains_two_bits_and_writes_them(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ def leaves(output: object) -> list[Tensor]:
     return list(tensors_of(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_both_files_take_another_batch_and_return_tuples_as_the_network_does(case: str, tmp_path: Path) -> None:
     make, inputs = CASES[case]

@@ -81,6 +81,7 @@ def content(path: Path, name: str) -> torch.Tensor:
     return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", ["signed", "never"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_lsq_runs_in_integers_behind_folded_norms(tmp_path: Path, bits: int, offset: str) -> None:
@@ -177,6 +178,7 @@ GRIDS = {  # bits, qmin, qmax, (lower, step, scale, zero point), whether lower b
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_levels_may_start_anywhere_and_stand_for_other_values(tmp_path: Path, name: str) -> None:
     bits, qmin, qmax, numbers, is_shifted, act = GRIDS[name]

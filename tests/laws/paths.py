@@ -43,6 +43,9 @@ MORE_OPTIONS: dict[str, list[dict[str, object]]] = {  # numbers that switch some
     "pact": [{"weights": "sawb", "sawb_zero": True, "sawb_clip_gradient": True}],
     "proxquant": [{"two_bits": "mean"}, {"two_bits": "median"}],
 }
+SHORT: dict[str, dict[str, object]] = {  # of methods that make their own batches, as large and as many as their defaults say
+    "zaq": {"rounds": 1, "network_steps": 1, "latent": 8, "width": 4},
+}
 
 
 def _name(code: CodeType) -> str:
@@ -52,13 +55,14 @@ def _name(code: CodeType) -> str:
 @contextlib.contextmanager
 def _watching(is_meant: Callable[[FrameType], bool]) -> Iterator[set[str]]:
     """Collect the functions of lowbit that are called within, of those frames that ``is_meant`` says yes to."""
-    found: dict[int, CodeType] = {}
+    seen: dict[int, CodeType] = {}
     names: set[str] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if event == "call" and id(code) not in found and code.co_filename.startswith(SOURCE) and is_meant(frame):
-            found[id(code)] = code
+        if event == "call" and id(code) not in seen and code.co_filename.startswith(SOURCE) and is_meant(frame):
+            seen[id(code)] = code
+            names.add(_name(code))
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -66,7 +70,6 @@ def _watching(is_meant: Callable[[FrameType], bool]) -> Iterator[set[str]]:
         yield names
     finally:
         sys.setprofile(before)
-        names.update(_name(code) for code in found.values())
 
 
 def called_by(adapter: Path, work: Callable[[], object]) -> set[str]:
@@ -124,12 +127,14 @@ def _made(info: MethodInfo, network: str, policy: BitPolicy, options: dict[str, 
     average = info.method.with_hyper_parameters({}).default_recipe().average_weights  # type: ignore[union-attr]
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01), average_weights=average)
     teacher = model if "teacher" in info.needs else None
+    options = {**SHORT.get(info.name, {}), **options}
     return lowbit.train(model, data, method=info.name, policy=policy, recipe=recipe, teacher=teacher, **options)
 
 
 def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
-    """One step in a loop of the user's own, as the documentation writes it."""
+    """One step in a loop of the user's own, as the documentation writes it, with a rule for a layer."""
     model, data = _network("resnet8")
+    policy = policy.with_rule(match="conv", weight="float", activation="float")
     qat = lowbit.prepare(model, method=info.name, policy=policy, sample=data[0]).train()
     run = lowbit.training(qat, steps_per_epoch=1, epochs=4, float_network=model)
     optimizer = torch.optim.SGD(run.parameter_groups(learning_rate=0.01))
@@ -140,12 +145,13 @@ def _own_loop(info: MethodInfo, policy: BitPolicy) -> None:
     run.after_step()
 
 
-def _several_widths(info: MethodInfo, options: dict[str, object]) -> None:
+def _several_widths(info: MethodInfo, options: dict[str, object]) -> Iterator[None]:
     """One network for two widths, trained, switched to the lower one, and exported where the options are new to the file."""
     model, data = _network("resnet8")
     recipe = Recipe(4, batch_size=BATCH, optimizer=OptimizerSpec(learning_rate=0.01))
     trained = lowbit.train(model, data, method=info.name, bits=[4, 2], recipe=recipe, **options)
     lowbit.set_bits(trained, 2)
+    yield
     if not options or "weight_sharing" in options:
         _through_a_file(trained, data[0][:2])
     if getattr(info.method, "switching", None) == "layer":
@@ -171,7 +177,7 @@ def _through_a_file(model: nn.Module, images: Tensor) -> None:
             lowbit.load(Path(folder) / "model.lowbit")(images)
 
 
-def _enlarging(info: MethodInfo) -> None:
+def _enlarging(info: MethodInfo) -> Iterator[None]:
     """Networks for super-resolution, prepared as the paper has it and with each of its options, a step of training, and binary kernels."""
     made = {"edsr_small": {"blocks": 1}, "srresnet": {"blocks": 1}, "vdsr": {"depth": 4}, "bsrn": {"blocks": 1}}
     picture = 255 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -191,83 +197,97 @@ def _enlarging(info: MethodInfo) -> None:
                 run.after_step()
                 if "surgery" in info.axes and not options:
                     lowbit.compile_runtime(qat.eval(), sample=picture)
+            yield
 
 
 def _in_integers(info: MethodInfo) -> None:
     """Compile the network for every arithmetic of integers, run it, and write it in C."""
-    for network in ("resnet8", "mobilenet_v2_small"):
-        model, (images, _) = _made(info, network, BitPolicy.uniform(8, 8).with_merges(8), {}), _network(network)[1]
-        for requantizer, rounding in (("fixed_point", "double"), ("fixed_point", "single"), ("dyadic", "double"), ("onnx", "double")):
-            with contextlib.suppress(LowbitError):
-                lowbit.compile_integer(model, requantizer, sample=images, rounding=rounding)(images)  # type: ignore[arg-type]
-        with tempfile.TemporaryDirectory() as folder:
-            lowbit.export(model, Path(folder) / "net.c", sample=images)
+    model, (images, _) = _made(info, "resnet8", BitPolicy.uniform(8, 8).with_merges(8), {}), _network("resnet8")[1]
+    for requantizer, rounding in (("fixed_point", "double"), ("fixed_point", "single"), ("dyadic", "double"), ("onnx", "double")):
+        lowbit.compile_integer(model, requantizer, sample=images, rounding=rounding)(images)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.export(model, Path(folder) / "net.c", sample=images)
 
 
 def _nearest(wanted: int, supported: range) -> int:
     return wanted if wanted in supported else supported[0]
 
 
-@functools.cache
-def reached_by_users(name: str) -> frozenset[str]:
-    """The functions that run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options."""
-    return frozenset().union(*map(_reached, list_methods(name)))
+def not_reached_by_users(name: str, functions: set[str]) -> set[str]:
+    """Those that do not run when networks are built, quantized or trained by the method, exported, loaded and run, over its bits and options.
+
+    It stops as soon as all of them have run.
+    """
+    with _watching(lambda _: True) as found:
+        for info in list_methods(name):
+            for _ in _uses(info):
+                if functions <= found:
+                    return set()
+    return functions - found
 
 
-def _reached(info: MethodInfo) -> frozenset[str]:
-    """Those of one of the kinds that the method has."""
+def _uses(info: MethodInfo) -> Iterator[None]:
+    """What users do with a method of this kind, piece by piece."""
     if info.kind == "search":
-        return _reached_by_searches(info)
-    if info.kind == "synthesis":
-        return _reached_by_syntheses(info)
+        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+            _searched(info, options)
+            yield
+    elif info.kind == "synthesis":
+        yield from _synthesized(info)
+    else:
+        yield from _quantized_or_trained(info)
+
+
+def _quantized_or_trained(info: MethodInfo) -> Iterator[None]:
     few = _nearest(2, info.weight_bits), None if info.activation_bits is None else _nearest(4, info.activation_bits)
     lowest = info.weight_bits[0], None if info.activation_bits is None else info.activation_bits[0]
+    _network.__wrapped__("resnet8")
+    model = _made(info, "resnet8", BitPolicy.uniform(few[0], few[1]), {})
+    yield
+    if info.kind == "training":
+        _own_loop(info, BitPolicy.uniform(few[0], few[1]))
+        yield
+    for bits in {1, 2, 3, 4, 8} - {few[0]}:
+        with contextlib.suppress(LowbitError):
+            _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
+        yield
+    asked = [(options, (lowest, few)) for options in variants(info)] + [(options, (few,)) for options in MORE_OPTIONS.get(info.name, [])]
+    for options, widths in asked:
+        for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
+            with contextlib.suppress(LowbitError):
+                _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
+                break
+        yield
+    _through_a_file(model, _network("resnet8")[1][0][:2])
+    yield
+    if 4 in (info.activation_bits or ()):
+        _made(info, "resnet8", BitPolicy.uniform(few[0], few[1]).with_merges(4), {})
+        yield
     more = {
         "mobilenet_v2_small+hswish": info.name == "profit",
         "mobilenet_v2_small": "graph" in info.needs,
         "reactnet_a": info.section == "binary",
     }
-    with _watching(lambda _: True) as found:
-        for network in ("resnet8", *(network for network, is_used in more.items() if is_used)):
-            _network.__wrapped__(network)
-            _through_a_file(_made(info, network, BitPolicy.uniform(few[0], few[1]), {}), _network(network)[1][0][:2])
-            if 4 in (info.activation_bits or ()):
-                _made(info, network, BitPolicy.uniform(few[0], few[1]).with_merges(4), {})
-        if "arithmetic" in info.axes:
-            _in_integers(info)
-        if info.section == "super_resolution" and info.kind == "training":
-            _enlarging(info)
-        if info.kind == "training":
-            _own_loop(info, BitPolicy.uniform(few[0], few[1]))
-        if getattr(info.method, "switching", None) is not None:
-            for options in ({}, *variants(info)):
-                _several_widths(info, options)
-        for bits in {1, 2, 3, 4, 8} - {few[0]}:
-            with contextlib.suppress(LowbitError):
-                _made(info, "resnet8", BitPolicy.uniform(bits, bits), {})
-        asked = [(options, (lowest, few)) for options in variants(info)] + [
-            (options, (few,)) for options in MORE_OPTIONS.get(info.name, [])
-        ]
-        for options, widths in asked:
-            for weight_bits, activation_bits in widths:  # some choices need more bits than others, and some another choice beside them
-                with contextlib.suppress(LowbitError):
-                    _made(info, "resnet8", BitPolicy.uniform(weight_bits, activation_bits, first_last=None), options)
-                    break
-    return frozenset(found)
+    for network in (network for network, is_used in more.items() if is_used):
+        _network.__wrapped__(network)
+        _made(info, network, BitPolicy.uniform(few[0], few[1]), {})
+        yield
+    if getattr(info.method, "switching", None) is not None:
+        for options in ({}, *variants(info)):
+            yield from _several_widths(info, options)
+            yield
+    if "arithmetic" in info.axes:
+        _in_integers(info)
+        yield
+    if info.section == "super_resolution" and info.kind == "training":
+        yield from _enlarging(info)
 
 
-def _reached_by_searches(info: MethodInfo) -> frozenset[str]:
-    with _watching(lambda _: True) as found:
-        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
-            _searched(info, options)
-    return frozenset(found)
-
-
-def _reached_by_syntheses(info: MethodInfo) -> frozenset[str]:
+def _synthesized(info: MethodInfo) -> Iterator[None]:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model(torch.randn(8, 1, 6, 6))  # in training mode, so that the norm sees data
     trial = {**info.method.trial, "iterations": 2}  # type: ignore[union-attr]
-    with _watching(lambda _: True) as found, tempfile.TemporaryDirectory() as folder:
-        for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+    for options in ({}, *variants(info), *MORE_OPTIONS.get(info.name, [])):
+        with tempfile.TemporaryDirectory() as folder:
             lowbit.synthesize(model, method=info.name, shape=(1, 6, 6), count=3, work_dir=folder, **{**trial, **options})
-    return frozenset(found)
+        yield

@@ -33,7 +33,7 @@ def quantized(
         activations = UniformQuantizer(activation_bits, signed=False, symmetric=False)
         set_input_quantizer(layer, activations)
     quantizers = [input_quantizer(layer) for layer in quantizable_layers(model).values()]
-    with torch.no_grad(), observing(quantizers):
+    with torch.no_grad(), observing({str(place): quantizer for place, quantizer in enumerate(quantizers)}):
         model(x)
     for quantizer in quantizers:
         quantizer.take_observed()

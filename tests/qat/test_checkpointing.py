@@ -32,7 +32,10 @@ class Net(nn.Module):
 
 
 OPTIONS: dict[str, dict[str, object]] = {
-    "fqsr": {"warm_up": 0, "calibration_weight": 0},  # passes that are computed again count for its warm-up, and have a distance of their own
+    "fqsr": {
+        "warm_up": 0,
+        "calibration_weight": 0,
+    },  # passes that are computed again count for its warm-up, and have a distance of their own
 }
 
 

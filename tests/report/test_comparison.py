@@ -12,6 +12,8 @@ from lowbit.report.comparison import (
     FILES,
     ComparisonReport,
     bibliography,
+    comparison_html,
+    comparison_picture,
     earlier_means,
     latex,
     markdown,
@@ -49,9 +51,14 @@ def test_latex_escapes_names_and_marks_the_best() -> None:
 
 def test_the_bibliography_has_each_paper_once() -> None:
     text = bibliography(RESULTS)
-    assert re.findall(r"@misc\{(\w+),", text) == ["lsq", "pact", "ewgs"]
+    assert re.findall(r"@\w+\{(\w+),", text) == ["lsq", "pact", "ewgs"]
     assert "author = {Esser and McKinstry and Bablani and Appuswamy and Modha}" in text
-    assert "note = {ICLR}" in text and "year = {2020}" in text and "Learned Step Size" in text
+    assert (
+        "booktitle = {ICLR}" in text
+        and "url = {https://arxiv.org/abs/1902.08153}" in text
+        and "year = {2020}" in text
+        and "Learned Step Size" in text
+    )
 
 
 def test_the_page_is_whole_and_escapes_what_users_wrote() -> None:
@@ -99,3 +106,15 @@ def test_labels_lead_to_what_the_page_says_about_their_method() -> None:
     assert '<a href="#method-lsq">lsq</a>' in page and '<dt id="method-lsq">lsq</dt>' in page
     assert "Learned Step Size" in page and "<code>lowbit methods show lsq</code>" in page
     assert '<th scope="row">mine</th>' in page
+
+
+def test_a_notebook_gets_a_dot_for_each_seed_and_the_tables() -> None:
+    tables = make_tables(RESULTS, baseline="lsq")
+    picture = comparison_picture(tables)
+    assert [panel.title for panel in picture.panels] == [table.title for table in tables.tables]
+    for panel, table in zip(picture.panels, tables.tables, strict=True):
+        seeds, mean = panel.curves[:2]
+        assert sorted(seeds.y) == sorted(value for row in table.rows for value in row.values.values())
+        assert list(mean.y) == [row.spread.mean for row in table.rows if row.spread is not None]
+    shown = comparison_html(tables)
+    assert "<svg" in shown and all(f"<td>{row.label}</td>" in shown for table in tables.tables for row in table.rows)

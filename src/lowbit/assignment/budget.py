@@ -97,7 +97,7 @@ class Budget:
             name = name.strip()
             if not equals:
                 raise SpecError(
-                    f"budget {text!r}: expected a name and a value, such as average=4, size=2.5MB, size=10%, bops=8% or latency=60%"
+                    f"budget {text!r}: expected a name and a value, such as 'average=4', 'size=2.5MB', 'size=10%', 'bops=8%' or 'latency=60%'"
                 )
             if name not in known:
                 raise unknown_name("budget", name, known)

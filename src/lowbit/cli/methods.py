@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+import webbrowser
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,9 +13,10 @@ import typer
 from lowbit import registry
 from lowbit.cli.console import results, say, show_json, show_table
 from lowbit.cli.names import method_names
-from lowbit.cli.settings import Json, name_completion, type_word, value_word
+from lowbit.cli.settings import Json, name_completion
 from lowbit.errors import SpecError, unknown_name
-from lowbit.options import hyper_parameters_of
+from lowbit.options import option_rows
+from lowbit.plotting import check_suffix
 
 app = typer.Typer(add_completion=False, help="Which methods there are, and what each one does and takes.", no_args_is_help=True)
 
@@ -36,7 +39,8 @@ def list_methods(
         show_json([facts_of(info) for info in infos])
         return
     rows: list[tuple[object, ...]] = [
-        (i.name, i.kind, span(i.weight_bits), span(i.activation_bits), ", ".join(i.needs) or None, i.summary) for i in infos
+        (i.name, i.kind, registry.bits_span(i.weight_bits), registry.bits_span(i.activation_bits), ", ".join(i.needs) or None, i.summary)
+        for i in infos
     ]
     heads = ["method", "kind", "weight bits", "activation bits", "needs", "what it does"]
     if axis == "procedure":
@@ -54,27 +58,36 @@ def show_method(
         ),
     ],
     kind: Annotated[registry.Kind | None, typer.Option(help="Which one, where methods of several kinds have this name.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what it does, by running it for some seconds, and write that to this .svg or .png file.")
+    ] = None,
+    is_opened: Annotated[bool, typer.Option("--open", help="Draw it and open it in a browser.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the paper, the axes and the hyper-parameters of one method."""
+    """Show the paper, the axes and the hyper-parameters of one method; with --plot also what it does."""
+    if plot is not None:
+        check_suffix(plot)
     kinds = [info.kind for info in registry.list_methods(kind=kind) if info.name == name]
     if len(kinds) > 1:
         raise SpecError(f"{name!r} is a method of several kinds. Say which: {' or '.join(f'--kind {one}' for one in kinds)}.")
     info = registry.find_method(name, kind)
     if json:
         names = ("name", "type", "allowed", "default", "meaning")
-        show_json({**facts_of(info), "options": [dict(zip(names, row, strict=True)) for row in option_rows(info)]})
+        picture, _ = _draw(info, plot, is_opened=is_opened)
+        facts_shown = {**facts_of(info), "options": [dict(zip(names, row, strict=True)) for row in option_rows(info)]}
+        show_json(facts_shown if picture is None else {**facts_shown, "picture": str(picture)})
         return
     results.print(f"[bold]{info.name}[/]: {info.summary}\n")
     facts = {
         "title": info.title,
         "paper": info.paper,
+        "address": info.url or None,
         "section": info.section,
         "axes": ", ".join(info.axes),
         "procedure": "any training method's quantizers can go through it, with --procedure" if info.is_procedure else None,
         "kind": info.kind,
-        "weight bits": span(info.weight_bits),
-        "activation bits": span(info.activation_bits),
+        "weight bits": registry.bits_span(info.weight_bits),
+        "activation bits": registry.bits_span(info.activation_bits),
         "needs": ", ".join(info.needs) or "nothing but the network",
         "fidelity": "; ".join(filter(None, (info.fidelity, info.evidence))),
     }
@@ -83,6 +96,33 @@ def show_method(
     show_table(
         ("option", "type", "allowed", "default", "meaning"), option_rows(info), title="Hyper-parameters, set with --option NAME=VALUE"
     )
+    picture, remarks = _draw(info, plot, is_opened=is_opened)
+    for remark in remarks:
+        say(remark)
+    if picture is not None:
+        say(f"picture: {picture}")
+
+
+def _draw(info: registry.MethodInfo, path: Path | None, *, is_opened: bool) -> tuple[Path | None, list[str]]:
+    """Write the method's picture where it was asked for; the file, and what to say about it."""
+    if path is None and not is_opened:
+        return None, []
+    from lowbit.pages import method_picture  # it brings torch and all workflows
+
+    picture = method_picture(info.method, info.kind)
+    written = picture.save(path or Path(tempfile.mkdtemp(prefix="lowbit-")) / f"{info.name}.svg")
+    remarks = list(picture.notes)
+    if is_opened and not _opened(written):
+        remarks.append("There is no browser to open it with.")
+    return written, remarks
+
+
+def _opened(path: Path) -> bool:
+    """Whether a browser took the file."""
+    try:
+        return webbrowser.open(path.resolve().as_uri())
+    except webbrowser.Error:
+        return False
 
 
 @app.command("new")
@@ -103,16 +143,3 @@ def facts_of(info: registry.MethodInfo) -> dict[str, object]:
     facts = {field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "method"}
     plain = {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in facts.items()}
     return {**plain, "is_procedure": info.is_procedure}
-
-
-def option_rows(info: registry.MethodInfo) -> list[tuple[str, str, str, str, str]]:
-    """Name, type, range, default and meaning of each hyper-parameter of a method."""
-    known = hyper_parameters_of(info).values()
-    return [(s.name, type_word(s.type), str(s.interval or ""), value_word(s.default), s.meaning) for s in known]
-
-
-def span(bits: range | None) -> str:
-    """``2-8``, or ``float`` where the method leaves them alone."""
-    if bits is None:
-        return "float"
-    return f"{bits.start}-{bits.stop - 1}" if len(bits) > 1 else str(bits.start)

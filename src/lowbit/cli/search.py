@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from lowbit.cli.console import SpokenProgress, errors, resumable, say, show_json, show_table
+from lowbit.cli.names import procedure_names
 from lowbit.cli.settings import Json, PrintConfig, Quiet, RecipeFile, options_of
 from lowbit.workflows.requests import SearchRequest
 
@@ -52,6 +53,9 @@ def search(
         errors.print(f"[bold red]not written:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if not json:
         say(f"written to {searched.out}: {', '.join(FILES)}{'' if searched.delivery is None else ', quantized/'}")
-        say(f"use it: lowbit quantize --policy {Path(searched.out) / FILES[0]}")
+        policy = Path(searched.out) / FILES[0]
+        say(f"use it: lowbit quantize --policy {policy}")
+        if result.order and result.method in procedure_names():
+            say(f"retrain it layer by layer: lowbit train --policy {policy} --procedure {result.method}")
     if problems:
         raise typer.Exit(1)

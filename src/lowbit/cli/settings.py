@@ -15,7 +15,7 @@ import typer
 from lowbit.cli import names
 from lowbit.cli.flags import flag_of, flags_of, off_flag_of
 from lowbit.errors import SpecError
-from lowbit.options import Setting, settings_of
+from lowbit.options import Setting, settings_of, value_word
 from lowbit.reading import parse_yaml
 from lowbit.workflows.request import Request, fields_of
 
@@ -111,25 +111,6 @@ def key_values(pairs: list[str], option: str) -> dict[str, str]:
             raise SpecError(f"{option} {pair}: {key} was given twice, also as {values[key]!r}")
         values[key] = value
     return values
-
-
-def type_word(hint: object) -> str:
-    """What a value may be: ``int``, ``mse | fisher_diag``, ``float | none``, ``text, text, ...``."""
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join(map(type_word, typing.get_args(hint)))
-    if typing.get_origin(hint) is tuple:
-        inner = type_word(typing.get_args(hint)[0])
-        return f"{inner}, {inner}, ..."
-    return {str: "text", bool: "true | false", type(None): "none"}.get(hint, getattr(hint, "__name__", str(hint)))  # type: ignore[call-overload, no-any-return]
-
-
-def value_word(value: object) -> str:
-    """A default as users would type it."""
-    if isinstance(value, tuple):
-        return ",".join(map(value_word, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _options(request: type[Request], kind: str | None) -> Iterator[tuple[tuple[str, ...], Any]]:

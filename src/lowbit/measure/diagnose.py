@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from lowbit.measure.noise import Noise
 from lowbit.measure.outputs import device_of, pieces
 from lowbit.measure.ranges import Range, RangeMeter, range_of_weight
 from lowbit.network.batch import calibration_for
+from lowbit.network.calls import on_input
 from lowbit.network.insert import activation_quantizers, quantization_enabled, quantized_weights
 from lowbit.network.layers import evaluating, quantizable_layers
 from lowbit.progress import Progress, Stage
@@ -206,18 +208,14 @@ class _Walk:
 
             return see
 
-        def reading(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-            def read(_module: nn.Module, args: tuple[object, ...]) -> None:
-                if name in self.weights:
-                    order.setdefault(self.weights[name])
-                for x in args:
-                    made = makers.get(x.untyped_storage().data_ptr()) if isinstance(x, Tensor) else None
-                    if made is not None and name not in readers[made[1]]:
-                        readers[made[1]].append(name)
+        def read(name: str, x: Tensor) -> None:
+            if name in self.weights:
+                order.setdefault(self.weights[name])
+            made = makers.get(x.untyped_storage().data_ptr())
+            if made is not None and name not in readers[made[1]]:
+                readers[made[1]].append(name)
 
-            return read
-
-        handles = [layer.register_forward_pre_hook(reading(name)) for name, layer in quantizable_layers(self.model).items()]
+        handles = [on_input(layer, partial(read, name)) for name, layer in quantizable_layers(self.model).items()]
         try:
             with disabled(self.weights.values()), replace_forward({q: seeing(q) for q in meters}):
                 for inputs in self.batches:
@@ -253,7 +251,7 @@ class _Walk:
             return
         candidate.to(self.batches[0].tensors[0].device)
         others = [q for q in self.quantizers if q is not quantizer]
-        with observing([candidate]), disabled(others), replace_forward({quantizer: candidate.__call__}):
+        with observing({suspect.name: candidate}), disabled(others), replace_forward({quantizer: candidate.__call__}):
             for inputs in self.batches:
                 run_output(self.model, inputs, self.output)
         candidate.take_observed()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from lowbit.network.calls import input_of
 from lowbit.network.layers import CONVOLUTIONS, WEIGHT
 
 _CONVOLVE: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -108,15 +109,16 @@ class InstabilityMeter:
         def note_weight(_module: nn.Module, _args: tuple[Any, ...], weight: Tensor) -> None:
             self.current[name] = weight.detach().clone()
 
-        def measure(_module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+        def measure(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Tensor) -> None:
             if not is_computed:
                 self.current[name] = layer.weight.detach().clone()  # type: ignore[operator]
-            if name in self.previous:
-                outputs = (convolve(layer, args[0], weights[name]) for weights in (self.current, self.previous))
+            x = input_of(args, kwargs)
+            if name in self.previous and x is not None:
+                outputs = (convolve(layer, x, weights[name]) for weights in (self.current, self.previous))
                 found.setdefault(name, []).append(output_divergence(*outputs))
 
         is_computed = parametrize.is_parametrized(layer, WEIGHT)
-        hooks = [layer.register_forward_hook(measure)]
+        hooks = [layer.register_forward_hook(measure, with_kwargs=True)]
         if is_computed:
             hooks.append(layer.parametrizations[WEIGHT].register_forward_hook(note_weight))  # type: ignore[index, union-attr]
         return hooks

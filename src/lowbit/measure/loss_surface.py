@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lowbit.autograd import plain_tensor, records_gradients
 from lowbit.errors import DataError, LayerError, unknown_name
 from lowbit.inputs import Inputs, map_tensors, sample_count, tensors_of
 from lowbit.measure.outputs import device_of
+from lowbit.network.calls import Call, input_of, with_input
 from lowbit.network.taps import Tap
 from lowbit.network.unwrap import plain_copy
 from lowbit.quantizers import Quantizer
@@ -189,7 +190,11 @@ def _shifted(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, list[T
             if tap.side == "output":
                 handles.append(modules[tap.module].register_forward_hook(lambda _m, _args, output, tap=tap: shift(tap, output)))
             else:
-                handles.append(modules[tap.module].register_forward_pre_hook(lambda _m, args, tap=tap: shift(tap, args)))
+                handles.append(
+                    modules[tap.module].register_forward_pre_hook(
+                        lambda _m, args, kwargs, tap=tap: with_input(args, kwargs, shift(tap, input_of(args, kwargs))), with_kwargs=True
+                    )
+                )
         yield shifts
     finally:
         for handle in handles:
@@ -197,17 +202,17 @@ def _shifted(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, list[T
 
 
 @contextmanager
-def _inputs_recorded(model: nn.Module) -> Iterator[dict[str, tuple[object, ...]]]:
+def _inputs_recorded(model: nn.Module) -> Iterator[dict[str, Call]]:
     """Within the context, the arguments of each module's first call, by its name, in the order of calls."""
-    calls: dict[str, tuple[object, ...]] = {}
+    calls: dict[str, Call] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def record(_module: nn.Module, args: tuple[object, ...]) -> None:
-            calls.setdefault(name, tuple(map_tensors(arg, Tensor.detach) for arg in args))
+    def recorder(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def record(_module: nn.Module, *call: object) -> None:
+            calls.setdefault(name, map_tensors(call, Tensor.detach))  # type: ignore[arg-type]
 
         return record
 
-    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in model.named_modules()]
     try:
         yield calls
     finally:
@@ -215,7 +220,7 @@ def _inputs_recorded(model: nn.Module) -> Iterator[dict[str, tuple[object, ...]]
             handle.remove()
 
 
-def _differentiates_twice(module: nn.Module, args: tuple[object, ...]) -> bool:
+def _differentiates_twice(module: nn.Module, call: Call) -> bool:
     """Whether the sum of what the module gives can be differentiated twice by all that it reads."""
     leaves: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
 
@@ -225,7 +230,8 @@ def _differentiates_twice(module: nn.Module, args: tuple[object, ...]) -> bool:
         return copy
 
     try:
-        output = module(*(map_tensors(arg, leaf) for arg in args))
+        args, kwargs = cast(Call, map_tensors(call, leaf))
+        output = module(*args, **kwargs)
         total = sum(tensor.square().sum() for tensor in tensors_of(output) if tensor.requires_grad)
         if isinstance(total, Tensor):
             first = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)

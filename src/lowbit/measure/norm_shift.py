@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from lowbit.inputs import Inputs
+from lowbit.network.calls import on_input
 from lowbit.network.layers import evaluating
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -48,10 +50,10 @@ def first_norm_shift(model: nn.Module, inputs: Inputs) -> NormShift | None:
     if not names:
         return None
 
-    def stop(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _Reached(norm, args[0])
+    def stop(norm: nn.Module, x: Tensor) -> None:
+        raise _Reached(norm, x)
 
-    hooks = [norm.register_forward_pre_hook(stop) for norm in names]
+    hooks = [on_input(norm, partial(stop, norm)) for norm in names]
     try:
         with evaluating(model):
             model(*inputs.args, **inputs.kwargs)

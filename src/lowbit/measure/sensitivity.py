@@ -19,7 +19,8 @@ from lowbit.inputs import Inputs, sample_count
 from lowbit.measure.agreement import has_classes, kl_divergence
 from lowbit.measure.outputs import device_of, output_tensor
 from lowbit.measure.replay import Replay
-from lowbit.network.insert import WeightSite, first_tensor, weight_sites
+from lowbit.network.calls import Call, input_of, on_input, with_input
+from lowbit.network.insert import WeightSite, weight_sites
 from lowbit.network.layers import evaluating
 from lowbit.progress import Progress
 from lowbit.quantizers import Quantizer, UniformQuantizer
@@ -187,7 +188,11 @@ def _quantized(site: WeightSite, layer: QuantizedLayer) -> Iterator[None]:
     original = site.original
     if layer.weight is not None and layer.weight.shape != original.shape:
         raise LayerError(f"layer {site.name!r}: its weight has the shape {tuple(original.shape)}, got {tuple(layer.weight.shape)}")
-    handle = None if layer.activation is None else site.layer.register_forward_pre_hook(partial(_quantize_input, layer.activation))
+    handle = (
+        None
+        if layer.activation is None
+        else site.layer.register_forward_pre_hook(partial(_quantize_input, layer.activation), with_kwargs=True)
+    )
     try:
         if layer.weight is not None:  # set by name, as recurrent layers hold their weights in a second place, which follows
             setattr(site.layer, site.parameter, nn.Parameter(layer.weight.detach().to(original), requires_grad=False))
@@ -198,9 +203,9 @@ def _quantized(site: WeightSite, layer: QuantizedLayer) -> Iterator[None]:
             handle.remove()
 
 
-def _quantize_input(quantizer: Quantizer, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    index = first_tensor(args)
-    return None if index is None else (*args[:index], quantizer(args[index]), *args[index + 1 :])
+def _quantize_input(quantizer: Quantizer, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    x = input_of(args, kwargs)
+    return None if x is None else with_input(args, kwargs, quantizer(x))
 
 
 def input_quantizers(
@@ -212,13 +217,7 @@ def input_quantizers(
     """
     sites = weight_sites(model)
     found = {name: UniformQuantizer(8, signed=False, symmetric=False, observer=MinMaxObserver()) for name in names}
-
-    def observe(quantizer: UniformQuantizer, _layer: nn.Module, args: tuple[Any, ...]) -> None:
-        index = first_tensor(args)
-        if index is not None:
-            quantizer.observer.observe(args[index])
-
-    handles = [sites[name].layer.register_forward_pre_hook(partial(observe, quantizer)) for name, quantizer in found.items()]
+    handles = [on_input(sites[name].layer, quantizer.observer.observe) for name, quantizer in found.items()]
     try:
         with evaluating(model):
             for batch in batches:

@@ -6,7 +6,7 @@ Nothing is prepared again: every quantizer changes its own bit-width and keeps w
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
@@ -269,6 +269,32 @@ def lower_bits(model: nn.Module, stage: LayerBits) -> None:
         LayerBits(weight=2, activation=4, output=None)
     """
     _change(model, {name: raised_bits(own, stage) for name, own in asked_bits(model).items()}, is_lowering=True)
+
+
+def quantize_only(model: nn.Module, names: Collection[str]) -> None:
+    """Give the layers ``names`` the bits that the policy asks for, and leave all others in float for now.
+
+    A quantizer that several layers share is in use where one of them is among ``names``.
+
+    Args:
+        model: A network from ``lowbit.prepare``.
+        names: Weights, by the names of their sites.
+
+    Example:
+        >>> import torch, lowbit
+        >>> from lowbit.network.bits import quantize_only
+        >>> model = lowbit.prepare(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), weight_bits=2, sample=torch.randn(8, 4))
+        >>> quantize_only(model, ["1"])
+        >>> [bits.weight for bits in lowbit.get_bits(model).values()]
+        [None, 2, None]
+    """
+    layers = layer_quantizers(model)
+    used = {getattr(layers[name], part) for name in names for part in get_args(Part)}
+
+    def bits(name: str, asked: LayerBits) -> LayerBits:
+        return LayerBits(**{part: getattr(asked, part) if getattr(layers[name], part) in used else None for part in get_args(Part)})
+
+    _change(model, {name: bits(name, asked) for name, asked in asked_bits(model).items()}, is_lowering=False)
 
 
 def keep_bits(model: nn.Module) -> None:

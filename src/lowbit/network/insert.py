@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LayerError
+from lowbit.network.calls import Call, input_of, with_input
 from lowbit.network.layers import (
     QUANTIZABLE,
     WEIGHT,
@@ -260,9 +261,9 @@ def _plain_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def set_input_quantizer(module: nn.Module, quantizer: Quantizer) -> None:
-    """Quantize the module's first floating-point positional input, and other positional inputs that are the same tensor, as in ``attention(x, x, x)``."""
+    """Quantize the module's first floating-point input, and other inputs that are the same tensor, as in ``attention(x, x, x)``."""
     if not hasattr(module, INPUT):
-        module.register_forward_pre_hook(_quantize_input)
+        module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     setattr(module, INPUT, quantizer.train(module.training))
 
 
@@ -286,23 +287,23 @@ def output_quantizer(module: nn.Module) -> Quantizer | None:
 def set_output_transform(module: nn.Module, transform: nn.Module) -> None:
     """Replace the module's output, one tensor, by ``transform(output, x)``; replaces a transform that is already there.
 
-    ``x`` is the module's first floating-point positional input before the input quantizer (behind an input transform). An
+    ``x`` is the module's first floating-point input before the input quantizer (behind an input transform). An
     output quantizer sees the transformed output. It belongs to the quantizer of the input: where that is not enabled the output stays
     as it is, and where ``transform.enabled`` is ``False``. A transform with a true attribute ``before_bias`` gets the output without
     the layer's bias, which is added to what it returns.
     """
     if not hasattr(module, TRANSFORM):
-        module.register_forward_hook(_transform_output, prepend=True)
+        module.register_forward_hook(_transform_output, prepend=True, with_kwargs=True)
     setattr(module, TRANSFORM, transform.train(module.training))
 
 
 def set_input_transform(module: nn.Module, transform: nn.Module) -> None:
-    """Replace the module's first floating-point positional input by ``transform(x)``, before any input quantizer.
+    """Replace the module's first floating-point input by ``transform(x)``, before any input quantizer.
 
     It belongs to the network, as a norm does: it stays where quantizers are disabled. Replaces a transform that is already there.
     """
     if not hasattr(module, INPUT_TRANSFORM):
-        module.register_forward_pre_hook(_transform_input, prepend=True)
+        module.register_forward_pre_hook(_transform_input, prepend=True, with_kwargs=True)
     setattr(module, INPUT_TRANSFORM, transform.train(module.training))
 
 
@@ -390,36 +391,31 @@ class _QuantizedArguments(tuple[Any, ...]):
     raw: Tensor
 
 
-def first_tensor(args: tuple[Any, ...]) -> int | None:
-    """Where the input that is quantized stands among a call's positional arguments: the first floating-point tensor."""
-    return next((index for index, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()), None)
-
-
-def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    index = first_tensor(args)
-    if index is None:
+def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    raw = input_of(args, kwargs)
+    if raw is None:
         return None
-    raw, x = args[index], getattr(module, INPUT)(args[index])
+    x = getattr(module, INPUT)(raw)
     quantized = tuple(x if value is raw else value for value in args)
+    named = {name: x if value is raw else value for name, value in kwargs.items()}
     if not hasattr(module, TRANSFORM):
-        return quantized
+        return quantized, named
     arguments = _QuantizedArguments(quantized)
     arguments.raw = raw
-    return arguments
+    return arguments, named
 
 
-def _transform_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    index = first_tensor(args)
-    return None if index is None else (*args[:index], getattr(module, INPUT_TRANSFORM)(args[index]), *args[index + 1 :])
+def _transform_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    x = input_of(args, kwargs)
+    return None if x is None else with_input(args, kwargs, getattr(module, INPUT_TRANSFORM)(x))
 
 
-def _transform_output(module: nn.Module, args: tuple[Any, ...], output: object) -> object:
-    index = first_tensor(args)
+def _transform_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
+    x = args.raw if isinstance(args, _QuantizedArguments) else input_of(args, kwargs)
     transform, quantizer = getattr(module, TRANSFORM), getattr(module, INPUT, None)
     is_enabled = getattr(transform, "enabled", True) and (quantizer is None or quantizer.enabled)
-    if index is None or not is_enabled or not isinstance(output, Tensor):
+    if x is None or not is_enabled or not isinstance(output, Tensor):
         return output
-    x = args.raw if isinstance(args, _QuantizedArguments) else args[index]
     bias = getattr(module, "bias", None) if getattr(transform, "before_bias", False) else None
     if bias is None:
         return transform(output, x)

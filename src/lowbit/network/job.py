@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, overload
 
 import torch
@@ -13,6 +14,7 @@ from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
 from lowbit.inputs import Inputs
 from lowbit.network import insert
 from lowbit.network.bits import check_policy, policy_bits, unhonoured_rules
+from lowbit.network.calls import on_input
 from lowbit.network.insert import WeightSite, weight_sites
 from lowbit.network.layers import NORMS, WEIGHT, evaluating, execution_order, is_random, layer_kind, shuffled_layers, weights_of
 from lowbit.network.placement import Placement, Site
@@ -233,17 +235,16 @@ class NetworkJob:
         names = {site: placement.name for placement in placements for site in placement.sites}
         signs = dict.fromkeys(names.values(), False)
 
-        def note(site: Site, values: tuple[object, ...]) -> None:
-            x = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
-            signs[names[site]] |= x is not None and bool((x < 0).any())
+        def note(site: Site, x: object) -> None:
+            signs[names[site]] |= isinstance(x, Tensor) and bool((x < 0).any())
 
         handles = []
         for site in names:  # behind the transforms of a layer
             module = self.model.get_submodule(site.module)
             if site.side == "input":
-                handles.append(module.register_forward_pre_hook(lambda _module, args, site=site: note(site, args)))
+                handles.append(on_input(module, partial(note, site)))
             else:
-                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, (output,))))
+                handles.append(module.register_forward_hook(lambda _module, _args, output, site=site: note(site, output)))
         try:
             with evaluating(self.model):
                 self.model(*self.sample.args, **self.sample.kwargs)

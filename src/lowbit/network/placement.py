@@ -123,10 +123,10 @@ def place_at_tensors(
             sites = (Site(layer, "output"),)
         elif layers:
             layer, width, purpose = None, max(layers.values()), "input"
-            sites = _sites(dataflow, node, layers)
+            sites = _sites(dataflow, node, layers, has_merges=merge.purpose is not None)
         elif merge_bits is not None and merge.purpose is not None and _is_activation(node) and not dataflow.is_output(node):
             layer, width, purpose = None, merge_bits, merge.purpose
-            sites = _sites(dataflow, node, layers)
+            sites = _sites(dataflow, node, layers, has_merges=True)
         else:
             continue
         fed = tuple(name for name, bits in layers.items() if bits == width) if sites else ()
@@ -228,8 +228,11 @@ def _is_activation(node: Node) -> bool:
     return node.is_activation and len(node.shape) >= 2
 
 
-def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int]) -> tuple[Site, ...]:
-    """Hooks after which every module that reads the tensor sees it quantized; empty when a layer would be missed."""
+def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int], *, has_merges: bool) -> tuple[Site, ...]:
+    """Hooks after which every module that reads the tensor sees it quantized; empty when a layer would be missed.
+
+    The network's own input sits at the network where merges of its own code read it too.
+    """
     waiting = dataflow.consumers(node)
     for module in node.returned_by:  # innermost first, so that the quantizer belongs to the block that made it
         is_made_inside = _is_within(node.owner, module)  # others pass it on, while it is read beside them as well
@@ -243,6 +246,8 @@ def _sites(dataflow: Dataflow, node: Node, layers: Mapping[str, int]) -> tuple[S
             sites.append(Site(module, "input"))
             covered += inside
             waiting = [reader for reader in waiting if reader not in inside]
+    if waiting and has_merges and dataflow.is_first_input(node) and dataflow.can_hold_quantizer(""):
+        return (Site("", "input"),)
     firsts = [_first_reader(dataflow, dataflow.of_layer(name)[0], node) for name in layers]
     return tuple(sites) if all(first in covered for first in firsts) else ()
 

@@ -93,7 +93,9 @@ def tapped(model: nn.Module, taps: Collection[Place], side: Side = "output", *, 
         module: nn.Module = modules[tap.module]
         if tap.side == "output":
             return module.register_forward_hook(lambda _m, _args, output: keep(key, tap, output))
-        return module.register_forward_pre_hook(lambda _m, args: keep(key, tap, args), prepend=True)
+        return module.register_forward_pre_hook(
+            lambda _m, args, kwargs: keep(key, tap, (*args, *kwargs.values())), prepend=True, with_kwargs=True
+        )
 
     handles = [model.register_forward_pre_hook(lambda _m, _args: calls.clear(), prepend=True)]
     try:
@@ -119,7 +121,9 @@ def taps_of(flow: Dataflow, node: Node) -> tuple[Tap, ...]:
     """
     sides: tuple[tuple[Side, str], ...] = (("output", "returned_by"), ("input", "received_by"))
     for side, field in sides:
-        plain = [module for module in getattr(node, field) if not module.endswith((INPUT, OUTPUT))]  # quantizers may be off, and do not run then
+        plain = [
+            module for module in getattr(node, field) if not module.endswith((INPUT, OUTPUT))
+        ]  # quantizers may be off, and do not run then
         for module in plain[:1]:
             earlier = flow.nodes[: flow.nodes.index(node)]
             return (Tap(module, side, sum(getattr(other, field).count(module) for other in earlier)),)

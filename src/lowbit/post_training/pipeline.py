@@ -215,7 +215,7 @@ class PtqJob(NetworkJob):
             return
         calibration = self.need_calibration("setting activation ranges")
         stage_of = self.progress.stage("activation ranges", total=calibration.samples)
-        with stage_of as stage, observing(quantizers.values()), parametrize.cached(), evaluating(self.model):
+        with stage_of as stage, observing(quantizers), parametrize.cached(), evaluating(self.model):
             for inputs in calibration:
                 self.model(*inputs.args, **inputs.kwargs)
                 stage.advance(inputs.batch_size)

@@ -106,7 +106,7 @@ def prepare(
         job = QatJob(
             plain_copy(model),
             policy,
-            check_values(Inputs.of(sample, model), "sample", can_be_infinite=True),
+            check_values(Inputs.of(sample, model), "sample", infinite="allowed"),
             seed,
             edges=chosen.edge_quantizer,
             switches=switches,
@@ -120,7 +120,9 @@ def prepare(
     used = chosen.hyper_parameter_values()
     if surrogate is not None:
         used["surrogate"] = surrogate
-    attach_record(job.model, QuantizationRecord(info.name, used, job.policy, seed, table, switches, chosen.switching or "network", job.tied))
+    attach_record(
+        job.model, QuantizationRecord(info.name, used, job.policy, seed, table, switches, chosen.switching or "network", job.tied)
+    )
     setattr(job.model, _ATTRIBUTE, chosen)
     if switches:
         set_bits(job.model, switches[0])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import html
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SpecError
+from lowbit.plotting import as_html
 from lowbit.quantizers.qtensor import QTensor
+from lowbit.quantizers.staircase import quantizer_picture
 from lowbit.spec import Granularity, check_bit_width
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _AT_WIDTH = "_at_width_"  # between the name of a table and the bit-width that it is kept for
 
@@ -62,6 +68,42 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def initialize(self, x: Tensor) -> None:
         """Fit the parameters of the grid to data."""
+
+    def plot(self, values: Tensor | tuple[float, float] | None = None) -> Figure:
+        """The staircase of this quantizer and the gradient that autograd gives through it, as a matplotlib figure.
+
+        Args:
+            values: The tensor that it quantizes, such as a weight, of which one element is moved while all others stay; or the ends of a
+                range, for a quantizer with one scale. Default: somewhat more than the range of its levels.
+
+        Raises:
+            SpecError: A range for a quantizer with several scales, or one that is not initialized.
+            MissingExtraError: matplotlib is not installed.
+        """
+        return quantizer_picture(self, self._shown_values(values), f"{type(self).__name__}, {self.bit_width} bits").figure()
+
+    def _repr_html_(self) -> str | None:
+        """In a notebook: what it is, and its staircase where it has one scale; the text alone without matplotlib."""
+        try:
+            picture = quantizer_picture(self, self._shown_values(None), f"{type(self).__name__}, {self.bit_width} bits")
+        except (SpecError, RuntimeError, ValueError):  # several scales, not initialized, or inputs of one shape only
+            return None
+        drawn = as_html(picture)
+        return None if drawn is None else f"<pre>{html.escape(repr(self))}</pre>{drawn}"
+
+    def _shown_values(self, values: Tensor | tuple[float, float] | None) -> Tensor:
+        if isinstance(values, Tensor):
+            return values
+        if self.granularity.axes or self.granularity.group_size:
+            raise SpecError(
+                f"{type(self).__name__} has a scale for each index of axis {self.granularity.axis}: pass the tensor that it quantizes to plot()."
+            )
+        if values is None:
+            with torch.no_grad():
+                ends = self.encode(torch.tensor([-1e4, 1e4])).decode()
+            low, high = float(ends.min()), float(ends.max())
+            values = low - (high - low) / 4, high + (high - low) / 4
+        return torch.linspace(*values, 161)
 
     def penalty(self) -> Tensor:
         """Regularization term to add to a training loss; zero unless a subclass has one."""

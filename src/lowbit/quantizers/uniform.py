@@ -6,13 +6,13 @@ Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import SpecError
+from lowbit.errors import CalibrationError, SpecError
 from lowbit.quantizers.affine import fake_quantize, qrange, quantize
 from lowbit.quantizers.base import TableQuantizer, replace_forward
 from lowbit.quantizers.ops import mark_affine
@@ -132,18 +132,24 @@ class UniformQuantizer(TableQuantizer):
 
 
 @contextmanager
-def observing(quantizers: Iterable[UniformQuantizer]) -> Iterator[None]:
-    """Within the context values pass these quantizers, and their observers see them; ``take_observed`` then sets the grids."""
+def observing(quantizers: Mapping[str, UniformQuantizer]) -> Iterator[None]:
+    """Within the context values pass these quantizers, and their observers see them; ``take_observed`` then sets the grids.
 
-    def showing(quantizer: UniformQuantizer) -> Callable[[Tensor], Tensor]:
+    Raises:
+        CalibrationError: A value is NaN or infinite; names the quantizer.
+    """
+
+    def showing(name: str, quantizer: UniformQuantizer) -> Callable[[Tensor], Tensor]:
         def show(x: Tensor) -> Tensor:
-            quantizer.observer.observe(x.detach())
+            try:
+                quantizer.observer.observe(x.detach())
+            except CalibrationError as error:
+                raise CalibrationError(f"activation {name!r}: {error}") from error
             return x
 
         return show
 
-    watched = list(quantizers)
-    for quantizer in watched:
+    for quantizer in quantizers.values():
         quantizer.observer.reset()
-    with replace_forward({quantizer: showing(quantizer) for quantizer in watched}):
+    with replace_forward({quantizer: showing(name, quantizer) for name, quantizer in quantizers.items()}):
         yield

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lowbit.comparison.cells import MIXED, Result
 from lowbit.comparison.statistics import CONFIDENCE, LEAST_SEEDS
@@ -19,8 +18,10 @@ from lowbit.comparison.terms import SHOWN
 from lowbit.comparison.verdicts import Verdict
 from lowbit.errors import LowbitError
 from lowbit.files import write_text
+from lowbit.plotting import Curve, Panel, Picture, as_html
 from lowbit.qat.task import format_metric
 from lowbit.registry import MethodInfo, find_method
+from lowbit.report.bibliography import bibtex
 from lowbit.report.formatting import NOTHING, format_bytes
 from lowbit.report.orderings import HEADS as ORDERING_HEADS, notes, ordering_cells, orderings_page
 from lowbit.report.results_csv import read_results, results_csv
@@ -211,22 +212,32 @@ def method_infos(results: Sequence[Result]) -> Iterator[MethodInfo]:
 
 def bibliography(results: Sequence[Result]) -> str:
     """BibTeX entries of the methods' papers."""
-    entries = []
-    for info in method_infos(results):
-        if not info.title or info.fidelity == "baseline":
-            continue
-        years = re.findall(r"\b(?:19|20)\d\d\b", info.paper)
-        names, _, venue = info.paper.partition(years[0])[0].strip(" ,").rpartition(", ") if years else (info.paper, "", "")
-        authors = names.split(", ") if names else [venue]
-        fields = {
-            "title": f"{{{info.title}}}",
-            "author": " and ".join(authors),
-            "year": years[0] if years else "",
-            "note": venue if names else "",
-        }
-        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
-        entries.append(f"@misc{{{info.name},\n{body}\n}}\n")
-    return "\n".join(dict.fromkeys(entries))
+    return "\n".join(dict.fromkeys(filter(None, map(bibtex, method_infos(results)))))
+
+
+def comparison_picture(tables: Tables) -> Picture:
+    """The metric of every method in each table: one dot for a seed, another for the mean, and the float network's."""
+    panels = []
+    for table in tables.tables:
+        rows = [row for row in table.rows if row.values]
+        seeds = [(place, value) for place, row in enumerate(rows) for value in row.values.values()]
+        curves = [Curve("seeds", [place for place, _ in seeds], [value for _, value in seeds], "points", 5)]
+        curves.append(Curve("mean", range(len(rows)), [row.spread.mean for row in rows if row.spread is not None], "points", 0))
+        if table.float_value is not None and rows:
+            curves.append(Curve("float", [0, len(rows) - 1], [table.float_value] * 2, "line", 1, is_dashed=True))
+        names = tuple(row.label for row in rows)
+        panels.append(Panel(table.title, tuple(curves), up=table.metric, names=names, is_wide=True))
+    return Picture("comparison of methods", tuple(panels))
+
+
+def comparison_html(tables: Tables) -> str:
+    """What a notebook shows: the picture, where matplotlib is installed, and the tables."""
+    parts = [as_html(comparison_picture(tables)) or ""]
+    for table in tables.tables:
+        rows = [HEADS, *(row_cells(table, row) for row in table.rows)]
+        lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        parts.append(f"<p>{escape(table.title)}</p><table>{lines}</table>")
+    return "".join(parts)
 
 
 def render_page(report: ComparisonReport, earlier: Mapping[tuple[str, ...], float] | None = None) -> str:

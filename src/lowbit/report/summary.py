@@ -73,6 +73,12 @@ class Summary:
             table.add_row(*map(Text, cells))
         return table
 
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre style='white-space:pre;font-family:monospace'>{code}</pre>")
+
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH)
         console.print(self)

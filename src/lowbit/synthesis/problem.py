@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError, SpecError
-from lowbit.inputs import Inputs
+from lowbit.inputs import Inputs, check_memory
 from lowbit.measure.outputs import device_of
 from lowbit.network.layers import EMBEDDINGS
 from lowbit.network.unwrap import plain_copy
@@ -208,6 +208,7 @@ def make_problem(
     number = count(len(called)) if callable(count) else count
     if number < 1:
         raise SpecError(f"count={number}: at least one sample has to be made.")
+    check_memory(number * sum(tensor.nbytes for tensor in sample.tensors) // sample.batch_size, f"count={number}: the samples take")
     notes += (f"left out: {', '.join(silent)}: not called with such inputs",) if silent else ()
     kept = {name: value for name, value in kept.items() if name not in silent}
     return SynthesisProblem(network, _times(sample, number), kept, called, notes, seed, progress or Progress.silent(), work_dir)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LayerError, SpecError
 from lowbit.inputs import Inputs
+from lowbit.network.calls import on_input
 from lowbit.network.layers import BATCH_NORMS
 
 EPSILON = 1e-6  # added to variances before their square root is taken
@@ -158,20 +160,16 @@ def watching(model: nn.Module, kept: Mapping[str, KeptStatistics]) -> Iterator[l
         found.clear()
         calls.clear()
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            calls[name] += 1
-            values = args[0] if args else next(iter(kwargs.values()))
-            try:
-                mean, std = channel_statistics(values)
-            except SpecError as error:
-                raise SpecError(f"norm {name!r}: {error}") from error
-            found.append(ChannelStatistics(name if calls[name] == 1 else f"{name}#{calls[name]}", mean, std, kept[name]))
-
-        return hook
+    def note(name: str, values: Tensor) -> None:
+        calls[name] += 1
+        try:
+            mean, std = channel_statistics(values)
+        except SpecError as error:
+            raise SpecError(f"norm {name!r}: {error}") from error
+        found.append(ChannelStatistics(name if calls[name] == 1 else f"{name}#{calls[name]}", mean, std, kept[name]))
 
     handles = [model.register_forward_pre_hook(begin, prepend=True)]
-    handles += [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in kept]
+    handles += [on_input(model.get_submodule(name), partial(note, name)) for name in kept]
     try:
         yield found
     finally:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from lowbit.qat.procedure import training_method
 from lowbit.qat.recipe import Recipe
 from lowbit.qat.tasks import as_task
 from lowbit.registry import find_method, find_procedure
-from lowbit.report.comparison import ComparisonReport, write_comparison
+from lowbit.report.comparison import ComparisonReport, comparison_html, comparison_picture, write_comparison
 from lowbit.report.facts import processor_name
 from lowbit.spec import LayerBits
 from lowbit.surrogates import make_surrogate
@@ -52,6 +52,9 @@ from lowbit.workflows.subjects import Subject, open_subject, sample_total, train
 from lowbit.workflows.suite import OWN_DATA, SubjectSettings, Suite
 from lowbit.workflows.train import TrainingJob, train_network, trainer_for
 from lowbit.workfolder import exclusive_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COMPARISON = "comparison"  # name of the stage that shows all cells
 CELL_BYTES = 5_000  # of a stored result, about
@@ -82,6 +85,13 @@ class Comparison:
     verdicts: Sequence[Verdict]
     folder: Path
     files: Sequence[Path]
+
+    def plot(self) -> Figure:
+        """Every method's metric in each table, seed by seed, as a matplotlib figure; MissingExtraError without matplotlib."""
+        return comparison_picture(self.tables).figure()
+
+    def _repr_html_(self) -> str:
+        return comparison_html(self.tables)
 
 
 @dataclass(frozen=True)

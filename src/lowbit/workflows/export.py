@@ -197,7 +197,7 @@ def export(
         raise SpecError(f"{path}: an integer network is compiled from a quantized one. Export that; a .c file holds the same integers.")
     if isinstance(model, RuntimeNetwork):
         model, kernels = model.in_float(), True
-    inputs = check_values(Inputs.of(sample, model), "sample", can_be_infinite=True).to("cpu")
+    inputs = check_values(Inputs.of(sample, model), "sample", infinite="allowed").to("cpu")
     provenance = provenance or provenance_of(model)
     is_whole = path.suffix == ".lowbit" and bits is None and len(switches_of(model)) > 1
     if device_of(model).type != "cpu" or bits is not None or is_whole:

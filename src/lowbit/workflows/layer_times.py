@@ -25,6 +25,7 @@ from lowbit.formats.onnx.translate import QUANTIZE, translate
 from lowbit.formats.program.calls import OperatorCall
 from lowbit.formats.program.program import Program, export_program
 from lowbit.inputs import Inputs, tensors_of
+from lowbit.network.calls import input_of
 from lowbit.network.insert import float_weight, set_input_quantizer, set_output_quantizer, set_weight_quantizer
 from lowbit.network.layers import QUANTIZABLE, evaluating, layers_with_weights, output_channel_axis
 from lowbit.quantizers import BinaryQuantizer, Quantizer, UniformQuantizer
@@ -70,8 +71,13 @@ class CapturedCall:
     @property
     def has_kernels(self) -> bool:
         """Whether it is a layer whose inputs can be quantized, called with one tensor of floats."""
-        is_plain = len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
-        return isinstance(self.layer, QUANTIZABLE) and is_plain and self.args[0].is_floating_point()
+        is_plain = len(self.args) + len(self.kwargs) == 1 and self.input is not None
+        return isinstance(self.layer, QUANTIZABLE) and is_plain
+
+    @property
+    def input(self) -> Tensor | None:
+        """What the layer reads."""
+        return input_of(self.args, dict(self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,8 @@ class _Maker:
         self._layer = copy.deepcopy(call.layer)
         weight = float_weight(self._layer)
         weight.data = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
-        self._x = torch.randn(call.args[0].shape, generator=generator).abs()
+        assert call.input is not None
+        self._x = torch.randn(call.input.shape, generator=generator).abs()
         self._threads, self._folder = threads, folder
         self._exported: tuple[Program, ir.Model] | None = None
 

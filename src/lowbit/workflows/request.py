@@ -96,7 +96,9 @@ class Request:
         if isinstance(asked, Recipe):
             return asked
         if asked != PAPER:
-            raise SpecError(f"{where or 'settings'}: recipe must be {PAPER!r} or a Recipe, got {shorten(asked)}. Set its fields by name.")
+            raise SpecError(
+                f"{f'{where}: ' if where else ''}recipe must be {PAPER!r} or a Recipe, got {shorten(asked)}. Set its fields by name."
+            )
         named = ("method", "options", "procedure", "procedure_options")
         chosen: Any = self.changed({name: values[name] for name in named if name in values})
         recipe: Recipe = chosen.paper_recipe()  # of a request to train
@@ -145,12 +147,12 @@ def _converted(setting: Setting, value: object, where: str) -> object:
     if typing.get_origin(setting.type) is Mapping:
         return _mapping(value, name, place)
     text = isinstance(value, Path) or setting.type is PrecisionName
-    return convert_option(where or "settings", name, str(value) if text else value, setting.type)
+    return convert_option(where, name, str(value) if text else value, setting.type)
 
 
 def _nested(setting: Setting, value: object, before: object, where: str) -> object:
     if setting.type is not OptimizerSpec:
-        return convert_option(where or "settings", setting.name, value, setting.type)
+        return convert_option(where, setting.name, value, setting.type)
     if not isinstance(value, Mapping):
         raise SpecError(f"{where}: optimizer must hold names and values such as learning_rate: 0.02, got {value!r}")
     known = settings_of(OptimizerSpec)
@@ -158,7 +160,7 @@ def _nested(setting: Setting, value: object, before: object, where: str) -> obje
     for name, entry in value.items():
         if name not in known:
             raise unknown_name(f"entry of optimizer in {where}", str(name), known)
-        changes[name] = convert_option(where or "settings", f"optimizer.{name}", entry, known[name].type)
+        changes[name] = convert_option(where, f"optimizer.{name}", entry, known[name].type)
     return replace(typing.cast(OptimizerSpec, before), **changes)
 
 

@@ -173,10 +173,11 @@ def _result(problem: SearchProblem, method: SearchMethod, found: Found, latency_
             f"{method.info.name} gave {_listed(found.bits)}, which is not within the budget or not for the layers {', '.join(problem.choices)}. "
             "This is a fault of the method."
         )
+    chosen = _candidate(problem, "found", found.bits, found.loss)
     return SearchResult(
         method.info.name,
         method.hyper_parameter_values(),
-        _candidate(problem, "found", found.bits, found.loss),
+        replace(chosen, policy=replace(chosen.policy, order=found.order)),
         _uniform(problem, found, latency_table),
         tuple(_candidate(problem, f"frontier {place}", option.bits, option.loss) for place, option in enumerate(found.frontier, 1)),
         found.sensitivity,
@@ -340,7 +341,7 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
     assert isinstance(method, SearchMethod)
     if not request.budget and request.max_drop is None:
         raise SpecError(
-            "say what the network may cost with budget= (average=4, size=10%, bops=8%, latency=60%), or how much it may lose with max_drop=."
+            "say what the network may cost with budget= ('average=4', 'size=10%', 'bops=8%', 'latency=60%'), or how much it may lose with max_drop=."
         )
     if request.then is not None:
         make_method(request.then, "post_training", request.then_options)

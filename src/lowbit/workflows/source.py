@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from lowbit.data import ImageData, Preprocessing, loader
 from lowbit.data.image_data import Sample
 from lowbit.data.loading import is_suite
 from lowbit.errors import CalibrationError, SpecError, unknown_name
-from lowbit.inputs import Calibration, Inputs
+from lowbit.inputs import Calibration, Inputs, check_memory
 from lowbit.models import full_name, load_model
 from lowbit.options import convert_option
 from lowbit.progress import Progress
@@ -180,6 +181,7 @@ def open_source(
             held = SynthesizedData.load(file)
             few = held.inputs.take(0, samples.calibration_samples or len(held))
             batches, facts = batches_of(few, samples.batch_size, place), described_file(facts, str(looked_at), held)
+            _check_shape(samples.input_shape, batches.sample, str(looked_at))
             notes = (*named, *fit_notes(network, name, batches.sample, facts))
             return Source(name, network, place, batches.sample, batches, str(looked_at), test, test_name, facts, task, notes)
         shape = input_shape(samples.input_shape, labelled, asked)
@@ -194,6 +196,7 @@ def open_source(
     facts = replace(facts, preprocessing=found.preprocessing)
     chosen = range(min(samples.calibration_samples or SAMPLES, len(found)))
     batches = Calibration.of(stacked(found.dataset, chosen, samples.batch_size, place, batch_dim), batch_dim=batch_dim)
+    _check_shape(samples.input_shape, batches.sample, str(looked_at))
     notes = (*named, *default_notes(found, settings), *fit_notes(network, name, batches.sample, facts))
     return Source(name, network, place, batches.sample, batches, looked_at, test, test_name, facts, task, notes)
 
@@ -290,10 +293,33 @@ def class_names(asked: str | None) -> tuple[str, ...]:
 
 def noise(shape: str, seed: int, batch_dim: int = 0) -> Tensor:
     """Two samples of standard normal noise of the input shape that the user gave, for methods that look at no data."""
+    sizes = parsed_shape(shape)
+    check_memory(2 * 4 * math.prod(sizes), f"input_shape={shape!r}: two samples take")
+    return _stack(list(torch.randn(2, *sizes, generator=torch.Generator().manual_seed(seed))), batch_dim)
+
+
+def parsed_shape(shape: str) -> tuple[int, ...]:
+    """The sizes that the user gave as an input's shape.
+
+    >>> parsed_shape("3x224x224")
+    (3, 224, 224)
+    """
     sizes = shape.lower().split("x")
-    if not all(size.isdigit() and int(size) for size in sizes):
+    if not all(size.isdecimal() and size.isascii() and int(size) for size in sizes):
         raise SpecError(f"input_shape={shape!r}: expected whole numbers joined by x, for example 3x224x224")
-    return _stack(list(torch.randn(2, *map(int, sizes), generator=torch.Generator().manual_seed(seed))), batch_dim)
+    return tuple(map(int, sizes))
+
+
+def _check_shape(given: str | None, sample: Inputs, place: str) -> None:
+    """SpecError where the user gave another shape than that of the data."""
+    if given is None:
+        return
+    first = sample.tensors[0]
+    held = tuple(size for dim, size in enumerate(first.shape) if dim != sample.batch_dim)
+    if parsed_shape(given) != held:
+        raise SpecError(
+            f"input_shape={given!r} contradicts {place}, whose samples are {'x'.join(map(str, held))}. Leave it out: the data say their shape."
+        )
 
 
 def _stack(samples: Sequence[Tensor], batch_dim: int) -> Tensor:

@@ -39,6 +39,7 @@ def test_a_layer_is_the_sum_of_products_worked_out_by_hand() -> None:
     assert network.run(network.quantize(x)).item() == round(acc / float(grid.scale)) + grid.zero_point
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "branches", "mobilenet", "resnet20"])
 def test_the_codes_are_those_of_the_exported_onnx_file(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

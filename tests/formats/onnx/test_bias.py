@@ -45,6 +45,7 @@ def near_ties(bits: int, distance: float) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("distance", [0.002, -0.01])
 def test_biases_near_ties_leave_the_answers_as_they_are(bits: int, distance: float, tmp_path: Path) -> None:

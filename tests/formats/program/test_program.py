@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
@@ -177,3 +179,19 @@ def test_keyword_inputs_are_exported() -> None:
     with torch.no_grad():
         got = program.exported.module(check_guards=False)(vector=VECTOR, image=IMAGE)
         assert torch.equal(got[0], model(IMAGE, VECTOR))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\r", "a\0b"])
+def test_a_name_that_torch_cannot_write_into_a_graph_is_refused_by_name(name: str) -> None:
+    model = nn.Sequential(OrderedDict([("body", nn.Sequential(OrderedDict([(name, nn.Linear(3, 3))])))]))
+    with pytest.raises(GraphError, match=re.escape(f"Sequential holds {'body.' + name!r}: torch.export cannot write names with")):
+        export_program(model, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "a'b", "ü", "a[0]", "-a", "a:b", "a=b", "a{b}", "0"])
+def test_other_odd_names_are_kept(name: str) -> None:
+    model = nn.Sequential(OrderedDict([(name, nn.Linear(3, 3))]))
+    x = torch.randn(2, 3)
+    program = export_program(model, x)
+    assert f"{name}.weight" in program.exported.state_dict
+    torch.testing.assert_close(program.exported.module()(x)[0], model(x))

@@ -421,6 +421,7 @@ def test_a_loop_of_ones_own_gives_the_weights_of_the_trainer() -> None:
     assert_same(mine, trained)
 
 
+@pytest.mark.slow
 def test_mixed_configurations_differ_and_each_equals_its_file(tmp_path: Path) -> None:
     model = train(network(), method="bit_mixer", bits="4,3,2")
     check_every_width_is_a_plain_network(model, tmp_path)

@@ -115,6 +115,7 @@ def test_a_step_may_train_some_switches_only(sampling: str, each: int, always: s
     assert {width for widths in drawn for width in widths} == {8, 6, 4, 3, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["dorefa", "pact", "lsq", "lq_nets"])
 def test_every_switch_of_every_quantizer_is_exported_as_a_plain_network(quantizer: str, tmp_path: Path) -> None:
     bits = "4/4,2/2" if quantizer == "lq_nets" else "32/32,4/4,1/1"

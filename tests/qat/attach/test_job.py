@@ -196,15 +196,9 @@ class ByKeyword(nn.Module):
         return self.c(self.b(input=self.a(x).relu()))
 
 
-def test_an_input_that_cannot_be_quantized_is_named() -> None:
-    job = job_of(ByKeyword(), sample=torch.randn(5, 4))
-    job.insert(quantizer_of, quantizer_of)
-    with pytest.raises(LayerError, match=r"layer 'b' \(Linear\): its input is passed by keyword"):
-        job.initialize(initialize)
-
-
-def test_a_weight_can_be_quantized_whose_input_is_passed_by_keyword() -> None:
-    job, seen = job_of(ByKeyword(), BitPolicy.uniform(3, None), torch.randn(5, 4)), []
+@pytest.mark.parametrize("activation_bits", [None, 4])
+def test_an_input_may_be_passed_by_keyword(activation_bits: int | None) -> None:
+    job, seen = job_of(ByKeyword(), BitPolicy.uniform(3, activation_bits), torch.randn(5, 4)), []
     job.insert(quantizer_of, quantizer_of)
     job.initialize(lambda layer, x: (seen.append(x.shape), initialize(layer, x)))  # type: ignore[misc]
     assert seen == [(5, 4)] * 3

@@ -287,7 +287,12 @@ class _Writer:
         step, lowest, bits = code_step(weight.codes), int(weight.codes.min()), weight.bit_width
         packed, plain = "0", "0"
         if _is_packed(weight):
-            stored = ((weight.codes - lowest) // step).to(torch.uint8)
+            if bits > 8:
+                raise GraphError(
+                    f"layer {operation.layer!r}: the codes of its weight span {int(weight.codes.max()) - lowest:,}; the C file stores up to 8 bits each. "
+                    "Use a method whose weights have a zero point among their codes."
+                )
+            stored = ((weight.codes.long() - lowest) // step).to(torch.uint8)
             packed = self._array(f"weight{index}", "uint8_t", pack(stored.flatten(), bits).tolist())
         else:
             plain = self._array(f"weight{index}", "int8_t", weight.codes.flatten().tolist())

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lowbit.errors import LayerError
 from lowbit.formats.fixed_point.graph import Buffer, Operation
-from lowbit.formats.fixed_point.values import Codes, Source, Unquantized, Value, sizes_of
+from lowbit.formats.fixed_point.values import Codes, FromInput, Source, Unquantized, Value, sizes_of
 from lowbit.formats.onnx.grid import Grid
 from lowbit.formats.program.operators import operator_name
 from lowbit.formats.program.program import Program, module_paths
@@ -74,6 +74,12 @@ class Context(ABC):
         if isinstance(value, Codes):
             return value.buffer
         grid = value.natural_grid
+        if grid is None and isinstance(value, Unquantized) and isinstance(value.source, FromInput):
+            raise self.refused(
+                node,
+                f"it reads float values, the network's input {value.source.name!r}: quantize the inputs of layers (activation_bits=8); what else is "
+                "done to the input belongs before the call, or behind the first layer",
+            )
         if grid is None:
             raise self.refused(
                 node,

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lowbit.formats.fixed_point.context import Context, kind_of
 from lowbit.formats.fixed_point.graph import QMAX, QMIN, Buffer, Copy, MaxPool, Span, contiguous_strides
-from lowbit.formats.fixed_point.lower_layers import pair
+from lowbit.formats.fixed_point.lower_layers import numbers_of
 from lowbit.formats.fixed_point.values import (
     OFF_GRID,
     Codes,
@@ -32,10 +32,15 @@ Spans = tuple[Span, ...]
 
 def lower_average_pool(context: Context, node: fx.Node) -> Value:
     """An average pool with windows or to a given size."""
+    is_whole = kind_of(node).startswith("adaptive") and set(sizes_of(node)[1:]) == {1}
+    if not is_whole and len(sizes_of(node)) == 4:
+        raise context.refused(
+            node, "of average pools over 3 dimensions, the mean over the whole volume has an integer form, windows have not"
+        )
     x = context.codes(node, 0)
-    if kind_of(node).startswith("adaptive") and set(sizes_of(node)[1:]) == {1}:
+    if is_whole:
         return _whole_mean(context, node, x)
-    rows, columns = _windows(context, node, x)
+    rows, columns = _windows(node, x)
     return context.result(node, FromPool(context.layer(node), x, rows, columns, picture(x.shape), len(rows) * len(columns) == 1))
 
 
@@ -132,8 +137,16 @@ def move_codes(context: Context, node: fx.Node, x: Buffer, name: str, grid: Grid
         return _padded(context, node, x, name, min(max(grid.code(_padding(node)[1]), grid.lo), grid.hi))
     if "max_pool" not in kind_of(node):
         return _moved(context, node, x, name)
-    rows, columns = _windows(context, node, x)
+    *planes, rows, columns = _windows(node, x)
     target = Buffer(name, sizes_of(node), _moved_grid(x.grid), name)
+    if planes:  # within the planes of a volume first, then across them
+        channels, depth, height, width = x.shape
+        within = Buffer(f"{name}.planes", (channels, depth, len(rows), len(columns)), target.grid, f"{name}.planes")
+        context.operations.append(MaxPool(context.layer(node), within, x, rows, columns, (channels * depth, height, width)))
+        pixels = len(rows) * len(columns)
+        rows, columns, x = planes[0], tuple(Span(pixel, pixel + 1, 1) for pixel in range(pixels)), within
+        context.operations.append(MaxPool(context.layer(node), target, x, rows, columns, (channels, depth, pixels)))
+        return Codes(target)
     context.operations.append(MaxPool(context.layer(node), target, x, rows, columns, picture(x.shape)))
     return Codes(target)
 
@@ -185,22 +198,21 @@ def _moved_grid(grid: Grid) -> Grid:
     return Grid.plain(grid.scale, grid.zero_point, QMIN, QMAX)
 
 
-def _windows(context: Context, node: fx.Node, x: Buffer) -> tuple[Spans, Spans]:
-    """The rows and columns that each output of a pool takes."""
+def _windows(node: fx.Node, x: Buffer) -> tuple[Spans, ...]:
+    """The rows and columns that each output of a pool takes; in volumes its planes before them."""
     kind, dims = kind_of(node), len(x.shape) - 1
-    if dims not in (1, 2):
-        raise context.refused(node, f"of pools, those over 1 and 2 dimensions have an integer form, not over {dims}")
-    sizes, outputs = picture(x.shape)[1:], picture(sizes_of(node))[1:]
+    of = volume if dims == 3 else picture
+    sizes, outputs = of(x.shape)[1:], of(sizes_of(node))[1:]
     if kind.startswith("adaptive"):
-        return adaptive_spans(sizes[0], outputs[0]), adaptive_spans(sizes[1], outputs[1])
+        return tuple(adaptive_spans(size, output) for size, output in zip(sizes, outputs, strict=True))
     is_average = kind.startswith("avg")
     names = (
         ("kernel", "stride", "padding", "ceil", "padded", "divisor") if is_average else ("kernel", "stride", "padding", "dilation", "ceil")
     )
     given: dict[str, Any] = {"padding": 0, "dilation": 1, "padded": True, "divisor": None} | dict(zip(names, node.args[1:], strict=False))
-    kernel, stride = pair(given["kernel"], dims), pair(given.get("stride") or given["kernel"], dims)
-    padding, dilation = pair(given["padding"], dims, filler=0), pair(given["dilation"], dims)
-    rows, columns = (
+    kernel, stride = (numbers_of(value, dims, len(sizes)) for value in (given["kernel"], given.get("stride") or given["kernel"]))
+    padding, dilation = numbers_of(given["padding"], dims, len(sizes), filler=0), numbers_of(given["dilation"], dims, len(sizes))
+    spans = tuple(
         window_spans(
             sizes[i],
             kernel[i],
@@ -210,8 +222,9 @@ def _windows(context: Context, node: fx.Node, x: Buffer) -> tuple[Spans, Spans]:
             dilation=dilation[i],
             counts_padding=is_average and bool(given["padded"]),
         )
-        for i in range(2)
+        for i in range(len(sizes))
     )
     if given["divisor"] is None:
-        return rows, columns
+        return spans
+    rows, columns = spans
     return tuple(replace(row, count=int(given["divisor"])) for row in rows), tuple(replace(column, count=1) for column in columns)

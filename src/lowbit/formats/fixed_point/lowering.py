@@ -64,9 +64,15 @@ _HANDLERS: dict[str, Handler] = {
     "_native_batch_norm_legit_no_training": lower_norm,
     **dict.fromkeys(("add", "sub", "mul", "div"), lower_arithmetic),
     **dict.fromkeys(("relu", "relu6", "hardtanh", "clamp", "clamp_min"), lower_clip),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), lower_average_pool),
+    **dict.fromkeys(
+        ("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), lower_average_pool
+    ),
     "mean": lower_mean,
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d"), lower_max_pool),
+    **dict.fromkeys(
+        ("max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d", "max_pool3d_with_indices", "adaptive_max_pool1d",
+         "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        lower_max_pool,
+    ),
     "cat": lower_concatenation,
     **dict.fromkeys(("pad", "constant_pad_nd"), lower_padding),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), lower_split),

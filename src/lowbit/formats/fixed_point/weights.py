@@ -19,6 +19,7 @@ from lowbit.quantizers.qtensor import AffineDecoder
 from lowbit.spec import Granularity
 
 LARGEST_SUM = 2**31 - 1
+LARGEST_CODE = 2**15 - 1  # of a weight
 FINE = 2**-14  # largest rounding error of a bias, in steps of the codes behind the layer
 _CONTAINER = 128  # between the uint8 codes that biases are placed for and int8
 
@@ -117,8 +118,13 @@ def _doubled(layer: str, weight: QTensor, factor: Doubles | None) -> tuple[Tenso
         or not torch.equal((2 * decoder.zero_point).round(), 2 * decoder.zero_point)
     ):
         raise LayerError(f"layer {layer!r}: integers cannot hold {why_no_integer_grid(weight)}, which its weight has. Use another method.")
-    twice = decoder.granularity.broadcast(2 * weight.codes.short()) - (2 * decoder.zero_point.detach()).short()
-    codes = decoder.granularity.restore(twice, weight.codes.shape)
+    twice = decoder.granularity.broadcast(2 * weight.codes.double()) - 2 * decoder.zero_point.detach().double()
+    if twice.numel() and float(twice.abs().max()) > LARGEST_CODE:
+        raise LayerError(
+            f"layer {layer!r}: a level of its weight lies {float(twice.abs().max()) / 2:,.0f} steps from zero, farther than an integer network "
+            f"holds ({LARGEST_CODE // 2:,}). Use a method whose weights have a zero point among their codes."
+        )
+    codes = decoder.granularity.restore(twice.short(), weight.codes.shape)
     scale = decoder.scale.detach().double().reshape(-1).expand(channels) / 2
     if factor is not None:
         scale = scale * torch.from_numpy(factor)
@@ -178,7 +184,7 @@ def stored_bits(codes: Tensor) -> int:
 
 def code_step(codes: Tensor) -> int:
     """The largest common divisor of the codes' distances from the lowest: 2 for codes -1 and 1."""
-    return max(int(np.gcd.reduce((codes - codes.min()).reshape(-1).numpy())), 1) if codes.numel() else 1
+    return max(int(np.gcd.reduce((codes.long() - codes.min()).reshape(-1).numpy())), 1) if codes.numel() else 1
 
 
 def _checked(layer: str, weight: Weight, source: Buffer) -> Weight:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lowbit.errors import GraphError, missing_extra
+from lowbit.formats.onnx.pools import write_out_pools
 from lowbit.formats.program.program import Program
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def translate(program: Program, *, opset: int = OPSET) -> ir.Model:
         GraphError: An operator of the network has no ONNX form.
     """
     _refuse_projections(program)
+    write_out_pools(program.exported)
     _allow_other_layouts(program)
     _register_schemas()
     with _quiet():

@@ -24,7 +24,7 @@ from lowbit.inputs import Inputs, tensors_of
 from lowbit.measure.cost import float_size
 from lowbit.network.batch import checked_batch_dim, find_batch_dim
 from lowbit.network.bits import layer_quantizers, set_bits, switches_of
-from lowbit.network.graph.dataflow import quiet_export
+from lowbit.network.graph.dataflow import check_names, quiet_export
 from lowbit.network.insert import Coded, activation_quantizers, bake_weights
 from lowbit.network.layers import evaluating
 from lowbit.network.record import FloatSize
@@ -91,6 +91,7 @@ def export_program(model: nn.Module, sample: object, dynamic: Sequence[str | int
         SpecError: No input has a dimension in ``dynamic``.
         GraphError: The model cannot be exported; the error names the line of its code, or the reason why a dimension cannot stay open.
     """
+    check_names(model)
     inputs = Inputs.of(sample, model).distinct()
     inputs = replace(inputs, batch_dim=find_batch_dim(model, inputs) if batch_dim is None else checked_batch_dim(batch_dim, inputs))
     baked, weights = bake_weights(model)

@@ -248,6 +248,7 @@ class IntegerImage(nn.Module):
         name="adabits",
         title="AdaBits: Neural Network Quantization with Adaptive Bit-Widths",
         paper="Jin, Yang, Liao, CVPR 2020; SAT: Jin, Yang, Liao, Qian, BMVC 2020",
+        url="https://arxiv.org/abs/1912.09666",
         section="adaptive",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

@@ -201,6 +201,7 @@ def enable_weights(model: nn.Module, *, is_enabled: bool) -> None:
         name="bit_mixer",
         title="Bit-Mixer: Mixed-precision networks with runtime bit-width selection",
         paper="Bulat, Tzimiropoulos, ICCV 2021",
+        url="https://arxiv.org/abs/2103.17267",
         section="adaptive",
         axes=("weight_quantizer", "activation_quantizer", "surgery", "procedure"),
         kind="training",

@@ -69,6 +69,7 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
         name="sp_nets",
         title="Switchable Precision Neural Networks",
         paper="Guerra, Zhuang, Reid, Drummond 2020",
+        url="https://arxiv.org/abs/2002.02815",
         section="adaptive",
         axes=("procedure",),
         kind="training",

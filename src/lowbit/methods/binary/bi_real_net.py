@@ -86,6 +86,7 @@ class BiRealActivation(SignQuantizer):
         name="bi_real_net",
         title="Bi-Real Net: Enhancing the Performance of 1-bit CNNs",
         paper="Liu, Wu, Luo, Yang, Liu, Cheng, ECCV 2018",
+        url="https://arxiv.org/abs/1808.00278",
         section="binary",
         axes=("weight_quantizer", "activation_quantizer", "surrogate", "surgery", "procedure"),
         kind="training",

@@ -121,6 +121,7 @@ class BinaryConnectWeight(Quantizer):
         name="binary_connect",
         title="BinaryConnect: Training Deep Neural Networks with binary weights during propagations",
         paper="Courbariaux, Bengio, David, NIPS 2015",
+        url="https://arxiv.org/abs/1511.00363",
         section="binary",
         axes=("weight_quantizer", "procedure"),
         kind="training",

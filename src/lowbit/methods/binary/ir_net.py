@@ -81,6 +81,7 @@ class LibraWeight(ScaledSignQuantizer):
         name="ir_net",
         title="Forward and Backward Information Retention for Accurate Binary Neural Networks",
         paper="Qin, Gong, Liu, Shen, Wei, Yu, Song, CVPR 2020",
+        url="https://arxiv.org/abs/1909.10788",
         section="binary",
         axes=("weight_quantizer", "activation_quantizer", "surrogate"),
         kind="training",

@@ -62,6 +62,7 @@ class ChannelShift(nn.Module):
         name="react_net",
         title="ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions",
         paper="Liu, Shen, Savvides, Cheng, ECCV 2020",
+        url="https://arxiv.org/abs/2003.03488",
         section="binary",
         axes=("weight_quantizer", "activation_quantizer", "surrogate", "surgery", "procedure"),
         kind="training",

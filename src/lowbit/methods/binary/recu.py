@@ -139,6 +139,7 @@ class RecuActivation(SignQuantizer):
         name="recu",
         title="ReCU: Reviving the Dead Weights in Binary Neural Networks",
         paper="Xu, Lin, Liu, Chen, Shao, Gao, Tian, Ji, ICCV 2021",
+        url="https://arxiv.org/abs/2103.12369",
         section="binary",
         axes=("weight_quantizer", "activation_quantizer", "surrogate"),
         kind="training",

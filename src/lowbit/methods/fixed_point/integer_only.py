@@ -239,7 +239,8 @@ class MovingAverageActivation(TableQuantizer):
     MethodInfo(
         name="integer_only",
         title="Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        paper="Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko 2018",
+        paper="Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko, CVPR 2018",
+        url="https://arxiv.org/abs/1712.05877",
         section="fixed_point",
         axes=("weight_quantizer", "activation_quantizer", "surgery", "arithmetic"),
         kind="training",
@@ -350,7 +351,8 @@ class IntegerOnly(TrainingMethod):
     MethodInfo(
         name="integer_only",
         title="Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference: after training",
-        paper="Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko 2018",
+        paper="Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko, CVPR 2018",
+        url="https://arxiv.org/abs/1712.05877",
         section="fixed_point",
         axes=("weight_quantizer", "activation_quantizer", "surgery", "arithmetic"),
         kind="post_training",

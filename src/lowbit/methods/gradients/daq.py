@@ -65,6 +65,7 @@ class DaqActivation(NormalizedQuantizer):
         name="daq",
         title="Distance-aware Quantization",
         paper="Kim, Lee, Ham, ICCV 2021",
+        url="https://arxiv.org/abs/2108.06983",
         section="gradients",
         axes=("weight_quantizer", "activation_quantizer", "surrogate"),
         kind="training",

@@ -226,6 +226,7 @@ class ObservedDsqQuantizer(GridQuantizer):
         name="dsq",
         title="Differentiable Soft Quantization: Bridging Full-Precision and Low-Bit Neural Networks",
         paper="Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan, ICCV 2019",
+        url="https://arxiv.org/abs/1908.05033",
         section="gradients",
         axes=("weight_quantizer", "activation_quantizer", "surrogate"),
         kind="training",

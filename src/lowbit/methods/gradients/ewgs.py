@@ -133,6 +133,7 @@ def estimate_deltas(
         name="ewgs",
         title="Network Quantization with Element-wise Gradient Scaling",
         paper="Lee, Kim, Ham, CVPR 2021",
+        url="https://arxiv.org/abs/2104.00903",
         section="gradients",
         axes=("weight_quantizer", "activation_quantizer", "surrogate"),
         kind="training",

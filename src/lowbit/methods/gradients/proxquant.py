@@ -277,6 +277,7 @@ class ProxQuantizer(TableQuantizer):
         name="proxquant",
         title="ProxQuant: Quantized Neural Networks via Proximal Operators",
         paper="Bai, Wang, Liberty, ICLR 2019",
+        url="https://arxiv.org/abs/1810.00861",
         section="gradients",
         axes=("weight_quantizer", "procedure"),
         kind="training",

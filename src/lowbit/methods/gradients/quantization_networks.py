@@ -287,6 +287,7 @@ def target_values(bit_width: int, value_set: ValueSet) -> tuple[float, ...]:
         name="quantization_networks",
         title="Quantization Networks",
         paper="Yang, Shen, Xing, Tian, Li, Deng, Huang, Hua, CVPR 2019",
+        url="https://arxiv.org/abs/1911.09464",
         section="gradients",
         axes=("weight_quantizer", "activation_quantizer", "surrogate", "procedure"),
         kind="training",

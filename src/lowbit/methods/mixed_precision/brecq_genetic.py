@@ -188,6 +188,7 @@ def unit_errors(problem: SearchProblem, calibrated: Calibrated, loss: LossKind) 
         name="brecq_genetic",
         title="BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction (mixed precision)",
         paper="Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu, ICLR 2021",
+        url="https://arxiv.org/abs/2102.05426",
         section="mixed_precision",
         axes=("assignment",),
         kind="search",

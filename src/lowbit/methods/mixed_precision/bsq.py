@@ -131,6 +131,7 @@ class BsqActivation(GridQuantizer):
         name="bsq",
         title="BSQ: Exploring Bit-Level Sparsity for Mixed-Precision Neural Network Quantization",
         paper="Yang, Duan, Chen, Li, ICLR 2021",
+        url="https://arxiv.org/abs/2102.10462",
         section="mixed_precision",
         axes=("weight_quantizer", "activation_quantizer", "assignment", "procedure"),
         kind="training",

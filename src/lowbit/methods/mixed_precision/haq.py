@@ -65,6 +65,7 @@ STATE = "episodes.safetensors"
         name="haq",
         title="HAQ: Hardware-Aware Automated Quantization with Mixed Precision",
         paper="Wang, Liu, Lin, Lin, Han, CVPR 2019",
+        url="https://arxiv.org/abs/1811.08886",
         section="mixed_precision",
         axes=("assignment", "weight_quantizer", "activation_quantizer"),
         kind="search",

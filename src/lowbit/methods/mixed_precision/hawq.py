@@ -214,6 +214,7 @@ def check_widths(problem: SearchProblem, method: str, *, is_ordered: bool) -> No
         name="hawq",
         title="HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision",
         paper="Dong, Yao, Gholami, Mahoney, Keutzer, ICCV 2019",
+        url="https://arxiv.org/abs/1905.03696",
         section="mixed_precision",
         axes=("assignment",),
         kind="search",

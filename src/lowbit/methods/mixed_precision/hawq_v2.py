@@ -44,6 +44,7 @@ from lowbit.methods.mixed_precision.hawq import (
     totals,
 )
 from lowbit.methods.mixed_precision.hawq_quantizers import HawqActivation
+from lowbit.network.calls import on_input
 from lowbit.network.graph.dataflow import capture
 from lowbit.network.layers import evaluating
 from lowbit.network.taps import Tap
@@ -152,11 +153,7 @@ def activation_perturbations(surface: LossSurface, layers: Sequence[str], widths
 @contextmanager
 def _reading(model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Within the context ``see(name, x)`` gets what each layer reads."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: see(name, args[0].detach())
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    handles = [on_input(model.get_submodule(name), partial(see, name)) for name in layers]
     try:
         yield
     finally:
@@ -194,6 +191,7 @@ def _probing(problem: SearchProblem, *, method: HawqV2, purpose: str) -> Measure
         name="hawq_v2",
         title="HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks",
         paper="Dong, Yao, Cai, Arfeen, Gholami, Mahoney, Keutzer, NeurIPS 2020",
+        url="https://arxiv.org/abs/1911.03852",
         section="mixed_precision",
         axes=("assignment",),
         kind="search",

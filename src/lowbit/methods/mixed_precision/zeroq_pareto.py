@@ -74,6 +74,7 @@ def _distance(problem: SearchProblem, kind: DistanceKind) -> Distance:
         name="zeroq_pareto",
         title="ZeroQ: A Novel Zero Shot Quantization Framework (mixed precision)",
         paper="Cai, Yao, Dong, Gholami, Mahoney, Keutzer, CVPR 2020",
+        url="https://arxiv.org/abs/2001.00281",
         section="mixed_precision",
         axes=("assignment",),
         kind="search",

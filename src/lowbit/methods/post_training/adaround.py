@@ -32,6 +32,7 @@ PAPER_ITERATIONS = 10_000
         name="adaround",
         title="Up or Down? Adaptive Rounding for Post-Training Quantization",
         paper="Nagel, Amjad, van Baalen, Louizos, Blankevoort, ICML 2020",
+        url="https://arxiv.org/abs/2004.10568",
         section="post_training",
         axes=("reconstruction",),
         kind="post_training",

@@ -104,6 +104,7 @@ def _source(graph: Dataflow, layer: str) -> str | None:
         name="brecq",
         title="BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction",
         paper="Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu, ICLR 2021",
+        url="https://arxiv.org/abs/2102.05426",
         section="post_training",
         axes=("weight_quantizer", "activation_quantizer", "reconstruction"),
         kind="post_training",

@@ -304,6 +304,7 @@ def ranges_from_statistics(job: PtqJob, inputs: Moments, *, n_sigma: float = 6.0
         name="dfq",
         title="Data-Free Quantization Through Weight Equalization and Bias Correction",
         paper="Nagel, van Baalen, Blankevoort, Welling, ICCV 2019",
+        url="https://arxiv.org/abs/1906.04721",
         section="post_training",
         axes=("reconstruction",),
         kind="post_training",

@@ -262,6 +262,7 @@ class ScaleRefinement:
         name="lbq",
         title="Low-bit Quantization of Neural Networks for Efficient Inference",
         paper="Choukroun, Kravchik, Yang, Kisilev, ICCV Workshops 2019",
+        url="https://arxiv.org/abs/1902.06822",
         section="post_training",
         axes=("weight_quantizer", "activation_quantizer", "reconstruction"),
         kind="post_training",

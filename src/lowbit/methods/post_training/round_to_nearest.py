@@ -17,6 +17,7 @@ from lowbit.registry import MethodInfo, register
         name="round_to_nearest",
         title="Ranges from observers, rounding to nearest",
         paper="Krishnamoorthi 2018; Nagel et al. 2021",
+        url="https://arxiv.org/abs/1806.08342",
         section="post_training",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="post_training",

@@ -42,6 +42,7 @@ def steps_by_size(weights: int) -> int:
         name="white_paper",
         title="A White Paper on Neural Network Quantization: post-training pipeline",
         paper="Nagel, Fournarakis, Amjad, Bondarenko, van Baalen, Blankevoort, 2021",
+        url="https://arxiv.org/abs/2106.08295",
         section="post_training",
         axes=("reconstruction",),
         kind="post_training",

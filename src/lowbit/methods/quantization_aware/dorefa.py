@@ -177,6 +177,7 @@ class GradientQuantizer(nn.Module):
         name="dorefa",
         title="DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients",
         paper="Zhou, Wu, Ni, Zhou, Wen, Zou 2016",
+        url="https://arxiv.org/abs/1606.06160",
         section="quantization_aware",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -285,6 +285,7 @@ class GaussianQuantizer(TableQuantizer):
         name="hwgq",
         title="Deep Learning with Low Precision by Half-wave Gaussian Quantization",
         paper="Cai, He, Sun, Vasconcelos, CVPR 2017",
+        url="https://arxiv.org/abs/1702.00953",
         section="quantization_aware",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

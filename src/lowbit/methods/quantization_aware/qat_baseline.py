@@ -20,6 +20,7 @@ from lowbit.spec import Granularity
         name="qat_baseline",
         title="Fixed ranges, straight-through gradients",
         paper="Krishnamoorthi 2018; Nagel et al. 2021",
+        url="https://arxiv.org/abs/1806.08342",
         section="quantization_aware",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -131,6 +131,7 @@ class TernaryQuantizer(GridQuantizer):
         name="twn",
         title="Ternary Weight Networks",
         paper="Li, Liu, Wang, Zhang, Yan, NIPS workshop 2016",
+        url="https://arxiv.org/abs/1605.04711",
         section="quantization_aware",
         axes=("weight_quantizer",),
         kind="training",

@@ -209,6 +209,7 @@ class InputScale(nn.Module):
         name="xnor_net",
         title="XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
         paper="Rastegari, Ordonez, Redmon, Farhadi, ECCV 2016",
+        url="https://arxiv.org/abs/1603.05279",
         section="quantization_aware",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

@@ -206,6 +206,7 @@ class CompandingQuantizer(TableQuantizer):
         name="lcq",
         title="Learnable Companding Quantization for Accurate Low-bit Neural Networks",
         paper="Yamamoto, CVPR 2021",
+        url="https://arxiv.org/abs/2103.07156",
         section="quantizer_design",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -213,6 +213,7 @@ def _normal_equations(rows: Tensor, index: Tensor, codes: Tensor) -> tuple[Tenso
         name="lq_nets",
         title="LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks",
         paper="Zhang, Yang, Ye, Hua, ECCV 2018",
+        url="https://arxiv.org/abs/1807.10029",
         section="quantizer_design",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -25,6 +25,7 @@ from lowbit.spec import Granularity
         name="lsq",
         title="Learned Step Size Quantization",
         paper="Esser, McKinstry, Bablani, Appuswamy, Modha, ICLR 2020",
+        url="https://arxiv.org/abs/1902.08153",
         section="quantizer_design",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

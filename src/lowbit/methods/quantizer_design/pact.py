@@ -175,6 +175,7 @@ class SawbWeight(GridQuantizer):
         name="pact",
         title="PACT: Parameterized Clipping Activation for Quantized Neural Networks",
         paper="Choi, Wang, Venkataramani, Chuang, Srinivasan, Gopalakrishnan 2018; SAWB: Choi et al., MLSys 2019",
+        url="https://arxiv.org/abs/1805.06085",
         section="quantizer_design",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -231,6 +231,7 @@ class QilActivation(IntervalQuantizer):
         name="qil",
         title="Learning to Quantize Deep Networks by Optimizing Quantization Intervals With Task Loss",
         paper="Jung, Son, Lee, Son, Han, Kwak, Hwang, Choi, CVPR 2019",
+        url="https://arxiv.org/abs/1808.05779",
         section="quantizer_design",
         axes=("weight_quantizer", "activation_quantizer"),
         kind="training",

@@ -3,7 +3,8 @@
 Paper: Xin, Wang, Jiang, Li, Huang, Gao 2020, "Binarized Neural Network for Single Image Super Resolution", ECCV.
     Bit accumulation mechanism (BAM): Eq. 3 to 6 for weights, Eq. 8 for their gradient, Eq. 9 and 10 for activations; Algorithm 1; BSRN in figure 3.
 Symbols: W_n^B -> BamWeight, alpha -> coefficients, A_n -> activations, beta_n^scale -> Accumulator.scales, E(|W_n|) -> the scale of a weight.
-The authors published no program, and their paper leaves much open. What follows is our choice:
+Differs from the paper:
+    - The authors published no program, and their paper leaves much open. All that follows is our choice.
     - The norm of accumulated weights has neither parameters nor statistics: a weight is compared with the mean of its output channel.
     - alpha is 1, which the paper's ablation has too, or searched by coordinate descent among -1, -1/2, 0, 1/2 and 1 with alpha_n = 1.
     - The norm of accumulated activations is a batch norm. Gradients pass the sign where the norm's output is at most 1 in size; the mean over
@@ -302,6 +303,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         name="binary_sr",
         title="Binarized Neural Network for Single Image Super Resolution",
         paper="Xin, Wang, Jiang, Li, Huang, Gao, ECCV 2020",
+        url="https://doi.org/10.1007/978-3-030-58548-8_6",
         section="super_resolution",
         axes=("weight_quantizer", "activation_quantizer", "surgery"),
         kind="training",

@@ -172,6 +172,7 @@ class FqsrQuantizer(GridQuantizer):
         name="fqsr",
         title="Fully Quantized Image Super-Resolution Networks",
         paper="Wang, Chen, Zhuang, Shen, ACM Multimedia 2021",
+        url="https://arxiv.org/abs/2011.14265",
         section="super_resolution",
         axes=("weight_quantizer", "activation_quantizer", "surgery"),
         kind="training",

@@ -338,6 +338,7 @@ def _is_around(sum_name: str, layers: set[str]) -> bool:
         name="pams",
         title="PAMS: Quantized Super-Resolution via Parameterized Max Scale",
         paper="Li, Yan, Lin, Zheng, Zhang, Yang, Ji, ECCV 2020",
+        url="https://arxiv.org/abs/2011.04212",
         section="super_resolution",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

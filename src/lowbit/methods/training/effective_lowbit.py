@@ -141,7 +141,8 @@ def on_grid(quantizer: Quantizer, x: Tensor) -> Tensor:
     MethodInfo(
         name="effective_lowbit",
         title="Towards Effective Low-bitwidth Convolutional Neural Networks",
-        paper="Zhuang, Shen, Tan, Liu, Reid 2018",
+        paper="Zhuang, Shen, Tan, Liu, Reid, CVPR 2018",
+        url="https://arxiv.org/abs/1711.00205",
         section="training",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

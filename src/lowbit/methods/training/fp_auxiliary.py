@@ -253,6 +253,7 @@ class Auxiliary(nn.Module):
         name="fp_auxiliary",
         title="Training Quantized Neural Networks with a Full-precision Auxiliary Module",
         paper="Zhuang, Liu, Tan, Shen, Reid, CVPR 2020",
+        url="https://arxiv.org/abs/1903.11236",
         section="training",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

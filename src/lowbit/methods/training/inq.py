@@ -183,6 +183,7 @@ class InqQuantizers(TrainingMethod):
         name="inq",
         title="Incremental Network Quantization: Towards Lossless CNNs with Low-Precision Weights",
         paper="Zhou, Yao, Guo, Xu, Chen, ICLR 2017",
+        url="https://arxiv.org/abs/1702.03044",
         section="training",
         axes=("weight_quantizer", "procedure"),
         kind="training",

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,7 @@ from lowbit.errors import SpecError
 from lowbit.inputs import map_tensors
 from lowbit.measure.instability import InstabilityMeter
 from lowbit.network.bits import lower_bits
+from lowbit.network.calls import on_input
 from lowbit.network.layers import evaluating
 from lowbit.network.record import record_of
 from lowbit.network.surgery.constant_padding import pad_with
@@ -156,10 +158,10 @@ def layers_behind_hardswish(job: QatJob) -> list[str]:
     reads: dict[str, list[bool]] = {}
     mode = _FromHardswish()
 
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        reads.setdefault(name, []).append(any(args[0] is output for output in mode.outputs) if args else False)
+    def note(name: str, x: Tensor) -> None:
+        reads.setdefault(name, []).append(any(x is output for output in mode.outputs))
 
-    handles = [layer.register_forward_pre_hook(lambda _layer, args, name=name: note(name, args)) for name, layer in job.layers.items()]
+    handles = [on_input(layer, partial(note, name)) for name, layer in job.layers.items()]
     try:
         with evaluating(job.model), mode:
             job.model(*job.sample.args, **job.sample.kwargs)
@@ -236,7 +238,8 @@ class Step:
     MethodInfo(
         name="profit",
         title="PROFIT: A Novel Training Method for sub-4-bit MobileNet Models",
-        paper="Park, Yoo 2020",
+        paper="Park, Yoo, ECCV 2020",
+        url="https://arxiv.org/abs/2008.04693",
         section="training",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

@@ -174,6 +174,7 @@ class QkdQuantizers(TrainingMethod):
         name="qkd",
         title="QKD: Quantization-aware Knowledge Distillation",
         paper="Kim, Bhalgat, Lee, Patel, Kwak 2019",
+        url="https://arxiv.org/abs/1911.12491",
         section="training",
         axes=("weight_quantizer", "activation_quantizer", "procedure"),
         kind="training",

@@ -80,6 +80,7 @@ def total_variation(images: Tensor) -> tuple[Tensor, Tensor]:
         name="dsg",
         title="Diversifying Sample Generation for Accurate Data-Free Quantization",
         paper="Zhang, Qin, Ding, Gong, Yan, Tao, Li, Yu, Liu, CVPR 2021",
+        url="https://arxiv.org/abs/2103.01049",
         section="zero_shot",
         axes=("data",),
         kind="synthesis",

@@ -159,6 +159,7 @@ def quantized_taps(model: nn.Module, taps: Sequence[Tap], probe: Tensor) -> list
         name="zaq",
         title="Zero-shot Adversarial Quantization",
         paper="Liu, Zhang, Wang, CVPR 2021",
+        url="https://arxiv.org/abs/2103.15263",
         section="zero_shot",
         axes=("weight_quantizer", "activation_quantizer", "procedure", "data"),
         kind="training",

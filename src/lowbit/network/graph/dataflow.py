@@ -27,6 +27,7 @@ from torch.export.graph_signature import InputKind
 
 from lowbit.errors import GraphError
 from lowbit.inputs import Inputs, tensors_of
+from lowbit.network.calls import input_of
 from lowbit.network.layers import QUANTIZABLE, evaluating
 from lowbit.quantizers.ops import define_operator
 
@@ -34,6 +35,7 @@ LAYER_OPS = frozenset(
     {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "convolution", "addmm", "mm"}
 )
 _RENAMED = {"_native_batch_norm_legit_no_training": "batch_norm", "cudnn_batch_norm": "batch_norm", "concat": "cat", "concatenate": "cat"}
+_UNWRITABLE = frozenset('"\\\n\r\0')  # characters of names that end a string in the code of a graph
 
 
 def _copy(x: Tensor, place: int) -> Tensor:
@@ -54,10 +56,10 @@ class Node:
         consumers: Names of the tensors made from it, in execution order.
         owner: Name of the innermost module whose forward ran the operation ("" is the network itself).
         layer: Name of the quantizable layer whose own computation this is, else ``None``.
-        shape: Shape for the sample.
+        shape: Shape for the sample; that of the first of several tensors.
         is_activation: Floating point and computed from the network's inputs.
         returned_by: Modules that return this tensor, innermost first.
-        received_by: Modules whose first floating-point positional input it is, and that get it neither by keyword nor within a list besides,
+        received_by: Modules whose first floating-point input it is, by position or by keyword, and that do not get it within a list besides,
             innermost first.
         arguments: The operator's arguments as written, tensors by name.
     """
@@ -93,6 +95,10 @@ class Dataflow:
     def can_hold_quantizer(self, module: str) -> bool:
         """Whether a submodule may be added: the module runs once, and is no container whose forward runs all its children."""
         return self.calls(module) == 1 and module not in self._containers
+
+    def is_first_input(self, node: Node) -> bool:
+        """Whether it is the first floating-point input of the network."""
+        return node is next((other for other in self.nodes if other.op == "input" and other.is_activation), None)
 
     def is_output(self, node: Node) -> bool:
         """Whether the network returns this tensor."""
@@ -140,6 +146,7 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
         GraphError: The model cannot be exported (it branches on values, or calls what export does not know); the message
             names the line of the model that blocks.
     """
+    check_names(model)
     sample = Inputs.of(sample, model)
     names = {id(module): name for name, module in model.named_modules()}
     marks = _Marks()
@@ -151,6 +158,21 @@ def capture(model: nn.Module, sample: Inputs | Tensor) -> Dataflow:
     except Exception as error:
         raise GraphError(_explain(model, error)) from error
     return _build(model, exported, names, marks)
+
+
+def check_names(model: nn.Module) -> None:
+    """Refuse names of modules and tensors that the code which ``torch.export`` writes for a graph cannot hold.
+
+    Raises:
+        GraphError: A name holds a quote, a backslash, a line break or a null character.
+    """
+    for name, module in model.named_modules():
+        for own in (*module._modules, *module._parameters, *module._buffers):
+            if not _UNWRITABLE.isdisjoint(own):
+                raise GraphError(
+                    f'{type(model).__name__} holds {f"{name}.{own}".lstrip(".")!r}: torch.export cannot write names with quotes ("), backslashes, '
+                    "line breaks or null characters. Give it another name, such as letters, digits and underscores make."
+                )
 
 
 @contextmanager
@@ -200,16 +222,21 @@ class _Marks:
 
     def _start(self, _module: nn.Module, _args: object) -> None:
         self.calls.clear()
+        self.calls[""] = 1
         self._last.clear()
 
     def _enter(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.calls[name] += 1
-        first = next(filter(_is_float, args), None)
-        elsewhere = tensors_of(([value for value in args if not isinstance(value, Tensor)], kwargs))
-        positions = count(int(any(tensor is first for tensor in elsewhere)))
-        return tuple(self._mark(value, (name, "in", next(positions))) if _is_float(value) else value for value in args), kwargs
+        first = input_of(args, kwargs)
+        nested = tensors_of([value for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)])
+        positions = count(int(any(tensor is first for tensor in nested)))
+
+        def mark(value: Any) -> Any:
+            return self._mark(value, (name, "in", next(positions))) if _is_float(value) else value
+
+        return tuple(map(mark, args)), {key: mark(value) for key, value in kwargs.items()}
 
     def _leave(self, name: str, _module: nn.Module, _args: object, output: Any) -> Any:
         return self._mark(output, (name, "out", 0)) if _is_float(output) else output
@@ -284,7 +311,7 @@ def _build(model: nn.Module, exported: torch.export.ExportedProgram, names: dict
             op="input" if is_input else op,
             inputs=inputs,
             owner=owner,
-            shape=tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else (),
+            shape=next((tuple(int(s) for s in part.shape) for part in made if isinstance(part, Tensor)), ()),
             is_activation=is_float and (is_input or any(nodes[name].is_activation for name in inputs)),
             layer=owner if op in LAYER_OPS and isinstance(model.get_submodule(owner), QUANTIZABLE) else None,
             arguments=tuple(alias.get(a.name, a.name) if isinstance(a, fx.Node) else a for a in fx_node.args),

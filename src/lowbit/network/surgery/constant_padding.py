@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.network.calls import Call, input_of, with_input
 from lowbit.network.insert import set_input_transform
 from lowbit.network.layers import CONVOLUTIONS
 
@@ -27,7 +28,7 @@ def pad_with(layer: nn.Module, value: float) -> bool:
     pad = _take_padding(layer, value)
     if pad is not None:
         setattr(layer, PADDING, pad)
-        layer.register_forward_pre_hook(_pad)
+        layer.register_forward_pre_hook(_pad, with_kwargs=True)
     return pad is not None
 
 
@@ -72,5 +73,5 @@ def _pads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     return tuple(count for side in reversed(sides) for count in side)
 
 
-def _pad(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (getattr(layer, PADDING)(args[0]), *args[1:])
+def _pad(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return with_input(args, kwargs, getattr(layer, PADDING)(input_of(args, kwargs)))

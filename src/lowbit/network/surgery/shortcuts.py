@@ -205,15 +205,16 @@ def give_shortcuts(model: nn.Module, sample: Inputs, activation: Callable[[int],
     results: dict[str, tuple[Tensor, Tensor]] = {}
 
     def recording(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                kept.extend((args[0], output))
-                calls.append(_Call(name, module, id(args[0]), id(output)))
-                results[name] = args[0], output.clone()
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            inputs = (*args, *kwargs.values())
+            if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                kept.extend((inputs[0], output))
+                calls.append(_Call(name, module, id(inputs[0]), id(output)))
+                results[name] = inputs[0], output.clone()
 
         return record
 
-    handles = [module.register_forward_hook(recording(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(recording(name), with_kwargs=True) for name, module in model.named_modules() if name]
     try:
         with evaluating(model), torch.no_grad():
             model(*sample.args, **sample.kwargs)

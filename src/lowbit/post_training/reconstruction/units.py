@@ -159,11 +159,12 @@ def _look(job: PtqJob, names: set[str]) -> tuple[dict[str, _Facts], dict[str, in
             fact = facts[name]
             fact.calls += 1
             fact.returns_tensor = isinstance(output, Tensor) and output.is_floating_point()
-            fact.has_one_input = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            inputs = (*args, *kwargs.values())
+            fact.has_one_input = len(inputs) == 1 and isinstance(inputs[0], Tensor)
             order.setdefault(name, len(order))
             if name in job.layers and isinstance(output, Tensor):
                 weight: Tensor = module.weight  # type: ignore[assignment]
-                spread = args[0] if isinstance(module, TRANSPOSED) else output
+                spread = inputs[0] if isinstance(module, TRANSPOSED) else output
                 fact.cost += weight.numel() * spread.numel() / (weight.shape[0] * job.sample.batch_size)
 
         return hook

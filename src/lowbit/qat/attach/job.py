@@ -13,7 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lowbit.errors import CalibrationError, LayerError, LowbitError
 from lowbit.network.bits import policy_bits, raised_bits
+from lowbit.network.calls import input_of
 from lowbit.network.graph.dataflow import Dataflow, capture
+from lowbit.network.insert import activation_quantizers
 from lowbit.network.job import NetworkJob, made_for
 from lowbit.network.layers import WEIGHT, frozen_norms
 from lowbit.network.placement import Placement, Site, place_at_layers, place_at_tensors
@@ -123,7 +125,12 @@ class QatJob(NetworkJob):
             if pending.pop(name, None) is not None:
                 unset.pop(name, None)
                 with _naming(name, layer):
-                    initialize_layer(layer, _input_of(args, kwargs, is_quantized=name in self.activation_bits))
+                    x = input_of(args, kwargs)
+                    if x is None:
+                        raise LayerError("it is called without a floating-point input")
+                    if name in self.activation_bits:
+                        _check_finite(x)
+                    initialize_layer(layer, x)
 
         def from_weight(name: str) -> None:
             site = unset.pop(name, None)
@@ -134,7 +141,7 @@ class QatJob(NetworkJob):
         def first_seen(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
             if quantizer in between:
                 del between[quantizer]
-                quantizer.initialize(args[0].detach())
+                self._initialize(quantizer, args[0])
 
         called = set(self._called)
         for name in [name for name in unset if name not in called]:
@@ -154,6 +161,15 @@ class QatJob(NetworkJob):
             self._run(hooks(), training=False)
         for name in list(unset):
             from_weight(name)
+
+    def _initialize(self, quantizer: Quantizer, x: Tensor) -> None:
+        """Initialize a quantizer of activations from what it reads; its errors name the place."""
+        try:
+            _check_finite(x)
+            quantizer.initialize(x.detach())
+        except LowbitError as error:
+            place = next(name for name, known in activation_quantizers(self.model).items() if known is quantizer)
+            raise LayerError(f"activation {place!r}: {error}") from error
 
     def insert_outputs(self, outputs: QuantizerFactory, merges: MergeFactory) -> None:
         """Quantize the outputs of layers and what takes part in merges, as far as the policy asks for it, and initialize them.
@@ -187,7 +203,7 @@ class QatJob(NetworkJob):
         def before(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
             if quantizer in pending:
                 pending.discard(quantizer)
-                quantizer.initialize(args[0])
+                self._initialize(quantizer, args[0])
 
         self._run([quantizer.register_forward_pre_hook(before) for quantizer in pending])
         if pending:
@@ -288,6 +304,12 @@ def _as_changed(asked: LayerBits, since: LayerBits) -> LayerBits:
     return LayerBits(weight, None if since.activation is None else asked.activation, since.output)
 
 
+def _check_finite(x: Tensor) -> None:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise CalibrationError(f"{bad} of {x.numel()} values to quantize are NaN or infinite on the sample")
+
+
 @contextmanager
 def _naming(name: str, layer: nn.Module) -> Iterator[None]:
     """Within the context an error names the layer."""
@@ -295,15 +317,3 @@ def _naming(name: str, layer: nn.Module) -> Iterator[None]:
         yield
     except LowbitError as error:
         raise LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}") from error
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], *, is_quantized: bool) -> Tensor:
-    """The input of a layer in a call: the first floating-point tensor."""
-    found = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if found is None and is_quantized:
-        raise LayerError("its input is passed by keyword, where it cannot be quantized. Call it as layer(x), or leave its input in float.")
-    if found is None:
-        found = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-    if found is None:
-        raise LayerError("it is called without a floating-point input")
-    return found

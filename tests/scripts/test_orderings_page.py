@@ -1,21 +1,21 @@
-"""docs/orderings.md says what benchmarks/results/orderings.csv holds."""
+"""The page of orderings says what benchmarks/results/orderings.csv holds."""
 
 from __future__ import annotations
 
 import csv
 import re
-import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripts.docs.results import results_pages
 
 from lowbit.comparison.orderings import Ordering
 from lowbit.comparison.statistics import paired_difference, spread
 from lowbit.workflows.suite import Suite
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "orderings.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = results_pages()["orderings"]
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if re.match(r"\|.* at \S+ \|", line)]
 Values = dict[tuple[str, str, str], dict[int, float]]
 
@@ -53,10 +53,3 @@ def test_every_ordering_of_the_suite_has_a_row_and_counts_are_right() -> None:
     assert sum(row[-1] != "not measured" for row in ROWS) >= 12
     for finding, count in Counter(row[-1] for row in ROWS).items():
         assert f"{'once' if count == 1 else f'{count} times'} *{finding}*" in PAGE
-
-
-@pytest.mark.parametrize("name", ["orderings", "procedures"])
-def test_pages_are_what_the_script_makes_of_the_results(name: str) -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "results_pages.py"))
-    texts = {path.stem: text for path, text in script["pages"]().items()}
-    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == texts[name]
