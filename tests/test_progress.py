@@ -66,8 +66,10 @@ def test_left_out_progress_is_shown_where_somebody_watches(
     assert ("2/2" in shown.getvalue()) == (is_shown and stream is _Terminal)
 
 
-def test_a_notebook_gets_a_bar() -> None:
-    assert Progress(console=Console(file=io.StringIO(), force_jupyter=True)).has_bar
+@pytest.mark.parametrize("has_widgets", [True, False])
+def test_a_notebook_gets_a_bar_where_it_can_draw_one(has_widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.progress.find_spec", lambda name: object() if has_widgets and name == "ipywidgets" else None)
+    assert Progress(console=Console(file=io.StringIO(), force_jupyter=True)).has_bar is has_widgets
     assert not Progress(console=Console(file=io.StringIO(), force_terminal=False)).has_bar
 
 
