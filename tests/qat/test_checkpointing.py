@@ -31,11 +31,9 @@ class Net(nn.Module):
         return self.last(self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant))
 
 
-OPTIONS: dict[str, dict[str, object]] = {
-    "fqsr": {
-        "warm_up": 0,
-        "calibration_weight": 0,
-    },  # passes that are computed again count for its warm-up, and have a distance of their own
+OPTIONS: dict[str, dict[str, object]] = {  # what moves or counts in each pass does so in those that are computed again
+    "fqsr": {"warm_up": 0, "calibration_weight": 0},
+    "hawq": {"momentum": -1.0},
 }
 
 

@@ -115,7 +115,8 @@ class HawqActivation(GridQuantizer):
     Backward: 1 everywhere, also beyond the range; nothing through the scale.
 
     In training each batch first moves the range: ``lower <- m lower + (1 - m) min``, ``upper`` alike. Where both are equal, as in the
-    beginning, that of the batch is added to them. All bit-widths have one range.
+    beginning, that of the batch is added to them. All bit-widths have one range. Passes that gradient checkpointing computes again move it
+    again, but with -1.
 
     Args:
         bit_width: 1 to 8, signed 2 to 8.
