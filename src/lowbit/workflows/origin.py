@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import nn
 
 from lowbit.data import Preprocessing
 from lowbit.data.loading import is_suite
-from lowbit.errors import FileFormatError, SpecError
+from lowbit.errors import DataError, FileFormatError, SpecError
 from lowbit.formats.onnx.sessions import onnx_provenance
 from lowbit.formats.packed.file import read_package
 from lowbit.provenance import SHOWN, Provenance, provenance_from_json
-from lowbit.reading import check_readable, shorten
+from lowbit.reading import check_readable, read_json, shorten
 from lowbit.workflows.domain import domain_of, name_of_task
 from lowbit.workflows.samples import is_made
 from lowbit.workflows.settings import NetworkSettings, SampleSettings
@@ -223,9 +222,9 @@ def stopped_run(out: Path, kind: str) -> Origin | None:
 def _from_report(path: Path) -> Provenance | None:
     check_readable(path, max_bytes=LARGEST_REPORT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise FileFormatError(f"{path}: it is no report ({shorten(str(error))})") from error
+        content = read_json(path, max_bytes=LARGEST_REPORT)
+    except DataError as error:
+        raise FileFormatError(f"{path}: it is no report ({error})") from error
     found = content.get("provenance") if isinstance(content, dict) else None
     try:
         return None if found is None else provenance_from_json(found)
