@@ -20,7 +20,7 @@ from lowbit.reading import check_readable, read_json, shorten
 from lowbit.workflows.domain import domain_of, name_of_task
 from lowbit.workflows.samples import is_made
 from lowbit.workflows.settings import NetworkSettings, SampleSettings
-from lowbit.workflows.source import NO_DATA, Source, open_source, preprocessing_of
+from lowbit.workflows.source import NO_DATA, Source, is_network_named, open_source, preprocessing_of
 from lowbit.workflows.trust import is_trusted
 from lowbit.workfolder import unfinished_facts
 
@@ -217,6 +217,38 @@ def stopped_run(out: Path, kind: str) -> Origin | None:
     """What the stopped run of that kind in an output folder says; ``None`` where there is none to resume."""
     facts = unfinished_facts(out / WORK, kind)
     return None if facts is None else Origin(f"the stopped run in {out}", provenance_from_json(facts))
+
+
+def policy_origin(policy: object) -> Origin | None:
+    """What a policy says of the network that it was found for; ``None`` where it says nothing, or is none.
+
+    Raises:
+        FileFormatError: It says something that is no provenance.
+    """
+    found = policy.get("network") if isinstance(policy, Mapping) else None
+    if not found:
+        return None
+    try:
+        return Origin("the policy", provenance_from_json(found))
+    except FileFormatError as error:
+        raise FileFormatError(f"policy: network: {error}") from error
+
+
+def with_network_of_policy(request: N, policy: object) -> N:
+    """``request`` with the network and the data that a policy was found for, where the user names no network."""
+    origin = policy_origin(policy)
+    return request if origin is None or is_network_named(request) else origin.fill(request)
+
+
+def require_network_of_policy(policy: object, found: Provenance) -> None:
+    """SpecError where a policy was found for another network, or other data, than those that were opened; says both."""
+    origin = policy_origin(policy)
+    if origin is None:
+        return
+    try:
+        origin.require_same(found)
+    except SpecError as error:
+        raise SpecError(f"{error} To take its bits all the same, delete 'network' from the policy.") from error
 
 
 def _from_report(path: Path) -> Provenance | None:
