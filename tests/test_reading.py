@@ -57,7 +57,7 @@ def test_files_that_cannot_be_read_are_spec_errors(tmp_path: Path) -> None:
         ("rules:\n- {match: a, weight: 4}\n- {type: [Linear], weight: 4}\n", r"line 3: a rule's type must be text.* got \['Linear'\]"),
         ("rules:\n- match: a\n  weight: [1]\n", r"line 2: .*weight: bit_width must be a whole number from 1 to 8, got \[1\]"),
         ("default:\n  weight: {a: 1}\n", "line 2: default.weight: bit_width must be"),
-        ("1: 2\nx: 3\n", "expected the keys default, first_last, rules, merges, before_functions and order"),
+        ("1: 2\nx: 3\n", "expected the keys default, first_last, rules, merges, before_functions, order and network"),
     ],
 )
 def test_wrong_types_in_a_policy_are_named_with_their_line(tmp_path: Path, text: str, reason: str) -> None:

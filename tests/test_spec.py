@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,12 @@ def test_first_and_last_layer_keep_eight_bits_and_later_rules_win() -> None:
 
 def test_a_policy_survives_its_yaml_file(tmp_path: Path) -> None:
     policy = BitPolicy.uniform(4, None).with_rule(match="a.*", weight=8).keep_float("head")
+    policy = replace(policy, order=("b", "a"), network={"model": "x", "preprocessing": {"size": [8, 8]}})
     policy.to_yaml(tmp_path / "policy.yaml")
-    assert BitPolicy.from_yaml(tmp_path / "policy.yaml") == policy
+    found = BitPolicy.from_yaml(tmp_path / "policy.yaml")
+    assert found == policy and found.network == policy.network
+    found.to_yaml(tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "policy.yaml").read_text()
 
 
 @pytest.mark.parametrize(

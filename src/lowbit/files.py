@@ -16,6 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lowbit.errors import FileFormatError, OutputError
+from lowbit.reading import check_readable
 
 _FACTS = "facts"  # the entry of a safetensors header that holds JSON
 
@@ -96,12 +97,12 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], object]:
         FileFormatError: The file is damaged or no such file.
     """
     try:
-        contents = Path(path).read_bytes()  # opened once: another process may replace the file meanwhile
+        contents = check_readable(path).read_bytes()  # opened once: another process may replace the file meanwhile
         tensors = load(contents)
         header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
         facts: object = json.loads(header["__metadata__"][_FACTS])
         return tensors, facts
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise FileFormatError(f"{path} is damaged: {error}. Remove it; what it holds is computed again.") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Collection, Hashable, Mapping
@@ -13,6 +14,7 @@ import yaml
 from lowbit.errors import DataError, LowbitError, SpecError, unknown_name
 
 LARGEST_YAML = 2**20  # bytes; a policy for a thousand layers needs a tenth of it
+LARGEST_JSON = 2**28  # bytes
 DEEPEST_YAML = 32  # levels of nesting
 MOST_VALUES = 100_000  # with every alias written out
 
@@ -86,6 +88,19 @@ def shorten(value: object, longest: int = 100) -> str:
     """What ``value`` looks like, in at most that many characters."""
     text = repr(value) if not isinstance(value, (dict, list, tuple)) or len(value) < longest else f"{type(value).__name__} of {len(value)}"
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def read_json(path: Path | str, *, max_bytes: int = LARGEST_JSON) -> object:
+    """The plain values in a JSON file.
+
+    Raises:
+        DataError: It cannot be read, is too large or too deep, or no JSON; names the file.
+    """
+    path = check_readable(path, max_bytes=max_bytes)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: it is no JSON ({shorten(str(error))})") from error
 
 
 def read_yaml(path: Path | str) -> object:

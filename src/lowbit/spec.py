@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -350,6 +351,8 @@ class BitPolicy:
             after training (where activations are quantized), so that runtimes compute the convolutions in integers, and float in training.
         order: Layers in the order in which a procedure that quantizes one after the other takes them, as ``lowbit search`` found it; empty where
             nothing is said of it.
+        network: Provenance of the network that the policy was found for, as JSON holds it; empty where it is for any. It says nothing of bits,
+            and policies that differ in it alone are equal.
 
     Example:
         >>> print(BitPolicy.uniform(4, 8, merge_bits=8, first_last=None).with_rule(match="head", output=8))
@@ -370,6 +373,7 @@ class BitPolicy:
     merges: Bits = None
     before_functions: Bits = None
     order: tuple[str, ...] = ()
+    network: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def uniform(
@@ -444,14 +448,15 @@ class BitPolicy:
         first_last = None if self.first_last is None else plain(self.first_last)
         between = {name: getattr(self, name) for name in _BETWEEN if getattr(self, name) is not None}
         order = {"order": list(self.order)} if self.order else {}
-        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between, **order}
+        network = {"network": dict(self.network)} if self.network else {}
+        return {"default": plain(self.default), "first_last": first_last, "rules": rules, **between, **order, **network}
 
     @staticmethod
     def from_dict(data: object, where: str = "policy") -> BitPolicy:
         """The inverse of ``to_dict``; SpecError on anything unknown."""
-        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN, "order"}:
+        if not isinstance(data, dict) or not set(data) <= {"default", "first_last", "rules", *_BETWEEN, "order", "network"}:
             got = shorten(sorted(map(str, data)) if isinstance(data, dict) else data)
-            raise SpecError(f"{where}: expected the keys default, first_last, rules, {', '.join(_BETWEEN)} and order, got {got}")
+            raise SpecError(f"{where}: expected the keys default, first_last, rules, {', '.join(_BETWEEN)}, order and network, got {got}")
 
         def layer_bits(value: object, name: str) -> LayerBits:
             if not isinstance(value, dict) or not set(value) <= set(OPERANDS):
@@ -462,12 +467,16 @@ class BitPolicy:
         order = data.get("order") or []
         if not isinstance(order, list) or not all(isinstance(name, str) for name in order) or len(set(order)) < len(order):
             raise SpecError(f"{where}: order must be a list of names of layers, each once, got {shorten(order)}")
+        network = data.get("network") or {}
+        if not isinstance(network, dict):
+            raise SpecError(f"{where}: network must hold names and values, got {shorten(network)}")
         policy = BitPolicy(
             layer_bits(data.get("default", {}), "default"),
             None if data.get("first_last") is None else layer_bits(data["first_last"], "first_last"),
             merges=parse_said_bits(data.get("merges"), f"{where}: merges"),
             before_functions=parse_said_bits(data.get("before_functions"), f"{where}: before_functions"),
             order=tuple(order),
+            network=json.loads(json.dumps(network, default=str)),  # without the lines of the file
         )
         rules = data.get("rules") or []
         if not isinstance(rules, list):

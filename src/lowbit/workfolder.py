@@ -13,8 +13,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from lowbit.errors import OutputError, SpecError
+from lowbit.errors import DataError, OutputError, SpecError
 from lowbit.files import write_text
+from lowbit.reading import read_json
 
 _SETTINGS, _DONE, _FACTS = "run.json", "done", "provenance"
 LOCK = ".lock"
@@ -90,8 +91,8 @@ def _has_state(path: Path) -> bool:
 
 def _settings_of(record: Path) -> dict[str, object]:
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        settings = read_json(record)
+    except DataError:
         return {}
     return settings if isinstance(settings, dict) else {}
 

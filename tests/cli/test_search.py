@@ -78,3 +78,17 @@ def test_bad_input_is_refused_with_what_is_allowed(arguments: list[str], said: s
     assert code == 2
     assert said in " ".join(output.split())
     assert not (tmp_path / "found" / "policy.yaml").exists()
+
+
+def test_the_hint_to_retrain_names_a_procedure_alone(tmp_path: Path) -> None:
+    for method, has_hint in (("hawq", True), ("hawq_v2", False)):
+        code, output = run(
+            "--budget", "average=4", "--method", method, "-o", "samples=16", "--calibration-samples", "16", "--out", tmp_path / method
+        )
+        assert code == 0, output
+        assert (f"--procedure {method}" in " ".join(output.split())) is has_hint
+
+
+def test_examples_of_budgets_are_no_options(tmp_path: Path) -> None:
+    code, output = run("--out", tmp_path)
+    assert code == 2 and "'latency=60%'" in output and "--latency 60%" not in output

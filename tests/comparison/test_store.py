@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,29 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     Store(tmp_path).keep(kept)
     (tmp_path / "cells" / f"{kept.key}.json").write_text(damage)
     with pytest.raises(FileFormatError, match=rf"{kept.key}\.json: no result of a comparison .*Delete it"):
+        Store(tmp_path).load()
+
+
+@pytest.mark.parametrize("entry", [entry.name for entry in fields(Result)])
+@pytest.mark.parametrize("value", [[[1e308], "x"], {"a": []}, 10**400])
+def test_an_entry_of_another_type_is_refused(tmp_path: Path, entry: str, value: object) -> None:
+    kept = result()
+    Store(tmp_path).keep(kept)
+    path = tmp_path / "cells" / f"{kept.key}.json"
+    content = json.loads(path.read_text())
+    is_allowed = isinstance(value, dict) and entry in ("terms", "machine")
+    path.write_text(json.dumps({**content, entry: value}))
+    if is_allowed:
+        assert Store(tmp_path).load()[kept.key].to_dict()[entry] == value
+        return
+    with pytest.raises(FileFormatError, match=rf"{kept.key}\.json: no result of a comparison"):
+        Store(tmp_path).load()
+
+
+def test_a_pipe_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    os.mkfifo(tmp_path / "cells" / "0.json")
+    with pytest.raises(FileFormatError, match=r"0\.json: no result of a comparison .*a pipe or a device"):
         Store(tmp_path).load()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,13 @@ from lowbit.errors import FileFormatError, SpecError
 from lowbit.models.loading import load_model
 from lowbit.progress import Stage
 from lowbit.provenance import Provenance
+from lowbit.reading import read_yaml
+from lowbit.spec import BitPolicy
 from lowbit.workflows.origin import Origin, common_origin, origin_of
+from lowbit.workflows.quantize import open_quantization
 from lowbit.workflows.requests import EvaluateRequest
 from lowbit.workflows.settings import NetworkSettings
+from lowbit.workflows.train import open_training
 
 NAMES = [f"{digit}-{word}" for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])]
 PICTURES = Preprocessing(size=8, crop_fraction=1.0, mean=(0.1,), std=(0.7,), grey=True)
@@ -338,3 +343,34 @@ def test_a_factory_with_random_weights_gives_the_same_ones_for_the_same_seed(her
     message = fails("evaluate", "random", "--seed", "1")
     assert "the weights that it comes with" in message
     assert isinstance(load_model("net.py:build"), nn.Sequential)
+
+
+def test_a_policy_knows_the_network_that_it_was_found_for(tmp_path: Path) -> None:
+    """A command that takes it and names no network works with that one; one that names another is refused by both names."""
+    asked = {"out": str(tmp_path / "s"), "budget": ("average=4",), "calibration_samples": 16}
+    lowbit.search_and_write(
+        lowbit.SearchRequest(model="resnet8", model_options={"in_channels": 1}, data="digits", method="random_bits").changed(asked)
+    )
+    policy = str(tmp_path / "s" / "policy.yaml")
+    known = read_yaml(policy)["network"]  # type: ignore[index]
+    assert known == json.loads((tmp_path / "s" / "search.json").read_text())["provenance"]
+    assert (known["model"], known["data"]) == ("resnet8", "digits")
+    request = lowbit.QuantizeRequest(method="round_to_nearest", policy=policy, out=str(tmp_path / "q"))
+    plan = open_quantization(request)
+    assert plan.source.name == "resnet8" and plan.source.provenance.data == "digits"
+    assert plan.policy.network == {}
+    train = lowbit.TrainRequest(policy=policy, out=str(tmp_path / "t"), device="cpu")
+    assert open_training(train).source.name == "resnet8"
+    with pytest.raises(SpecError, match=r"the policy was made from resnet8 .*but this is digits .*delete 'network' from the policy"):
+        open_quantization(request.changed({"model": "digits"}))
+    with pytest.raises(SpecError, match=r"the policy was made from resnet8 .*but this is digits"):
+        open_training(train.changed({"model": "digits"}))
+    assert "resnet8" in train.to_yaml()
+    replace(BitPolicy.from_yaml(policy), network={}).to_yaml(tmp_path / "any.yaml")
+    assert open_quantization(request.changed({"model": "digits", "policy": str(tmp_path / "any.yaml")})).source.name == "digits"
+
+
+@pytest.mark.parametrize("network", [{"model": 7}, {"nothing": "x"}])
+def test_a_policy_of_no_known_network_is_named(network: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="policy: network: "):
+        open_quantization(lowbit.QuantizeRequest(policy={"network": network}, out=str(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.data import SUITES, ImageData
 from lowbit.data.loading import DataSuite
-from lowbit.errors import CalibrationError, DataError, LayerError, LowbitError, SpecError, UnknownNameError
+from lowbit.errors import CalibrationError, DataError, FileFormatError, LayerError, LowbitError, SpecError, UnknownNameError
 from lowbit.inputs import Inputs
 from lowbit.methods.zero_shot.zeroq import ZeroqSamples
 from lowbit.models import load_default
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance, provenance_from_json, provenance_of
 from lowbit.synthesis import descent
+from lowbit.synthesis.samples import SynthesizedData
 from lowbit.workflows.diagnose import quantize_and_diagnose
 from lowbit.workflows.export import load_and_export
 from lowbit.workflows.origin import origin_of
@@ -258,3 +260,15 @@ def test_names_files_and_forms() -> None:
         str(Provenance(calibration="noise", synthesis={"method": "noise", "seed": 1}))
         == "calibration noise, no data: samples made by noise with seed 1"
     )
+
+
+@pytest.mark.parametrize("replace_by", [None, os.mkfifo, os.mkdir])
+def test_a_folder_of_samples_that_lost_them_is_no_folder_of_pictures(replace_by: Callable[[Path], object] | None, tmp_path: Path) -> None:
+    for name in ("synthesis.json", "samples.png"):
+        (tmp_path / name).touch()
+    if replace_by is not None:
+        replace_by(tmp_path / "samples.safetensors")
+    found = samples_file(tmp_path)
+    assert found == tmp_path / "samples.safetensors"
+    with pytest.raises(FileFormatError, match=r"samples\.safetensors: (there is no such file|a pipe or a device|a folder)"):
+        SynthesizedData.load(found)

@@ -153,3 +153,16 @@ def test_norms_that_are_left_out_are_said(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
     data = lowbit.synthesize(seen(model, torch.randn(8, 1, 6, 6)), method="zeroq", shape=(1, 6, 6), count=2, iterations=2)
     assert data.notes == ("left out: 3: no running statistics (track_running_stats=False)",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input_shape": "1,x,3"}, r"input_shape='1,x,3': expected whole numbers joined by x"),
+        ({"input_shape": "3x9x9"}, r"input_shape='3x9x9' contradicts digits, whose samples are 1x8x8"),
+        ({"count": 10**14}, r"count=100000000000000: the samples take [\d,.]+ GB, and this machine has"),
+    ],
+)
+def test_shapes_and_counts_that_cannot_be_are_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=message):
+        synthesize_and_write(SynthesizeRequest(method="zeroq", options={"iterations": 1}, out=str(tmp_path / "s")).changed(settings))

@@ -21,11 +21,12 @@ import torch
 
 from lowbit.assignment.costs import Assignment
 from lowbit.assignment.problem import SearchProblem
-from lowbit.errors import LayerError, OutputError, SpecError
+from lowbit.errors import DataError, LayerError, OutputError, SpecError
 from lowbit.executors import Job, run_here, run_in_processes, run_on_ray
 from lowbit.files import write_text
 from lowbit.inputs import tensors_of
 from lowbit.progress import Progress
+from lowbit.reading import read_json
 from lowbit.spec import LayerBits, switch_name
 from lowbit.workfolder import tensors_digest, weights_digest
 
@@ -174,9 +175,9 @@ class _Kept:
         self._run = _fingerprint(problem, prepare, facts)
         self._path = problem.work_dir / f"{name.replace(' ', '_')}-{self._run[:12]}.json"  # measurements of another search stay
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            found: Any = read_json(self._path)
             self.found = dict(found["found"]) if found["run"] == self._run else {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (DataError, ValueError, KeyError, TypeError):
             self.found = {}  # none is there yet, or none that can be read: everything is measured
 
     def keep(self, key: str, value: object) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from lowbit.reading import shorten
 from lowbit.registry import Kind
 
 Track = Literal["aligned", "published"]
 Status = Literal["done", "diverged", "failed", "skipped"]
+LARGEST_NUMBER = 2**63  # of whole numbers in results
 FLOAT = "float"  # bits that are not quantized, and the label of the float network
 MIXED = "mixed"  # bits of a network whose layers have different ones
 
@@ -161,10 +165,37 @@ class Result:
         """The inverse of ``to_dict``.
 
         Raises:
-            TypeError, KeyError: Entries are missing or unknown.
+            TypeError, KeyError: Entries are missing, unknown, or of another type.
         """
+        _check_types(values["cell"], Cell)
+        _check_types({name: value for name, value in values.items() if name != "cell"}, Result)
         cell = Cell(**values["cell"])
         return Result(**{**values, "cell": replace(cell, widths=tuple(cell.widths))})
+
+
+def _check_types(values: Mapping[str, Any], kind: type) -> None:
+    """TypeError where an entry is not of the type that the dataclass ``kind`` declares for it, in JSON."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{kind.__name__} must be names and values, got {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is_of(value, hints[name]):
+            raise TypeError(f"{name} is {shorten(value)}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, part) for part in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is Mapping:
+        return isinstance(value, dict) and (arguments[1] is object or all(_is_of(entry, arguments[1]) for entry in value.values()))
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_is_of(entry, arguments[0]) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < LARGEST_NUMBER)
+    return isinstance(value, hint)
 
 
 def digest_of(value: object) -> str:

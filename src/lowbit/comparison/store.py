@@ -7,10 +7,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from lowbit.comparison.cells import Result
-from lowbit.errors import FileFormatError, OutputError, SpecError
+from lowbit.errors import DataError, FileFormatError, OutputError, SpecError
 from lowbit.files import write_text
+from lowbit.reading import read_json
 
 CELLS, WORK = "cells", ".work"
 LARGEST_CELL = 2**22  # bytes
@@ -89,12 +91,10 @@ class Store:
 
 def _read(path: Path) -> Result:
     try:
-        if path.stat().st_size > LARGEST_CELL:
-            raise ValueError(f"{path.stat().st_size:,} bytes, at most {LARGEST_CELL:,} are read")
-        result = Result.from_dict(_from_json(json.loads(path.read_text(encoding="utf-8"))))
+        result = Result.from_dict(_from_json(cast("dict[str, object]", read_json(path, max_bytes=LARGEST_CELL))))
         if result.key != path.stem or result.cell.key(result.facts) != path.stem:
             raise ValueError("its name is not that of its content")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileFormatError(f"{path}: no result of a comparison ({error}). Delete it; the cell is run again.") from error
     return result
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowbit.errors import SpecError
 from lowbit.files import write_text
-from lowbit.reading import check_readable
+from lowbit.reading import read_json
 from lowbit.spec import LayerBits, switch_name
 
 FORMAT = "lowbit latency table"
@@ -69,7 +69,7 @@ class LatencyTable:
     def load(path: Path | str) -> LatencyTable:
         """Read what ``save`` wrote; SpecError naming the file when it is no latency table."""
         try:
-            content = json.loads(check_readable(path, max_bytes=LARGEST_FILE).read_text(encoding="utf-8"))
+            content = read_json(path, max_bytes=LARGEST_FILE)
         except ValueError as error:
             raise SpecError(f"latency table {path}: it is no JSON ({error})") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -77,6 +77,8 @@ class LatencyTable:
         times = content.get("times")
         if not isinstance(times, dict) or not all(isinstance(t, dict) and all(_is_time(v) for v in t.values()) for t in times.values()):
             raise SpecError(f"latency table {path}: times must hold a number above 0 for each layer and each pair of widths")
+        if not all(isinstance(content.get(name, {}), dict) for name in ("kernels", "facts")):
+            raise SpecError(f"latency table {path}: kernels and facts must hold names and values")
         return LatencyTable(str(content.get("unit", "")), times, content.get("kernels") or {}, content.get("facts") or {})
 
 

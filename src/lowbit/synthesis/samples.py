@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from lowbit.errors import FileFormatError
 from lowbit.files import read_tensors, write_tensors
 from lowbit.inputs import Inputs
+from lowbit.reading import check_readable
 from lowbit.synthesis.statistics import Match
 
 _KIND = "lowbit samples"
@@ -121,7 +122,7 @@ class SynthesizedData(Dataset[Sample]):
         Raises:
             FileFormatError: No such file, a damaged one, or one that holds something else.
         """
-        tensors, facts = read_tensors(path)
+        tensors, facts = read_tensors(check_readable(path, error=FileFormatError))
         if not isinstance(facts, dict) or facts.get("kind") != _KIND:
             raise FileFormatError(f"{path}: holds no samples that lowbit made. Pass the samples.safetensors of 'lowbit synthesize'.")
         try:

@@ -14,7 +14,7 @@ from lowbit.post_training.pipeline import PostTrainingMethod
 from lowbit.progress import Progress
 from lowbit.report.json_text import to_json
 from lowbit.workflows.evaluate import evaluate
-from lowbit.workflows.origin import origin_of
+from lowbit.workflows.origin import origin_of, require_network_of_policy, with_network_of_policy
 from lowbit.workflows.output import prepare_folder
 from lowbit.workflows.quantize import run_job
 from lowbit.workflows.requests import DiagnoseRequest
@@ -37,10 +37,12 @@ def quantize_and_diagnose(request: DiagnoseRequest, *, progress: Progress | None
         "name some with calibration=: a folder of images, a name from 'lowbit data list', or dsg, which makes samples from the network"
     )
     if request.target is None:
+        request = with_network_of_policy(request, request.policy)
         source = open_source(request, request, device=request.device, seed=request.seed, missing=missing)
     else:
         origin = origin_of(Path(request.target))
         source = origin.open(request, request, device=request.device, seed=request.seed, missing=missing)
+    require_network_of_policy(request.policy, source.provenance)
     out = None if request.out is None else prepare_folder(Path(request.out), needed_bytes=1_000_000)
     for line in (str(source.provenance), *source.notes):
         progress.say(line)

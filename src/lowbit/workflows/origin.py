@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,15 @@ from torch import nn
 
 from lowbit.data import Preprocessing
 from lowbit.data.loading import is_suite
-from lowbit.errors import FileFormatError, SpecError
+from lowbit.errors import DataError, FileFormatError, SpecError
 from lowbit.formats.onnx.sessions import onnx_provenance
 from lowbit.formats.packed.file import read_package
 from lowbit.provenance import SHOWN, Provenance, provenance_from_json
-from lowbit.reading import check_readable, shorten
+from lowbit.reading import check_readable, read_json, shorten
 from lowbit.workflows.domain import domain_of, name_of_task
 from lowbit.workflows.samples import is_made
 from lowbit.workflows.settings import NetworkSettings, SampleSettings
-from lowbit.workflows.source import NO_DATA, Source, open_source, preprocessing_of
+from lowbit.workflows.source import NO_DATA, Source, is_network_named, open_source, preprocessing_of
 from lowbit.workflows.trust import is_trusted
 from lowbit.workfolder import unfinished_facts
 
@@ -220,12 +219,44 @@ def stopped_run(out: Path, kind: str) -> Origin | None:
     return None if facts is None else Origin(f"the stopped run in {out}", provenance_from_json(facts))
 
 
+def policy_origin(policy: object) -> Origin | None:
+    """What a policy says of the network that it was found for; ``None`` where it says nothing, or is none.
+
+    Raises:
+        FileFormatError: It says something that is no provenance.
+    """
+    found = policy.get("network") if isinstance(policy, Mapping) else None
+    if not found:
+        return None
+    try:
+        return Origin("the policy", provenance_from_json(found))
+    except FileFormatError as error:
+        raise FileFormatError(f"policy: network: {error}") from error
+
+
+def with_network_of_policy(request: N, policy: object) -> N:
+    """``request`` with the network and the data that a policy was found for, where the user names no network."""
+    origin = policy_origin(policy)
+    return request if origin is None or is_network_named(request) else origin.fill(request)
+
+
+def require_network_of_policy(policy: object, found: Provenance) -> None:
+    """SpecError where a policy was found for another network, or other data, than those that were opened; says both."""
+    origin = policy_origin(policy)
+    if origin is None:
+        return
+    try:
+        origin.require_same(found)
+    except SpecError as error:
+        raise SpecError(f"{error} To take its bits all the same, delete 'network' from the policy.") from error
+
+
 def _from_report(path: Path) -> Provenance | None:
     check_readable(path, max_bytes=LARGEST_REPORT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise FileFormatError(f"{path}: it is no report ({shorten(str(error))})") from error
+        content = read_json(path, max_bytes=LARGEST_REPORT)
+    except DataError as error:
+        raise FileFormatError(f"{path}: it is no report ({error})") from error
     found = content.get("provenance") if isinstance(content, dict) else None
     try:
         return None if found is None else provenance_from_json(found)

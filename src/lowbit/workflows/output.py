@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from lowbit.errors import OutputError, SpecError
+from lowbit.errors import DataError, OutputError, SpecError
+from lowbit.reading import read_json
 
 
 def prepare_folder(path: Path, needed_bytes: int, name: str = "out") -> Path:
@@ -47,7 +48,7 @@ def check_results(path: Path, method: str, *, resume: bool) -> None:
 def _method_in(file: Path) -> object:
     """The method of the finished run that wrote ``file``; ``None`` where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = read_json(file)
         return content["method"] if "method" in content else content["settings"]["method"] if content["is_done"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, KeyError, TypeError):
         return None

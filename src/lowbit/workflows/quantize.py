@@ -31,7 +31,7 @@ from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, LayerBits, parse_bits
 from lowbit.workflows.deliver import Delivery, deliver
-from lowbit.workflows.origin import WORK, stopped_run
+from lowbit.workflows.origin import WORK, require_network_of_policy, stopped_run, with_network_of_policy
 from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import QuantizeRequest
 from lowbit.workflows.samples import CACHE, calibration_in, forget_samples
@@ -215,7 +215,9 @@ def open_quantization(request: QuantizeRequest) -> Quantization:
     stopped = stopped_run(Path(request.out), "quantize") if request.resume else None
     if stopped is not None and not is_network_named(request):
         request = stopped.fill(request)
+    request = with_network_of_policy(request, request.policy)
     source = open_source(request, request, device=request.device, seed=request.seed)
+    require_network_of_policy(request.policy, source.provenance)
     if source.calibration is None and source.making is None and "calibration" in method.info.needs:
         raise CalibrationError(
             f"method={request.method!r} needs samples to look at: name some with calibration= (a folder of images, or see 'lowbit data list'; "

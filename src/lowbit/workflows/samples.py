@@ -30,6 +30,7 @@ from lowbit.synthesis.samples import SynthesizedData
 NOISE = "noise"
 NOISE_COUNT = 64  # samples of noise where nobody says how many
 FILE = "samples.safetensors"  # in the folder that 'lowbit synthesize' writes
+FACTS = "synthesis.json"  # beside it
 CACHE = ".samples"  # in an output folder, until it is complete
 
 
@@ -56,7 +57,10 @@ def samples_file(named: object) -> Path | None:
     if not isinstance(named, (str, Path)):
         return None
     path = Path(named)
-    return path if path.suffix == ".safetensors" else path / FILE if (path / FILE).is_file() else None
+    is_folder_of_samples = any(
+        (path / name).exists() for name in (FILE, FACTS)
+    )  # never taken for a folder of pictures, its file there or not
+    return path if path.suffix == ".safetensors" else path / FILE if is_folder_of_samples else None
 
 
 @dataclass(frozen=True)

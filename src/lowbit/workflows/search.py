@@ -388,8 +388,11 @@ def search_and_write(request: SearchRequest, *, progress: Progress | None = None
         delivery = None
         if request.then is not None:
             result, delivery = _quantized(result, request, source, out, work.path, progress)
-        result.policy.to_yaml(out / FILES[0])
-        write_text(out / FILES[1], to_json({**result.to_dict(), "run": run_facts(started, source.data_names)}) + "\n")
+        provenance = source.provenance.to_json()
+        replace(result.policy, network=provenance).to_yaml(out / FILES[0])
+        write_text(
+            out / FILES[1], to_json({**result.to_dict(), "provenance": provenance, "run": run_facts(started, source.data_names)}) + "\n"
+        )
         write_search_page(result, source.name, run_facts(started, source.data_names), out / FILES[2])
         work.remove()
         forget_samples(out)

@@ -132,7 +132,7 @@ class BitSettings(Request):
         if given:
             raise SpecError(f"a policy says the bits of every layer; leave out {', '.join(given)}, or change the policy.")
         if isinstance(self.policy, Mapping):
-            policy = BitPolicy.from_dict(dict(self.policy))
+            policy = replace(BitPolicy.from_dict(dict(self.policy)), network={})  # reports and files say it themselves
         else:
             weight = default.weight if self.weight_bits is None else parse_bits(self.weight_bits, "weight_bits")
             activation = default.activation if self.activation_bits is None else parse_bits(self.activation_bits, "activation_bits")

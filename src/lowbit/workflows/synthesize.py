@@ -226,7 +226,9 @@ def _write(data: SynthesizedData, source: Source, out: Path, run: Mapping[str, o
     else:
         with replacing(out / picture) as temporary:
             temporary.write_bytes(drawn)
-    write_text(out / facts, to_json({"network": source.name, **data.to_dict(), "run": run}) + "\n")
+    write_text(
+        out / facts, to_json({"network": source.name, "provenance": source.provenance.to_json(), **data.to_dict(), "run": run}) + "\n"
+    )
     write_synthesis_page(data, source.name, drawn, run, out / page)
     if drawn is None:
         return (samples, facts, page), (f"no {picture}: the inputs are no pictures of one or three channels",)

@@ -45,7 +45,7 @@ from lowbit.registry import check_needs, find_method
 from lowbit.spec import BitPolicy, Bits, switch_name
 from lowbit.surrogates import make_surrogate
 from lowbit.workflows.deliver import Delivery, deliver
-from lowbit.workflows.origin import WORK, stopped_run
+from lowbit.workflows.origin import WORK, require_network_of_policy, stopped_run, with_network_of_policy
 from lowbit.workflows.output import check_results, prepare_folder
 from lowbit.workflows.requests import TrainRequest, TrainSettings
 from lowbit.workflows.samples import CACHE, forget_samples, has_no_labels, is_made, samples_in, training_data_of
@@ -447,7 +447,10 @@ def open_training(request: TrainRequest) -> Start:
     stopped = stopped_run(Path(request.out), "train") if request.resume else None
     if stopped is not None and not is_network_named(request):
         request = stopped.fill(request)
-    return open_start(request)
+    request = with_network_of_policy(request, request.policy)
+    start = open_start(request)
+    require_network_of_policy(request.policy, start.source.provenance)
+    return start
 
 
 def trainer_for(settings: TrainSettings, progress: Progress | None = None) -> Trainer:

@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lowbit.errors import OutputError
+from lowbit.errors import DataError, OutputError
 from lowbit.files import read_tensors, write_tensors, write_text
+from lowbit.reading import read_json
 
 Facts = dict[str, float | int | str | bool]
 _VERSION = 1
@@ -82,6 +83,7 @@ class RunState:
 
 def _read_marker(path: Path) -> object:
     try:
-        return json.loads(path.read_text()).get("run")
-    except (ValueError, OSError, AttributeError):
+        content = read_json(path)
+    except DataError:
         return None
+    return content.get("run") if isinstance(content, dict) else None
