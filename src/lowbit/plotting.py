@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit.errors import OutputError, missing_extra
-from lowbit.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,6 +114,8 @@ class Picture:
             OutputError: Another suffix, or the file cannot be written.
             MissingExtraError: matplotlib is not installed.
         """
+        from lowbit.files import replacing  # it brings torch, which help of commands does without
+
         path = check_suffix(path)
         contents = _rendered(self, theme, path.suffix.lower().lstrip("."), is_transparent)
         with replacing(path) as temporary:
