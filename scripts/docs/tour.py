@@ -20,7 +20,9 @@ def write_tour(folder: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as work:
         NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
-    text, resources = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor]).from_notebook_node(notebook, {"output_files_dir": "tour"})
+    text, resources = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor]).from_notebook_node(
+        notebook, {"output_files_dir": "tour"}
+    )
     for name, content in resources["outputs"].items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
