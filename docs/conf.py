@@ -17,6 +17,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True  # a class's attributes are listed once, with it
+smartquotes = False  # options are written with two hyphens
 python_maximum_signature_line_length = 100
 add_module_names = False
 nitpick_ignore_regex = [("py:.*", ".*")]  # types of torch and others, whose pages are on other hosts

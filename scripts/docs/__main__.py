@@ -66,7 +66,7 @@ def write_sources(source: Path, cache: Path, outside: Sequence[str]) -> None:
         "methods/index.md": lambda: methods.methods_page([*known, *map(find_method, outside)]),
         "reference/commands.md": commands.commands_page,
         "reference/python.md": api.api_page,
-        **{f"results/{name}.md": lambda text=text: text for name, text in results.results_pages().items()},
+        **{f"results/{name}.md": lambda text=text: results.unbroken(text) for name, text in results.results_pages().items()},
     }
     for name, make in texts.items():
         path = source / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lowbit.comparison.tables import make_tables
@@ -57,6 +58,11 @@ def section(suite_name: str, title: str, *, has_tables: bool) -> str:
         page = orderings_page(judge(suite.orderings, results), name, title)
     tables = f"\n{markdown(make_tables(results, baseline=suite.baseline))}" if has_tables else ""
     return f"#{page}{tables}"
+
+
+def unbroken(text: str) -> str:
+    """``text`` whose figures keep their units on narrow screens."""
+    return re.sub(r"(?<=\d) (?=%|s\b|[kM]?B\b)", "\u00a0", text)
 
 
 def results_pages() -> dict[str, str]:

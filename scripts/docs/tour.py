@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
@@ -19,7 +20,9 @@ def write_tour(folder: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as work:
         NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": work}}).execute()
-    text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": "tour"})
+    text, resources = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor]).from_notebook_node(
+        notebook, {"output_files_dir": "tour"}
+    )
     for name, content in resources["outputs"].items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

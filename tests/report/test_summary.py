@@ -92,3 +92,10 @@ def test_a_network_without_layers_has_an_empty_table() -> None:
 @pytest.mark.parametrize(("is_symmetric", "word"), [(True, "uniform symmetric"), (False, "uniform affine")])
 def test_quantizers_are_called_by_their_grid(is_symmetric: bool, word: str) -> None:
     assert quantizer_word(UniformQuantizer(4, signed=is_symmetric, symmetric=is_symmetric)) == word
+
+
+def test_in_a_notebook_it_is_text_and_one_table_and_shows_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *shown: pytest.fail(f"displayed {shown}"))
+    found = summary(network())
+    assert "Sequential" in str(found) and "Sequential" in found._repr_html_()

@@ -75,12 +75,12 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre style='white-space:pre;font-family:monospace'>{code}</pre>")
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH)
+        console = Console(file=io.StringIO(), width=WIDTH, force_jupyter=False)
         console.print(self)
         return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 
