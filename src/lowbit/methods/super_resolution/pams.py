@@ -265,6 +265,10 @@ class PamsQuantizers(TrainingMethod):
     def activation_quantizer(self, slot: Slot) -> Quantizer:
         return PamsActivation(slot.bit_width, statistic_epochs=self.ema_epoch, decay=self.ema_decay)
 
+    def edge_quantizer(self, slot: Slot) -> Quantizer:
+        """The same as elsewhere: a learned step would not survive the learning rate of clips, which are in units of pixels."""
+        return self.weight_quantizer(slot) if slot.purpose == "weight" else self.activation_quantizer(slot)
+
     def merge_quantizer(self, slot: Slot) -> Quantizer | None:
         return super().merge_quantizer(slot) if slot.bit_width == 1 else self.activation_quantizer(slot)
 
