@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset, Subset
 
 from lowbit.data.folders import folders_in, pictures_beside, split_folder
-from lowbit.data.image_data import ImageData, Split
+from lowbit.data.image_data import ImageData, Sample, Split
 from lowbit.data.images import SUFFIXES, colour_planes, read_picture
 from lowbit.data.photographs import INSTALL, photographs
 from lowbit.errors import DataError, SpecError, install_command, missing_extra, unknown_name
@@ -216,7 +216,7 @@ class UpscalingData(ImageData):
         return 1 if isinstance(self.dataset, PicturePairs) and not self.dataset.as_bytes else None  # pictures differ in size
 
     @property
-    def fixed(self) -> Dataset[Pair]:
+    def fixed(self) -> Dataset[Sample]:
         """Patches at places that are drawn once."""
         if isinstance(self.dataset, PicturePairs):
             return FixedPatches(self.dataset, self.input_shape[1])
