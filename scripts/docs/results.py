@@ -41,6 +41,7 @@ PAGES = {  # titles, and the suites on each page with theirs
             "mixed_precision_budgets": "Under other budgets",
         },
     ),
+    "super_resolution": ("Super-resolution", {"super_resolution": "On photographs"}),
     "zero_shot": (
         "What made samples are worth",
         {"zero_shot": "Calibration without data", "zero_shot_photographs": "On photographs"},

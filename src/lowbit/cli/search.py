@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def search(
     if not json:
         say(f"written to {searched.out}: {', '.join(FILES)}{'' if searched.delivery is None else ', quantized/'}")
         policy = Path(searched.out) / FILES[0]
-        say(f"use it: lowbit quantize --policy {policy}")
+        named = {"--task": request.task, "--model": request.model, "--weights": request.weights, "--data": request.data}
+        network = "".join(f" {flag} {shlex.quote(value)}" for flag, value in named.items() if value is not None)
+        say(f"use it: lowbit quantize{network} --policy {policy}")
         if result.order and result.method in procedure_names():
             say(f"retrain it layer by layer: lowbit train --policy {policy} --procedure {result.method}")
     if problems:

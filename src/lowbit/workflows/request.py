@@ -74,8 +74,8 @@ class Request:
         changes: dict[str, Any] = {}
         if "recipe" in values and "recipe" in names:
             changes["recipe"] = self._whole_recipe(values, f"{where}{line_of(values, 'recipe')}")
-        elif getattr(self, "recipe", None) == Recipe() and str(values.get("task")) in RECIPES:
-            changes["recipe"] = RECIPES[str(values["task"])]
+        elif (fitting := recipe_for(self, values.get("task"))) is not None:
+            changes["recipe"] = fitting
         for name, value in values.items():
             if name in changes:
                 continue
@@ -114,6 +114,15 @@ class Request:
             elif decides_result(owner):
                 values[name] = plain_value(value)
         return yaml.safe_dump(values, sort_keys=False)
+
+
+def recipe_for(request: Request, task: object) -> Recipe | None:
+    """The recipe that fits the task, with the epochs of the request; ``None`` where its own does, or is not the default."""
+    own = next((entry for entry in dataclasses.fields(request) if entry.name == "recipe"), None)
+    if own is None or str(task) not in RECIPES or not callable(own.default_factory):
+        return None
+    default: Recipe = own.default_factory()
+    return replace(RECIPES[str(task)], epochs=default.epochs) if getattr(request, "recipe", default) == default else None
 
 
 def fields_of(cls: type) -> Iterator[tuple[str, type]]:

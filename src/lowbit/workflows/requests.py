@@ -14,7 +14,7 @@ from lowbit.options import Above, AtLeast, Interval, Method
 from lowbit.qat.recipe import AugmentName, PrecisionName, Recipe, Selection
 from lowbit.registry import Kind, MethodInfo, find_method
 from lowbit.spec import BitPolicy, LayerBits, parse_bits, parse_switches, widest
-from lowbit.workflows.request import RECIPES, Request, plain_value
+from lowbit.workflows.request import Request, plain_value, recipe_for
 from lowbit.workflows.settings import (
     EIGHT_BITS,
     MAX_THREADS,
@@ -472,8 +472,9 @@ class TrainRequest(NetworkSettings, MethodSettings, ProcedureSettings, BitSettin
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipe == Recipe() and self.task in RECIPES:
-            object.__setattr__(self, "recipe", RECIPES[self.task])
+        fitting = recipe_for(self, self.task)
+        if fitting is not None:
+            object.__setattr__(self, "recipe", fitting)
 
     @property
     def method_info(self) -> MethodInfo:

@@ -17,7 +17,7 @@ from lowbit.qat.recipe import AugmentName, Recipe
 from lowbit.reading import entries_of, line_of, shorten
 from lowbit.registry import MethodInfo, find_method, list_methods
 from lowbit.spec import BitPolicy, LayerBits, parse_bits
-from lowbit.workflows.request import Bits, Request, plain_value
+from lowbit.workflows.request import Bits, Request, plain_value, recipe_for
 from lowbit.workflows.settings import EMBEDDED, BitSettings, NetworkSettings
 
 if TYPE_CHECKING:
@@ -284,6 +284,12 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
     """
 
     command: ClassVar[str] = "compare"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fitting = recipe_for(self, self.task)
+        if fitting is not None:
+            object.__setattr__(self, "recipe", fitting)
 
     @property
     def subjects(self) -> tuple[SubjectSettings, ...]:

@@ -79,7 +79,7 @@ def test_tiles_overlap_as_far_as_the_network_looks_and_do_not_show(tmp_path: Pat
     ):  # in integers to the bit; floats can round to another code
         whole, tiled = (enlarge_tensor(upscaler, picture, 2, cut).int() for cut in (Tiling(64, 0), tiling))
         assert (whole - tiled).abs().max() <= allowed
-        assert ((whole - tiled) != 0).float().mean() < 0.01
+        assert ((whole - tiled) != 0).float().mean() < 0.05
     seams, note = Tiling.of(network, 16, overlap=0)
     assert "looks 12 pixels far" in note
     assert (whole - enlarge_tensor(network, picture, 2, seams).int()).abs().max() > 4

@@ -189,3 +189,14 @@ def test_layers_outside_of_super_resolution_networks_are_trained_too() -> None:
     model = lowbit.prepare(nn.Linear(4, 2), method="pams", policy=policy(4), sample=torch.randn(8, 4))
     assert isinstance(insert.input_quantizer(model), Quantizer)
     assert model.lowbit_method.tap is None
+
+
+def test_learned_steps_at_the_ends_do_not_have_the_learning_rate_of_clips() -> None:
+    method = Pams()
+    prepared = lowbit.prepare(network(), method=method, policy=BitPolicy.uniform(4, 4), sample=picture())
+    found = {role: [] for role in ("quantizers", "quantizers.steps")}  # type: ignore[var-annotated]
+    for path, module in prepared.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found.get(method.role(f"{path}.{name}", parameter, module), []).append(name)
+    assert set(found["quantizers"]) == {"clip"} and found["quantizers.steps"] and "clip" not in found["quantizers.steps"]
+    assert method.optimizers(Recipe(optimizer=OptimizerSpec("adam", 1e-4)))["quantizers.steps"].learning_rate == 1e-4

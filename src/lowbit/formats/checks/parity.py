@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import DataError, GraphError, ParityError
-from lowbit.formats.checks.tolerance import accumulator_step, excess_of, is_quantizer, since_quantizers
+from lowbit.formats.checks.tolerance import accumulator_step, excess_of, is_quantizer, is_rounding, since_quantizers
 from lowbit.formats.onnx.sessions import load_onnx
 from lowbit.formats.program.naming import name_inputs
 from lowbit.formats.program.program import Program
@@ -151,7 +151,7 @@ def check_onnx_parity(model: nn.Module, program: Program, path: Path | str) -> P
             ) from error
 
     parity = compare_outputs(model, program, run)
-    quantizers = tuple(node.name for node in program.exported.graph.nodes if is_quantizer(node))
+    quantizers = tuple(node.name for node in program.exported.graph.nodes if is_quantizer(node) or is_rounding(node))
     inputs = program.sample
     if program.is_batch_dynamic and inputs.batch_size > FOLLOWED_SAMPLES:
         inputs = inputs.take(0, FOLLOWED_SAMPLES)
@@ -293,7 +293,7 @@ class _Follower(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         result: object = super().run_node(node)
-        if not is_quantizer(node):
+        if not (is_quantizer(node) or is_rounding(node)):
             return result
         assert isinstance(result, Tensor)
         source = node.args[0]

@@ -29,11 +29,16 @@ def is_quantizer(node: fx.Node) -> bool:
     return node.target in (ours.fake_quantize_affine.default, ours.fake_quantize_grid.default, ours.fake_quantize_codebook.default)
 
 
+def is_rounding(node: fx.Node) -> bool:
+    """Whether a node of a program rounds to whole numbers: to the codes of a grid that each input has of its own."""
+    return node.target is torch.ops.aten.round.default
+
+
 def excess_of(node: fx.Node, x: Tensor, tables: Sequence[Tensor], theirs: Tensor) -> tuple[float, float]:
     """How far the levels ``theirs`` are from valid results of the quantizer ``node`` for ``x``.
 
     Args:
-        node: The quantizer.
+        node: The quantizer, or a rounding.
         x: Its input.
         tables: Its tensor arguments after ``x``.
         theirs: Levels that a file computed for ``x``.
@@ -42,6 +47,8 @@ def excess_of(node: fx.Node, x: Tensor, tables: Sequence[Tensor], theirs: Tensor
         ``(excess, step)``: twice the largest distance, in steps, of a value from the range that rounds to its level, or, for a value
         in ``theirs`` that is not a level, of that value from the nearest level; and the step in units of ``x``.
     """
+    if is_rounding(node):
+        return _largest(2 * torch.maximum((x - theirs).abs() - 0.5, (theirs - theirs.round()).abs())), 1.0
     if node.target is ours.fake_quantize_codebook.default:
         return _codebook_excess(x, tables[0], tables[1], theirs)
     if node.target is ours.fake_quantize_grid.default:

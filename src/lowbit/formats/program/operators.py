@@ -61,6 +61,8 @@ def _on_numbers(function: Callable[..., float]) -> Function:
     """``function`` restricted to numbers of bounded size: Python's ``*`` would also repeat lists, and its integers are unbounded."""
 
     def checked(*values: object) -> float:
+        if any(isinstance(value, (torch.SymInt, torch.SymFloat)) for value in values):  # open sizes, where the network is exported again
+            return function(*values)
         if not all(isinstance(value, (int, float)) for value in values):
             raise TypeError(f"needs numbers, got {', '.join(type(value).__name__ for value in values)}")
         result = function(*values)

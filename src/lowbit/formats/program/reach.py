@@ -16,7 +16,7 @@ from lowbit.formats.program.operators import find_overload
 _SAME_PLACE = frozenset(
     {
         *("cat", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "item"),
-        *("clone", "alias", "detach", "contiguous", "_to_copy", "to"),
+        *("clone", "alias", "detach", "contiguous", "_to_copy", "to", "zeros_like", "ones_like", "full_like"),
         *("fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook"),
         *("prelu", "_prelu_kernel", "_native_batch_norm_legit_no_training"),
     }

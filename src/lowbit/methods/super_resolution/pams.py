@@ -40,6 +40,7 @@ from lowbit.spec import BitPolicy, Granularity, LayerBits
 from lowbit.surrogates import bounded_straight_through, straight_through
 
 TEACHER = "attention"  # the companion whose features are compared; not "teacher", whose outputs would enter the loss
+STEPS = "quantizers.steps"  # the role of learned steps, beside clips
 SMALLEST = 1e-8
 _UPSAMPLING = (nn.PixelShuffle, nn.Upsample, *TRANSPOSED)
 
@@ -254,10 +255,16 @@ class PamsQuantizers(TrainingMethod):
     def optimizers(self, recipe: Recipe) -> Mapping[Role, OptimizerSpec]:
         """Clips have Adam, for their gradient is a sum over all elements; beside another optimizer of the network with its learning rate."""
         found = super().optimizers(recipe)
+        found = {**found, STEPS: replace(found["quantizers"], learning_rate=recipe.optimizer.learning_rate)}
         if recipe.optimizer.kind != "sgd":
             return found
         clips = replace(found["quantizers"], kind="adam", learning_rate=recipe.optimizer.learning_rate)
         return {**found, "quantizers": clips}
+
+    def role(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+        """Learned steps of the first and the last layer have a role of their own: they are far smaller than clips, which are in levels of pixels."""
+        found = super().role(name, parameter, owner)
+        return STEPS if found == "quantizers" and not isinstance(owner, PamsActivation) else found
 
     def weight_quantizer(self, slot: Slot) -> Quantizer:
         return PamsWeight(slot.bit_width, granularity=Granularity.parse(self.weight_granularity, slot.channel_axis))
