@@ -162,7 +162,9 @@ def test_comparisons_train_upscalers_with_their_recipe_and_their_own_epochs() ->
 
 def test_a_file_with_a_grid_for_each_input_becomes_onnx_within_the_rounding_of_ties(tmp_path: Path) -> None:
     sample = patches(4, side=12)[0]
-    small = lowbit.quantize(load_model("edsr_small", scale=2, blocks=1, width=8), method="daq_sr", weight_bits=4, activation_bits=4, calibration=sample)
+    small = lowbit.quantize(
+        load_model("edsr_small", scale=2, blocks=1, width=8), method="daq_sr", weight_bits=4, activation_bits=4, calibration=sample
+    )
     lowbit.export(small, tmp_path / "a.lowbit", sample=sample, dynamic=("H", "W"))
     loaded = lowbit.load(tmp_path / "a.lowbit")
     report = lowbit.export(loaded, tmp_path / "a.onnx", sample=sample, dynamic=("H", "W"), measure_speed=False)
