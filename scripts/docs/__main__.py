@@ -39,7 +39,7 @@ def main() -> None:
     if given.pages_only:
         return
     shutil.rmtree(html, ignore_errors=True)  # pages that are gone must not be linked to
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-j", "auto", "-q", "-n", "-W", "--keep-going"]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-j", "auto", "-q", "-n", "-W", "--keep-going", "-E"]
     environment = {**os.environ, "LOWBIT_DOCS_VERSION": VERSION}
     done = subprocess.run([*command, "-d", str(given.out / "doctrees"), str(source), str(html)], env=environment, check=False)
     broken = list(links.problems(html))
