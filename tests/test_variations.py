@@ -213,7 +213,7 @@ def test_the_layer_behind_a_logarithm_of_negative_numbers_is_named() -> None:
         lambda: lowbit.quantize(Logarithm(), method="adaround", calibration=x, iterations=5),
         lambda: lowbit.train(Logarithm(), (x, y), method="lsq", recipe=ONE_EPOCH),
     ):
-        with pytest.raises(LowbitError, match=r"(the first layer whose output is not finite is|layer) 'last"):
+        with pytest.raises(LowbitError, match="the first layer whose output is not finite is 'last"):
             run()
 
 

@@ -35,6 +35,10 @@ class CalibrationError(LowbitError, ValueError):
     """Calibration data that is empty, not finite, or does not fit the model."""
 
 
+class NotFiniteError(CalibrationError):
+    """Values that a quantizer is to be set up from are NaN or infinite."""
+
+
 class DataError(LowbitError, ValueError):
     """A data file or folder that cannot be read."""
 

@@ -125,6 +125,7 @@ def activation_range(params: dict[str, Any], inputs: dict[str, Tensor]) -> dict[
         x = batch.clone().requires_grad_()
         y = quantizer(x)
         y.backward(grad_output)
+        quantizer.project()
         values = (y.detach(), x.grad, quantizer.grid(x).scale, quantizer.lower.clone(), quantizer.upper.clone())
         for name, value in zip(steps, values, strict=True):
             steps[name].append(value)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lowbit
-from lowbit.errors import CalibrationError, LayerError
+from lowbit.errors import CalibrationError, NotFiniteError
 
 X = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(16, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
@@ -48,7 +48,7 @@ def test_a_mask_beside_the_data_may_be_infinite(method: str) -> None:
 def test_an_infinity_that_reaches_a_quantizer_is_refused_by_its_layer() -> None:
     with pytest.raises(CalibrationError, match=r"activation 'second.input': 160 of 400 values are NaN or infinite"):
         lowbit.quantize(Added().eval(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=[(X, MASK)])
-    with pytest.raises(LayerError, match=r"layer 'second' \(Linear\): 160 of 400 values to quantize are NaN or infinite"):
+    with pytest.raises(NotFiniteError, match=r"layer 'second' \(Linear\): 160 of 400 values to quantize are NaN or infinite"):
         lowbit.prepare(Added(), method="lsq", weight_bits=4, activation_bits=4, sample=(X, MASK))
 
 

@@ -33,7 +33,6 @@ class Net(nn.Module):
 
 OPTIONS: dict[str, dict[str, object]] = {  # what moves or counts in each pass does so in those that are computed again
     "fqsr": {"warm_up": 0, "calibration_weight": 0},
-    "hawq": {"momentum": -1.0},
 }
 
 

@@ -234,7 +234,7 @@ def _options(info: MethodInfo) -> str:
         for name, kind, allowed, default, meaning in option_rows(info)
     ]
     body = table(("option", "type", "allowed", "default", "meaning"), rows) if rows else "It has none."
-    return f"## Options\n\nThe defaults are the paper's, where it says them.\n\n{body}"
+    return f"## Options\n\nDefaults are the paper's, where it says them and neither the meaning nor the differences below say otherwise.\n\n{body}"
 
 
 def _sources(paper: str, symbols: str) -> str:

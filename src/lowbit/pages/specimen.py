@@ -124,8 +124,7 @@ def _ends(model: nn.Module) -> set[str]:
 
 
 def _first(quantizers: Iterable[Quantizer], bits: int) -> Quantizer | None:
-    found = list(quantizers)
-    return next((quantizer for quantizer in found if quantizer.bit_width == bits), None)
+    return next((quantizer for quantizer in quantizers if quantizer.bit_width == bits), None)
 
 
 @torch.no_grad()

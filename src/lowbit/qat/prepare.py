@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from lowbit.autograd import records_gradients
-from lowbit.errors import SpecError
+from lowbit.errors import NotFiniteError, SpecError
 from lowbit.inputs import Inputs, check_values
 from lowbit.network.bits import set_bits
 from lowbit.network.job import check_method_bits
+from lowbit.network.layers import evaluating
 from lowbit.network.record import QuantizationRecord, attach_record, record_of
 from lowbit.network.unwrap import plain_copy
 from lowbit.options import choose_policy
 from lowbit.qat.attach.job import QatJob
+from lowbit.qat.engine.finite import first_output_not_finite
 from lowbit.qat.method import TrainingMethod
 from lowbit.qat.procedure import Procedure, training_method
 from lowbit.quantizers import Quantizer
@@ -80,6 +82,7 @@ def prepare(
         UnknownNameError: No such method, option, surrogate or procedure.
         SpecError: Bits, policy or an option out of range, or a surrogate or a procedure that the method cannot use.
         CalibrationError: A sample that does not fit the network.
+        NotFiniteError: What a quantizer reads of the sample is NaN or infinite; names where that begins.
         LayerError: Nothing to quantize, or a layer that cannot be.
         GraphError: ``merge_bits`` for a network that cannot be exported.
 
@@ -112,8 +115,13 @@ def prepare(
             switches=switches,
         )
         check_method_bits(info, policy, job)
-        chosen.attach(job)
-        job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
+        try:
+            chosen.attach(job)
+            job.insert_outputs(chosen.output_quantizer, chosen.merge_quantizer)
+        except NotFiniteError as error:
+            with evaluating(model):
+                place = first_output_not_finite(model, lambda: model(*job.sample.args, **job.sample.kwargs))
+            raise error if place is None else NotFiniteError(f"{place} on the sample: {error}") from error
         if surrogate is not None:
             set_surrogate(job, surrogate, info.name)
         table = job.finish()

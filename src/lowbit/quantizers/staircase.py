@@ -60,8 +60,8 @@ class Staircase:
 def staircase(quantizer: nn.Module, values: Tensor, *, place: int | None = None, points: int = POINTS, span: float = 1.0) -> Staircase:
     """Sweep one element of ``values`` over the range of its neighbours, and ask ``quantizer`` and autograd at each point.
 
-    So quantizers that look at a whole tensor (means, maxima, norms) are shown as they act in a network. The quantizer is not changed: its state
-    is put back before each point, as counters and moving averages would run on.
+    So quantizers that look at a whole tensor (means, maxima, norms) are shown as they act in a network. The quantizer is not changed: each
+    point has a copy of its own, as counters and moving averages would run on.
 
     Args:
         quantizer: Any module that maps a tensor to one of its shape.
@@ -75,21 +75,19 @@ def staircase(quantizer: nn.Module, values: Tensor, *, place: int | None = None,
     """
     if values.numel() == 0 or not bool(torch.isfinite(values).all()):
         raise SpecError(f"a staircase needs finite values, got a tensor of shape {tuple(values.shape)}. Pass a weight, or activations.")
-    values, quantizer = values.detach().cpu().float(), copy.deepcopy(quantizer).cpu()
+    values, start = values.detach().cpu().float(), copy.deepcopy(quantizer).cpu()
     index, row = _element(quantizer, values) if place is None else (place, values.flatten())
     low, high = float(row.min()), float(row.max())
     if low == high:
         low, high = low - 1, high + 1
     middle, half = (low + high) / 2, span * (high - low) / 2
-    state = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
 
     def ask(value: float) -> tuple[float, float, float, float, float]:
         x = values.clone()
         x.view(-1)[index] = value
-        quantizer.load_state_dict(state)
         with torch.no_grad():
-            y = float(quantizer.eval()(x).reshape(-1)[index])
-        return (value, y, *_in_training(quantizer, state, x, index))
+            y = float(copy.deepcopy(start).eval()(x).reshape(-1)[index])
+        return (value, y, *_in_training(copy.deepcopy(start), x, index))
 
     coarse = [ask(value) for value in torch.linspace(middle - half, middle + half, points).tolist()]
     jumps = [(first[0], second[0]) for first, second in pairwise(coarse) if first[1] != second[1]]
@@ -99,9 +97,8 @@ def staircase(quantizer: nn.Module, values: Tensor, *, place: int | None = None,
     return Staircase(xs, ys, trained, ups, downs)
 
 
-def _in_training(quantizer: nn.Module, state: dict[str, Tensor], x: Tensor, index: int) -> tuple[float, float, float]:
+def _in_training(quantizer: nn.Module, x: Tensor, index: int) -> tuple[float, float, float]:
     """The value in training mode, and its derivative by the same element for a gradient of 1 and of -1 from above."""
-    quantizer.load_state_dict(state)
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         y = quantizer.train()(x).reshape(-1)[index]

@@ -46,7 +46,10 @@ class Tiling:
         reach = reach_of(network.packed_graph, network.stored_tensors())
         chosen = Tiling(tile, overlap if overlap is not None else UNKNOWN_REACH if reach is None else reach)
         if reach is None:
-            return chosen, "the network looks at the whole picture: pictures larger than a tile come out otherwise than in one piece"
+            return (
+                chosen,
+                "the network looks at the whole picture, or there is no telling how far: pictures larger than a tile may come out otherwise than in one piece",
+            )
         if chosen.overlap < reach:
             return chosen, f"the network looks {reach} pixels far: with an overlap of {chosen.overlap} tiles may show"
         return chosen, ""

@@ -33,6 +33,13 @@ class Exposure(Gray):
         return self.conv(x) - x.mean((2, 3), keepdim=True)
 
 
+class Shifted(Gray):
+    """Lays each pixel over one that is two rows away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)[:, :, 2:] + x[:, :, :-2]
+
+
 def packed(model: nn.Module, folder: Path) -> PackedNetwork:
     quantized = lowbit.quantize(model, method="round_to_nearest", calibration=[PICTURE])
     lowbit.export(quantized, folder / "a.lowbit", sample=PICTURE, dynamic=("H", "W"))
@@ -61,8 +68,8 @@ def test_it_is_as_far_as_gradients_reach(tmp_path: Path) -> None:
     assert reach(model, tmp_path) == 20 - int(touched.min()) == int(touched.max()) - 20
 
 
-@pytest.mark.parametrize(("model", "wanted"), [(Gray(), 1), (Exposure(), None)])
-def test_means_over_channels_stay_at_their_place_and_means_over_pictures_have_no_end(
+@pytest.mark.parametrize(("model", "wanted"), [(Gray(), 1), (Exposure(), None), (Shifted(), None)])
+def test_means_over_channels_stay_at_their_place_and_what_moves_or_mixes_pixels_has_no_known_end(
     model: nn.Module, wanted: int | None, tmp_path: Path
 ) -> None:
     assert reach(model, tmp_path) == wanted

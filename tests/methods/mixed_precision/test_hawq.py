@@ -88,11 +88,22 @@ def test_the_range_runs_with_the_batches_and_stays_in_evaluation() -> None:
     quantizer = HawqActivation(2, momentum=0.75)
     quantizer(torch.tensor([0.0, 3.0]))
     assert (quantizer.lower.item(), quantizer.upper.item()) == (0, 3)
+    quantizer.project()
     y = quantizer(torch.tensor([0.0, 0.8, 7.0]))
     assert quantizer.upper.item() == 4  # 3/4 of 3 and 1/4 of 7
     torch.testing.assert_close(y, torch.tensor([0.0, 4 / 3, 4.0]))
     quantizer.eval()(torch.tensor([100.0]))
     assert quantizer.upper.item() == 4
+
+
+def test_a_step_moves_the_range_once_by_all_that_it_saw() -> None:
+    quantizer = HawqActivation(2, momentum=0.75)
+    quantizer(torch.tensor([0.0, 3.0]))
+    quantizer.project()
+    batch = torch.tensor([0.0, 0.8, 7.0])
+    assert torch.equal(quantizer(batch), quantizer(batch))
+    quantizer(torch.tensor([0.0, 11.0]))
+    assert quantizer.upper.item() == 5  # 3/4 of 3 and 1/4 of 11
 
 
 def test_a_momentum_of_minus_one_keeps_the_extremes() -> None:

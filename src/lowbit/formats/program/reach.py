@@ -13,16 +13,17 @@ import torch
 from lowbit.formats.program.calls import Graph, OperatorCall, Result, Stored, references
 from lowbit.formats.program.operators import find_overload
 
+_BY_DIM = {"cat": 1, "slice": 1, "narrow": 1, "select": 1, "split": 2, "split_with_sizes": 2, "chunk": 2}  # which argument is the dimension
 _SAME_PLACE = frozenset(
     {
-        *("cat", "unsqueeze", "squeeze", "slice", "narrow", "select", "split", "split_with_sizes", "chunk", "item"),
-        *("clone", "alias", "detach", "contiguous", "_to_copy", "to", "zeros_like", "ones_like", "full_like"),
+        *("item", "clone", "alias", "detach", "contiguous", "_to_copy", "to", "zeros_like", "ones_like", "full_like"),
         *("fake_quantize_affine", "fake_quantize_grid", "fake_quantize_codebook"),
         *("prelu", "_prelu_kernel", "_native_batch_norm_legit_no_training"),
     }
 )
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "std", "var"})
 _CHANNELS = ([1], [-3])
+_NOT_PIXELS = (0, 1, -3, -4)  # dimensions of ``[N, C, H, W]``
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def _behind(call: OperatorCall, span: _Span, tensors: Mapping[str, torch.Tensor]
         return span.plus(max(widths[0::2], default=0), -min(widths[0::2], default=0))
     if name in _REDUCTIONS:
         return span if len(args) > 1 and args[1] in _CHANNELS else None
+    if name in _BY_DIM:  # of samples or channels; else pixels change their places
+        return span if (args[_BY_DIM[name]] if len(args) > _BY_DIM[name] else call.kwargs.get("dim", 0)) in _NOT_PIXELS else None
     overload = find_overload(call.operator)
     is_local = overload is None or torch.Tag.pointwise in overload.tags or name in _SAME_PLACE
     return span if is_local else None

@@ -115,8 +115,8 @@ class HawqActivation(GridQuantizer):
     Backward: 1 everywhere, also beyond the range; nothing through the scale.
 
     In training each batch first moves the range: ``lower <- m lower + (1 - m) min``, ``upper`` alike. Where both are equal, as in the
-    beginning, that of the batch is added to them. All bit-widths have one range. Passes that gradient checkpointing computes again move it
-    again, but with -1.
+    beginning, that of the batch is added to them. All bit-widths have one range. A step moves it once: several passes before ``project``
+    count as one batch, so that a pass that is computed again changes nothing.
 
     Args:
         bit_width: 1 to 8, signed 2 to 8.
@@ -135,6 +135,7 @@ class HawqActivation(GridQuantizer):
         self.lower: Tensor
         self.upper: Tensor
         self.momentum, self.percentile = momentum, percentile
+        self.step: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # the range before it, and what it has seen
 
     @property
     def bit_widths(self) -> range:
@@ -146,17 +147,26 @@ class HawqActivation(GridQuantizer):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Take the range of ``x`` alone."""
+        self.step = None
         for name, value in zip(self.tables, self._range_of(x), strict=True):
             self._set_table(name, value)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Move the range towards that of a batch."""
-        is_empty = ~(self.lower < self.upper)
-        for table, value, extreme in zip((self.lower, self.upper), self._range_of(x), (torch.minimum, torch.maximum), strict=True):
-            before = table.nan_to_num()
+        """Move the range, as it was before the step, towards that of all that the step has seen."""
+        extremes, found = (torch.minimum, torch.maximum), self._range_of(x)
+        (lower, upper), seen = self.step or ((self.lower.clone(), self.upper.clone()), found)
+        joined = tuple(extreme(one, other) for extreme, one, other in zip(extremes, seen, found, strict=True))
+        self.step = (lower, upper), (joined[0], joined[1])
+        is_empty = ~(lower < upper)
+        for table, start, value, extreme in zip((self.lower, self.upper), (lower, upper), joined, extremes, strict=True):
+            before = start.nan_to_num()
             moved = extreme(before, value) if self.momentum == MINMAX else self.momentum * before + (1 - self.momentum) * value
             table.copy_(torch.where(is_empty, before + value, moved))
+
+    def project(self) -> None:
+        """End the step: what the next one sees moves the range as it is now."""
+        self.step = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:

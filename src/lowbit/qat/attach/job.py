@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowbit.errors import CalibrationError, LayerError, LowbitError
+from lowbit.errors import CalibrationError, LayerError, LowbitError, NotFiniteError
 from lowbit.network.bits import policy_bits, raised_bits
 from lowbit.network.calls import input_of
 from lowbit.network.graph.dataflow import Dataflow, capture
@@ -124,7 +124,7 @@ class QatJob(NetworkJob):
             name = by_module[id(layer)]
             if pending.pop(name, None) is not None:
                 unset.pop(name, None)
-                with _naming(name, layer):
+                with _naming(_described(name, layer)):
                     x = input_of(args, kwargs)
                     if x is None:
                         raise LayerError("it is called without a floating-point input")
@@ -135,7 +135,7 @@ class QatJob(NetworkJob):
         def from_weight(name: str) -> None:
             site = unset.pop(name, None)
             if site is not None:
-                with _naming(name, site.layer):
+                with _naming(_described(name, site.layer)):
                     initialize_layer(site.layer, None, *(() if site.parameter == WEIGHT else (site.parameter,)))
 
         def first_seen(quantizer: Quantizer, args: tuple[Any, ...]) -> None:
@@ -164,12 +164,10 @@ class QatJob(NetworkJob):
 
     def _initialize(self, quantizer: Quantizer, x: Tensor) -> None:
         """Initialize a quantizer of activations from what it reads; its errors name the place."""
-        try:
+        place = next(name for name, known in activation_quantizers(self.model).items() if known is quantizer)
+        with _naming(f"activation {place!r}"):
             _check_finite(x)
             quantizer.initialize(x.detach())
-        except LowbitError as error:
-            place = next(name for name, known in activation_quantizers(self.model).items() if known is quantizer)
-            raise LayerError(f"activation {place!r}: {error}") from error
 
     def insert_outputs(self, outputs: QuantizerFactory, merges: MergeFactory) -> None:
         """Quantize the outputs of layers and what takes part in merges, as far as the policy asks for it, and initialize them.
@@ -307,13 +305,17 @@ def _as_changed(asked: LayerBits, since: LayerBits) -> LayerBits:
 def _check_finite(x: Tensor) -> None:
     bad = int((~torch.isfinite(x)).sum())
     if bad:
-        raise CalibrationError(f"{bad} of {x.numel()} values to quantize are NaN or infinite on the sample")
+        raise NotFiniteError(f"{bad} of {x.numel()} values to quantize are NaN or infinite on the sample")
 
 
 @contextmanager
-def _naming(name: str, layer: nn.Module) -> Iterator[None]:
-    """Within the context an error names the layer."""
+def _naming(place: str) -> Iterator[None]:
+    """Within the context an error names the place, as a LayerError; values that are not finite stay a NotFiniteError."""
     try:
         yield
     except LowbitError as error:
-        raise LayerError(f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')}): {error}") from error
+        raise (NotFiniteError if isinstance(error, NotFiniteError) else LayerError)(f"{place}: {error}") from error
+
+
+def _described(name: str, layer: nn.Module) -> str:
+    return f"layer {name!r} ({type(layer).__name__.removeprefix('Parametrized')})"
