@@ -15,7 +15,7 @@ from lowbit.errors import install_command
 def test_every_optional_part_is_listed_with_its_version() -> None:
     found = {part.name: part for part in doctor.parts()}
     assert {found[name].extra for name in ("lowbit", "torch", "numpy")} == {""}
-    extras = {"onnx", "openvino", "data", "kernels", "search", "cuda", "train", "models", "lightning", "ray", "huggingface"}
+    extras = {"onnx", "openvino", "data", "kernels", "search", "cuda", "train", "models", "plot", "lightning", "ray", "huggingface"}
     assert {part.extra for part in found.values()} == {"", *extras}
     assert found["onnxruntime"].extra == "onnx" and found["accelerate"].extra == "huggingface"
     assert found["torch"].version == importlib.metadata.version("torch")

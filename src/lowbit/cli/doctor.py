@@ -22,7 +22,7 @@ from lowbit.errors import LowbitError, install_command
 
 app = typer.Typer(add_completion=False)
 FEATURES = ("sse4.2", "avx2", "avx512f", "avx512vnni", "avxvnni", "avx512vpopcntdq", "amx-int8", "neon", "dotprod")
-DEVELOPERS = ("all", "test", "dev")  # extras that gather others, or that only working on lowbit needs
+DEVELOPERS = ("all", "docs", "test", "dev")  # extras that gather others, or that only working on lowbit needs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _FORMS = {"count": "differing bits counted in words", "lookup": "differing bits looked up, four at a time"}
 _FIRST_USE = """
