@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -36,6 +37,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _fixed_seed() -> None:
     """Random numbers do not depend on which tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A file that one test wrote and imported is not what the next one finds under the same name."""
+    known, path = set(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    written = str(tmp_path_factory.getbasetemp().resolve())
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(written) and not name.startswith("lowbit_file_"):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True, scope="session")

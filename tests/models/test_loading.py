@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -32,13 +33,10 @@ number = 5
 
 
 @pytest.fixture
-def network_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def network_file(tmp_path: Path) -> Path:
     (tmp_path / "beside_it.py").write_text("WIDTH = 4")
     (tmp_path / "some_network.py").write_text(FILE)
-    yield tmp_path / "some_network.py"
-    for name in ("some_network", "beside_it"):
-        sys.modules.pop(name, None)
+    return tmp_path / "some_network.py"
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
@@ -49,6 +47,22 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 def test_a_factory_in_a_file_gets_the_options(network_file: Path) -> None:
     assert load_model(f"{network_file}:Net").weight.shape == (4, 3)
     assert load_model(f"{network_file}:Net", out=6).weight.shape == (6, 3)
+
+
+def test_two_files_of_one_name_are_two_networks_that_pickle(tmp_path: Path) -> None:
+    for folder, width in (("first", 3), ("second", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same_name.py").write_text(
+            f"import torch\nclass Net(torch.nn.Linear):\n    def __init__(self): super().__init__({width}, 2)"
+        )
+        network = load_model(f"{tmp_path / folder / 'same_name.py'}:Net")
+        assert pickle.loads(pickle.dumps(network)).in_features == width
+
+
+def test_a_file_named_as_an_installed_module_does_not_take_its_place(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("import torch\nnetwork = torch.nn.Linear(3, 2)")
+    load_model(f"{tmp_path / 'json.py'}:network")
+    assert hasattr(sys.modules["json"], "dumps")
 
 
 def test_a_factory_in_a_module_of_the_current_folder(network_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

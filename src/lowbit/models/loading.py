@@ -61,6 +61,7 @@ BUILT_IN: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "bsrn": (bsrn, "super-resolution x2, x3, x4: 3x3 and 1x1 convolutions without activations, for binary training"),
 }
 TRAINED_WORDS = ("pretrained", "weights")  # options of factories that load trained weights
+_modules_of_files: set[str] = set()  # names in sys.modules that stand for a file, which the next file of that name replaces
 _torchvision_schemas: list[torch.library.Library] = []  # schemas live as long as their library object
 
 
@@ -217,7 +218,9 @@ def _module_of_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # pickle looks classes up there
+    if path.stem in _modules_of_files or path.stem not in sys.modules:
+        sys.modules[path.stem] = module  # pickle looks classes up there
+        _modules_of_files.add(path.stem)
     spec.loader.exec_module(module)
     return module
 
