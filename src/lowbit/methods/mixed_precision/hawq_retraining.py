@@ -28,7 +28,7 @@ LAST = "all layers"
 
 
 def squared_error(site: WeightSite) -> float:
-    """``||Q(W) - W||^2`` of a weight with its quantizer, added up in float64."""
+    """``||Q(W) - W||^2`` of a weight with its quantizer, added up in float64. Source: the second factor of Omega, Eq. 7."""
     weight = site.original.detach()
     assert site.quantizer is not None
     return float((site.quantizer.encode(weight).decode().double() - weight.double()).square().sum())
@@ -72,6 +72,8 @@ class HawqQuantizers(TrainingMethod):
 @dataclass
 class HawqRetraining(Procedure):
     """A phase for each layer of the policy's order, quantized from then on, and one for the whole network.
+
+    Source: section 3.4.
 
     Attributes:
         last_share: Share of the epochs in which all layers are quantized.

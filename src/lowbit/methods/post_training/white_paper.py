@@ -64,6 +64,8 @@ class WhitePaper(PostTrainingMethod):
     loss counts as settled when at most ``settled`` of the roundings are still between up and down (more than 0.01 away from both):
     what remains would hardly move a weight, and the layer is finished.
 
+    Source: section 3.4.
+
     Attributes:
         equalize: Equalize ranges across layers first: ``auto`` (if weights have one scale per tensor, which needs it), ``always``
             or ``never``. It turns ReLU6 into ReLU.

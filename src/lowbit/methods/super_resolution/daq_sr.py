@@ -48,6 +48,8 @@ def step_size(bits: int, index: StepIndex, *, of_deviations: bool = False) -> fl
     ``released``: that of the table for one bit less, as in the authors' program; ``width``: that for ``bits``, of least error for a normal
     distribution; ``fine_tuning``: 1.596, and 0.057 for deviations, whatever the bits, as the program does in fine-tuning.
 
+    Source: the table is Max 1960, "Quantizing for Minimum Distortion"; which of it is taken, the authors' code.
+
     >>> step_size(4, "released"), step_size(4, "width")
     (0.586, 0.335)
     """
@@ -64,6 +66,8 @@ def middle_codes(x: Tensor, step: Tensor, bits: int) -> Tensor:
 
 def quantize_deviations(deviation: Tensor, bits: int, step: float) -> Tensor:
     """Deviations on ``2**bits`` levels around their mean over channels, in steps of ``step`` times their own deviation; not below 0.
+
+    Source: quantization of quantization parameters.
 
     Args:
         deviation: ``[N, C, ...]``; samples do not influence each other.
@@ -104,6 +108,8 @@ class DaqQuantizer(Quantizer):
 class DaqWeight(DaqQuantizer):
     """Weights on ``2**k`` levels ``+- step / 2, +- 3 step / 2, ...`` around 0, ``step`` being ``step_size`` times their unbiased deviation.
 
+    Source: the step of the weights, whose mean counts as 0, in the authors' code.
+
     Args:
         bit_width: 1 to 8.
         step_index: See ``step_size``.
@@ -139,6 +145,8 @@ class DaqActivation(DaqQuantizer):
     Signed: ``mean + (r((x - mean) / step + 1/2) - 1/2) step`` on ``2**k`` levels, the mean itself not among them. Behind a ReLU:
     ``r(x / step) step`` on the levels 0 to ``2**k - 1`` steps, the deviation being that of the ``K - 1`` positive values as far as ``sum(x) / K`` and
     ``sum(x**2) / K`` give it. A channel without a deviation is its mean, behind a ReLU 0.
+
+    Source: channel-wise distribution-aware quantization; the authors' code behind a ReLU.
 
     Args:
         bit_width: 1 to 8.

@@ -52,6 +52,8 @@ class FqsrQuantizer(GridQuantizer):
 
     ``penalty`` is ``calibration_weight`` times the mean of ``|x - y|`` of the passes since it was last asked for.
 
+    Source: interval adaptation and its warm-up; the penalty is the self-supervised quantization-aware calibration loss (SQCL).
+
     Args:
         bit_width: 1 to 8.
         is_half: Whether the range begins with 0.
@@ -285,7 +287,7 @@ class Fqsr(TrainingMethod):
                 job.ask_output(name, self.skip_bits)
 
     def _operands(self, job: QatJob, flow: Dataflow) -> Sequence[Placement]:
-        """Where outputs of layers and operands of sums are quantized."""
+        """Where outputs of layers and operands of sums are quantized. Source: Eq. 7 and figure 3: both operands of a shortcut."""
         bits = self.skip_bits if job.policy.merges is None else job.merge_bits
         if bits is None:
             return ()

@@ -56,6 +56,8 @@ class PamsWeight(GridQuantizer):
     Forward: ``round(w q / m) m / q`` with ``m = max|w| + 1e-8`` of the current weights and ``q = 2**(k - 1) - 1``. Backward: 1, nothing through
     ``m``.
 
+    Source: symmetric weights up to their largest magnitude, in the authors' code.
+
     Args:
         bit_width: 2 to 8; 1 bit would leave nothing but 0.
         granularity: Which elements share ``m``.
@@ -92,6 +94,8 @@ class PamsActivation(GridQuantizer):
     In training, while ``epoch <= statistic_epochs``, each pass first sets ``clip`` to ``max_value``: to the mean over the samples of their
     largest magnitudes, in the first epoch that of the batch alone, later ``decay`` times the one before it and ``1 - decay`` times that
     of the batch. Nothing is clipped meanwhile, so that codes beyond ``q`` occur.
+
+    Source: parameterized max scale, its gradient, and its start from the statistics of the first epoch.
 
     Args:
         bit_width: 2 to 8; 1 bit would leave nothing but 0.
@@ -167,6 +171,8 @@ def _check(bit_width: int) -> None:
 def attention_map(features: Tensor) -> Tensor:
     """Where features are strong: ``mean over channels of F**2``, as a vector of length 1 for each sample.
 
+    Source: structured knowledge transfer, ``A(F)``.
+
     Args:
         features: ``[N, C, ...]`` with one or more dimensions of space.
 
@@ -182,6 +188,8 @@ def attention_map(features: Tensor) -> Tensor:
 
 def transfer_loss(features: Tensor, target: Tensor) -> Tensor:
     """The mean square of the difference of two attention maps: structured knowledge transfer, without its weight.
+
+    Source: structured knowledge transfer, ``L_SKT``.
 
     Args:
         features, target: ``[N, C, ...]``; channels may differ.

@@ -48,6 +48,8 @@ class QkdQuantizer(GridQuantizer):
     ``v = transform_magnitudes(|x|, c, d)``; forward: ``round(sign(x) v q) / q`` times ``c + d`` where ``rescale``, ``q = 2**(k - 1) - 1``.
     Backward: the surrogate's for the rounding, everything else by differentiation, the factor ``c + d`` included.
 
+    Source: the quantizer of QIL, Eq. 3 with an exponent of 1.
+
     Args:
         bit_width: 2 to 8; 1 bit would leave nothing but 0.
         interval: ``prune_clip``, or ``clip``: ``c = d``, so that nothing is pruned and ``c + d`` is the one parameter.
@@ -237,7 +239,10 @@ class Qkd(Procedure):
         return {**super().companions(model, given), TEACHER: Companion(given.teacher or given.float_twin())}
 
     def losses(self, run: TrainRun, batch: Batch) -> Iterable[Tensor]:
-        """The network's loss, and while both learn the teacher's, each with the other's outputs as constants."""
+        """The network's loss, and while both learn the teacher's, each with the other's outputs as constants.
+
+        Source: co-studying and tutoring; the loss of the network and the one of the teacher.
+        """
         output = run.predict(batch)
         if run.phase.name == SELF_STUDYING:
             yield run.task.loss(output, batch) + run.penalty()
