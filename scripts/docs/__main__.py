@@ -15,6 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,12 +73,14 @@ def write_sources(source: Path, cache: Path, outside: Sequence[str]) -> None:
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(make(), encoding="utf-8")
-    timed("export matrix", lambda: cached(source, cache / "exports", exports.write_exports, [Path(exports.__file__)]))
-    timed("tour", lambda: cached(source, cache / "tour", tour.write_tour, [Path(tour.__file__), tour.NOTEBOOK]))
     files = {Path(name.rpartition(":")[0]).resolve() for name in outside}
     sources.write_source_pages(source / "_extra" / "source", [*sorted((ROOT / "src").rglob("*.py")), *sorted(files)])
     names = [*dict.fromkeys(info.name for info in known), *outside]
-    timed("method pages", lambda: write_method_pages(source / "methods", names, link=sources.LINK, workers=2, cache=cache / "methods"))
+    with ThreadPoolExecutor(1) as beside:  # the tour has one process, and leaves a core to the rest
+        toured = beside.submit(timed, "tour", lambda: cached(source, cache / "tour", tour.write_tour, [Path(tour.__file__), tour.NOTEBOOK]))
+        timed("export matrix", lambda: cached(source, cache / "exports", exports.write_exports, [Path(exports.__file__)]))
+        timed("method pages", lambda: write_method_pages(source / "methods", names, link=sources.LINK, workers=2, cache=cache / "methods"))
+        toured.result()
 
 
 def cached(folder: Path, cache: Path, write: Callable[[Path], None], inputs: Iterable[Path]) -> None:
