@@ -44,7 +44,7 @@ def test_rows_on_unequal_terms_are_never_in_one_table(changes: dict[str, object]
 
 def test_tracks_and_bits_never_mix() -> None:
     found = make_tables([result(), result(label="pact", track="published"), result(label="ewgs", bits=(2, 2))])
-    assert [[row.label for row in table.rows] for table in found.tables] == [["lsq"], ["pact"], ["ewgs"]]
+    assert [[row.label for row in table.rows] for table in found.tables] == [["ewgs"], ["lsq"], ["pact"]]
 
 
 def test_granularity_is_shown_and_separates_only_where_it_is_asked_to() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -196,6 +197,15 @@ def _is_of(value: object, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < LARGEST_NUMBER)
     return isinstance(value, hint)
+
+
+def bits_order(bits: str) -> tuple[float, ...]:
+    """Sorts widths such as ``4/8``: fewest bits of weights first, float behind all numbers, mixed ones last.
+
+    >>> sorted(["mixed", "8/8", "2/float", "2/2", "10/4"], key=bits_order)
+    ['2/2', '2/float', '8/8', '10/4', 'mixed']
+    """
+    return tuple(math.inf if part in ("float", MIXED) else float(part) for part in bits.split("/"))
 
 
 def digest_of(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowbit.comparison.cells import Result, Status, Track, digest_of
+from lowbit.comparison.cells import Result, Status, Track, bits_order, digest_of
 from lowbit.comparison.statistics import LEAST_SEEDS, Difference, Spread, paired_difference, shared_ranks, spread
 from lowbit.comparison.terms import EQUAL, differing, grouped, term_of
 from lowbit.registry import Kind
@@ -123,6 +123,7 @@ def make_tables(
     """
     kept, superseded = _newest(results, set(current))
     tables, separated = [], []
+    kept.sort(key=lambda result: (result.cell.track, result.cell.subject, bits_order(result.cell.bits), result.cell.kind))
     for group in _by(kept, lambda result: (result.cell.track, result.cell.subject, result.cell.bits, result.cell.kind)):
         names = [*EQUAL[group[0].cell.track], *equal]
         measured = [result for result in group if result.status == "done"]

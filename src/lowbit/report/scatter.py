@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from lowbit.comparison.cells import bits_order
 from lowbit.report.svg import Axis, drawing, element, label, line, ticks
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 900.0, 340.0, 62.0, 40.0, 18.0, 14.0
+LETTER = 6.4  # width of a letter of 11 pixels, on average
 COLOURS = 8  # classes c0 to c7 of the style sheet
 
 
@@ -83,8 +84,9 @@ def scatter(
 
 def by_bits(lines: Mapping[str, Mapping[str, float]], *, y_label: str, format_value: Callable[[float], str]) -> Markup:
     """A line for each method over bits, fewest bits first."""
-    bits = sorted({name for found in lines.values() for name in found}, key=_order)
-    x = Axis(0, max(len(bits) - 1, 1), LEFT + 30, WIDTH - 190)
+    bits = sorted({name for found in lines.values() for name in found}, key=bits_order)
+    names = WIDTH - max(170.0, 34 + LETTER * max(map(len, lines), default=0))  # where the names of lines begin
+    x = Axis(0, max(len(bits) - 1, 1), LEFT + 30, names - 20)
     y = _axis([value for found in lines.values() for value in found.values()], HEIGHT - BOTTOM, TOP)
     parts = [*_frame(y, y_label, format_value), *(label(x(place), HEIGHT - BOTTOM + 16, name) for place, name in enumerate(bits))]
     for number, (name, found) in enumerate(lines.items()):
@@ -96,8 +98,8 @@ def by_bits(lines: Mapping[str, Mapping[str, float]], *, y_label: str, format_va
             tooltip = element("title", f"{name}, {bits[at]}: {format_value(value)}")
             parts.append(element("circle", tooltip, cx=f"{x(at):.1f}", cy=f"{y(value):.1f}", r="4", class_=f"dot {colour}"))
         parts += [
-            line(WIDTH - 170, TOP + 18 * number + 8, WIDTH - 150, TOP + 18 * number + 8, f"line {colour}"),
-            label(WIDTH - 144, TOP + 18 * number + 12, name, "start"),
+            line(names, TOP + 18 * number + 8, names + 20, TOP + 18 * number + 8, f"line {colour}"),
+            label(names + 26, TOP + 18 * number + 12, name, "start"),
         ]
     return drawing(WIDTH, max(HEIGHT, TOP + 18 * len(lines) + 20), f"{y_label} over bits, a line for each method", *parts)
 
@@ -113,7 +115,3 @@ def _axis(values: Sequence[float], start: float, stop: float) -> Axis:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     return Axis(low - margin, high + margin, start, stop)
-
-
-def _order(bits: str) -> tuple[float, ...]:
-    return tuple(math.inf if part == "float" else float(part) for part in bits.split("/"))
