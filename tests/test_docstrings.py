@@ -11,7 +11,6 @@ import pytest
 
 import lowbit
 from lowbit import registry
-from lowbit.runtime.layers.int8 import has_exact_kernels
 from tests.test_rooms import SOURCE, modules
 
 WITH_EXAMPLES = sorted(name for name, path in modules(SOURCE).items() if ">>> " in path.read_text())
@@ -20,8 +19,6 @@ DATA = frozenset({"errors"})  # public names that are neither functions nor clas
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_give_what_they_show(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "runtime.compile" and not has_exact_kernels():
-        pytest.skip("its network has 8 bits, and torch has no exact kernels for them on this processor")
     monkeypatch.chdir(tmp_path)  # examples may write files
     lowbit.list_methods()  # all methods are registered before the registry is copied
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))  # methods that examples register are forgotten

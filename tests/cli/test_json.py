@@ -73,7 +73,7 @@ def test_run_prints_classes_and_times(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     picture = tmp_path / "grey.png"
     Image.new("L", (8, 8), 128).save(picture)
-    printed("quantize", *FAST, "--out", tmp_path / "out", "--no-onnx")
+    printed("quantize", *FAST, "-w", "4", "--out", tmp_path / "out", "--no-onnx")  # 4 bits run on kernels of every processor
     found = printed("run", tmp_path / "out", picture, "--top", "2", "--benchmark", "--runs", "2")
     assert found["notes"] == [] and "8 x 8, grey" in found["inputs"]
     (row,) = found["pictures"]

@@ -9,6 +9,7 @@ import torch
 from tests.formats.networks import quantized
 from tests.networks import settled
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import lowbit
 from lowbit.errors import LayerError, SpecError
@@ -285,9 +286,8 @@ def test_weights_with_zeros_are_ternary() -> None:
     assert not torch.allclose(sparse(images()), network(images()))
 
 
-@needs_int8
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, pytest.param(8, marks=needs_int8)])
 def test_layers_on_affine_grids_are_computed_in_integers_with_their_norms(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "choose_kernel", lambda *_: ("int8", ""))
     model = trained("lsq", bits)
@@ -312,7 +312,8 @@ def test_first_and_last_layers_of_8_bits_and_their_reference_agree(monkeypatch: 
     fast = lowbit.compile_runtime(model, sample=images())
     assert {layer.name for layer in fast.report.layers if layer.kernel != "int8"} == {"fc"}  # what is quantized is pooled first
     y, expected = fast(images(3)), model(images(3))
-    monkeypatch.setattr(int8_layers, "has_exact_kernels", lambda: False)
+    monkeypatch.setattr(int8_layers, "has_exact_kernels", lambda *_: False)
+    monkeypatch.setattr(int8_layers, "_prepacked", WeakTensorKeyDictionary())
     for got in (y, fast(images(3))):  # a value next to a step is rounded the other way now and then
         assert float((got - expected).norm() / expected.norm()) < 0.02
 
@@ -386,10 +387,32 @@ def test_an_unknown_kind_of_weight_only_is_refused() -> None:
 
 @torch.no_grad()
 def test_without_exact_8_bit_kernels_such_layers_stay_in_float_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "has_exact_kernels", lambda: False)
+    monkeypatch.setattr(convert, "has_exact_kernels", lambda *_: False)
     model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=images())
-    with pytest.raises(LayerError, match="no exact 8-bit kernels for this processor"):
-        lowbit.compile_runtime(model, sample=images())
+    with pytest.warns(UserWarning, match="no layer runs on low-bit kernels of this processor: .*no exact 8-bit kernels"):
+        fast = lowbit.compile_runtime(model, sample=images())
+    paths = {layer.name: layer for layer in fast.report.layers}
+    assert (paths["layer1.0.conv1"].kernel, paths["layer1.0.conv1"].elsewhere) == ("float", True)
+    assert not paths["fc"].elsewhere  # it stays in float on any processor
+    y, expected = fast(images(7)), model(images(7))
+    assert float((y - expected).norm() / expected.norm()) < 0.02  # a value next to a step is rounded the other way now and then
+
+
+@torch.no_grad()
+def test_where_8_bit_products_saturate_7_bits_on_one_side_run_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_layers, "saturates", lambda: True)
+    int8_layers.has_exact_kernels.cache_clear()
+    try:
+        model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=7, activation_bits=8, calibration=images())
+        fast = lowbit.compile_runtime(model, sample=images())
+    finally:
+        int8_layers.has_exact_kernels.cache_clear()
+    paths = {layer.name: layer for layer in fast.report.layers}
+    assert paths["layer1.0.conv1"].kernel == "int8"
+    assert (paths["conv"].kernel, paths["conv"].elsewhere) == ("float", True)  # the first layer has 8 bits
+    assert "it has for 7 bits of weights or inputs" in paths["conv"].reason
+    y, expected = fast(images(7)), model(images(7))
+    assert float((y - expected).norm() / expected.norm()) < 0.02  # a value next to a step is rounded the other way now and then
 
 
 @torch.no_grad()

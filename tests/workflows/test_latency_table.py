@@ -15,6 +15,7 @@ from lowbit.assignment.problem import make_problem
 from lowbit.errors import LayerError, SpecError
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.inputs import Inputs
+from lowbit.runtime.layers import planes
 from lowbit.runtime.layers.binary import compiled_loops
 from lowbit.spec import LayerBits
 from lowbit.workflows import latency_table as workflow, layer_times
@@ -71,7 +72,7 @@ def test_every_layer_has_every_pair_with_its_kernel() -> None:
     for name in table.times:
         assert list(table.times[name]) == list(table.kernels[name]) == PAIRS
         assert all(time > 0 for time in table.times[name].values())
-        assert table.times[name]["4/8"] == table.times[name]["8/8"]  # one kernel, measured once
+        assert table.times[name]["4/8"] == table.times[name]["1/8"]  # one kernel, measured once
         assert table.kernels[name]["1/1"] == "lowbit binary"
         assert table.kernels[name]["float/float"] == "lowbit float"
     assert (table.unit, table.facts["threads"], table.facts["batch_size"], table.facts["runtime"]) == ("ms", 1, 1, "lowbit")
@@ -171,6 +172,7 @@ def test_the_number_of_threads_is_put_back(measured: list[CapturedCall]) -> None
 
 
 def test_a_pair_takes_the_kernel_of_least_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planes, "has_exact_kernels", lambda *_: True)
     seconds = {("lowbit", "8/8"): 3.0, ("onnxruntime", "8/8"): 2.0, ("onnxruntime", "8/4"): 4.0}
 
     def make(_self: object, variant: Variant) -> Candidate | None:
@@ -199,7 +201,7 @@ def test_all_kernels_are_called_in_turns_and_the_median_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "planes", "stand_in"),
+    ("bits", "pairs", "stand_in"),
     [
         (LayerBits(1, 1), 2, LayerBits(1, 1)),
         (LayerBits(1, 1), 0, LayerBits(1, 1)),
@@ -212,10 +214,23 @@ def test_all_kernels_are_called_in_turns_and_the_median_is_taken() -> None:
     ],
 )
 def test_widths_that_have_no_kernel_of_their_own_are_those_of_another_pair(
-    bits: LayerBits, planes: int, stand_in: LayerBits, monkeypatch: pytest.MonkeyPatch
+    bits: LayerBits, pairs: int, stand_in: LayerBits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_times, "most_pairs", lambda: (planes, ""))
+    monkeypatch.setattr(layer_times, "most_pairs", lambda: (pairs, ""))
+    monkeypatch.setattr(planes, "has_exact_kernels", lambda *_: True)
     assert variants_of(bits, "lowbit") == [Variant("lowbit", stand_in)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "stand_in"),
+    [((4, 8), (7, 8)), ((7, 8), (7, 8)), ((4, 4), (7, 8)), ((8, 4), (8, 7)), ((8, 8), (8, 8))],
+)
+def test_where_8_bit_products_saturate_widths_of_kernels_stand_for_others_and_8_bits_for_float(
+    bits: tuple[int, int], stand_in: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_times, "most_pairs", lambda: (2, ""))
+    monkeypatch.setattr(planes, "has_exact_kernels", lambda most_input, most_weight: 2 * most_input * most_weight < 2**15)
+    assert variants_of(LayerBits(*bits), "lowbit") == [Variant("lowbit", LayerBits(*stand_in))]
 
 
 def test_packed_weights_of_linear_layers_compete_with_decoded_ones_and_fill_their_containers() -> None:

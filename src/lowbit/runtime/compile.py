@@ -5,6 +5,7 @@ It works on the graph of a packed file, so that trained and loaded networks are 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast, get_args
@@ -141,16 +142,26 @@ class RuntimeNetwork(PackedNetwork):
         """The same network with every layer in float, the reference for the kernels."""
         return PackedNetwork(self.source, self.packed_max_elements).eval()
 
-    def require_kernels(self) -> None:
-        """Raise LayerError, with the reason for each layer, if none runs on kernels."""
+    def why_in_float(self) -> str:
+        """Why no layer runs on kernels, with the reason for each; "" if one does."""
         if any(layer.kernel != "float" for layer in self.report.layers):
-            return
+            return ""
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
-        raise LayerError(
+        if any(layer.elsewhere for layer in self.report.layers):
+            return f"no layer runs on low-bit kernels of this processor: {reasons}"
+        return (
             f"no layer can run on low-bit kernels: {reasons}. They need signs as inputs and weights of one bit (or -1, 0, 1), or inputs and "
             "weights on affine grids of up to 8 bits: quantize or train with activation_bits. For layers of which only the weights are "
             "quantized, pass weight_only='int8' or 'float'."
         )
+
+    def require_kernels(self) -> None:
+        """Raise LayerError if no layer runs on kernels; warn if some would on another processor."""
+        why = self.why_in_float()
+        if why and not any(layer.elsewhere for layer in self.report.layers):
+            raise LayerError(why)
+        if why:
+            warnings.warn(why, stacklevel=3)
 
     def functions(self) -> list[Function]:
         """The runtime's operators besides those of packed files."""
@@ -198,9 +209,11 @@ def compile_runtime(model: nn.Module, *, sample: object = None, weight_only: Wei
         A module in evaluation mode; ``.report`` lists every layer with its kernel, or the reason why it stayed in float. Where ``model`` has
         several widths, ``lowbit.set_bits`` switches between them here too.
 
+        A network that this processor has no kernels for, though others do, runs in float, with a warning.
+
     Raises:
         SpecError: ``sample`` is missing, or ``weight_only`` is unknown.
-        LayerError: No layer could be converted; the error gives the reason for each.
+        LayerError: No layer could be converted on any processor; the error gives the reason for each.
         GraphError: The network cannot be exported.
 
     Example:

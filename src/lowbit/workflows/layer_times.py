@@ -33,7 +33,7 @@ from lowbit.quantizers.binary import SignQuantizer
 from lowbit.quantizers.ranges.observers import make_observer
 from lowbit.runtime.compile import RuntimeNetwork, package_of
 from lowbit.runtime.layers.packed import container_bits
-from lowbit.runtime.layers.planes import most_pairs
+from lowbit.runtime.layers.planes import choose_kernel, most_pairs
 from lowbit.runtime.lowering.convert import WeightOnly
 from lowbit.spec import Granularity, LayerBits, switch_name
 
@@ -149,12 +149,16 @@ def variants_of(bits: LayerBits, runtime: Runtime, *, is_linear: bool = False) -
 def _in_lowbit(bits: LayerBits) -> LayerBits:
     """The widths whose kernel computes ``bits`` too.
 
-    Weights of ``w`` bits on a grid around zero need at least ``w - 1`` bit planes; where there are too many pairs of planes, all run as 8 bits.
+    Weights of ``w`` bits on a grid around zero need at least ``w - 1`` bit planes; where there are too many pairs of planes, all run as 8
+    bits, or as 7 bits of weights or inputs where the processor's kernels are exact for these alone.
     """
     weight, activation = bits.weight, bits.activation
     if weight is None or activation is None:
         return LayerBits(weight and container_bits(weight), activation and 8)
-    return LayerBits(weight, activation) if max(weight - 1, 1) * activation <= max(most_pairs()[0], 1) else EIGHT
+    if max(weight - 1, 1) * activation <= max(most_pairs()[0], 1):
+        return LayerBits(weight, activation)
+    fitting = ((w, a) for w, a in ((8, 8), (7, 8), (8, 7)) if weight <= w and activation <= a)
+    return next((LayerBits(w, a) for w, a in fitting if choose_kernel(w, a)[0] == "int8"), EIGHT)
 
 
 def _in_onnx_runtime(bits: LayerBits) -> LayerBits:

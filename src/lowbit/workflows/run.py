@@ -19,13 +19,13 @@ from lowbit.data import Preprocessing, load_data
 from lowbit.data.folders import pictures_in
 from lowbit.data.images import read_picture
 from lowbit.data.loading import is_suite
-from lowbit.errors import LayerError, SpecError
+from lowbit.errors import SpecError
 from lowbit.files import write_text
 from lowbit.formats.packed.network import PackedNetwork
 from lowbit.network.bits import WidthLike
 from lowbit.progress import Progress
 from lowbit.provenance import Provenance
-from lowbit.runtime.compile import RuntimeNetwork, compile_runtime
+from lowbit.runtime.compile import RuntimeNetwork
 from lowbit.runtime.profile import Profile, profile
 from lowbit.workflows.load import load
 from lowbit.workflows.origin import Origin
@@ -55,11 +55,10 @@ class LoadedNetwork:
 def load_on_kernels(path: Path, *, weight_only: Literal["none", "float", "int8"] = "none", bits: WidthLike = None) -> LoadedNetwork:
     """The network in a packed file, on kernels where it can be; arguments and errors as ``load`` and ``compile_runtime``."""
     plain = load(path, bits=bits, kernels=False, check_finite=True)
-    try:
-        network = compile_runtime(plain, weight_only=weight_only)
-    except LayerError as error:
-        return LoadedNetwork(plain, plain, f"in float: {error}")
-    assert isinstance(network, RuntimeNetwork)
+    network = RuntimeNetwork(plain.packed_content, weight_only, max_elements=plain.packed_max_elements).eval()
+    why = network.why_in_float()
+    if why:
+        return LoadedNetwork(plain, plain, f"in float: {why}")
     network.packed_refuses_nan = True
     return LoadedNetwork(plain, network, str(network.report))
 

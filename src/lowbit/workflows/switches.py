@@ -8,8 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from lowbit.errors import LayerError
-from lowbit.formats.packed.network import PackedNetwork
 from lowbit.inputs import Inputs
 from lowbit.measure import measure_latency
 from lowbit.measure.cost import compute_cost
@@ -19,7 +17,6 @@ from lowbit.network.record import record_of
 from lowbit.progress import Progress
 from lowbit.qat.task import Task
 from lowbit.report.results import SelectionResult, SwitchResult
-from lowbit.runtime.compile import compile_runtime
 from lowbit.workflows.evaluate import evaluate
 from lowbit.workflows.load import load
 
@@ -42,7 +39,7 @@ def measure_switches(
         packed: The file that holds all widths, which is timed on low-bit kernels where it can run on them.
         single_bytes: What a file for each switch takes; empty where that is not known.
     """
-    network, one, found = None if packed is None else _on_kernels(packed), sample.take(0, 1), []
+    network, one, found = None if packed is None else load(packed, kernels=True), sample.take(0, 1), []
     with bits_restored(model):
         for place, switch in enumerate(switches_of(model)):
             set_bits(model, switch)
@@ -54,14 +51,6 @@ def measure_switches(
             size = single_bytes[place] if single_bytes else None
             found.append(SwitchResult(switch.weight, switch.activation, score, bops, latency, size))
     return found
-
-
-def _on_kernels(path: Path) -> PackedNetwork:
-    loaded = load(path, kernels=False)
-    try:
-        return compile_runtime(loaded)
-    except LayerError:
-        return loaded
 
 
 def measure_selection(model: nn.Module, test_data: Iterable[object], task: Task, progress: Progress) -> SelectionResult | str | None:

@@ -5,6 +5,7 @@ import torch
 
 from lowbit.errors import SpecError
 from lowbit.runtime.arguments import Affine, Window
+from lowbit.runtime.layers import int8
 from lowbit.runtime.layers.int8 import (
     InputGrid,
     _codes,
@@ -17,7 +18,7 @@ from lowbit.runtime.layers.int8 import (
 )
 
 GRID = [0.0, 0.5, 2.0, 2.0, 0.5, 0.0, 7.0]  # codes 0 to 7 stand for -1 to 2.5
-needs_kernels = pytest.mark.skipif(not has_exact_kernels(), reason="torch has no exact 8-bit kernels for this processor")
+needs_kernels = pytest.mark.skipif(not has_exact_kernels(7), reason="torch has no exact 8-bit kernels for this processor")
 both = pytest.mark.parametrize("is_reference", [True, pytest.param(False, marks=needs_kernels)])
 
 
@@ -34,7 +35,7 @@ GRIDS = [GRID, [-0.7, 0.2, -4.0, 0.0, 0.2, -4.0, 3.0], [0.0, 0.0123, 128.0, 128.
 
 @pytest.mark.parametrize("values", GRIDS)
 @pytest.mark.parametrize("shape", [(2, 3, 70, 41), (1, 1, 5, 4), (3, 5000, 1, 2), (4, 7), (9,)])
-@pytest.mark.parametrize("order", ["as it is", "channels-last", "turned", "negated"])
+@pytest.mark.parametrize("order", ["as it is", "channels-last", "turned", "sliced", "negated"])
 def test_codes_made_in_one_pass_are_those_of_the_grid(values: list[float], shape: tuple[int, ...], order: str) -> None:
     grid, x = input_grid(values), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x.view(-1)[:9] = torch.tensor([0.25, -0.25, 0.75, -0.0, 1e30, -1e30, torch.inf, -torch.inf, 3e6])
@@ -42,6 +43,8 @@ def test_codes_made_in_one_pass_are_those_of_the_grid(values: list[float], shape
         x = x.contiguous(memory_format=torch.channels_last)
     elif order == "turned":
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif order == "sliced":
+        x = torch.stack([x, x], -1)[..., 0]
     elif order == "negated":
         x = torch.complex(torch.zeros(shape), -x).conj().imag
     codes = _codes(x, grid)
@@ -70,6 +73,28 @@ def test_padding_counts_as_0_and_groups_and_dilation_as_in_float(is_reference: b
     y = function(x, codes, GRID, window, Affine(scale))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("most_input", "weight"), [(255, 64), (255, -64), (127, 127), (127, -128), (255, 127), (255, -128)])
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_sums_of_the_largest_products_are_exact_on_every_processor(most_input: int, weight: int, kind: str) -> None:
+    grid = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0, float(most_input)]
+    x, codes = torch.full((2, 36, 5, 5), float(most_input)), torch.full((8, 36, 3, 3), weight, dtype=torch.int8)
+    if kind == "conv2d":
+        y = int8_conv2d(x, codes, grid, Window((3, 3)), Affine(torch.ones(8)))
+    else:
+        y = int8_linear(x[:, :, 0, 0], codes[:, :, 0, 0].contiguous(), grid, Affine(torch.ones(8)))
+    assert y.unique().tolist() == [most_input * weight * 36 * (9 if kind == "conv2d" else 1)]
+
+
+def test_kernels_that_saturate_are_exact_for_7_bits_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no 8-bit kernels here at all")
+    monkeypatch.setattr(int8, "saturates", lambda: True)
+    exact = int8.has_exact_kernels.__wrapped__
+    assert [exact(255, 64), exact(127, 128), exact(255, 65), exact(128, 128), exact()] == [True, True, False, False, False]
+    monkeypatch.setattr(int8, "saturates", lambda: False)
+    assert exact()
 
 
 @both

@@ -198,10 +198,10 @@ def test_weights_that_are_no_small_whole_numbers_are_not_packed(weight: Tensor, 
 
 def test_planes_are_chosen_up_to_what_they_are_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "most_pairs", lambda: (2, "measured"))
-    monkeypatch.setattr(planes, "has_exact_kernels", lambda: True)
+    monkeypatch.setattr(planes, "has_exact_kernels", lambda *_: True)
     assert [choose_kernel(*bits)[0] for bits in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (8, 8))] == ["planes"] * 3 + ["int8"] * 3
     assert choose_kernel(2, 2)[1] == "4 pairs of bits, more than 2: measured"
-    monkeypatch.setattr(planes, "has_exact_kernels", lambda: False)
+    monkeypatch.setattr(planes, "has_exact_kernels", lambda *_: False)
     assert choose_kernel(4, 4)[0] == "float"
     with pytest.raises(SpecError, match="activation_bits must be 1 to 8, got 9"):
         choose_kernel(1, 9)

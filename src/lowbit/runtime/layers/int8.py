@@ -1,7 +1,7 @@
 """Layers whose weights and inputs have affine grids of at most 8 bits, computed by oneDNN's 8-bit kernels, which torch ships with.
 
-Sums of products of codes are exact. Where the processor's 8-bit products saturate, or torch has no such kernels, the codes are multiplied
-in float32, which is exact up to rounding.
+Sums of products of codes are exact. Where the processor's 8-bit products could saturate, or torch has no such kernels, the codes are
+multiplied in float32, which is exact up to rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lowbit.runtime.cpu.target import target_loops
 from lowbit.runtime.kept import version_of
 from lowbit.runtime.layers.checks import check_codes
 from lowbit.runtime.layers.operator import register_operator
+
+MOST_PAIR = 2**15 - 1  # sum of two products that a register of 16 bits holds
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
     """
     inputs = input_grid(grid)
     _check_conv2d(x, codes, window, epilogue)
-    if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
+    if x.device.type != "cpu" or not x.numel():
         return int8_conv2d_reference(x, codes, grid, window, epilogue)
     scale, pads = epilogue.scale, (window.stride, window.padding, window.dilation, window.groups)
     key = (version_of(codes), inputs, window.numbers, window.groups, tuple(x.shape[1:]))
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
+        packed = None
+        if has_exact_kernels(inputs.qmax - inputs.qmin, largest_code(codes)):
+            packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
+    if packed is None:
+        return int8_conv2d_reference(x, codes, grid, window, epilogue)
     encoded = _codes(x, inputs)
     y: Tensor = torch.ops.onednn.qconv2d_pointwise(
         encoded, inputs.scale, inputs.zero_code, packed, scale, zero_points, epilogue.bias, *pads, 1.0, 0, torch.float32, "none", [], "",
@@ -123,14 +129,17 @@ def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affin
     """``int8_conv2d`` for ``x`` ``[..., in_features]`` and ``codes`` ``[out, in_features]``; returns ``[..., out]``."""
     inputs = input_grid(grid)
     check_codes(x, codes, 1, epilogue.scale, epilogue.bias, None)
-    if not has_exact_kernels() or x.device.type != "cpu" or not x.numel():
+    if x.device.type != "cpu" or not x.numel():
         return int8_linear_reference(x, codes, grid, epilogue)
     key = version_of(codes), inputs
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        is_exact = has_exact_kernels(inputs.qmax - inputs.qmin, largest_code(codes))
+        packed = torch.ops.onednn.qlinear_prepack(codes, None) if is_exact else None
         known = _prepacked[codes] = (key, packed, torch.zeros(len(epilogue.scale), dtype=torch.int64))
     _, packed, zero_points = known
+    if packed is None:
+        return int8_linear_reference(x, codes, grid, epilogue)
     encoded = _codes(x.reshape(-1, x.shape[-1]), inputs)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         encoded, inputs.scale, inputs.zero_code, packed, epilogue.scale, zero_points, epilogue.bias, 1.0, 0, torch.float32, "none", [], "",
@@ -157,15 +166,30 @@ def _codes(x: Tensor, grid: InputGrid) -> Tensor:
     if is_image and not x.is_contiguous(memory_format=order):
         pixels, places = x.contiguous().flatten(2), places.flatten(1, 2)
     else:  # in the order of the codes: as if all were one image of one channel
-        pixels, places = (x.permute(0, 2, 3, 1) if is_image else x).reshape(1, 1, -1), places.view(1, -1, 1)
+        pixels, places = (x.permute(0, 2, 3, 1) if is_image else x).reshape(1, 1, -1).contiguous(), places.view(1, -1, 1)
     loops.encode(pixels.numpy(), places.numpy(), grid.lower, grid.step, grid.shift - grid.qmin, grid.qmax - grid.qmin)
     return codes
 
 
 @functools.cache
-def has_exact_kernels() -> bool:
-    """Whether torch has 8-bit kernels for this processor whose sums of products are exact."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise") and not saturates()
+def has_exact_kernels(largest_input: int = 255, largest_weight: int = 128) -> bool:
+    """Whether torch has 8-bit kernels for this processor whose sums of products are exact.
+
+    Without VNNI, x86 processors add products of inputs and weights in pairs that saturate at 16 bits. No pair of weights of up to 7 bits, or
+    of inputs of up to 7 bits, gets there.
+
+    Args:
+        largest_input: Largest byte of the inputs, 0 to 255.
+        largest_weight: Largest magnitude of a weight's code, 0 to 128.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return False
+    return not saturates() or 2 * largest_input * largest_weight <= MOST_PAIR
+
+
+def largest_code(codes: Tensor) -> int:
+    """The largest magnitude of int8 ``codes``."""
+    return max(-int(codes.min()), int(codes.max()))
 
 
 @functools.lru_cache(256)

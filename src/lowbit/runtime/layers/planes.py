@@ -54,7 +54,9 @@ def choose_kernel(weight_bits: int, activation_bits: int) -> tuple[Literal["plan
     if pairs <= most and weight_bits <= 2 and activation_bits <= 4:
         return "planes", f"{pairs} of at most {most} pairs of bits: {why}"
     reason = f"{pairs} pairs of bits, more than {most}: {why}"
-    return ("int8", reason) if has_exact_kernels() else ("float", f"{reason}; an ONNX file runs it in integers")
+    if has_exact_kernels(2**activation_bits - 1, 2 ** (weight_bits - 1)):
+        return "int8", reason
+    return "float", f"{reason}; an ONNX file runs it in integers"
 
 
 @functools.cache

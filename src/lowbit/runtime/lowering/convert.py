@@ -25,7 +25,7 @@ from lowbit.runtime.activation import Activation, activated
 from lowbit.runtime.arguments import POINT, Affine, Epilogue, PlanesLayer, SignLayer
 from lowbit.runtime.cpu.bits import WORD
 from lowbit.runtime.layers.binary import binary_conv2d, binary_linear, pack_conv_weight
-from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2d, int8_linear
+from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2d, int8_linear, largest_code
 from lowbit.runtime.layers.operator import Operator
 from lowbit.runtime.layers.packed import PackedWeight, pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
@@ -54,12 +54,14 @@ class LayerPath:
         kernel: ``binary``, ``ternary``, ``planes`` or ``int8``; ``packed``: weights stay packed, inputs are not quantized; ``float``: unchanged.
         fused: The operators that are fused with it.
         reason: Why it stayed in float.
+        elsewhere: Whether it runs on kernels of other processors.
     """
 
     name: str
     kernel: str
     fused: tuple[str, ...] = ()
     reason: str = ""
+    elsewhere: bool = False
 
     def __str__(self) -> str:
         along = f" with {', '.join(self.fused)}" if self.fused else ""
@@ -146,19 +148,18 @@ class Conversion:
             signs = self._patterns.signs_and_scale(weight.name)
             if signs is not None:
                 return self._to_binary(node, name, source, *signs)
-            reason = "its weight has more levels than -s, 0 and s"
+            path = LayerPath(name, "float", reason="its weight has more levels than -s, 0 and s")
         elif source is not None and source.operator in (AFFINE, GRID):
             path = self._to_planes(node, name, source) or self._to_int8(node, name, source)
-            if isinstance(path, LayerPath):
+            if path.kernel != "float":
                 return path
-            reason = path
         else:
-            reason = "its input is neither a sign nor on an affine grid"
+            path = LayerPath(name, "float", reason="its input is neither a sign nor on an affine grid")
         if self._weight_only != "none":
             arithmetic = self._to_packed(node, name)
             if arithmetic is not None:
                 return LayerPath(name, "packed", (), arithmetic)
-        return LayerPath(name, "float", self._fold_norm(node, name), reason)
+        return replace(path, fused=self._fold_norm(node, name))
 
     def _to_binary(self, node: OperatorCall, name: str, sign: OperatorCall, signs: Tensor, scale: Tensor) -> LayerPath:
         """Replace a layer whose weight is ``signs * scale``."""
@@ -277,22 +278,26 @@ class Conversion:
             self._replace([node, *norm], planes_linear, quantizer.args[0], layer, epilogue)
         return LayerPath(name, "planes", ("batch norm",) if norm else ())
 
-    def _to_int8(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath | str:
-        """Replace a layer on affine grids, or return the reason why it stays."""
+    def _to_int8(self, node: OperatorCall, name: str, quantizer: OperatorCall) -> LayerPath:
+        """Replace a layer on affine grids, if 8-bit kernels compute it exactly."""
+        stays = functools.partial(LayerPath, name, "float")
         weight = cast(Stored, node.args[1])
         if weight.name not in self._codes:
-            return "its weight is not quantized"
-        if not has_exact_kernels():
-            return "torch has no exact 8-bit kernels for this processor; an ONNX file runs it in integers"
+            return stays(reason="its weight is not quantized")
         inputs, grid = self._patterns.input_grid(quantizer), integer_grid(self._codes[weight.name])
         if grid is None or inputs is None:
-            return "a grid does not fit 8 bits around 0"
+            return stays(reason="a grid does not fit 8 bits around 0")
         grid = grid.centred()
         norm, factor, shift = self._norm(node)
         channels = grid.codes.shape[0]
         rescaled = grid.rescaled(factor.expand(channels))
         if rescaled is None or bool(rescaled.zero_point.any()):
-            return "a grid does not fit 8 bits around 0"
+            return stays(reason="a grid does not fit 8 bits around 0")
+        most = input_grid(inputs).qmax - input_grid(inputs).qmin, largest_code(rescaled.codes)
+        if not has_exact_kernels(*most):
+            hint = "; it has for 7 bits of weights or inputs" if has_exact_kernels(127) else ""
+            told = f"torch has no exact 8-bit kernels for this processor{hint}; an ONNX file runs it in integers"
+            return stays(reason=told, elsewhere=True)
         keep = functools.partial(self._keep, name)
         codes = keep("codes", rescaled.codes)
         offset = self._patterns.bias(node, channels) * factor + shift
