@@ -21,6 +21,7 @@ from lowbit.formats.fixed_point.onnx_operators import (
     runs_in_integers,
 )
 from lowbit.formats.fixed_point.operators import accumulate_conv
+from lowbit.formats.onnx.sessions import PRECISE_PRODUCTS, saturates
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -44,6 +45,8 @@ def run(
     levels = runtime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    if saturates():
+        options.add_session_config_entry(*PRECISE_PRODUCTS)
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(np.asarray(y)) for y in session.run(list(outputs), {name: t.numpy() for name, t in inputs.items()})]
 
