@@ -51,10 +51,11 @@ def variants(x: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
     x_last = x.contiguous(memory_format=torch.channels_last)
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     last = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    codes = torch.randint(-127, 128, (channels, channels, 3, 3), dtype=torch.int8)
+    most = 127 if has_exact_kernels() else 64
+    codes = torch.randint(-most, most + 1, (channels, channels, 3, 3), dtype=torch.int8)
     rest = [0.0, 0.02, 0.0, 0.0, 0.02, 0, 255], WINDOW, Affine(torch.ones(channels))
     calls: dict[str, Callable[[], object]] = {f"{weight} x {bits}": planes_call(x_last, WEIGHTS[weight], bits) for weight, bits in PAIRS}
-    if has_exact_kernels():
+    if has_exact_kernels(255, most):
         calls["int8"] = lambda: int8_conv2d.function(x_last, codes, *rest)
     calls["onnxruntime int8"] = onnx_call(onnx_files(layer, x, folder)[1], x)
     calls["torch float32 channels-last"] = lambda: last(x_last)

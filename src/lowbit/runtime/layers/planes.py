@@ -65,6 +65,8 @@ def most_pairs() -> tuple[int, str]:
     target = active_target()[0]
     if compiled_loops() is None:
         return 0, "there are no compiled kernels here"
+    if has_exact_kernels(127) and not has_exact_kernels():
+        return 2, "8-bit products without VNNI take as long as three pairs of bits"
     if not has_exact_kernels():
         return 2, "the alternative is float32, as torch has no exact 8-bit kernels for this processor"
     if "amx-int8" in processor_features():
