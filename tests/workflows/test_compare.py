@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import itertools
 import json
 import os
@@ -223,6 +224,34 @@ def test_the_estimate_knows_stored_cells_and_measures_the_others(tmp_path: Path)
     fresh = estimate_cells(asked, Store(tmp_path / "new"), progress=lowbit.progress.Progress.silent(), subjects=[subject()])
     assert all(one.seconds is not None and one.seconds > 0 for one in fresh)
     assert not list((tmp_path / "new").rglob("*.json"))
+
+
+@pytest.mark.parametrize("fails", ["not at all", "behind the stages", "before them"])
+def test_the_estimate_counts_all_long_stages_without_running_them(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lowbit.workflows.compare as module
+
+    def run_cell(_job: object, progress: lowbit.progress.Progress) -> dict[str, object]:
+        if fails == "before them":
+            raise ValueError("no such layer")
+        for _ in range(2):
+            with progress.stage("steps", total=1000) as stage:
+                for _ in range(1000):
+                    time.sleep(0.02)
+                    stage.advance()
+        if fails == "behind the stages":
+            raise ValueError("no last epoch")
+        return {}
+
+    monkeypatch.setattr(module, "run_cell", run_cell)
+    asked, start = suite(tmp_path, methods=("lsq",), seeds=1), time.perf_counter()
+    estimate = functools.partial(estimate_cells, asked, Store(tmp_path), progress=lowbit.progress.Progress.silent(), subjects=[subject()])
+    if fails == "before them":
+        with pytest.raises(ValueError, match="no such layer"):
+            estimate()
+        return
+    found = {one.seconds for one in estimate()}
+    assert time.perf_counter() - start < 20
+    assert all(seconds is not None and 40 <= seconds < 80 for seconds in found)  # 1000 steps of at least 20 ms, twice
 
 
 def test_an_earlier_comparison_is_compared_with(tmp_path: Path) -> None:

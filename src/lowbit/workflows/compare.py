@@ -414,20 +414,20 @@ def run_cell(job: Job, progress: Progress) -> Mapping[str, Mapping[str, object]]
     found = {}
     for key, own in task.cells.items():
         start = time.perf_counter()
-        measured = _measured(own, task, subject, model, sample)
+        measured = _measured(own, task, subject, model, sample, progress)
         terms = {**cast(dict[str, object], measured["terms"]), **seen}
         found[key] = {**facts, **measured, "terms": terms, "seconds": run_seconds + time.perf_counter() - start}
     return found
 
 
-def _measured(cell: Cell, task: CellTask, subject: Subject, model: nn.Module, sample: Inputs) -> dict[str, object]:
+def _measured(cell: Cell, task: CellTask, subject: Subject, model: nn.Module, sample: Inputs, progress: Progress) -> dict[str, object]:
     """What came out, of a network of several widths at those of the cell."""
     if cell.mixtures:
-        metrics = _mixed_metrics(cell, subject, model)
+        metrics = _mixed_metrics(cell, subject, model, progress)
     else:
         if cell.widths:
             set_bits(model, LayerBits(cell.weight_bits, cell.activation_bits))
-        metrics = _metrics(subject, model)
+        metrics = _metrics(subject, model, progress)
     metric = as_task(subject.task).metric_name
     status: Status = "done" if math.isfinite(metrics[metric]) else "diverged"
     terms = equal_terms(model, subject.model, sample)
@@ -443,18 +443,18 @@ def _measured(cell: Cell, task: CellTask, subject: Subject, model: nn.Module, sa
     return facts
 
 
-def _metrics(subject: Subject, model: nn.Module) -> dict[str, float]:
-    return dict(evaluate(model, subject.test_data, task=subject.task, progress=Progress.silent()).metrics)
+def _metrics(subject: Subject, model: nn.Module, progress: Progress) -> dict[str, float]:
+    return dict(evaluate(model, subject.test_data, task=subject.task, progress=progress).metrics)
 
 
-def _mixed_metrics(cell: Cell, subject: Subject, model: nn.Module) -> dict[str, float]:
+def _mixed_metrics(cell: Cell, subject: Subject, model: nn.Module, progress: Progress) -> dict[str, float]:
     """Means over networks whose layers have widths drawn for each, the same draws for all methods; and the least and the greatest."""
     generator, layers, switches = torch.Generator().manual_seed(cell.seed), switching_layers(model), switches_of(model)
     found = []
     for _ in range(cell.mixtures):
         places = torch.randint(len(switches), (len(layers),), generator=generator).tolist()
         set_bits(model, {layer: switches[place] for layer, place in zip(layers, places, strict=True)})
-        found.append(_metrics(subject, model))
+        found.append(_metrics(subject, model, progress))
     means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
     ends = ((word, end) for word, end in (("least", min), ("greatest", max)))
     return means | {f"{word} {name}": end(one[name] for one in found) for word, end in ends for name in found[0]}
@@ -533,46 +533,57 @@ def _but_for_the_seed(cell: Cell) -> str:
 
 
 class _Enough(Exception):
-    """Enough steps were measured."""
+    """Enough steps of a stage were measured."""
 
 
 class _Probe(Progress):
-    """Measures the first steps of each stage and stops at the first long one."""
+    """Measures the first steps of each long stage and leaves out the others.
+
+    Attributes:
+        start: When the run began.
+        left_out: Seconds that the steps which were left out would have taken.
+    """
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.start = time.perf_counter()
-        self.seconds = 0.0
+        self.left_out = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run so far, with all steps."""
+        return time.perf_counter() - self.start + self.left_out
 
     def stage(self, name: str, total: float, *, done: int = 0) -> _ProbedStage:  # type: ignore[override]
-        """A stage that ends the run when its time is known."""
+        """A stage that ends when its time is known."""
         return _ProbedStage(self, name, total)
 
 
 class _ProbedStage(Stage):
-    STEPS, LONG = 2, 1.0
+    STEPS, SECONDS, LONG = 2, 0.5, 1.0  # at least so many steps are measured, for at least so long, of stages with more than that left
 
     def __init__(self, probe: _Probe, name: str, total: float) -> None:
         super().__init__(name, total, None, None, None)
-        self._probe, self._began, self._steps, self._first = probe, time.perf_counter(), 0, (0.0, 0.0)
+        self._probe, self._steps, self._first = probe, 0, (0.0, 0.0)
 
     def __enter__(self) -> _ProbedStage:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        return None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is _Enough
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Count; raise ``_Enough`` once the first steps show that the rest takes long."""
+        """Count; raise ``_Enough``, which ends the stage, once the first steps show that the rest takes long."""
         super().advance(amount, note)
         self._steps += 1
         now = time.perf_counter()
         if self._steps == 1:  # the first step builds what the others use
             self._first = (now, self.done)
             return
-        rest = (now - self._first[0]) / (self.done - self._first[1]) * (self.total - self.done)
-        if self._steps >= self.STEPS and rest > self.LONG:
-            self._probe.seconds = now - self._probe.start + rest
+        passed = now - self._first[0]
+        rest = passed / (self.done - self._first[1]) * (self.total - self.done)
+        if self._steps >= self.STEPS and passed > self.SECONDS and rest > self.LONG:
+            self._probe.left_out += rest
             raise _Enough
 
 
@@ -582,8 +593,9 @@ def _measured_seconds(one: PlannedCell, store: Store, opened: _Opened) -> float:
     task = CellTask({one.key: one.cell}, opened._suite, opened.named(one.cell.subject), work, {})
     try:
         run_cell(Job(one.key, one.cell.name, task), probe)
-        return time.perf_counter() - probe.start
-    except _Enough:
-        return probe.seconds
+    except Exception:  # half of a stage can leave too little for what follows, whose time is then not counted
+        if not probe.left_out:
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return probe.seconds

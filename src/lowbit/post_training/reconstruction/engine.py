@@ -40,6 +40,7 @@ from lowbit.post_training.reconstruction.units import PlannedUnit
 from lowbit.progress import Stage
 
 STEP_NOTES = 25  # iterations between two updates of the progress bar, and between two looks at whether the unit has settled
+OVERHEAD = 2e5  # an iteration of the smallest unit takes as long as so many multiply-accumulates for each sample
 
 
 class Reconstruction:
@@ -224,7 +225,7 @@ class Reconstruction:
 
     def _costs(self, units: Sequence[PlannedUnit], iterations: Sequence[int]) -> list[float]:
         """Each unit's share of the work in the unit of the progress bar, iterations of an average unit."""
-        work = [(unit.cost or 1.0) * max(count, 1) for unit, count in zip(units, iterations, strict=True)]
+        work = [((unit.cost or 0.0) + OVERHEAD) * max(count, 1) for unit, count in zip(units, iterations, strict=True)]
         return [sum(max(count, 1) for count in iterations) * share / sum(work) for share in work]
 
     def _state(self, phase: Phase) -> RunState:
