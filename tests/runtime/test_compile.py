@@ -387,7 +387,7 @@ def test_an_unknown_kind_of_weight_only_is_refused() -> None:
 
 @torch.no_grad()
 def test_without_exact_8_bit_kernels_such_layers_stay_in_float_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "has_exact_kernels", lambda *_: False)
+    monkeypatch.setattr(convert, "are_multiplied_exactly", lambda *_: False)
     model = lowbit.quantize(settled_resnet(), method="round_to_nearest", weight_bits=8, activation_bits=8, calibration=images())
     with pytest.warns(UserWarning, match="no layer runs on low-bit kernels of this processor: .*no exact 8-bit kernels"):
         fast = lowbit.compile_runtime(model, sample=images())

@@ -146,9 +146,11 @@ class RuntimeNetwork(PackedNetwork):
         """Why no layer runs on kernels, with the reason for each; "" if one does."""
         if any(layer.kernel != "float" for layer in self.report.layers):
             return ""
+        elsewhere = [layer for layer in self.report.layers if layer.elsewhere]
+        if elsewhere:
+            reasons = "; ".join(dict.fromkeys(layer.reason for layer in elsewhere))
+            return f"no layer runs on low-bit kernels of this processor: {', '.join(layer.name for layer in elsewhere)}: {reasons}"
         reasons = "; ".join(str(layer) for layer in self.report.layers) or "there is no convolution or linear layer"
-        if any(layer.elsewhere for layer in self.report.layers):
-            return f"no layer runs on low-bit kernels of this processor: {reasons}"
         return (
             f"no layer can run on low-bit kernels: {reasons}. They need signs as inputs and weights of one bit (or -1, 0, 1), or inputs and "
             "weights on affine grids of up to 8 bits: quantize or train with activation_bits. For layers of which only the weights are "

@@ -91,7 +91,7 @@ def int8_conv2d(x: Tensor, codes: Tensor, grid: Sequence[float], window: Window,
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
         packed = None
-        if has_exact_kernels(inputs.qmax - inputs.qmin, largest_code(codes)):
+        if are_multiplied_exactly(codes, inputs):
             packed = torch.ops.onednn.qconv_prepack(codes, scale, inputs.scale, inputs.zero_code, *pads, list(x.shape))
         known = _prepacked[codes] = (key, packed, torch.zeros(len(scale), dtype=torch.int64))
     _, packed, zero_points = known
@@ -134,8 +134,7 @@ def int8_linear(x: Tensor, codes: Tensor, grid: Sequence[float], epilogue: Affin
     key = version_of(codes), inputs
     known = _prepacked.get(codes)
     if known is None or known[0] != key:
-        is_exact = has_exact_kernels(inputs.qmax - inputs.qmin, largest_code(codes))
-        packed = torch.ops.onednn.qlinear_prepack(codes, None) if is_exact else None
+        packed = torch.ops.onednn.qlinear_prepack(codes, None) if are_multiplied_exactly(codes, inputs) else None
         known = _prepacked[codes] = (key, packed, torch.zeros(len(epilogue.scale), dtype=torch.int64))
     _, packed, zero_points = known
     if packed is None:
@@ -187,9 +186,9 @@ def has_exact_kernels(largest_input: int = 255, largest_weight: int = 128) -> bo
     return not saturates() or 2 * largest_input * largest_weight <= MOST_PAIR
 
 
-def largest_code(codes: Tensor) -> int:
-    """The largest magnitude of int8 ``codes``."""
-    return max(-int(codes.min()), int(codes.max()))
+def are_multiplied_exactly(codes: Tensor, inputs: InputGrid) -> bool:
+    """Whether the kernels are exact for these int8 weights and any inputs on this grid."""
+    return has_exact_kernels(inputs.qmax - inputs.qmin, max(-int(codes.min()), int(codes.max())))
 
 
 @functools.lru_cache(256)

@@ -25,7 +25,7 @@ from lowbit.runtime.activation import Activation, activated
 from lowbit.runtime.arguments import POINT, Affine, Epilogue, PlanesLayer, SignLayer
 from lowbit.runtime.cpu.bits import WORD
 from lowbit.runtime.layers.binary import binary_conv2d, binary_linear, pack_conv_weight
-from lowbit.runtime.layers.int8 import has_exact_kernels, input_grid, int8_conv2d, int8_linear, largest_code
+from lowbit.runtime.layers.int8 import are_multiplied_exactly, has_exact_kernels, input_grid, int8_conv2d, int8_linear
 from lowbit.runtime.layers.operator import Operator
 from lowbit.runtime.layers.packed import PackedWeight, pack_linear_weight, packed_conv2d, packed_linear
 from lowbit.runtime.layers.planes import MOST_LEVELS, choose_kernel, input_thresholds, pack_planes, planes_conv2d, planes_linear
@@ -293,8 +293,7 @@ class Conversion:
         rescaled = grid.rescaled(factor.expand(channels))
         if rescaled is None or bool(rescaled.zero_point.any()):
             return stays(reason="a grid does not fit 8 bits around 0")
-        most = input_grid(inputs).qmax - input_grid(inputs).qmin, largest_code(rescaled.codes)
-        if not has_exact_kernels(*most):
+        if not are_multiplied_exactly(rescaled.codes, input_grid(inputs)):
             hint = "; it has for 7 bits of weights or inputs" if has_exact_kernels(127) else ""
             told = f"torch has no exact 8-bit kernels for this processor{hint}; an ONNX file runs it in integers"
             return stays(reason=told, elsewhere=True)
