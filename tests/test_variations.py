@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.formats.onnx.sessions import PRECISE_PRODUCTS, saturates
 from lowbit.network.insert import weight_sites
 
 X = torch.randn(33, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -48,11 +49,11 @@ def loaded(model: nn.Module, sample: object, folder: Path, **options: object) ->
     return lowbit.load(folder / "m.lowbit")
 
 
-def onnx_outputs(path: Path, sample: Tensor, **entries: str) -> list[Tensor]:
+def onnx_outputs(path: Path, sample: Tensor, *, precise: bool = False) -> list[Tensor]:
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
-    for key, value in entries.items():
-        options.add_session_config_entry(f"session.{key}", value)
+    if precise or saturates():
+        options.add_session_config_entry(*PRECISE_PRODUCTS)
     session = ort.InferenceSession(path, options)
     return [torch.tensor(found) for found in session.run(None, {session.get_inputs()[0].name: sample.numpy()})]
 
@@ -162,7 +163,7 @@ def test_integer_layers_used_twice_load_with_precise_products(bits: int, tmp_pat
     torch.manual_seed(0)
     small = quantized(Twice().eval(), weight_bits=bits)
     loaded(small, X[:8], tmp_path)
-    (found,) = onnx_outputs(tmp_path / "m.onnx", X[:8], x64quantprecision="1")
+    (found,) = onnx_outputs(tmp_path / "m.onnx", X[:8], precise=True)
     assert sqnr(small(X[:8]), found) > 35
 
 

@@ -41,14 +41,17 @@ def samples(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def trained() -> nn.Module:
-    """A small residual network trained for two seconds; the scales of its hidden channels differ, as in real depthwise networks."""
+    """A small residual network trained for two seconds; the scales of its hidden channels differ, as in real depthwise networks.
+
+    It is trained in float64: in float32 each kind of processor would end with another network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = TinyNet(channels=16, classes=CLASSES).train()
+        model = TinyNet(channels=16, classes=CLASSES).double().train()
         optimizer = torch.optim.Adam(model.parameters(), 5e-3)
         for step in range(150):
             images, labels = samples(64, seed=1000 + step)
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.double()), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -58,7 +61,7 @@ def trained() -> nn.Module:
         model.bn1.weight.mul_(spread)
         model.bn1.bias.mul_(spread)
         model.conv2.weight.div_(spread[:, None, None])
-    return model.eval()
+    return model.float().eval()
 
 
 @functools.cache

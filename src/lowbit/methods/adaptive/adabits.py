@@ -258,7 +258,7 @@ class IntegerImage(nn.Module):
         fidelity="exact",
         summary="one network for several bit-widths: codes that nest, norms and clips of each width, all trained together",
         evidence="checked against the authors' code",
-        margin_points=60,
+        margin_points=55,
     )
 )
 @dataclass

@@ -211,7 +211,7 @@ def enable_weights(model: nn.Module, *, is_enabled: bool) -> None:
         fidelity="partial",
         summary="each layer takes any of several bit-widths at run time: norms for each transition, widths drawn at random in training",
         evidence="checked against an independent reference written from a description; no program of the authors is known",
-        margin_points=60,
+        margin_points=40,
     )
 )
 @dataclass

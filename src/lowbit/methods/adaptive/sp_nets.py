@@ -79,7 +79,7 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
         fidelity="partial",
         summary="one network for several precisions, with norms of each; the lower ones learn from the higher",
         evidence="checked against related programs (Any-Precision, a co-author's DoReFa); no program of the authors is known",
-        margin_points=70,
+        margin_points=60,
     )
 )
 @dataclass

@@ -91,7 +91,7 @@ class LibraWeight(ScaledSignQuantizer):
         fidelity="exact",
         summary="standardized binary weights with powers of two as scales, a gradient that turns from a line into the sign",
         evidence="checked against the authors' code",
-        margin_points=50,
+        margin_points=45,
     )
 )
 @dataclass

@@ -72,7 +72,7 @@ class ChannelShift(nn.Module):
         fidelity="exact",
         summary="Bi-Real Net with learned shifts before signs and around PReLUs, trained on a teacher's distribution in two steps",
         evidence="checked against the authors' code",
-        margin_points=25,
+        margin_points=20,
     )
 )
 @dataclass

@@ -143,7 +143,7 @@ def estimate_deltas(
         fidelity="exact",
         summary="scales every gradient element by how far it is from the next decision point, by the loss's curvature",
         evidence="checked against the authors' code",
-        margin_points=60,
+        margin_points=55,
     )
 )
 @dataclass

@@ -141,7 +141,7 @@ class BsqActivation(GridQuantizer):
         fidelity="exact",
         summary="trains bit planes of weights; a group lasso empties some, and each layer ends with its own bits, at most those asked for",
         evidence="planes, re-quantization, trimming, regularizer, activations, finetuning and training steps checked against the authors' code",
-        margin_points=30,
+        margin_points=25,
     )
 )
 @dataclass

@@ -66,7 +66,7 @@ class HawqQuantizers(TrainingMethod):
         fidelity="equations",
         summary="layers quantized one after the other, in the order of a policy that the search found",
         evidence="quantizers are checked against the authors' code, which does not hold the retraining",
-        margin_points=6,
+        margin_points=5,
     )
 )
 @dataclass

@@ -42,7 +42,7 @@ PAPER_ITERATIONS = 10_000
         fidelity="exact",
         summary="learns to round each weight up or down, layer by layer, so that the layer's output stays",
         evidence="checked against the authors' company's toolkit (AIMET)",
-        margin_db=0.5,
+        margin_db=0.2,
     )
 )
 @dataclass

@@ -114,7 +114,7 @@ def _source(graph: Dataflow, layer: str) -> str | None:
         fidelity="partial",
         summary="learns the rounding of a whole block at once, then the activation scales, from the error at the block's output",
         evidence="checked against the authors' code; activation quantizers sit in other places; its bit search is brecq_genetic",
-        margin_db=3.0,
+        margin_db=2.0,
     )
 )
 @dataclass

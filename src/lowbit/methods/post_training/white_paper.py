@@ -52,7 +52,7 @@ def steps_by_size(weights: int) -> int:
         fidelity="equations",
         summary="the default: equalization, ranges of least error, and learned rounding (with data) or bias correction (without)",
         evidence="its parts are checked against their authors' code",
-        margin_db=0.5,
+        margin_db=0.2,
     )
 )
 @dataclass

@@ -313,7 +313,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
         fidelity="equations",
         summary="one bit for weights and activations; each layer of a block binarizes what the layers before it have as well",
         evidence="checked against an independent reference of the equations; the paper leaves norms, coefficients and gradients open",
-        margin_points=50,
+        margin_points=45,
     )
 )
 @dataclass

@@ -266,7 +266,7 @@ class DaqOptions:
         needs=(),
         summary="activations standardized by channel and sample as they come; nothing is calibrated or trained",
         evidence="quantizers, blocks and a network checked against the authors' code",
-        margin_db=-7.0,
+        margin_db=-8.5,
     )
 )
 @dataclass
@@ -316,7 +316,7 @@ class DaqSr(DaqOptions, PostTrainingMethod):
         needs=("labels", "pretrained"),
         summary="fine-tuning with activations standardized by channel and sample; gradients pass straight through",
         evidence="quantizers, blocks and a network checked against the authors' code",
-        margin_points=70,
+        margin_points=60,
     )
 )
 @dataclass

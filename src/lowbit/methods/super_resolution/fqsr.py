@@ -184,7 +184,7 @@ class FqsrQuantizer(GridQuantizer):
         fidelity="exact",
         summary="inputs, weights and outputs of all layers and operands of all sums, with learned intervals and a loss that calibrates them",
         evidence="quantizers, convolution, sum and steps of training checked against the authors' code",
-        margin_points=65,
+        margin_points=55,
     )
 )
 @dataclass

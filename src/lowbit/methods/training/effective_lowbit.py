@@ -152,7 +152,7 @@ def on_grid(quantizer: Quantizer, x: Tensor) -> Tensor:
         fidelity="partial",
         summary="weights before activations, ever fewer bits, beside a float twin that learns as well; on DoReFa's quantizers",
         evidence="quantizers, distances and joint training checked against the authors' code; the clip sits at layers' inputs, not at ReLUs",
-        margin_points=60,
+        margin_points=55,
     )
 )
 @dataclass

@@ -193,7 +193,7 @@ class InqQuantizers(TrainingMethod):
         fidelity="exact",
         summary="powers of two, frozen share by share from the largest weights on, while the others repair the damage",
         evidence="levels, partitions, masked steps and whole schedules checked against another implementation, levels against the authors' code",
-        margin_points=10,
+        margin_points=5,
     )
 )
 @dataclass

@@ -249,7 +249,7 @@ class Step:
         fidelity="partial",
         summary="ever fewer bits, then freezes the layers whose weights unsettle the network most; learns clip range and scale apart",
         evidence="quantizers, metric, selection, schedule and training steps checked against the authors' code; activation functions stay outside",
-        margin_points=25,
+        margin_points=10,
     )
 )
 @dataclass

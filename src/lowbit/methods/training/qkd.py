@@ -186,7 +186,7 @@ class QkdQuantizers(TrainingMethod):
         fidelity="partial",
         summary="learns alone, then together with a teacher that learns as well, then from the teacher at rest",
         evidence="losses and phases checked against another implementation; the quantizer against its equations; the paper's numbers are not known",
-        margin_points=70,
+        margin_points=55,
     )
 )
 @dataclass

@@ -169,7 +169,7 @@ def quantized_taps(model: nn.Module, taps: Sequence[Tap], probe: Tensor) -> list
         fidelity="partial",
         summary="learns from the float network on samples of a generator that looks for where the two differ; needs no data",
         evidence="quantizers, relations, losses, generator and two rounds of training checked against the authors' program; quantizes layers' inputs",
-        margin_points=0.5,
+        margin_points=1,
     )
 )
 @dataclass
