@@ -98,7 +98,7 @@ class UniformQuantizer(TableQuantizer):
     def initialize(self, x: Tensor) -> None:
         """Let the observer choose scale and zero point for ``x`` alone."""
         self.observer.reset()
-        self.observer.observe(x.detach(), is_all=True)
+        self.observer.observe(x, is_all=True)
         self.take_observed(self.granularity.scale_shape(x))
 
     def take_observed(self, shape: tuple[int, ...] | None = None) -> None:
@@ -142,7 +142,7 @@ def observing(quantizers: Mapping[str, UniformQuantizer]) -> Iterator[None]:
     def showing(name: str, quantizer: UniformQuantizer) -> Callable[[Tensor], Tensor]:
         def show(x: Tensor) -> Tensor:
             try:
-                quantizer.observer.observe(x.detach())
+                quantizer.observer.observe(x)
             except CalibrationError as error:
                 raise CalibrationError(f"activation {name!r}: {error}") from error
             return x

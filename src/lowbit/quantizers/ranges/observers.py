@@ -9,6 +9,7 @@ Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", secti
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE, mmse_scale
 from lowbit.spec import Granularity
 
 BINS = 2048
-DENSE, SPARSE = 1 << 15, 1 << 13  # elements of each sample of a batch that enter a histogram, at first and later
+DENSE, SPARSE = 1 << 15, 1 << 12  # elements of each sample of a batch that enter a histogram, at first and later
 ENOUGH = 1 << 19  # elements after which a sparse sample does: rarer values than 1 in 500 000 are not missed often
 WAITING = 1 << 16  # elements that are counted together: single small counts take mostly overhead
 HEADROOM = 0.125  # a histogram grows by this share more than it must, so that it seldom has to grow again
@@ -65,7 +66,7 @@ class Observer(nn.Module, ABC):
         x = x.detach()
         rows = _in_memory_order(x).unsqueeze(0) if self.granularity.kind == "per_tensor" else self.granularity.flatten(x)
         lo, hi = rows.amin(1), rows.amax(1)  # aminmax along a dimension is not vectorised: 20 times slower
-        if not bool(torch.isfinite(torch.stack([lo, hi])).all()):
+        if not all(map(math.isfinite, torch.cat([lo, hi]).tolist())):
             raise CalibrationError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values are NaN or infinite")
         self._see_range(lo.float(), hi.float())
         self._see_values(rows, len(x) if x.dim() else 1, is_all)
@@ -130,6 +131,7 @@ class HistogramObserver(Observer):
         self.span = (0.0, 0.0)
         self.sampled = 0
         self._waiting: list[Tensor] = []
+        self._waiting_count = 0  # elements
         self._weight = 1.0  # of each waiting element
 
     def _see_values(self, rows: Tensor, batch_size: int, is_all: bool) -> None:
@@ -146,10 +148,11 @@ class HistogramObserver(Observer):
         stride = max(1, len(values) // quota) | 1  # odd, so that it meets every channel
         sample = values[::stride].to(torch.float32, copy=True)
         weight = len(values) / len(sample)
-        if weight != self._weight or sum(map(len, self._waiting)) >= WAITING:
+        if weight != self._weight or self._waiting_count >= WAITING:
             self._count_waiting()
             self._weight = weight
         self._waiting.append(sample)
+        self._waiting_count += len(sample)
         self.sampled += len(sample)
 
     def _count_waiting(self) -> None:
@@ -162,9 +165,10 @@ class HistogramObserver(Observer):
         elif lo < self.span[0] or hi > self.span[1]:
             self._grow(lo, hi)
         start, end = self.span
-        bins = ((torch.cat(self._waiting) - start) * (BINS / (end - start))).int().clamp_(0, BINS - 1)
+        bins = torch.cat(self._waiting).sub_(start).mul_(BINS / (end - start)).int().clamp_(0, BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS).cpu() * self._weight
         self._waiting.clear()
+        self._waiting_count = 0
 
     def _grow(self, lo: float, hi: float) -> None:
         """Widen the bins so that they hold ``lo`` to ``hi`` and some more; each old bin goes whole into the new one of its centre."""
