@@ -22,7 +22,7 @@ from lowbit.quantizers.ranges.scale_search import SMALLEST_SCALE, mmse_scale
 from lowbit.spec import Granularity
 
 BINS = 2048
-DENSE, SPARSE = 1 << 15, 1 << 12  # elements of each sample of a batch that enter a histogram, at first and later
+DENSE, SPARSE = 1 << 15, 1 << 11  # elements of each sample of a batch that enter a histogram, at first and later
 ENOUGH = 1 << 19  # elements after which a sparse sample does: rarer values than 1 in 500 000 are not missed often
 WAITING = 1 << 16  # elements that are counted together: single small counts take mostly overhead
 HEADROOM = 0.125  # a histogram grows by this share more than it must, so that it seldom has to grow again
