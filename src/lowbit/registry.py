@@ -152,7 +152,9 @@ def get_method(name: str, kind: Kind | None = None) -> MethodInfo:
     if kind is None:
         if len(found) > 1:
             kinds = " and ".join(sorted(found))
-            raise SpecError(f"{name!r} is a method of several kinds ({kinds}). Say which: get_method({name!r}, kind={min(found)!r}).")
+            raise SpecError(
+                f"{name!r} is a method of several kinds ({kinds}). Say which: kind={min(found)!r} in Python, kind: {min(found)} in a suite."
+            )
         return next(iter(found.values()))
     return _of_kind(found, name, kind)
 

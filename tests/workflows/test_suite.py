@@ -91,6 +91,17 @@ def test_an_altered_method_carries_another_name() -> None:
             Suite(methods=wrong).check()  # type: ignore[arg-type]
 
 
+def test_of_a_name_of_several_kinds_the_one_that_quantizes_is_meant() -> None:
+    suite = Suite(methods=("zeroq",))  # type: ignore[arg-type]
+    suite.check()
+    assert {cell.kind for cell, _ in suite.cells()} == {"post_training"}
+    with pytest.raises(SpecError, match=r"'integer_only' is a method of several kinds .*kind: post_training in a suite"):
+        Suite(methods=("integer_only",)).check()  # type: ignore[arg-type]
+    for name, told in (("dsg", "a synthesis method .* with calibration: dsg"), ("haq", r"a search method .* with search: {method: haq}")):
+        with pytest.raises(SpecError, match=f"methods, {name}: {told}"):
+            Suite(methods=(name,)).check()  # type: ignore[arg-type]
+
+
 def test_unknown_names_are_told_before_anything_runs() -> None:
     for changes, told in (
         ({"methods": ("lsqq",)}, "lsqq"),

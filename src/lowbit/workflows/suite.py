@@ -449,7 +449,10 @@ class Suite(SuiteSettings, NetworkSettings, TermSettings, PlaceSettings):
 
 
 def _info(contender: Contender) -> MethodInfo:
-    info = find_method(contender.method, contender.kind)  # type: ignore[arg-type]
+    info = find_method(contender.method, contender.kind or _only_kind(contender.method))  # type: ignore[arg-type]
+    if info.kind not in QUANTIZING:
+        place = f"search: {{method: {info.name}}}" if info.kind == "search" else f"calibration: {info.name}"
+        raise SpecError(f"methods, {contender.name}: a {info.kind} method quantizes nothing itself. Name one that does, with {place}.")
     if contender.procedure is not None and info.kind != "training":
         raise SpecError(f"methods, {contender.name}: a procedure is for training methods, and {info.name} is {info.kind}.")
     try:
@@ -474,6 +477,13 @@ def _info(contender: Contender) -> MethodInfo:
     return info
 
 
+def _only_kind(method: str) -> str | None:
+    """The kind of the methods of this name that quantize, where it is one: searches and syntheses of the same name cannot be meant."""
+    kinds = QUANTIZING.intersection(info.kind for info in list_methods(method))
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+QUANTIZING = frozenset({"post_training", "training"})  # kinds of methods that give a quantized network
 SEARCH_TERMS = (
     "method",
     "cost",
