@@ -30,7 +30,7 @@ from lowbit.network.record import record_of
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "integer.json"
-BATCH = 100
+BATCH = 10  # images whose numbers of 64 bits stay in the caches
 
 
 def networks() -> dict[str, tuple[nn.Module, str]]:

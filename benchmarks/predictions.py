@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from scipy.stats import spearmanr
 from subjects import resnet20_fashion
+from torch import Tensor
 from torch.nn import functional
 
 import lowbit
-from lowbit.data.image_data import TensorImages
 from lowbit.measure.sensitivity import LossIncrease, QuantizedLayer, SensitivityMeter
 from lowbit.methods.mixed_precision.zeroq_pareto import quantized_weight
 from lowbit.network.insert import weight_sites
@@ -42,12 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     subject = resnet20_fashion()
-    assert isinstance(subject.test_data, lowbit.data.ImageData) and isinstance(subject.test_data.dataset, TensorImages)
-    pairs = [subject.test_data.dataset[index] for index in range(args.images)]
-    batches = [
-        (torch.stack([image for image, _ in part]), torch.tensor([int(label) for _, label in part]))
-        for part in (pairs[start : start + 64] for start in range(0, len(pairs), 64))
-    ]
+    images, labels = cast(tuple[Tensor, Tensor], subject.test_data)
+    batches = list(zip(images[: args.images].split(64), labels[: args.images].split(64), strict=True))
     drawn = subject.draw_labelled(args.samples, 64, 0)
     meter = SensitivityMeter(
         subject.model, batches, LossIncrease(lambda output, batch: functional.cross_entropy(output, batch[1])), lambda model, b: model(b[0])
