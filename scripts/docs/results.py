@@ -37,7 +37,7 @@ PAGES = {  # titles, and the suites on each page with theirs
         "Bits of each layer by search",
         {
             "mixed_precision": "On Fashion-MNIST and on photographs",
-            "mixed_precision_networks": "On a network for ImageNet, without training",
+            "mixed_precision_networks": "On networks for ImageNet, without training",
             "mixed_precision_budgets": "Under other budgets",
         },
     ),

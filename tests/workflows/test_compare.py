@@ -300,7 +300,8 @@ def test_a_comparison_that_is_killed_resumes_to_the_same_tables(tmp_path: Path) 
 def test_a_ray_cluster_gives_the_same_table_though_a_worker_is_killed(tmp_path: Path) -> None:
     ray_cluster = pytest.importorskip("ray.cluster_utils")
     cluster = ray_cluster.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    signal.alarm(240)  # a cluster that does not come up must not hold the tests
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(600)  # a cluster that does not come up must not hold the tests
     try:
         cluster.add_node(num_cpus=1)
         asked = suite(tmp_path / "ray", methods=("lsq", "round_to_nearest"), seeds=2, ray=cluster.address)
@@ -313,6 +314,10 @@ def test_a_ray_cluster_gives_the_same_table_though_a_worker_is_killed(tmp_path: 
         cluster.shutdown()
     here = compare(suite(tmp_path / "here", seeds=2), subjects=[one])
     assert values(far) == values(here) and all(value is not None for value in values(far).values())
+
+
+def too_late(*_: object) -> None:
+    raise TimeoutError("the cluster did not finish its cells")
 
 
 # kills the first process of Ray that runs a cell
